@@ -1,0 +1,403 @@
+"""Megatron ``torch_dist`` checkpoints, read and written tensor by tensor without a model, a GPU or a process group.
+
+On disk (megatron-core 0.19.2, ``core/dist_checkpointing/strategies/torch.py``) such a folder is a
+``torch.distributed.checkpoint`` of whole tensors cut into chunks:
+
+  ``.metadata``        pickle of ``Metadata``: per key the whole shape, dtype and chunks, per chunk (file, offset, length)
+  ``__R_N.distcp``     the chunks, each its own ``torch.save`` archive
+  ``metadata.json``    ``{"sharded_backend": "torch_dist", "sharded_backend_version": 1}``
+  ``common.pt``        older versions only; 0.19.2 stores the common state as the object ``common_state/shard_0_1``
+
+Keys carry no ``model.`` prefix, whatever the pipeline layout: the state dict's ``model`` / ``model0`` levels do not
+reach the tensors' own keys (``core/dist_checkpointing/mapping.py``, ``ShardedTensor.key``).
+
+Nothing in a checkpoint is executed: ``.metadata`` is read with an unpickler that knows a fixed list of plain record
+classes, tensors with ``weights_only=True``, and pickled objects are not read at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import pathlib
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    SerializationFormat,
+    _StorageInfo,
+    _StoragePrefix,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from conversion.mapping import Shape
+from mellum2_megatron.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "metadata.json"
+METADATA_FILE = ".metadata"
+COMMON_STATE_KEY = "common_state/shard_0_1"
+
+# What a training checkpoint holds beside the model's weights, by the key's form.
+NOT_WEIGHTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("optimizer state", re.compile(r"^(chained_\d+\.)?optimizer\.")),
+    ("common state", re.compile(r"^common_state/")),
+    ("random number generator state", re.compile(r"^rng_state/")),
+    ("rerun state", re.compile(r"^rerun_state_machine")),
+    ("Transformer Engine extra state", re.compile(r"\._extra_state(/|$)")),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """What ``.metadata`` says of one tensor."""
+
+    key: str
+    dtype: torch.dtype
+    shape: Shape
+    chunks: tuple[ChunkStorageMetadata, ...]
+
+
+class TorchDistReader:
+    """The model weights of one ``torch_dist`` folder (``DIR/iter_0000100`` or ``DIR/release``).
+
+    Attributes:
+        tensors: every weight tensor by Megatron key.
+        skipped: how many keys were left aside, by kind (optimizer state, ...).
+
+    Raises:
+        InputError: not such a folder, a truncated or missing file, chunks that do not cover their tensor, an object
+            that is not known to be safely ignorable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _check_backend(folder)
+        self._reader = FileSystemReader(folder)
+        metadata = read_metadata(folder)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._check_files(metadata)
+        self.tensors: dict[str, StoredTensor] = {}
+        self.skipped: dict[str, int] = {}
+        for key, stored in metadata.state_dict_metadata.items():
+            kind = next((kind for kind, pattern in NOT_WEIGHTS if pattern.search(key)), None)
+            if kind is not None:
+                self.skipped[kind] = self.skipped.get(kind, 0) + 1
+            elif isinstance(stored, TensorStorageMetadata):
+                self.tensors[key] = _stored_tensor(folder, key, stored)
+            else:
+                raise InputError(
+                    f"{folder}: object {key!r}",
+                    rule="beside weights a checkpoint holds optimizer, generator, rerun, common and extra state only",
+                    fix="convert a checkpoint that Megatron-Core 0.19 or this project wrote",
+                )
+
+    def read(self, key: str, offset: Shape, extent: Shape) -> torch.Tensor:
+        """Return the box ``[offset, offset + extent)`` of tensor ``key`` (shape ``extent``), from whatever chunks hold it."""
+        tensor = self.tensors[key]
+        out = torch.empty(extent, dtype=tensor.dtype)
+        items = []
+        for chunk in tensor.chunks:
+            low = [max(a, b) for a, b in zip(chunk.offsets, offset, strict=True)]
+            high = [
+                min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offset, extent, strict=True)
+            ]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                items.append(_read_item(key, chunk, low, high, offset))
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoTensor(out)).wait()
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(
+                f"{self.folder}: tensor {key!r}",
+                rule=f"its chunks must be readable tensors ({_first_line(error)})",
+                fix="copy the checkpoint again, or use an earlier one",
+            ) from error
+        return out
+
+    def _check_files(self, metadata: Metadata) -> None:
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in sorted(ends.items()):
+            if Path(name).name != name:
+                raise InputError(
+                    f"{self.folder}: storage file {name!r}",
+                    rule="checkpoint files lie in the checkpoint's own folder",
+                    fix="convert a checkpoint from a source you trust",
+                )
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else -1
+            if size < end:
+                state = "is missing" if size < 0 else f"has {size} bytes"
+                raise InputError(
+                    f"{path} {state}",
+                    rule=f".metadata places data up to byte {end} of it",
+                    fix="the checkpoint is incomplete: copy it again, or use an earlier one",
+                )
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Read ``.metadata`` without executing anything: only the record classes in `_SAFE_CLASSES` are constructed.
+
+    Raises:
+        InputError: the file is absent, not such a pickle, or names any other class or function.
+    """
+    path = folder / METADATA_FILE
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except FileNotFoundError as error:
+        raise InputError(
+            str(path), rule="a torch_dist checkpoint has a .metadata file", fix="give a complete checkpoint folder"
+        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise InputError(
+            str(path), rule=f"it must be readable checkpoint metadata ({_first_line(error)})", fix="copy it again"
+        ) from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise InputError(str(path), rule="it must hold checkpoint metadata", fix="give a complete checkpoint folder")
+    return metadata
+
+
+class TorchDistWriter:
+    """Write a ``torch_dist`` folder group by group; at most one tensor of a key is held at a time.
+
+    Call `write` once, with all groups; each becomes one ``__N_0.distcp`` file. Then `finish`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer = FileSystemWriter(
+            folder,
+            single_file_per_rank=True,
+            sync_files=True,
+            thread_count=1,
+            per_thread_copy_ahead=0,
+            serialization_format=SerializationFormat.TORCH_SAVE,
+        )
+
+    def write(self, groups: Sequence[Sequence[Chunk]], *, common: dict[str, Any]) -> None:
+        """Write ``groups`` of chunks, then ``.metadata`` and ``metadata.json``.
+
+        Args:
+            groups: the chunks of each file; a chunk's ``produce`` is called once, when its turn comes.
+            common: Megatron's common state (``checkpoint_version``, ``iteration``, ``content_metadata``): plain values.
+        """
+        common_bytes = io.BytesIO()
+        torch.save([common], common_bytes)
+        common_item = WriteItem(
+            index=MetadataIndex(COMMON_STATE_KEY),
+            type=WriteItemType.BYTE_IO,
+            bytes_io_data=BytesIOWriteData(nbytes=common_bytes.getbuffer().nbytes),
+        )
+        plans = [
+            SavePlan([*([common_item] if number == 0 else []), *(chunk.write_item() for chunk in group)])
+            for number, group in enumerate(groups)
+        ]
+        plans, metadata = create_default_global_save_plan(plans)
+        results: list[list[WriteResult]] = []
+        for number, (plan, group) in enumerate(zip(plans, groups, strict=True)):
+            planner = _FromChunks(group, common_bytes)
+            placed = SavePlan(plan.items, storage_data=_StoragePrefix(f"__{number}_"))
+            results.append(self._writer.write_data(placed, planner).wait())
+        self._writer.set_up_storage_writer(is_coordinator=True)
+        self._writer.finish(metadata, results)
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (self.folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A box of a tensor to write: ``produce()`` returns it, with shape ``extent`` and dtype ``dtype``."""
+
+    key: str
+    global_shape: Shape
+    offset: Shape
+    extent: Shape
+    dtype: torch.dtype
+    produce: Callable[[], torch.Tensor]
+
+    def write_item(self) -> WriteItem:
+        return WriteItem(
+            index=MetadataIndex(self.key, torch.Size(self.offset)),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk=ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=torch.Size(self.extent)),
+                properties=TensorProperties(dtype=self.dtype),
+                size=torch.Size(self.global_shape),
+            ),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _FromChunks(SavePlanner):
+    """Hands DCP's writer each chunk's bytes when it asks for them."""
+
+    def __init__(self, chunks: Iterable[Chunk], common: io.BytesIO) -> None:
+        self._chunks = {(chunk.key, torch.Size(chunk.offset)): chunk for chunk in chunks}
+        self._common = common
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return self._common
+        chunk = self._chunks[(write_item.index.fqn, write_item.index.offset)]
+        tensor = chunk.produce().reshape(chunk.extent).contiguous()
+        if tensor.dtype != chunk.dtype:
+            raise TypeError(f"{chunk.key}: produced {tensor.dtype}, announced {chunk.dtype}")
+        return tensor
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("plans are made by TorchDistWriter.write")
+
+    create_local_plan = create_global_plan = finish_plan = set_up_planner  # type: ignore[assignment]
+
+
+class _IntoTensor(LoadPlanner):
+    """Lets DCP's reader copy chunk parts into one tensor."""
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self._out = out
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        view = self._out
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(axis, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing to do: the reader copied into a view of the result."""
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("plans are made by TorchDistReader.read")
+
+    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner  # type: ignore[assignment]
+
+
+def _read_item(key: str, chunk: ChunkStorageMetadata, low: list[int], high: list[int], offset: Shape) -> ReadItem:
+    """The part ``[low, high)`` (whole-tensor coordinates) of ``chunk``, for a box that begins at ``offset``."""
+    return ReadItem(
+        type=LoadItemType.TENSOR,
+        dest_index=MetadataIndex(key, torch.Size(offset)),
+        dest_offsets=torch.Size([a - b for a, b in zip(low, offset, strict=True)]),
+        storage_index=MetadataIndex(key, chunk.offsets),
+        storage_offsets=torch.Size([a - b for a, b in zip(low, chunk.offsets, strict=True)]),
+        lengths=torch.Size([b - a for a, b in zip(low, high, strict=True)]),
+    )
+
+
+def _stored_tensor(folder: Path, key: str, stored: TensorStorageMetadata) -> StoredTensor:
+    covered = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
+    if covered != math.prod(stored.size):
+        raise InputError(
+            f"{folder}: tensor {key!r} has {covered} of {math.prod(stored.size)} values",
+            rule="a tensor's chunks cover it exactly",
+            fix="the checkpoint is incomplete: copy it again, or use an earlier one",
+        )
+    return StoredTensor(
+        key=key, dtype=stored.properties.dtype, shape=tuple(stored.size), chunks=tuple(stored.chunks)
+    )
+
+
+def _check_backend(folder: Path) -> None:
+    path = folder / CONFIG_FILE
+    fix = "give a checkpoint saved with --ckpt-format torch_dist (this project's only format)"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), rule=f"a torch_dist checkpoint has it ({_first_line(error)})", fix=fix) from error
+    backend = config.get("sharded_backend") if isinstance(config, dict) else None
+    if backend != "torch_dist":
+        raise InputError(f"{path}: sharded_backend={backend!r}", rule="only torch_dist is read", fix=fix)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _Inert:
+    """Stands for record classes of older Megatron versions (``strategies/torch.py:86-95``): attributes, no behaviour."""
+
+
+_PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+_METADATA_CLASSES = (
+    "Metadata",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "MetadataIndex",
+    "TensorProperties",
+    "_MEM_FORMAT_ENCODING",
+    "StorageMeta",
+)
+
+
+def _safe_classes() -> dict[tuple[str, str], Any]:
+    """Every global `.metadata` may name: records, paths, sizes and dtypes. Constructing one has no effect."""
+    from torch.distributed.checkpoint import planner
+
+    safe: dict[tuple[str, str], Any] = {
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _StoragePrefix,
+        **{("torch.distributed.checkpoint.metadata", name): getattr(dcp, name) for name in _METADATA_CLASSES},
+        **{("torch.distributed.checkpoint.planner", name): getattr(planner, name) for name in _PLANNER_CLASSES},
+    }
+    for module in ("pathlib", "pathlib._local"):
+        safe |= {(module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath", "Path")}
+    for name in ("MCoreMetadata", "MCoreSavePlan"):
+        safe["megatron.core.dist_checkpointing.strategies.torch", name] = _Inert
+    safe |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    return safe
+
+
+_SAFE_CLASSES = _safe_classes()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _SAFE_CLASSES[module, name]
+        except KeyError:
+            raise InputError(
+                f".metadata names {module}.{name}",
+                rule="checkpoint metadata holds plain records only; nothing is executed from a checkpoint",
+                fix="do not use this checkpoint unless its author can explain it",
+            ) from None

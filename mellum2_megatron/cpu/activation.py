@@ -1,0 +1,59 @@
+"""The switch: after `activate`, this process runs Megatron-Core on the CPU."""
+
+from __future__ import annotations
+
+import sys
+
+from mellum2_megatron.errors import InputError
+
+HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex")
+
+_active = False
+
+
+def is_active() -> bool:
+    """Whether `activate` has been called in this process."""
+    return _active
+
+
+def activate() -> None:
+    """Make this process run Megatron-Core on the CPU, for good. Calling it again does nothing.
+
+    Raises:
+        InputError: a GPU is usable; megatron or Transformer Engine has been imported already; or an installed version
+            is not one that the patches were written for. Nothing has been changed then.
+    """
+    global _active
+    if _active:
+        return
+    _refuse_late_call()
+    import torch
+
+    if torch.cuda.is_available():
+        raise InputError(
+            f"device=cpu with {torch.cuda.get_device_name()} present",
+            rule="the CPU backend replaces parts of torch.cuda and refuses to do so where a GPU is usable",
+            fix="use device=cuda, or hide the GPUs with CUDA_VISIBLE_DEVICES=''",
+        )
+    from mellum2_megatron import patching, upstream
+    from mellum2_megatron.cpu import compiling, device
+    from mellum2_megatron.cpu.patches import PATCHES
+
+    patching.check_versions(PATCHES)
+    upstream.activate()
+    for name in HIDDEN:
+        sys.modules[name] = None  # type: ignore[assignment]  # `import` then raises, `find_spec` returns None
+    device.install()
+    compiling.install()
+    patching.install(PATCHES)
+    _active = True
+
+
+def _refuse_late_call() -> None:
+    imported = sorted(name for name in sys.modules if name.startswith("megatron.") or name in HIDDEN)
+    if imported:
+        raise InputError(
+            f"cpu.activate() after {imported[0]} was imported",
+            rule="Megatron decides at import time what it compiles and which kernels it uses",
+            fix="call mellum2_megatron.cpu.activate() before anything imports megatron or transformer_engine",
+        )

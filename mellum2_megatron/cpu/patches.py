@@ -1,0 +1,82 @@
+"""The table of what Megatron-Core 0.19.2 needs changed to run on a CPU. One entry per upstream object."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from mellum2_megatron.cpu.optim import FusedAdam, with_cuda_type_names
+from mellum2_megatron.patching import Patch
+
+
+def _set_rng_state(original: Any) -> Any:
+    @functools.wraps(original)
+    def set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    return set_rng_state
+
+
+def _allow_no_cuda(original: Any) -> Any:
+    return functools.wraps(original)(functools.partial(original, allow_no_cuda=True))
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="rng-state",
+        target="megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        replacement=_set_rng_state,
+        why="tensor_parallel/random.py:175 queues the change until CUDA is initialised, which never happens",
+    ),
+    Patch(
+        name="allow-no-cuda",
+        target="megatron.training.initialize:initialize_megatron",
+        replacement=_allow_no_cuda,
+        why="training/initialize.py:66 asserts torch.cuda.is_available(), and pretrain() does not pass allow_no_cuda",
+    ),
+    Patch(
+        name="fused-adam",
+        target="megatron.core.optimizer:Adam",
+        replacement=lambda _: FusedAdam,
+        why="core/optimizer/__init__.py:33 falls back to torch's AdamW, whose `step` tensors DistributedOptimizer "
+        "mishandles (distrib_optimizer.py:838, 1028)",
+    ),
+    Patch(
+        name="fused-adam-arguments",
+        target="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",
+        replacement=lambda _: False,
+        why="core/optimizer/__init__.py:556 uses torch.optim.AdamW whatever `Adam` is when this is set",
+    ),
+    Patch(
+        name="fused-adam-state",
+        target="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE",
+        replacement=lambda _: True,
+        why="core/optimizer/distrib_optimizer.py:837, 869, 1025 look for per-parameter steps unless this is set",
+    ),
+    Patch(
+        name="fused-adam-step",
+        target="megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER",
+        replacement=lambda _: True,
+        why="core/optimizer/distrib_optimizer.py:851, 874 take the step from the parameter groups only when this is set",
+    ),
+    Patch(
+        name="type-names-float16",
+        target="megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
+        replacement=with_cuda_type_names,
+        why="core/optimizer/optimizer.py:1009 accepts parameters only if their type string is torch.cuda.*Tensor",
+    ),
+    Patch(
+        name="type-names-distributed",
+        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
+        replacement=with_cuda_type_names,
+        why="core/optimizer/distrib_optimizer.py:401, 466, 758 compare type strings with torch.cuda.*Tensor",
+    ),
+    Patch(
+        name="type-names-clip",
+        target="megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
+        replacement=with_cuda_type_names,
+        why="core/optimizer/clip_grads.py:174 asserts that gradients are of type torch.cuda.FloatTensor",
+    ),
+)

@@ -1,0 +1,68 @@
+"""One process as a whole Megatron world: what building, scoring or converting a model in place needs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from mellum2_megatron.cpu.activation import is_active
+from mellum2_megatron.errors import InputError
+
+_DEFAULT_SEED = 1234
+
+
+def init_single_process(seed: int = _DEFAULT_SEED) -> bool:
+    """Initialise torch.distributed (gloo, one rank), Megatron's groups and its random number trackers.
+
+    The store lives in memory, so no port is taken and any number of such processes run side by side.
+
+    Args:
+        seed: of Megatron's random number trackers and of torch.
+
+    Returns:
+        True when this call initialised them; False when they were already, and belong to someone else.
+
+    Raises:
+        InputError: `activate` has not been called.
+    """
+    if not is_active():
+        raise InputError(
+            "cpu.init_single_process()",
+            rule="the CPU backend is not active",
+            fix="call mellum2_megatron.cpu.activate() first, before megatron is imported",
+        )
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if parallel_state.model_parallel_is_initialized():
+        return False
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return True
+
+
+def teardown() -> None:
+    """Undo `init_single_process`: Megatron's groups, then torch.distributed."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def single_process(seed: int = _DEFAULT_SEED) -> Iterator[None]:
+    """`init_single_process` for the length of a ``with`` block; leaves an initialised world as it was."""
+    mine = init_single_process(seed)
+    try:
+        yield
+    finally:
+        if mine:
+            teardown()

@@ -1,0 +1,378 @@
+"""Text files to a prepared folder: tokenizer, Megatron indexed datasets, and what they were made of.
+
+::
+
+    PATH/train_document.{bin,idx}   megatron.core.datasets.indexed_dataset; every document ends with eos
+    PATH/valid_document.{bin,idx}
+    PATH/tokenizer/                 Hugging Face tokenizer files
+    PATH/corpus.json                counts, entropy, sources with licences, seed, hashes
+    PATH/cache/                     written later by Megatron: sample indices of each (seed, sequence length)
+
+The folder appears at once, complete, or not at all. Its bytes depend on the inputs and the seed, not on ``workers``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mellum2_megatron.data import corpus
+from mellum2_megatron.data.corpus import SPLITS, Document, Selection, Split
+from mellum2_megatron.data.encode import encode_documents
+from mellum2_megatron.data.tokenizer import (
+    check_vocab_size,
+    copy_tokenizer,
+    special_ids,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from mellum2_megatron.data.tokenizer import (
+    vocab_size as vocab_size_of,
+)
+from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.files import atomic_directory, write_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+DEFAULT_MAX_BYTES = 32 * 1024 * 1024
+# A BPE's merges settle long before this much text.
+_TOKENIZER_TRAINING_BYTES = 64 * 1024 * 1024
+_PREPARE_AGAIN = "make it again with `mellum2 data prepare --output PATH --overwrite`"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitStatistics:
+    """Size of one split; ``bytes`` counts the text in UTF-8, ``tokens`` includes one eos a document."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedData:
+    """A prepared folder."""
+
+    path: Path
+    vocab_size: int
+    special_ids: dict[str, int]
+    splits: dict[str, SplitStatistics]
+    valid_unigram_entropy_nats: float
+    """Entropy of the validation split's token distribution: no predictor blind to context has a lower loss on it."""
+    tokenizer_sha256: str
+    seed: int
+    corpus: dict[str, Any]
+    """All of corpus.json."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Hugging Face tokenizer folder."""
+        return self.path / "tokenizer"
+
+    @property
+    def eos(self) -> int:
+        """Id that ends every document."""
+        return self.special_ids["eos"]
+
+    def prefix(self, split: Split) -> Path:
+        """Path of a split's indexed dataset without ``.bin`` / ``.idx``."""
+        return self.path / f"{split}_document"
+
+
+def prepare(
+    output: str | os.PathLike[str],
+    *,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+    tokenizer: str | os.PathLike[str] | None = None,
+    vocab_size: int = 4096,
+    workers: int | None = None,
+    seed: int = 1234,
+    valid_fraction: float = 0.02,
+    max_bytes: int | None = DEFAULT_MAX_BYTES,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PreparedData:
+    """Make a prepared folder from text.
+
+    Args:
+        output: the folder to make.
+        inputs: text files, ``.jsonl`` files or folders; none means the Python sources installed on this machine.
+        tokenizer: a Hugging Face tokenizer folder; None trains a byte-level BPE on the training split.
+        vocab_size: entries of the trained tokenizer (ignored beside ``tokenizer``).
+        workers: processes that read and encode; None means one a core.
+        seed: of the sample and the split.
+        valid_fraction: share of the documents held out for validation.
+        max_bytes: take an even sample of at most so many bytes of text; None takes everything.
+        overwrite: replace an existing folder (only once the new one is complete).
+        progress: show progress bars when standard error is a terminal.
+
+    Raises:
+        InputError: bad arguments or input files; nothing has been written.
+        WorkError: a file changed meanwhile, the disk is full, a worker was killed; ``output`` is untouched.
+    """
+    target = Path(output)
+    workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    _check_arguments(target, workers, vocab_size, valid_fraction, max_bytes, overwrite, tokenizer)
+    sources, refused = (corpus.given_sources(inputs), []) if inputs else corpus.installed_sources()
+    with _Bars(progress) as bars:
+        advance = bars.start("reading", max_bytes)
+        selection = corpus.select(
+            sources, seed=seed, valid_fraction=valid_fraction, max_bytes=max_bytes, advance=advance
+        )
+        _check_selection(selection, valid_fraction)
+        try:
+            with atomic_directory(target, overwrite=overwrite) as folder:
+                _make_tokenizer(selection, folder / "tokenizer", tokenizer, vocab_size, bars)
+                facts = _encode_splits(selection, folder, workers, bars)
+                facts |= {
+                    "seed": seed,
+                    "valid_fraction": valid_fraction,
+                    "max_bytes": max_bytes,
+                    "sources": _source_table(selection),
+                    "documents_left_out": selection.left_out,
+                    "sources_without_open_licence": refused,
+                }
+                write_json(folder / "corpus.json", facts)
+        except OSError as error:
+            raise WorkError(
+                f"writing {target} failed ({error})", fix="free space on that disk or choose another --output"
+            ) from error
+    return load_prepared(target)
+
+
+def load_prepared(path: str | os.PathLike[str]) -> PreparedData:
+    """Read what :func:`prepare` made, and check that its files are all there in full length.
+
+    Raises:
+        InputError: the folder is missing, not a prepared folder, of another format, or truncated.
+    """
+    folder = Path(path)
+    if not (folder / "corpus.json").is_file():
+        raise InputError(
+            f"data.path={path}",
+            rule="it is not a prepared corpus (there is no corpus.json)",
+            fix=f"make one with `mellum2 data prepare --output {path}`",
+        )
+    try:
+        facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise InputError(
+                f"data.path={path}",
+                rule=f"its format is {facts['format']}, this version reads {FORMAT}",
+                fix=_PREPARE_AGAIN,
+            )
+        prepared = PreparedData(
+            path=folder,
+            vocab_size=facts["tokenizer"]["vocab_size"],
+            special_ids=facts["tokenizer"]["special_ids"],
+            splits={split: SplitStatistics(**facts["splits"][split]) for split in SPLITS},
+            valid_unigram_entropy_nats=facts["valid_unigram_entropy_nats"],
+            tokenizer_sha256=facts["tokenizer"]["sha256"],
+            seed=facts["seed"],
+            corpus=facts,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'corpus.json'}", rule=f"it is damaged ({error!r})", fix=_PREPARE_AGAIN) from error
+    for split in SPLITS:
+        statistics = prepared.splits[split]
+        for suffix, size in ((".bin", statistics.bin_bytes), (".idx", statistics.idx_bytes)):
+            file = folder / f"{split}_document{suffix}"
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                rule = f"it should have {size} bytes and " + ("is missing" if found is None else f"has {found}")
+                raise InputError(str(file), rule=rule, fix=_PREPARE_AGAIN)
+    if (
+        not (prepared.tokenizer_dir / "tokenizer.json").is_file()
+        or tokenizer_hash(prepared.tokenizer_dir) != prepared.tokenizer_sha256
+    ):
+        raise InputError(
+            str(prepared.tokenizer_dir), rule="it is not the tokenizer this data was encoded with", fix=_PREPARE_AGAIN
+        )
+    return prepared
+
+
+def _check_arguments(
+    target: Path,
+    workers: int,
+    vocab_size: int,
+    valid_fraction: float,
+    max_bytes: int | None,
+    overwrite: bool,
+    tokenizer: str | os.PathLike[str] | None,
+) -> None:
+    if workers < 1:
+        raise InputError(
+            f"workers={workers}", rule="it must be at least 1", fix="use 1, or leave it out for one a core"
+        )
+    if not 0 < valid_fraction <= 0.5:
+        raise InputError(f"valid_fraction={valid_fraction}", rule="it must be above 0 and at most 0.5", fix="use 0.02")
+    if max_bytes is not None and max_bytes < 1:
+        raise InputError(
+            f"max_bytes={max_bytes}", rule="it must be positive", fix=f"use {DEFAULT_MAX_BYTES}, or none for no limit"
+        )
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
+    else:
+        special_ids(Path(tokenizer))
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not overwrite:
+        raise InputError(
+            f"--output {target}", rule="it exists and is not empty", fix="choose another folder, or add --overwrite"
+        )
+    if occupied and not (target / "corpus.json").is_file():
+        raise InputError(
+            f"--output {target}", rule="only a prepared corpus may be replaced", fix="choose another folder"
+        )
+
+
+def _check_selection(selection: Selection, valid_fraction: float) -> None:
+    for split in SPLITS:
+        if not selection.of(split):
+            left_out = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items()) or "none"
+            raise InputError(
+                f"{len(selection.documents)} document(s)",
+                rule=f"the {split} split is empty (valid_fraction={valid_fraction}; documents left out: {left_out})",
+                fix="give more documents, a larger max_bytes or another valid_fraction",
+            )
+
+
+def _make_tokenizer(
+    selection: Selection, folder: Path, given: str | os.PathLike[str] | None, vocab_size: int, bars: _Bars
+) -> None:
+    if given is not None:
+        copy_tokenizer(Path(given), folder)
+        return
+    documents = selection.of("train")
+    # Every k-th document, so that a large corpus is sampled evenly.
+    stride = -(-sum(document.size for document in documents) // _TOKENIZER_TRAINING_BYTES)
+    documents = documents[::stride]
+    advance = bars.start("training the tokenizer", sum(document.size for document in documents))
+    train_tokenizer(_texts(documents, advance), folder, vocab_size=vocab_size)
+
+
+def _texts(documents: list[Document], advance: Callable[[int], None]) -> Iterator[str]:
+    for document in documents:
+        yield corpus.read_document(document)
+        advance(document.size)
+
+
+def _encode_splits(selection: Selection, folder: Path, workers: int, bars: _Bars) -> dict[str, Any]:
+    # Imported here: it pulls in torch and all of megatron.core, which nothing else in this module needs.
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    identifiers = special_ids(folder / "tokenizer")
+    vocab_size = vocab_size_of(folder / "tokenizer")
+    dtype = DType.optimal_dtype(vocab_size)
+    splits: dict[str, SplitStatistics] = {}
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for split in SPLITS:
+        documents = selection.of(split)
+        size = sum(document.size for document in documents)
+        advance = bars.start(f"encoding the {split} split", size)
+        prefix = folder / f"{split}_document"
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+        tokens, digest = 0, hashlib.sha256()
+        for batch in encode_documents(documents, folder / "tokenizer", eos=identifiers["eos"], workers=workers):
+            start = 0
+            for length in batch.lengths:
+                builder.add_document(batch.tokens[start : start + length], [length])
+                start += length
+            digest.update(batch.tokens.astype(dtype).tobytes())
+            tokens += start
+            if split == "valid":
+                counts += np.bincount(batch.tokens, minlength=vocab_size)
+            advance(batch.size)
+        builder.finalize(f"{prefix}.idx")
+        splits[split] = SplitStatistics(
+            documents=len(documents),
+            tokens=tokens,
+            bytes=size,
+            bin_bytes=Path(f"{prefix}.bin").stat().st_size,
+            idx_bytes=Path(f"{prefix}.idx").stat().st_size,
+            bin_sha256=digest.hexdigest(),
+        )
+    return {
+        "format": FORMAT,
+        "splits": {split: asdict(statistics) for split, statistics in splits.items()},
+        "valid_unigram_entropy_nats": _entropy(counts),
+        "dtype": np.dtype(dtype).name,
+        "tokenizer": {
+            "vocab_size": vocab_size,
+            "special_ids": identifiers,
+            "sha256": tokenizer_hash(folder / "tokenizer"),
+        },
+    }
+
+
+def _entropy(counts: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())
+
+
+def _source_table(selection: Selection) -> list[dict[str, Any]]:
+    """One row a source that contributed: name, version, licence, documents, bytes."""
+    documents = np.zeros(len(selection.sources), dtype=np.int64)
+    size = np.zeros_like(documents)
+    for document in selection.documents:
+        documents[document.source] += 1
+        size[document.source] += document.size
+    return [
+        {
+            "name": source.name,
+            "version": source.version,
+            "licence": source.licence,
+            "documents": int(documents[index]),
+            "bytes": int(size[index]),
+        }
+        for index, source in enumerate(selection.sources)
+        if documents[index]
+    ]
+
+
+class _Bars:
+    """Progress bars on standard error, one a stage; nothing at all when it is not a terminal."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._progress: Progress | None = None
+        self._context: AbstractContextManager[Any] = nullcontext()
+
+    def __enter__(self) -> _Bars:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        if self._wanted and console.is_terminal:
+            columns = (TextColumn("{task.description:<26}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=console)
+            self._context = self._progress
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._context.__exit__(*details)
+
+    def start(self, stage: str, total: int | None) -> Callable[[int], None]:
+        """Begin a stage of ``total`` bytes; the returned function advances it."""
+        logger.info("%s%s", stage, f" ({total / 1e6:.1f} MB)" if total else "")
+        progress = self._progress
+        if progress is None:
+            return lambda _: None
+        task = progress.add_task(stage, total=total)
+        return lambda amount: progress.advance(task, amount)

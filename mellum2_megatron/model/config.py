@@ -1,0 +1,81 @@
+"""`TransformerConfig` from the architecture, and the check that a given one describes the same model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mellum2_megatron.errors import InputError
+from mellum2_megatron.megatron_fields import FIXED_FIELDS, MEGATRON_FIELDS, window_size
+
+if TYPE_CHECKING:
+    from mellum2_megatron.architecture import Mellum2Architecture
+
+
+def transformer_config(architecture: Mellum2Architecture, **overrides: Any) -> TransformerConfig:
+    """Return the Megatron configuration of this model, for building it outside of `pretrain`.
+
+    Args:
+        architecture: the model's description.
+        **overrides: further fields of `TransformerConfig` (parallel sizes, precision, dispatcher, losses).
+    """
+    fields: dict[str, Any] = {field.name: field.value(architecture) for field in MEGATRON_FIELDS}
+    fields |= {
+        "activation_func": torch.nn.functional.silu,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+    }
+    config = TransformerConfig(**fields | overrides)
+    use_plain_initialization(config)
+    return config
+
+
+def use_plain_initialization(config: TransformerConfig) -> None:
+    """Initialise output projections like all other matrices: normal with `init_method_std` (report: 0.02).
+
+    Megatron's default divides their deviation by `sqrt(2 * num_layers)`
+    (megatron/core/transformer/transformer_config.py, `scaled_init_method_normal`, 0.19.2) and has no argument for it.
+    """
+    config.output_layer_init_method = config.init_method
+
+
+def config_differences(config: TransformerConfig, architecture: Mellum2Architecture) -> list[str]:
+    """Return one line for each field of `config` that describes another model than `architecture`."""
+    lines = []
+    for field in MEGATRON_FIELDS:
+        want, have = field.value(architecture), getattr(config, field.name)
+        if (have or None) != (want or None):
+            words = " ".join(field.arguments(architecture)) or f"no {field.flag}"
+            lines.append(f"{field.name} is {have!r}, needs {want!r} ({words})")
+    for name, want in FIXED_FIELDS.items():
+        have = getattr(config, name)
+        if have != want:
+            lines.append(f"{name} is {have!r}, needs {want!r} (Megatron's default)")
+    if config.gated_linear_unit and config.activation_func is not torch.nn.functional.silu:
+        lines.append(f"activation_func is {config.activation_func!r}, needs SiLU (--swiglu)")
+    window = window_size(architecture)
+    if config.window_size is not None and (window is None or tuple(config.window_size) != window):
+        words = "no --window-size" if window is None else f"--window-size {window[0]},{window[1]}"
+        lines.append(f"window_size is {config.window_size!r}, needs {window!r} ({words})")
+    return lines
+
+
+def require_matching_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
+    """Raise `InputError` naming every difference if `config` describes another model than `architecture`."""
+    differences = config_differences(config, architecture)
+    if differences:
+        raise InputError(
+            "Megatron's arguments",
+            rule="must describe the layer spec's model; " + "; ".join(differences),
+            fix="give the arguments named, or take the layer spec of the model that you mean",
+        )

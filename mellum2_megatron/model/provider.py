@@ -1,0 +1,97 @@
+"""The model itself: Megatron's `GPTModel` with Mellum 2's specs, for `pretrain` and for use alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from mellum2_megatron.model.config import require_matching_config, transformer_config, use_plain_initialization
+from mellum2_megatron.model.layer_specs import Backend, decoder_block_spec, mtp_block_spec
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mellum2_megatron.architecture import Mellum2Architecture
+
+
+def build_model(
+    architecture: Mellum2Architecture,
+    *,
+    backend: Backend,
+    config: TransformerConfig | None = None,
+    pre_process: bool = True,
+    post_process: bool = True,
+    parallel_output: bool = False,
+    vp_stage: int | None = None,
+    pg_collection: Any = None,
+    **config_overrides: Any,
+) -> GPTModel:
+    """Build Mellum 2, or this rank's part of it.
+
+    Torch distributed and Megatron's parallel state must be initialised.
+
+    Args:
+        architecture: the model's description.
+        backend: whose modules: "te" or "torch".
+        config: Megatron's configuration; derived from the architecture if None.
+        pre_process, post_process: whether this pipeline stage holds the embedding, and the head.
+        parallel_output: leave the logits split over tensor-parallel ranks.
+        vp_stage: virtual pipeline stage.
+        pg_collection: process groups; Megatron's global ones if None.
+        **config_overrides: fields for the derived configuration.
+
+    Raises:
+        InputError: `config` describes another model, or the backend cannot be had.
+    """
+    if config is None:
+        config = transformer_config(architecture, **config_overrides)
+    elif config_overrides:
+        raise TypeError(f"config_overrides {sorted(config_overrides)} have no effect beside config")
+    require_matching_config(config, architecture)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=decoder_block_spec(architecture, backend, config, vp_stage=vp_stage),
+        mtp_block_spec=mtp_block_spec(architecture, backend, config, vp_stage=vp_stage),
+        vocab_size=architecture.vocab_size,
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=int(architecture.rope_sliding_attention.rope_theta),
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def model_provider(architecture: Mellum2Architecture, backend: Backend) -> Callable[..., GPTModel]:
+    """Return the `model_provider` that `megatron.training.pretrain` calls for every (virtual) pipeline stage."""
+
+    def provide(
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: TransformerConfig | None = None,
+        pg_collection: Any = None,
+    ) -> GPTModel:
+        if config is None:
+            from megatron.training import get_args
+            from megatron.training.arguments import core_transformer_config_from_args
+
+            config = core_transformer_config_from_args(get_args())
+        use_plain_initialization(config)
+        return build_model(
+            architecture,
+            backend=backend,
+            config=config,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+
+    return provide

@@ -1,0 +1,44 @@
+"""Precision of a run: BF16, or BF16 with FP8 matrix multiplications."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mellum2_megatron.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """How the numbers of a run are kept; masters of the weights are FP32 in every case.
+
+    The report trains in "BF16 + FP8 hybrid, tensorwise recipe, amax most-recent" (report §3). The tensorwise recipe
+    scales by the current amax; Megatron reads ``--fp8-amax-compute-algo`` for the delayed recipe only
+    (megatron/core/fp8_utils.py:733-742, 0.19.2), hence no field for it.
+
+    Attributes:
+        compute: ``bf16``, or ``fp8`` for FP8 inputs of the linear layers' matrix multiplications (GPU and Transformer
+            Engine only). Attention itself stays in BF16.
+        fp8_format: ``hybrid`` is E4M3 forward and E5M2 for the gradients of outputs.
+        fp8_recipe: one scale a tensor from its current amax (``tensorwise``) or from history (``delayed``), or scales a
+            block (``blockwise``).
+        fp8_param_gather: all-gather updated weights as FP8 instead of BF16. Refused together with Muon (see ``rules.py``).
+        grad_reduce_in_fp32: accumulate and reduce gradients in FP32.
+
+    Raises:
+        InputError: ``fp8_param_gather`` without FP8 compute.
+    """
+
+    compute: Literal["bf16", "fp8"] = "bf16"
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = "tensorwise"
+    fp8_param_gather: bool = False
+    grad_reduce_in_fp32: bool = True
+
+    def __post_init__(self) -> None:
+        if self.fp8_param_gather and self.compute != "fp8":
+            raise InputError(
+                f"precision.fp8_param_gather=true with precision.compute={self.compute}",
+                rule="FP8 weights are gathered only for FP8 matrix multiplications",
+                fix="set precision.compute=fp8 or precision.fp8_param_gather=false",
+            )

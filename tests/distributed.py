@@ -1,0 +1,145 @@
+"""Run one function in several processes that form a gloo world, quickly and without a TCP port.
+
+The processes are forked from a server that has activated the CPU backend and imported Megatron once (some 13 s of
+imports), so a run pays only for what it does. Each child initialises torch.distributed through a file store, writes
+its output into a file, which a failure shows, and returns what the function returns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_SHOWN_OUTPUT = 6000  # characters of each rank's output in a failure message
+
+
+class DistributedFailure(AssertionError):
+    """A rank failed, died or did not finish; the message holds every rank's output."""
+
+
+def run_distributed(
+    function: str,
+    nproc: int,
+    *args: Any,
+    timeout: float = 120.0,
+    environment: dict[str, str] | None = None,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call ``function`` in ``nproc`` processes of one gloo world and return their results, by rank.
+
+    Args:
+        function: ``module:name``, importable from the repository root. Called as ``function(*args, **kwargs)``, after
+            ``torch.distributed`` is initialised; ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set.
+        nproc: number of processes.
+        timeout: seconds after which all processes are killed.
+        environment: variables for the children, on top of their own.
+
+    Raises:
+        DistributedFailure: a child raised, died, or was still running after ``timeout`` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="mellum2-world-") as folder:
+        world = start_distributed(function, nproc, *args, folder=Path(folder), environment=environment, **kwargs)
+        return world.results(timeout=timeout)
+
+
+def start_distributed(
+    function: str, nproc: int, *args: Any, folder: Path, environment: dict[str, str] | None = None, **kwargs: Any
+) -> World:
+    """Start what `run_distributed` runs and return at once, for tests that kill or signal ranks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__name__}_preload"])
+    job = (function, args, kwargs, nproc, str(folder), environment or {})
+    processes = [context.Process(target=_child, args=(rank, *job), daemon=True) for rank in range(nproc)]
+    for process in processes:
+        process.start()
+    return World(processes, folder)
+
+
+class World:
+    """The processes of one run. ``processes[rank].pid`` is there to be killed or signalled."""
+
+    def __init__(self, processes: Sequence[ForkServerProcess], folder: Path) -> None:
+        self.processes, self.folder = processes, folder
+
+    def results(self, *, timeout: float) -> list[Any]:
+        """Wait for every rank; return what each returned. One rank's failure ends the others after a short grace."""
+        deadline = time.monotonic() + timeout
+        while any(process.is_alive() for process in self.processes):
+            if any(process.exitcode not in (None, 0) for process in self.processes):
+                deadline = min(deadline, time.monotonic() + 2)
+                self._join(deadline)
+                break
+            if time.monotonic() > deadline:
+                break
+            self.processes[-1].join(0.02)
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.kill()
+        codes = [process.exitcode for process in self.processes]
+        if late or any(codes):
+            raise DistributedFailure(f"exit codes {codes}, still running: {late or 'none'}\n{self.output()}")
+        return [pickle.loads(self._file(rank, "result").read_bytes()) for rank in range(len(self.processes))]
+
+    def kill(self) -> None:
+        """End every process that is still there."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+    def output(self, rank: int | None = None) -> str:
+        """What one rank, or each, has written to its standard output and error so far: the end of it."""
+        ranks = range(len(self.processes)) if rank is None else [rank]
+        texts = [self._file(rank, "output").read_text(errors="replace")[-_SHOWN_OUTPUT:] for rank in ranks]
+        return "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in zip(ranks, texts, strict=True))
+
+    def _join(self, deadline: float) -> None:
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+
+    def _file(self, rank: int, kind: str) -> Path:
+        return self.folder / f"{kind}.{rank}"
+
+
+def _child(
+    rank: int, function: str, args: Any, kwargs: Any, nproc: int, folder: str, environment: dict[str, str]
+) -> None:
+    """Body of each process: redirect output, join the world, call the function, leave its result."""
+    output = os.open(os.path.join(folder, f"output.{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.update(environment)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
+    code = 1
+    try:
+        import torch
+
+        store = torch.distributed.FileStore(os.path.join(folder, "store"), nproc)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=nproc)
+        module, _, name = function.partition(":")
+        target: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        result = target(*args, **kwargs)
+        Path(folder, f"result.{rank}").write_bytes(pickle.dumps(result))
+        torch.distributed.destroy_process_group()
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+        traceback.print_exc()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # no atexit: a peer that died must not keep this rank in a destructor
