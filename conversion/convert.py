@@ -30,7 +30,7 @@ from conversion.hf_folder import (
     write_shard,
 )
 from conversion.manifest import WeightRecord, write_manifest
-from conversion.mapping import Entry, derive, megatron_shapes
+from conversion.mapping import Entry, derive, extra_states, megatron_shapes
 from conversion.progress import byte_progress
 from conversion.target import result_folder
 from conversion.torch_dist import Chunk, TorchDistReader, TorchDistWriter
@@ -115,11 +115,9 @@ def import_hf(
         ):
             release = folder / RELEASE
             release.mkdir()
-            chunks = [
-                (entry.group, _chunk(entry, source, stored, records, advance)) for entry in source.entries
-            ]
+            chunks = [(entry.group, _chunk(entry, source, stored, records, advance)) for entry in source.entries]
             groups = [[chunk for _, chunk in group] for _, group in groupby(chunks, key=lambda pair: pair[0])]
-            TorchDistWriter(release).write(groups, common=COMMON_STATE)
+            TorchDistWriter(release).write(groups, common=COMMON_STATE, empty_states=extra_states(source.architecture))
             write_manifest(release, records)
             write_architecture(folder, source.architecture)
             copy_tokenizer(source.path, folder / TOKENIZER_FOLDER)
@@ -203,9 +201,11 @@ def roundtrip(hf_path: PathLike, *, work_dir: PathLike | None = None) -> RoundTr
         shutil.rmtree(megatron)
         with HfFolder.open(hf_path) as before, HfFolder.open(exported) as after:
             names = [source.name for entry in before.entries for source in entry.sources]
-            differing = before.dtype != after.dtype and names or [
-                name for name in names if tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))
-            ]
+            differing = (
+                before.dtype != after.dtype
+                and names
+                or [name for name in names if tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))]
+            )
             return RoundTripReport(
                 path=before.path,
                 dtype=dtype_name(before.dtype),
@@ -299,7 +299,8 @@ def _one_dtype(reader: TorchDistReader) -> torch.dtype:
         by_dtype.setdefault(tensor.dtype, []).append(key)
     if len(by_dtype) > 1:
         raise InputError(
-            f"{reader.folder}: weights in " + ", ".join(f"{dtype_name(d)} ({listed(k, 1)})" for d, k in by_dtype.items()),
+            f"{reader.folder}: weights in "
+            + ", ".join(f"{dtype_name(d)} ({listed(k, 1)})" for d, k in by_dtype.items()),
             rule="a Hugging Face folder has one dtype",
             fix="choose it: --torch-dtype bfloat16",
         )

@@ -60,7 +60,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 def torch_dtype(name: str) -> torch.dtype:
     """``"bfloat16"`` -> ``torch.bfloat16``; InputError unless it is one of `DTYPES`."""
     if name not in DTYPES:
-        raise InputError(f"dtype={name!r}", rule="weights are stored as one of " + ", ".join(DTYPES), fix="use bfloat16")
+        raise InputError(
+            f"dtype={name!r}", rule="weights are stored as one of " + ", ".join(DTYPES), fix="use bfloat16"
+        )
     return DTYPES[name][1]
 
 
@@ -239,9 +241,7 @@ def _check_index_files(folder: Path, named: set[str], found: set[str]) -> None:
 
 
 def _check_index_names(index: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
-    wrong = sorted(
-        name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file
-    )
+    wrong = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file)
     if wrong:
         raise InputError(
             f"{index}: {listed(wrong)}", rule="a tensor must be in the file the index names", fix="copy both again"

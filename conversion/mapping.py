@@ -162,23 +162,48 @@ FUSED_EXPERTS = (
 )
 
 
+# Modules whose ``_extra_state`` object Megatron's load asks for and fails without, empty as it is outside FP8: the
+# linears of either backend, and with Transformer Engine the attention and the norms too. {expert} marks those per expert.
+LAYER_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.experts.experts.linear_fc1{expert}",
+    "mlp.experts.experts.linear_fc2{expert}",
+)
+HEAD_STATES = ("decoder.final_layernorm",)
+MTP_STATES = tuple(f"mtp.layers.0.{module}" for module in ("enorm", "hnorm", "eh_proj", "final_layernorm"))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """Where a group of rows sits: its prefixes, and whether its Megatron tensors carry a layer axis."""
 
     rows: tuple[Row, ...]
+    states: tuple[str, ...] = ()
     megatron: str = ""
     huggingface: str = ""
     layer_axis: bool = False
     mtp: bool = False
 
 
+_MTP_LAYER = "mtp.layers.0.transformer_layer."
+
 PLACES = (
     Place(rows=EMBEDDING),
-    Place(rows=LAYER, megatron="decoder.layers.", huggingface="model.layers.{layer}.", layer_axis=True),
-    Place(rows=HEAD),
-    Place(rows=LAYER, megatron="mtp.layers.0.transformer_layer.", huggingface="mtp.layers.0.", mtp=True),
-    Place(rows=MTP, mtp=True),
+    Place(
+        rows=LAYER,
+        states=LAYER_STATES,
+        megatron="decoder.layers.",
+        huggingface="model.layers.{layer}.",
+        layer_axis=True,
+    ),
+    Place(rows=HEAD, states=HEAD_STATES),
+    Place(rows=LAYER, states=LAYER_STATES, megatron=_MTP_LAYER, huggingface="mtp.layers.0.", mtp=True),
+    Place(rows=MTP, states=MTP_STATES, mtp=True),
 )
 
 
@@ -251,6 +276,24 @@ def megatron_shapes(entries: list[Entry]) -> dict[str, Shape]:
 def huggingface_shapes(entries: list[Entry]) -> dict[str, Shape]:
     """Return every released Hugging Face tensor name with its shape."""
     return {source.name: source.shape for entry in entries for source in entry.sources}
+
+
+def extra_states(architecture: Mellum2Architecture) -> list[str]:
+    """Return the key of every ``_extra_state`` object, as ``ShardedObject.unique_key`` spells it.
+
+    ``decoder.layers.self_attention.linear_qkv._extra_state/shard_3_28``: layer 3 of 28; ``shard_3.17_28.64`` for its
+    expert 17 of 64; ``shard_0_1`` where there is one (``megatron/core/transformer/utils.py:218-233``).
+    """
+    keys = []
+    for layer, place in _places(architecture):
+        leading = [(layer, architecture.num_hidden_layers)] if place.layer_axis else []
+        for module in place.states:
+            per_expert = "{expert}" in module
+            for expert in range(architecture.num_experts if per_expert else 1):
+                axes = ([*leading, (expert, architecture.num_experts)] if per_expert else leading) or [(0, 1)]
+                offset, shape = (".".join(map(str, axis)) for axis in zip(*axes, strict=True))
+                keys.append(f"{place.megatron}{module.format(expert='')}._extra_state/shard_{offset}_{shape}")
+    return keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

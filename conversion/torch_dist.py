@@ -131,9 +131,7 @@ class TorchDistReader:
         items = []
         for chunk in tensor.chunks:
             low = [max(a, b) for a, b in zip(chunk.offsets, offset, strict=True)]
-            high = [
-                min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offset, extent, strict=True)
-            ]
+            high = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offset, extent, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
                 items.append(_read_item(key, chunk, low, high, offset))
         try:
@@ -210,28 +208,34 @@ class TorchDistWriter:
             serialization_format=SerializationFormat.TORCH_SAVE,
         )
 
-    def write(self, groups: Sequence[Sequence[Chunk]], *, common: dict[str, Any]) -> None:
+    def write(
+        self, groups: Sequence[Sequence[Chunk]], *, common: dict[str, Any], empty_states: Iterable[str] = ()
+    ) -> None:
         """Write ``groups`` of chunks, then ``.metadata`` and ``metadata.json``.
 
         Args:
             groups: the chunks of each file; a chunk's ``produce`` is called once, when its turn comes.
             common: Megatron's common state (``checkpoint_version``, ``iteration``, ``content_metadata``): plain values.
+            empty_states: keys of ``_extra_state`` objects to store as None, as Megatron's own linears do
+                (``core/tensor_parallel/layers.py:1232``); Transformer Engine takes None for "nothing to restore".
         """
-        common_bytes = io.BytesIO()
-        torch.save([common], common_bytes)
-        common_item = WriteItem(
-            index=MetadataIndex(COMMON_STATE_KEY),
-            type=WriteItemType.BYTE_IO,
-            bytes_io_data=BytesIOWriteData(nbytes=common_bytes.getbuffer().nbytes),
-        )
+        objects = {COMMON_STATE_KEY: _serialized(common)} | dict.fromkeys(empty_states, _serialized(None))
+        items = [
+            WriteItem(
+                index=MetadataIndex(key),
+                type=WriteItemType.BYTE_IO,
+                bytes_io_data=BytesIOWriteData(nbytes=data.getbuffer().nbytes),
+            )
+            for key, data in objects.items()
+        ]
         plans = [
-            SavePlan([*([common_item] if number == 0 else []), *(chunk.write_item() for chunk in group)])
+            SavePlan([*(items if number == 0 else []), *(chunk.write_item() for chunk in group)])
             for number, group in enumerate(groups)
         ]
         plans, metadata = create_default_global_save_plan(plans)
         results: list[list[WriteResult]] = []
         for number, (plan, group) in enumerate(zip(plans, groups, strict=True)):
-            planner = _FromChunks(group, common_bytes)
+            planner = _FromChunks(group, objects)
             placed = SavePlan(plan.items, storage_data=_StoragePrefix(f"__{number}_"))
             results.append(self._writer.write_data(placed, planner).wait())
         self._writer.set_up_storage_writer(is_coordinator=True)
@@ -266,16 +270,23 @@ class Chunk:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _serialized(value: Any) -> io.BytesIO:
+    """A sharded object's bytes: Megatron stores the list of a rank's objects of one key (``torch.py:324-329``)."""
+    stream = io.BytesIO()
+    torch.save([value], stream)
+    return stream
+
+
 class _FromChunks(SavePlanner):
     """Hands DCP's writer each chunk's bytes when it asks for them."""
 
-    def __init__(self, chunks: Iterable[Chunk], common: io.BytesIO) -> None:
+    def __init__(self, chunks: Iterable[Chunk], objects: dict[str, io.BytesIO]) -> None:
         self._chunks = {(chunk.key, torch.Size(chunk.offset)): chunk for chunk in chunks}
-        self._common = common
+        self._objects = objects
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            return self._common
+            return self._objects[write_item.index.fqn]
         chunk = self._chunks[(write_item.index.fqn, write_item.index.offset)]
         tensor = chunk.produce().reshape(chunk.extent).contiguous()
         if tensor.dtype != chunk.dtype:
@@ -329,9 +340,7 @@ def _stored_tensor(folder: Path, key: str, stored: TensorStorageMetadata) -> Sto
             rule="a tensor's chunks cover it exactly",
             fix="the checkpoint is incomplete: copy it again, or use an earlier one",
         )
-    return StoredTensor(
-        key=key, dtype=stored.properties.dtype, shape=tuple(stored.size), chunks=tuple(stored.chunks)
-    )
+    return StoredTensor(key=key, dtype=stored.properties.dtype, shape=tuple(stored.size), chunks=tuple(stored.chunks))
 
 
 def _check_backend(folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.architecture import Mellum2Architecture, Parameter
 from mellum2_megatron.errors import InputError
 
 CpCommType = Literal["p2p", "all_gather"]
@@ -15,12 +15,15 @@ CpCommType = Literal["p2p", "all_gather"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Ways of each parallelism. Attention runs on ``tp * cp * pp * dp`` ranks, experts on ``etp * ep * pp * expert dp``.
+    """Ways of each parallelism.
+
+    Attention runs on ``tp * cp * pp * dp`` ranks; the same ranks hold experts as ``etp * ep * pp * expert dp``.
 
     Attributes:
         tp: tensor parallel ways of attention, embedding and output layer.
         sp: sequence parallelism, the activations between tensor-parallel regions split along the sequence. Needed with
-            ``tp > 1``: Megatron refuses to train an MoE without it (megatron/core/transformer/moe/moe_layer.py:629, 0.19.2).
+            ``tp > 1``: Megatron refuses to train an MoE without it (megatron/core/transformer/moe/moe_layer.py:629,
+            0.19.2).
         pp: pipeline stages.
         vpp: virtual stages a pipeline rank (interleaved schedule); 1 is the plain schedule.
         ep: expert parallel ways, the experts of a layer are divided among them.
@@ -90,9 +93,9 @@ class Layout:
         """Return the context-parallel communication of every layer.
 
         Sliding layers can only gather: Transformer Engine's p2p has no window, and its a2a needs KV heads divisible by
-        ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and 5688-5694, 2.20.2). Full layers use p2p,
-        which overlaps. Both keep the same zigzag split of the sequence, so they mix. The MTP layer reads the first entry
-        (its layer number is 1), which therefore gathers if either of the two slides.
+        ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and 5688-5694, 2.20.2). Full layers use
+        p2p, which overlaps. Both keep the same zigzag split of the sequence, so they mix. The MTP layer reads the first
+        entry (its layer number is 1), which therefore gathers if either of the two slides.
         """
         kinds: list[CpCommType] = [
             "all_gather" if kind == "sliding_attention" else "p2p" for kind in architecture.layer_types
@@ -121,8 +124,8 @@ class Layout:
 
     def _model_problems(self, architecture: Mellum2Architecture) -> list[InputError | None]:
         layers = {"num_hidden_layers": architecture.num_hidden_layers}
-        # With more ranks than KV heads Megatron replicates them, and Muon stops splitting Q, K and V with no more than a
-        # DEBUG line (megatron/core/optimizer/emerging_optimizers.py:294-324, 0.19.2): refused.
+        # With more ranks than KV heads Megatron replicates them, and Muon stops splitting Q, K and V with no more than
+        # a DEBUG line (megatron/core/optimizer/emerging_optimizers.py:294-324, 0.19.2): refused.
         heads = {
             "num_attention_heads": architecture.num_attention_heads,
             "num_key_value_heads": architecture.num_key_value_heads,
@@ -163,7 +166,8 @@ class Layout:
                 InputError(
                     f"layout.tp={self.tp}, layout.cp={self.cp}, layout.pp={self.pp} on {world_size} ranks",
                     rule=f"tp * cp * pp = {dense} must divide the number of ranks",
-                    fix=f"start {_nearest_multiples(world_size, self.smallest_world_size)} ranks, or lower one of the three",
+                    fix=f"start {_nearest_multiples(world_size, self.smallest_world_size)} ranks, "
+                    "or lower one of the three",
                 )
             ]
         if world_size % expert:
@@ -186,6 +190,130 @@ class Layout:
                 )
             ]
         return []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """What one rank holds, in bytes.
+
+    Attributes:
+        parameters: number of weights on the rank.
+        weights: BF16 copies, plus the FP8 ones (plain and transposed) that Transformer Engine keeps for FP8 compute.
+        gradients: the accumulation buffers; they are not sharded.
+        optimizer: FP32 masters and states, this rank's share.
+        activations: what the backward pass needs, without recomputation. A rough count of the tensors kept.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the four parts, in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory_per_rank(
+    architecture: Mellum2Architecture,
+    layout: Layout,
+    *,
+    world_size: int,
+    sequence_length: int,
+    micro_batch_size: int,
+    optimizer: Literal["muon", "adam"] = "muon",
+    fp8: bool = False,
+    grad_bytes: int = 4,
+) -> Memory:
+    """Estimate the memory of the fullest rank.
+
+    Weights follow from the layout exactly. Muon keeps master and momentum (8 bytes a weight) of whole matrices, handed
+    out evenly over the ranks that hold the same ones; Adam keeps a master and two moments (12 bytes), divided evenly.
+
+    Raises:
+        InputError: the layout does not fit.
+    """
+    layout.validate(architecture, world_size=world_size, sequence_length=sequence_length)
+    ranks = [
+        (
+            *_stage_memory(architecture, layout, stage, world_size, optimizer, fp8, grad_bytes),
+            _activations(architecture, layout, stage, sequence_length * micro_batch_size),
+        )
+        for stage in range(layout.pp)
+    ]
+    estimates = [
+        Memory(parameters=parameters, weights=weights, gradients=gradients, optimizer=state, activations=kept)
+        for parameters, weights, gradients, state, kept in ranks
+    ]
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _stage_memory(
+    architecture: Mellum2Architecture,
+    layout: Layout,
+    stage: int,
+    world_size: int,
+    optimizer: Literal["muon", "adam"],
+    fp8: bool,
+    grad_bytes: int,
+) -> tuple[int, int, int, int]:
+    """Return parameters, and bytes of weights, gradients and optimizer state, on a rank of pipeline stage ``stage``."""
+    replicas = {
+        True: layout.expert_data_parallel(world_size),
+        False: layout.data_parallel(world_size) * layout.cp,
+    }
+    count = fp8_weights = 0
+    muon = {True: 0, False: 0}
+    largest = {True: 0, False: 0}
+    adam = {True: 0, False: 0}
+    for parameter in architecture.parameters():
+        if stage not in _stages(parameter, architecture, layout):
+            continue
+        expert = parameter.component == "experts"
+        ways = layout.ep * layout.etp if expert else layout.tp
+        size = parameter.numel // (1 if parameter.component in ("norms", "router") else ways)
+        count += size
+        if parameter.component in ("attention", "experts", "mtp projection"):
+            fp8_weights += size
+        matrix = len(parameter.shape) == 2 and parameter.component not in ("embedding", "output head")
+        if matrix and optimizer == "muon":
+            muon[expert] += size
+            largest[expert] = max(largest[expert], parameter.numel // (layout.etp if expert else layout.tp))
+        else:
+            adam[expert] += size
+    state = sum(
+        8 * max(math.ceil(muon[kind] / replicas[kind]), largest[kind]) + 12 * math.ceil(adam[kind] / replicas[kind])
+        for kind in (True, False)
+    )
+    return count, 2 * count + (2 * fp8_weights if fp8 else 0), grad_bytes * count, state
+
+
+def _stages(parameter: Parameter, architecture: Mellum2Architecture, layout: Layout) -> set[int]:
+    """Return the pipeline stages that hold ``parameter``; virtual stages are dealt out in turn."""
+    last = layout.pp - 1
+    if parameter.component == "embedding":
+        return {0, last} if architecture.num_mtp_layers else {0}  # the MTP layer embeds the next token itself
+    if parameter.mtp or parameter.layer is None:
+        return {last}
+    return {parameter.layer * layout.pp * layout.vpp // architecture.num_hidden_layers % layout.pp}
+
+
+def _activations(architecture: Mellum2Architecture, layout: Layout, stage: int, tokens: int) -> int:
+    """Return the bytes that the backward pass of ``tokens`` tokens needs on a rank of pipeline stage ``stage``."""
+    a = architecture
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    attention = 3 * a.hidden_size + 2 * (queries + 2 * keys) + queries  # two norms' inputs, q/k/v before and after RoPE
+    experts = a.hidden_size + a.num_experts_per_tok * (a.hidden_size + 3 * a.moe_intermediate_size)
+    local = tokens // (layout.cp * layout.tp)
+    layers = a.num_hidden_layers // layout.pp
+    in_flight = min(layout.pp, layout.pp - stage)  # one-forward-one-backward keeps that many micro-batches
+    kept = 2 * local * (attention + experts) * layers * in_flight
+    if stage == layout.pp - 1:
+        heads = 1 + a.num_mtp_layers
+        kept += heads * 6 * local * a.vocab_size + a.num_mtp_layers * 2 * local * (attention + experts)  # BF16 and FP32
+    return kept
 
 
 def _divides(name: str, ways: int, sizes: dict[str, int]) -> InputError | None:

@@ -126,7 +126,8 @@ def _schedule(run: Run) -> list[str]:
         *("--lr-warmup-samples", str(schedule.warmup_samples)),
         *("--lr-decay-samples", str(schedule.lr_horizon)),
         # The run, not the checkpoint, states the schedule: phases extend `train_samples`, which Megatron stores as the
-        # length of the weight-decay schedule and otherwise asserts to be unchanged (optimizer_param_scheduler.py:333-341).
+        # length of the weight-decay schedule and otherwise asserts to be unchanged
+        # (megatron/core/optimizer_param_scheduler.py:333-341).
         "--override-opt-param-scheduler",
     ]
     if schedule.style == "whd":

@@ -37,7 +37,9 @@ class MegatronField:
         return [] if value is None else [self.flag, str(value)]
 
 
-def _switch(name: str, flag: str, value: Callable[[Mellum2Architecture], bool], inverted: bool = False) -> MegatronField:
+def _switch(
+    name: str, flag: str, value: Callable[[Mellum2Architecture], bool], inverted: bool = False
+) -> MegatronField:
     return MegatronField(name=name, flag=flag, value=value, is_switch=True, inverted=inverted)
 
 

@@ -33,8 +33,8 @@ class Loss:
 class Optimizer:
     """Settings of the update; the defaults are the report's (report §3).
 
-    With ``muon`` every two-dimensional weight except embedding and output layer is updated by Muon, the rest by Adam, at
-    one learning rate (megatron/core/optimizer/emerging_optimizers.py:128-130, 0.19.2). State is sharded over the
+    With ``muon`` every two-dimensional weight except embedding and output layer is updated by Muon, the rest by Adam,
+    at one learning rate (megatron/core/optimizer/emerging_optimizers.py:128-130, 0.19.2). State is sharded over the
     data-parallel ranks in both cases.
 
     Attributes:

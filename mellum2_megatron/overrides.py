@@ -15,17 +15,17 @@ from mellum2_megatron.values import field_types, from_text
 def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
     """Return ``run`` with every ``key=value`` applied, later ones winning, then validated as a whole.
 
-    Keys are the full names of fields (``layout.ep``, ``schedule.batch_schedule``); see ``values.from_text`` for how values
-    are written. ``architecture=PRESET`` exchanges the whole model, whatever its position in the list. Two fields of the
-    architecture follow the one that they describe unless they are given too (``Mellum2Architecture.replace``): with
-    ``architecture.num_hidden_layers`` the repeating pattern of ``layer_types`` is continued or cut, and with
+    Keys are the full names of fields (``layout.ep``, ``schedule.batch_schedule``); see ``values.from_text`` for how
+    values are written. ``architecture=PRESET`` exchanges the whole model, whatever its position in the list. Two fields
+    of the architecture follow the one that they describe unless they are given too (``Mellum2Architecture.replace``):
+    with ``architecture.num_hidden_layers`` the repeating pattern of ``layer_types`` is continued or cut, and with
     ``architecture.num_mtp_layers`` the MTP layers slide.
 
     An overridden key's source becomes the override itself.
 
     Raises:
-        InputError: not ``key=value``, an unknown key (the nearest is named), a value of the wrong type (the expected one is
-            named), or a combination that the run refuses.
+        InputError: not ``key=value``, an unknown key (the nearest is named), a value of the wrong type (the expected
+            one is named), or a combination that the run refuses.
     """
     pairs = [_split(override) for override in overrides]
     changes: dict[str, Any] = {}
@@ -33,12 +33,16 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
     for key, text in pairs:
         if key == "architecture":
             run = dataclasses.replace(run, architecture=Mellum2Architecture.preset(text))
-            sources = {known: source for known, source in sources.items() if not known.startswith("architecture.")}
+            sources = {
+                known: source for known, source in sources.items() if not f"{known}.".startswith("architecture.")
+            }
+            sources["architecture"] = f"override architecture={text}"
     for key, text in pairs:
         if key != "architecture":
             _set(changes, key, from_text(text, _annotation(key), key))
             sources[key] = f"override {key}={text}"
-    return _replace(run, {**changes, "sources": sources})
+    resolved: Run = _replace(run, {**changes, "sources": sources})
+    return resolved
 
 
 def _split(override: str) -> tuple[str, str]:

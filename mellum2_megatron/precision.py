@@ -22,7 +22,7 @@ class Precision:
         fp8_format: ``hybrid`` is E4M3 forward and E5M2 for the gradients of outputs.
         fp8_recipe: one scale a tensor from its current amax (``tensorwise``) or from history (``delayed``), or scales a
             block (``blockwise``).
-        fp8_param_gather: all-gather updated weights as FP8 instead of BF16. Refused together with Muon (see ``rules.py``).
+        fp8_param_gather: all-gather updated weights as FP8 instead of BF16. Refused beside Muon (see ``rules.py``).
         grad_reduce_in_fp32: accumulate and reduce gradients in FP32.
 
     Raises:

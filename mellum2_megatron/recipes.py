@@ -15,6 +15,7 @@ from mellum2_megatron.run import Checkpoint, Data, Logging, Run
 from mellum2_megatron.schedule import Schedule
 
 _RECIPES: dict[str, Callable[..., Run]] = {}
+_OPERATION = "ours: how the run is operated"
 
 SEQUENCE_LENGTH = 8192
 """Tokens a sequence up to the long-context stage (report §2)."""
@@ -22,11 +23,14 @@ SEQUENCE_LENGTH = 8192
 TRAIN_STEPS = 323_459
 """Optimizer steps of the three phases (report App. B)."""
 
+PHASE_TOKENS = (6.18e12, 2.79e12, 1.69e12)
+"""Tokens of Foundation, Quality Uplift and Capability Sharpening (report §3)."""
+
 RAMP_STEPS = 12_128
 """Steps at 2,048 sequences before the batch doubles.
 
 The report gives neither the length nor the shape of the ramp. With one step from 2,048 to 4,096 its two totals leave no
-choice: 323,459 steps see 10.65T tokens (6.18T + 2.79T + 1.69T, report §3) only if about 12,128 of them were half as large.
+choice: 323,459 steps see 10.65T tokens (report §3) only if about 12,128 of them were half as large.
 """
 
 
@@ -90,12 +94,20 @@ def mellum2_tiny_pretrain() -> Run:
         logging=Logging(log_interval=5, eval_interval=50, eval_iterations=4),
         checkpoint=Checkpoint(save_interval=100),
         sources={
-            "architecture.num_hidden_layers": "one period of the report's layer pattern (report §2)",
-            "layout.ep": "the report divides experts over ranks (EP 8, report §3); two ranks here",
-            "optimizer.name": "report §3",
-            "optimizer.lr": "tuned for this size; the report's 3e-4 is for 4,096 sequences a step",
-            "schedule.batch_schedule": "a ramp to twice the first batch, as in the report (report §3)",
-            "loss.mtp_factor": "report §2",
+            "architecture": "preset mellum2-tiny: the report's proportions at a size two CPU cores can train",
+            "layout": "two ranks share the experts, as eight do in the report (report §3)",
+            "optimizer": "report §3",
+            "optimizer.lr": "tuned at this size and batch; the report's 3e-4 is for the 12B",
+            "optimizer.overlap_grad_reduce": "nothing to hide behind on a CPU",
+            "optimizer.overlap_param_gather": "nothing to hide behind on a CPU",
+            "loss": "report §2, §3",
+            "schedule": "WHD and a batch that doubles, as in the report (report §3), in ten minutes on two cores",
+            "precision": "BF16: FP8 needs a GPU",
+            "data": _OPERATION,
+            "logging": _OPERATION,
+            "checkpoint": _OPERATION,
+            "seed": _OPERATION,
+            "backend": _OPERATION,
         },
     )
 
@@ -110,7 +122,7 @@ def mellum2_12b_pretrain_phase1() -> Run:
         batch_sizes=((0, 2048), (RAMP_STEPS, 4096)),
         micro_batch_size=2,
     )
-    phase_end = whole.samples(whole.steps(round(6.18e12 / SEQUENCE_LENGTH)))
+    phase_end = whole.samples(whole.steps(round(PHASE_TOKENS[0] / SEQUENCE_LENGTH)))
     return Run(
         name="mellum2_12b_pretrain_phase1",
         description=_description(mellum2_12b_pretrain_phase1),
@@ -130,7 +142,32 @@ def mellum2_12b_pretrain_phase1() -> Run:
         data=Data(path="data/phase1", sequence_length=SEQUENCE_LENGTH),
         logging=Logging(log_interval=10, eval_interval=1000, eval_iterations=8),
         checkpoint=Checkpoint(save_interval=1000),
-        sources={},
+        sources={
+            "architecture": "report §2, table Architecture configuration; released config.json",
+            "architecture.max_position_embeddings": "report §2: 8,192 native; released Base-Pretrain config.json",
+            "layout": "report §3: EP 8, TP 1, PP 1, 32 nodes of 8 H200",
+            "layout.dispatcher": "ours: dropless all-to-all; the report names none",
+            "optimizer": "report §3, App. B",
+            "optimizer.muon_split_qkv": "Megatron's default; the report does not say",
+            "optimizer.muon_extra_scale": "report §3, after Moonlight (arXiv 2502.16982, §2.2)",
+            "loss": "report §3",
+            "loss.mtp_factor": "report §2",
+            "schedule.style": "report §3: WHD",
+            "schedule.train_samples": "report §3: 6.18T tokens in phase 1, rounded up to a whole step",
+            "schedule.horizon_samples": "report App. B: 323,459 steps, of which RAMP_STEPS at 2,048 sequences",
+            "schedule.warmup_samples": "report App. B: 2,000 steps, all of them at 2,048 sequences",
+            "schedule.decay_samples": "report App. B: the last 49,306 steps, at 4,096 sequences",
+            "schedule.batch_schedule": "report §3: 2,048 to 4,096; when follows from steps and tokens, see RAMP_STEPS",
+            "schedule.micro_batch_size": "report App. B",
+            "precision": "report §3: BF16 + FP8 hybrid, tensorwise, gradients reduced in FP32",
+            "precision.fp8_param_gather": "not the report's: wrong beside Muon in megatron-core 0.19.2, see rules.py",
+            "data": _OPERATION,
+            "data.sequence_length": "report §3: packed into 8,192 tokens",
+            "logging": _OPERATION,
+            "checkpoint": _OPERATION,
+            "seed": _OPERATION,
+            "backend": _OPERATION,
+        },
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
@@ -160,7 +160,7 @@ class Run:
         layout, optimizer, loss, schedule, precision, data, logging, checkpoint: see their classes.
         seed: of initialisation and, unless ``data.seed`` says otherwise, of shuffling.
         backend: ``te`` (Transformer Engine), ``torch`` (anywhere), or ``auto``: te on a GPU, torch on a CPU.
-        sources: ``full key -> where its value comes from``.
+        sources: where values come from, by key (``optimizer.lr``) or by section (``optimizer``); see `source`.
     """
 
     name: str
@@ -181,7 +181,7 @@ class Run:
     def __post_init__(self) -> None:
         known = keys()
         for key in self.sources:
-            if key not in known:
+            if key not in known and not any(name.startswith(f"{key}.") for name in known):
                 raise InputError(f"source of {key}", rule="no such key in a run", fix=nearest(key, known))
 
     def resolved_backend(self, device: Device) -> Backend:
@@ -193,6 +193,12 @@ class Run:
     def learning_rate(self, sample: int) -> float:
         """Return the learning rate of the step that starts after ``sample`` samples."""
         return self.schedule.learning_rate(sample, peak=self.optimizer.lr, minimum=self.optimizer.min_lr)
+
+    def source(self, key: str) -> str | None:
+        """Return where the value of ``key`` comes from: its own source, or that of the section it lies in."""
+        while key and key not in self.sources:
+            key = key.rpartition(".")[0]
+        return self.sources.get(key)
 
     @property
     def eval_batch_size(self) -> int:
@@ -206,7 +212,7 @@ class Run:
 
 
 def keys() -> tuple[str, ...]:
-    """Return every key that can be set, in full: ``layout.ep``, ``architecture.rope_full_attention.factor``, ``seed`` .."""
+    """Return every key that can be set, in full: ``layout.ep``, ``architecture.rope_full_attention.factor`` .."""
     return tuple(_leaf_keys(Run, ""))
 
 
@@ -224,7 +230,20 @@ def _leaf_keys(cls: type, prefix: str) -> list[str]:
 
 def to_yaml(run: Run) -> str:
     """Return ``run`` as YAML, complete: every value, and the sources."""
-    return yaml.safe_dump(to_plain(run), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    text: str = yaml.dump(to_plain(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """One key a line, lists in brackets."""
+
+    def represent_sequence(
+        self, tag: str, sequence: Iterable[Any], flow_style: bool | None = None
+    ) -> yaml.SequenceNode:
+        return super().represent_sequence(tag, sequence, flow_style=True)
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        return super().represent_mapping(tag, mapping, flow_style=False)
 
 
 def from_yaml(text: str) -> Run:
@@ -237,7 +256,8 @@ def from_yaml(text: str) -> Run:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError("run file", rule=f"not YAML: {error}", fix="give a file that `mellum2 train` wrote") from None
-    return _build(Run, values, "")
+    run: Run = _build(Run, values, "")
+    return run
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

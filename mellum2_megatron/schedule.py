@@ -20,15 +20,15 @@ class Schedule:
     """Warmup, hold and decay of the learning rate, and the ramp of the batch.
 
     Attributes:
-        style: ``whd`` is linear warmup, hold, linear decay (report §3; Megatron's WSD with linear decay). ``cosine`` decays
-            from the end of the warmup to the horizon (report §5.1).
+        style: ``whd`` is linear warmup, hold, linear decay (report §3; Megatron's WSD with linear decay). ``cosine``
+            decays from the end of the warmup to the horizon (report §5.1).
         train_samples: the run stops here, counted from the first sample ever trained on. Ends on a step.
-        horizon_samples: the learning rate's schedule ends here; None means at ``train_samples``. A run that is one phase of
-            a longer training stops before its horizon.
+        horizon_samples: the learning rate's schedule ends here; None means at ``train_samples``. A run that is one
+            phase of a longer training stops before its horizon.
         warmup_samples: linear from 0 to the peak over the first samples.
         decay_samples: length of the ``whd`` decay, which ends at the horizon.
-        batch_schedule: ``(first sample, sequences a step)`` pairs; a single pair is a constant batch. A new size holds from
-            the first step that starts at or after its sample.
+        batch_schedule: ``(first sample, sequences a step)`` pairs; a single pair is a constant batch. A new size holds
+            from the first step that starts at or after its sample.
         micro_batch_size: sequences a rank runs through the model at once.
 
     Raises:
@@ -80,7 +80,7 @@ class Schedule:
         if self.train_samples > horizon:
             raise InputError(
                 f"schedule.train_samples={self.train_samples}",
-                rule=f"must not exceed schedule.horizon_samples={horizon}, after which the learning rate is optimizer.min_lr",
+                rule=f"must not exceed schedule.horizon_samples={horizon}, where the learning rate's schedule ends",
                 fix=f"set schedule.horizon_samples to {self.train_samples} or more, or to null",
             )
         if self.style == "cosine" and self.decay_samples:
@@ -91,12 +91,11 @@ class Schedule:
             )
         room = horizon - 1 if not self.decay_samples else horizon - self.decay_samples
         if self.warmup_samples > room:
-            what = f"schedule.warmup_samples={self.warmup_samples}, schedule.decay_samples={self.decay_samples}"
+            shorter = min(self.warmup_samples, horizon // 10), min(self.decay_samples, horizon // 5)
             raise InputError(
-                what,
+                f"schedule.warmup_samples={self.warmup_samples}, schedule.decay_samples={self.decay_samples}",
                 rule=f"warmup and decay must fit into the {horizon} samples of the schedule",
-                fix="shorten them, for example schedule.warmup_samples="
-                f"{min(self.warmup_samples, horizon // 10)} schedule.decay_samples={min(self.decay_samples, horizon // 5)}",
+                fix="shorten them, for example schedule.warmup_samples={} schedule.decay_samples={}".format(*shorter),
             )
 
     @classmethod
@@ -126,14 +125,13 @@ class Schedule:
             starts.append((samples, size))
             if index + 1 < len(batch_sizes):
                 samples += (batch_sizes[index + 1][0] - step) * size
-        # warmup and decay are checked against the full schedule below, so count samples with a bare one first
-        bare = _Steps(tuple(starts))
-        total = bare.samples(train_steps)
+        counted = _Steps(tuple(starts))
+        total = counted.samples(train_steps)
         return cls(
             style=style,
             train_samples=total,
-            warmup_samples=bare.samples(warmup_steps),
-            decay_samples=total - bare.samples(train_steps - decay_steps),
+            warmup_samples=counted.samples(warmup_steps),
+            decay_samples=total - counted.samples(train_steps - decay_steps),
             batch_schedule=tuple(starts),
             micro_batch_size=micro_batch_size,
         )
@@ -168,8 +166,8 @@ class Schedule:
     def learning_rate(self, sample: int, *, peak: float, minimum: float) -> float:
         """Return the learning rate of the step that starts after ``sample`` samples.
 
-        The arithmetic is that of ``OptimizerParamScheduler.get_lr`` (megatron/core/optimizer_param_scheduler.py, 0.19.2),
-        in the same order, so results are equal to the last bit. The first step of a warmup has rate 0.
+        The arithmetic is that of ``OptimizerParamScheduler.get_lr`` (megatron/core/optimizer_param_scheduler.py,
+        0.19.2), in the same order, so results are equal to the last bit. The first step of a warmup has rate 0.
         """
         if self.warmup_samples > 0 and sample <= self.warmup_samples:
             return peak * float(sample) / float(self.warmup_samples)

@@ -20,6 +20,7 @@ from mellum2_megatron.errors import InputError
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
 _BOOLEANS = {"true": True, "false": False}
 _NULLS = ("null", "none", "~")
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 class MismatchError(Exception):
@@ -33,7 +34,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def describe(annotation: Any) -> str:
-    """Return what a reader should type for ``annotation``: ``int``, ``'muon' or 'adam'``, ``list of int`` ..."""
+    """Return what a reader should type for ``annotation``: ``a whole number``, ``'muon' or 'adam'`` ..."""
     origin = get_origin(annotation)
     if annotation is type(None):
         return "null"
@@ -48,14 +49,14 @@ def describe(annotation: Any) -> str:
         return "[" + ", ".join(describe(item) for item in items) + "]"
     if origin in (dict, Mapping) or dataclasses.is_dataclass(annotation):
         return "mapping"
-    return {"bool": "true or false", "str": "text"}.get(annotation.__name__, annotation.__name__)
+    return _NAMES[annotation]
 
 
 def from_text(text: str, annotation: Any, key: str) -> Any:
     """Convert the right-hand side of ``key=text`` to ``annotation``.
 
-    Integers may carry underscores (``8_192``), floats an exponent (``3e-4``), booleans are ``true``/``false``, absence is
-    ``null``; lists are written ``[a,b]``, ``(a,b)`` or plain ``a,b``.
+    Integers may carry underscores (``8_192``), floats an exponent (``3e-4``), booleans are ``true``/``false``, absence
+    is ``null``; lists are written ``[a,b]``, ``(a,b)`` or plain ``a,b``.
 
     Raises:
         InputError: the text does not fit; the message names the expected type or the nearest choice.
@@ -178,7 +179,8 @@ def _split(text: str) -> list[Any]:
         nested = yaml.load(listed, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         raise MismatchError from None
-    return _as_text(nested)
+    items: list[Any] = _as_text(nested)
+    return items
 
 
 def _closes_early(listed: str) -> bool:

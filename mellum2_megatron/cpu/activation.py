@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from mellum2_megatron.errors import InputError
@@ -43,6 +44,7 @@ def activate() -> None:
     upstream.activate()
     for name in HIDDEN:
         sys.modules[name] = None  # type: ignore[assignment]  # `import` then raises, `find_spec` returns None
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # arguments.py:1437 asks for it; a CPU has no such queues
     device.install()
     compiling.install()
     patching.install(PATCHES)

@@ -224,9 +224,7 @@ def _copy(value: Any) -> Any:
     """A function object of its own: torch._dynamo (trace_rules.py:3119, torch 2.15) refuses one under two names."""
     if not isinstance(value, types.FunctionType):
         return value
-    copy = types.FunctionType(
-        value.__code__, value.__globals__, value.__name__, value.__defaults__, value.__closure__
-    )
+    copy = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
     copy.__kwdefaults__ = value.__kwdefaults__
     return copy
 

@@ -23,6 +23,14 @@ def _allow_no_cuda(original: Any) -> Any:
     return functools.wraps(original)(functools.partial(original, allow_no_cuda=True))
 
 
+def _splits_as_numpy(original: Any) -> Any:
+    @functools.wraps(original)
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return maybe_move_tensor_to_cpu
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="rng-state",
@@ -35,6 +43,13 @@ PATCHES: tuple[Patch, ...] = (
         target="megatron.training.initialize:initialize_megatron",
         replacement=_allow_no_cuda,
         why="training/initialize.py:66 asserts torch.cuda.is_available(), and pretrain() does not pass allow_no_cuda",
+    ),
+    Patch(
+        name="expert-splits",
+        target="megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
+        replacement=_splits_as_numpy,
+        why="core/transformer/moe/moe_utils.py:1184 turns the split sizes of the expert all-to-all into numpy arrays "
+        "only if they are on a GPU; all_to_all_single takes no tensors for them",
     ),
     Patch(
         name="fused-adam",

@@ -47,7 +47,7 @@ class DatasetTokenizer:
 
 
 def check_data(run: Run) -> DatasetTokenizer:
-    """Check all that can be known about a run's data without torch: files, their sizes, the tokenizer, the architecture.
+    """Check what can be known about a run's data without torch: files, sizes, tokenizer, architecture.
 
     Raises:
         InputError: the prepared folder or a dataset is missing or truncated, or the tokenizer does not fit
@@ -94,7 +94,7 @@ def build_datasets(
     Items are dictionaries of ``tokens``, ``labels``, ``loss_mask``, ``position_ids``, each ``[sequence_length]``,
     without an attention mask (causal and window masks are the attention's own).
 
-    Hand it to ``pretrain`` as a function of the sample counts (and ``vp_stage``) that carries ``is_distributed = True``;
+    Hand it to ``pretrain`` as a function of the sample counts (and ``vp_stage``) with ``is_distributed = True`` on it;
     otherwise only the first rank of each tensor-parallel group calls it, and the barriers inside hang
     (``megatron/training/training.py:4547`` (0.19.2)).
 

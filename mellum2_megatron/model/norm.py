@@ -25,6 +25,8 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         if config.normalization != "RMSNorm":
-            raise ValueError(f"normalization={config.normalization!r}: Mellum 2 has RMSNorm; use --normalization RMSNorm")
+            raise ValueError(
+                f"normalization={config.normalization!r}: Mellum 2 has RMSNorm; use --normalization RMSNorm"
+            )
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

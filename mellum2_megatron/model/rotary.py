@@ -35,9 +35,7 @@ class RotaryTable:
         self.head_dim = head_dim
         self._embedding: RotaryEmbedding | None = None
 
-    def __call__(
-        self, length: int, *, packed: bool, cp_group: torch.distributed.ProcessGroup | None
-    ) -> torch.Tensor:
+    def __call__(self, length: int, *, packed: bool, cp_group: torch.distributed.ProcessGroup | None) -> torch.Tensor:
         """Return the angles of `length` positions.
 
         Args:

@@ -26,7 +26,7 @@ ARGUMENTS = {
     "optimizer": "muon", "use-distributed-optimizer": True, "muon-momentum": 0.95, "muon-nesterov": True,
     "muon-extra-scale-factor": 0.2, "bf16": True, "lr": 1e-2, "min-lr": 0, "weight-decay": 0.1, "clip-grad": 1.0,
     "micro-batch-size": 1, "global-batch-size": 4, "train-iters": 4, "lr-decay-style": "constant",
-    "eval-iters": 0, "log-interval": 1, "save-interval": 1000, "num-workers": 0, "dataloader-type": "single",
+    "eval-iters": 0, "eval-interval": 1000, "log-interval": 1, "save-interval": 1000, "num-workers": 0, "dataloader-type": "single",
     "tokenizer-type": "NullTokenizer", "vocab-size": VOCABULARY, "make-vocab-size-divisible-by": 128,
     "transformer-impl": "local", "distributed-backend": "gloo", "use-cpu-initialization": True,
     "no-gradient-accumulation-fusion": True, "no-masked-softmax-fusion": True, "no-rope-fusion": True,
@@ -42,7 +42,11 @@ def arguments(**changes: Any) -> list[str]:
     for name, value in table.items():
         if value is None or value is False:
             continue
-        line += [f"--{name}"] if value is True else [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        line += (
+            [f"--{name}"]
+            if value is True
+            else [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        )
     return line
 
 
@@ -70,7 +74,11 @@ datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def model_provider(
-    pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None, pg_collection: Any = None
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
 ) -> torch.nn.Module:
     """Stock GPTModel with the local spec."""
     from megatron.core.models.gpt import GPTModel

@@ -1,0 +1,240 @@
+"""`mellum2`: the command line. Every command is a thin layer over a library function of the same name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mellum2_megatron.errors import InputError, WorkError
+
+app = typer.Typer(
+    help="Train JetBrains' Mellum 2 on NVIDIA Megatron-Core, and convert it to and from Hugging Face.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+convert_app = typer.Typer(help="Convert checkpoints between Megatron and Hugging Face.", no_args_is_help=True)
+data_app = typer.Typer(help="Make training data.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+app.add_typer(data_app, name="data")
+
+console = Console()
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, e.g. layout.ep=8")]
+Nproc = Annotated[int | None, typer.Option("--nproc", min=1, help="ranks on this machine")]
+DeviceChoice = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+MegatronPath = Annotated[Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")]
+HfPath = Annotated[Path, typer.Option("--hf-path", help="Hugging Face folder")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
+
+
+def main() -> None:
+    """Run the command line: exit code 0 on success, 2 for bad input, 1 for a failure at work."""
+    try:
+        app()
+    except (InputError, WorkError) as error:
+        _print_error(error)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _print_error(error: Exception) -> None:
+    # Plain and unwrapped: paths and values stay in one piece for grep and for copying.
+    sys.stderr.write(f"error: {error}\n")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes, one line each."""
+    from mellum2_megatron.recipes import describe_recipes
+
+    described = describe_recipes()
+    width = max(map(len, described))
+    for name, line in described.items():
+        console.print(f"[bold]{name:<{width}}[/]  {line}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def info(
+    subject: Annotated[str | None, typer.Argument(metavar="RECIPE|PRESET", help="what to describe")] = None,
+    overrides: Overrides = None,
+    hf_path: Annotated[Path | None, typer.Option("--hf-path", help="describe a Hugging Face folder")] = None,
+    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="world size for memory per rank")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="tokens a sequence for the FLOPs")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Parameters, active parameters, FLOPs per token and, for a recipe, memory per rank."""
+    from mellum2_megatron.describe import describe
+
+    describe(
+        console,
+        subject=subject,
+        overrides=overrides or [],
+        hf_path=hf_path,
+        world_size=nproc,
+        sequence_length=sequence_length,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe name, or a resolved run")],
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    device: DeviceChoice = "auto",
+    output: Annotated[Path | None, typer.Option("--output", help="folder of the run; default runs/RECIPE")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and stop")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="keep Megatron's own output")] = False,
+) -> None:
+    """Train on this machine. The same command again resumes from the last checkpoint of its output folder."""
+    from mellum2_megatron.start import start_local
+
+    code = start_local(
+        recipe, overrides or [], nproc=nproc, device=device, output=output, dry_run=dry_run, verbose=verbose
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="check this recipe too")] = None,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    device: DeviceChoice = "auto",
+) -> None:
+    """Say what this machine lacks, and which rules a run breaks."""
+    from mellum2_megatron.doctor import examine
+
+    raise typer.Exit(0 if examine(console, recipe, overrides or [], nproc=nproc, device=device) else 2)
+
+
+@app.command()
+def score(
+    tokens: Annotated[Path, typer.Option("--tokens", help="int array [b, s] in a .npy file")],
+    out: Annotated[Path, typer.Option("--out", help=".npz to write: logits and mtp_logits, [b, s, vocab] float32")],
+    megatron_path: Annotated[Path | None, typer.Option("--megatron-path", help="Megatron checkpoint")] = None,
+    hf_path: Annotated[Path | None, typer.Option("--hf-path", help="Hugging Face folder")] = None,
+) -> None:
+    """Write the logits of a checkpoint for given tokens."""
+    from mellum2_megatron.score import score_file
+
+    score_file(tokens, out, megatron_path=megatron_path, hf_path=hf_path)
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    hf_path: HfPath,
+    prompt: Annotated[str, typer.Option("--prompt", help="text to continue")],
+    use_mtp: Annotated[bool, typer.Option("--use-mtp", help="draft with the MTP head")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+) -> None:
+    """Continue a text greedily with transformers, and report the MTP head's acceptance rate."""
+    from mellum2_megatron.generate import generate as generate_text
+
+    result = generate_text(hf_path, prompt, use_mtp=use_mtp, max_new_tokens=max_new_tokens)
+    sys.stdout.write(result.text + "\n")
+    if use_mtp:
+        sys.stderr.write(result.acceptance_line() + "\n")
+
+
+@app.command()
+def verify(megatron_path: MegatronPath, hf_path: HfPath) -> None:
+    """Compare the logits of a Megatron checkpoint and a Hugging Face folder, main and MTP."""
+    from conversion.verify import verify as verify_logits
+
+    report = verify_logits(megatron_path, hf_path)
+    console.print(report.table())
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@convert_app.command("import")
+def convert_import(
+    hf_path: HfPath,
+    megatron_path: MegatronPath,
+    torch_dtype: Annotated[str | None, typer.Option("--torch-dtype", help="bfloat16, float16 or float32")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Hugging Face folder to Megatron checkpoint (torch_dist, any layout)."""
+    from conversion.convert import import_hf
+
+    report = import_hf(hf_path, megatron_path, dtype=torch_dtype, overwrite=overwrite)
+    console.print(str(report), soft_wrap=True, highlight=False)
+
+
+@convert_app.command("export")
+def convert_export(
+    megatron_path: MegatronPath,
+    hf_path: HfPath,
+    torch_dtype: Annotated[str | None, typer.Option("--torch-dtype", help="bfloat16, float16 or float32")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="take tokenizer files from here")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Megatron checkpoint to Hugging Face folder in the released layout."""
+    from conversion.convert import export_hf
+
+    report = export_hf(megatron_path, hf_path, dtype=torch_dtype, tokenizer=tokenizer, overwrite=overwrite)
+    console.print(str(report), soft_wrap=True, highlight=False)
+
+
+@convert_app.command("roundtrip")
+def convert_roundtrip(hf_path: HfPath) -> None:
+    """Import and export again, and compare every byte."""
+    from conversion.convert import roundtrip
+
+    report = roundtrip(hf_path)
+    console.print(str(report), soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    output: Annotated[Path, typer.Option("--output", help="folder to make")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option("--input", help="text file, .jsonl or folder (repeatable); default: installed Python sources"),
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Hugging Face tokenizer folder")] = None,
+    vocab_size: Annotated[int, typer.Option("--vocab-size", help="entries of a newly trained tokenizer")] = 4096,
+    workers: Annotated[int | None, typer.Option("--workers", min=1)] = None,
+    max_megabytes: Annotated[
+        float | None, typer.Option("--max-megabytes", help="even sample of so much text; 0 takes everything")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 1234,
+    overwrite: Overwrite = False,
+) -> None:
+    """Text to training-ready tokens: tokenizer, Megatron indexed datasets, corpus.json."""
+    from mellum2_megatron.data.prepare import DEFAULT_MAX_BYTES, prepare
+
+    limits = {None: DEFAULT_MAX_BYTES, 0: None}
+    prepared = prepare(
+        output,
+        inputs=inputs or (),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        workers=workers,
+        max_bytes=limits[max_megabytes] if max_megabytes in limits else int(max_megabytes * 1e6),
+        seed=seed,
+        overwrite=overwrite,
+    )
+    console.print(f"wrote {prepared.path}: {prepared.splits['train'].tokens:,} training tokens", soft_wrap=True)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", help="folder of the run")] = Path("runs/quickstart"),
+    data: Annotated[Path, typer.Option("--data", help="folder of the prepared data")] = Path("data/quickstart"),
+    overrides: Overrides = None,
+) -> None:
+    """The whole way on a CPU: corpus, tokens, training on two ranks, export, verification, generation."""
+    from launchers.quickstart import run_quickstart
+
+    run_quickstart(console, output=output, data=data, overrides=overrides or [])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Known-bad combinations, found before a process is started: `mellum2 doctor` prints them, `train` refuses on them.
+
+A rule is a small function from a `Situation` to the errors it finds (none is good). To add one::
+
+    @rule(evidence="megatron/core/some_file.py:123 (0.19.2)")
+    def new_rule(at: Situation) -> Found:
+        \"\"\"One line that says what must hold.\"\"\"
+        if at.run.layout.ep == 7:
+            yield InputError("layout.ep=7", rule="seven is unlucky", fix="set layout.ep=8")
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mellum2_megatron.checkpoint_folder import RUN_FILE, TRACKER_FILE
+from mellum2_megatron.errors import InputError
+from mellum2_megatron.run import Backend, Device, Run, from_yaml
+
+Found = Iterator[InputError]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Situation:
+    """A run about to be started: on how many ranks, and on what."""
+
+    run: Run
+    world_size: int
+    device: Device
+
+    @property
+    def backend(self) -> Backend:
+        """The run's backend on this device."""
+        return self.run.resolved_backend(self.device)
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that see different sequences."""
+        return self.run.layout.data_parallel(self.world_size)
+
+    @property
+    def layout_fits(self) -> bool:
+        """Whether the layout divides model, sequence and ranks; what follows from it has no meaning otherwise."""
+        return not list(layout_fits.find(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """A named check.
+
+    Attributes:
+        name: the function's name with dashes.
+        statement: what must hold, one line.
+        evidence: where that is known from.
+        find: yields one error, not raised, for each way in which the rule is broken.
+        machine: the rule looks at this machine's files and packages, not only at the run.
+    """
+
+    name: str
+    statement: str
+    evidence: str
+    find: Callable[[Situation], Found]
+    machine: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Violation:
+    """A broken rule: its name and evidence, the offending values, the rule's words and the fix."""
+
+    name: str
+    value: str
+    rule: str
+    fix: str
+    evidence: str
+
+    def __str__(self) -> str:
+        return f"{self.value}: {self.rule}. Fix: {self.fix}. [{self.name}: {self.evidence}]"
+
+
+RULES: list[Rule] = []
+"""All rules, in the order in which they are checked."""
+
+
+def rule(*, evidence: str, machine: bool = False) -> Callable[[Callable[[Situation], Found]], Rule]:
+    """Register a function as a rule; the first line of its docstring is the statement."""
+
+    def register(find: Callable[[Situation], Found]) -> Rule:
+        name = find.__name__.replace("_", "-")
+        statement = (find.__doc__ or "").strip().partition("\n")[0]
+        RULES.append(Rule(name=name, statement=statement, evidence=evidence, find=find, machine=machine))
+        return RULES[-1]
+
+    return register
+
+
+def check(run: Run, world_size: int, device: Device, *, machine: bool = True) -> list[Violation]:
+    """Return every violation of every rule.
+
+    Args:
+        run: a resolved run.
+        world_size: ranks to be started.
+        device: what they compute on.
+        machine: also check the files and packages of this machine; False where the run is for another one.
+    """
+    situation = Situation(run=run, world_size=world_size, device=device)
+    return [
+        Violation(name=each.name, value=found.value, rule=found.rule, fix=found.fix, evidence=each.evidence)
+        for each in RULES
+        if machine or not each.machine
+        for found in each.find(situation)
+    ]
+
+
+def enforce(run: Run, world_size: int, device: Device, *, machine: bool = True) -> None:
+    """Refuse a run that breaks a rule; arguments as for `check`.
+
+    Raises:
+        InputError: with all violations.
+    """
+    violations = check(run, world_size, device, machine=machine)
+    if len(violations) == 1:
+        raise InputError(violations[0].value, rule=violations[0].rule, fix=violations[0].fix)
+    if violations:
+        listed = "".join(f"\n  {number}. {violation}" for number, violation in enumerate(violations, 1))
+        raise InputError(
+            f"run {run.name} on {world_size} {device} rank{'s' * (world_size != 1)}",
+            rule=f"breaks {len(violations)} rules",
+            fix=f"each of{listed}",
+        )
+
+
+@rule(evidence="megatron/training/arguments.py:425-446, 955-961, 1295, 1599-1603 (0.19.2)")
+def layout_fits(at: Situation) -> Found:
+    """The layout divides the model, the sequence and the ranks."""
+    yield from at.run.layout.problems(
+        at.run.architecture, world_size=at.world_size, sequence_length=at.run.data.sequence_length
+    )
+
+
+@rule(evidence="megatron/training/arguments.py:1312-1316 (0.19.2)")
+def sequence_in_context(at: Situation) -> Found:
+    """The sequence is no longer than the model's context."""
+    length, context = at.run.data.sequence_length, at.run.architecture.max_position_embeddings
+    if length > context:
+        yield InputError(
+            f"data.sequence_length={length}",
+            rule=f"must not exceed architecture.max_position_embeddings ({context})",
+            fix=f"set data.sequence_length={context}, or take an architecture with a longer context",
+        )
+
+
+@rule(evidence="megatron/core/num_microbatches_calculator.py:580-590 and training/arguments.py:694 (0.19.2)")
+def batches_divide(at: Situation) -> Found:
+    """Every batch is whole micro-batches on every data-parallel rank."""
+    if not at.layout_fits:
+        return
+    micro, ranks = at.run.schedule.micro_batch_size, at.data_parallel
+    sizes = {f"schedule.batch_schedule: {size} sequences": size for _, size in at.run.schedule.batch_schedule}
+    if at.run.logging.eval_batch_size is not None:
+        sizes[f"logging.eval_batch_size={at.run.logging.eval_batch_size}"] = at.run.logging.eval_batch_size
+    for given, size in sizes.items():
+        unit = micro * ranks
+        if size % unit:
+            below, above = size // unit * unit, (size // unit + 1) * unit
+            yield InputError(
+                given,
+                rule=f"must be a multiple of schedule.micro_batch_size * data-parallel ranks = {micro} * {ranks}",
+                fix=f"use {f'{below} or ' if below else ''}{above} sequences, or another schedule.micro_batch_size",
+            )
+
+
+@rule(evidence="megatron/core/pipeline_parallel/schedules.py, interleaved schedule (0.19.2)")
+def interleaving_divides(at: Situation) -> Found:
+    """With virtual stages, a step's micro-batches fill the pipeline evenly."""
+    if not at.layout_fits:
+        return
+    layout, micro = at.run.layout, at.run.schedule.micro_batch_size * at.data_parallel
+    for _, size in at.run.schedule.batch_schedule:
+        if layout.vpp > 1 and size // micro % layout.pp:
+            yield InputError(
+                f"schedule.batch_schedule: {size} sequences, {size // micro} micro-batches a step",
+                rule=f"with layout.vpp > 1 the micro-batches must be a multiple of layout.pp ({layout.pp})",
+                fix=f"make the batch a multiple of {micro * layout.pp}, or set layout.vpp=1",
+            )
+
+
+@rule(
+    evidence="megatron/core/optimizer/optimizer.py:1112-1117 and distributed/param_and_grad_buffer.py:500-520 (0.19.2): "
+    "the layer-wise optimizer gathers FP8 data without its scale, which only the distributed optimizer reduces"
+)
+def muon_gathers_bf16(at: Situation) -> Found:
+    """Muon's weights are gathered in BF16."""
+    if at.run.optimizer.name == "muon" and at.run.precision.fp8_param_gather:
+        yield InputError(
+            "precision.fp8_param_gather=true with optimizer.name=muon",
+            rule="Megatron accepts this and computes with wrong weights on every rank that does not own them",
+            fix="set precision.fp8_param_gather=false (FP8 matrix multiplications stay on)",
+        )
+
+
+@rule(evidence="megatron/core/transformer/transformer_config.py: FP8 needs Transformer Engine modules (0.19.2)")
+def fp8_has_kernels(at: Situation) -> Found:
+    """FP8 runs on Transformer Engine."""
+    if at.run.precision.compute == "fp8" and at.backend != "te":
+        yield InputError(
+            f"precision.compute=fp8 with backend={at.backend} on {at.device}",
+            rule="FP8 matrix multiplications exist in Transformer Engine on a GPU only",
+            fix="set precision.compute=bf16" + (", or backend=te" if at.device == "cuda" else ""),
+        )
+
+
+@rule(evidence="transformer_engine/pytorch/utils.py, assert_dim_for_fp8_exec (2.20.2)")
+def fp8_dimensions(at: Situation) -> Found:
+    """FP8 matrices have dimensions that its kernels take."""
+    if at.run.precision.compute != "fp8":
+        return
+    model, layout = at.run.architecture, at.run.layout
+    queries = model.num_attention_heads * model.head_dim
+    sizes = {
+        "architecture.hidden_size": model.hidden_size,
+        "architecture.num_attention_heads * head_dim / layout.tp": queries // layout.tp,
+        "architecture.moe_intermediate_size / layout.etp": model.moe_intermediate_size // layout.etp,
+    }
+    for what, size in sizes.items():
+        if size % 16:
+            yield InputError(
+                f"{what} = {size}",
+                rule="FP8 kernels need multiples of 16",
+                fix=f"use {max(16, round(size / 16) * 16)}, or precision.compute=bf16",
+            )
+
+
+@rule(evidence="Transformer Engine has no CPU kernels; the flex dispatcher needs DeepEP or HybridEP on GPUs")
+def cpu_has_it(at: Situation) -> Found:
+    """A CPU run asks only for what exists on a CPU."""
+    if at.device != "cpu":
+        return
+    if at.run.backend == "te":
+        yield InputError("backend=te on cpu", rule="Transformer Engine runs on GPUs only", fix="set backend=auto")
+    if at.run.layout.dispatcher == "flex":
+        fix = "set layout.dispatcher=alltoall"
+        yield InputError("layout.dispatcher=flex on cpu", rule="its kernels are for GPUs", fix=fix)
+
+
+@rule(evidence="model/core_attention.py of this project: it attends within one rank's sequence")
+def torch_backend_context(at: Situation) -> Found:
+    """The torch backend has no context parallelism yet."""
+    if at.backend == "torch" and at.run.layout.cp > 1:
+        yield InputError(
+            f"layout.cp={at.run.layout.cp} with backend=torch",
+            rule="the torch backend's attention sees one rank's part of the sequence only",
+            fix="set layout.cp=1" + (", or backend=te" if at.device == "cuda" else ""),
+        )
+
+
+@rule(evidence="mellum2_megatron/cpu/patches.py of this project covers data, expert and pipeline parallelism")
+def cpu_tensor_parallel(at: Situation) -> Found:
+    """Tensor parallelism is not available on a CPU yet."""
+    if at.device == "cpu" and (at.run.layout.tp > 1 or at.run.layout.etp > 1):
+        yield InputError(
+            f"layout.tp={at.run.layout.tp}, layout.etp={at.run.layout.etp} on cpu",
+            rule="tensor parallelism has not been brought to the CPU yet",
+            fix="set layout.tp=1 layout.sp=false layout.etp=1",
+        )
+
+
+@rule(evidence="this machine", machine=True)
+def packages_present(at: Situation) -> Found:
+    """The packages that the run asks for are installed."""
+    if at.backend == "te" and at.device == "cuda" and importlib.util.find_spec("transformer_engine") is None:
+        yield InputError(
+            f"backend={at.run.backend}, te on a GPU",
+            rule="Transformer Engine is not installed here",
+            fix="install the extra `te`, or set backend=torch (much slower, for checks)",
+        )
+    if at.run.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        yield InputError(
+            f"logging.wandb_project={at.run.logging.wandb_project}",
+            rule="the package wandb is not installed here",
+            fix="install the extra `wandb`, or set logging.wandb_project=null",
+        )
+
+
+@rule(evidence="this machine", machine=True)
+def data_present(at: Situation) -> Found:
+    """The corpus is there and its tokens are the model's."""
+    data = at.run.data
+    for name, blend in (("train", data.train), ("valid", data.valid)):
+        for _, prefix in blend:
+            for file in (f"{prefix}.bin", f"{prefix}.idx"):
+                if not Path(file).is_file():
+                    fix = "give the prefix of a Megatron indexed dataset, without .bin"
+                    yield InputError(f"data.{name}={prefix}", rule=f"there is no {file}", fix=fix)
+    if data.train and data.valid:
+        return
+    from mellum2_megatron.data.prepare import load_prepared  # numpy: not needed to plan a run elsewhere
+
+    try:
+        prepared = load_prepared(data.path)
+    except InputError as error:
+        yield error
+        return
+    architecture = at.run.architecture
+    if prepared.vocab_size > architecture.vocab_size:
+        yield InputError(
+            f"data.path={data.path}: {prepared.vocab_size} token ids",
+            rule=f"the model has architecture.vocab_size={architecture.vocab_size} embeddings",
+            fix=f"set architecture.vocab_size={prepared.vocab_size} or more, or prepare with a smaller tokenizer",
+        )
+    eos = architecture.eos_token_id if isinstance(architecture.eos_token_id, tuple) else (architecture.eos_token_id,)
+    if prepared.eos not in eos:
+        yield InputError(
+            f"architecture.eos_token_id={architecture.eos_token_id}",
+            rule=f"documents of data.path={data.path} end with token {prepared.eos}",
+            fix=f"set architecture.eos_token_id={prepared.eos}",
+        )
+
+
+@rule(
+    evidence="loading such a checkpoint raises 'Cannot merge two lists with different lengths': the parameter group of "
+    "experts exists only with ep > 1 (megatron-core 0.19.2)",
+    machine=True,
+)
+def resume_fits(at: Situation) -> Found:
+    """A resumed run can read the optimizer state in its output folder."""
+    checkpoint = at.run.checkpoint
+    if checkpoint.output is None:
+        return
+    root = Path(checkpoint.output)
+    if not (root / TRACKER_FILE).is_file() or not (root / RUN_FILE).is_file():
+        return
+    before = from_yaml((root / RUN_FILE).read_text(encoding="utf-8"))
+    if (before.layout.ep > 1) != (at.run.layout.ep > 1):
+        yield InputError(
+            f"layout.ep={at.run.layout.ep} with a checkpoint of layout.ep={before.layout.ep} in {root}",
+            rule="optimizer state does not move between one and several expert-parallel ranks",
+            fix=f"set layout.ep={before.layout.ep if before.layout.ep > 1 else 1}, or start another run with "
+            f"checkpoint.load={root} and another --output",
+        )
+    if before.optimizer.name != at.run.optimizer.name:
+        yield InputError(
+            f"optimizer.name={at.run.optimizer.name} with a checkpoint of {before.optimizer.name} in {root}",
+            rule="one optimizer cannot read the other's state",
+            fix=f"set optimizer.name={before.optimizer.name}, or start another run with checkpoint.load={root} and "
+            "another --output",
+        )

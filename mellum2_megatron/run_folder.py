@@ -1,0 +1,90 @@
+"""What a run leaves beside its checkpoints: the resolved run, the architecture and the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mellum2_megatron.checkpoint_folder import (
+    ARCHITECTURE_FILE,
+    RUN_FILE,
+    TOKENIZER_FOLDER,
+    TRACKER_FILE,
+    iteration_folders,
+    read_architecture,
+    resolve,
+    write_architecture,
+)
+from mellum2_megatron.data.tokenizer import copy_tokenizer
+from mellum2_megatron.errors import InputError
+from mellum2_megatron.files import atomic_directory, write_text
+from mellum2_megatron.run import Run, from_yaml, to_yaml
+
+
+def check_run_folder(run: Run) -> None:
+    """Check that the run can write to, or resume from, its output folder, and start from `checkpoint.load`.
+
+    Nothing is written.
+
+    Raises:
+        InputError: no output folder is named; it is a file, or holds something that no run wrote, or another
+            architecture's checkpoints; or `checkpoint.load` is no checkpoint of this architecture.
+    """
+    root = output_folder(run)
+    if root.exists() and not root.is_dir():
+        raise InputError(f"checkpoint.output={root}", rule="is a file", fix="name a folder")
+    if (root / ARCHITECTURE_FILE).exists():
+        _require_same_architecture(run, root, "checkpoint.output", "choose another --output")
+    elif iteration_folders(root) or (root / TRACKER_FILE).exists():
+        raise InputError(
+            f"checkpoint.output={root}",
+            rule=f"holds checkpoints without {ARCHITECTURE_FILE}, so this project did not write them",
+            fix="choose another --output",
+        )
+    if (root / TRACKER_FILE).exists():
+        resolve(root)  # a tracker that points nowhere would make Megatron start over without a word
+    if run.checkpoint.load is not None:
+        source = resolve(run.checkpoint.load)
+        _require_same_architecture(run, source.root, "checkpoint.load", "load a checkpoint of this architecture")
+
+
+def write_run_folder(run: Run) -> None:
+    """Write `run.yaml`, `architecture.json` and `tokenizer/` into the output folder, each at once or not at all."""
+    root = output_folder(run)
+    root.mkdir(parents=True, exist_ok=True)
+    write_text(root / RUN_FILE, to_yaml(run))
+    write_architecture(root, run.architecture)
+    with atomic_directory(root / TOKENIZER_FOLDER, overwrite=True) as folder:
+        copy_tokenizer(Path(run.data.tokenizer_folder), folder)
+
+
+def read_run(path: Path) -> Run:
+    """Read a resolved run.
+
+    Raises:
+        InputError: no such file, or not a resolved run.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"run file {path}", rule=f"cannot be read ({error})", fix="name a run.yaml") from None
+    return from_yaml(text)
+
+
+def output_folder(run: Run) -> Path:
+    """Return the folder of the run.
+
+    Raises:
+        InputError: the run names none.
+    """
+    if run.checkpoint.output is None:
+        raise InputError(
+            "checkpoint.output=null", rule="a run writes its checkpoints somewhere", fix="give --output DIR"
+        )
+    return Path(run.checkpoint.output)
+
+
+def _require_same_architecture(run: Run, root: Path, key: str, fix: str) -> None:
+    there, here = read_architecture(root).to_dict(), run.architecture.to_dict()
+    differing = [f"{name}: {there[name]!r} there, {here[name]!r} here" for name in here if there[name] != here[name]]
+    if differing:
+        raise InputError(f"{key}={root}", rule="holds another architecture (" + "; ".join(differing) + ")", fix=fix)

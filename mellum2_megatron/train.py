@@ -1,0 +1,223 @@
+"""The main of every rank: a resolved run becomes Megatron's own `pretrain`.
+
+    torchrun --nproc-per-node 2 -m mellum2_megatron.train runs/tiny/run.yaml --device cpu
+
+`mellum2 train` checks the run, writes the file and starts this; the file is the whole truth of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.megatron_args import environment, megatron_arguments
+from mellum2_megatron.rules import enforce
+from mellum2_megatron.run import Device, Run
+from mellum2_megatron.run_folder import check_run_folder, read_run, write_run_folder
+
+if TYPE_CHECKING:
+    import torch
+
+Batch = dict[str, "torch.Tensor | None"]
+
+_TEXT = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train the run of a YAML file in this process, one rank of `WORLD_SIZE`.
+
+    Returns:
+        0 on success, 1 for a failure at work, 2 for bad input, with one message on stderr from rank 0.
+    """
+    parser = argparse.ArgumentParser(prog="python -m mellum2_megatron.train", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="resolved run, as `mellum2 train` writes it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--verbose", action="store_true", help="keep Megatron's own output")
+    options = parser.parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        train(read_run(options.run), device=options.device, verbose=options.verbose)
+    except (InputError, WorkError) as error:
+        if rank == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+def train(run: Run, *, device: Device, verbose: bool = False) -> None:
+    """Train `run` in this process; torchrun's environment says which rank it is.
+
+    Args:
+        run: a resolved run.
+        device: what to compute on; "cpu" activates the CPU backend.
+        verbose: let Megatron print what it prints.
+
+    Raises:
+        InputError: the run cannot work as it is.
+        WorkError: it failed on the way.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    enforce(run, world_size=world_size, device=device)
+    check_run_folder(run)
+    os.environ.update(environment(run))
+    _activate(device, verbose)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_run_folder(run)
+    _pretrain(run, world_size, device)
+
+
+def _activate(device: Device, verbose: bool) -> None:
+    """Make Megatron importable and runnable on `device`; before this nothing of it may be imported."""
+    from mellum2_megatron import upstream
+
+    if not verbose:
+        upstream.quiet_upstream()
+    if device == "cpu":
+        from mellum2_megatron import cpu
+
+        cpu.activate()
+    else:
+        upstream.activate()
+
+
+def _pretrain(run: Run, world_size: int, device: Device) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from mellum2_megatron.model.provider import model_provider
+    from mellum2_megatron.training_metrics import TrainingMetrics
+
+    backend = run.resolved_backend(device)
+    words = megatron_arguments(run, world_size=world_size, device=device, backend=backend)
+    sys.argv = [sys.argv[0], *words]  # Megatron has no other way in (megatron/training/arguments.py:parse_args)
+    container = pretrain_cfg_container_from_args(parse_and_validate_args())
+    metrics = TrainingMetrics(run)
+    try:
+        pretrain(
+            container,
+            _dataset_provider(run, metrics),
+            ModelType.encoder_or_decoder,
+            forward_step,
+            # Not through the container: in 0.19.2 that path never lays parameters out for layer-wise Muon
+            # (megatron/training/training.py:2040-2061), which then runs without sharding its state.
+            model_provider=metrics.watching(model_provider(run.architecture, backend)),
+        )
+    finally:
+        metrics.close()
+    import torch
+
+    torch.distributed.destroy_process_group()
+
+
+def _dataset_provider(run: Run, metrics: Any) -> Any:
+    """Return Megatron's dataset provider; it is also the first of our functions to run after a checkpoint is loaded."""
+
+    def provide(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
+        from mellum2_megatron.data.datasets import build_datasets
+        from mellum2_megatron.data.fixed_validation import FixedValidation
+
+        metrics.start()
+        per_validation = run.logging.eval_iterations * run.eval_batch_size
+        cache = None if run.data.cache is None else Path(run.data.cache)
+        train_set, valid_set, _ = build_datasets(run, (samples[0], per_validation, 0), vp_stage=vp_stage, cache=cache)
+        if valid_set is not None and per_validation:
+            valid_set = FixedValidation(valid_set, period=per_validation, length=samples[1])
+        return train_set, valid_set, None
+
+    provide.is_distributed = True  # type: ignore[attr-defined]  # built on every rank, with barriers inside
+    return provide
+
+
+def forward_step(
+    data_iterator: Iterator[Batch], model: torch.nn.Module, *_: Any
+) -> tuple[torch.Tensor, functools.partial[Any]]:
+    """Run one micro-batch through this stage of the model (Megatron's `forward_step_func`).
+
+    Returns:
+        Per-token loss `[b, s]` on the last pipeline stage (hidden states elsewhere), and the function that sums it.
+    """
+    from megatron.core.utils import get_attr_wrapped_model
+
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    return output, functools.partial(sum_loss, batch["loss_mask"])
+
+
+def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None = None) -> Batch:
+    """Return this rank's share of the next micro-batch, with None for what its pipeline stage does not read.
+
+    Tensor-parallel rank 0 reads, the others receive; context parallelism keeps two zigzag chunks of each sequence.
+
+    Returns:
+        `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[b, s / cp]`.
+    """
+    import torch
+    from megatron.core import parallel_state as mpu
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.training import get_args
+
+    args = get_args()
+    stage: dict[str, Any] = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    first, last = mpu.is_pipeline_first_stage(**stage), mpu.is_pipeline_last_stage(**stage)
+    if not (first or last):
+        return dict.fromkeys(_TEXT)
+    batch: Batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        device = torch.cuda.current_device()
+        for name in _TEXT:
+            tensor = sample[name]
+            assert tensor is not None
+            batch[name] = tensor.to(device, non_blocking=True)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=mtp_on_this_rank(
+            layout=None, mtp_num_layers=args.mtp_num_layers, ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return {name: batch.get(name) for name in _TEXT}
+
+
+def sum_loss(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the loss over the tokens that count (Megatron's loss function, its three-value form).
+
+    Args:
+        loss_mask: `[b, s]`, 1 where the token counts.
+        output: per-token loss `[b, s]`, nats.
+
+    Returns:
+        The sum, the number of tokens, and for the log `{"lm loss": [sum, number]}`; Megatron divides.
+    """
+    import torch
+
+    loss = torch.sum(output.view(-1).float() * loss_mask.view(-1))
+    tokens = loss_mask.sum().to(torch.int)
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
