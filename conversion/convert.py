@@ -19,16 +19,12 @@ from conversion.hf_folder import (
     GENERATION_CONFIG_FILE,
     HfFolder,
     check_inside,
-    copy_tokenizer,
     dtype_name,
     listed,
-    plan_shards,
     read_json,
-    tensor_bytes,
     torch_dtype,
-    write_index,
-    write_shard,
 )
+from conversion.hf_writer import copy_tokenizer, plan_shards, tensor_bytes, write_index, write_shard
 from conversion.manifest import WeightRecord, write_manifest
 from conversion.mapping import Entry, derive, extra_states, megatron_shapes
 from conversion.progress import byte_progress
@@ -50,8 +46,8 @@ logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
-# What Megatron's load of a release looks at (training/checkpointing.py:load_checkpoint, 0.19.2): version 3 keeps it from
-# reordering linear_qkv; the content metadata names the key layout written here.
+# What Megatron's load of a release looks at (training/checkpointing.py:load_checkpoint, 0.19.2): version 3 keeps it
+# from reordering linear_qkv; the content metadata names the key layout written here.
 COMMON_STATE = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -70,6 +66,9 @@ class ConversionReport:
     nbytes: int
     seconds: float
 
+    def __str__(self) -> str:
+        return f"wrote {self.path}: {_amount(self.tensors, self.nbytes, self.dtype)} in {self.seconds:.1f} s"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundTripReport:
@@ -86,6 +85,13 @@ class RoundTripReport:
     @property
     def ok(self) -> bool:
         return not self.differing and self.same_architecture
+
+    def __str__(self) -> str:
+        done = f"{self.path}: {_amount(self.tensors, self.nbytes, self.dtype)} there and back in {self.seconds:.1f} s"
+        if self.ok:
+            return f"{done}, every byte the same"
+        changed = [*self.differing, *([] if self.same_architecture else [CONFIG_FILE])]
+        return f"{done}, {len(changed)} changed: {listed(changed, 10)}"
 
 
 def import_hf(
@@ -137,7 +143,7 @@ def export_hf(
     """Write the Hugging Face folder of a Megatron checkpoint, in the released layout, ``mtp.*`` included.
 
     Args:
-        megatron_path: checkpoint folder, or one iteration inside it; a training checkpoint's optimizer state is left out.
+        megatron_path: checkpoint folder, or one iteration inside it; optimizer state in it is left out.
         hf_path: folder to write.
         dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep theirs, bit for bit.
         tokenizer: folder to take tokenizer files from instead of the checkpoint's own.
@@ -178,8 +184,8 @@ def export_hf(
         write_json(folder / CONFIG_FILE, checkpoint.architecture.to_hf_config(dtype_name(stored)))
         if not _copy_generation_config(checkpoint.root, folder):
             write_json(folder / GENERATION_CONFIG_FILE, generation_config(checkpoint.architecture))
-        if tokenizer_dir is not None:
-            copy_tokenizer(tokenizer_dir, folder)
+        if tokenizer_dir is None or not copy_tokenizer(tokenizer_dir, folder):
+            logger.info("%s has no tokenizer, so %s has none either", checkpoint.root, target)
     return _report(target, checkpoint.architecture, entries, stored, start)
 
 
@@ -201,11 +207,11 @@ def roundtrip(hf_path: PathLike, *, work_dir: PathLike | None = None) -> RoundTr
         shutil.rmtree(megatron)
         with HfFolder.open(hf_path) as before, HfFolder.open(exported) as after:
             names = [source.name for entry in before.entries for source in entry.sources]
-            differing = (
-                before.dtype != after.dtype
-                and names
-                or [name for name in names if tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))]
-            )
+            differing = [
+                name
+                for name in names
+                if before.dtype != after.dtype or tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))
+            ]
             return RoundTripReport(
                 path=before.path,
                 dtype=dtype_name(before.dtype),
@@ -288,6 +294,10 @@ def _chunk(
     )
 
 
+def _amount(tensors: int, nbytes: int, dtype: str) -> str:
+    return f"{tensors} tensors, {nbytes / 1e9:.3f} GB {dtype}"
+
+
 def _nbytes(entries: list[Entry], dtype: torch.dtype) -> int:
     return sum(torch.Size(entry.shape).numel() for entry in entries) * dtype.itemsize
 
@@ -312,7 +322,6 @@ def _one_dtype(reader: TorchDistReader) -> torch.dtype:
 def _tokenizer_dir(checkpoint: CheckpointFolder, given: PathLike | None) -> Path | None:
     folder = Path(given) if given is not None else checkpoint.tokenizer_dir
     if folder is None:
-        logger.warning("%s has no tokenizer; the Hugging Face folder will have none either", checkpoint.root)
         return None
     if not (folder / "tokenizer.json").is_file():
         if given is None:

@@ -6,9 +6,10 @@ into `Entry` objects: one per slice of a Megatron tensor that can be read, conve
 export, validation and manifests all walk that list, so a weight can be neither forgotten nor converted twice.
 
 Sources of the layouts:
-  Megatron keys: ``sharded_state_dict`` of ``GPTModel`` (megatron-core 0.19.2). Layers of one kind share one tensor with a
-  leading layer axis (``transformer_block.py:760-785``), experts follow with an expert axis (``moe/experts.py:912-954``),
-  the MTP layer's ``mtp_model_layer`` is saved as ``transformer_layer`` (``multi_token_prediction.py:1551-1558``).
+  Megatron keys: ``sharded_state_dict`` of ``GPTModel`` (megatron-core 0.19.2). All layers share one tensor with a
+  leading layer axis (``transformer_block.py:760-785``), experts follow with an expert axis
+  (``moe/experts.py:912-954``), the MTP layer's ``mtp_model_layer`` is saved as ``transformer_layer``
+  (``multi_token_prediction.py:1551-1558``).
   Hugging Face names: the released checkpoints; fused experts are transformers' in-memory layout
   (``transformers/models/mellum/modeling_mellum.py:278-284``, 5.23).
 
@@ -66,9 +67,11 @@ class GroupedHeads:
         return torch.cat([part.reshape(groups, -1, hidden) for part in parts], dim=1).reshape(-1, hidden)
 
     def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
+        import torch
+
         groups, hidden, head = architecture.num_key_value_heads, architecture.hidden_size, architecture.head_dim
         queries = architecture.num_attention_heads // groups * head
-        parts = tensor.reshape(groups, queries + 2 * head, hidden).split([queries, head, head], dim=1)
+        parts = torch.split(tensor.reshape(groups, queries + 2 * head, hidden), [queries, head, head], dim=1)
         return [part.reshape(-1, hidden) for part in parts]
 
 
@@ -98,7 +101,7 @@ class Row:
     megatron: str
     shape: str
     huggingface: tuple[tuple[str, str], ...]
-    transform: Transform = Same()
+    transform: Transform
 
     @property
     def per_expert(self) -> bool:
@@ -163,7 +166,7 @@ FUSED_EXPERTS = (
 
 
 # Modules whose ``_extra_state`` object Megatron's load asks for and fails without, empty as it is outside FP8: the
-# linears of either backend, and with Transformer Engine the attention and the norms too. {expert} marks those per expert.
+# linears of either backend, and with Transformer Engine the attention and the norms too. {expert}: one per expert.
 LAYER_STATES = (
     "self_attention.linear_qkv",
     "self_attention.core_attention",

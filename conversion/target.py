@@ -39,7 +39,10 @@ def result_folder(target: Path, *, source: Path, nbytes: int, overwrite: bool) -
         with atomic_directory(target, overwrite=overwrite) as folder:
             yield folder
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise _work_error(target, error) from error
+        work_error = _work_error(target, error)
+        if work_error is None:
+            raise
+        raise work_error from error
 
 
 def _check_target(target: Path, source: Path, overwrite: bool) -> None:
@@ -81,16 +84,24 @@ def _check_space(target: Path, nbytes: int) -> None:
         )
 
 
-def _work_error(target: Path, error: Exception) -> WorkError | Exception:
-    number = error.errno if isinstance(error, OSError) else None
-    text = str(error)
-    if number in _FULL or (not isinstance(error, OSError) and any(os.strerror(code) in text for code in _FULL)):
+def _work_error(target: Path, error: Exception) -> WorkError | None:
+    """What to tell the user of a failed write; None for an error that is ours and deserves its traceback."""
+    system = _system_error(error)
+    text = str(system or error)
+    if (system is not None and system.errno in _FULL) or any(os.strerror(code) in text for code in _FULL):
         return WorkError(
             f"the disk filled up while writing {target} ({text})",
             fix="free space or name a folder on another disk; nothing was left behind, the source is untouched",
         )
-    if isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in text:
+    if system is not None or isinstance(error, SafetensorError):
         return WorkError(f"writing {target} failed ({text})", fix="check the disk and the folder's permissions")
+    return None
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind ``error``: torch.save reports "unexpected pos" when its stream's write has failed."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
     return error
 
 

@@ -3,7 +3,7 @@
 On disk (megatron-core 0.19.2, ``core/dist_checkpointing/strategies/torch.py``) such a folder is a
 ``torch.distributed.checkpoint`` of whole tensors cut into chunks:
 
-  ``.metadata``        pickle of ``Metadata``: per key the whole shape, dtype and chunks, per chunk (file, offset, length)
+  ``.metadata``        pickled ``Metadata``: per key whole shape, dtype and chunks, per chunk (file, offset, length)
   ``__R_N.distcp``     the chunks, each its own ``torch.save`` archive
   ``metadata.json``    ``{"sharded_backend": "torch_dist", "sharded_backend_version": 1}``
   ``common.pt``        older versions only; 0.19.2 stores the common state as the object ``common_state/shard_0_1``
@@ -21,23 +21,18 @@ import io
 import json
 import logging
 import math
-import pathlib
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
-    SerializationFormat,
-    _StorageInfo,
     _StoragePrefix,
 )
 from torch.distributed.checkpoint.metadata import (
@@ -62,12 +57,12 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from conversion.mapping import Shape
+from conversion.safe_metadata import first_line, read_metadata
 from mellum2_megatron.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "metadata.json"
-METADATA_FILE = ".metadata"
 COMMON_STATE_KEY = "common_state/shard_0_1"
 
 # What a training checkpoint holds beside the model's weights, by the key's form.
@@ -125,7 +120,7 @@ class TorchDistReader:
                 )
 
     def read(self, key: str, offset: Shape, extent: Shape) -> torch.Tensor:
-        """Return the box ``[offset, offset + extent)`` of tensor ``key`` (shape ``extent``), from whatever chunks hold it."""
+        """Return the box ``[offset, offset + extent)`` of tensor ``key``, from whatever chunks hold it."""
         tensor = self.tensors[key]
         out = torch.empty(extent, dtype=tensor.dtype)
         items = []
@@ -139,7 +134,7 @@ class TorchDistReader:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise InputError(
                 f"{self.folder}: tensor {key!r}",
-                rule=f"its chunks must be readable tensors ({_first_line(error)})",
+                rule=f"its chunks must be readable tensors ({first_line(error)})",
                 fix="copy the checkpoint again, or use an earlier one",
             ) from error
         return out
@@ -166,31 +161,6 @@ class TorchDistReader:
                 )
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """Read ``.metadata`` without executing anything: only the record classes in `_SAFE_CLASSES` are constructed.
-
-    Raises:
-        InputError: the file is absent, not such a pickle, or names any other class or function.
-    """
-    path = folder / METADATA_FILE
-    try:
-        with path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-    except FileNotFoundError as error:
-        raise InputError(
-            str(path), rule="a torch_dist checkpoint has a .metadata file", fix="give a complete checkpoint folder"
-        ) from error
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise InputError(
-            str(path), rule=f"it must be readable checkpoint metadata ({_first_line(error)})", fix="copy it again"
-        ) from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise InputError(str(path), rule="it must hold checkpoint metadata", fix="give a complete checkpoint folder")
-    return metadata
-
-
 class TorchDistWriter:
     """Write a ``torch_dist`` folder group by group; at most one tensor of a key is held at a time.
 
@@ -205,7 +175,6 @@ class TorchDistWriter:
             sync_files=True,
             thread_count=1,
             per_thread_copy_ahead=0,
-            serialization_format=SerializationFormat.TORCH_SAVE,
         )
 
     def write(
@@ -281,13 +250,13 @@ class _FromChunks(SavePlanner):
     """Hands DCP's writer each chunk's bytes when it asks for them."""
 
     def __init__(self, chunks: Iterable[Chunk], objects: dict[str, io.BytesIO]) -> None:
-        self._chunks = {(chunk.key, torch.Size(chunk.offset)): chunk for chunk in chunks}
+        self._chunks = {(chunk.key, tuple(chunk.offset)): chunk for chunk in chunks}
         self._objects = objects
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             return self._objects[write_item.index.fqn]
-        chunk = self._chunks[(write_item.index.fqn, write_item.index.offset)]
+        chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset or ())]
         tensor = chunk.produce().reshape(chunk.extent).contiguous()
         if tensor.dtype != chunk.dtype:
             raise TypeError(f"{chunk.key}: produced {tensor.dtype}, announced {chunk.dtype}")
@@ -349,64 +318,7 @@ def _check_backend(folder: Path) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(str(path), rule=f"a torch_dist checkpoint has it ({_first_line(error)})", fix=fix) from error
+        raise InputError(str(path), rule=f"a torch_dist checkpoint has it ({first_line(error)})", fix=fix) from error
     backend = config.get("sharded_backend") if isinstance(config, dict) else None
     if backend != "torch_dist":
         raise InputError(f"{path}: sharded_backend={backend!r}", rule="only torch_dist is read", fix=fix)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-class _Inert:
-    """Stands for record classes of older Megatron versions (``strategies/torch.py:86-95``): attributes, no behaviour."""
-
-
-_PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
-_METADATA_CLASSES = (
-    "Metadata",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "MetadataIndex",
-    "TensorProperties",
-    "_MEM_FORMAT_ENCODING",
-    "StorageMeta",
-)
-
-
-def _safe_classes() -> dict[tuple[str, str], Any]:
-    """Every global `.metadata` may name: records, paths, sizes and dtypes. Constructing one has no effect."""
-    from torch.distributed.checkpoint import planner
-
-    safe: dict[tuple[str, str], Any] = {
-        ("torch", "Size"): torch.Size,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _StoragePrefix,
-        **{("torch.distributed.checkpoint.metadata", name): getattr(dcp, name) for name in _METADATA_CLASSES},
-        **{("torch.distributed.checkpoint.planner", name): getattr(planner, name) for name in _PLANNER_CLASSES},
-    }
-    for module in ("pathlib", "pathlib._local"):
-        safe |= {(module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath", "Path")}
-    for name in ("MCoreMetadata", "MCoreSavePlan"):
-        safe["megatron.core.dist_checkpointing.strategies.torch", name] = _Inert
-    safe |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    return safe
-
-
-_SAFE_CLASSES = _safe_classes()
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _SAFE_CLASSES[module, name]
-        except KeyError:
-            raise InputError(
-                f".metadata names {module}.{name}",
-                rule="checkpoint metadata holds plain records only; nothing is executed from a checkpoint",
-                fix="do not use this checkpoint unless its author can explain it",
-            ) from None

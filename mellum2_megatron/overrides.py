@@ -56,15 +56,17 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _nearest_key(key: str) -> str:
-    """Return the fix for an unknown key: all keys of a section, a field of that name elsewhere, or the closest key."""
+    """Return the fix for an unknown key: a section's keys, fields of that name elsewhere, or the closest key."""
     known = keys()
-    section = [candidate for candidate in known if candidate.startswith(f"{key}.")]
-    if section:
-        return f"set one of its fields: {', '.join(section)}"
+    inside = [candidate for candidate in known if candidate.startswith(f"{key}.")]
+    if inside:
+        return f"set one of its fields: {', '.join(inside)}"
     same_field = [candidate for candidate in known if candidate.rpartition(".")[2] == key.rpartition(".")[2]]
     if same_field:
         return f"did you mean {' or '.join(map(repr, same_field))}"
-    return nearest(key, known)
+    section = key.partition(".")[0]
+    fields = [candidate.partition(".")[2] for candidate in known if candidate.startswith(f"{section}.")]
+    return nearest(key, known) + (f" ({section} has {', '.join(fields)})" if fields else "")
 
 
 def _annotation(key: str) -> Any:

@@ -188,7 +188,7 @@ def interleaving_divides(at: Situation) -> Found:
 
 
 @rule(
-    evidence="megatron/core/optimizer/optimizer.py:1112-1117 and distributed/param_and_grad_buffer.py:500-520 (0.19.2): "
+    evidence="megatron/core/optimizer/optimizer.py:1112, distributed/param_and_grad_buffer.py:500-520 (0.19.2): "
     "the layer-wise optimizer gathers FP8 data without its scale, which only the distributed optimizer reduces"
 )
 def muon_gathers_bf16(at: Situation) -> Found:

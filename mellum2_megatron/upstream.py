@@ -1,40 +1,192 @@
-"""Work-arounds that every user of the megatron-core 0.19.2 wheel needs, on a GPU as on a CPU."""
+"""What every user of the megatron-core 0.19.2 wheel needs worked around, on a GPU as on a CPU.
+
+`activate` applies the table `PATCHES`; call it before training, in any order with megatron's import. Each entry states
+the upstream fact and the version it was read in, and has a test (``tests/test_upstream.py``) that fails when upstream
+no longer needs it. `keep_router_accumulators_fp32` is called on a model; `quiet_upstream` is a matter of taste.
+"""
 
 from __future__ import annotations
 
+import builtins
+import functools
+import importlib.util
+import logging
 import os
-from typing import Any
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from mellum2_megatron import patching
-from mellum2_megatron.errors import WorkError
+from mellum2_megatron.errors import InputError, WorkError
 from mellum2_megatron.patching import Patch
 
+if TYPE_CHECKING:
+    import torch
 
-def _compile_helpers(original: Any) -> Any:
+logger = logging.getLogger(__name__)
+
+
+def activate() -> None:
+    """Apply `PATCHES` for the rest of the process. Calling it again does nothing.
+
+    Raises:
+        InputError: the installed megatron-core is not the one the table was written for.
+        WorkError: psutil is missing: ``core/dist_checkpointing/strategies/filesystem_async.py:665`` (0.19.2) needs it,
+            does not declare it, and would only say so when it writes the first checkpoint.
+    """
+    if importlib.util.find_spec("psutil") is None:
+        raise WorkError("psutil is not installed, and saving a checkpoint needs it", fix="pip install psutil")
+    # core/package_info.py:20 calls git, and adds the revision of whatever repository site-packages lies in.
+    os.environ.setdefault("NO_VCS_VERSION", "1")
+    patching.install(PATCHES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The patches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _import_helpers(original: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(original)
     def compile_helpers() -> None:
         """Check that the compiled dataset helpers, which the wheel ships, import."""
         try:
             import megatron.core.datasets.helpers_cpp  # noqa: F401
         except ImportError as error:
-            raise WorkError(f"{error}", fix="x") from error
+            version = f"{sys.version_info.major}.{sys.version_info.minor}"
+            raise WorkError(
+                f"megatron-core's dataset helpers do not import with Python {version} ({error})",
+                fix="use Python 3.12, the version for which the wheel ships megatron/core/datasets/helpers_cpp",
+            ) from error
 
     return compile_helpers
+
+
+def _require_layer_wise_layout(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_emerging_optimizer(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        require_layer_wise_layout(config, model_chunks)
+        return original(config, model_chunks, *args, **kwargs)
+
+    return get_emerging_optimizer
+
+
+def require_layer_wise_layout(config: Any, model_chunks: Any) -> None:
+    """Refuse layer-wise Muon on a model that was not wrapped with the layer-wise parameter layout.
+
+    Args:
+        config: Megatron's OptimizerConfig.
+        model_chunks: the model's chunks, wrapped in DistributedDataParallel.
+
+    Raises:
+        InputError: Muon would run its legacy path: gradients all-reduced instead of reduce-scattered, Adam's parameters
+            inside the layer-wise optimizer, parameters broadcast by an uneven all-gather.
+    """
+    ddp_config = getattr(model_chunks[0], "ddp_config", None)
+    if config.use_layer_wise_distributed_optimizer and not getattr(ddp_config, "use_distributed_optimizer", False):
+        raise InputError(
+            f"optimizer={config.optimizer} without the layer-wise parameter layout",
+            rule="only megatron.training.training.get_model applies it (training.py:1880, 0.19.2); models built through "
+            "a config container (training/models/dist_utils.py:243) silently train another way",
+            fix="pass model_provider= to megatron.training.pretrain, and not --no-use-layer-wise-param-layout",
+        )
+
+
+def _refuse_batch_ramp(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        ramp = getattr(args, "rampup_batch_size", None)
+        if ramp is not None:
+            raise InputError(
+                f"--rampup-batch-size {' '.join(map(str, ramp))}",
+                rule="megatron-core 0.19.2 accepts it and trains with a constant batch",
+                fix="use --step-batch-size-schedule with sample-based training and learning-rate lengths",
+            )
+        return original(args, *rest, **kwargs)
+
+    return validate_args
 
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="compile-helpers",
         target="megatron.core.datasets.utils:compile_helpers",
-        replacement=_compile_helpers,
-        why="core/datasets/utils.py:25 runs make in a folder where the wheel has no Makefile, then exits the process",
+        replacement=_import_helpers,
+        why="core/datasets/utils.py:25 runs make in a folder where the wheel has no Makefile, and exits the process",
+    ),
+    Patch(
+        name="layer-wise-layout",
+        target="megatron.core.optimizer:_get_megatron_emerging_optimizer",
+        replacement=_require_layer_wise_layout,
+        why="core/optimizer/__init__.py:820 falls back to another algorithm without a word when DDP was not given the "
+        "layer-wise layout, and training/models/dist_utils.py:243 never gives it",
+    ),
+    Patch(
+        name="batch-ramp",
+        target="megatron.training.arguments:validate_args",
+        replacement=_refuse_batch_ramp,
+        why="training/global_vars.py:127 does not pass --rampup-batch-size on: the batch stays constant",
     ),
 )
 
 
-def activate() -> None:
-    os.environ.setdefault("NO_VCS_VERSION", "1")
-    patching.install(PATCHES)
+# ---------------------------------------------------------------------------------------------------------------------
+# Router accumulators
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROUTER_ACCUMULATORS = ("global_tokens_per_expert", "ga_steps")
+
+
+def keep_router_accumulators_fp32(model: torch.nn.Module) -> None:
+    """Keep the counts behind the global auxiliary loss in float32 in every router inside ``model`` (or in it, a router).
+
+    ``core/transformer/moe/router.py:201`` (0.19.2) makes them float32, ``Float16Module`` casts them to bfloat16, and
+    ``_maintain_float32_expert_bias`` (:259) does not restore them. In bfloat16 counts are rounded to 8 bits, and the
+    step count sticks at 256 when a rank runs more micro-batches than that in a step. May be called before or after the
+    cast, and more than once.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    for module in model.modules():
+        if isinstance(module, TopKRouter) and _restore_fp32 not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_restore_fp32)
+
+
+def _restore_fp32(router: torch.nn.Module, _: Any) -> None:
+    for name in ROUTER_ACCUMULATORS:
+        accumulator = getattr(router, name, None)
+        if accumulator is not None:
+            accumulator.data = accumulator.data.float()  # no copy when it is float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise
+# ---------------------------------------------------------------------------------------------------------------------
+
+_NOISY = ("megatron", "emerging_optimizers")
 
 
 def quiet_upstream() -> None:
-    pass
+    """Hide what Megatron prints, warns and logs below an error; exceptions and logged errors are shown as before.
+
+    Its printed lines go to this module's logger at DEBUG level instead. For the rest of the process.
+    """
+    for name in (*_NOISY, "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=rf"(.*/)?({'|'.join(_NOISY)})([./]|$)")
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+    if not hasattr(builtins.print, "__wrapped__"):
+        builtins.print = _quiet(builtins.print)
+
+
+def _quiet(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def print_(*values: Any, **options: Any) -> None:
+        caller = sys._getframe(1).f_globals.get("__name__") or ""
+        if caller.partition(".")[0] in _NOISY and options.get("file") in (None, sys.stdout):
+            logger.debug("%s: %s", caller, " ".join(map(str, values)))
+        else:
+            original(*values, **options)
+
+    return print_

@@ -7,14 +7,15 @@ its output into a file, which a failure shows, and returns what the function ret
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -60,7 +61,7 @@ def start_distributed(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__name__}_preload"])
     job = (function, args, kwargs, nproc, str(folder), environment or {})
-    processes = [context.Process(target=_child, args=(rank, *job), daemon=True) for rank in range(nproc)]
+    processes = [context.Process(target=_child, args=(rank, *job)) for rank in range(nproc)]
     for process in processes:
         process.start()
     return World(processes, folder)
@@ -91,10 +92,11 @@ class World:
         return [pickle.loads(self._file(rank, "result").read_bytes()) for rank in range(len(self.processes))]
 
     def kill(self) -> None:
-        """End every process that is still there."""
+        """End every process that is still there, and what it has started (Megatron's saver has a manager process)."""
         for process in self.processes:
-            if process.is_alive():
-                process.kill()
+            if process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             process.join()
 
     def output(self, rank: int | None = None) -> str:
@@ -120,9 +122,9 @@ def _child(
     os.dup2(output, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.setsid()  # a group of its own, to be killed whole
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
-    code = 1
     try:
         import torch
 
@@ -133,13 +135,6 @@ def _child(
         result = target(*args, **kwargs)
         Path(folder, f"result.{rank}").write_bytes(pickle.dumps(result))
         torch.distributed.destroy_process_group()
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
-        traceback.print_exc()
-    except BaseException:
-        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # no atexit: a peer that died must not keep this rank in a destructor

@@ -16,3 +16,8 @@ cpu.activate()
 
 import emerging_optimizers.orthogonalized_optimizers  # noqa: E402,F401
 import megatron.training  # noqa: E402,F401
+# What a first training run would import at work.
+import megatron.core.dist_checkpointing.strategies.filesystem_async  # noqa: E402,F401
+import megatron.core.tokenizers.text  # noqa: E402,F401
+import torch._dynamo  # noqa: E402,F401
+import torch.distributed.checkpoint  # noqa: E402,F401

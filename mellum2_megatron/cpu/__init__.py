@@ -13,6 +13,5 @@ from __future__ import annotations
 
 from mellum2_megatron.cpu.activation import activate, is_active
 from mellum2_megatron.cpu.process import init_single_process, single_process, teardown
-from mellum2_megatron.upstream import quiet_upstream
 
-__all__ = ["activate", "init_single_process", "is_active", "quiet_upstream", "single_process", "teardown"]
+__all__ = ["activate", "init_single_process", "is_active", "single_process", "teardown"]

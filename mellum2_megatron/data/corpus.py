@@ -45,6 +45,8 @@ class Source:
     """A named origin of documents: an installed package, the standard library, or a path the user gave."""
 
     name: str
+    key: str
+    """Stands for the source in the sampling hash: not a path, so that moving the files does not change the sample."""
     version: str | None
     licence: str
     root: Path
@@ -105,6 +107,7 @@ def installed_sources() -> tuple[list[Source], list[str]]:
     sources = [
         Source(
             name="python-standard-library",
+            key="python-standard-library",
             version=version,
             licence="PSF-2.0",
             root=stdlib,
@@ -132,6 +135,7 @@ def installed_sources() -> tuple[list[Source], list[str]]:
         sources.append(
             Source(
                 name=name,
+                key=name,
                 version=distribution.version,
                 licence=licence,
                 root=root,
@@ -181,6 +185,7 @@ def given_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
         sources.append(
             Source(
                 name=str(given),
+                key=f"input {len(sources)}",
                 version=None,
                 licence="not stated (given by the user)",
                 root=path,
@@ -286,7 +291,7 @@ def _walk(root: Path, *, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
 def _candidates(index: int, source: Source, seed: int) -> Iterator[_Candidate]:
     for path in source.files:
         relative = path.relative_to(source.root).as_posix()
-        label = f"{seed}\0{source.name}\0{relative}\0".encode("utf-8", "surrogateescape")
+        label = f"{seed}\0{source.key}\0{relative}\0".encode("utf-8", "surrogateescape")
         if path.suffix != ".jsonl":
             yield _Candidate(key=_hash(label), source=index, path=path, line=0, offset=0, length=-1)
             continue

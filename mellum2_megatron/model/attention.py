@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 
-from mellum2_megatron.model.config import require_matching_config
+from mellum2_megatron.errors import InputError
+from mellum2_megatron.model.config import complete_config, require_matching_config
 from mellum2_megatron.model.rotary import rotary_table
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Mellum2SelfAttention(SelfAttention):
         layer_types: attention type of every layer of this stack.
 
     Raises:
-        InputError: `config` describes another model than `architecture`; all differing arguments are named.
+        ValueError: `config` describes another model than `architecture`; all differing arguments are named.
     """
 
     def __init__(
@@ -50,7 +51,13 @@ class Mellum2SelfAttention(SelfAttention):
         layer_types: Sequence[LayerType],
         **kwargs: Any,
     ) -> None:
-        require_matching_config(config, architecture)
+        complete_config(config, architecture)
+        try:
+            require_matching_config(config, architecture)
+        except InputError as error:
+            # Megatron re-raises what a module's constructor raised as `type(error)(one string)`
+            # (megatron/core/transformer/spec_utils.py:118-127, 0.19.2).
+            raise ValueError(str(error)) from None
         self_type = layer_types[layer_number - 1]
         rope = architecture.rope(self_type)
         window = architecture.sliding_window if self_type == "sliding_attention" else None

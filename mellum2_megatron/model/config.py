@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.megatron_fields import FIXED_FIELDS, MEGATRON_FIELDS, window_size
+from mellum2_megatron.megatron_fields import FIXED_FIELDS, MEGATRON_FIELDS, window_pattern, window_size
 
 if TYPE_CHECKING:
     from mellum2_megatron.architecture import Mellum2Architecture
@@ -47,6 +48,21 @@ def use_plain_initialization(config: TransformerConfig) -> None:
     (megatron/core/transformer/transformer_config.py, `scaled_init_method_normal`, 0.19.2) and has no argument for it.
     """
     config.output_layer_init_method = config.init_method
+
+
+def complete_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
+    """Set on `config` what the layer spec decides and the command line left at Megatron's default.
+
+    The configuration is shared by the whole model, so that a stock MTP layer, which Megatron's own builder adds beside
+    our decoder (megatron/training/models/gpt.py:387-414, 0.19.2), slides as well. QK-norm cannot be added that late to
+    such a layer; with MTP it must be on the command line.
+    """
+    if config.window_size is None and (window := window_size(architecture)) is not None:
+        config.window_size = window
+        pattern = window_pattern(architecture)
+        config.window_attn_skip_freq = int(pattern) if pattern.isdigit() else json.loads(pattern)
+    if not config.mtp_num_layers:
+        config.qk_layernorm = True
 
 
 def config_differences(config: TransformerConfig, architecture: Mellum2Architecture) -> list[str]:

@@ -118,10 +118,9 @@ def forward_step(losses: list[float], iterator: Any, model: torch.nn.Module) -> 
 def pretrain(**changes: Any) -> dict[str, Any]:
     """Run it in this process and return ``losses`` (one a micro-batch, last stage only) and ``weights`` (hashes)."""
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain, training
+    from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.training import get_model  # noqa: F401
 
     sys.argv = ["tiny_pretrain", *arguments(**changes)]
     args = parse_and_validate_args()
@@ -132,11 +131,14 @@ def pretrain(**changes: Any) -> dict[str, Any]:
         built.append(model_provider(*positional, **keywords))
         return built[-1]
 
-    del training
-    pretrain(
-        pretrain_cfg_container_from_args(args), datasets, ModelType.encoder_or_decoder,
-        functools.partial(forward_step, losses), model_provider=provider,
-    )  # fmt: skip
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args), datasets, ModelType.encoder_or_decoder,
+            functools.partial(forward_step, losses), model_provider=provider,
+        )  # fmt: skip
+    except SystemExit as leaving:  # --exit-interval
+        if leaving.code:
+            raise
     return {"losses": losses, "weights": {name: _hash(value) for m in built for name, value in m.state_dict().items()}}
 
 

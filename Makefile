@@ -1,0 +1,33 @@
+# `make quickstart` and `make test` need nothing but this checkout, a network and about 6 GB of disk.
+VENV ?= .venv
+PYTHON312 := $(VENV)/bin/python
+export VENV
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint typecheck pytest clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+
+setup:  ## find Python 3.12, make .venv and install everything (quick when up to date)
+	@scripts/setup.sh
+
+quickstart: setup  ## train, convert, verify and talk to a small Mellum 2 on this machine, no GPU needed
+	@$(VENV)/bin/mellum2 quickstart
+
+test: setup lint typecheck pytest  ## set-up, linters, type checker and the CPU test suite
+
+lint: setup  ## ruff, check and format
+	$(PYTHON312) -m ruff check .
+	$(PYTHON312) -m ruff format --check .
+
+typecheck: setup  ## mypy
+	$(PYTHON312) -m mypy
+
+# One thread per process: the tests start several processes, and more threads than cores make gloo crawl.
+pytest: setup  ## the CPU test suite; PYTEST_ARGS="tests/test_x.py -k name" for a part of it
+	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -m "not gpu and not te" $(PYTEST_ARGS)
+
+clean:  ## remove caches and build outputs; runs/, data/ and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

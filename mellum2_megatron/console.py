@@ -1,0 +1,148 @@
+"""What a person sees while a model trains: aligned rows above a progress bar in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_HEADER_EVERY = 25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Column:
+    title: str
+    key: str
+    form: Callable[[float], str]
+    width: int
+
+
+def short_number(value: float) -> str:
+    """A number in four significant digits at most, thousands as K, M, G, T.
+
+    >>> short_number(950), short_number(12345), short_number(7_600_000), short_number(0.1234)
+    ('950', '12.3K', '7.6M', '0.123')
+    """
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> duration(59.4), duration(3725), duration(90061)
+    ('0:59', '1:02:05', '25:01:01')
+    """
+    whole = int(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+_COLUMNS = (
+    _Column(title="step", key="step", form=lambda value: f"{value:.0f}", width=8),
+    _Column(title="samples", key="samples", form=short_number, width=8),
+    _Column(title="tokens", key="tokens", form=short_number, width=7),
+    _Column(title="lm loss", key="lm_loss", form=lambda value: f"{value:.4f}", width=8),
+    _Column(title="mtp loss", key="mtp_loss", form=lambda value: f"{value:.4f}", width=8),
+    _Column(title="aux", key="aux_loss", form=lambda value: f"{value:.3g}", width=8),
+    _Column(title="z", key="z_loss", form=lambda value: f"{value:.3g}", width=8),
+    _Column(title="grad norm", key="grad_norm", form=lambda value: f"{value:.3f}", width=9),
+    _Column(title="lr", key="learning_rate", form=lambda value: f"{value:.2e}", width=8),
+    _Column(title="busiest expert", key="busiest", form=lambda value: f"{value:.2f}x", width=14),
+    _Column(title="tokens/s", key="tokens_per_second", form=short_number, width=8),
+    _Column(title="model TFLOP/s", key="model_tflops_per_second", form=short_number, width=13),
+    _Column(title="left", key="left", form=duration, width=8),
+)
+
+
+class TrainingConsole:
+    """Prints one row a logged step.
+
+    Args:
+        title: named in the first line.
+        total_steps: steps of the whole run.
+        total_samples: sequences of the whole run; the time left is estimated from them, because batches may grow.
+        first_sample: sequences already consumed when this process began.
+        file: where to print; standard output by default.
+    """
+
+    def __init__(
+        self, *, title: str, total_steps: int, total_samples: int, resume_step: int = 0, file: TextIO | None = None
+    ) -> None:
+        from rich.console import Console
+
+        self._file = file or sys.stdout
+        self._console = Console(file=self._file, highlight=False, soft_wrap=True)
+        self._total_steps, self._total_samples = total_steps, total_samples
+        self._began = time.monotonic()
+        self._first: tuple[float, float] | None = None
+        self._rows = 0
+        self._bar = _bar(self._console, total_steps, resume_step) if self._console.is_terminal else None
+        start = f"resuming after step {resume_step}" if resume_step else "starting"
+        self.say(f"{title}: {start}, {total_steps} steps in all")
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if self._bar is not None:
+            self._console.print(text, markup=False)
+        else:
+            self._file.write(text + "\n")
+            self._file.flush()
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Print a training step. Columns without a value are left out of plain lines and blank in rows."""
+        shown = {**values, "step": float(step)}
+        loads = [value for name, value in values.items() if name.endswith("/max_over_mean")]
+        if loads:
+            shown["busiest"] = max(loads)
+        if "samples" in values:
+            shown["left"] = self._seconds_left(values["samples"])
+        cells = [(column, column.form(shown[column.key]) if column.key in shown else "") for column in _COLUMNS]
+        if self._bar is None:
+            parts = [f"{column.title} {cell}" for column, cell in cells if cell]
+            parts[0] = f"step {step}/{self._total_steps}"
+            self.say(" | ".join(parts))
+            return
+        if self._rows % _HEADER_EVERY == 0:
+            self._console.print("  ".join(column.title.rjust(column.width) for column in _COLUMNS), style="bold")
+        self._rows += 1
+        self._console.print("  ".join(cell.rjust(column.width) for column, cell in cells))
+        self._bar.update(self._bar.task_ids[0], completed=step)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Print a validation."""
+        parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()]
+        self.say(f"step {step}/{self._total_steps} | validation | " + " | ".join(parts))
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _seconds_left(self, samples: float) -> float:
+        """Time left at the average speed since the first logged step, or since the start on that step itself."""
+        now = time.monotonic()
+        if self._first is None or samples <= self._first[1]:
+            self._first = (now, samples)
+            return 0.0 if samples >= self._total_samples else float("nan")
+        began, first = self._first
+        return (self._total_samples - samples) * (now - began) / (samples - first)
+
+
+def _bar(console: Console, total: int, completed: int) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    bar.add_task("training", total=total, completed=completed)
+    bar.start()
+    return bar

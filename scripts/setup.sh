@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Make .venv with Python 3.12 and install the project with its development tools at the versions of constraints.txt.
+# Run it again at any time: it ends at once when nothing changed. Environment:
+#   PYTHON=/path/to/python3.12   use this interpreter        VENV=DIR   another place than .venv
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+STAMP="$VENV/.mellum2-setup"
+
+say() { printf '[setup] %s\n' "$*"; }
+fail() { printf '[setup] error: %s\n' "$*" >&2; exit 2; }
+
+# megatron-core 0.19.2 ships its compiled dataset helpers for CPython 3.12 only. A name on PATH proves nothing: pyenv's
+# shim of a version that is not selected exists and fails, so every candidate has to run.
+is_python312() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        is_python312 "$PYTHON" || fail "PYTHON=$PYTHON is not a working Python 3.12. Fix: point PYTHON at one, or unset it."
+        command -v "$PYTHON"
+        return
+    fi
+    while IFS= read -r candidate; do
+        if is_python312 "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done < <(
+        type -aP python3.12 python3 python || true
+        ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python "$HOME"/.pyenv/versions/3.12*/bin/python \
+            /opt/homebrew/bin/python3.12 /usr/local/bin/python3.12 2>/dev/null || true
+    )
+    if command -v uv >/dev/null 2>&1; then
+        say "no Python 3.12 found, asking uv for one" >&2
+        uv python install 3.12 >&2 && uv python find 3.12 && return
+    fi
+    fail "no working Python 3.12 found (PATH, pyenv's versions, uv). Fix: install one, for example" \
+        "'apt install python3.12-venv', 'pyenv install 3.12' or 'uv python install 3.12', and run this again;" \
+        "or name it with PYTHON=/path/to/python3.12."
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    say "Python: $python"
+    say "creating $VENV"
+    # --clear: only a half-made environment gets here, see below
+    if "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        "$python" -m venv --clear "$VENV"
+    elif command -v uv >/dev/null 2>&1; then
+        uv venv --quiet --clear --seed --python "$python" "$VENV"
+    else
+        fail "$python has no ensurepip, so it cannot make a virtual environment. Fix: 'apt install python3.12-venv'."
+    fi
+}
+
+# uv does not read pip's configuration: hand over a mirror or a certificate that the user gave pip.
+hand_over_pip_configuration() {
+    local index certificate
+    index=${PIP_INDEX_URL:-$("$VENV/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
+    certificate=${PIP_CERT:-$("$VENV/bin/python" -m pip config get global.cert 2>/dev/null || true)}
+    if [ -n "$index" ] && [ -z "${UV_INDEX_URL:-}${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX="$index"; fi
+    if [ -n "$certificate" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$certificate"; fi
+}
+
+install_project() {
+    local wanted=(-c constraints.txt -e '.[dev]')
+    if "$VENV/bin/python" -m uv --version >/dev/null 2>&1 || "$VENV/bin/python" -m pip install --quiet uv; then
+        hand_over_pip_configuration
+        say "installing with uv (about 5 GB the first time, nearly all of it torch and CUDA)"
+        if "$VENV/bin/python" -m uv pip install --python "$VENV/bin/python" "${wanted[@]}"; then return; fi
+        say "uv did not succeed, see above; trying pip"
+    else
+        say "uv is not to be had; using pip, which is slower"
+    fi
+    "$VENV/bin/python" -m pip install "${wanted[@]}" ||
+        fail "the installation failed, see above. Fix: check the network and the free disk space (6 GB), then run this again."
+}
+
+sum() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi; }
+fingerprint() { { cat pyproject.toml constraints.txt scripts/setup.sh && pwd; } | sum; }
+
+if [ -e "$VENV/bin/python" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+    is_python312 "$VENV/bin/python" || fail "$VENV holds $("$VENV/bin/python" --version)," \
+        "and Python 3.12 is needed. Fix: remove $VENV, or choose another place with VENV=DIR."
+    if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ]; then
+        say "$VENV is up to date"
+        exit 0
+    fi
+elif [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
+    fail "$VENV exists and is not a virtual environment. Fix: move it away, or choose another place with VENV=DIR."
+else
+    make_venv
+fi
+install_project
+"$VENV/bin/mellum2" --help >/dev/null || fail "the mellum2 command does not start. Fix: remove $VENV and run this again."
+fingerprint >"$STAMP"
+say "done: $VENV/bin/mellum2 --help"

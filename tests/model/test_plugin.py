@@ -1,0 +1,103 @@
+"""The layer spec on its own: a stock Megatron-LM command line with `--spec` builds the same model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.models.gpt import GPTModelBuilder
+
+from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
+from mellum2_megatron.megatron_fields import architecture_arguments
+from mellum2_megatron.model import layer_specs
+from mellum2_megatron.scoring import score_tokens
+from tests.model.hf_reference import make_reference, to_megatron
+from tests.model.own_specs import ARCHITECTURE
+from tests.model.test_parity import relative_error, tokens_of
+
+pytestmark = pytest.mark.usefixtures("megatron_world")
+
+STOCK = (
+    "--micro-batch-size 1 --seq-length 64 --max-position-embeddings 256 --train-iters 1 --lr 1e-3 "
+    "--transformer-impl local --no-rope-fusion --no-masked-softmax-fusion --no-gradient-accumulation-fusion "
+    "--no-persist-layer-norm --no-bias-swiglu-fusion --no-bias-dropout-fusion --use-cpu-initialization "
+    "--distributed-backend gloo --moe-token-dispatcher-type alltoall --moe-router-dtype fp32 "
+    "--tokenizer-type NullTokenizer"
+).split()
+
+
+def stock_model(monkeypatch, architecture: Mellum2Architecture, words: list[str], spec: tuple[str, str]):
+    """Build a model the way Megatron-LM's own entry point does: parser, validation, spec import, builder."""
+    vocabulary = ["--vocab-size", str(architecture.vocab_size), "--padded-vocab-size", str(architecture.vocab_size)]
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *STOCK, *vocabulary, *words, "--spec", *spec])
+    args = parse_args()
+    validate_args(args)
+    config = gpt_config_from_args(args)
+    return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def without(words: list[str], *flags: str) -> list[str]:
+    """Drop flags, each with its value if it has one."""
+    kept, skipping = [], False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word in flags
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
+@pytest.mark.parametrize("window_given", [True, False], ids=["window on the command line", "window from the spec"])
+def test_stock_builder_computes_the_same_logits(monkeypatch, window_given):
+    words = architecture_arguments(ARCHITECTURE)
+    if not window_given:
+        words = without(words, "--window-size", "--window-attn-skip-freq")
+    model = stock_model(monkeypatch, ARCHITECTURE, words, ("tests.model.own_specs", "SPEC"))
+    reference = make_reference(ARCHITECTURE)
+    weights = to_megatron(ARCHITECTURE, {n: p.detach() for n, p in reference.named_parameters().items()})
+    model.load_state_dict(weights, strict=False)
+    assert {name for name, _ in model.named_parameters()} == set(weights)
+    tokens = tokens_of(ARCHITECTURE, 50)
+    with torch.no_grad():
+        logits, mtp_logits = reference.logits(tokens)
+    ours, our_mtp = score_tokens(model, tokens)
+    assert relative_error(ours, logits) < 1e-5
+    assert relative_error(our_mtp[:, :-1], mtp_logits) < 1e-5
+
+
+def test_qk_norm_comes_with_the_spec_where_there_is_no_mtp_layer(monkeypatch):
+    words = without(architecture_arguments(ARCHITECTURE), "--qk-layernorm", "--mtp-num-layers")
+    monkeypatch.setattr(
+        "tests.model.own_specs.SPEC", layer_specs.layer_spec(ARCHITECTURE.replace(num_mtp_layers=0), "torch")
+    )
+    model = stock_model(monkeypatch, ARCHITECTURE, words, ("tests.model.own_specs", "SPEC"))
+    assert model.decoder.layers[0].self_attention.q_layernorm.weight.shape == (ARCHITECTURE.head_dim,)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [
+        ("--qk-layernorm", None, "--qk-layernorm"),
+        ("--window-size", "8,0", "--window-size 7,0"),
+        ("--norm-epsilon", "1e-5", "--norm-epsilon 1e-06"),
+        ("--moe-router-topk", "1", "--moe-router-topk 2"),
+        ("--swiglu", None, "--swiglu"),
+        ("--kv-channels", None, "--kv-channels 16"),
+    ],
+)
+def test_command_line_of_another_model_is_refused(monkeypatch, flag, value, named):
+    words = without(architecture_arguments(ARCHITECTURE), flag) + ([flag, value] if value else [])
+    if flag == "--moe-router-topk":
+        words.append("--moe-router-pre-softmax")  # which Megatron wants with top-1
+    with pytest.raises(ValueError, match=named):
+        stock_model(monkeypatch, ARCHITECTURE, words, ("tests.model.own_specs", "SPEC"))
+
+
+def test_every_preset_has_a_spec_under_its_name():
+    for preset, architecture in PRESETS.items():
+        spec = vars(layer_specs)[f"{preset.replace('-', '_')}_torch"]
+        assert spec.submodules.self_attention.params["architecture"] is architecture
+    yarn = vars(layer_specs)["mellum2_12b_128k_torch"].submodules.self_attention.params["architecture"]
+    assert yarn.rope_full_attention.rope_type == "yarn" and yarn.rope_sliding_attention.rope_type == "default"
