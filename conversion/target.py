@@ -16,8 +16,8 @@ from mellum2_megatron.errors import InputError, WorkError
 from mellum2_megatron.files import atomic_directory
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Headers, archives' bookkeeping, config, tokenizer and manifest beside the tensors' own bytes.
-_SPARE_BYTES = 64 * 2**20
+# Beside the tensors' own bytes: headers and archives' bookkeeping (a share of them), config, tokenizer, manifest.
+_SPARE_SHARE, _SPARE_BYTES = 0.02, 8 * 2**20
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def _check_space(target: Path, nbytes: int) -> None:
     parent = target.absolute()
     while not parent.exists():
         parent = parent.parent
-    free, needed = shutil.disk_usage(parent).free, nbytes + _SPARE_BYTES
+    free, needed = shutil.disk_usage(parent).free, int(nbytes * (1 + _SPARE_SHARE)) + _SPARE_BYTES
     if free < needed:
         raise WorkError(
             f"disk of {parent} has {_gigabytes(free)} free, {target} needs {_gigabytes(needed)}",

@@ -120,7 +120,7 @@ def score(
     hf_path: Annotated[Path | None, typer.Option("--hf-path", help="Hugging Face folder")] = None,
 ) -> None:
     """Write the logits of a checkpoint for given tokens."""
-    from mellum2_megatron.score import score_file
+    from mellum2_megatron.scoring import score_file
 
     score_file(tokens, out, megatron_path=megatron_path, hf_path=hf_path)
     console.print(f"wrote {out}", soft_wrap=True)
@@ -229,11 +229,14 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", help="folder of the run")] = Path("runs/quickstart"),
     data: Annotated[Path, typer.Option("--data", help="folder of the prepared data")] = Path("data/quickstart"),
     overrides: Overrides = None,
+    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.1, help="size of the corpus")] = 16.0,
 ) -> None:
     """The whole way on a CPU: corpus, tokens, training on two ranks, export, verification, generation."""
     from launchers.quickstart import run_quickstart
 
-    run_quickstart(console, output=output, data=data, overrides=overrides or [])
+    run_quickstart(
+        console, output=output, data=data, overrides=overrides or [], max_megabytes=max_megabytes
+    )
 
 
 if __name__ == "__main__":

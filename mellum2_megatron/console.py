@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: aligned rows above a progress bar in a terminal, plain lines anywhere else."""
+"""What a person sees while a model trains: rows above a progress bar in a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TrainingConsole:
         title: named in the first line.
         total_steps: steps of the whole run.
         total_samples: sequences of the whole run; the time left is estimated from them, because batches may grow.
-        first_sample: sequences already consumed when this process began.
+        resume_step: step of the loaded checkpoint; 0 for a new run.
         file: where to print; standard output by default.
     """
 
@@ -82,7 +82,6 @@ class TrainingConsole:
         self._file = file or sys.stdout
         self._console = Console(file=self._file, highlight=False, soft_wrap=True)
         self._total_steps, self._total_samples = total_steps, total_samples
-        self._began = time.monotonic()
         self._first: tuple[float, float] | None = None
         self._rows = 0
         self._bar = _bar(self._console, total_steps, resume_step) if self._console.is_terminal else None
@@ -103,8 +102,9 @@ class TrainingConsole:
         loads = [value for name, value in values.items() if name.endswith("/max_over_mean")]
         if loads:
             shown["busiest"] = max(loads)
-        if "samples" in values:
-            shown["left"] = self._seconds_left(values["samples"])
+        left = self._seconds_left(values["samples"]) if "samples" in values else None
+        if left is not None:
+            shown["left"] = left
         cells = [(column, column.form(shown[column.key]) if column.key in shown else "") for column in _COLUMNS]
         if self._bar is None:
             parts = [f"{column.title} {cell}" for column, cell in cells if cell]
@@ -127,12 +127,12 @@ class TrainingConsole:
         if self._bar is not None:
             self._bar.stop()
 
-    def _seconds_left(self, samples: float) -> float:
-        """Time left at the average speed since the first logged step, or since the start on that step itself."""
+    def _seconds_left(self, samples: float) -> float | None:
+        """Time left at the average speed since the first logged step; None on that step."""
         now = time.monotonic()
         if self._first is None or samples <= self._first[1]:
             self._first = (now, samples)
-            return 0.0 if samples >= self._total_samples else float("nan")
+            return None
         began, first = self._first
         return (self._total_samples - samples) * (now - began) / (samples - first)
 

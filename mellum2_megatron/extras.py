@@ -77,8 +77,8 @@ def _find_nemo_run() -> Extra:
         "NeMo-Run",
         module="nemo_run",
         distribution="nemo-run",
-        used="mellum2 launch",
-        lost="no mellum2 launch; pip install -c constraints-launch.txt 'mellum2-megatron[launch]'",
+        used="launching on a cluster",
+        lost="runs start on this machine only; pip install -c constraints-launch.txt 'mellum2-megatron[launch]'",
     )
 
 

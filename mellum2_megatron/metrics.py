@@ -2,11 +2,11 @@
 
 ``metrics.jsonl`` holds one JSON object a line::
 
-    {"kind": "train", "step": 10, "lm_loss": 8.3182, "learning_rate": 0.0003, "expert_load/layer_03/max_over_mean": 1.7}
+    {"kind": "train", "step": 10, "lm_loss": 8.3182, "learning_rate": 0.0003, "expert_load/mtp/max_over_mean": 1.7}
     {"kind": "valid", "step": 10, "lm_loss": 8.2907}
 
-Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from step k the file holds every
-step once: lines of later steps, which the earlier process wrote and the checkpoint does not know of, are dropped first.
+Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from step k the file holds
+every step once: lines of later steps, which the earlier process wrote and the checkpoint does not know of, are dropped.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class MetricsLogger:
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                # purge_step makes readers forget what an earlier process logged after the checkpoint.
-                purge = resume_step + 1 if resume_step else None
+                # Readers forget what an earlier process logged after the checkpoint.
+                purge = resume_step + 1 if resume_step else 0
                 self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
             if wandb_project is not None:
                 self._wandb = self._open_wandb(wandb_project, wandb_entity, run_name, dict(config or {}), resume_step)
@@ -126,7 +126,7 @@ class MetricsLogger:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _record(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         line: dict[str, Any] = {"kind": kind, "step": step}

@@ -2,12 +2,92 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+from mellum2_megatron.checkpoint_folder import resolve
+from mellum2_megatron.errors import InputError
+from mellum2_megatron.files import atomic_path
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
+
+
+def load_megatron_model(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> GPTModel:
+    """Build the model of a checkpoint in this process and load its weights with Megatron's own loader.
+
+    Runs on the GPU where there is one (te backend if Transformer Engine can be imported), else on the CPU backend with
+    the torch modules. Any layout that wrote the checkpoint is fine; optimizer state in it is left alone.
+
+    Args:
+        path: checkpoint folder, or one iteration inside it.
+        dtype: of the model's parameters.
+
+    Raises:
+        InputError: no checkpoint there, or its tensors are not this architecture's.
+    """
+    checkpoint = resolve(path)
+    device = _one_rank_world()
+    from megatron.core import dist_checkpointing
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    from mellum2_megatron.model.provider import build_model
+
+    backend = "te" if device.type == "cuda" and HAVE_TE else "torch"
+    model = build_model(
+        checkpoint.architecture,
+        backend=backend,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,
+        moe_grouped_gemm=backend == "te",
+    )
+    model = model.to(device=device, dtype=dtype).eval()
+    try:
+        loaded = dist_checkpointing.load(
+            {"model": model.sharded_state_dict()},
+            str(checkpoint.iteration_dir),
+            # What the checkpoint holds beyond the model (optimizer, random states) is not asked for; what the model
+            # needs and the checkpoint lacks is an error.
+            strict=StrictHandling.RAISE_UNEXPECTED,
+        )
+    except (CheckpointingException, KeyError) as error:
+        raise InputError(
+            f"checkpoint {checkpoint.iteration_dir}",
+            rule=f"does not hold this architecture's weights ({error})",
+            fix="give a checkpoint with its own architecture.json beside it",
+        ) from error
+    model.load_state_dict(loaded["model"], strict=backend == "torch")
+    return model
+
+
+def _one_rank_world() -> torch.device:
+    """Make this process a whole Megatron world of one rank, unless it is already part of one."""
+    if not torch.cuda.is_available():
+        from mellum2_megatron import cpu
+
+        cpu.activate()
+        cpu.init_single_process()
+        return torch.device("cpu")
+    from mellum2_megatron import upstream
+
+    upstream.activate()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @torch.no_grad()
@@ -35,7 +115,7 @@ def score_tokens(model: GPTModel, tokens: torch.Tensor) -> tuple[torch.Tensor, t
     model.eval()
     try:
         device = next(model.parameters()).device
-        tokens = tokens.to(device)
+        tokens = tokens.to(device=device, dtype=torch.long)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         model(tokens, positions, None)
     finally:
@@ -46,3 +126,58 @@ def score_tokens(model: GPTModel, tokens: torch.Tensor) -> tuple[torch.Tensor, t
         raise RuntimeError(f"the output head ran {len(captured)} times, {heads} expected")
     logits = [head.transpose(0, 1) for head in captured]
     return logits[-1], logits[0] if heads > 1 else None
+
+
+def score_file(tokens_path: Path, out: Path, *, megatron_path: Path | None, hf_path: Path | None) -> None:
+    """Write the logits of one checkpoint, of either kind, for the tokens of a file (`mellum2 score`).
+
+    Args:
+        tokens_path: `.npy` file of token ids `[b, s]`, any integer type.
+        out: `.npz` file to write: `logits` `[b, s, v]` float32 and, with an MTP head, `mtp_logits` of the same shape
+            (position t predicts token t + 2; the last position is not meaningful).
+        megatron_path, hf_path: exactly one of them names the checkpoint.
+
+    Raises:
+        InputError: none or both checkpoints, unreadable tokens, ids outside the vocabulary, or a bad checkpoint.
+    """
+    from conversion.hf_folder import HfFolder
+    from conversion.hf_scoring import check_tokens, score_hf
+
+    if (megatron_path is None) == (hf_path is None):
+        raise InputError(
+            "score", rule="exactly one checkpoint is scored", fix="give either --megatron-path or --hf-path"
+        )
+    tokens = read_tokens(tokens_path)
+    if hf_path is not None:
+        with HfFolder.open(hf_path) as folder:
+            check_tokens(tokens, folder.architecture)
+        logits, mtp_logits = score_hf(hf_path, tokens)
+    else:
+        assert megatron_path is not None
+        check_tokens(tokens, resolve(megatron_path).architecture)
+        logits, mtp_logits = score_tokens(load_megatron_model(megatron_path), tokens)
+    arrays = {"logits": logits.cpu().numpy()}
+    if mtp_logits is not None:
+        arrays["mtp_logits"] = mtp_logits.cpu().numpy()
+    with atomic_path(out) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]  # a stream: savez would append .npz to a name
+
+
+def read_tokens(path: Path) -> torch.Tensor:
+    """Read token ids `[b, s]` from a `.npy` file.
+
+    Raises:
+        InputError: the file cannot be read, or does not hold a two-dimensional integer array.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"--tokens {path}", rule=f"must be a readable .npy file ({error})", fix="use numpy.save") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
+        shape = getattr(array, "shape", None)
+        raise InputError(
+            f"--tokens {path}: {getattr(array, 'dtype', type(array))} {shape}",
+            rule="must be integer token ids of shape [batch, sequence]",
+            fix="save such an array with numpy.save",
+        )
+    return torch.from_numpy(array.astype(np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -48,7 +49,13 @@ def activate() -> None:
     device.install()
     compiling.install()
     patching.install(PATCHES)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_not_about_shared_rng)
     _active = True
+
+
+def _not_about_shared_rng(record: logging.LogRecord) -> bool:
+    """Drop the warning of ``tensor_parallel/random.py:329``: here the device's generator *is* the CPU's."""
+    return "CPU RNG state changed" not in record.getMessage()
 
 
 def _refuse_late_call() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import queue
 from typing import Any
 
 import torch
 
 from mellum2_megatron.cpu.optim import FusedAdam, with_cuda_type_names
+from mellum2_megatron.errors import InputError
 from mellum2_megatron.patching import Patch
 
 
@@ -19,8 +21,49 @@ def _set_rng_state(original: Any) -> Any:
     return set_rng_state
 
 
-def _allow_no_cuda(original: Any) -> Any:
-    return functools.wraps(original)(functools.partial(original, allow_no_cuda=True))
+def _initialize_on_cpu(original: Any) -> Any:
+    @functools.wraps(original)
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        check_arguments(get_args())
+        return original(*args, **kwargs | {"allow_no_cuda": True})
+
+    return initialize_megatron
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse Megatron arguments that need a GPU, where upstream would fail later and less clearly.
+
+    Raises:
+        InputError: names the first such argument.
+    """
+    if args.distributed_backend != "gloo":
+        _refuse(f"distributed_backend={args.distributed_backend}", "processes on CPUs talk over gloo", "gloo")
+    if args.async_save:
+        _refuse("async_save=True", "asynchronous saving stages through page-locked memory and CUDA streams", "False")
+    if args.fp8 or args.fp4:
+        _refuse(f"fp8={args.fp8}, fp4={args.fp4}", "8- and 4-bit arithmetic is Transformer Engine's", "bf16 alone")
+    if args.transformer_impl == "transformer_engine":
+        _refuse(f"transformer_impl={args.transformer_impl}", "Transformer Engine runs on GPUs only", "local")
+    if args.cuda_graph_impl != "none":
+        _refuse(f"cuda_graph_impl={args.cuda_graph_impl}", "there are no CUDA graphs on a CPU", "none")
+
+
+def _refuse(value: str, rule: str, instead: str) -> None:
+    raise InputError(value, rule=f"{rule} (device=cpu)", fix=f"use {instead}, or device=cuda")
+
+
+def _results_in_process(original: Any) -> Any:
+    results = None
+
+    @functools.wraps(original)
+    def get_write_results_queue(mp_mode: str = "spawn") -> queue.Queue[Any]:
+        nonlocal results
+        results = results or queue.Queue()
+        return results
+
+    return get_write_results_queue
 
 
 def _splits_as_numpy(original: Any) -> Any:
@@ -41,7 +84,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="allow-no-cuda",
         target="megatron.training.initialize:initialize_megatron",
-        replacement=_allow_no_cuda,
+        replacement=_initialize_on_cpu,
         why="training/initialize.py:66 asserts torch.cuda.is_available(), and pretrain() does not pass allow_no_cuda",
     ),
     Patch(
@@ -93,5 +136,12 @@ PATCHES: tuple[Patch, ...] = (
         target="megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
         replacement=with_cuda_type_names,
         why="core/optimizer/clip_grads.py:174 asserts that gradients are of type torch.cuda.FloatTensor",
+    ),
+    Patch(
+        name="write-results",
+        target="megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
+        replacement=_results_in_process,
+        why="core/dist_checkpointing/strategies/filesystem_async.py:65 starts a fresh Python process on every rank (it "
+        "imports torch again: seconds, hundreds of megabytes) for a queue that only asynchronous saving needs",
     ),
 )

@@ -1,0 +1,92 @@
+"""`mellum2 info`: what is asked about, and the report on it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
+from mellum2_megatron.errors import InputError, nearest
+from mellum2_megatron.info import architecture_report, render
+from mellum2_megatron.layout import memory_per_rank
+from mellum2_megatron.recipes import recipe_names
+from mellum2_megatron.run import Run
+from mellum2_megatron.start import resolve_run
+
+
+def describe(
+    console: Console,
+    *,
+    subject: str | None,
+    overrides: Sequence[str],
+    hf_path: Path | None,
+    world_size: int | None,
+    sequence_length: int | None,
+    as_json: bool,
+) -> None:
+    """Print the figures of a recipe, a preset or a Hugging Face folder.
+
+    Args:
+        console: where tables go.
+        subject: recipe (or resolved run file) or preset.
+        overrides: `key=value` words for a recipe.
+        hf_path: Hugging Face folder, in place of `subject`.
+        world_size: ranks, for the memory of one; those the recipe asks for if None.
+        sequence_length: for the FLOPs; the recipe's or the model's longest if None.
+        as_json: print JSON instead of tables.
+
+    Raises:
+        InputError: nothing or two things asked about, an unknown name, or a layout that does not fit.
+    """
+    if (subject is None) == (hf_path is None):
+        raise InputError("info", rule="describes one thing", fix="give a recipe, a preset, or --hf-path DIR")
+    memory = None
+    if hf_path is not None:
+        from conversion.hf_folder import read_config
+
+        architecture, title = read_config(hf_path), str(hf_path)
+    else:
+        assert subject is not None
+        title = subject
+        named = _run_or_architecture(subject, overrides)
+        if isinstance(named, Run):
+            architecture = named.architecture
+            sequence_length = sequence_length or named.data.sequence_length
+            ranks = world_size or named.layout.world_size or named.layout.smallest_world_size
+            named.layout.validate(architecture, world_size=ranks, sequence_length=named.data.sequence_length)
+            memory = memory_per_rank(
+                architecture,
+                named.layout,
+                world_size=ranks,
+                sequence_length=named.data.sequence_length,
+                micro_batch_size=named.schedule.micro_batch_size,
+                optimizer=named.optimizer.name,
+                fp8=named.precision.compute == "fp8",
+                grad_bytes=4 if named.precision.grad_reduce_in_fp32 else 2,
+            )
+            title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
+        else:
+            architecture = named
+    report = architecture_report(architecture, sequence_length=sequence_length, memory=memory)
+    if as_json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        console.print(render(report, title=title))
+
+
+def _run_or_architecture(subject: str, overrides: Sequence[str]) -> Run | Mellum2Architecture:
+    if subject in PRESETS:
+        if overrides:
+            raise InputError(
+                f"{subject} {overrides[0]}", rule="overrides change a recipe", fix="name a recipe instead of a preset"
+            )
+        return PRESETS[subject]
+    if subject in recipe_names() or subject.endswith((".yaml", ".yml")):
+        return resolve_run(subject, overrides)
+    raise InputError(
+        f"{subject!r}", rule="is neither a recipe nor a preset", fix=nearest(subject, [*recipe_names(), *PRESETS])
+    )

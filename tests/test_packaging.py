@@ -1,0 +1,57 @@
+"""What an installation promises: pins without addresses, every dependency pinned, all packages shipped, no apex."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from setuptools import find_namespace_packages
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CONSTRAINTS = ["constraints.txt", "constraints-launch.txt"]
+
+
+def _pins(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), f"{name}: {line!r} is not a plain pin"
+    return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+
+
+def _requirements(*extras: str) -> list[Requirement]:
+    project = PROJECT["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    return [Requirement(line) for requirements in lists for line in requirements]
+
+
+@pytest.mark.parametrize(("name", "extras"), [("constraints.txt", ["dev"]), ("constraints-launch.txt", ["launch"])])
+def test_every_dependency_is_pinned_inside_its_range(name: str, extras: list[str]) -> None:
+    pins = _pins(name)
+    for requirement in _requirements(*extras):
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{name} does not pin {requirement.name}"
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} excludes {version}"
+
+
+def test_both_constraints_agree_on_what_computes() -> None:
+    base, launch = (_pins(name) for name in CONSTRAINTS)
+    for name in ("torch", "megatron-core", "emerging-optimizers", "transformers", "tokenizers", "safetensors", "numpy"):
+        assert base[name] == launch[name]
+
+
+def test_apex_is_no_dependency() -> None:
+    names = {canonicalize_name(r.name) for r in _requirements(*PROJECT["project"]["optional-dependencies"])}
+    assert "apex" not in names | set(_pins("constraints.txt")) | set(_pins("constraints-launch.txt"))
+
+
+def test_every_top_level_package_is_shipped() -> None:
+    include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    shipped = set(find_namespace_packages(str(ROOT), include=include))
+    for top in ("mellum2_megatron", "conversion", "launchers", "ablations"):
+        folders = {path.parent for path in (ROOT / top).rglob("*.py")}
+        assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= shipped
