@@ -111,23 +111,23 @@ class Quickstart:
     def _summarize(self, parity: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
         from mellum2_megatron.data.prepare import load_prepared
         from mellum2_megatron.generate import mtp_acceptance
-        from mellum2_megatron.metrics import read_metrics
+        from mellum2_megatron.metrics import METRICS_FILE, read_metrics, series
         from mellum2_megatron.run_folder import RUN_FILE, read_run
 
         run = read_run(self.output / RUN_FILE)
         prepared = load_prepared(self.data)
-        validation = [row for row in read_metrics(self.output / "metrics.jsonl") if "valid_lm_loss" in row]
-        if not validation:
-            raise WorkError("no validation in metrics.jsonl", fix="set logging.eval_interval below schedule.train_samples")
+        steps, losses = series(read_metrics(self.output / METRICS_FILE), "lm_loss", "valid")
+        if not losses:
+            raise WorkError("no validation in metrics.jsonl", fix="set logging.eval_interval below the number of steps")
         tokens = self._validation_tokens(run.data.sequence_length)
         return {
             "vocab_size": run.architecture.vocab_size,
             "ln_vocab": math.log(run.architecture.vocab_size),
             "valid_unigram_entropy": prepared.valid_unigram_entropy_nats,
-            "first_validation_loss": validation[0]["valid_lm_loss"],
-            "first_validation_step": validation[0]["step"],
-            "last_validation_loss": validation[-1]["valid_lm_loss"],
-            "last_validation_step": validation[-1]["step"],
+            "first_validation_loss": losses[0],
+            "first_validation_step": steps[0],
+            "last_validation_loss": losses[-1],
+            "last_validation_step": steps[-1],
             "trained_tokens": run.train_tokens,
             "mtp_acceptance": mtp_acceptance(self.hf, tokens),
             "parity": parity,
@@ -149,10 +149,11 @@ class Quickstart:
         return torch.tensor(stream[: rows * length]).view(rows, length)
 
     def _plot(self, summary: dict[str, Any]) -> None:
+        from mellum2_megatron.metrics import METRICS_FILE
         from mellum2_megatron.plots import plot_loss
 
         plot_loss(
-            self.output / "metrics.jsonl",
+            self.output / METRICS_FILE,
             self.output / "loss.png",
             unigram_entropy=summary["valid_unigram_entropy"],
             ln_vocab=summary["ln_vocab"],

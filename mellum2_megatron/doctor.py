@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mellum2_megatron.errors import InputError
@@ -66,7 +67,7 @@ def _machine(console: Console) -> None:
     for package in _PACKAGES:
         table.add_row(package, importlib.metadata.version(package))
     for extra in find_extras():
-        table.add_row(extra.name, f"{extra.state}: {extra.detail}")
+        table.add_row(extra.name, escape(f"{extra.state}: {extra.detail}"))
     console.print(table)
 
 

@@ -195,6 +195,8 @@ def _logging(run: Run) -> list[str]:
         # Without it, a batch ramp leaves micro_batch_size * dp here (arguments.py:684-690).
         *("--eval-global-batch-size", str(run.eval_batch_size)),
         "--no-one-logger",
+        # Without it the time of a step is printed only, and our log takes it from the writer.
+        "--log-timers-to-tensorboard",
     ]
 
 

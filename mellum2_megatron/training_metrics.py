@@ -14,6 +14,7 @@ import torch
 
 from mellum2_megatron.metrics import MetricsLogger
 from mellum2_megatron.model.router import Mellum2Router
+from mellum2_megatron.values import to_plain
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -97,6 +98,7 @@ class TrainingMetrics:
             tensorboard=logging.tensorboard,
             wandb_project=logging.wandb_project,
             wandb_entity=logging.wandb_entity,
+            config=to_plain(self.run),
             resume_step=args.iteration,
             total_steps=schedule.train_steps,
             total_samples=schedule.train_samples,

@@ -6,7 +6,9 @@ import io
 import json
 import math
 import re
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,17 +145,29 @@ def test_tensorboard_reads_the_same_series_across_a_resume(tmp_path: Path) -> No
         assert value == pytest.approx(loss_at(step) + (100.0 if step <= 4 else 0.0), rel=1e-6)
 
 
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log with W&B's 7-byte file header: blocks of 32 KiB, parts with checksum, length and type."""
+    position, parts = 7, b""
+    while position < len(data):
+        room = 32768 - position % 32768
+        if room < 7:  # too small for a part's header: zeros
+            position += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or last part
+            yield parts
+            parts = b""
+
+
 def wandb_history(file: Path) -> list[dict[str, Any]]:
     """Rows of an offline W&B run, from its transaction log."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(file))
     rows = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for data in leveldb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
