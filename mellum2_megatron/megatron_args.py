@@ -49,7 +49,7 @@ def environment(run: Run) -> dict[str, str]:
     """Return the environment variables that Megatron asserts for this run.
 
     With tensor or context parallelism it wants one hardware queue up to Hopper, so that communication is issued in
-    program order (arguments.py:1409-1440).
+    program order (arguments.py:1408-1438).
     """
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if run.layout.tp > 1 or run.layout.cp > 1 else {}
 

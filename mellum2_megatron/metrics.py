@@ -126,7 +126,10 @@ class MetricsLogger:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
+            import wandb
+
             self._wandb.finish()
+            wandb.teardown()  # finish() returns before W&B's own process has written an offline run to disk (0.31)
 
     def _record(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         line: dict[str, Any] = {"kind": kind, "step": step}

@@ -65,13 +65,14 @@ def plot_loss(
             markeredgewidth=1.2,
             label="next token, validation",
             zorder=5,
+            clip_on=False,
         )
         axes.annotate(
             f"{valid_losses[-1]:.2f}",
             (valid_steps[-1], valid_losses[-1]),
             textcoords="offset points",
             xytext=(0, -16),
-            ha="center",
+            ha="right",
             fontsize=10,
             fontweight="bold",
             color=_VALID,
@@ -81,10 +82,10 @@ def plot_loss(
             _reference_line(axes, value, f"{label}: {value:.2f}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross entropy (nats per token)")
-    axes.set_xlim(0, max([*steps, *valid_steps]) * 1.02)
+    axes.set_xlim(0, max([*steps, *valid_steps]))
     _limits(axes, [*losses, *mtp_losses, *valid_losses], [unigram_entropy, ln_vocab])
     _token_axis(axes, records)
-    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.86), labelcolor=_INK)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, labelcolor=_INK)
     _save(figure, png_path)
 
 
@@ -136,7 +137,7 @@ def _figure(title: str, height: float = 5.2) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=14, fontweight="bold", color=_INK, pad=14)
+    axes.set_title(title, loc="left", fontsize=14, fontweight="bold", color=_INK, pad=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_MUTED)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)

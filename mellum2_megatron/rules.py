@@ -132,7 +132,7 @@ def enforce(run: Run, world_size: int, device: Device, *, machine: bool = True) 
         )
 
 
-@rule(evidence="megatron/training/arguments.py:425-446, 955-961, 1295, 1599-1603 (0.19.2)")
+@rule(evidence="megatron/training/arguments.py:429, 963, 1295, 1602 (0.19.2)")
 def layout_fits(at: Situation) -> Found:
     """The layout divides the model, the sequence and the ranks."""
     yield from at.run.layout.problems(
@@ -140,7 +140,7 @@ def layout_fits(at: Situation) -> Found:
     )
 
 
-@rule(evidence="megatron/training/arguments.py:1312-1316 (0.19.2)")
+@rule(evidence="megatron/training/arguments.py:1314 (0.19.2)")
 def sequence_in_context(at: Situation) -> Found:
     """The sequence is no longer than the model's context."""
     length, context = at.run.data.sequence_length, at.run.architecture.max_position_embeddings
@@ -152,7 +152,7 @@ def sequence_in_context(at: Situation) -> Found:
         )
 
 
-@rule(evidence="megatron/core/num_microbatches_calculator.py:580-590 and training/arguments.py:694 (0.19.2)")
+@rule(evidence="megatron/core/num_microbatches_calculator.py:580 and training/arguments.py:694 (0.19.2)")
 def batches_divide(at: Situation) -> Found:
     """Every batch is whole micro-batches on every data-parallel rank."""
     if not at.layout_fits:
@@ -172,7 +172,7 @@ def batches_divide(at: Situation) -> Found:
             )
 
 
-@rule(evidence="megatron/core/pipeline_parallel/schedules.py, interleaved schedule (0.19.2)")
+@rule(evidence="megatron/core/pipeline_parallel/schedules.py:1145 (0.19.2)")
 def interleaving_divides(at: Situation) -> Found:
     """With virtual stages, a step's micro-batches fill the pipeline evenly."""
     if not at.layout_fits:
@@ -286,37 +286,13 @@ def packages_present(at: Situation) -> Found:
 
 @rule(evidence="this machine", machine=True)
 def data_present(at: Situation) -> Found:
-    """The corpus is there and its tokens are the model's."""
-    data = at.run.data
-    for name, blend in (("train", data.train), ("valid", data.valid)):
-        for _, prefix in blend:
-            for file in (f"{prefix}.bin", f"{prefix}.idx"):
-                if not Path(file).is_file():
-                    fix = "give the prefix of a Megatron indexed dataset, without .bin"
-                    yield InputError(f"data.{name}={prefix}", rule=f"there is no {file}", fix=fix)
-    if data.train and data.valid:
-        return
-    from mellum2_megatron.data.prepare import load_prepared  # numpy: not needed to plan a run elsewhere
+    """The corpus and its tokenizer are there, and the tokens are the model's."""
+    from mellum2_megatron.data.datasets import check_data  # numpy: not needed to plan a run elsewhere
 
     try:
-        prepared = load_prepared(data.path)
+        check_data(at.run)
     except InputError as error:
         yield error
-        return
-    architecture = at.run.architecture
-    if prepared.vocab_size > architecture.vocab_size:
-        yield InputError(
-            f"data.path={data.path}: {prepared.vocab_size} token ids",
-            rule=f"the model has architecture.vocab_size={architecture.vocab_size} embeddings",
-            fix=f"set architecture.vocab_size={prepared.vocab_size} or more, or prepare with a smaller tokenizer",
-        )
-    eos = architecture.eos_token_id if isinstance(architecture.eos_token_id, tuple) else (architecture.eos_token_id,)
-    if prepared.eos not in eos:
-        yield InputError(
-            f"architecture.eos_token_id={architecture.eos_token_id}",
-            rule=f"documents of data.path={data.path} end with token {prepared.eos}",
-            fix=f"set architecture.eos_token_id={prepared.eos}",
-        )
 
 
 @rule(

@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         train(read_run(options.run), device=options.device, verbose=options.verbose)
+        import torch
+
+        torch.distributed.destroy_process_group()
     except (InputError, WorkError) as error:
         if rank == 0:
             sys.stderr.write(f"error: {error}\n")
@@ -112,9 +115,6 @@ def _pretrain(run: Run, world_size: int, device: Device) -> None:
         )
     finally:
         metrics.close()
-    import torch
-
-    torch.distributed.destroy_process_group()
 
 
 def _dataset_provider(run: Run, metrics: Any) -> Any:

@@ -146,7 +146,7 @@ def test_tensorboard_reads_the_same_series_across_a_resume(tmp_path: Path) -> No
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """Records of a LevelDB log with W&B's 7-byte file header: blocks of 32 KiB, parts with checksum, length and type."""
+    """Records of a LevelDB log with W&B's 7-byte file header: 32 KiB blocks of parts (checksum, length, type, data)."""
     position, parts = 7, b""
     while position < len(data):
         room = 32768 - position % 32768

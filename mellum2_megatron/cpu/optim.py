@@ -91,7 +91,9 @@ def cuda_type_names() -> Iterator[None]:
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        if not isinstance(result, str) or result.startswith("torch.cuda."):
+            return result  # under a TorchFunctionMode the original arrives here again, by name
+        return result.replace("torch.", "torch.cuda.", 1)
 
     tensor: Any = torch.Tensor
     tensor.type = type_

@@ -1,0 +1,306 @@
+"""Is each patch still needed? One probe a patch, run with all the others applied and it left out, and then with it.
+
+Run as a script it prints, as JSON, what each probe did: ``{name: {"without": error or null, "with": error or null}}``.
+Megatron is imported once, unpatched, on the CPU stand-ins for ``torch.cuda``; every probe runs in a fork of that process
+which installs the patches it is meant to see. `ADAM` is left out as a whole too: its four only make sense together.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mellum2_megatron.patching import Patch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROBES: dict[str, Callable[[], None]] = {}
+
+
+@functools.cache
+def outcomes() -> dict[str, dict[str, str | None]]:
+    """Run this file as a script, once, and return what it prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "tests.cpu.patch_probes"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise AssertionError(done.stdout + done.stderr)
+    result: dict[str, dict[str, str | None]] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def probe(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Register a probe: it raises when the patch ``name`` is missing, and checks what the patch makes right."""
+
+    def register(function: Callable[[], None]) -> Callable[[], None]:
+        PROBES[name] = function
+        return function
+
+    return register
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probes of mellum2_megatron/cpu/patches.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@probe("rng-state")
+def _rng_state() -> None:
+    import torch
+    from megatron.core.tensor_parallel import random
+
+    state = torch.get_rng_state()
+    drawn = torch.rand(3)
+    random._set_cuda_rng_state(state)
+    assert torch.equal(torch.rand(3), drawn), "setting the state changed nothing"
+
+
+@probe("allow-no-cuda")
+def _allow_no_cuda() -> None:
+    from megatron.core import parallel_state
+    from megatron.training.initialize import initialize_megatron
+
+    _one_rank()
+    _parse()
+    initialize_megatron()
+    assert parallel_state.model_parallel_is_initialized()
+
+
+@probe("expert-splits")
+def _expert_splits() -> None:
+    import torch
+    from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
+
+    _one_rank()
+    splits = maybe_move_tensor_to_cpu(torch.tensor([3]), as_numpy=True)
+    output = torch.empty(3)
+    torch.distributed.all_to_all_single(output, torch.arange(3.0), splits, splits)
+    assert output.tolist() == [0, 1, 2]
+
+
+def _adam_survives_a_checkpoint() -> None:
+    """Build a DistributedOptimizer, step, save, load into a fresh one: saves again, and counts on from there."""
+    first, second = _distributed_adam(), _distributed_adam()
+    _step(*first)
+    saved = first[1].state_dict()
+    assert all(group["step"] == 1 for group in saved["optimizer"]["param_groups"]), "a group without its step"
+    second[1].load_state_dict(saved)
+    assert second[1].state_dict()["optimizer"]["param_groups"] == saved["optimizer"]["param_groups"]
+    _step(*second)
+    steps = {group["step"] for group in second[1].state_dict()["optimizer"]["param_groups"]}
+    assert steps == {2}, f"steps after two updates: {steps}"
+
+
+ADAM = ("fused-adam", "fused-adam-arguments", "fused-adam-state", "fused-adam-step")
+for _name in ADAM:
+    PROBES[_name] = _adam_survives_a_checkpoint
+
+
+@probe("type-names-float16")
+def _type_names_float16() -> None:
+    import torch
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    halves = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    floats = torch.nn.Parameter(torch.ones(2))
+    inner = torch.optim.SGD([halves, floats], lr=0.1)
+    optimizer = Float16OptimizerWithFloat16Params(inner, OptimizerConfig(bf16=True), None, None)
+    assert optimizer.float16_groups == [[halves]]
+    assert optimizer.fp32_from_fp32_groups == [[floats]]
+    assert optimizer.fp32_from_float16_groups[0][0].dtype == torch.float32
+
+
+@probe("type-names-distributed")
+def _type_names_distributed() -> None:
+    _distributed_adam()
+
+
+@probe("type-names-clip")
+def _type_names_clip() -> None:
+    import torch
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=5.0)
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))
+
+
+@probe("write-results")
+def _write_results() -> None:
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    results = get_write_results_queue()
+    assert isinstance(results, queue.Queue), f"{type(results).__name__}: another process holds the results"
+    assert get_write_results_queue() is results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probes of mellum2_megatron/upstream.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@probe("compile-helpers")
+def _compile_helpers() -> None:
+    from megatron.core.datasets.utils import compile_helpers
+
+    compile_helpers()
+
+
+@probe("layer-wise-layout")
+def _layer_wise_layout() -> None:
+    """The config-container path must not get as far as training with Muon: without the patch it does."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from mellum2_megatron.errors import InputError
+
+    _one_rank()
+    args = _parse()
+    container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    try:
+        pretrain(container, lambda _: 1 / 0, ModelType.encoder_or_decoder, None)
+    except InputError as refusal:
+        assert "layer-wise parameter layout" in str(refusal)
+    except ZeroDivisionError as error:
+        raise AssertionError("Muon was set up without the layer-wise layout") from error
+
+
+@probe("batch-ramp")
+def _batch_ramp() -> None:
+    """A ramp from 2 to 4 sequences must not be taken for a constant batch of 4."""
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+
+    from mellum2_megatron.errors import InputError
+
+    _one_rank()
+    try:
+        _parse(rampup_batch_size=[2, 2, 100])
+    except InputError as refusal:
+        assert "--rampup-batch-size 2 2 100" in str(refusal)
+    else:
+        size = get_current_global_batch_size()
+        assert size == 2, f"the ramp is ignored: the first batch has {size} sequences"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _one_rank() -> None:
+    import torch
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def _parse(**changes: Any) -> Any:
+    from megatron.training.arguments import parse_and_validate_args
+
+    from tests.cpu.tiny_pretrain import arguments
+
+    sys.argv = ["probe", *arguments(**changes)]
+    return parse_and_validate_args()
+
+
+def _distributed_adam() -> tuple[Any, Any]:
+    """A linear layer in DistributedDataParallel and Megatron's distributed Adam for it."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer import TransformerConfig
+
+    if not torch.distributed.is_initialized():
+        _one_rank()
+        parallel_state.initialize_model_parallel()
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, bf16=True)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    model = DistributedDataParallel(config, ddp_config, torch.nn.Linear(4, 4, dtype=torch.bfloat16))
+    settings = OptimizerConfig(
+        optimizer="adam", lr=0.1, bf16=True, use_distributed_optimizer=True, params_dtype=torch.bfloat16
+    )
+    optimizer = get_megatron_optimizer(settings, [model])
+    inner = optimizer.chained_optimizers[0]
+    # A rank that owns nothing of a group still saves the group.
+    inner.optimizer.add_param_group(inner.optimizer.param_groups[0] | {"params": [], "wd_mult": 0.5})
+    return model, inner
+
+
+def _step(model: Any, optimizer: Any) -> None:
+    import torch
+
+    model.zero_grad_buffer()
+    model(torch.ones(1, 4, dtype=torch.bfloat16)).float().sum().backward()
+    model.finish_grad_sync()
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fork(name: str, patches: list[Any]) -> str | None:
+    """Run one probe in a fork with ``patches``; return what it raised, in a line."""
+    from mellum2_megatron import patching
+
+    with tempfile.TemporaryFile("w+") as answer:
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            try:
+                patching.install(patches)
+                PROBES[name]()
+            except BaseException as error:
+                answer.write(f"{type(error).__name__}: {error}".splitlines()[0][:400])
+            finally:
+                answer.flush()
+                os._exit(0)
+        os.waitpid(child, 0)
+        answer.seek(0)
+        return answer.read() or None
+
+
+def _main() -> None:
+    from mellum2_megatron.cpu import compiling, device
+    from mellum2_megatron.cpu.activation import HIDDEN
+    from mellum2_megatron.cpu.patches import PATCHES
+    from mellum2_megatron.upstream import PATCHES as UPSTREAM
+
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    for name in HIDDEN:
+        sys.modules[name] = None  # type: ignore[assignment]
+    device.install()
+    compiling.install()
+    import emerging_optimizers.orthogonalized_optimizers  # noqa: F401
+    import megatron.core.tokenizers.text
+    import megatron.training  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    table = [*PATCHES, *UPSTREAM]
+    result = {
+        patch.name: {
+            "without": _fork(patch.name, [other for other in table if other is not patch]),
+            "with": _fork(patch.name, table),
+        }
+        for patch in table
+        if patch.name in PROBES
+    }
+    result["all of Adam's"] = {"without": _fork(ADAM[0], [patch for patch in table if patch.name not in ADAM])}
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,48 @@
+"""The table of CPU patches: each entry is needed by the installed Megatron, and does what it says."""
+
+from __future__ import annotations
+
+import pytest
+
+from mellum2_megatron.cpu.patches import PATCHES
+from tests.cpu import patch_probes
+
+# What upstream does without the patch: the start of the probe's error. When a line here no longer holds, upstream has
+# changed, and the patch is to be reconsidered.
+WITHOUT = {
+    "rng-state": "AssertionError: setting the state changed nothing",
+    "allow-no-cuda": "AssertionError: Megatron requires CUDA.",
+    "expert-splits": "TypeError: all_to_all_single(): incompatible function arguments",
+    "fused-adam": "TypeError: AdamW.__init__() got an unexpected keyword argument 'adam_w_mode'",
+    "fused-adam-arguments": "KeyError: 'step'",
+    "fused-adam-state": "KeyError: 'step'",
+    "fused-adam-step": "KeyError: 'step'",
+    "type-names-float16": "TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor",
+    "type-names-distributed": "TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor",
+    "type-names-clip": "AssertionError",
+    "write-results": "AssertionError: AutoProxy[Queue]: another process holds the results",
+}
+
+
+def test_every_patch_has_a_probe_and_every_name_is_unique() -> None:
+    names = [patch.name for patch in PATCHES]
+    assert sorted(names) == sorted(set(names))
+    assert set(names) == set(WITHOUT)
+    assert set(names) <= set(patch_probes.PROBES)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_upstream_still_fails_without_it(patch: patch_probes.Patch) -> None:
+    error = patch_probes.outcomes()[patch.name]["without"]
+    assert error is not None, f"{patch.target} works as it is: drop the patch {patch.name!r} ({patch.why})"
+    assert error.startswith(WITHOUT[patch.name])
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_it_is_right_with_it(patch: patch_probes.Patch) -> None:
+    assert patch_probes.outcomes()[patch.name]["with"] is None
+
+
+def test_torch_adam_still_loses_count_in_the_distributed_optimizer() -> None:
+    """The reason for all four `fused-adam` patches: after loading, two parameters share one step tensor."""
+    assert patch_probes.outcomes()["all of Adam's"]["without"] == "AssertionError: steps after two updates: {3.0}"
