@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,22 @@ def test_an_interrupted_conversion_leaves_nothing(
         with pytest.raises(expected):
             convert_one(checkpoint if convert_one is export_hf else hf_folder, tmp_path / target, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("limit", [3000, 9000, 150_000])
+def test_a_disk_that_fills_up_is_reported_plainly(limit: int, tmp_path: Path) -> None:
+    """A file-size limit fails the write itself, wherever it comes: metadata, mid-archive, mid-tensor."""
+    source = write_folder(tmp_path / "hf", {"vocab_size": 4096})
+    import_hf(source, tmp_path / "megatron")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for convert_one, origin in ((import_hf, source), (export_hf, tmp_path / "megatron")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(WorkError, match="disk filled up"):
+                convert_one(origin, tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
 def test_a_disk_without_room_is_refused_before_writing(

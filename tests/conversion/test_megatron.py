@@ -13,7 +13,7 @@ from conversion.convert import export_hf, import_hf
 from conversion.hf_scoring import score_hf
 from conversion.mapping import derive, extra_states, megatron_shapes
 from conversion.torch_dist import TorchDistReader
-from conversion.verify import Agreement, compare, default_tokens, require_same_model
+from conversion.verify import Agreement, compare, default_tokens, require_same_model, verify
 from mellum2_megatron.architecture import PRESETS
 from mellum2_megatron.checkpoint_folder import resolve, write_architecture, write_tracker
 from mellum2_megatron.errors import InputError
@@ -48,6 +48,16 @@ def test_logits_of_an_import_are_transformers(changes: dict[str, Any], tmp_path:
     assert report.ok, report
     assert report.main.top1 == 1.0
     assert (report.mtp is None) == (changes.get("num_mtp_layers", 1) is None)
+
+
+def test_verify_from_folder_to_report(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    report = verify(checkpoint, hf_folder)
+    assert report.ok
+    assert (report.sequences, report.length) == (2, 64)
+    with pytest.raises(InputError, match="num_mtp_layers=1 in the Megatron checkpoint, 0 in"):
+        verify(checkpoint, write_folder(tmp_path / "other", VARIANTS["no mtp"]))
+    with pytest.raises(InputError, match="token id 96"):
+        verify(checkpoint, hf_folder, torch.tensor([[96]]))
 
 
 def test_every_key_megatron_asks_for_is_written(checkpoint: Path) -> None:
@@ -164,9 +174,7 @@ def test_mtp_layer_of_a_type_the_trunk_does_not_have(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", {"layer_types": ["full_attention"] * 3}, dtype=torch.float32)
     import_hf(source, tmp_path / "megatron")
     tokens = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(3))
-    report = compare(
-        *score_tokens(load(tmp_path / "megatron"), tokens), *score_hf(source, tokens), tolerance=1e-5
-    )
+    report = compare(*score_tokens(load(tmp_path / "megatron"), tokens), *score_hf(source, tokens), tolerance=1e-5)
     assert report.ok, report
     assert report.mtp is not None
 

@@ -1,0 +1,160 @@
+"""The torch backend's own parts and the router, each against a plain formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+
+from mellum2_megatron.model.config import transformer_config
+from mellum2_megatron.model.core_attention import TorchCoreAttention, causal_window_mask
+from mellum2_megatron.model.norm import TorchRMSNorm
+from mellum2_megatron.model.provider import build_model
+from mellum2_megatron.model.router import Mellum2Router
+from tests.model.hf_reference import SMALL
+
+pytestmark = pytest.mark.usefixtures("megatron_world")
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 7), (1, 7)])
+def test_mask_by_definition(queries: int, keys: int, window: int | None):
+    mask = causal_window_mask(queries, keys, window, torch.device("cpu"))
+    for row in range(queries):
+        position = row + keys - queries
+        for key in range(keys):
+            visible = 0 <= position - key < (window or keys)
+            assert mask[row, key].item() == visible
+
+
+def plain_attention(query, key, value, visible, scale):
+    """Softmax attention written out, one head at a time; `[s, b, n, d]` in, `[s, b, n * d]` out."""
+    repeat = query.shape[2] // key.shape[2]
+    out = torch.empty_like(query)
+    for b in range(query.shape[1]):
+        for head in range(query.shape[2]):
+            q, k, v = query[:, b, head], key[:, b, head // repeat], value[:, b, head // repeat]
+            scores = (q @ k.T * scale).masked_fill(~visible[b], float("-inf"))
+            out[:, b, head] = torch.softmax(scores, dim=-1) @ v
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("window", [None, 4, 64])
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "document mask"])
+@pytest.mark.parametrize("queries", [12, 5])
+def test_core_attention_is_plain_attention(window: int | None, documents: bool, queries: int):
+    """Both masks count: upstream's local attention forgets the given one on windowed layers."""
+    torch.manual_seed(0)
+    s, b, n, g, d = 12, 2, 6, 2, 8
+    config = transformer_config(SMALL)
+    config.window_size = None if window is None else (window - 1, 0)
+    attention = TorchCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=0.3)
+    query = torch.randn(queries, b, n, d, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(s, b, g, d, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    given = None
+    visible = causal_window_mask(queries, s, window, torch.device("cpu")).expand(b, queries, s)
+    if documents:  # a boundary after position 6 in the second sequence only
+        document = torch.tensor([[0] * s, [0] * 7 + [1] * (s - 7)])
+        same = document[:, -queries:, None] == document[:, None, :]
+        given, visible = ~same[:, None], visible & same
+    ours = attention(query, key, value, given)
+    plain = plain_attention(query, key, value, visible, 0.3)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(plain)
+    inputs = (query, key, value)
+    for mine, theirs in zip(
+        torch.autograd.grad((ours * weight).sum(), inputs),
+        torch.autograd.grad((plain * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_core_attention_refuses_what_it_does_not_do():
+    config = transformer_config(SMALL)
+    with pytest.raises(NotImplementedError, match="only causal"):
+        TorchCoreAttention(config, 1, AttnMaskType.padding, "self")
+    attention = TorchCoreAttention(config, 1, AttnMaskType.causal, "self")
+    tensor = torch.zeros(4, 1, 2, 8)
+    with pytest.raises(NotImplementedError, match="packed documents"):
+        attention(tensor, tensor, tensor, None, packed_seq_params=object())
+
+
+def test_norm_is_plain_rmsnorm_and_tagged_for_sequence_parallelism():
+    config = transformer_config(SMALL)
+    config.sequence_parallel = True
+    norm = TorchRMSNorm(config, 16, eps=1e-3)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, 16))
+    x = torch.randn(3, 5, 16)
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight)
+    assert norm.weight.sequence_parallel is True
+    config.normalization = "LayerNorm"
+    with pytest.raises(ValueError, match="--normalization RMSNorm"):
+        TorchRMSNorm(config, 16)
+
+
+def make_router(kind: type[TopKRouter]) -> TopKRouter:
+    config = transformer_config(
+        SMALL,
+        moe_router_load_balancing_type="global_aux_loss",
+        moe_aux_loss_coeff=1e-3,
+        moe_z_loss_coeff=1e-3,
+    )
+    router = kind(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    router.set_layer_number(1)
+    return router.train()
+
+
+def test_router_losses_are_the_formulas():
+    router = make_router(Mellum2Router)
+    torch.manual_seed(1)
+    hidden = torch.randn(6, 2, SMALL.hidden_size)
+    get_moe_metrics_tracker().clear()
+    probs, chosen = router(hidden)
+    scores = torch.softmax((hidden.view(12, -1) @ router.weight.T).float(), dim=-1)
+    top = scores.topk(SMALL.num_experts_per_tok).values
+    picked = probs[chosen].view(12, -1).sort(descending=True).values
+    torch.testing.assert_close(picked, (top / top.sum(-1, keepdim=True)).to(picked.dtype))
+    share = chosen.float().sum(0) / (12 * SMALL.num_experts_per_tok)
+    logits = hidden.view(12, -1) @ router.weight.T
+    recorded = {name: entry.values[0].item() for name, entry in get_moe_metrics_tracker()._metrics.items()}
+    balance = SMALL.num_experts * (share * scores.mean(0)).sum()
+    assert recorded["global_load_balancing_loss"] == pytest.approx(balance.item(), rel=1e-5)
+    assert recorded["z_loss"] == pytest.approx(logits.logsumexp(-1).square().mean().item(), rel=1e-5)
+    get_moe_metrics_tracker().clear()
+
+
+@pytest.mark.parametrize(("kind", "exact"), [(Mellum2Router, True), (TopKRouter, False)], ids=["ours", "upstream"])
+def test_load_counts_stay_exact_in_bf16(kind: type[TopKRouter], exact: bool):
+    """300 micro-batches: BF16 counters stick at 256. Fails for `upstream` once Megatron keeps them in float32."""
+    router = make_router(kind).bfloat16()
+    hidden = torch.randn(7, 1, SMALL.hidden_size, dtype=torch.bfloat16)
+    for _ in range(300):
+        router(hidden)
+    counted = router.global_tokens_per_expert.sum().item() == 300 * 7 * SMALL.num_experts_per_tok
+    assert (router.ga_steps.item() == 300) is exact
+    assert counted is exact
+    if exact:
+        before = router.global_tokens_per_expert.clone()
+        router.reset_global_aux_loss_tracker()
+        assert torch.equal(router.last_global_load, before)
+        assert router.global_tokens_per_expert.sum() == 0
+    get_moe_metrics_tracker().clear()
+
+
+def test_every_matrix_is_initialised_alike():
+    """Normal with deviation `initializer_range`, output projections too (Megatron's default shrinks those)."""
+    torch.manual_seed(0)
+    model = build_model(SMALL.replace(initializer_range=0.03, num_experts=8), backend="torch")
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and p.numel() >= 1000}
+    assert any("linear_proj" in name for name in matrices) and any("linear_fc2" in name for name in matrices)
+    for name, parameter in matrices.items():
+        spread = 0.03 * (1 + 4 / math.sqrt(2 * parameter.numel()))
+        assert 0.03**2 / spread < parameter.std().item() < spread, name
+    assert all(torch.equal(p, torch.ones_like(p)) for p in model.parameters() if p.dim() == 1)
