@@ -6,6 +6,9 @@ transformers is imported inside the functions: versions without Mellum's MTP fie
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,17 +54,18 @@ def load_hf(hf_path: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
     from transformers import MellumForCausalLM
     from transformers.modeling_layers import MtpModel
 
-    main = MellumForCausalLM.from_pretrained(
-        str(hf_path),
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        attn_implementation="sdpa",
-        experts_implementation="eager",
-    ).eval()
-    if not main.config.num_mtp_layers:
-        return main, None
-    mtp = MtpModel.from_pretrained(main).eval()
+    with _bars_on_terminals_only():
+        main = MellumForCausalLM.from_pretrained(
+            str(hf_path),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            experts_implementation="eager",
+        ).eval()
+        if not main.config.num_mtp_layers:
+            return main, None
+        mtp = MtpModel.from_pretrained(main).eval()
     if missing := set(mtp.config.layer_types) - set(main.config.layer_types):
         # MtpModel borrows the trunk's rotary embedding, which has no frequencies for a type no trunk layer has.
         assert missing <= set(main.config.rope_parameters)
@@ -88,6 +92,21 @@ def check_tokens(tokens: torch.Tensor, architecture: Mellum2Architecture) -> Non
             rule=f"ids run from 0 to {architecture.vocab_size - 1} (vocab_size - 1)",
             fix="tokenize with the model's own tokenizer",
         )
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """transformers draws its loading bar into log files too."""
+    from transformers.utils import logging
+
+    hide = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()

@@ -77,12 +77,23 @@ NOT_WEIGHTS: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """What ``.metadata`` says of one tensor."""
+    """What ``.metadata`` says of one tensor; ``by_layer`` indexes its chunks where each is one step of the first axis.
+
+    A released model's fc1 has 3,584 chunks and is read in 1,792 pieces: looking at every chunk each time would show.
+    """
 
     key: str
     dtype: torch.dtype
     shape: Shape
     chunks: tuple[ChunkStorageMetadata, ...]
+    by_layer: dict[int, list[ChunkStorageMetadata]]
+
+    def near(self, offset: Shape, extent: Shape) -> Iterable[ChunkStorageMetadata]:
+        """The chunks that may overlap a box: those of its layers, or all where chunks span the first axis."""
+        if not self.by_layer:
+            return self.chunks
+        layers = range(offset[0], offset[0] + extent[0])
+        return [chunk for layer in layers for chunk in self.by_layer.get(layer, ())]
 
 
 class TorchDistReader:
@@ -124,7 +135,7 @@ class TorchDistReader:
         tensor = self.tensors[key]
         out = torch.empty(extent, dtype=tensor.dtype)
         items = []
-        for chunk in tensor.chunks:
+        for chunk in tensor.near(offset, extent):
             low = [max(a, b) for a, b in zip(chunk.offsets, offset, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offset, extent, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
@@ -309,7 +320,17 @@ def _stored_tensor(folder: Path, key: str, stored: TensorStorageMetadata) -> Sto
             rule="a tensor's chunks cover it exactly",
             fix="the checkpoint is incomplete: copy it again, or use an earlier one",
         )
-    return StoredTensor(key=key, dtype=stored.properties.dtype, shape=tuple(stored.size), chunks=tuple(stored.chunks))
+    by_layer: dict[int, list[ChunkStorageMetadata]] = {}
+    if all(len(chunk.sizes) and chunk.sizes[0] == 1 for chunk in stored.chunks):
+        for chunk in stored.chunks:
+            by_layer.setdefault(chunk.offsets[0], []).append(chunk)
+    return StoredTensor(
+        key=key,
+        dtype=stored.properties.dtype,
+        shape=tuple(stored.size),
+        chunks=tuple(stored.chunks),
+        by_layer=by_layer,
+    )
 
 
 def _check_backend(folder: Path) -> None:
