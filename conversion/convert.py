@@ -22,9 +22,10 @@ from conversion.hf_folder import (
     dtype_name,
     listed,
     read_json,
+    tensor_bytes,
     torch_dtype,
 )
-from conversion.hf_writer import copy_tokenizer, plan_shards, tensor_bytes, write_index, write_shard
+from conversion.hf_writer import copy_tokenizer, plan_shards, write_index, write_shard
 from conversion.manifest import WeightRecord, write_manifest
 from conversion.mapping import Entry, derive, extra_states, megatron_shapes
 from conversion.progress import byte_progress

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,11 +59,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """What a safetensors header says of one tensor."""
+    """What a safetensors header says of one tensor; ``begin`` is where its bytes begin in the file."""
 
     file: Path
     dtype: str
     shape: Shape
+    begin: int
 
 
 class HfFolder:
@@ -89,7 +90,7 @@ class HfFolder:
         self.nbytes = sum(math.prod(tensor.shape) for tensor in tensors.values()) * self.dtype.itemsize
         self._slices = {released: part for fused in self._fused.values() for released, part in fused.slices.items()}
         self._stack = ExitStack()
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, BinaryIO] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> HfFolder:
@@ -113,16 +114,15 @@ class HfFolder:
     def tensor(self, name: str) -> torch.Tensor:
         """Return the tensor of released name ``name``, cut out of a fused expert tensor where that is stored."""
         part = self._slices.get(name)
-        stored = part.name if part is not None else name
-        file = self._tensors[stored].file
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
-        tensor: torch.Tensor
-        if part is None:
-            tensor = self._open[file].get_tensor(stored)
-        else:
-            tensor = self._open[file].get_slice(stored)[part.expert, part.rows].contiguous()
-        return tensor
+        stored = self._tensors[part.name if part is not None else name]
+        shape, begin = stored.shape, stored.begin
+        if part is not None:  # fused[expert, rows] is one run of bytes
+            _, rows, columns = stored.shape
+            shape = (part.rows.stop - part.rows.start, columns)
+            begin += (part.expert * rows + part.rows.start) * columns * self.dtype.itemsize
+        if stored.file not in self._open:
+            self._open[stored.file] = self._stack.enter_context(stored.file.open("rb", buffering=0))
+        return _read(self._open[stored.file], begin, shape, self.dtype)
 
     def __enter__(self) -> Self:
         return self
@@ -258,7 +258,8 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt"):
             pass  # the library checks sizes and offsets against the file; it keeps the last of two equal names
         with file.open("rb") as stream:
-            text = stream.read(int.from_bytes(stream.read(8), "little")).decode("utf-8")
+            size = int.from_bytes(stream.read(8), "little")
+            text = stream.read(size).decode("utf-8")
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise InputError(
             str(file),
@@ -268,8 +269,28 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
     header = _parse_json(text, str(file))
     header.pop("__metadata__", None)
     return {
-        name: StoredTensor(file=file, dtype=info["dtype"], shape=tuple(info["shape"])) for name, info in header.items()
+        name: StoredTensor(
+            file=file, dtype=info["dtype"], shape=tuple(info["shape"]), begin=8 + size + info["data_offsets"][0]
+        )
+        for name, info in header.items()
     }
+
+
+def _read(stream: BinaryIO, begin: int, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """Read a tensor's bytes into memory of its own: no mapping of a whole file, no seek to share."""
+    tensor = torch.empty(shape, dtype=dtype)
+    view, done = tensor_bytes(tensor), 0
+    while done < len(view):
+        count = os.preadv(stream.fileno(), [view[done:]], begin + done)
+        if not count:
+            raise InputError(stream.name, rule="it must not shrink while it is read", fix="convert a copy of it")
+        done += count
+    return tensor
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's values in row-major order as bytes, without a copy where it is contiguous."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def check_inside(folder: Path, file: Path) -> None:

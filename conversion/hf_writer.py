@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from conversion.hf_folder import DTYPES, INDEX_FILE, WEIGHTS_FILE, check_inside
+from conversion.hf_folder import DTYPES, INDEX_FILE, WEIGHTS_FILE, check_inside, tensor_bytes
 from conversion.mapping import Entry
 
 TOKENIZER_FILES = (
@@ -94,11 +94,6 @@ def write_index(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> No
     total = sum(math.prod(entry.shape) for shard in shards for entry in shard.entries) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's values in row-major order as bytes, without a copy where it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from conversion.hf_folder import dtype_name
-from conversion.hf_writer import tensor_bytes
+from conversion.hf_folder import dtype_name, tensor_bytes
 from mellum2_megatron.files import write_json
 
 MANIFEST_FILE = "weights_manifest.json"

@@ -1,47 +1,135 @@
-"""Start a run on this machine: torchrun, one process a rank."""
+"""Start a run on this machine: torch's elastic agent, one process a rank, and one message when they fail."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import subprocess
 import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mellum2_megatron.failures import RankFailure, only_complete_checkpoints, root_cause
+from mellum2_megatron.files import write_text
 from mellum2_megatron.run import Device
 
+FAILURE_FILE = "failure.txt"
+"""In the run's folder: the traceback of the rank that ended the run, if it was none that the message explains."""
 
-def train_command(run_file: Path, *, nproc: int, device: Device, verbose: bool = False) -> list[str]:
-    """Return the command that trains a resolved run on `nproc` local ranks.
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # LaunchConfig.signals_to_handle
 
-    `--standalone` makes torchrun pick a free port, so that runs on one machine do not meet.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command += ["-m", "mellum2_megatron.train", str(run_file), "--device", device]
+
+def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> list[str]:
+    """Return the command that every rank runs; torch's agent says in the environment which rank it is."""
+    command = [sys.executable, "-m", "mellum2_megatron.train", str(run_file), "--device", device, "--to-launcher"]
     return [*command, "--verbose"] if verbose else command
 
 
-def train_environment(nproc: int, device: Device) -> dict[str, str]:
-    """Return this process's environment with what local ranks need, where it does not say otherwise."""
-    environment = dict(os.environ)
+def rank_environment(nproc: int, device: Device) -> dict[str, str]:
+    """Return what local ranks need in their environment, where this process's own does not say otherwise."""
+    environment = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     if device == "cpu":
-        # torchrun sets 1 for several ranks; a rank's share of the cores is what it can use.
+        # A rank's share of the cores is what it can use.
         cores = len(os.sched_getaffinity(0))
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc)))
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    environment.setdefault("TORCHELASTIC_ERROR_FILE", os.devnull)
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return environment
 
 
 def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = False) -> int:
-    """Train and wait; an interrupt goes to the ranks, whose exit code is returned (0 only if all succeeded)."""
-    process = subprocess.Popen(
-        train_command(run_file, nproc=nproc, device=device, verbose=verbose),
-        env=train_environment(nproc, device),
-    )
-    while True:
+    """Train a resolved run on ``nproc`` local ranks and wait for them.
+
+    An interrupt ends the ranks. Whatever ends them early, checkpoints that they had not finished are removed.
+
+    Returns:
+        0, or 128 + the number of the signal that interrupted the run.
+
+    Raises:
+        InputError, WorkError: one message for all ranks; the traceback of a rank that could not explain itself is in
+            `FAILURE_FILE` beside the run file.
+    """
+    folder = run_file.parent
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
+    with only_complete_checkpoints(folder), _environment(rank_environment(nproc, device)):
+        outcome = run_ranks(rank_command(run_file, device=device, verbose=verbose), nproc=nproc, verbose=verbose)
+    if isinstance(outcome, int):
+        return outcome
+    cause = root_cause(outcome)
+    raise cause.error(_keep(cause.traceback, folder / FAILURE_FILE))
+
+
+def run_ranks(command: Sequence[str], *, nproc: int, verbose: bool = False) -> int | list[RankFailure]:
+    """Run a command once a rank under torch's elastic agent, which ends all ranks when one fails.
+
+    Returns:
+        0, or 128 + the number of the signal that interrupted this process, or how the ranks failed.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="mellum2-ranks-") as logs, _quiet_agent(quiet=not verbose):
+        # As `torchrun --standalone`: a free port, so that runs on one machine do not meet.
+        handlers = {each: signal.getsignal(each) for each in _HANDLED}
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
         try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
+            elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as error:
+            return [
+                RankFailure.of(rank, failure.exitcode, failure.error_file_data)
+                for rank, failure in error.failures.items()
+            ]
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        finally:
+            for each, handler in handlers.items():  # the agent leaves its own behind
+                signal.signal(each, handler)
+    return 0
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """Set variables of this process, which the agent passes on."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet_agent(*, quiet: bool) -> Iterator[None]:
+    """Keep the agent's own account of a failure (signals it sends, exit codes) off the terminal."""
+    before = logging.root.manager.disable
+    if quiet:
+        logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _keep(traceback: str, file: Path) -> Path | None:
+    if not traceback:
+        return None
+    with suppress(OSError):  # a full disk must not hide why the run ended
+        write_text(file, traceback)
+        return file
+    return None

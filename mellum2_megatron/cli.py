@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.errors import Mellum2Error
 
 app = typer.Typer(
     help="Train JetBrains' Mellum 2 on NVIDIA Megatron-Core, and convert it to and from Hugging Face.",
@@ -24,7 +25,7 @@ app.add_typer(data_app, name="data")
 
 console = Console()
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, e.g. layout.ep=8")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, e.g. layout.ep=8")]
 Nproc = Annotated[int | None, typer.Option("--nproc", min=1, help="ranks on this machine")]
 DeviceChoice = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
 MegatronPath = Annotated[Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")]
@@ -33,17 +34,42 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier
 
 
 def main() -> None:
-    """Run the command line: exit code 0 on success, 2 for bad input, 1 for a failure at work."""
+    """Run the command line: exit code 0 on success, 2 for bad input, 1 for a failure at work, 130 when interrupted."""
     try:
         app()
-    except (InputError, WorkError) as error:
-        _print_error(error)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except Mellum2Error as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:  # what the system refused on the way, above all a full disk: its words are clear
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}. Fix: check that place, its free space and permissions.", 1)
 
 
-def _print_error(error: Exception) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     # Plain and unwrapped: paths and values stay in one piece for grep and for copying.
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"mellum2-megatron {importlib.metadata.version('mellum2-megatron')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def _quiet() -> None:
+    """Keep what Megatron warns of, prints and logs on import off the user's terminal."""
+    from mellum2_megatron.upstream import quiet_upstream
+
+    quiet_upstream()
 
 
 @app.command()
@@ -120,6 +146,7 @@ def score(
     hf_path: Annotated[Path | None, typer.Option("--hf-path", help="Hugging Face folder")] = None,
 ) -> None:
     """Write the logits of a checkpoint for given tokens."""
+    _quiet()
     from mellum2_megatron.scoring import score_file
 
     score_file(tokens, out, megatron_path=megatron_path, hf_path=hf_path)
@@ -134,6 +161,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
 ) -> None:
     """Continue a text greedily with transformers, and report the MTP head's acceptance rate."""
+    _quiet()
     from mellum2_megatron.generate import generate as generate_text
 
     result = generate_text(hf_path, prompt, use_mtp=use_mtp, max_new_tokens=max_new_tokens)
@@ -145,6 +173,7 @@ def generate(
 @app.command()
 def verify(megatron_path: MegatronPath, hf_path: HfPath) -> None:
     """Compare the logits of a Megatron checkpoint and a Hugging Face folder, main and MTP."""
+    _quiet()
     from conversion.verify import verify as verify_logits
 
     report = verify_logits(megatron_path, hf_path)
@@ -160,6 +189,7 @@ def convert_import(
     overwrite: Overwrite = False,
 ) -> None:
     """Hugging Face folder to Megatron checkpoint (torch_dist, any layout)."""
+    _quiet()
     from conversion.convert import import_hf
 
     report = import_hf(hf_path, megatron_path, dtype=torch_dtype, overwrite=overwrite)
@@ -175,6 +205,7 @@ def convert_export(
     overwrite: Overwrite = False,
 ) -> None:
     """Megatron checkpoint to Hugging Face folder in the released layout."""
+    _quiet()
     from conversion.convert import export_hf
 
     report = export_hf(megatron_path, hf_path, dtype=torch_dtype, tokenizer=tokenizer, overwrite=overwrite)
@@ -184,6 +215,7 @@ def convert_export(
 @convert_app.command("roundtrip")
 def convert_roundtrip(hf_path: HfPath) -> None:
     """Import and export again, and compare every byte."""
+    _quiet()
     from conversion.convert import roundtrip
 
     report = roundtrip(hf_path)
@@ -200,14 +232,18 @@ def data_prepare(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Hugging Face tokenizer folder")] = None,
     vocab_size: Annotated[int, typer.Option("--vocab-size", help="entries of a newly trained tokenizer")] = 4096,
-    workers: Annotated[int | None, typer.Option("--workers", min=1)] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="processes; default: one a core")] = None,
     max_megabytes: Annotated[
         float | None, typer.Option("--max-megabytes", help="even sample of so much text; 0 takes everything")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 1234,
+    valid_fraction: Annotated[
+        float, typer.Option("--valid-fraction", help="share of the documents held out for validation")
+    ] = 0.02,
+    seed: Annotated[int, typer.Option("--seed", help="of the sample and the split")] = 1234,
     overwrite: Overwrite = False,
 ) -> None:
     """Text to training-ready tokens: tokenizer, Megatron indexed datasets, corpus.json."""
+    _quiet()
     from mellum2_megatron.data.prepare import DEFAULT_MAX_BYTES, prepare
 
     limits = {None: DEFAULT_MAX_BYTES, 0: None}
@@ -219,6 +255,7 @@ def data_prepare(
         workers=workers,
         max_bytes=limits[max_megabytes] if max_megabytes in limits else int(max_megabytes * 1e6),
         seed=seed,
+        valid_fraction=valid_fraction,
         overwrite=overwrite,
     )
     console.print(f"wrote {prepared.path}: {prepared.splits['train'].tokens:,} training tokens", soft_wrap=True)
@@ -232,6 +269,7 @@ def quickstart(
     max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.1, help="size of the corpus")] = 16.0,
 ) -> None:
     """The whole way on a CPU: corpus, tokens, training on two ranks, export, verification, generation."""
+    _quiet()
     from launchers.quickstart import run_quickstart
 
     run_quickstart(

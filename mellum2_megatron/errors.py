@@ -7,7 +7,13 @@ from difflib import get_close_matches
 
 
 class Mellum2Error(Exception):
-    """Base of the errors that carry a message for the user and no traceback."""
+    """Base of the errors that carry a message for the user and no traceback.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+    """
+
+    exit_code: int = 1
 
 
 class InputError(Mellum2Error):
@@ -18,6 +24,8 @@ class InputError(Mellum2Error):
         rule: the rule it breaks (``ep must divide num_experts (8)``).
         fix: what to do instead (``use ep=1, 2, 4 or 8``).
     """
+
+    exit_code = 2
 
     def __init__(self, value: str, *, rule: str, fix: str) -> None:
         self.value, self.rule, self.fix = value, rule, fix

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mellum2_megatron.errors import InputError
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -66,6 +68,36 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         _fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def existing_ancestor(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` or the closest of its parents that exists; its disk is the one that ``path`` will be on."""
+    ancestor = Path(os.path.abspath(path))
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    return ancestor
+
+
+def check_writable(name: str, path: str | os.PathLike[str], *, folder: bool) -> None:
+    """Check that a file or folder can be made at ``path``, or is one that can be written.
+
+    Args:
+        name: what the user calls it (``--out``).
+        path: the file or folder.
+        folder: a folder is wanted.
+
+    Raises:
+        InputError: it, or what it should lie in, is of the wrong kind or read-only.
+    """
+    target, ancestor = Path(path), existing_ancestor(path)
+    if target.exists() and target.is_dir() != folder:
+        kinds = ("a file", "a folder")
+        raise InputError(f"{name} {path}", rule=f"is {kinds[not folder]}", fix=f"name {kinds[folder]}")
+    if ancestor != Path(os.path.abspath(path)) and not ancestor.is_dir():
+        raise InputError(f"{name} {path}", rule=f"{ancestor} is a file, not a folder", fix="name another place")
+    written = ancestor if ancestor.is_dir() else ancestor.parent  # a file is replaced, not opened
+    if not os.access(written, os.W_OK | os.X_OK):
+        raise InputError(f"{name} {path}", rule=f"{written} is not writable for you", fix="name another place")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,11 +2,11 @@
 
 Two rates say how good the MTP head is; they are different questions.
 
-* :attr:`Generation.acceptance_rate`, of one generated text: tokens that the MTP head drafted and the model then confirmed
-  and kept, divided by all drafted tokens. One token is drafted a step, so it is also the share of steps that yield two
-  tokens at once. A drafted token cut off by the length limit or an earlier end of text counts as not accepted.
+* :attr:`Generation.acceptance_rate`, of one generated text: tokens that the MTP head drafted and the model then
+  confirmed and kept, divided by all drafted tokens. One token is drafted a step, so it is also the share of steps that
+  yield two tokens at once. A drafted token cut off by the length limit or the end of text counts as not accepted.
 * :func:`mtp_acceptance`, over given text: the share of positions where the head's most likely token for position t + 2,
-  seen from t with the true token t + 1, is the model's own most likely token for t + 2. It measures agreement on real text.
+  seen from t with the true token t + 1, is the model's own most likely token for t + 2, seen from the true token t + 1.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def generate(
     greedy texts with and without MTP may part.
 
     Raises:
-        InputError: the folder is not a complete Mellum 2 model with tokenizer, has no MTP head though asked to use it, or
-            the prompt is empty or too long.
+        InputError: the folder is not a complete Mellum 2 model with tokenizer, has no MTP head though asked to use it,
+            or the prompt is empty or too long.
     """
     from conversion.hf_folder import HfFolder
 
@@ -114,9 +114,9 @@ def generate(
         check_tokens(tokens, architecture)
         model, mtp = load_hf(hf_path)
         drafts = _watch_drafts(model, mtp) if use_mtp else None
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+        if temperature == 0:
+            sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             ids = model.generate(
@@ -186,8 +186,8 @@ class _Drafts:
 def _watch_drafts(model: Any, mtp: Any) -> _Drafts:
     """Count drafted and accepted tokens of the next ``model.generate(use_mtp=True)``.
 
-    ``GenerationMixin._get_candidate_generator`` makes the drafter inside ``generate`` (transformers 5.23); nothing of
-    what it counts comes out otherwise.
+    ``GenerationMixin._get_candidate_generator`` makes the drafter inside ``generate`` (transformers 5.23), which tells
+    nobody else what became of the drafts.
     """
     drafts = _Drafts()
     make = model._get_candidate_generator
@@ -195,7 +195,7 @@ def _watch_drafts(model: Any, mtp: Any) -> _Drafts:
     def make_watched(**options: Any) -> Any:
         generator = make(**options)
         generator.update_candidate_strategy = drafts.update
-        generator.mtp_model = mtp  # has rotary frequencies for its own layer type even where no trunk layer shares it
+        generator.mtp_model = mtp  # has rotary frequencies for its layer type even if no trunk layer shares it
         return generator
 
     model._get_candidate_generator = make_watched

@@ -277,8 +277,7 @@ def _stage_memory(
         count += size
         if parameter.component in ("attention", "experts", "mtp projection"):
             fp8_weights += size
-        matrix = len(parameter.shape) == 2 and parameter.component not in ("embedding", "output head")
-        if matrix and optimizer == "muon":
+        if optimizer == "muon" and is_hidden_matrix(parameter):
             muon[expert] += size
             largest[expert] = max(largest[expert], parameter.numel // (layout.etp if expert else layout.tp))
         else:
@@ -288,6 +287,11 @@ def _stage_memory(
         for kind in (True, False)
     )
     return count, 2 * count + (2 * fp8_weights if fp8 else 0), grad_bytes * count, state
+
+
+def is_hidden_matrix(parameter: Parameter) -> bool:
+    """Whether Muon updates ``parameter``: all matrices but the embedding and the head (report §3)."""
+    return len(parameter.shape) == 2 and parameter.component not in ("embedding", "output head")
 
 
 def _stages(parameter: Parameter, architecture: Mellum2Architecture, layout: Layout) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from mellum2_megatron.checkpoint_folder import (
@@ -16,7 +17,8 @@ from mellum2_megatron.checkpoint_folder import (
 )
 from mellum2_megatron.data.tokenizer import copy_tokenizer
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.files import atomic_directory, write_text
+from mellum2_megatron.files import atomic_directory, check_writable, existing_ancestor, write_text
+from mellum2_megatron.layout import is_hidden_matrix
 from mellum2_megatron.run import Run, from_yaml, to_yaml
 
 
@@ -26,12 +28,12 @@ def check_run_folder(run: Run) -> None:
     Nothing is written.
 
     Raises:
-        InputError: no output folder is named; it is a file, or holds something that no run wrote, or another
-            architecture's checkpoints; or `checkpoint.load` is no checkpoint of this architecture.
+        InputError: no output folder is named; it is a file, cannot be written, is on a disk without room for one
+            checkpoint, or holds something that no run wrote, or another architecture's checkpoints; or
+            `checkpoint.load` is no checkpoint of this architecture.
     """
     root = output_folder(run)
-    if root.exists() and not root.is_dir():
-        raise InputError(f"checkpoint.output={root}", rule="is a file", fix="name a folder")
+    check_writable("--output", root, folder=True)
     if (root / ARCHITECTURE_FILE).exists():
         _require_same_architecture(run, root, "checkpoint.output", "choose another --output")
     elif iteration_folders(root) or (root / TRACKER_FILE).exists():
@@ -45,6 +47,20 @@ def check_run_folder(run: Run) -> None:
     if run.checkpoint.load is not None:
         source = resolve(run.checkpoint.load)
         _require_same_architecture(run, source.root, "checkpoint.load", "load a checkpoint of this architecture")
+    _require_room(run, root)
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Return the size of one of the run's checkpoints, in bytes: its tensors, without the files' own bookkeeping.
+
+    A weight is stored in BF16 and as FP32 master; matrices under Muon have a momentum beside them, everything else
+    Adam's two moments, all FP32.
+    """
+    total = 0
+    for parameter in run.architecture.parameters():
+        muon = run.optimizer.name == "muon" and is_hidden_matrix(parameter)
+        total += parameter.numel * (10 if muon else 14)
+    return total
 
 
 def write_run_folder(run: Run) -> None:
@@ -81,6 +97,17 @@ def output_folder(run: Run) -> Path:
             "checkpoint.output=null", rule="a run writes its checkpoints somewhere", fix="give --output DIR"
         )
     return Path(run.checkpoint.output)
+
+
+def _require_room(run: Run, root: Path) -> None:
+    place, needed = existing_ancestor(root), checkpoint_bytes(run)
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(
+            f"--output {root}",
+            rule=f"its disk ({place}) has {free / 1e9:.3f} GB free, one checkpoint of this run takes {needed / 1e9:.3f}",
+            fix="free space, or name a folder on another disk",
+        )
 
 
 def _require_same_architecture(run: Run, root: Path, key: str, fix: str) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mellum2_megatron.data.datasets import check_data
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.megatron_args import megatron_arguments
 from mellum2_megatron.overrides import apply_overrides
-from mellum2_megatron.recipes import recipe, recipe_names
+from mellum2_megatron.recipes import recipe
 from mellum2_megatron.rules import enforce
 from mellum2_megatron.run import Device, Run, to_yaml
 from mellum2_megatron.run_folder import RUN_FILE, check_run_folder, output_folder, read_run, write_run_folder
@@ -40,10 +40,11 @@ def start_local(
         verbose: keep Megatron's own output.
 
     Returns:
-        Exit code of the ranks, 0 for a dry run.
+        0, or 128 + the number of the signal that interrupted the ranks.
 
     Raises:
         InputError: anything that cannot work.
+        WorkError: the ranks failed.
     """
     run = resolve_run(name, overrides, output=output)
     where = resolve_device(device)
@@ -54,13 +55,11 @@ def start_local(
         words = megatron_arguments(run, world_size=ranks, device=where)
         sys.stdout.write(f"# {ranks} {where} rank(s); Megatron-LM arguments:\n# {shlex.join(words)}\n")
         return 0
-    check_data(run)
     check_run_folder(run)
     write_run_folder(run)
     from launchers.local import run_local
 
-    code = run_local(output_folder(run) / RUN_FILE, nproc=ranks, device=where, verbose=verbose)
-    return 0 if code == 0 else 1
+    return run_local(output_folder(run) / RUN_FILE, nproc=ranks, device=where, verbose=verbose)
 
 
 def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = None) -> Run:
@@ -82,15 +81,23 @@ def resolve_device(device: str) -> Device:
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {device}", rule="there are auto, cpu and cuda", fix="use one of them")
-    if device == "cpu":
-        return "cpu"
-    import torch
+    if device != "cpu" and _has_driver():
+        import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
+        if torch.cuda.is_available():
+            return "cuda"
     if device == "cuda":
         raise InputError("--device cuda", rule="no GPU is usable here", fix="use --device cpu")
     return "cpu"
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver library loads: without it torch finds no GPU either, and takes seconds to say so."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def default_nproc(run: Run, device: Device) -> int:
@@ -100,8 +107,3 @@ def default_nproc(run: Run, device: Device) -> int:
 
         return torch.cuda.device_count()
     return run.layout.world_size or run.layout.smallest_world_size
-
-
-def is_recipe(name: str) -> bool:
-    """Whether a recipe has this name."""
-    return name in recipe_names()

@@ -10,21 +10,26 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.failures import is_echo, only_complete_checkpoints, report_failure
 from mellum2_megatron.megatron_args import environment, megatron_arguments
 from mellum2_megatron.rules import enforce
 from mellum2_megatron.run import Device, Run
-from mellum2_megatron.run_folder import check_run_folder, read_run, write_run_folder
+from mellum2_megatron.run_folder import check_run_folder, output_folder, read_run, write_run_folder
 
 if TYPE_CHECKING:
     import torch
 
 Batch = dict[str, "torch.Tensor | None"]
+
+_ECHO_SECONDS = 5.0
+"""A rank that failed because of another one waits so long, so that the other's reason is the one that is reported."""
 
 _TEXT = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -33,23 +38,30 @@ def main(argv: list[str] | None = None) -> int:
     """Train the run of a YAML file in this process, one rank of `WORLD_SIZE`.
 
     Returns:
-        0 on success, 1 for a failure at work, 2 for bad input, with one message on stderr from rank 0.
+        0. A failure ends the process: 2 for bad input, 1 at work (`failures.report_failure` says which).
     """
     parser = argparse.ArgumentParser(prog="python -m mellum2_megatron.train", description=main.__doc__)
     parser.add_argument("run", type=Path, help="resolved run, as `mellum2 train` writes it")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--verbose", action="store_true", help="keep Megatron's own output")
+    parser.add_argument("--verbose", action="store_true", help="keep Megatron's own output, and print tracebacks")
+    parser.add_argument("--to-launcher", action="store_true", help="leave what ended this rank to the launcher to tell")
     options = parser.parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends a rank at once, even inside a collective
+    output: Path | None = None
     try:
-        train(read_run(options.run), device=options.device, verbose=options.verbose)
+        run = read_run(options.run)
+        output = output_folder(run)
+        train(run, device=options.device, verbose=options.verbose)
         import torch
 
         torch.distributed.destroy_process_group()
-    except (InputError, WorkError) as error:
-        if rank == 0:
-            sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        code = report_failure(error, output=output, to_launcher=options.to_launcher, verbose=options.verbose)
+        if is_echo(error):
+            time.sleep(_ECHO_SECONDS)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not sys.exit: at exit, threads and process groups may wait for ranks that are gone
     return 0
 
 
@@ -72,7 +84,10 @@ def train(run: Run, *, device: Device, verbose: bool = False) -> None:
     _activate(device, verbose)
     if int(os.environ.get("RANK", "0")) == 0:
         write_run_folder(run)
-    _pretrain(run, world_size, device)
+        with only_complete_checkpoints(output_folder(run)):
+            _pretrain(run, world_size, device)
+    else:
+        _pretrain(run, world_size, device)
 
 
 def _activate(device: Device, verbose: bool) -> None:

@@ -7,9 +7,11 @@ which installs the patches it is meant to see. `ADAM` is left out as a whole too
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -259,6 +261,7 @@ def _fork(name: str, patches: list[Any]) -> str | None:
     with tempfile.TemporaryFile("w+") as answer:
         child = os.fork()
         if child == 0:
+            os.setsid()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             try:
                 patching.install(patches)
@@ -269,6 +272,8 @@ def _fork(name: str, patches: list[Any]) -> str | None:
                 answer.flush()
                 os._exit(0)
         os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # what the probe has started
         answer.seek(0)
         return answer.read() or None
 

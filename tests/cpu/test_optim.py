@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_state_is_that_of_the_fused_optimizers_and_resumes_exactly() -> None:
 
     whole, optimizer = fresh()
     step(whole, optimizer, 1.0)
-    saved, value = optimizer.state_dict(), whole.detach().clone()
+    saved, value = copy.deepcopy(optimizer.state_dict()), whole.detach().clone()
     assert set(saved["state"][0]) == {"exp_avg", "exp_avg_sq"}
     assert [group.get("step") for group in saved["param_groups"]] == [1, None]
     step(whole, optimizer, -3.0)

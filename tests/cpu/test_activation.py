@@ -1,0 +1,190 @@
+"""Activation: explicit, early, refused where it must be, and nothing of it on the CUDA path."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "mellum2_megatron"
+
+
+def run(code: str, **environment: str) -> str:
+    """Run ``code`` in a fresh interpreter from the repository root and return what it printed."""
+    path = os.pathsep.join([str(REPOSITORY), environment.pop("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_changes_nothing() -> None:
+    run("""
+        import torch
+        before = dict(vars(torch.cuda)), torch.empty, torch.Tensor.__dict__.get("to"), torch.compile
+        from mellum2_megatron import cpu
+        assert not cpu.is_active()
+        assert (dict(vars(torch.cuda)), torch.empty, torch.Tensor.__dict__.get("to"), torch.compile) == before
+    """)
+
+
+def test_activation_after_megatron_is_refused_and_changes_nothing() -> None:
+    printed = run("""
+        import sys, types
+        sys.modules["megatron.core"] = types.ModuleType("megatron.core")
+        import torch
+        empty = torch.empty
+        from mellum2_megatron import cpu, errors
+        try:
+            cpu.activate()
+        except errors.InputError as refusal:
+            print(refusal)
+        assert torch.empty is empty and not cpu.is_active() and "apex" not in sys.modules
+    """)
+    assert "cpu.activate() after megatron.core was imported" in printed
+    assert "before anything imports megatron" in printed
+
+
+def test_a_usable_gpu_is_refused() -> None:
+    printed = run("""
+        import torch
+        torch.cuda.is_available = lambda: True
+        torch.cuda.get_device_name = lambda: "Some GPU"
+        from mellum2_megatron import cpu, errors
+        try:
+            cpu.activate()
+        except errors.InputError as refusal:
+            print(refusal)
+        assert not cpu.is_active()
+    """)
+    assert "Some GPU" in printed
+    assert "CUDA_VISIBLE_DEVICES=''" in printed
+
+
+def test_another_megatron_is_refused_and_changes_nothing() -> None:
+    printed = run("""
+        import importlib.metadata
+        version = importlib.metadata.version
+        importlib.metadata.version = lambda name: "0.20.0" if name == "megatron-core" else version(name)
+        import torch
+        empty = torch.empty
+        from mellum2_megatron import cpu, errors
+        try:
+            cpu.activate()
+        except errors.InputError as refusal:
+            print(refusal)
+        assert torch.empty is empty and not cpu.is_active()
+    """)
+    assert "megatron-core 0.20.0" in printed
+    assert "install megatron-core==0.19.2" in printed
+
+
+def test_transformer_engine_and_apex_are_hidden(tmp_path: Path) -> None:
+    for name in ("transformer_engine", "apex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("__version__ = '9.9'\n")
+    run(
+        """
+        import importlib.util
+        assert importlib.util.find_spec("transformer_engine") is not None
+        from mellum2_megatron import cpu
+        cpu.activate()
+        cpu.activate()
+        assert cpu.is_active()
+        for name in ("transformer_engine", "apex"):
+            assert importlib.util.find_spec(name) is None
+            try:
+                __import__(name)
+            except ModuleNotFoundError:
+                continue
+            raise SystemExit(name)
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+        assert not HAVE_TE
+        """,
+        PYTHONPATH=str(tmp_path),
+    )
+
+
+def test_patches_reach_names_that_megatron_re_exports() -> None:
+    """Applied as modules are imported: `from x import y` elsewhere in Megatron sees the patched object."""
+    run("""
+        from mellum2_megatron import cpu
+        cpu.activate()
+        import sys
+        import megatron.training
+        from mellum2_megatron.cpu.patches import PATCHES
+        from mellum2_megatron.upstream import PATCHES as UPSTREAM
+        for patch in (*PATCHES, *UPSTREAM):
+            module, name = sys.modules[patch.module], patch.attribute
+            if "." in name:
+                continue
+            value = getattr(module, name)
+            for other in list(sys.modules.values()):
+                if getattr(other, "__name__", "").startswith("megatron.") and name in vars(other):
+                    if callable(value):
+                        assert vars(other)[name] is value, (patch.name, other.__name__)
+        from megatron.core.jit import jit_fuser
+        function = lambda: None
+        assert jit_fuser(function) is function
+    """)
+
+
+def test_torch_compile_stays_for_everybody_else() -> None:
+    run("""
+        from mellum2_megatron import cpu
+        cpu.activate()
+        import torch
+        function = lambda x: x
+        assert torch.compile(function) is not function
+        scope = {"__name__": "megatron.core.somewhere", "torch": torch, "function": function}
+        exec("plain = torch.compile(function); decorated = torch.compile(fullgraph=True)(function)", scope)
+        assert scope["plain"] is function and scope["decorated"] is function
+    """)
+
+
+def _module_level_imports(tree: ast.Module) -> list[str]:
+    """Names imported when the module is, also inside `if` and `try`, but not inside functions or TYPE_CHECKING."""
+    names: list[str] = []
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute in this project"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        waiting.extend(ast.iter_child_nodes(node))
+    return names
+
+
+SOURCES = sorted(
+    path
+    for folder in ("mellum2_megatron", "conversion", "launchers", "ablations")
+    for path in (REPOSITORY / folder).rglob("*.py")
+    if (PACKAGE / "cpu") not in path.parents
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_nothing_else_imports_the_cpu_backend(path: Path) -> None:
+    imported = _module_level_imports(ast.parse(path.read_text()))
+    assert [name for name in imported if name.startswith("mellum2_megatron.cpu")] == []
+
+
+def test_the_check_above_sees_such_an_import() -> None:
+    source = "if True:\n    from mellum2_megatron import cpu\ndef f():\n    from mellum2_megatron import upstream\n"
+    assert _module_level_imports(ast.parse(source)) == ["mellum2_megatron.cpu"]
