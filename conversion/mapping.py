@@ -166,10 +166,9 @@ FUSED_EXPERTS = (
 
 
 # Modules whose ``_extra_state`` object Megatron's load asks for and fails without, empty as it is outside FP8: the
-# linears of either backend, and with Transformer Engine the attention and the norms too. {expert}: one per expert.
+# linears of either backend, and with Transformer Engine the norms too. {expert}: one per expert.
 LAYER_STATES = (
     "self_attention.linear_qkv",
-    "self_attention.core_attention",
     "self_attention.linear_proj",
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",

@@ -58,7 +58,7 @@ def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = Fal
     if isinstance(outcome, int):
         return outcome
     cause = root_cause(outcome)
-    raise cause.error(_keep(cause.traceback, folder / FAILURE_FILE))
+    raise cause.error(None if cause.kind == "explained" else _keep(cause.traceback, folder / FAILURE_FILE))
 
 
 def run_ranks(command: Sequence[str], *, nproc: int, verbose: bool = False) -> int | list[RankFailure]:

@@ -97,6 +97,16 @@ def resolve(path: str | os.PathLike[str]) -> CheckpointFolder:
     )
 
 
+def resume_folder(output: str, continue_from: str | None) -> str:
+    """Return the folder whose newest checkpoint a run resumes, if there is one: its own, or at first another run's.
+
+    Every rank decides for itself before training starts, and no checkpoint is written before all have.
+    """
+    if continue_from is None or (Path(output) / TRACKER_FILE).is_file():
+        return output
+    return continue_from
+
+
 def write_tracker(root: Path, iteration: int | None) -> None:
     """Point Megatron's ``--load`` at ``iteration``, or at the release when None."""
     write_text(root / TRACKER_FILE, RELEASE if iteration is None else str(iteration))

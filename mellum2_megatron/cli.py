@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -10,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from mellum2_megatron.errors import Mellum2Error
+from mellum2_megatron.errors import InputError, Mellum2Error
 
 app = typer.Typer(
     help="Train JetBrains' Mellum 2 on NVIDIA Megatron-Core, and convert it to and from Hugging Face.",
@@ -234,7 +235,7 @@ def data_prepare(
     vocab_size: Annotated[int, typer.Option("--vocab-size", help="entries of a newly trained tokenizer")] = 4096,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="processes; default: one a core")] = None,
     max_megabytes: Annotated[
-        float | None, typer.Option("--max-megabytes", help="even sample of so much text; 0 takes everything")
+        float | None, typer.Option("--max-megabytes", min=0, help="even sample of so much text; 0 takes everything")
     ] = None,
     valid_fraction: Annotated[
         float, typer.Option("--valid-fraction", help="share of the documents held out for validation")
@@ -246,14 +247,16 @@ def data_prepare(
     _quiet()
     from mellum2_megatron.data.prepare import DEFAULT_MAX_BYTES, prepare
 
-    limits = {None: DEFAULT_MAX_BYTES, 0: None}
+    if max_megabytes is not None and not math.isfinite(max_megabytes):
+        raise InputError(f"--max-megabytes {max_megabytes}", rule="must be finite", fix="use 0 to take everything")
+    max_bytes = DEFAULT_MAX_BYTES if max_megabytes is None else int(max_megabytes * 1e6) or None
     prepared = prepare(
         output,
         inputs=inputs or (),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         workers=workers,
-        max_bytes=limits[max_megabytes] if max_megabytes in limits else int(max_megabytes * 1e6),
+        max_bytes=max_bytes,
         seed=seed,
         valid_fraction=valid_fraction,
         overwrite=overwrite,

@@ -29,7 +29,8 @@ from mellum2_megatron.checkpoint_folder import (
     iteration_number,
     write_tracker,
 )
-from mellum2_megatron.errors import InputError, Mellum2Error, WorkError
+from mellum2_megatron.errors import Mellum2Error, WorkError
+from mellum2_megatron.files import existing_ancestor
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 """Set for every rank by torch's elastic agent (torch/distributed/elastic/agent/server/local_elastic_agent.py, 2.15)."""
@@ -42,6 +43,7 @@ Kind = Literal["explained", "unexpected", "echo"]
 # (megatron/core/dist_checkpointing/strategies/state_dict_saver.py:258, 0.19.2: only the coordinator gets details).
 _ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "recvValue failed")
 _LAST_LINES = 12
+_FULL_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,7 @@ class RankFailure:
     def error(self, traceback_file: Path | None) -> Mellum2Error:
         """Return the error to show: the rank's own message, or which rank died of what."""
         if self.kind == "explained":
-            return RankError(self.message, exit_code=2 if self.exit_code == 2 else 1)
+            return RankError(self.message, exit_code=self.exit_code)
         if self.exit_code < 0:
             name = signal.Signals(-self.exit_code).name
             return WorkError(
@@ -105,13 +107,16 @@ class RankError(Mellum2Error):
 
 
 def root_cause(failures: list[RankFailure]) -> RankFailure:
-    """Return the failure that caused the others: an explained one, then a signal, then what is no echo."""
+    """Return the failure that caused the others: an explained one, then a signal, then what is no echo.
+
+    SIGTERM comes last: the agent ends the other ranks with it.
+    """
 
     def order(failure: RankFailure) -> tuple[int, int]:
         if failure.kind == "explained":
             return 0, failure.rank
         if failure.exit_code < 0:
-            return 1, failure.rank
+            return (4 if failure.exit_code == -signal.SIGTERM else 1), failure.rank
         return (3 if failure.kind == "echo" else 2), failure.rank
 
     return min(failures, key=order)
@@ -122,21 +127,19 @@ def root_cause(failures: list[RankFailure]) -> RankFailure:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def report_failure(error: BaseException, *, output: Path | None, to_launcher: bool, verbose: bool) -> int:
+def report_failure(error: BaseException, *, to_launcher: bool, verbose: bool) -> int:
     """Tell why this rank ends; call it while the exception is being handled.
 
     Args:
         error: what ended it.
-        output: folder of the run, for what its disk has to say.
         to_launcher: a launcher of ours collects the reports; otherwise the message goes to stderr.
         verbose: print the traceback too.
 
     Returns:
         Exit code of the process: 2 for bad input, else 1.
     """
-    explained = explain(error, output)
-    kind: Kind = "explained" if explained is not None else "echo" if is_echo(error) else "unexpected"
-    message = str(explained) if explained is not None else f"{type(error).__name__}: {error}"
+    kind: Kind = "explained" if isinstance(error, Mellum2Error) else "echo" if is_echo(error) else "unexpected"
+    message = str(error) if kind == "explained" else f"{type(error).__name__}: {error}"
     # str(int()): torch reads both this way (torch/distributed/elastic/multiprocessing/errors/__init__.py, 2.15).
     extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time())), "kind": kind}
     file = os.environ.get(ERROR_FILE_VARIABLE) if to_launcher else None
@@ -149,40 +152,54 @@ def report_failure(error: BaseException, *, output: Path | None, to_launcher: bo
         sys.stderr.write(extra["py_callstack"])
     if not written:
         sys.stderr.write(f"error: rank {os.environ.get('RANK', '0')}: {message}\n")
-    return 2 if isinstance(explained, InputError) else 1
+    return error.exit_code if isinstance(error, Mellum2Error) else 1
 
 
-def explain(error: BaseException, output: Path | None) -> Mellum2Error | None:
-    """Return what to tell the user of an error that is not ours to debug, or None.
+@contextmanager
+def explained(output: Path) -> Iterator[None]:
+    """Turn what ends a run into a `WorkError` where it is not ours to debug.
 
-    Those are our own two errors, whatever the system refused (`OSError`), and a checkpoint that could not be written:
-    Megatron gathers the ranks' exceptions, which lose their causes on the way, in a `CheckpointException`.
+    That is what the system refused (`OSError`), and a checkpoint that could not be written: Megatron collects the
+    ranks' exceptions, which lose their causes on the way, in a `CheckpointException`.
+
+    Args:
+        output: folder of the run. What a failed save has written must still be there: it fills the disk.
+
+    Raises:
+        WorkError: with the reason and what to do.
     """
-    if isinstance(error, Mellum2Error):
-        return error
+    try:
+        yield
+    except Mellum2Error:
+        raise
+    except BaseException as error:
+        work_error = _explain(error, output)
+        if work_error is None:
+            raise
+        raise work_error from error
+
+
+def _explain(error: BaseException, output: Path) -> WorkError | None:
     causes = list(_causes(error))
     system = next((cause for cause in causes if isinstance(cause, OSError)), None)
-    saving = any(type(cause).__name__ == "CheckpointException" for cause in causes)
+    saving = _is_checkpoint_error(error) and error.args[0] == "write"
     if is_echo(error) or (system is None and not saving):
         return None
-    text = "; ".join(dict.fromkeys(_first_line(cause) for cause in causes if cause is not error)) or _first_line(error)
     what = "a checkpoint could not be written" if saving else "the run stopped"
+    reasons = "; ".join(dict.fromkeys(_first_line(cause) for cause in causes if not _is_checkpoint_error(cause)))
     full = system is not None and system.errno in DISK_FULL
-    if full or any(os.strerror(code) in text for code in DISK_FULL) or (saving and _is_full(output)):
+    if full or any(os.strerror(code) in reasons for code in DISK_FULL) or (saving and _is_full(output)):
         return WorkError(
-            f"the disk of {output} is full: {what} ({text})",
-            fix="free space there and give the same command again: it resumes from the last complete checkpoint",
+            f"the disk of {output} is full: {what}",
+            fix="free space there and give the same command again, which resumes from the last complete checkpoint",
         )
-    if system is None and not any(isinstance(cause, OSError) or "write" in str(cause) for cause in causes):
-        return None  # loading: the shapes and names of tensors are for a developer
-    return WorkError(
-        f"{what}: {text}", fix="check that disk and its permissions; the same command resumes from the last checkpoint"
-    )
+    fix = "check that disk and its permissions; the same command resumes from the last complete checkpoint"
+    return WorkError(f"{what} ({reasons})", fix=fix)
 
 
 def is_echo(error: BaseException) -> bool:
     """Whether an exception is the effect of another rank's failure."""
-    if type(error).__name__ == "CheckpointException":
+    if _is_checkpoint_error(error):
         return not getattr(error, "failures", None)
     return any(sign in str(error) for sign in _ECHOES)
 
@@ -210,11 +227,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _is_full(output: Path | None) -> bool:
-    """Whether a disk has less than a page for each of a checkpoint's files left."""
-    if output is None or not output.exists():
-        return False
-    return shutil.disk_usage(output).free < 2**20
+def _is_checkpoint_error(error: BaseException) -> bool:
+    """Whether it is torch.distributed.checkpoint's CheckpointException, which cannot be imported here: it needs torch."""
+    return type(error).__name__ == "CheckpointException"
+
+
+def _is_full(output: Path) -> bool:
+    """Whether a failed save met a full disk: torch's writer says "unexpected pos", and on some ranks nothing at all."""
+    return shutil.disk_usage(existing_ancestor(output)).free < _FULL_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -175,8 +175,8 @@ class _Drafts:
     def update(self, _input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Stand in for ``update_candidate_strategy``, which is told what became of each draft.
 
-        ``scores`` `[1, drafted + 1, v]`: the model's own predictions at the drafted positions and one further. The first
-        step drafts nothing, it only gives the head hidden states to start from.
+        ``scores`` `[1, drafted + 1, v]`: the model's own predictions at the drafted positions and one further. The
+        first step drafts nothing, it only gives the head hidden states to start from.
         """
         self.steps += 1
         self.drafted += scores.shape[1] - 1

@@ -7,6 +7,7 @@ YaRN has none: it is applied layer by layer in ``model/attention.py``, and Megat
 
 from __future__ import annotations
 
+from mellum2_megatron.checkpoint_folder import resume_folder
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.megatron_fields import architecture_arguments
 from mellum2_megatron.run import Backend, Device, Run
@@ -153,6 +154,10 @@ def _precision(run: Run) -> list[str]:
     if precision.compute == "fp8":
         words += ["--fp8-format", precision.fp8_format, "--fp8-recipe", precision.fp8_recipe]
         words += ["--fp8-param-gather"] if precision.fp8_param_gather else []
+        if precision.bf16_first_layers or precision.bf16_last_layers:
+            words += ["--first-last-layers-bf16"]
+            words += ["--num-layers-at-start-in-bf16", str(precision.bf16_first_layers)]
+            words += ["--num-layers-at-end-in-bf16", str(precision.bf16_last_layers)]
     return words
 
 
@@ -204,7 +209,7 @@ def _checkpoint(run: Run) -> list[str]:
     checkpoint = run.checkpoint
     words = ["--ckpt-format", "torch_dist"]
     if checkpoint.output is not None:
-        words += ["--save", checkpoint.output, "--load", checkpoint.output]
+        words += ["--save", checkpoint.output, "--load", resume_folder(checkpoint.output, checkpoint.continue_from)]
         words += ["--save-interval", str(checkpoint.save_interval)]
         if checkpoint.retain_interval is not None:
             words += ["--save-retain-interval", str(checkpoint.retain_interval)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mellum2_megatron.architecture import Parameter
 from mellum2_megatron.errors import InputError
+from mellum2_megatron.layout import is_hidden_matrix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,10 @@ class Optimizer:
         muon_extra_scale: further factor; 0.2 matches the RMS of AdamW's updates (Moonlight, arXiv 2502.16982, §2.2).
         muon_tp_mode: under tensor parallelism orthogonalise each rank's shard (``blockwise``) or the whole matrix.
         muon_split_qkv: orthogonalise Q, K and V separately.
+        muon_split_gate_up: orthogonalise an expert's gate and up projections separately; Megatron takes the two, which
+            it keeps in one weight, as one matrix. The report does not say.
+        muon_router: the routers' weights are Muon's, as in Megatron; false gives them to Adam.
+        muon_mtp_projection: likewise the matrix that joins hidden state and embedding in front of the MTP layer.
         overlap_grad_reduce, overlap_param_gather: hide communication behind backward and forward.
 
     Raises:
@@ -64,6 +70,9 @@ class Optimizer:
     muon_extra_scale: float = 0.2
     muon_tp_mode: Literal["blockwise", "duplicated", "distributed"] = "blockwise"
     muon_split_qkv: bool = True
+    muon_split_gate_up: bool = False
+    muon_router: bool = True
+    muon_mtp_projection: bool = True
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -92,6 +101,13 @@ class Optimizer:
         for name in ("adam_eps", "muon_extra_scale", "muon_ns_steps"):
             value = getattr(self, name)
             _require(f"optimizer.{name}", value, value > 0, "must be positive", "use the default")
+        if self.name == "muon" and self.muon_split_gate_up and not self.muon_split_qkv:
+            raise InputError(
+                "optimizer.muon_split_gate_up=true with optimizer.muon_split_qkv=false",
+                rule="Megatron has one switch for splitting weights before they are orthogonalised "
+                "(megatron/core/optimizer/emerging_optimizers.py:294, 0.19.2)",
+                fix="set optimizer.muon_split_qkv=true or optimizer.muon_split_gate_up=false",
+            )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise InputError(
                 "optimizer.overlap_param_gather=true with optimizer.overlap_grad_reduce=false",
@@ -99,6 +115,11 @@ class Optimizer:
                 "(megatron/training/arguments.py:990-995, 0.19.2)",
                 fix="set optimizer.overlap_grad_reduce=true or optimizer.overlap_param_gather=false",
             )
+
+    def uses_muon(self, parameter: Parameter) -> bool:
+        """Whether Muon updates ``parameter``; Adam does otherwise."""
+        choices = {"router": self.muon_router, "mtp projection": self.muon_mtp_projection}
+        return self.name == "muon" and is_hidden_matrix(parameter) and choices.get(parameter.component, True)
 
 
 def _require(key: str, value: float, holds: bool, rule: str, fix: str) -> None:

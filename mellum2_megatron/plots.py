@@ -176,11 +176,14 @@ def _token_axis(axes: Axes, records: list[Record]) -> None:
         return
     from mellum2_megatron.console import short_number
 
+    # Tokens a step may grow during the run; beyond its end the average goes on.
+    known_steps, known_tokens = [0, *steps, 2 * steps[-1]], [0.0, *tokens, 2 * tokens[-1]]
+
     def to_tokens(step: Any) -> Any:
-        return np.interp(step, [0, *steps], [0.0, *tokens])
+        return np.interp(step, known_steps, known_tokens)
 
     def to_steps(count: Any) -> Any:
-        return np.interp(count, [0.0, *tokens], [0, *steps])
+        return np.interp(count, known_tokens, known_steps)
 
     top = axes.secondary_xaxis("top", functions=(to_tokens, to_steps))
     top.set_xlabel("tokens", color=_MUTED)

@@ -23,22 +23,46 @@ class Precision:
         fp8_recipe: one scale a tensor from its current amax (``tensorwise``) or from history (``delayed``), or scales a
             block (``blockwise``).
         fp8_param_gather: all-gather updated weights as FP8 instead of BF16. Refused beside Muon (see ``rules.py``).
+        bf16_first_layers, bf16_last_layers: so many decoder layers at either end stay in BF16 when ``compute`` is
+            ``fp8``. The router computes in FP32 in every case; the MTP layer follows ``compute``
+            (megatron/core/transformer/multi_token_prediction.py:1180, 0.19.2).
         grad_reduce_in_fp32: accumulate and reduce gradients in FP32.
 
     Raises:
-        InputError: ``fp8_param_gather`` without FP8 compute.
+        InputError: a setting of FP8 compute without it, or layers in BF16 beside the delayed recipe.
     """
 
     compute: Literal["bf16", "fp8"] = "bf16"
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = "tensorwise"
     fp8_param_gather: bool = False
+    bf16_first_layers: int = 0
+    bf16_last_layers: int = 0
     grad_reduce_in_fp32: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("bf16_first_layers", "bf16_last_layers"):
+            self._check_layers(f"precision.{name}", getattr(self, name))
         if self.fp8_param_gather and self.compute != "fp8":
             raise InputError(
                 f"precision.fp8_param_gather=true with precision.compute={self.compute}",
                 rule="FP8 weights are gathered only for FP8 matrix multiplications",
                 fix="set precision.compute=fp8 or precision.fp8_param_gather=false",
+            )
+
+    def _check_layers(self, key: str, layers: int) -> None:
+        if layers < 0:
+            raise InputError(f"{key}={layers}", rule="must not be negative", fix="use 0 for none")
+        if layers and self.compute != "fp8":
+            raise InputError(
+                f"{key}={layers} with precision.compute={self.compute}",
+                rule="keeps layers of an FP8 model in BF16",
+                fix=f"set precision.compute=fp8 or {key}=0",
+            )
+        if layers and self.fp8_recipe == "delayed":
+            raise InputError(
+                f"{key}={layers} with precision.fp8_recipe=delayed",
+                rule="its amax history needs one FP8 context around all layers "
+                "(megatron/core/transformer/transformer_config.py:1402, 0.19.2)",
+                fix=f"set precision.fp8_recipe=tensorwise or {key}=0",
             )

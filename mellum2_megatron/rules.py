@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mellum2_megatron.checkpoint_folder import RUN_FILE, TRACKER_FILE
+from mellum2_megatron.checkpoint_folder import RUN_FILE, TRACKER_FILE, resume_folder
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.run import Backend, Device, Run, from_yaml
 
@@ -187,6 +187,34 @@ def interleaving_divides(at: Situation) -> Found:
             )
 
 
+@rule(evidence="megatron/core/transformer/transformer_config.py:1405-1430 (0.19.2)")
+def bf16_layers_exist(at: Situation) -> Found:
+    """The layers kept in BF16 lie in the first and the last pipeline stage."""
+    if not at.layout_fits:
+        return
+    layers = at.run.architecture.num_hidden_layers // at.run.layout.pp
+    for name in ("bf16_first_layers", "bf16_last_layers"):
+        value = getattr(at.run.precision, name)
+        if value > layers:
+            yield InputError(
+                f"precision.{name}={value}",
+                rule=f"a pipeline stage has num_hidden_layers / layout.pp = {layers} layers",
+                fix=f"use at most {layers}" + (", or precision.compute=bf16" if at.run.layout.pp == 1 else ""),
+            )
+
+
+@rule(evidence="mellum2_megatron/megatron_args.py: --pretrained-checkpoint beside --load takes weights without state")
+def one_origin(at: Situation) -> Found:
+    """A run starts from another one's weights or goes on from its whole state."""
+    checkpoint = at.run.checkpoint
+    if checkpoint.load is not None and checkpoint.continue_from is not None:
+        yield InputError(
+            f"checkpoint.load={checkpoint.load} with checkpoint.continue_from={checkpoint.continue_from}",
+            rule="`load` takes weights only and starts at step 0, `continue_from` takes everything and goes on",
+            fix="set one of them to null",
+        )
+
+
 @rule(
     evidence="megatron/core/optimizer/optimizer.py:1112, distributed/param_and_grad_buffer.py:500-520 (0.19.2): "
     "the layer-wise optimizer gathers FP8 data without its scale, which only the distributed optimizer reduces"
@@ -301,11 +329,11 @@ def data_present(at: Situation) -> Found:
     machine=True,
 )
 def resume_fits(at: Situation) -> Found:
-    """A resumed run can read the optimizer state in its output folder."""
+    """A resumed or continued run can read the optimizer state that it goes on from."""
     checkpoint = at.run.checkpoint
     if checkpoint.output is None:
         return
-    root = Path(checkpoint.output)
+    root = Path(resume_folder(checkpoint.output, checkpoint.continue_from))
     if not (root / TRACKER_FILE).is_file() or not (root / RUN_FILE).is_file():
         return
     before = from_yaml((root / RUN_FILE).read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -17,6 +18,8 @@ from mellum2_megatron.optimizer import Loss, Optimizer
 from mellum2_megatron.precision import Precision
 from mellum2_megatron.schedule import Schedule
 from mellum2_megatron.values import field_types, from_plain, to_plain
+
+logger = logging.getLogger(__name__)
 
 Backend = Literal["te", "torch"]
 Device = Literal["cpu", "cuda"]
@@ -36,6 +39,9 @@ class Data:
         seed: of the shuffling; None means the run's seed.
         workers: processes a rank that read data; 0 reads in the rank itself.
         cache: folder for the shuffling index that Megatron builds once a data set; None means beside the data.
+        first_sample: sample of the training at which these data begin. 0 unless the run continues another one
+            (``checkpoint.continue_from``) on data of its own, as the phases of the report's pre-training do: then the
+            ``schedule.train_samples`` of the run before.
 
     Raises:
         InputError: a length or weight that is not positive.
@@ -49,6 +55,7 @@ class Data:
     seed: int | None = None
     workers: int = 2
     cache: str | None = None
+    first_sample: int = 0
 
     def __post_init__(self) -> None:
         _require(
@@ -57,6 +64,7 @@ class Data:
         _require(
             "data.workers", self.workers, self.workers >= 0, "must not be negative", "use 0 to read in the rank itself"
         )
+        _require("data.first_sample", self.first_sample, self.first_sample >= 0, "must not be negative", "use 0")
         for name in ("train", "valid"):
             for weight, prefix in getattr(self, name):
                 _require(
@@ -127,12 +135,15 @@ class Checkpoint:
         retain_interval: keep only the newest checkpoint and those at multiples of this; None keeps all.
         load: folder of a checkpoint whose weights the run starts from when ``output`` has none (an imported model, or
             another run's); its optimizer state and step count are not taken.
+        continue_from: folder of another run's checkpoint that the run goes on from when ``output`` has none, with all
+            of its state: weights, optimizer, step and sample count, random numbers. The next phase of one training.
     """
 
     output: str | None = None
     save_interval: int = 1000
     retain_interval: int | None = None
     load: str | None = None
+    continue_from: str | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -179,6 +190,12 @@ class Run:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.data.first_sample >= self.schedule.train_samples:
+            raise InputError(
+                f"data.first_sample={self.data.first_sample}",
+                rule=f"the run ends at schedule.train_samples={self.schedule.train_samples}",
+                fix="use 0, or where the run that this one continues ended",
+            )
         known = keys()
         for key in self.sources:
             if key not in known and not any(name.startswith(f"{key}.") for name in known):
@@ -273,8 +290,12 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     for entry in dataclasses.fields(cls):
         key = prefix + entry.name
         if entry.name not in values:
-            # Every value is written, so that a later change of a default cannot change an old run.
-            raise InputError(f"{key} is missing", rule="a resolved run states every key", fix=f"add {key}")
+            if entry.default is dataclasses.MISSING:
+                raise InputError(f"{key} is missing", rule="a run cannot do without it", fix=f"add {key}")
+            # Every value is written, so that a later change of a default cannot change an old run; a file can lack
+            # only keys that are younger than itself.
+            logger.warning("the run file is from before %s existed; taking %r", key, entry.default)
+            continue
         value = values[entry.name]
         if dataclasses.is_dataclass(annotations[entry.name]):
             arguments[entry.name] = _build(annotations[entry.name], value, f"{key}.")  # type: ignore[arg-type]

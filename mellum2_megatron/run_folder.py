@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from mellum2_megatron.checkpoint_folder import (
 from mellum2_megatron.data.tokenizer import copy_tokenizer
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.files import atomic_directory, check_writable, existing_ancestor, write_text
-from mellum2_megatron.layout import is_hidden_matrix
 from mellum2_megatron.run import Run, from_yaml, to_yaml
 
 
@@ -29,8 +29,9 @@ def check_run_folder(run: Run) -> None:
 
     Raises:
         InputError: no output folder is named; it is a file, cannot be written, is on a disk without room for one
-            checkpoint, or holds something that no run wrote, or another architecture's checkpoints; or
-            `checkpoint.load` is no checkpoint of this architecture.
+            checkpoint, or holds something that no run wrote, or another architecture's checkpoints;
+            `checkpoint.load` or `checkpoint.continue_from` is no checkpoint of this architecture; or the latter's state
+            does not fit this run.
     """
     root = output_folder(run)
     check_writable("--output", root, folder=True)
@@ -47,7 +48,50 @@ def check_run_folder(run: Run) -> None:
     if run.checkpoint.load is not None:
         source = resolve(run.checkpoint.load)
         _require_same_architecture(run, source.root, "checkpoint.load", "load a checkpoint of this architecture")
+    _check_continuation(run, root)
     _require_room(run, root)
+
+
+def _check_continuation(run: Run, root: Path) -> None:
+    """Check that a run which goes on from another one's state (`checkpoint.continue_from`) fits that state."""
+    given, first = run.checkpoint.continue_from, run.data.first_sample
+    if (root / TRACKER_FILE).exists():
+        return  # it resumes its own
+    if given is None:
+        if first:
+            raise InputError(
+                f"data.first_sample={first} in a run that starts at sample 0",
+                rule="its data begin where another run ended",
+                fix="name that run's folder as checkpoint.continue_from, or set data.first_sample=0",
+            )
+        return
+    source = resolve(given)
+    key = f"checkpoint.continue_from={given}"
+    _require_same_architecture(run, source.root, "checkpoint.continue_from", "continue a run of this architecture")
+    if source.iteration is None or not (source.root / RUN_FILE).is_file():
+        raise InputError(
+            key, rule="holds weights without a run's state", fix="use checkpoint.load, or name a run's output folder"
+        )
+    if source.root != Path(os.path.abspath(given)):
+        raise InputError(
+            key, rule="a run continues the newest checkpoint of another", fix=f"use checkpoint.continue_from={source.root}"
+        )
+    before = read_run(source.root / RUN_FILE).schedule
+    reached = before.samples(source.iteration)
+    if run.schedule.samples(source.iteration) != reached:
+        raise InputError(
+            f"schedule.batch_schedule={list(map(list, run.schedule.batch_schedule))} with {key}",
+            rule=f"step {source.iteration} there is sample {reached}, here {run.schedule.samples(source.iteration)}",
+            fix=f"use schedule.batch_schedule={list(map(list, before.batch_schedule))}",
+        )
+    if reached < first:
+        raise InputError(
+            f"data.first_sample={first} with {key}",
+            rule=f"that run has reached sample {reached} (step {source.iteration}) only",
+            fix=f"let it train on until schedule.train_samples={before.train_samples}"
+            if reached < before.train_samples
+            else f"set data.first_sample={reached}",
+        )
 
 
 def checkpoint_bytes(run: Run) -> int:
@@ -58,8 +102,7 @@ def checkpoint_bytes(run: Run) -> int:
     """
     total = 0
     for parameter in run.architecture.parameters():
-        muon = run.optimizer.name == "muon" and is_hidden_matrix(parameter)
-        total += parameter.numel * (10 if muon else 14)
+        total += parameter.numel * (10 if run.optimizer.uses_muon(parameter) else 14)
     return total
 
 

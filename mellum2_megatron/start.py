@@ -59,7 +59,10 @@ def start_local(
     write_run_folder(run)
     from launchers.local import run_local
 
-    return run_local(output_folder(run) / RUN_FILE, nproc=ranks, device=where, verbose=verbose)
+    code = run_local(output_folder(run) / RUN_FILE, nproc=ranks, device=where, verbose=verbose)
+    if code:
+        sys.stderr.write("interrupted; the same command resumes from the last checkpoint\n")
+    return code
 
 
 def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = None) -> Run:

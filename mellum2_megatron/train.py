@@ -14,10 +14,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mellum2_megatron.failures import is_echo, only_complete_checkpoints, report_failure
+from mellum2_megatron.failures import explained, is_echo, only_complete_checkpoints, report_failure
 from mellum2_megatron.megatron_args import environment, megatron_arguments
 from mellum2_megatron.rules import enforce
 from mellum2_megatron.run import Device, Run
@@ -47,16 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to-launcher", action="store_true", help="leave what ended this rank to the launcher to tell")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends a rank at once, even inside a collective
-    output: Path | None = None
     try:
-        run = read_run(options.run)
-        output = output_folder(run)
-        train(run, device=options.device, verbose=options.verbose)
+        train(read_run(options.run), device=options.device, verbose=options.verbose)
         import torch
 
         torch.distributed.destroy_process_group()
-    except Exception as error:
-        code = report_failure(error, output=output, to_launcher=options.to_launcher, verbose=options.verbose)
+    except SystemExit:
+        raise
+    except BaseException as error:  # a failed save is no Exception (torch/distributed/checkpoint/api.py, 2.15)
+        code = report_failure(error, to_launcher=options.to_launcher, verbose=options.verbose)
         if is_echo(error):
             time.sleep(_ECHO_SECONDS)
         sys.stdout.flush()
@@ -82,11 +82,10 @@ def train(run: Run, *, device: Device, verbose: bool = False) -> None:
     check_run_folder(run)
     os.environ.update(environment(run))
     _activate(device, verbose)
-    if int(os.environ.get("RANK", "0")) == 0:
+    first, output = int(os.environ.get("RANK", "0")) == 0, output_folder(run)
+    if first:
         write_run_folder(run)
-        with only_complete_checkpoints(output_folder(run)):
-            _pretrain(run, world_size, device)
-    else:
+    with only_complete_checkpoints(output) if first else nullcontext(), explained(output):
         _pretrain(run, world_size, device)
 
 
@@ -126,7 +125,7 @@ def _pretrain(run: Run, world_size: int, device: Device) -> None:
             forward_step,
             # Not through the container: in 0.19.2 that path never lays parameters out for layer-wise Muon
             # (megatron/training/training.py:2040-2061), which then runs without sharding its state.
-            model_provider=metrics.watching(model_provider(run.architecture, backend)),
+            model_provider=metrics.watching(model_provider(run.architecture, backend, run.optimizer)),
         )
     finally:
         metrics.close()
@@ -136,13 +135,17 @@ def _dataset_provider(run: Run, metrics: Any) -> Any:
     """Return Megatron's dataset provider; it is also the first of our functions to run after a checkpoint is loaded."""
 
     def provide(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
+        from mellum2_megatron.data.continued import ContinuedTraining
         from mellum2_megatron.data.datasets import build_datasets
         from mellum2_megatron.data.fixed_validation import FixedValidation
 
         metrics.start()
         per_validation = run.logging.eval_iterations * run.eval_batch_size
         cache = None if run.data.cache is None else Path(run.data.cache)
-        train_set, valid_set, _ = build_datasets(run, (samples[0], per_validation, 0), vp_stage=vp_stage, cache=cache)
+        counts = (samples[0] - run.data.first_sample, per_validation, 0)
+        train_set, valid_set, _ = build_datasets(run, counts, vp_stage=vp_stage, cache=cache)
+        if train_set is not None and run.data.first_sample:
+            train_set = ContinuedTraining(train_set, first=run.data.first_sample)
         if valid_set is not None and per_validation:
             valid_set = FixedValidation(valid_set, period=per_validation, length=samples[1])
         return train_set, valid_set, None

@@ -15,14 +15,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mellum2_megatron import patching
 from mellum2_megatron.errors import InputError, WorkError
 from mellum2_megatron.patching import Patch
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +61,13 @@ def _import_helpers(original: Callable[[], None]) -> Callable[[], None]:
 
 
 def _require_layer_wise_layout(original: Callable[..., Any]) -> Callable[..., Any]:
+    from mellum2_megatron.model.muon import require_muon_matrices
+
     @functools.wraps(original)
     def get_emerging_optimizer(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
         require_layer_wise_layout(config, model_chunks)
+        if "muon" in config.optimizer:
+            require_muon_matrices(config, model_chunks)
         return original(config, model_chunks, *args, **kwargs)
 
     return get_emerging_optimizer
@@ -132,35 +133,6 @@ PATCHES: tuple[Patch, ...] = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Router accumulators
-# ---------------------------------------------------------------------------------------------------------------------
-
-ROUTER_ACCUMULATORS = ("global_tokens_per_expert", "ga_steps")
-
-
-def keep_router_accumulators_fp32(model: torch.nn.Module) -> None:
-    """Keep the counts behind the global auxiliary loss in float32 in every router inside ``model`` (or in it, a router).
-
-    ``core/transformer/moe/router.py:201`` (0.19.2) makes them float32, ``Float16Module`` casts them to bfloat16, and
-    ``_maintain_float32_expert_bias`` (:259) does not restore them. In bfloat16 counts are rounded to 8 bits, and the
-    step count sticks at 256 when a rank runs more micro-batches than that in a step. May be called before or after the
-    cast, and more than once.
-    """
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    for module in model.modules():
-        if isinstance(module, TopKRouter) and _restore_fp32 not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_restore_fp32)
-
-
-def _restore_fp32(router: torch.nn.Module, _: Any) -> None:
-    for name in ROUTER_ACCUMULATORS:
-        accumulator = getattr(router, name, None)
-        if accumulator is not None:
-            accumulator.data = accumulator.data.float()  # no copy when it is float32
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Noise
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -174,7 +146,11 @@ def quiet_upstream() -> None:
     """
     for name in (*_NOISY, "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs an error of a checkpoint's writer and then raises it (core/dist_checkpointing/strategies, 0.19.2).
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=rf"(.*/)?({'|'.join(_NOISY)})([./]|$)")
+    # Loading a checkpoint with the APIs that Megatron still calls (torch 2.15).
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\.")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     if not hasattr(builtins.print, "__wrapped__"):
         builtins.print = _quiet(builtins.print)

@@ -102,8 +102,11 @@ class World:
     def output(self, rank: int | None = None) -> str:
         """What one rank, or each, has written to its standard output and error so far: the end of it."""
         ranks = range(len(self.processes)) if rank is None else [rank]
-        texts = [self._file(rank, "output").read_text(errors="replace")[-_SHOWN_OUTPUT:] for rank in ranks]
-        return "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in zip(ranks, texts, strict=True))
+        return "\n".join(f"--- rank {rank} ---\n{self._output(rank)}" for rank in ranks)
+
+    def _output(self, rank: int) -> str:
+        path = self._file(rank, "output")
+        return path.read_text(errors="replace")[-_SHOWN_OUTPUT:] if path.exists() else "(ended before it began)"
 
     def _join(self, deadline: float) -> None:
         for process in self.processes:
@@ -134,7 +137,8 @@ def _child(
         target: Callable[..., Any] = getattr(importlib.import_module(module), name)
         result = target(*args, **kwargs)
         Path(folder, f"result.{rank}").write_bytes(pickle.dumps(result))
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

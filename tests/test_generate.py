@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,6 @@ def test_every_draft_of_a_head_that_knows_is_accepted(agreeing: Path) -> None:
 
 
 def test_no_draft_of_a_head_that_is_wrong_is_accepted(agreeing: Path, tmp_path: Path) -> None:
-    import shutil
-
     wrong = shutil.copytree(agreeing, tmp_path / "wrong")
     tensors = load_tensors(wrong)
     tensors["mtp.fc.weight"].copy_(tensors["mtp.fc.weight"].roll(5, dims=0))
@@ -141,14 +140,21 @@ def test_samples_follow_the_seed_and_leave_the_global_generator_alone(folder: Pa
 
 
 def test_text_stops_after_the_end_token(agreeing: Path, tmp_path: Path) -> None:
-    import shutil
-
     path = shutil.copytree(agreeing, tmp_path / "ends")
     config = json.loads((path / "config.json").read_text())
     result = generate(path, "e", max_new_tokens=30)
     (path / "config.json").write_text(json.dumps(config | {"eos_token_id": result.token_ids[6]}))
     for use_mtp in (False, True):
         assert generate(path, "e", max_new_tokens=30, use_mtp=use_mtp).token_ids == result.token_ids[:7]
+
+
+def test_special_tokens_are_ids_and_not_text(agreeing: Path) -> None:
+    from tokenizers import Tokenizer
+
+    last = Tokenizer.from_file(str(agreeing / "tokenizer.json")).decode([VOCAB - 1])
+    result = generate(agreeing, last, max_new_tokens=30)
+    assert (result.prompt_ids, result.token_ids) == ((VOCAB - 1,), (0, 1))  # counting on: start and end of text
+    assert result.text == last
 
 
 def test_what_cannot_be_generated_from_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def odd_run() -> Run:
             muon_extra_scale=1.0,
             muon_tp_mode="duplicated",
             muon_split_qkv=False,
+            muon_split_gate_up=True,
+            muon_router=False,
+            muon_mtp_projection=False,
             adam_beta1=0.5,
             adam_beta2=0.25,
             adam_eps=1e-20,
@@ -59,8 +62,10 @@ def odd_run() -> Run:
         precision=Precision(
             compute="fp8",
             fp8_format="e4m3",
-            fp8_recipe="delayed",
+            fp8_recipe="blockwise",
             fp8_param_gather=True,
+            bf16_first_layers=1,
+            bf16_last_layers=2,
             grad_reduce_in_fp32=False,
         ),
         data=Data(
@@ -72,6 +77,7 @@ def odd_run() -> Run:
             seed=7,
             workers=0,
             cache="~",
+            first_sample=32,
         ),
         logging=Logging(
             log_interval=3,
@@ -83,7 +89,7 @@ def odd_run() -> Run:
             wandb_entity="e",
             wandb_name="n",
         ),
-        checkpoint=Checkpoint(output="/o", save_interval=5, retain_interval=10, load="/l"),
+        checkpoint=Checkpoint(output="/o", save_interval=5, retain_interval=10, load="/l", continue_from="/c"),
         seed=99,
         backend="te",
         sources={"optimizer": "report §3", "schedule.batch_schedule": "a: b # c"},

@@ -66,6 +66,17 @@ def _results_in_process(original: Any) -> Any:
     return get_write_results_queue
 
 
+def _keep_rng_state(original: Any) -> Any:
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        result = original(*args, **kwargs)
+        torch.set_rng_state(state)
+        return result
+
+    return build
+
+
 def _splits_as_numpy(original: Any) -> Any:
     @functools.wraps(original)
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -80,6 +91,13 @@ PATCHES: tuple[Patch, ...] = (
         target="megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         replacement=_set_rng_state,
         why="tensor_parallel/random.py:175 queues the change until CUDA is initialised, which never happens",
+    ),
+    Patch(
+        name="loader-seed",
+        target="megatron.training.training:build_train_valid_test_data_iterators",
+        replacement=_keep_rng_state,
+        why="training/training.py:4601 makes the loaders' iterators after the checkpoint is loaded, and each draws a seed "
+        "from the CPU's generator (torch/utils/data/dataloader.py): here dropout's, which would then not resume exactly",
     ),
     Patch(
         name="allow-no-cuda",

@@ -9,11 +9,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from mellum2_megatron.model.config import require_matching_config, transformer_config, use_plain_initialization
 from mellum2_megatron.model.layer_specs import Backend, decoder_block_spec, mtp_block_spec
+from mellum2_megatron.model.muon import mark_parameters
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mellum2_megatron.architecture import Mellum2Architecture
+    from mellum2_megatron.optimizer import Optimizer
 
 
 def build_model(
@@ -67,8 +69,16 @@ def build_model(
     )
 
 
-def model_provider(architecture: Mellum2Architecture, backend: Backend) -> Callable[..., GPTModel]:
-    """Return the `model_provider` that `megatron.training.pretrain` calls for every (virtual) pipeline stage."""
+def model_provider(
+    architecture: Mellum2Architecture, backend: Backend, optimizer: Optimizer | None = None
+) -> Callable[..., GPTModel]:
+    """Return the `model_provider` that `megatron.training.pretrain` calls for every (virtual) pipeline stage.
+
+    Args:
+        architecture: the model's description.
+        backend: whose modules: "te" or "torch".
+        optimizer: how the weights will be updated; Megatron's own choices if None.
+    """
 
     def provide(
         pre_process: bool = True,
@@ -83,7 +93,7 @@ def model_provider(architecture: Mellum2Architecture, backend: Backend) -> Calla
 
             config = core_transformer_config_from_args(get_args())
         use_plain_initialization(config)
-        return build_model(
+        model = build_model(
             architecture,
             backend=backend,
             config=config,
@@ -93,5 +103,8 @@ def model_provider(architecture: Mellum2Architecture, backend: Backend) -> Calla
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
+        if optimizer is not None:
+            mark_parameters(model, optimizer)
+        return model
 
     return provide

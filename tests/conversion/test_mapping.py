@@ -105,7 +105,7 @@ def test_gate_comes_before_up() -> None:
 
 def test_extra_state_keys() -> None:
     keys = extra_states(PRESETS["mellum2-12b"])
-    assert len(keys) == len(set(keys)) == 28 * (6 + 2 * 64) + 1 + (6 + 2 * 64) + 4
+    assert len(keys) == len(set(keys)) == 28 * (5 + 2 * 64) + 1 + (5 + 2 * 64) + 4
     assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_3_28" in keys
     assert "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_3.17_28.64" in keys
     assert "mtp.layers.0.transformer_layer.mlp.experts.experts.linear_fc2._extra_state/shard_63_64" in keys

@@ -63,6 +63,25 @@ def _rng_state() -> None:
     assert torch.equal(torch.rand(3), drawn), "setting the state changed nothing"
 
 
+@probe("loader-seed")
+def _loader_seed() -> None:
+    import torch
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import build_train_valid_test_data_iterators, update_train_iters
+
+    from tests.cpu.tiny_pretrain import datasets
+
+    _one_rank()
+    args = _parse()
+    initialize_megatron()
+    args.iteration = 0
+    update_train_iters(args)
+    before = torch.get_rng_state()
+    iterator, _, _ = build_train_valid_test_data_iterators(datasets)
+    assert set(next(iterator)) == {"tokens", "labels"}
+    assert torch.equal(torch.get_rng_state(), before), "making the iterators drew random numbers"
+
+
 @probe("allow-no-cuda")
 def _allow_no_cuda() -> None:
     from megatron.core import parallel_state

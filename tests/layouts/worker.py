@@ -1,0 +1,310 @@
+"""What one rank does in the layout tests: a whole training step without an optimizer, and what came of it.
+
+Megatron's own machinery runs: `initialize_model_parallel`, the real model provider, `DistributedDataParallel`,
+`forward_backward_func` and `finalize_model_grads`. Weights are functions of their names, tokens of a seed, so every
+layout starts from the same model and sees the same batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
+
+SEQUENCE = 32
+BATCH = 4
+"""Sequences of the global batch."""
+
+ARCHITECTURE = Mellum2Architecture(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    moe_intermediate_size=32,
+    num_experts=4,
+    num_experts_per_tok=2,
+    sliding_window=7,  # at cp 4 a chunk has 4 positions, so a window touches up to three ranks
+    layer_types=("sliding_attention", "sliding_attention", "sliding_attention", "full_attention"),
+    rope_full_attention=RopeParameters(
+        rope_type="yarn", rope_theta=500_000.0, factor=4.0, original_max_position_embeddings=16
+    ),
+    rope_sliding_attention=RopeParameters(rope_type="default", rope_theta=500_000.0),
+    max_position_embeddings=64,
+    num_mtp_layers=1,
+    mtp_layer_types=("sliding_attention",),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One step to compare.
+
+    Attributes:
+        tp, pp, vpp, ep, etp, cp: the layout; tensor parallelism comes with sequence parallelism.
+        micro_batch: sequences of a micro-batch.
+        balance: which load-balancing loss, at which coefficient.
+        per_token: Megatron's `calculate_per_token_loss`: one mean over all tokens, not a mean of micro-batch means.
+        documents: real lengths of the documents that each sequence is packed from; empty: one document, not packed.
+        mask: positions that do not count in the loss.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+    micro_batch: int = 1
+    balance: tuple[str, float] = ("global_aux_loss", 0.5)
+    per_token: bool = False
+    documents: tuple[int, ...] = ()
+    mask: tuple[int, ...] = (0, 5, 9, 13)
+    dispatcher: str = "alltoall"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one rank saw.
+
+    Attributes:
+        ranks: its coordinate in each parallelism.
+        gradients: of the parameters it holds, by global name, after all reductions.
+        logits: by (sequence, head), `[s / cp, vocabulary / tp]`; empty off the last stage. Head 0 is the main one.
+        losses: totals of the whole batch, the same on every rank that has them.
+    """
+
+    ranks: dict[str, int]
+    gradients: dict[str, torch.Tensor]
+    logits: dict[tuple[int, str], torch.Tensor]
+    losses: dict[str, torch.Tensor]
+
+
+SHARDED = {  # dimension that is divided, and among which ranks
+    "word_embeddings.weight": (0, "tp"),
+    "output_layer.weight": (0, "tp"),
+    "linear_qkv.weight": (0, "tp"),
+    "linear_proj.weight": (1, "tp"),
+    "eh_proj.weight": (0, "tp"),
+    "linear_fc1.weight": (0, "etp"),
+    "linear_fc2.weight": (1, "etp"),
+}
+
+
+def shard(name: str, full: torch.Tensor, case: Case, ranks: dict[str, int]) -> torch.Tensor:
+    """Return the part of the global tensor ``name`` that the rank at ``ranks`` holds."""
+    dimension, axis = next((rule for end, rule in SHARDED.items() if name.endswith(end)), (0, ""))
+    if not axis:
+        return full
+    ways, rank = getattr(case, axis), ranks[axis]
+    if name.endswith("linear_fc1.weight"):  # gate and up, each divided
+        return torch.cat([half.chunk(ways, dimension)[rank] for half in full.chunk(2, dimension)], dimension)
+    return full.chunk(ways, dimension)[rank]
+
+
+def initial_value(name: str, local: torch.Tensor, case: Case, ranks: dict[str, int]) -> torch.Tensor:
+    """Return this rank's part of a tensor that depends on its global name and shape alone."""
+    shape = list(local.shape)
+    for end, (dimension, axis) in SHARDED.items():
+        if name.endswith(end):
+            shape[dimension] *= getattr(case, axis)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if len(shape) == 1:
+        value = 1 + 0.2 * noise
+    elif "word_embeddings" in name:
+        value = noise
+    else:
+        value = noise * shape[-1] ** -0.5
+    return shard(name, value, case, ranks)
+
+
+def global_names(chunk: torch.nn.Module, case: Case, ranks: dict[str, int]) -> dict[str, torch.nn.Parameter]:
+    """Return the chunk's parameters under the names that one process would give them."""
+    layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+    local_experts = ARCHITECTURE.num_experts // case.ep
+    named = {}
+    for name, parameter in chunk.named_parameters():
+        for local, number in layers.items():
+            if name.startswith(local):
+                name = f"decoder.layers.{number}." + name[len(local) :]
+                break
+        expert = re.search(r"local_experts\.(\d+)\.", name)
+        if expert:
+            number = int(expert[1]) + ranks["ep"] * local_experts
+            name = name.replace(expert[0], f"local_experts.{number}.")
+        named[name] = parameter
+    return named
+
+
+def step(case: Case, device: str = "cpu") -> Outcome:
+    """Run one forward and backward pass over the batch on this rank and return what it saw."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp if case.vpp > 1 else None,
+        context_parallel_size=case.cp,
+        expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
+    )
+    model_parallel_cuda_manual_seed(1)
+    ranks = {
+        "tp": mpu.get_tensor_model_parallel_rank(),
+        "pp": mpu.get_pipeline_model_parallel_rank(),
+        "ep": mpu.get_expert_model_parallel_rank(),
+        "etp": mpu.get_expert_tensor_parallel_rank(),
+        "cp": mpu.get_context_parallel_rank(),
+        "dp": mpu.get_data_parallel_rank(),
+    }
+    chunks = build(case, device)
+    logits: dict[tuple[int, str], torch.Tensor] = {}
+    wrapped = []
+    for chunk in chunks:
+        with torch.no_grad():
+            for name, parameter in global_names(chunk, case, ranks).items():
+                parameter.copy_(initial_value(name, parameter, case, ranks))
+        config = chunk.config
+        wrapped.append(
+            DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk).train()
+        )
+    config.finalize_model_grads_func = finalize_model_grads
+    data_ranks = mpu.get_data_parallel_world_size()
+    microbatches = BATCH // case.micro_batch // data_ranks
+    feed = functools.partial(batches, case, ranks["dp"], data_ranks, device)
+    reported = get_forward_backward_func()(
+        forward_step_func=functools.partial(forward_step, logits, case),
+        data_iterator=[feed() for _ in wrapped] if case.vpp > 1 else feed(),
+        model=wrapped if case.vpp > 1 else wrapped[0],
+        num_microbatches=microbatches,
+        seq_length=SEQUENCE,
+        micro_batch_size=case.micro_batch,
+        forward_only=False,
+    )
+    gradients = {}
+    for chunk in chunks:
+        for name, parameter in global_names(chunk, case, ranks).items():
+            assert parameter.grad is None, f"{name}: a gradient outside of DDP's buffers"
+            gradients[name] = parameter.main_grad.detach().cpu().clone()
+    return Outcome(ranks=ranks, gradients=gradients, logits=logits, losses=losses(case, reported, microbatches))
+
+
+def build(case: Case, device: str) -> list[torch.nn.Module]:
+    """Return this rank's model chunks, built by the provider that training uses."""
+    from megatron.core import parallel_state as mpu
+
+    from mellum2_megatron.model.config import transformer_config
+    from mellum2_megatron.model.provider import model_provider
+
+    kind, coefficient = case.balance
+    config = transformer_config(
+        ARCHITECTURE,
+        tensor_model_parallel_size=case.tp,
+        sequence_parallel=case.tp > 1,
+        pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp if case.vpp > 1 else None,
+        context_parallel_size=case.cp,
+        expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
+        pipeline_dtype=torch.float32,
+        # As Megatron's arguments set it: between two ranks, unbatched sends in both directions need groups of their own.
+        overlap_p2p_comm=case.vpp > 1,
+        batch_p2p_comm=case.vpp == 1,
+        use_cpu_initialization=device == "cpu",
+        calculate_per_token_loss=case.per_token,
+        moe_token_dispatcher_type=case.dispatcher,
+        moe_router_load_balancing_type=kind,
+        moe_aux_loss_coeff=coefficient,
+        moe_z_loss_coeff=0.1,
+        mtp_loss_scaling_factor=0.3,
+        **case.config,
+    )
+    provide = model_provider(ARCHITECTURE, "torch")
+    chunks = []
+    for stage in range(case.vpp):
+        where: dict[str, Any] = {"ignore_virtual": case.vpp == 1, "vp_stage": stage if case.vpp > 1 else None}
+        chunk = provide(
+            pre_process=mpu.is_pipeline_first_stage(**where),
+            post_process=mpu.is_pipeline_last_stage(**where),
+            vp_stage=where["vp_stage"],
+            config=config,
+        )
+        chunks.append(chunk.to(device))
+    return chunks
+
+
+def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str, Any]]:
+    """Yield this data-parallel rank's micro-batches, whole: Megatron's order, rank after rank."""
+    text = torch.randint(0, ARCHITECTURE.vocab_size, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones(BATCH, SEQUENCE)
+    mask[:, list(case.mask)] = 0.0
+    size = case.micro_batch
+    for start in range(rank * size, BATCH, ranks * size):
+        rows = slice(start, start + size)
+        batch = {
+            "rows": torch.arange(start, start + size),
+            "tokens": text[rows, :-1].contiguous(),
+            "labels": text[rows, 1:].contiguous(),
+            "loss_mask": mask[rows],
+            "position_ids": torch.arange(SEQUENCE).expand(size, -1).contiguous(),
+        }
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def forward_step(
+    logits: dict[tuple[int, str], torch.Tensor], case: Case, iterator: Iterator[dict[str, Any]], model: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
+    """Run one micro-batch, keeping the logits of every head."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+
+    from mellum2_megatron.train import sum_loss
+
+    batch = next(iterator)
+    rows = batch.pop("rows").tolist()
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    heads: list[torch.Tensor] = []
+    post_process = get_attr_wrapped_model(model, "post_process")
+    if post_process:  # the head runs for MTP first, then for the trunk; the cross entropy overwrites its input
+        head = get_attr_wrapped_model(model, "output_layer")
+        hook = head.register_forward_hook(lambda _module, _inputs, out: heads.append(out[0].detach().cpu().clone()))
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    if post_process:
+        hook.remove()
+        for name, values in zip(("mtp", "main"), heads, strict=True):
+            logits |= {(row, name): values[:, i] for i, row in enumerate(rows)}
+    return output, functools.partial(sum_loss, batch["loss_mask"])
+
+
+def losses(case: Case, reported: list[dict[str, torch.Tensor]], microbatches: int) -> dict[str, torch.Tensor]:
+    """Return lm, MTP, auxiliary and z loss as the training loop would log them; the latter two for each layer."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    found: dict[str, torch.Tensor] = {}
+    if mpu.is_pipeline_last_stage(ignore_virtual=True):
+        total = torch.stack([report["lm loss"] for report in reported]).sum(0)
+        torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        found["lm"] = (total[0] / total[1]).cpu()
+        MTPLossLoggingHelper.reduce_metrics_in_tracker()
+        found["mtp"] = MTPLossLoggingHelper.tracker["loss_values"].cpu() / microbatches
+    tracker = get_moe_metrics_tracker()
+    names = (case.balance[0].replace("aux_loss", "load_balancing_loss"), "z_loss")
+    tracker._sync_metrics(list(names))
+    for ours, theirs in zip(("aux", "z"), names, strict=True):
+        found[ours] = tracker.metrics[theirs].values.cpu() / microbatches
+    return found

@@ -1,0 +1,111 @@
+"""The launcher that the multi-process tests stand on: results, failures, timeouts, kills."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import DistributedFailure, run_distributed, start_distributed
+
+pytestmark = pytest.mark.distributed
+
+
+def ranks_and_sum(offset: int) -> tuple[int, float]:
+    value = torch.tensor([float(torch.distributed.get_rank() + offset)])
+    torch.distributed.all_reduce(value)
+    return int(os.environ["RANK"]), value.item()
+
+
+def fail_on_one() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise RuntimeError("deliberate")
+    torch.distributed.barrier()
+
+
+def hang() -> None:
+    print("going to sleep")
+    time.sleep(600)
+
+
+def collectives() -> dict[str, object]:
+    """What Megatron asks of gloo in this project's layouts, with values that are exact in any precision."""
+    rank, peer = torch.distributed.get_rank(), 1 - torch.distributed.get_rank()
+    result: dict[str, object] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        ramp = torch.arange(4).to(dtype) + rank
+        half, double = torch.empty(2, dtype=dtype), torch.empty(8, dtype=dtype)
+        torch.distributed.reduce_scatter_tensor(half, ramp, async_op=True).wait()
+        result[f"reduce_scatter {dtype}"] = half.tolist()
+        torch.distributed.reduce_scatter_tensor(half, ramp, op=torch.distributed.ReduceOp.AVG)
+        result[f"reduce_scatter avg {dtype}"] = half.tolist()
+        torch.distributed.all_gather_into_tensor(double, ramp, async_op=True).wait()
+        result[f"all_gather {dtype}"] = double.tolist()
+        greatest = ramp.clone()
+        torch.distributed.all_reduce(greatest, op=torch.distributed.ReduceOp.MAX)
+        result[f"max {dtype}"] = greatest.tolist()
+        received = torch.empty_like(ramp)
+        pair = [
+            torch.distributed.P2POp(torch.distributed.isend, ramp, peer),
+            torch.distributed.P2POp(torch.distributed.irecv, received, peer),
+        ]
+        for work in torch.distributed.batch_isend_irecv(pair):
+            work.wait()
+        result[f"p2p {dtype}"] = received.tolist()
+        uneven = torch.empty(2 + 4 * rank, dtype=dtype)  # each rank sends 1 element to rank 0 and 3 to rank 1
+        torch.distributed.all_to_all_single(uneven, ramp, [1 + 2 * rank] * 2, [1, 3])
+        result[f"all_to_all {dtype}"] = uneven.tolist()
+    both = [torch.ones(2), torch.ones(3)]
+    with torch.distributed._coalescing_manager(async_ops=True) as manager:
+        for tensor in both:
+            torch.distributed.all_reduce(tensor)
+    manager.wait()
+    result["coalesced"] = [tensor.tolist() for tensor in both]
+    flag = torch.tensor([rank == 1])
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    result["max bool"] = flag.tolist()
+    return result
+
+
+def test_results_come_back_by_rank() -> None:
+    assert run_distributed("tests.test_distributed:ranks_and_sum", 3, 10) == [(0, 33.0), (1, 33.0), (2, 33.0)]
+
+
+def test_a_failing_rank_ends_the_run_and_is_shown() -> None:
+    start = time.monotonic()
+    with pytest.raises(DistributedFailure) as failure:
+        run_distributed("tests.test_distributed:fail_on_one", 2, timeout=60)
+    assert "RuntimeError: deliberate" in str(failure.value)
+    assert "--- rank 0 ---" in str(failure.value)
+    assert time.monotonic() - start < 60
+
+
+def test_a_rank_that_hangs_is_named_and_killed(tmp_path: Path) -> None:
+    world = start_distributed("tests.test_distributed:hang", 2, folder=tmp_path)
+    with pytest.raises(DistributedFailure, match=r"still running: \[0, 1\](.|\n)*going to sleep"):
+        world.results(timeout=5)
+    assert not any(process.is_alive() for process in world.processes)
+
+
+def test_a_killed_rank_is_a_failure(tmp_path: Path) -> None:
+    world = start_distributed("tests.test_distributed:hang", 2, folder=tmp_path)
+    world.processes[1].kill()
+    with pytest.raises(DistributedFailure, match=r"exit codes \[-9, -9\]"):
+        world.results(timeout=60)
+
+
+def test_gloo_does_what_megatron_asks_of_it() -> None:
+    """With torch 2.15 no collective needs emulating; where an older gloo lacks one, this names it."""
+    zero, one = run_distributed("tests.test_distributed:collectives", 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert (zero[f"reduce_scatter {dtype}"], one[f"reduce_scatter {dtype}"]) == ([1, 3], [5, 7])
+        assert (zero[f"reduce_scatter avg {dtype}"], one[f"reduce_scatter avg {dtype}"]) == ([0.5, 1.5], [2.5, 3.5])
+        assert zero[f"all_gather {dtype}"] == one[f"all_gather {dtype}"] == [0, 1, 2, 3, 1, 2, 3, 4]
+        assert zero[f"max {dtype}"] == [1, 2, 3, 4]
+        assert (zero[f"p2p {dtype}"], one[f"p2p {dtype}"]) == ([1, 2, 3, 4], [0, 1, 2, 3])
+        assert (zero[f"all_to_all {dtype}"], one[f"all_to_all {dtype}"]) == ([0, 1], [1, 2, 3, 2, 3, 4])
+    assert zero["coalesced"] == [[2, 2], [2, 2, 2]]
+    assert zero["max bool"] == [True]
