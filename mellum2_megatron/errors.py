@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class Mellum2Error(Exception):
@@ -14,6 +15,14 @@ class Mellum2Error(Exception):
     """
 
     exit_code: int = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle as "class(*args)", which loses keyword-only arguments on the way back from a worker.
+        return _rebuild, (type(self), vars(self))
+
+
+def _rebuild(cls: type[Mellum2Error], fields: dict[str, str]) -> Mellum2Error:
+    return cls(**fields)
 
 
 class InputError(Mellum2Error):

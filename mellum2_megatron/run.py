@@ -290,11 +290,11 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     for entry in dataclasses.fields(cls):
         key = prefix + entry.name
         if entry.name not in values:
-            if entry.default is dataclasses.MISSING:
+            if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
                 raise InputError(f"{key} is missing", rule="a run cannot do without it", fix=f"add {key}")
             # Every value is written, so that a later change of a default cannot change an old run; a file can lack
             # only keys that are younger than itself.
-            logger.warning("the run file is from before %s existed; taking %r", key, entry.default)
+            logger.warning("the run file is from before %s existed; taking its default", key)
             continue
         value = values[entry.name]
         if dataclasses.is_dataclass(annotations[entry.name]):

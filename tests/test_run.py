@@ -133,6 +133,15 @@ def edited(**paths: Any) -> str:
     return yaml.safe_dump(values)
 
 
+def test_a_file_older_than_a_key_takes_its_default_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    run = from_yaml(edited(optimizer__lr=..., loss=...))
+    assert (run.optimizer.lr, run.loss) == (Optimizer().lr, Loss())
+    assert run == dataclasses.replace(
+        odd_run(), optimizer=dataclasses.replace(odd_run().optimizer, lr=Optimizer().lr), loss=Loss()
+    )
+    assert {"before optimizer.lr existed" in caplog.text, "before loss existed" in caplog.text} == {True}
+
+
 @pytest.mark.parametrize(
     ("text", "named", "helps"),
     [
@@ -148,7 +157,7 @@ def edited(**paths: Any) -> str:
         (edited(schedule__batch_schedule=16), "schedule.batch_schedule=16", "list of"),
         (edited(data__path=None), "data.path=None", "text"),
         (edited(layout=None), "layout", "mapping"),
-        (edited(optimizer__lr=...), "optimizer.lr is missing", "add optimizer.lr"),
+        (edited(data__path=...), "data.path is missing", "add data.path"),
         (edited(architecture__rope_full_attention__fator=2), "architecture.rope_full_attention.fator", "factor"),
         (edited(sources={"optimizer.rl": "x"}), "source of optimizer.rl", "optimizer.lr"),
         (edited(sources=["x"]), "sources", "{}"),

@@ -6,7 +6,6 @@ megatron.
 
 from __future__ import annotations
 
-import copyreg
 import multiprocessing
 import os
 from collections import deque
@@ -30,13 +29,6 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 512 * 1024
 _BATCHES_IN_FLIGHT = 4  # per worker: enough to keep it busy, few enough to bound memory
 
-
-def _rebuild(what: str, fix: str) -> WorkError:
-    return WorkError(what, fix=fix)
-
-
-# An exception with keyword-only arguments does not survive the way back from a worker by itself.
-copyreg.pickle(WorkError, lambda error: (_rebuild, (error.what, error.fix)))
 
 _tokenizer: Tokenizer | None = None
 _eos = -1

@@ -1,26 +1,42 @@
-"""Core attention of the torch backend: grouped-query attention with a window, on any device.
+"""Core attention of the torch backend: grouped-query attention with a window, packed documents and context parallelism.
 
-Megatron's own `DotProductAttention` overwrites a given mask on windowed layers
-(megatron/core/fusions/fused_softmax.py:319-327, 0.19.2) and repeats keys and values in memory; this one combines both
-masks and leaves the kernel to `torch.nn.functional.scaled_dot_product_attention`.
+Plain torch on any device, and the reference that Transformer Engine's kernels are compared with. Megatron's own
+`DotProductAttention` overwrites a given mask on windowed layers (megatron/core/fusions/fused_softmax.py:319-327,
+0.19.2), repeats keys and values in memory, and refuses packed documents and context parallelism; this one leaves the
+kernel to `torch.nn.functional.scaled_dot_product_attention`.
+
+Queries are worked through in spans: stretches of consecutive positions of one document, at most `BLOCK` of them. A
+span's keys are one stretch too, from the first key its first query may see to its last query's own, so documents need
+no mask, and no mask is larger than `[BLOCK, keys]`.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+
+from mellum2_megatron.model.zigzag import stream_order
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+BLOCK = 2048
+"""Queries that attend in one call."""
+
 
 class TorchCoreAttention(MegatronModule):
     """Causal softmax attention over queries `[sq, b, n, d]` and grouped keys and values `[sk, b, g, d]`.
+
+    Under context parallelism a rank holds two zigzag chunks of each sequence (`zigzag`). Keys and values are gathered
+    from all ranks, whatever `cp_comm_type` says; their gradients are summed and scattered back.
 
     Args:
         config: the layer's configuration: `window_size` is `(keys before the query, 0)` or None.
@@ -29,9 +45,11 @@ class TorchCoreAttention(MegatronModule):
         attention_type: must be "self".
         attention_dropout: dropout on the attention weights; the configuration's if None.
         softmax_scale: factor on the logits; `1 / sqrt(d)` if None.
+        cp_comm_type: unused.
+        pg_collection: process groups, of which `cp` is read; Megatron's global ones if None.
 
     Raises:
-        NotImplementedError: context parallelism, or a mask type other than causal.
+        NotImplementedError: a mask type other than causal, or attention other than self-attention.
     """
 
     def __init__(
@@ -46,17 +64,15 @@ class TorchCoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise NotImplementedError(
-                f"context_parallel_size={config.context_parallel_size}: the torch backend attends within one rank; "
-                "use context_parallel_size=1 or the te backend"
-            )
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
             raise NotImplementedError(f"{attention_type} attention with {attn_mask_type}: only causal self-attention")
         window_size = config.window_size
         self.window = None if window_size is None else window_size[0] + 1
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.cp_group: torch.distributed.ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
 
     def forward(
         self,
@@ -71,41 +87,163 @@ class TorchCoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: `[sq, b, n, d]`; query i stands at position `i + sk - sq`.
-            key, value: `[sk, b, g, d]`, g divides n.
-            attention_mask: `[b or 1, 1, sq, sk]`, true where attention is forbidden, *in addition* to causality and
-                the window.
+            query: `[sq, b, n, d]`, with `sq` this rank's share of the sequence. Without context parallelism query i
+                stands at position `i + sk - sq`. Packed: `[t, n, d]`.
+            key, value: `[sk, b, g, d]`, g divides n. Packed: `[t, g, d]`.
+            attention_mask: `[b or 1, 1, sq, keys]`, true where attention is forbidden, *in addition* to causality and
+                the window; keys in the order of the whole sequence. None if packed.
+            packed_seq_params: THD format: document i occupies `cu_seqlens_q_padded[i] ... [i + 1]` of the stream, and
+                its first `cu_seqlens_q[i + 1] - cu_seqlens_q[i]` tokens are real. The rest is padding: it attends to
+                nothing, its output is 0 and it has no gradient.
 
         Returns:
-            `[sq, b, n * d]`.
+            `[sq, b, n * d]`, or `[t, n * d]` if packed.
 
         Raises:
-            NotImplementedError: packed documents (THD) or an attention bias.
+            NotImplementedError: an attention bias, a mask beside packed documents, or a context-parallel group that
+                changes with the batch.
+            ValueError: document boundaries that contradict each other, the tokens or context parallelism.
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError("the torch backend takes neither packed documents (THD) nor an attention bias")
-        sq, sk = query.size(0), key.size(0)
-        windowed = self.window is not None and self.window < sk
-        visible: torch.Tensor | None = None
-        if windowed or attention_mask is not None or sq != sk:
-            visible = causal_window_mask(sq, sk, self.window if windowed else None, query.device)
-            if attention_mask is not None:
-                visible = visible & ~attention_mask
+        if attention_bias is not None:
+            raise NotImplementedError("the torch backend takes no attention bias")
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        cp = 1 if self.cp_group is None else self.cp_group.size()
+        if packed:
+            assert packed_seq_params is not None
+            if attention_mask is not None or packed_seq_params.local_cp_size is not None:
+                raise NotImplementedError("packed documents go without attention mask and with a fixed context group")
+            boundaries, lengths = document_boundaries(packed_seq_params, query.size(0) * cp)
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        else:
+            boundaries = [0, key.size(0) * cp]
+            lengths = boundaries[1:]
+        if self.cp_group is not None and cp > 1:
+            key, value = self._whole_sequence(key, value, boundaries, cp)
+            spans = zigzag_spans(boundaries, lengths, cp, self.cp_group.rank())
+        elif packed:
+            spans = document_spans(boundaries, lengths)
+        else:
+            spans = split(Span(row=0, size=query.size(0), position=key.size(0) - query.size(0), document=0))
+        output = self._attend(query, key, value, attention_mask, spans)
+        return output.squeeze(1) if packed else output
+
+    def _whole_sequence(
+        self, key: torch.Tensor, value: torch.Tensor, boundaries: Sequence[int], cp: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all ranks' keys and values in the stream's order, `[s, b, g, d]` each; one collective for both."""
+        gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp_group)
+        ordered = gathered.index_select(0, stream_order(boundaries, cp).to(gathered.device))
+        whole_key, whole_value = ordered.split((key.size(-1), value.size(-1)), dim=-1)
+        return whole_key, whole_value
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        spans: Iterator[Span],
+    ) -> torch.Tensor:
+        """Return the attention of each span over its stretch of keys, `[sq, b, n * d]`; rows of no span are 0."""
+        rows, batch = query.size(0), query.size(1)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        context = torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=visible,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=visible is None,
-            scale=self.softmax_scale,
-            enable_gqa=True,
-        )
-        return context.permute(2, 0, 1, 3).reshape(sq, query.size(1), -1)
+        pieces = []
+        done = 0
+        for span in spans:
+            first = 0 if self.window is None else max(0, span.position - self.window + 1)
+            keys = slice(span.document + first, span.document + span.position + span.size)
+            count = keys.stop - keys.start
+            visible: torch.Tensor | None = None
+            if attention_mask is not None or span.size != count or (self.window is not None and self.window < count):
+                visible = causal_window_mask(span.size, count, self.window, query.device)
+                if attention_mask is not None:
+                    visible = visible & ~attention_mask[:, :, span.row : span.row + span.size, keys]
+            context = torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, span.row : span.row + span.size],
+                k[:, :, keys],
+                v[:, :, keys],
+                attn_mask=visible,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=visible is None,
+                scale=self.softmax_scale,
+                enable_gqa=True,
+            )
+            if span.row > done:
+                pieces.append(q.new_zeros(span.row - done, batch, query.size(2) * query.size(3)))
+            pieces.append(context.permute(2, 0, 1, 3).reshape(span.size, batch, -1))
+            done = span.row + span.size
+        if done < rows:
+            pieces.append(q.new_zeros(rows - done, batch, query.size(2) * query.size(3)))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-@functools.lru_cache(maxsize=16)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Consecutive queries of one document.
+
+    Attributes:
+        row: where they start among this rank's queries.
+        size: their number.
+        position: where the first of them stands in its document.
+        document: where the document starts among the keys.
+    """
+
+    row: int
+    size: int
+    position: int
+    document: int
+
+
+def split(span: Span) -> Iterator[Span]:
+    """Yield a span in pieces of at most `BLOCK` queries."""
+    for start in range(0, span.size, BLOCK):
+        size = min(BLOCK, span.size - start)
+        yield Span(row=span.row + start, size=size, position=span.position + start, document=span.document)
+
+
+def document_spans(boundaries: Sequence[int], lengths: Sequence[int]) -> Iterator[Span]:
+    """Yield the spans of whole documents; arguments as `document_boundaries` returns them."""
+    for start, length in zip(boundaries, lengths, strict=False):
+        yield from split(Span(row=start, size=length, position=0, document=start))
+
+
+def zigzag_spans(boundaries: Sequence[int], lengths: Sequence[int], cp: int, rank: int) -> Iterator[Span]:
+    """Yield the spans of a rank's two chunks of every document, padding left out."""
+    for start, end, length in zip(boundaries, boundaries[1:], lengths, strict=False):
+        chunk = (end - start) // (2 * cp)
+        for half, number in enumerate((rank, 2 * cp - 1 - rank)):
+            position = number * chunk
+            real = min(chunk, length - position)
+            if real > 0:
+                yield from split(Span(row=start // cp + half * chunk, size=real, position=position, document=start))
+
+
+def document_boundaries(packed: PackedSeqParams, tokens: int) -> tuple[list[int], list[int]]:
+    """Return where documents begin and end in the stream, and how many real tokens each has.
+
+    Args:
+        packed: Megatron's description of the packed batch.
+        tokens: tokens of the whole stream, all context-parallel ranks together.
+
+    Raises:
+        ValueError: queries and keys have different documents, a document has more real tokens than room, or the
+            documents do not fit into the stream.
+    """
+    real = packed.cu_seqlens_q.tolist()
+    boundaries = real if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded.tolist()
+    for name in ("cu_seqlens", "cu_seqlens_{}_padded"):
+        ours, theirs = (getattr(packed, name.format(side) if "{" in name else f"{name}_{side}") for side in ("q", "kv"))
+        if ours is not theirs and (ours is None or theirs is None or not torch.equal(ours, theirs)):
+            raise ValueError(f"{name}: self-attention has the same documents for queries and keys, got {ours}, {theirs}")
+    lengths = [end - start for start, end in zip(real, real[1:], strict=False)]
+    rooms = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
+    if len(lengths) != len(rooms) or any(length > room for length, room in zip(lengths, rooms, strict=True)):
+        raise ValueError(f"documents of {lengths} real tokens do not fit into {rooms}")
+    if boundaries[0] != 0 or boundaries[-1] > tokens:
+        raise ValueError(f"documents end at {boundaries}, the stream has {tokens} tokens")
+    return boundaries, lengths
+
+
 def causal_window_mask(sq: int, sk: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Return which keys each query sees: `[sq, sk]`, true iff `0 <= position(query) - position(key) < window`.
 

@@ -1,0 +1,128 @@
+"""The work-arounds for megatron-core 0.19.2: each still needed, each doing what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mellum2_megatron import upstream
+from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.upstream import PATCHES
+from tests.cpu import patch_probes
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# What upstream does without the patch: when a line here no longer holds, the patch is to be reconsidered.
+WITHOUT = {
+    "compile-helpers": "SystemExit: 1",
+    "layer-wise-layout": "AssertionError: Muon was set up without the layer-wise layout",
+    "batch-ramp": "AssertionError: the ramp is ignored: the first batch has 4 sequences",
+}
+
+
+def test_every_patch_has_a_probe() -> None:
+    assert {patch.name for patch in PATCHES} == set(WITHOUT)
+    assert set(WITHOUT) <= set(patch_probes.PROBES)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_upstream_still_fails_without_it(patch: upstream.Patch) -> None:
+    error = patch_probes.outcomes()[patch.name]["without"]
+    assert error is not None, f"{patch.target} works as it is: drop the patch {patch.name!r} ({patch.why})"
+    assert error.startswith(WITHOUT[patch.name])
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_it_is_right_with_it(patch: upstream.Patch) -> None:
+    assert patch_probes.outcomes()[patch.name]["with"] is None
+
+
+@pytest.mark.parametrize(("sharded", "layer_wise", "refused"), [(False, True, True), (True, True, False), (False, False, False)])  # fmt: skip
+def test_layer_wise_muon_needs_its_layout(sharded: bool, layer_wise: bool, refused: bool) -> None:
+    config = SimpleNamespace(optimizer="muon", use_layer_wise_distributed_optimizer=layer_wise)
+    chunk = SimpleNamespace(ddp_config=SimpleNamespace(use_distributed_optimizer=sharded))
+    if not refused:
+        upstream.require_layer_wise_layout(config, [chunk])
+        return
+    with pytest.raises(InputError, match="pass model_provider= to megatron.training.pretrain"):
+        upstream.require_layer_wise_layout(config, [chunk])
+
+
+def test_missing_psutil_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "psutil" else find_spec(name))
+    with pytest.raises(WorkError, match="pip install psutil"):
+        upstream.activate()
+
+
+def test_broken_dataset_helpers_are_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
+    with pytest.raises(WorkError, match="use Python 3.12"):
+        upstream._import_helpers(lambda: None)()
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh interpreter, where `megatron.noisy` stands for upstream's modules."""
+    prelude = """
+        import logging, sys, types, warnings
+        noisy = types.ModuleType("megatron.noisy")
+        source = '''
+        import logging, sys, warnings
+        def speak():
+            print("printed")
+            print("printed to stderr", file=sys.stderr)
+            warnings.warn("warned")
+            logging.getLogger("megatron.noisy").warning("logged a warning")
+            logging.getLogger("megatron.noisy").error("logged an error")
+        '''
+        import textwrap
+        exec(compile(textwrap.dedent(source), "megatron/noisy.py", "exec"), noisy.__dict__)
+    """
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code)],
+        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_upstreams_noise_is_heard_without_the_switch() -> None:
+    done = run("noisy.speak()")
+    assert "printed\n" in done.stdout
+    assert "warned" in done.stderr
+    assert "logged a warning" in done.stderr
+
+
+def test_quiet_upstream_hides_noise_and_no_error() -> None:
+    done = run("""
+        from mellum2_megatron.upstream import quiet_upstream
+        quiet_upstream()
+        quiet_upstream()
+        noisy.speak()
+        print("our own line")
+        warnings.warn("our own warning")
+        raise RuntimeError("an exception")
+    """)
+    assert done.stdout == "our own line\n"
+    assert "logged an error" in done.stderr
+    assert "printed to stderr" in done.stderr
+    assert "our own warning" in done.stderr
+    assert "RuntimeError: an exception" in done.stderr
+    assert "warned" not in done.stderr.replace("our own warning", "")
+    assert "logged a warning" not in done.stderr
+
+
+def test_what_was_printed_is_kept_for_debugging() -> None:
+    done = run("""
+        from mellum2_megatron.upstream import quiet_upstream
+        logging.basicConfig(level=logging.DEBUG)
+        quiet_upstream()
+        noisy.speak()
+    """)
+    assert "DEBUG:mellum2_megatron.upstream:megatron.noisy: printed\n" in done.stderr
+    assert done.stdout == ""
