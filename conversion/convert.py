@@ -41,7 +41,7 @@ from mellum2_megatron.checkpoint_folder import (
     write_tracker,
 )
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.files import write_json
+from mellum2_megatron.files import size_text, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ def _chunk(
 
 
 def _amount(tensors: int, nbytes: int, dtype: str) -> str:
-    return f"{tensors} tensors, {nbytes / 1e9:.3f} GB {dtype}"
+    return f"{tensors} tensors, {size_text(nbytes)} {dtype}"
 
 
 def _nbytes(entries: list[Entry], dtype: torch.dtype) -> int:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from mellum2_megatron.checkpoint_folder import TRACKER_FILE, iteration_folders
 from mellum2_megatron.errors import InputError, WorkError
-from mellum2_megatron.files import atomic_directory
+from mellum2_megatron.files import atomic_directory, check_writable, size_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Beside the tensors' own bytes: headers and archives' bookkeeping (a share of them), config, tokenizer, manifest.
@@ -49,8 +49,7 @@ def _check_target(target: Path, source: Path, overwrite: bool) -> None:
     real, origin = target.resolve(), source.resolve()
     if real == origin or real in origin.parents:
         raise InputError(f"target {target}", rule=f"it must not be or hold the source {source}", fix="name another")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"target {target}", rule="it is a file, not a folder", fix="name a folder")
+    check_writable("target", target, folder=True)
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
@@ -79,7 +78,7 @@ def _check_space(target: Path, nbytes: int) -> None:
     free, needed = shutil.disk_usage(parent).free, int(nbytes * (1 + _SPARE_SHARE)) + _SPARE_BYTES
     if free < needed:
         raise WorkError(
-            f"disk of {parent} has {_gigabytes(free)} free, {target} needs {_gigabytes(needed)}",
+            f"disk of {parent} has {size_text(free)} free, {target} needs {size_text(needed)}",
             fix="free space or name a folder on another disk; nothing was written",
         )
 
@@ -103,7 +102,3 @@ def _system_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"

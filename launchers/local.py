@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rich.console import Console
+
 from mellum2_megatron.failures import RankFailure, only_complete_checkpoints, root_cause
 from mellum2_megatron.files import write_text
 from mellum2_megatron.run import Device
@@ -55,6 +57,7 @@ def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = Fal
     (folder / FAILURE_FILE).unlink(missing_ok=True)
     with only_complete_checkpoints(folder), _environment(rank_environment(nproc, device)):
         outcome = run_ranks(rank_command(run_file, device=device, verbose=verbose), nproc=nproc, verbose=verbose)
+    Console().show_cursor()  # the progress bar of a rank that was killed has left it hidden
     if isinstance(outcome, int):
         return outcome
     cause = root_cause(outcome)

@@ -22,6 +22,8 @@ NEW_TOKENS = 64
 ACCEPTANCE_SEQUENCES = 16
 """Validation sequences on which the MTP head's acceptance is measured."""
 
+_SECONDS_TO_END = 40.0  # torch's agent kills ranks that do not end within 30
+
 
 @dataclass
 class Quickstart:
@@ -109,10 +111,11 @@ class Quickstart:
         return {"text": plain.text, "same_with_mtp": True, "mtp_generation_acceptance": drafted.acceptance_rate}
 
     def _summarize(self, parity: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
+        from mellum2_megatron.checkpoint_folder import RUN_FILE
         from mellum2_megatron.data.prepare import load_prepared
         from mellum2_megatron.generate import mtp_acceptance
         from mellum2_megatron.metrics import METRICS_FILE, read_metrics, series
-        from mellum2_megatron.run_folder import RUN_FILE, read_run
+        from mellum2_megatron.run_folder import read_run
 
         run = read_run(self.output / RUN_FILE)
         prepared = load_prepared(self.data)
@@ -174,8 +177,10 @@ class Quickstart:
         command = [*words, *more]
         self._announce(name, what, command)
         start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "mellum2_megatron.cli", *command], check=False).returncode
+        code = _call([sys.executable, "-m", "mellum2_megatron", *command])
         self.seconds[name] = time.monotonic() - start
+        if code == 130:
+            raise KeyboardInterrupt
         if code == 2:  # the step has said what is wrong
             raise InputError(f"step {name}", rule="was refused (see above)", fix="follow its message")
         if code:
@@ -187,7 +192,25 @@ class Quickstart:
             self.console.print(f"$ mellum2 {shlex.join(words)}", style="dim", soft_wrap=True, highlight=False)
 
 
-def run_quickstart(console: Console, *, output: Path, data: Path, overrides: Sequence[str], max_megabytes: float) -> None:
+def _call(command: Sequence[str]) -> int:
+    """Run a command to its end and return its exit code.
+
+    An interrupt from the keyboard reaches the command too: it is given the time to end its own processes.
+    """
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
+
+
+def run_quickstart(
+    console: Console, *, output: Path, data: Path, overrides: Sequence[str], max_megabytes: float
+) -> None:
     """Walk the whole way; see `Quickstart`."""
     Quickstart(console, output, data, overrides, max_megabytes).run()
-

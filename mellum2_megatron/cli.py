@@ -37,7 +37,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier
 def main() -> None:
     """Run the command line: exit code 0 on success, 2 for bad input, 1 for a failure at work, 130 when interrupted."""
     try:
-        app()
+        app(prog_name="mellum2")  # however it was started
     except Mellum2Error as error:
         _fail(str(error), error.exit_code)
     except OSError as error:  # what the system refused on the way, above all a full disk: its words are clear

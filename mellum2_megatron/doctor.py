@@ -16,7 +16,7 @@ from rich.table import Table
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.extras import find_extras
 from mellum2_megatron.rules import check
-from mellum2_megatron.start import default_nproc, resolve_device, resolve_run
+from mellum2_megatron.start import plan, resolve_run
 
 _PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "transformers")
 
@@ -41,8 +41,7 @@ def examine(console: Console, recipe: str | None, overrides: Sequence[str], *, n
     except InputError as error:
         console.print(f"[red]refused[/]  {error}", soft_wrap=True, highlight=False)
         return False
-    where = resolve_device(device)
-    ranks = nproc or default_nproc(run, where)
+    where, ranks = plan(run, device, nproc)
     violations = check(run, ranks, where)
     table = Table(title=f"{run.name} on {ranks} {where} rank(s)", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("rule", "what is wrong", "fix", "evidence"):

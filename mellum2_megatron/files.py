@@ -70,6 +70,15 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def size_text(size: float) -> str:
+    """Bytes in MB or GB.
+
+    >>> size_text(3_489_542), size_text(24_299_846_144)
+    ('3.49 MB', '24.30 GB')
+    """
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
+
+
 def existing_ancestor(path: str | os.PathLike[str]) -> Path:
     """Return ``path`` or the closest of its parents that exists; its disk is the one that ``path`` will be on."""
     ancestor = Path(os.path.abspath(path))

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from mellum2_megatron.architecture import LayerType, Mellum2Architecture
+from mellum2_megatron.files import size_text
 from mellum2_megatron.layout import Memory
 
 MTP_ROW = "MTP head"
@@ -131,7 +132,7 @@ def _summary_table(report: Mapping[str, Any], title: str) -> Table:
     )
     for dtype in report["bytes"]:
         sizes = [_BYTES[dtype] * parameters[key] for key in ("total", "total_with_mtp")]
-        table.add_row(f"weights in {dtype}", *(_size(size) for size in sizes))
+        table.add_row(f"weights in {dtype}", *(size_text(size) for size in sizes))
     tensors = report["tensors"]
     table.add_row("tensors", f"{tensors['total']:,}", f"{tensors['total_with_mtp']:,}")
     return table
@@ -171,10 +172,6 @@ def _table(title: str, *columns: str) -> Table:
         text = column in ("", "layers", "RoPE")
         table.add_column(column, justify="left" if text else "right", no_wrap=column not in ("layers", "RoPE"))
     return table
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
 
 def _gflop(flops: float) -> str:

@@ -68,7 +68,7 @@ MEGATRON_FIELDS: tuple[MegatronField, ...] = (
     _switch("moe_router_pre_softmax", "--moe-router-pre-softmax", lambda a: not a.norm_topk_prob),
     _value("mtp_num_layers", "--mtp-num-layers", lambda a: a.num_mtp_layers or None),
 )
-"""Facts with a command-line argument; the sliding window and the rotation are the layer spec's own (model.attention)."""
+"""Facts with an argument of their own; the sliding window and the rotation are the layer spec's (model.attention)."""
 
 FIXED_FIELDS: dict[str, Any] = {
     "add_qkv_bias": False,

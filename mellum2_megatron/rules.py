@@ -18,7 +18,8 @@ from pathlib import Path
 
 from mellum2_megatron.checkpoint_folder import RUN_FILE, TRACKER_FILE, resume_folder
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.run import Backend, Device, Run, from_yaml
+from mellum2_megatron.files import check_writable
+from mellum2_megatron.run import Backend, Device, Run
 
 Found = Iterator[InputError]
 
@@ -314,11 +315,14 @@ def packages_present(at: Situation) -> Found:
 
 @rule(evidence="this machine", machine=True)
 def data_present(at: Situation) -> Found:
-    """The corpus and its tokenizer are there, and the tokens are the model's."""
+    """The corpus and its tokenizer are there, the tokens are the model's, and their index has a place."""
     from mellum2_megatron.data.datasets import check_data  # numpy: not needed to plan a run elsewhere
 
+    cache = Path(at.run.data.cache or Path(at.run.data.path) / "cache")
     try:
         check_data(at.run)
+        if not cache.is_dir():  # one that is there may be complete, and then read-only
+            check_writable("data.cache", cache, folder=True)
     except InputError as error:
         yield error
 
@@ -336,7 +340,13 @@ def resume_fits(at: Situation) -> Found:
     root = Path(resume_folder(checkpoint.output, checkpoint.continue_from))
     if not (root / TRACKER_FILE).is_file() or not (root / RUN_FILE).is_file():
         return
-    before = from_yaml((root / RUN_FILE).read_text(encoding="utf-8"))
+    from mellum2_megatron.run_folder import read_run  # reads tokenizers: not needed to plan a run elsewhere
+
+    try:
+        before = read_run(root / RUN_FILE)
+    except InputError as error:
+        yield error
+        return
     if (before.layout.ep > 1) != (at.run.layout.ep > 1):
         yield InputError(
             f"layout.ep={at.run.layout.ep} with a checkpoint of layout.ep={before.layout.ep} in {root}",

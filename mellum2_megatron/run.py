@@ -263,6 +263,17 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_mapping(tag, mapping, flow_style=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [name.value for name, _ in node.value]
+        for (name, _), earlier in zip(node.value, range(len(names)), strict=True):
+            if name.value in names[:earlier]:
+                raise yaml.MarkedYAMLError(problem=f"key {name.value} is given twice", problem_mark=name.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def from_yaml(text: str) -> Run:
     """Read what :func:`to_yaml` writes; the result equals the run that was written.
 
@@ -270,9 +281,12 @@ def from_yaml(text: str) -> Run:
         InputError: not YAML, an unknown or missing key, or a value of another type, each naming the full key.
     """
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise InputError("run file", rule=f"not YAML: {error}", fix="give a file that `mellum2 train` wrote") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f"run file, line {mark.line + 1}" if mark else "run file"
+        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+        raise InputError(where, rule=f"not YAML ({problem})", fix="give a file that `mellum2 train` wrote") from None
     run: Run = _build(Run, values, "")
     return run
 

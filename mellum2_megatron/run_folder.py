@@ -18,7 +18,7 @@ from mellum2_megatron.checkpoint_folder import (
 )
 from mellum2_megatron.data.tokenizer import copy_tokenizer
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.files import atomic_directory, check_writable, existing_ancestor, write_text
+from mellum2_megatron.files import atomic_directory, check_writable, existing_ancestor, size_text, write_text
 from mellum2_megatron.run import Run, from_yaml, to_yaml
 
 
@@ -74,7 +74,9 @@ def _check_continuation(run: Run, root: Path) -> None:
         )
     if source.root != Path(os.path.abspath(given)):
         raise InputError(
-            key, rule="a run continues the newest checkpoint of another", fix=f"use checkpoint.continue_from={source.root}"
+            key,
+            rule="a run continues the newest checkpoint of another",
+            fix=f"use checkpoint.continue_from={source.root}",
         )
     before = read_run(source.root / RUN_FILE).schedule
     reached = before.samples(source.iteration)
@@ -126,7 +128,10 @@ def read_run(path: Path) -> Run:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"run file {path}", rule=f"cannot be read ({error})", fix="name a run.yaml") from None
-    return from_yaml(text)
+    try:
+        return from_yaml(text)
+    except InputError as error:
+        raise InputError(f"{path}: {error.value}", rule=error.rule, fix=error.fix) from None
 
 
 def output_folder(run: Run) -> Path:
@@ -148,7 +153,7 @@ def _require_room(run: Run, root: Path) -> None:
     if free < needed:
         raise InputError(
             f"--output {root}",
-            rule=f"its disk ({place}) has {free / 1e9:.3f} GB free, one checkpoint of this run takes {needed / 1e9:.3f}",
+            rule=f"its disk ({place}) has {size_text(free)} free, one checkpoint of this run takes {size_text(needed)}",
             fix="free space, or name a folder on another disk",
         )
 

@@ -11,7 +11,8 @@ import torch
 
 from mellum2_megatron.checkpoint_folder import resolve
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.files import atomic_path
+from mellum2_megatron.files import atomic_path, check_writable
+from mellum2_megatron.run import Backend
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -40,7 +41,7 @@ def load_megatron_model(path: str | os.PathLike[str], *, dtype: torch.dtype = to
 
     from mellum2_megatron.model.provider import build_model
 
-    backend = "te" if device.type == "cuda" and HAVE_TE else "torch"
+    backend: Backend = "te" if device.type == "cuda" and HAVE_TE else "torch"
     model = build_model(
         checkpoint.architecture,
         backend=backend,
@@ -74,7 +75,8 @@ def _one_rank_world() -> torch.device:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # in memory: no port is taken
+        torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
@@ -129,7 +131,8 @@ def score_file(tokens_path: Path, out: Path, *, megatron_path: Path | None, hf_p
         megatron_path, hf_path: exactly one of them names the checkpoint.
 
     Raises:
-        InputError: none or both checkpoints, unreadable tokens, ids outside the vocabulary, or a bad checkpoint.
+        InputError: none or both checkpoints, no place to write, unreadable tokens, ids outside the vocabulary, or a
+            bad checkpoint.
     """
     from conversion.hf_folder import HfFolder
     from conversion.hf_scoring import check_tokens, score_hf
@@ -138,6 +141,9 @@ def score_file(tokens_path: Path, out: Path, *, megatron_path: Path | None, hf_p
         raise InputError(
             "score", rule="exactly one checkpoint is scored", fix="give either --megatron-path or --hf-path"
         )
+    check_writable("--out", out, folder=False)
+    if out.exists() and tokens_path.exists() and out.samefile(tokens_path):
+        raise InputError(f"--out {out}", rule="is the file of tokens", fix="name another file")
     tokens = read_tokens(tokens_path)
     if hf_path is not None:
         with HfFolder.open(hf_path) as folder:
@@ -163,7 +169,9 @@ def read_tokens(path: Path) -> torch.Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"--tokens {path}", rule=f"must be a readable .npy file ({error})", fix="use numpy.save") from None
+        raise InputError(
+            f"--tokens {path}", rule=f"must be a readable .npy file ({error})", fix="use numpy.save"
+        ) from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
         shape = getattr(array, "shape", None)
         raise InputError(

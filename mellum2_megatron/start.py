@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mellum2_megatron.checkpoint_folder import RUN_FILE
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.megatron_args import megatron_arguments
 from mellum2_megatron.overrides import apply_overrides
 from mellum2_megatron.recipes import recipe
-from mellum2_megatron.rules import enforce
+from mellum2_megatron.rules import check, enforce
 from mellum2_megatron.run import Device, Run, to_yaml
-from mellum2_megatron.run_folder import RUN_FILE, check_run_folder, output_folder, read_run, write_run_folder
+from mellum2_megatron.run_folder import check_run_folder, output_folder, read_run, write_run_folder
 
 
 def start_local(
@@ -47,14 +48,12 @@ def start_local(
         WorkError: the ranks failed.
     """
     run = resolve_run(name, overrides, output=output)
+    if dry_run:
+        _show(run, device, nproc)
+        return 0
     where = resolve_device(device)
     ranks = nproc or default_nproc(run, where)
-    enforce(run, world_size=ranks, device=where, machine=not dry_run)
-    if dry_run:
-        sys.stdout.write(to_yaml(run))
-        words = megatron_arguments(run, world_size=ranks, device=where)
-        sys.stdout.write(f"# {ranks} {where} rank(s); Megatron-LM arguments:\n# {shlex.join(words)}\n")
-        return 0
+    enforce(run, world_size=ranks, device=where)
     check_run_folder(run)
     write_run_folder(run)
     from launchers.local import run_local
@@ -65,12 +64,35 @@ def start_local(
     return code
 
 
+def _show(run: Run, device: str, nproc: int | None) -> None:
+    """Print the resolved run and Megatron's arguments, checked for the machine that the run is meant for."""
+    where, ranks = plan(run, device, nproc)
+    enforce(run, world_size=ranks, device=where, machine=False)
+    sys.stdout.write(to_yaml(run))
+    words = megatron_arguments(run, world_size=ranks, device=where)
+    sys.stdout.write(f"# {ranks} {where} rank(s); Megatron-LM arguments:\n# {shlex.join(words)}\n")
+
+
+def plan(run: Run, device: str, nproc: int | None) -> tuple[Device, int]:
+    """Return the device and the ranks that a run is meant for, whether this machine has them or not.
+
+    "auto" means this machine, unless the run breaks a rule here that it keeps on GPUs (FP8, say): then it means those.
+
+    Raises:
+        InputError: `device` is none of "auto", "cpu" and "cuda".
+    """
+    ranks = nproc or run.layout.world_size or run.layout.smallest_world_size
+    if device == "cuda":
+        return "cuda", ranks
+    here = resolve_device(device)
+    if device == "auto" and here == "cpu" and check(run, ranks, "cpu", machine=False):
+        return ("cpu" if check(run, ranks, "cuda", machine=False) else "cuda"), ranks
+    return here, ranks
+
+
 def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = None) -> Run:
     """Return the run of a recipe or a YAML file with overrides applied and an output folder named."""
-    if name.endswith((".yaml", ".yml")):
-        run = read_run(Path(name))
-    else:
-        run = recipe(name)
+    run = read_run(Path(name)) if name.endswith((".yaml", ".yml")) else recipe(name)
     run = apply_overrides(run, overrides)
     folder = output or Path(run.checkpoint.output or Path("runs") / run.name)
     return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, output=str(folder)))

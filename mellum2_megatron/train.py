@@ -219,12 +219,12 @@ def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None = None) -> Ba
 
 
 def sum_loss(
-    loss_mask: torch.Tensor, output: torch.Tensor
+    loss_mask: torch.Tensor | None, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum the loss over the tokens that count (Megatron's loss function, its three-value form).
 
     Args:
-        loss_mask: `[b, s]`, 1 where the token counts.
+        loss_mask: `[b, s]`, 1 where the token counts; None on a stage that has no loss, where this is never called.
         output: per-token loss `[b, s]`, nats.
 
     Returns:
@@ -232,6 +232,7 @@ def sum_loss(
     """
     import torch
 
+    assert loss_mask is not None
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1))
     tokens = loss_mask.sum().to(torch.int)
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}

@@ -88,8 +88,8 @@ def require_layer_wise_layout(config: Any, model_chunks: Any) -> None:
     if config.use_layer_wise_distributed_optimizer and not getattr(ddp_config, "use_distributed_optimizer", False):
         raise InputError(
             f"optimizer={config.optimizer} without the layer-wise parameter layout",
-            rule="only megatron.training.training.get_model applies it (training.py:1880, 0.19.2); models built through "
-            "a config container (training/models/dist_utils.py:243) silently train another way",
+            rule="only megatron.training.training.get_model applies it (training.py:1880, 0.19.2); models built "
+            "through a config container (training/models/dist_utils.py:243) silently train another way",
             fix="pass model_provider= to megatron.training.pretrain, and not --no-use-layer-wise-param-layout",
         )
 
@@ -107,6 +107,24 @@ def _refuse_batch_ramp(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(args, *rest, **kwargs)
 
     return validate_args
+
+
+def _roll_within_documents(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def roll(
+        tensor: torch.Tensor, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the next token of each position within its document, 0 where there is none, and the sum."""
+        from mellum2_megatron.model.zigzag import document_boundaries, next_tokens
+
+        assert shifts == -1, "only the next token"
+        assert dims in (-1, tensor.dim() - 1), "only along the last dimension"
+        cp = 1 if cp_group is None else cp_group.size()
+        boundaries, lengths = document_boundaries(packed_seq_params, tensor.size(-1) * cp, cp)
+        rolled = next_tokens(tensor, boundaries, lengths, cp_group)
+        return rolled, rolled.sum()
+
+    return roll
 
 
 PATCHES: tuple[Patch, ...] = (
@@ -128,6 +146,14 @@ PATCHES: tuple[Patch, ...] = (
         target="megatron.training.arguments:validate_args",
         replacement=_refuse_batch_ramp,
         why="training/global_vars.py:127 does not pass --rampup-batch-size on: the batch stays constant",
+    ),
+    Patch(
+        name="packed-mtp",
+        target="megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",
+        replacement=_roll_within_documents,
+        why="core/transformer/multi_token_prediction.py:249 shifts MTP's tokens, labels and mask at the boundaries of "
+        "documents without their padding, in a stream that has it: wrong tokens on every rank, and with context "
+        "parallelism a loop of point-to-point messages for each document (Megatron-LM pull requests 4495, 6205, 7278)",
     ),
 )
 

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 _SHOWN_OUTPUT = 6000  # characters of each rank's output in a failure message
 
 
-class DistributedFailure(AssertionError):
+class DistributedError(AssertionError):
     """A rank failed, died or did not finish; the message holds every rank's output."""
 
 
@@ -47,7 +47,7 @@ def run_distributed(
         environment: variables for the children, on top of their own.
 
     Raises:
-        DistributedFailure: a child raised, died, or was still running after ``timeout`` seconds.
+        DistributedError: a child raised, died, or was still running after ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="mellum2-world-") as folder:
         world = start_distributed(function, nproc, *args, folder=Path(folder), environment=environment, **kwargs)
@@ -88,7 +88,7 @@ class World:
         self.kill()
         codes = [process.exitcode for process in self.processes]
         if late or any(codes):
-            raise DistributedFailure(f"exit codes {codes}, still running: {late or 'none'}\n{self.output()}")
+            raise DistributedError(f"exit codes {codes}, still running: {late or 'none'}\n{self.output()}")
         return [pickle.loads(self._file(rank, "result").read_bytes()) for rank in range(len(self.processes))]
 
     def kill(self) -> None:

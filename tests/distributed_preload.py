@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a forked process cannot use its parent's thread pool
 
 import torch
 
-torch.set_num_threads(1)
-
 from mellum2_megatron import cpu
 
+torch.set_num_threads(1)
 cpu.activate()
 
-import emerging_optimizers.orthogonalized_optimizers  # noqa: E402,F401
-import megatron.training  # noqa: E402,F401
-# What a first training run would import at work.
-import megatron.core.dist_checkpointing.strategies.filesystem_async  # noqa: E402,F401
-import megatron.core.tokenizers.text  # noqa: E402,F401
-import torch._dynamo  # noqa: E402,F401
-import torch.distributed.checkpoint  # noqa: E402,F401
+for name in (
+    "emerging_optimizers.orthogonalized_optimizers",
+    "megatron.training",
+    # What a first training run would import at work:
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.tokenizers.text",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+):
+    importlib.import_module(name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed import DistributedFailure, run_distributed, start_distributed
+from tests.distributed import DistributedError, run_distributed, start_distributed
 
 pytestmark = pytest.mark.distributed
 
@@ -27,7 +28,7 @@ def fail_on_one() -> None:
 
 
 def hang() -> None:
-    print("going to sleep")
+    sys.stdout.write("going to sleep\n")
     time.sleep(600)
 
 
@@ -76,7 +77,7 @@ def test_results_come_back_by_rank() -> None:
 
 def test_a_failing_rank_ends_the_run_and_is_shown() -> None:
     start = time.monotonic()
-    with pytest.raises(DistributedFailure) as failure:
+    with pytest.raises(DistributedError) as failure:
         run_distributed("tests.test_distributed:fail_on_one", 2, timeout=60)
     assert "RuntimeError: deliberate" in str(failure.value)
     assert "--- rank 0 ---" in str(failure.value)
@@ -85,7 +86,7 @@ def test_a_failing_rank_ends_the_run_and_is_shown() -> None:
 
 def test_a_rank_that_hangs_is_named_and_killed(tmp_path: Path) -> None:
     world = start_distributed("tests.test_distributed:hang", 2, folder=tmp_path)
-    with pytest.raises(DistributedFailure, match=r"still running: \[0, 1\](.|\n)*going to sleep"):
+    with pytest.raises(DistributedError, match=r"still running: \[0, 1\](.|\n)*going to sleep"):
         world.results(timeout=5)
     assert not any(process.is_alive() for process in world.processes)
 
@@ -93,7 +94,7 @@ def test_a_rank_that_hangs_is_named_and_killed(tmp_path: Path) -> None:
 def test_a_killed_rank_is_a_failure(tmp_path: Path) -> None:
     world = start_distributed("tests.test_distributed:hang", 2, folder=tmp_path)
     world.processes[1].kill()
-    with pytest.raises(DistributedFailure, match=r"exit codes \[-9, -9\]"):
+    with pytest.raises(DistributedError, match=r"exit codes \[-9, -9\]"):
         world.results(timeout=60)
 
 

@@ -92,7 +92,8 @@ def test_training_logs_every_quantity(trained: Path):
     for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss", "grad_norm", "tokens_per_second"):
         assert math.isfinite(last[name]), name
     assert [record.values["batch_size"] for record in steps] == [4, 4, 8, 8, 8, 8]
-    assert last["samples"] == 40 and last["tokens"] == 40 * 64
+    assert last["samples"] == 40
+    assert last["tokens"] == 40 * 64
     layers = [f"expert_load/{layer}/max_over_mean" for layer in ("layer_00", "layer_03", "mtp")]
     assert all(last[name] >= 1.0 for name in layers)
     assert [record.step for record in records if record.kind == "valid"] == [3, 6]

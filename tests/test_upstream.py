@@ -14,6 +14,7 @@ import pytest
 
 from mellum2_megatron import upstream
 from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.patching import Patch
 from mellum2_megatron.upstream import PATCHES
 from tests.cpu import patch_probes
 
@@ -24,6 +25,7 @@ WITHOUT = {
     "compile-helpers": "SystemExit: 1",
     "layer-wise-layout": "AssertionError: Muon was set up without the layer-wise layout",
     "batch-ramp": "AssertionError: the ramp is ignored: the first batch has 4 sequences",
+    "packed-mtp": "AssertionError: [[12, 13, 0, 21, 0, 22, 9, 9]] after",
 }
 
 
@@ -33,25 +35,27 @@ def test_every_patch_has_a_probe() -> None:
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
-def test_upstream_still_fails_without_it(patch: upstream.Patch) -> None:
+def test_upstream_still_fails_without_it(patch: Patch) -> None:
     error = patch_probes.outcomes()[patch.name]["without"]
     assert error is not None, f"{patch.target} works as it is: drop the patch {patch.name!r} ({patch.why})"
     assert error.startswith(WITHOUT[patch.name])
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
-def test_it_is_right_with_it(patch: upstream.Patch) -> None:
+def test_it_is_right_with_it(patch: Patch) -> None:
     assert patch_probes.outcomes()[patch.name]["with"] is None
 
 
-@pytest.mark.parametrize(("sharded", "layer_wise", "refused"), [(False, True, True), (True, True, False), (False, False, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sharded", "layer_wise", "refused"), [(False, True, True), (True, True, False), (False, False, False)]
+)
 def test_layer_wise_muon_needs_its_layout(sharded: bool, layer_wise: bool, refused: bool) -> None:
     config = SimpleNamespace(optimizer="muon", use_layer_wise_distributed_optimizer=layer_wise)
     chunk = SimpleNamespace(ddp_config=SimpleNamespace(use_distributed_optimizer=sharded))
     if not refused:
         upstream.require_layer_wise_layout(config, [chunk])
         return
-    with pytest.raises(InputError, match="pass model_provider= to megatron.training.pretrain"):
+    with pytest.raises(InputError, match=r"pass model_provider= to megatron\.training\.pretrain"):
         upstream.require_layer_wise_layout(config, [chunk])
 
 
@@ -64,7 +68,7 @@ def test_missing_psutil_is_named_before_training(monkeypatch: pytest.MonkeyPatch
 
 def test_broken_dataset_helpers_are_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
-    with pytest.raises(WorkError, match="use Python 3.12"):
+    with pytest.raises(WorkError, match=r"use Python 3\.12"):
         upstream._import_helpers(lambda: None)()
 
 

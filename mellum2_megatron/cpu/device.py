@@ -191,8 +191,7 @@ def _factory(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):
                 kwargs["device"] = _CPU
-            if "pin_memory" in kwargs:  # page-locked memory serves copies to a GPU, and asks for a driver
-                del kwargs["pin_memory"]
+            kwargs.pop("pin_memory", None)  # page-locked memory serves copies to a GPU, and asks for a driver
         return original(*args, **kwargs)
 
     return make

@@ -1,11 +1,10 @@
 """What Megatron's optimizers expect of Transformer Engine's FusedAdam and of CUDA tensors, on a CPU.
 
 Without Transformer Engine and apex, ``core/optimizer/__init__.py:33`` (0.19.2) falls back to ``torch.optim.AdamW``,
-which keeps a ``step`` tensor per parameter. `DistributedOptimizer` handles that badly: saving right after loading
-asserts that all steps are equal (distrib_optimizer.py:838), loading makes all parameters share *one* step tensor (:1028),
-which then grows by the number of parameters an iteration, and the fully reshardable format raises KeyError('step').
-`FusedAdam` below has the state layout of the fused optimizers instead, so the code path, and the checkpoint, are those of
-a GPU.
+which keeps a ``step`` tensor per parameter. `DistributedOptimizer` handles that badly: loading makes all parameters
+share *one* step tensor (distrib_optimizer.py:1028), which then grows by the number of parameters an iteration; saving
+asserts that all steps are equal (:838); and the fully reshardable format raises KeyError('step'). `FusedAdam` below has
+the state layout of the fused optimizers instead, so the code path, and the checkpoint, are those of a GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class FusedAdam(torch.optim.Optimizer):
         kernel = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
         kernel(
             params,
-            [param.grad for param in params],
+            [param.grad for param in params if param.grad is not None],
             [self.state[param]["exp_avg"] for param in params],
             [self.state[param]["exp_avg_sq"] for param in params],
             [],

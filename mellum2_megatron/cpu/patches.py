@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import queue
+import types
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def _refuse(value: str, rule: str, instead: str) -> None:
 
 
 def _results_in_process(original: Any) -> Any:
-    results = None
+    results: queue.Queue[Any] | None = None
 
     @functools.wraps(original)
     def get_write_results_queue(mp_mode: str = "spawn") -> queue.Queue[Any]:
@@ -85,6 +86,18 @@ def _splits_as_numpy(original: Any) -> Any:
     return maybe_move_tensor_to_cpu
 
 
+def _partition_documents(_: Any) -> Any:
+    def thd_get_partitioned_indices(
+        cu_seqlens: torch.Tensor, total_tokens: int, world_size: int, rank: int
+    ) -> torch.Tensor:
+        from mellum2_megatron.model.zigzag import partition_indices
+
+        assert cu_seqlens[-1] == total_tokens, "documents that do not fill the stream"
+        return partition_indices(cu_seqlens.tolist(), world_size, rank)
+
+    return types.SimpleNamespace(thd_get_partitioned_indices=thd_get_partitioned_indices)
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="rng-state",
@@ -96,8 +109,8 @@ PATCHES: tuple[Patch, ...] = (
         name="loader-seed",
         target="megatron.training.training:build_train_valid_test_data_iterators",
         replacement=_keep_rng_state,
-        why="training/training.py:4601 makes the loaders' iterators after the checkpoint is loaded, and each draws a seed "
-        "from the CPU's generator (torch/utils/data/dataloader.py): here dropout's, which would then not resume exactly",
+        why="training/training.py:4601 makes the loaders' iterators after the checkpoint is loaded, and each draws a "
+        "seed from the CPU's generator (torch/utils/data/dataloader.py), here also dropout's: no resume would be exact",
     ),
     Patch(
         name="allow-no-cuda",
@@ -135,7 +148,7 @@ PATCHES: tuple[Patch, ...] = (
         name="fused-adam-step",
         target="megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER",
         replacement=lambda _: True,
-        why="core/optimizer/distrib_optimizer.py:851, 874 take the step from the parameter groups only when this is set",
+        why="core/optimizer/distrib_optimizer.py:851, 874 take the step from the parameter groups when this is set",
     ),
     Patch(
         name="type-names-float16",
@@ -161,5 +174,12 @@ PATCHES: tuple[Patch, ...] = (
         replacement=_results_in_process,
         why="core/dist_checkpointing/strategies/filesystem_async.py:65 starts a fresh Python process on every rank (it "
         "imports torch again: seconds, hundreds of megabytes) for a queue that only asynchronous saving needs",
+    ),
+    Patch(
+        name="thd-partition",
+        target="megatron.core.utils:tex",
+        replacement=_partition_documents,
+        why="core/utils.py:2441 divides packed documents among context-parallel ranks with a CUDA function of Transformer "
+        "Engine",
     ),
 )

@@ -39,7 +39,7 @@ def init_single_process(seed: int = _DEFAULT_SEED) -> bool:
     if parallel_state.model_parallel_is_initialized():
         return False
     if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     torch.manual_seed(seed)

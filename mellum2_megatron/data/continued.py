@@ -32,4 +32,5 @@ class ContinuedTraining(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: Any) -> dict[str, torch.Tensor]:
         if int(index) < self.first:
             raise IndexError(f"sample {index}, the data begin at {self.first}")
-        return self.dataset[int(index) - self.first]
+        sample: dict[str, torch.Tensor] = self.dataset[int(index) - self.first]
+        return sample

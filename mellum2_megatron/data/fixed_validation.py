@@ -32,4 +32,5 @@ class FixedValidation(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.length
 
     def __getitem__(self, index: Any) -> dict[str, torch.Tensor]:
-        return self.dataset[int(index) % self.period]
+        sample: dict[str, torch.Tensor] = self.dataset[int(index) % self.period]
+        return sample

@@ -39,7 +39,7 @@ from mellum2_megatron.data.tokenizer import (
     vocab_size as vocab_size_of,
 )
 from mellum2_megatron.errors import InputError, WorkError
-from mellum2_megatron.files import atomic_directory, write_json
+from mellum2_megatron.files import atomic_directory, check_writable, write_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -230,6 +230,7 @@ def _check_arguments(
         check_vocab_size(vocab_size)
     else:
         special_ids(Path(tokenizer))
+    check_writable("--output", target, folder=True)
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not overwrite:
         raise InputError(

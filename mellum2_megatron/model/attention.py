@@ -110,7 +110,7 @@ class Mellum2SelfAttention(SelfAttention):
         # THD angles come whole, BSHD angles already cut to the rank's share of the sequence.
         length = shared.size(0) if packed or cp_group is None else shared.size(0) * cp_group.size()
         own = self._rotary_table(length, packed=packed, cp_group=cp_group)
-        return super().forward(
+        output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
             hidden_states,
             attention_mask,
             key_value_states,
@@ -120,6 +120,7 @@ class Mellum2SelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
             **kwargs,
         )
+        return output
 
 
 def build_core_attention(

@@ -12,6 +12,7 @@ no mask, and no mask is larger than `[BLOCK, keys]`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from mellum2_megatron.model.zigzag import stream_order
+from mellum2_megatron.model.zigzag import document_boundaries, stream_order
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -112,7 +113,7 @@ class TorchCoreAttention(MegatronModule):
             assert packed_seq_params is not None
             if attention_mask is not None or packed_seq_params.local_cp_size is not None:
                 raise NotImplementedError("packed documents go without attention mask and with a fixed context group")
-            boundaries, lengths = document_boundaries(packed_seq_params, query.size(0) * cp)
+            boundaries, lengths = document_boundaries(packed_seq_params, query.size(0) * cp, cp)
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         else:
             boundaries = [0, key.size(0) * cp]
@@ -202,46 +203,20 @@ def split(span: Span) -> Iterator[Span]:
 
 
 def document_spans(boundaries: Sequence[int], lengths: Sequence[int]) -> Iterator[Span]:
-    """Yield the spans of whole documents; arguments as `document_boundaries` returns them."""
-    for start, length in zip(boundaries, lengths, strict=False):
+    """Yield the spans of whole documents; arguments as `zigzag.document_boundaries` returns them."""
+    for start, length in zip(boundaries[:-1], lengths, strict=True):
         yield from split(Span(row=start, size=length, position=0, document=start))
 
 
 def zigzag_spans(boundaries: Sequence[int], lengths: Sequence[int], cp: int, rank: int) -> Iterator[Span]:
     """Yield the spans of a rank's two chunks of every document, padding left out."""
-    for start, end, length in zip(boundaries, boundaries[1:], lengths, strict=False):
+    for (start, end), length in zip(itertools.pairwise(boundaries), lengths, strict=True):
         chunk = (end - start) // (2 * cp)
         for half, number in enumerate((rank, 2 * cp - 1 - rank)):
             position = number * chunk
             real = min(chunk, length - position)
             if real > 0:
                 yield from split(Span(row=start // cp + half * chunk, size=real, position=position, document=start))
-
-
-def document_boundaries(packed: PackedSeqParams, tokens: int) -> tuple[list[int], list[int]]:
-    """Return where documents begin and end in the stream, and how many real tokens each has.
-
-    Args:
-        packed: Megatron's description of the packed batch.
-        tokens: tokens of the whole stream, all context-parallel ranks together.
-
-    Raises:
-        ValueError: queries and keys have different documents, a document has more real tokens than room, or the
-            documents do not fit into the stream.
-    """
-    real = packed.cu_seqlens_q.tolist()
-    boundaries = real if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded.tolist()
-    for name in ("cu_seqlens", "cu_seqlens_{}_padded"):
-        ours, theirs = (getattr(packed, name.format(side) if "{" in name else f"{name}_{side}") for side in ("q", "kv"))
-        if ours is not theirs and (ours is None or theirs is None or not torch.equal(ours, theirs)):
-            raise ValueError(f"{name}: self-attention has the same documents for queries and keys, got {ours}, {theirs}")
-    lengths = [end - start for start, end in zip(real, real[1:], strict=False)]
-    rooms = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
-    if len(lengths) != len(rooms) or any(length > room for length, room in zip(lengths, rooms, strict=True)):
-        raise ValueError(f"documents of {lengths} real tokens do not fit into {rooms}")
-    if boundaries[0] != 0 or boundaries[-1] > tokens:
-        raise ValueError(f"documents end at {boundaries}, the stream has {tokens} tokens")
-    return boundaries, lengths
 
 
 def causal_window_mask(sq: int, sk: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -29,10 +29,9 @@ def mark_parameters(model: torch.nn.Module, optimizer: Optimizer) -> None:
     """
     if optimizer.name != "muon":
         return
+    to_adam = [".router."] * (not optimizer.muon_router) + [".eh_proj."] * (not optimizer.muon_mtp_projection)
     for name, parameter in model.named_parameters():
-        if ".router." in name and not optimizer.muon_router:
-            parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
-        elif ".eh_proj." in name and not optimizer.muon_mtp_projection:
+        if any(part in name for part in to_adam):
             parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         elif ".experts." in name and ".linear_fc1." in name and optimizer.muon_split_gate_up:
             # [gate; up] of this rank, also under expert tensor parallelism (megatron/core/transformer/mlp.py, 0.19.2).

@@ -7,7 +7,7 @@ Mellum 2 rotates every layer with theta 500,000; the 128K model applies YaRN to 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
@@ -48,8 +48,10 @@ class RotaryTable:
         """
         if self._embedding is None:
             self._embedding = self._build()
-        table = self._embedding(length, packed_seq=packed, cp_group=cp_group)
-        return table[0] if isinstance(table, tuple) else table  # YaRN returns (angles, its own attention factor)
+        table: Any = self._embedding(length, packed_seq=packed, cp_group=cp_group)
+        # YaRN's embedding returns its own attention factor beside the angles.
+        angles: torch.Tensor = table[0] if isinstance(table, tuple) else table
+        return angles
 
     def _build(self) -> RotaryEmbedding:
         rope = self.parameters
@@ -66,7 +68,7 @@ class RotaryTable:
         )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rotary_table(parameters: RopeParameters, head_dim: int) -> RotaryTable:
     """Return the process-wide table of these parameters, so that 28 layers hold two tables and not 28."""
     return RotaryTable(parameters, head_dim)

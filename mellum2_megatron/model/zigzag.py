@@ -11,9 +11,14 @@ document.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
 
 
 def partition_indices(boundaries: Sequence[int], cp_size: int, cp_rank: int) -> torch.Tensor:
@@ -27,7 +32,7 @@ def partition_indices(boundaries: Sequence[int], cp_size: int, cp_rank: int) -> 
     if cp_size == 1:
         return torch.arange(boundaries[-1])
     chunks = []
-    for start, end in zip(boundaries, boundaries[1:], strict=False):
+    for start, end in itertools.pairwise(boundaries):
         if (end - start) % (2 * cp_size):
             raise ValueError(
                 f"a document of {end - start} tokens at {start}: context parallelism over {cp_size} ranks cuts each "
@@ -43,3 +48,61 @@ def stream_order(boundaries: Sequence[int], cp_size: int) -> torch.Tensor:
     """Return the index that puts all ranks' tokens, gathered rank after rank, back into the stream's order: `[t]`."""
     held = torch.cat([partition_indices(boundaries, cp_size, rank) for rank in range(cp_size)])
     return torch.argsort(held)
+
+
+def document_boundaries(packed: PackedSeqParams, tokens: int, cp: int) -> tuple[list[int], list[int]]:
+    """Return where documents begin and end in the stream, and how many real tokens each has.
+
+    Args:
+        packed: Megatron's description of the packed batch.
+        tokens: tokens of the whole stream, all context-parallel ranks together.
+        cp: context-parallel ranks; with more than one of them the documents fill the stream.
+
+    Raises:
+        ValueError: queries and keys have different documents, a document has more real tokens than room, or the
+            documents do not fit the stream.
+    """
+    sides = ((packed.cu_seqlens_q, packed.cu_seqlens_kv), (packed.cu_seqlens_q_padded, packed.cu_seqlens_kv_padded))
+    for queries, keys in sides:
+        if queries is not keys and (queries is None or keys is None or not torch.equal(queries, keys)):
+            raise ValueError(f"queries and keys of self-attention are in the same documents, got {queries} and {keys}")
+    real = packed.cu_seqlens_q.tolist()
+    boundaries = real if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(real)]
+    rooms = [end - start for start, end in itertools.pairwise(boundaries)]
+    if len(lengths) != len(rooms) or any(length > room for length, room in zip(lengths, rooms, strict=True)):
+        raise ValueError(f"documents of {lengths} real tokens do not fit into {rooms}")
+    if boundaries[0] != 0 or boundaries[-1] > tokens or (cp > 1 and boundaries[-1] != tokens):
+        raise ValueError(f"documents at {boundaries} in a stream of {tokens} tokens over {cp} context-parallel ranks")
+    return boundaries, lengths
+
+
+def next_tokens(
+    tensor: torch.Tensor,
+    boundaries: Sequence[int],
+    lengths: Sequence[int],
+    cp_group: torch.distributed.ProcessGroup | None,
+) -> torch.Tensor:
+    """Return at each position what stands at the next one of the same document, and 0 where there is none.
+
+    Args:
+        tensor: ids or a mask of this rank's tokens, `[..., t / cp]`; without gradient.
+        boundaries: of the documents in the stream, padding included.
+        lengths: real tokens of each document; what follows them is padding, which follows nothing.
+        cp_group: context-parallel group, or None.
+    """
+    cp = 1 if cp_group is None else cp_group.size()
+    whole = tensor
+    if cp > 1:
+        assert cp_group is not None
+        parts = [torch.empty_like(tensor) for _ in range(cp)]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=cp_group)
+        whole = torch.cat(parts, dim=-1).index_select(-1, stream_order(boundaries, cp).to(tensor.device))
+    has_next = torch.zeros(whole.size(-1), dtype=torch.bool)
+    for start, length in zip(boundaries[:-1], lengths, strict=True):
+        has_next[start : start + max(0, length - 1)] = True
+    shifted = whole.roll(-1, dims=-1).masked_fill(~has_next.to(whole.device), 0)
+    if cp == 1:
+        return shifted
+    assert cp_group is not None
+    return shifted.index_select(-1, partition_indices(boundaries, cp, cp_group.rank()).to(whole.device))

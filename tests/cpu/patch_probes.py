@@ -1,8 +1,9 @@
 """Is each patch still needed? One probe a patch, run with all the others applied and it left out, and then with it.
 
 Run as a script it prints, as JSON, what each probe did: ``{name: {"without": error or null, "with": error or null}}``.
-Megatron is imported once, unpatched, on the CPU stand-ins for ``torch.cuda``; every probe runs in a fork of that process
-which installs the patches it is meant to see. `ADAM` is left out as a whole too: its four only make sense together.
+Megatron is imported once, unpatched, on the CPU stand-ins for ``torch.cuda``; every probe runs in a fork of that
+process which installs the patches it is meant to see. `ADAM` is left out as a whole too: its four only make sense
+together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mellum2_megatron.errors import InputError
 from mellum2_megatron.patching import Patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -165,6 +169,23 @@ def _write_results() -> None:
     assert get_write_results_queue() is results
 
 
+@probe("thd-partition")
+def _thd_partition() -> None:
+    from types import SimpleNamespace
+
+    import torch
+    from megatron.core import utils
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.distributed, "get_world_size", lambda group: 2)
+        patched.setattr(torch.distributed, "get_rank", lambda group: 1)
+        batch = {"cu_seqlens": torch.tensor([[0, 3, 9]]), "cu_seqlens_padded": torch.tensor([[0, 4, 12]])}
+        batch |= {"tokens": torch.arange(12)[None], "labels": torch.arange(12)[None] + 1}
+        utils._get_batch_on_this_cp_rank_per_document_balancing(batch, SimpleNamespace())
+    assert batch["tokens"].tolist() == [[1, 2, 6, 7, 8, 9]]  # the second and third quarter of each document
+    assert batch["labels"].tolist() == [[2, 3, 7, 8, 9, 10]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Probes of mellum2_megatron/upstream.py
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,17 +205,15 @@ def _layer_wise_layout() -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from mellum2_megatron.errors import InputError
-
     _one_rank()
     args = _parse()
     container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    try:
-        pretrain(container, lambda _: 1 / 0, ModelType.encoder_or_decoder, None)
-    except InputError as refusal:
-        assert "layer-wise parameter layout" in str(refusal)
-    except ZeroDivisionError as error:
-        raise AssertionError("Muon was set up without the layer-wise layout") from error
+
+    def datasets(_: object) -> None:
+        raise AssertionError("Muon was set up without the layer-wise layout")
+
+    with pytest.raises(InputError, match="layer-wise parameter layout"):
+        pretrain(container, datasets, ModelType.encoder_or_decoder, None)
 
 
 @probe("batch-ramp")
@@ -202,16 +221,35 @@ def _batch_ramp() -> None:
     """A ramp from 2 to 4 sequences must not be taken for a constant batch of 4."""
     from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-    from mellum2_megatron.errors import InputError
-
     _one_rank()
     try:
         _parse(rampup_batch_size=[2, 2, 100])
     except InputError as refusal:
-        assert "--rampup-batch-size 2 2 100" in str(refusal)
+        outcome = str(refusal)
     else:
-        size = get_current_global_batch_size()
-        assert size == 2, f"the ramp is ignored: the first batch has {size} sequences"
+        outcome = f"the ramp is ignored: the first batch has {get_current_global_batch_size()} sequences"
+    assert outcome.startswith("--rampup-batch-size 2 2 100"), outcome
+
+
+@probe("packed-mtp")
+def _packed_mtp() -> None:
+    """Two documents, of three tokens in four places and of two in four."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    real, padded = torch.tensor([0, 3, 5]), torch.tensor([0, 4, 8])
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=real,
+        cu_seqlens_kv=real,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+    )
+    tokens = torch.tensor([[11, 12, 13, 9, 21, 22, 9, 9]])
+    rolled, total = roll_tensor(tokens, packed_seq_params=packed)
+    assert rolled.tolist() == [[12, 13, 0, 0, 22, 0, 0, 0]], f"{rolled.tolist()} after {tokens.tolist()}"
+    assert total == 47
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +260,7 @@ def _batch_ramp() -> None:
 def _one_rank() -> None:
     import torch
 
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
@@ -273,7 +311,7 @@ def _step(model: Any, optimizer: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _fork(name: str, patches: list[Any]) -> str | None:
+def _fork(name: str, patches: list[Patch]) -> str | None:
     """Run one probe in a fork with ``patches``; return what it raised, in a line."""
     from mellum2_megatron import patching
 
@@ -323,7 +361,7 @@ def _main() -> None:
         if patch.name in PROBES
     }
     result["all of Adam's"] = {"without": _fork(ADAM[0], [patch for patch in table if patch.name not in ADAM])}
-    print(json.dumps(result), flush=True)
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

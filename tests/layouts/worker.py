@@ -8,6 +8,7 @@ layout starts from the same model and sees the same batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import zlib
 from collections.abc import Iterator
@@ -54,8 +55,10 @@ class Case:
         micro_batch: sequences of a micro-batch.
         balance: which load-balancing loss, at which coefficient.
         per_token: Megatron's `calculate_per_token_loss`: one mean over all tokens, not a mean of micro-batch means.
-        documents: real lengths of the documents that each sequence is packed from; empty: one document, not packed.
-        mask: positions that do not count in the loss.
+        documents: real lengths of the documents that each sequence is packed from, each padded to a multiple of 8;
+            empty: one document, not packed.
+        mask: positions that do not count in the loss. The default takes as many from every rank's share at cp 2 and 4,
+            before and after MTP's shift, so that means of ranks' means are means of all.
     """
 
     tp: int = 1
@@ -251,6 +254,9 @@ def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str
     text = torch.randint(0, ARCHITECTURE.vocab_size, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(7))
     mask = torch.ones(BATCH, SEQUENCE)
     mask[:, list(case.mask)] = 0.0
+    rooms = [-(-length // 8) * 8 for length in case.documents]
+    for start, length in zip(itertools.accumulate(rooms, initial=0), case.documents, strict=False):
+        mask[:, start + length : start + -(-length // 8) * 8] = 0.0
     size = case.micro_batch
     for start in range(rank * size, BATCH, ranks * size):
         rows = slice(start, start + size)
@@ -261,6 +267,9 @@ def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str
             "loss_mask": mask[rows],
             "position_ids": torch.arange(SEQUENCE).expand(size, -1).contiguous(),
         }
+        if case.documents:
+            for name, each in (("cu_seqlens", case.documents), ("cu_seqlens_padded", rooms)):
+                batch[name] = torch.tensor([list(itertools.accumulate(each, initial=0))] * size, dtype=torch.int32)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -281,12 +290,37 @@ def forward_step(
     if post_process:  # the head runs for MTP first, then for the trunk; the cross entropy overwrites its input
         head = get_attr_wrapped_model(model, "output_layer")
         hook = head.register_forward_hook(lambda _module, _inputs, out: heads.append(out[0].detach().cpu().clone()))
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    packed = packed_documents(batch) if case.documents else None
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=packed,
+    )
     if post_process:
         hook.remove()
         for name, values in zip(("mtp", "main"), heads, strict=True):
             logits |= {(row, name): values[:, i] for i, row in enumerate(rows)}
     return output, functools.partial(sum_loss, batch["loss_mask"])
+
+
+def packed_documents(batch: dict[str, Any]) -> Any:
+    """Return Megatron's description of the documents in a micro-batch of one packed sequence."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    (real,), (padded,) = batch["cu_seqlens"], batch["cu_seqlens_padded"]
+    longest = int(padded.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=real,
+        cu_seqlens_kv=real,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def losses(case: Case, reported: list[dict[str, torch.Tensor]], microbatches: int) -> dict[str, torch.Tensor]:

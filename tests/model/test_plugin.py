@@ -100,4 +100,5 @@ def test_every_preset_has_a_spec_under_its_name():
         spec = vars(layer_specs)[f"{preset.replace('-', '_')}_torch"]
         assert spec.submodules.self_attention.params["architecture"] is architecture
     yarn = vars(layer_specs)["mellum2_12b_128k_torch"].submodules.self_attention.params["architecture"]
-    assert yarn.rope_full_attention.rope_type == "yarn" and yarn.rope_sliding_attention.rope_type == "default"
+    assert yarn.rope_full_attention.rope_type == "yarn"
+    assert yarn.rope_sliding_attention.rope_type == "default"
