@@ -91,11 +91,17 @@ def info(
     hf_path: Annotated[Path | None, typer.Option("--hf-path", help="describe a Hugging Face folder")] = None,
     nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="world size for memory per rank")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="tokens a sequence for the FLOPs")] = None,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="of a recipe: how each weight is updated")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Parameters, active parameters, FLOPs per token and, for a recipe, memory per rank."""
-    from mellum2_megatron.describe import describe
+    from mellum2_megatron.describe import describe, describe_optimizer
 
+    if optimizer:
+        describe_optimizer(
+            console, subject=subject, overrides=overrides or [], hf_path=hf_path, world_size=nproc, as_json=as_json
+        )
+        return
     describe(
         console,
         subject=subject,
@@ -275,9 +281,7 @@ def quickstart(
     _quiet()
     from launchers.quickstart import run_quickstart
 
-    run_quickstart(
-        console, output=output, data=data, overrides=overrides or [], max_megabytes=max_megabytes
-    )
+    run_quickstart(console, output=output, data=data, overrides=overrides or [], max_megabytes=max_megabytes)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
 from mellum2_megatron.errors import InputError, nearest
 from mellum2_megatron.info import architecture_report, render
 from mellum2_megatron.layout import memory_per_rank
+from mellum2_megatron.optimizer_report import optimizer_report, render_optimizer
 from mellum2_megatron.recipes import recipe_names
 from mellum2_megatron.run import Run
 from mellum2_megatron.start import resolve_run
@@ -76,6 +77,34 @@ def describe(
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         console.print(render(report, title=title))
+
+
+def describe_optimizer(
+    console: Console,
+    *,
+    subject: str | None,
+    overrides: Sequence[str],
+    hf_path: Path | None,
+    world_size: int | None,
+    as_json: bool,
+) -> None:
+    """Print how each weight of a recipe's model is updated; arguments as for `describe`.
+
+    Weights have the names that Transformer Engine's modules give them, unless the run says `backend=torch`.
+
+    Raises:
+        InputError: not a recipe, an unknown name, or a layout that does not fit.
+    """
+    run = None if subject is None or hf_path is not None else _run_or_architecture(subject, overrides)
+    if not isinstance(run, Run):
+        given = f"--hf-path {hf_path}" if hf_path is not None else f"info --optimizer {subject or ''}".rstrip()
+        raise InputError(given, rule="an optimizer is part of a run", fix="name one of `mellum2 recipes`")
+    ranks = world_size or run.layout.world_size or run.layout.smallest_world_size
+    report = optimizer_report(run, world_size=ranks, backend=run.resolved_backend("cuda"))
+    if as_json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        console.print(render_optimizer(report, title=f"{subject} on {ranks} rank{'s' * (ranks > 1)}"))
 
 
 def _run_or_architecture(subject: str, overrides: Sequence[str]) -> Run | Mellum2Architecture:

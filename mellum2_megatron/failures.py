@@ -41,7 +41,13 @@ Kind = Literal["explained", "unexpected", "echo"]
 
 # What a rank meets when another one is gone (gloo, NCCL, TCPStore), and a failed save on all ranks but the first
 # (megatron/core/dist_checkpointing/strategies/state_dict_saver.py:258, 0.19.2: only the coordinator gets details).
-_ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "recvValue failed")
+_ECHOES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "recvValue failed",
+)
 _LAST_LINES = 12
 _FULL_BYTES = 16 * 2**20
 
@@ -228,7 +234,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_checkpoint_error(error: BaseException) -> bool:
-    """Whether it is torch.distributed.checkpoint's CheckpointException, which cannot be imported here: it needs torch."""
+    """Whether it is torch.distributed.checkpoint's CheckpointException; importing that takes torch."""
     return type(error).__name__ == "CheckpointException"
 
 

@@ -30,6 +30,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _fsync(temporary)
         os.replace(temporary, target)
         _fsync(target.parent)
+    except OSError as error:
+        if error.filename is None or error.filename == str(temporary):
+            error.filename = str(target)  # a full disk is reported without a name, or with one that nobody has given
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,17 +188,29 @@ def render_optimizer(report: Mapping[str, Any], *, title: str) -> RenderableType
 
 
 def _weight_table(report: Mapping[str, Any], title: str) -> Table:
-    columns = {"weight": "left", "shape": "right", "by": "left", "matrices": "left", "scale": "right"}
+    columns = {"": "right", "weight": "left", "shape": "right", "by": "left", "matrices": "left", "scale": "right"}
     table = _table(title, columns)
-    for row in report["weights"]:
+    for name, count, row in _short_rows(report["weights"]):
         parts = row["matrices"]
         named = [f"{m['part']} {_shape(m['shape'])}" if len(parts) > 1 else _shape(m["shape"]) for m in parts]
         if not row["weight_decay"]:
             named.append("no decay")
         scales = [f"{m['scale']:.4g}" for m in parts]
-        name = f"{row['count']:,} x {row['name']}"
-        table.add_row(name, _shape(row["shape"]), row["optimizer"], "\n".join(named), "\n".join(scales))
+        table.add_row(count, name, _shape(row["shape"]), row["optimizer"], "\n".join(named), "\n".join(scales))
     return table
+
+
+def _short_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Return name inside its layer, count (``28 + 1`` with the MTP layer's) and row, for rows that differ otherwise."""
+    inside = re.compile(r"^(decoder|mtp)\.layers\.\*\.|(mtp_model_layer|self_attention|mlp)\.|\.weight\*?$")
+    found: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
+    for row in rows:
+        name = inside.sub("", row["name"])
+        if row["name"].startswith("mtp.") and name not in found:
+            name = f"MTP {name}"
+        count = f"{found[name][1]} + {row['count']}" if name in found else f"{row['count']:,}"
+        found[name] = (name, count, row)
+    return list(found.values())
 
 
 def _owner_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -274,28 +274,6 @@ def cpu_has_it(at: Situation) -> Found:
         yield InputError("layout.dispatcher=flex on cpu", rule="its kernels are for GPUs", fix=fix)
 
 
-@rule(evidence="model/core_attention.py of this project: it attends within one rank's sequence")
-def torch_backend_context(at: Situation) -> Found:
-    """The torch backend has no context parallelism yet."""
-    if at.backend == "torch" and at.run.layout.cp > 1:
-        yield InputError(
-            f"layout.cp={at.run.layout.cp} with backend=torch",
-            rule="the torch backend's attention sees one rank's part of the sequence only",
-            fix="set layout.cp=1" + (", or backend=te" if at.device == "cuda" else ""),
-        )
-
-
-@rule(evidence="mellum2_megatron/cpu/patches.py of this project covers data, expert and pipeline parallelism")
-def cpu_tensor_parallel(at: Situation) -> Found:
-    """Tensor parallelism is not available on a CPU yet."""
-    if at.device == "cpu" and (at.run.layout.tp > 1 or at.run.layout.etp > 1):
-        yield InputError(
-            f"layout.tp={at.run.layout.tp}, layout.etp={at.run.layout.etp} on cpu",
-            rule="tensor parallelism has not been brought to the CPU yet",
-            fix="set layout.tp=1 layout.sp=false layout.etp=1",
-        )
-
-
 @rule(evidence="this machine", machine=True)
 def packages_present(at: Situation) -> Found:
     """The packages that the run asks for are installed."""

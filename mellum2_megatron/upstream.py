@@ -2,12 +2,14 @@
 
 `activate` applies the table `PATCHES`; call it before training, in any order with megatron's import. Each entry states
 the upstream fact and the version it was read in, and has a test (``tests/test_upstream.py``) that fails when upstream
-no longer needs it. `keep_router_accumulators_fp32` is called on a model; `quiet_upstream` is a matter of taste.
+no longer needs it. What a subclass can put right is in ``model/`` instead (the router's load counts in float32, for
+one). `quiet_upstream` is a matter of taste.
 """
 
 from __future__ import annotations
 
 import builtins
+import copy
 import functools
 import importlib.util
 import logging
@@ -127,6 +129,49 @@ def _roll_within_documents(original: Callable[..., Any]) -> Callable[..., Any]:
     return roll
 
 
+def _share_mtp_count(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_mtp_loss(
+        *args: Any,
+        labels: Any,
+        loss_mask: Any,
+        config: Any,
+        compute_language_model_loss: Callable[..., Any],
+        cp_group: Any = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        import torch
+        from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+        if cp_group is not None and cp_group.size() > 1 and labels is not None:
+            assert config.mtp_num_layers == 1, "the mask is counted one shift on"
+            mask = torch.ones_like(labels) if loss_mask is None else loss_mask
+            shifted = roll_tensor(mask, cp_group=cp_group, packed_seq_params=packed_seq_params)[1]
+            counts = torch.stack((mask.sum(), shifted)).float()
+            torch.distributed.all_reduce(counts, group=cp_group)
+            counted, predicted = counts / cp_group.size()  # of the average rank
+            config = copy.copy(config)
+            if config.calculate_per_token_loss:
+                config.mtp_loss_scaling_factor = config.mtp_loss_scaling_factor * counted
+                config.calculate_per_token_loss = False
+            # Upstream divides by this rank's own count.
+            own, local_loss = shifted.clamp(min=1) / predicted.clamp(min=1e-3), compute_language_model_loss
+            compute_language_model_loss = lambda labels, logits: local_loss(labels, logits) * own  # noqa: E731
+        return original(
+            *args,
+            labels=labels,
+            loss_mask=loss_mask,
+            config=config,
+            compute_language_model_loss=compute_language_model_loss,
+            cp_group=cp_group,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
+
+    return process_mtp_loss
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="compile-helpers",
@@ -154,6 +199,13 @@ PATCHES: tuple[Patch, ...] = (
         why="core/transformer/multi_token_prediction.py:249 shifts MTP's tokens, labels and mask at the boundaries of "
         "documents without their padding, in a stream that has it: wrong tokens on every rank, and with context "
         "parallelism a loop of point-to-point messages for each document (Megatron-LM pull requests 4495, 6205, 7278)",
+    ),
+    Patch(
+        name="context-mtp",
+        target="megatron.core.transformer.multi_token_prediction:process_mtp_loss",
+        replacement=_share_mtp_count,
+        why="core/transformer/multi_token_prediction.py:873-891 weights the MTP loss of each context-parallel rank by that "
+        "rank's own number of tokens, which differ by the tokens that have no next one (Megatron-LM pull request 7498)",
     ),
 )
 

@@ -70,7 +70,8 @@ install_project() {
     if "$VENV/bin/python" -m uv --version >/dev/null 2>&1 || "$VENV/bin/python" -m pip install --quiet uv; then
         hand_over_pip_configuration
         say "installing with uv (about 5 GB the first time, nearly all of it torch and CUDA)"
-        if "$VENV/bin/python" -m uv pip install --python "$VENV/bin/python" "${wanted[@]}"; then return; fi
+        # Compiled now, or every process of every run compiles torch and megatron again where byte code is not written.
+        if "$VENV/bin/python" -m uv pip install --compile-bytecode --python "$VENV/bin/python" "${wanted[@]}"; then return; fi
         say "uv did not succeed, see above; trying pip"
     else
         say "uv is not to be had; using pip, which is slower"

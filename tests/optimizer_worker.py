@@ -91,8 +91,13 @@ def update(run: Run, *, steps: int, precision: str = "medium") -> Outcome:
             copies = run.layout.ep if ".experts." in name else 1
             parameter.main_grad.copy_(gradient(name, parameter.shape, step) * copies)
         for chunk in chunks:
+            if run.optimizer.overlap_grad_reduce:
+                chunk.start_grad_sync()
             chunk.finish_grad_sync()
         assert optimizer.step()[0]
+        for chunk in chunks:
+            if run.optimizer.overlap_param_gather:  # left to the next forward pass otherwise
+                chunk.start_param_sync(force_sync=True)
     return Outcome(
         weights={name: parameter.detach().clone() for name, parameter in named},
         parts=_parts(optimizer, dict(named)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -50,6 +52,7 @@ SMALL = [
     "logging.eval_iterations=0",
     "checkpoint.save_interval=1",
 ]
+PREPARE = ["--vocab-size", "360", "--workers", "1", "--valid-fraction", "0.2"]
 
 
 @dataclasses.dataclass
@@ -75,14 +78,17 @@ class Result:
 def mellum2(*words: str | Path) -> Result:
     """Run the command line in this process."""
     out, err = io.StringIO(), io.StringIO()
+    levels = {each: each.level for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr("mellum2_megatron.upstream.quiet_upstream", lambda: None)  # it is for the rest of a process
+        patch.setattr(builtins, "print", builtins.print)  # `quiet_upstream` is for the rest of a process
         patch.setattr(sys, "argv", ["mellum2", *map(str, words)])
         code = 0
         try:
             cli.main()
         except SystemExit as end:
             code = int(end.code or 0)
+    for logger, level in levels.items():
+        logger.setLevel(level)
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -125,8 +131,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepare_result(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """`data prepare` in a process of its own: the folder, and what the command said."""
     folder = tmp_path_factory.mktemp("data") / "corpus"
-    words = ["--vocab-size", "360", "--workers", "1", "--valid-fraction", "0.2"]
-    return folder, process("data", "prepare", "--output", folder, "--input", texts, *words)
+    return folder, process("data", "prepare", "--output", folder, "--input", texts, *PREPARE)
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +245,8 @@ def test_info_agrees_with_itself_whatever_it_is_given(hf_folder: Path) -> None:
     assert of_recipe["parameters"] == preset["parameters"]
     folder = json.loads(mellum2("info", "--hf-path", hf_folder, "--json").out)
     tensors = load_tensors(hf_folder)
-    assert folder["tensors"]["with_mtp"] == len(tensors)
-    assert folder["parameters"]["with_mtp"] == sum(tensor.numel() for tensor in tensors.values())
+    assert folder["tensors"]["total_with_mtp"] == len(tensors)
+    assert folder["parameters"]["total_with_mtp"] == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_dry_run_is_a_run_file(small_run: list[str], tmp_path: Path) -> None:
@@ -314,7 +319,7 @@ def test_the_installed_command_refuses_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["layout.epp=2"], ["layout.epp", "did you mean 'layout.ep'"]),
+        (["layout.eq=2"], ["layout.eq", "did you mean 'layout.ep'"]),
         (["optimiser.lr=1"], ["there is no key 'optimiser.lr'", "'optimizer.lr'"]),
         (["layout.ep=two"], ["layout.ep=two", "whole number"]),
         (["layout.ep"], ["KEY=VALUE"]),
@@ -473,9 +478,9 @@ def test_a_folder_that_is_no_mellum2(
     mellum2("convert", "import", "--hf-path", folder, *target).refused(*named)
     mellum2("convert", "roundtrip", "--hf-path", folder).refused(*named)
     mellum2("verify", "--megatron-path", checkpoint, "--hf-path", folder).refused(*named)
-    mellum2(
-        "score", "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "out.npz", "--hf-path", folder
-    ).refused(*named)
+    mellum2("score", "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "out.npz", "--hf-path", folder).refused(
+        *named
+    )
     assert snapshot(tmp_path) == before
 
 
@@ -483,7 +488,6 @@ def test_checkpoints_of_another_architecture(
     checkpoint: Path, run_folder: Path, small_run: list[str], tmp_path: Path
 ) -> None:
     foreign = Path(shutil.copytree(checkpoint, tmp_path / "foreign"))
-    PRESETS["mellum2-tiny"].to_dict()
     (foreign / "architecture.json").write_text(json.dumps(PRESETS["mellum2-tiny"].to_dict()))
     before = snapshot(tmp_path)
     mellum2("convert", "export", "--megatron-path", foreign, "--hf-path", tmp_path / "hf").refused("architecture.json")
@@ -618,7 +622,7 @@ def test_a_full_disk(
         (2, ["train", *small_run, "--output", disk / "run"]),  # not even one checkpoint would fit
         (1, ["convert", "import", "--hf-path", hf_folder, "--megatron-path", disk / "checkpoint"]),
         (1, ["convert", "export", "--megatron-path", checkpoint, "--hf-path", disk / "hf"]),
-        (1, ["data", "prepare", "--input", texts, "--output", disk / "x", "--vocab-size", "360", "--workers", "1"]),
+        (1, ["data", "prepare", "--input", texts, "--output", disk / "x", *PREPARE]),
         (1, ["score", "--tokens", tmp_path / "tokens.npy", "--hf-path", hf_folder, "--out", disk / "out.npz"]),
     ):
         mellum2(*words).refused(str(disk), code=code)

@@ -29,6 +29,7 @@ SMALL = [
     "layout.ep=1",
     "optimizer.lr=0.01",
     "schedule.warmup_samples=0",
+    "schedule.micro_batch_size=2",
 ]
 
 
@@ -67,7 +68,7 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(name: str, rows: int, *, gate_up: bool) -> list[list[int]]:
-    """Rows of a weight that make one matrix. SMALL has 2 groups of 4 query heads, a key and a value head, of 16 rows."""
+    """Rows of a weight that make one matrix. SMALL has 2 groups of 4 query heads, a key and a value, of 16 rows."""
     if "linear_qkv" in name:
         groups = [list(range(start, start + 96)) for start in (0, 96)]
         return [[row for group in groups for row in group[part]] for part in (slice(64), slice(64, 80), slice(80, 96))]
@@ -114,7 +115,7 @@ def error(outcome: Outcome, name: str, expected: torch.Tensor) -> float:
 
 
 def test_every_weight_follows_its_formula_in_fp32() -> None:
-    """With Newton-Schulz in FP32 only rounding is left, which five steps amplify by up to 4.08 * 3.95 * .. = 493."""
+    """With Newton-Schulz in FP32 only rounding is left, which five steps amplify by up to 4.08 * 3.95 .. = 493."""
     (outcome,) = updated(1, precision="highest")
     used = {"TensorParallelMuon": muon_formula, "FusedAdam": adam_formula}
     assert {part.optimizer for part in outcome.parts.values()} == set(used)
@@ -125,15 +126,14 @@ def test_every_weight_follows_its_formula_in_fp32() -> None:
 
 
 def test_bf16_newton_schulz_stays_near_the_formula() -> None:
-    """As it runs by default: BF16 rounds a value by up to 2**-9, twice and more a step; the sum stays within 3%."""
+    """As it runs by default: BF16 rounds a value by up to 2**-9, some three times in each of five steps."""
     (outcome,) = updated(1)
     errors = {
         name: error(outcome, name, muon_formula(name, outcome.weights[name].shape))
         for name, part in outcome.parts.items()
         if part.optimizer == "TensorParallelMuon"
     }
-    print(sorted(errors.values())[-3:], min(errors.values()))
-    assert max(errors.values()) < 0.03, max(errors.items(), key=lambda item: item[1])
+    assert max(errors.values()) < 2**-6, max(errors.items(), key=lambda item: item[1])
 
 
 def test_clipping_scales_every_gradient_by_one_norm() -> None:

@@ -79,16 +79,6 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
     ),
     (TINY, "cpu", 2, ["backend=te"], "cpu-has-it", "backend=te", ["backend=auto"]),
     (TINY, "cpu", 2, ["layout.dispatcher=flex"], "cpu-has-it", "flex", ["layout.dispatcher=alltoall"]),
-    (TINY, "cpu", 2, ["layout.cp=2"], "torch-backend-context", "layout.cp=2", ["layout.cp=1"]),
-    (
-        TINY,
-        "cpu",
-        2,
-        ["layout.tp=2", "layout.sp=true"],
-        "cpu-tensor-parallel",
-        "layout.tp=2",
-        ["layout.tp=1", "layout.sp=false"],
-    ),
 ]
 
 

@@ -249,7 +249,7 @@ def _check_selection(selection: Selection, valid_fraction: float) -> None:
             raise InputError(
                 f"{len(selection.documents)} document(s)",
                 rule=f"the {split} split is empty (valid_fraction={valid_fraction}; documents left out: {left_out})",
-                fix="give more documents, a larger max_bytes or another valid_fraction",
+                fix="give more documents, a larger --max-megabytes, or another --valid-fraction (0.2, say)",
             )
 
 

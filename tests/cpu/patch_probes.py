@@ -252,6 +252,46 @@ def _packed_mtp() -> None:
     assert total == 47
 
 
+@probe("context-mtp")
+def _context_mtp() -> None:
+    """Eight tokens on two ranks, seven of them with a next one: each of the seven has the same weight."""
+    for per_token, weight in ((False, 2 / 7), (True, 8 / 7)):  # DDP divides by two ranks, or finalize by eight tokens
+        for rank, found in enumerate(_on_two_ranks(functools.partial(_mtp_weights, per_token))):
+            has_next = [1, 1, 1, 0] if rank == 0 else [1, 1, 1, 1]
+            assert found == pytest.approx([weight * each for each in has_next]), f"rank {rank} of 2 weighs {found}"
+
+
+def _mtp_weights(per_token: bool) -> list[float]:
+    """The gradient of the MTP loss in each token's logit, on one of two context-parallel ranks."""
+    import torch
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=1,
+        num_attention_heads=1,
+        mtp_num_layers=1,
+        mtp_loss_scaling_factor=1.0,
+        calculate_per_token_loss=per_token,
+    )
+    hidden = torch.zeros(8, 1, 1, requires_grad=True)  # four tokens of the trunk, four of the MTP layer
+    mtp.process_mtp_loss(
+        hidden_states=hidden,
+        labels=torch.zeros(1, 4, dtype=torch.long),
+        loss_mask=torch.ones(1, 4),
+        output_layer=lambda states, **_: (states, None),
+        output_weight=None,
+        runtime_gather_output=None,
+        is_training=False,
+        compute_language_model_loss=lambda labels, logits: logits[..., 0].T,
+        config=config,
+        cp_group=torch.distributed.group.WORLD,
+    ).sum().backward()
+    assert hidden.grad is not None
+    return [float(weight) for weight in hidden.grad[4:].flatten()]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,6 +302,26 @@ def _one_rank() -> None:
 
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def _on_two_ranks(function: Callable[[], Any]) -> list[Any]:
+    """Call ``function`` in two forks that form a gloo world; return what each returned, as JSON brings it back."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(2):
+            children.append(os.fork())
+            if children[-1] == 0:
+                try:
+                    store = torch.distributed.FileStore(f"{folder}/store", 2)
+                    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+                    Path(folder, str(rank)).write_text(json.dumps(function()))
+                finally:
+                    os._exit(0)
+        for child in children:
+            os.waitpid(child, 0)
+        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(2)]
 
 
 def _parse(**changes: Any) -> Any:
