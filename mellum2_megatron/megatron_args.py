@@ -7,6 +7,8 @@ YaRN has none: it is applied layer by layer in ``model/attention.py``, and Megat
 
 from __future__ import annotations
 
+import math
+
 from mellum2_megatron.checkpoint_folder import resume_folder
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.megatron_fields import architecture_arguments
@@ -41,6 +43,7 @@ def megatron_arguments(run: Run, *, world_size: int, device: Device, backend: Ba
         *_data(run),
         *_logging(run),
         *_checkpoint(run),
+        *_faults(run),
         *_backend(backend),
         *(_CPU if device == "cpu" else ()),
     ]
@@ -211,13 +214,27 @@ def _checkpoint(run: Run) -> list[str]:
     if checkpoint.output is not None:
         words += ["--save", checkpoint.output, "--load", resume_folder(checkpoint.output, checkpoint.continue_from)]
         words += ["--save-interval", str(checkpoint.save_interval)]
-        if checkpoint.retain_interval is not None:
-            words += ["--save-retain-interval", str(checkpoint.retain_interval)]
+    if checkpoint.any_layout:
+        words.append("--dist-ckpt-optim-fully-reshardable")
+    if checkpoint.async_save:
+        # Without its own process Megatron switches it off after a warning (arguments.py:1741-1746); the other strategy
+        # is a package of its own, nvidia-resiliency-ext.
+        words += ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
     if checkpoint.load is not None:
         # Read only while --load has no checkpoint yet, and then as weights without optimizer state or step count
         # (megatron/training/checkpointing.py:2095-2106).
         words += ["--pretrained-checkpoint", checkpoint.load]
     return words
+
+
+def _faults(run: Run) -> list[str]:
+    return [
+        # Collectives give up after our own watch has named the rank that they wait for (watch.py).
+        *("--distributed-timeout-minutes", str(math.ceil(run.timeout_minutes) + 1)),
+        # A result that is not a number ends the run at once. The other modes repeat the step to tell a broken GPU from a
+        # diverging run, save what they have, and wait to be started on another node (core/rerun_state_machine.py).
+        *("--rerun-mode", "disabled"),
+    ]
 
 
 def _backend(backend: Backend) -> list[str]:

@@ -274,6 +274,17 @@ def cpu_has_it(at: Situation) -> Found:
         yield InputError("layout.dispatcher=flex on cpu", rule="its kernels are for GPUs", fix=fix)
 
 
+@rule(evidence="megatron/core/dist_checkpointing/strategies/filesystem_async.py (0.19.2): page-locked memory, CUDA streams")
+def async_save_on_gpu(at: Situation) -> Found:
+    """Checkpoints are written in the background on GPUs only."""
+    if at.device == "cpu" and at.run.checkpoint.async_save:
+        yield InputError(
+            "checkpoint.async_save=true on cpu",
+            rule="it copies a GPU's memory while training goes on; a CPU has nothing to copy from",
+            fix="set checkpoint.async_save=false",
+        )
+
+
 @rule(evidence="this machine", machine=True)
 def packages_present(at: Situation) -> Found:
     """The packages that the run asks for are installed."""

@@ -132,7 +132,14 @@ class Checkpoint:
     Attributes:
         output: folder of the run. A checkpoint found there is resumed. Given on the command line as ``--output``.
         save_interval: steps between two checkpoints; one more is written at the end.
-        retain_interval: keep only the newest checkpoint and those at multiples of this; None keeps all.
+        retain_interval: keep only the newest checkpoints and those at multiples of this; None keeps all.
+        keep_last: how many are the newest that are kept; None means 1 with a ``retain_interval``, else all. With 2 or
+            more there is one to go back to when the newest turns out to be damaged.
+        verify: what is compared with a checkpoint's manifest before anything is loaded from it: every file's ``hash``,
+            its ``size`` only, or nothing (``off``).
+        async_save: write checkpoints in the background, while training goes on. On GPUs only.
+        any_layout: store optimizer state so that every layout can resume it. Otherwise only the number of data-parallel
+            ranks may change; saves of an Adam run are then faster, since no rank collects what others hold.
         load: folder of a checkpoint whose weights the run starts from when ``output`` has none (an imported model, or
             another run's); its optimizer state and step count are not taken.
         continue_from: folder of another run's checkpoint that the run goes on from when ``output`` has none, with all
@@ -142,12 +149,23 @@ class Checkpoint:
     output: str | None = None
     save_interval: int = 1000
     retain_interval: int | None = None
+    keep_last: int | None = None
+    verify: Literal["hash", "size", "off"] = "hash"
+    async_save: bool = False
+    any_layout: bool = True
     load: str | None = None
     continue_from: str | None = None
 
     def __post_init__(self) -> None:
         _require(
             "checkpoint.save_interval", self.save_interval, self.save_interval > 0, "must be positive", "use 1 or more"
+        )
+        _require(
+            "checkpoint.keep_last",
+            self.keep_last,
+            self.keep_last is None or self.keep_last > 0,
+            "must be positive",
+            "use 2, or null to keep all",
         )
         if self.retain_interval is not None and (
             self.retain_interval <= 0 or self.retain_interval % self.save_interval
@@ -171,6 +189,7 @@ class Run:
         layout, optimizer, loss, schedule, precision, data, logging, checkpoint: see their classes.
         seed: of initialisation and, unless ``data.seed`` says otherwise, of shuffling.
         backend: ``te`` (Transformer Engine), ``torch`` (anywhere), or ``auto``: te on a GPU, torch on a CPU.
+        timeout_minutes: a run in which no micro-batch begins for so long is ended, naming the ranks that hold it up.
         sources: where values come from, by key (``optimizer.lr``) or by section (``optimizer``); see `source`.
     """
 
@@ -187,9 +206,11 @@ class Run:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     seed: int = 1234
     backend: Literal["auto", "te", "torch"] = "auto"
+    timeout_minutes: float = 10.0
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _require("timeout_minutes", self.timeout_minutes, self.timeout_minutes > 0, "must be positive", "use 10")
         if self.data.first_sample >= self.schedule.train_samples:
             raise InputError(
                 f"data.first_sample={self.data.first_sample}",

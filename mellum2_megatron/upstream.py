@@ -172,6 +172,18 @@ def _share_mtp_count(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_mtp_loss
 
 
+def _shard_experts(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def shard_params(self: Any, optimizers: Any, full_param_layouts: Any = None) -> None:
+        experts = self.expt_dp.size()
+        if self.dp_cp.size() == 1 and experts > 1 and full_param_layouts is not None:
+            self._shard_params_from_layout(optimizers, full_param_layouts, 1, experts)
+        else:
+            original(self, optimizers, full_param_layouts)
+
+    return shard_params
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="compile-helpers",
@@ -191,6 +203,14 @@ PATCHES: tuple[Patch, ...] = (
         target="megatron.training.arguments:validate_args",
         replacement=_refuse_batch_ramp,
         why="training/global_vars.py:127 does not pass --rampup-batch-size on: the batch stays constant",
+    ),
+    Patch(
+        name="muon-experts",
+        target="megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.shard_params",
+        replacement=_shard_experts,
+        why="core/optimizer/layer_wise_optimizer.py:552 lets every rank own all matrices when data parallelism is 1, but "
+        "with tp > etp tensor-parallel ranks hold the same experts, of whose gradients DDP gives each its part only: "
+        "wrong gradient norm and momentum, and a checkpoint that two ranks write",
     ),
     Patch(
         name="packed-mtp",

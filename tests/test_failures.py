@@ -47,6 +47,7 @@ def left(root: Path) -> tuple[list[str], str | None]:
 def test_a_fragment_is_removed_and_nothing_else(tmp_path: Path) -> None:
     save(tmp_path, 9)  # someone has set the tracker back from here
     save(tmp_path, 3)
+
     def train() -> None:
         save(tmp_path, 4)
         save(tmp_path, 5)

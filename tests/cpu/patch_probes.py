@@ -231,6 +231,23 @@ def _batch_ramp() -> None:
     assert outcome.startswith("--rampup-batch-size 2 2 100"), outcome
 
 
+@probe("muon-experts")
+def _muon_experts() -> None:
+    """Two tensor-parallel ranks that hold the same experts, and no data parallelism."""
+    from types import SimpleNamespace
+
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    divided: list[tuple[int, int]] = []
+    optimizer = SimpleNamespace(
+        dp_cp=SimpleNamespace(size=lambda: 1),
+        expt_dp=SimpleNamespace(size=lambda: 2),
+        _shard_params_from_layout=lambda _optimizers, _layouts, dense, experts: divided.append((dense, experts)),
+    )
+    LayerWiseDistributedOptimizer.shard_params(optimizer, [], full_param_layouts=[])
+    assert divided == [(1, 2)], "every rank owns all experts"
+
+
 @probe("packed-mtp")
 def _packed_mtp() -> None:
     """Two documents, of three tokens in four places and of two in four."""
