@@ -4,10 +4,10 @@ PYTHON312 := $(VENV)/bin/python
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint typecheck pytest clean
+.PHONY: help setup quickstart test test-te lint typecheck pytest clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 setup:  ## find Python 3.12, make .venv and install everything (quick when up to date)
 	@scripts/setup.sh
@@ -27,6 +27,10 @@ typecheck: setup  ## mypy
 # One thread per process: the tests start several processes, and more threads than cores make gloo crawl.
 pytest: setup  ## the CPU test suite; PYTEST_ARGS="tests/test_x.py -k name" for a part of it
 	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -m "not gpu and not te" $(PYTEST_ARGS)
+
+test-te: setup  ## build Transformer Engine and run the tests that construct its backend (no GPU needed)
+	@scripts/setup_te.sh
+	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -m te $(PYTEST_ARGS)
 
 clean:  ## remove caches and build outputs; runs/, data/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ DTYPES: dict[str, tuple[str, torch.dtype]] = {
 }
 _BY_SAFETENSORS = dict(DTYPES.values())
 
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -83,18 +84,22 @@ class HfFolder:
         self.architecture = architecture
         self.entries = derive(architecture)
         self._tensors = tensors
-        self._fused = _present_fused(architecture, tensors)
-        _check_names(path, self.entries, tensors, self._fused, architecture)
-        _check_shapes(path, huggingface_shapes(self.entries), tensors, self._fused)
-        self.dtype = _one_dtype(path, tensors)
+        self._fused = present_fused(architecture, tensors)
+        check_names(path, self.entries, tensors, self._fused, architecture)
+        check_shapes(path, huggingface_shapes(self.entries), tensors, self._fused)
+        self.dtype = one_dtype(path, tensors)
         self.nbytes = sum(math.prod(tensor.shape) for tensor in tensors.values()) * self.dtype.itemsize
         self._slices = {released: part for fused in self._fused.values() for released, part in fused.slices.items()}
         self._stack = ExitStack()
         self._open: dict[Path, BinaryIO] = {}
+        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> HfFolder:
+    def open(cls, path: str | os.PathLike[str], *, lost_mtp: bool = False) -> HfFolder:
         """Validate the folder at ``path``.
+
+        Args:
+            lost_mtp: the folder has no MTP head, although its config.json may announce one: read it as a model without.
 
         Raises:
             InputError: no such folder; a missing or malformed config.json or index; a config of another architecture;
@@ -104,7 +109,12 @@ class HfFolder:
         folder = Path(path)
         if not folder.is_dir():
             raise InputError(str(folder), rule="it must be a folder", fix="give the Hugging Face model's folder")
-        opened = cls(folder, read_config(folder), _read_headers(folder))
+        architecture, tensors = read_config(folder), read_headers(folder)
+        if lost_mtp:
+            architecture = architecture.replace(num_mtp_layers=0)
+            if any(name.startswith("mtp.") for name in tensors):
+                raise InputError(f"{folder} has an MTP head", rule="only a lost one is put back", fix="use it as it is")
+        opened = cls(folder, architecture, tensors)
         config = read_json(folder / CONFIG_FILE, "it was just there")
         announced = config.get("dtype", config.get("torch_dtype"))
         if announced is not None and announced != dtype_name(opened.dtype):
@@ -112,7 +122,10 @@ class HfFolder:
         return opened
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return the tensor of released name ``name``, cut out of a fused expert tensor where that is stored."""
+        """Return the tensor of released name ``name``, cut out of a fused expert tensor where that is stored.
+
+        Any thread may call it.
+        """
         part = self._slices.get(name)
         stored = self._tensors[part.name if part is not None else name]
         shape, begin = stored.shape, stored.begin
@@ -120,9 +133,15 @@ class HfFolder:
             _, rows, columns = stored.shape
             shape = (part.rows.stop - part.rows.start, columns)
             begin += (part.expert * rows + part.rows.start) * columns * self.dtype.itemsize
-        if stored.file not in self._open:
-            self._open[stored.file] = self._stack.enter_context(stored.file.open("rb", buffering=0))
+        with self._lock:
+            if stored.file not in self._open:
+                self._open[stored.file] = self._stack.enter_context(stored.file.open("rb", buffering=0))
         return _read(self._open[stored.file], begin, shape, self.dtype)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that say what the model is: config.json and those of the weights."""
+        return sorted({self.path / CONFIG_FILE, *(tensor.file for tensor in self._tensors.values())})
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +194,7 @@ def _parse_json(text: str, where: str) -> dict[str, Any]:
 # -- reading: which files, what is in them ----------------------------------------------------------------------------
 
 
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the folder's safetensors files; the index, if any, must agree with the files."""
     index = folder / INDEX_FILE
     found = sorted(folder.glob("*.safetensors"))
@@ -206,7 +225,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _refuse_no_weights(folder: Path) -> None:
-    pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
+    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
     if pickled:
         raise InputError(
             f"{folder}: {listed(pickled)}",
@@ -305,17 +324,19 @@ def check_inside(folder: Path, file: Path) -> None:
 # -- reading: against the architecture --------------------------------------------------------------------------------
 
 
-def _present_fused(architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]) -> dict[str, FusedTensor]:
+def present_fused(architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]) -> dict[str, FusedTensor]:
+    """Those of transformers' fused expert tensors that a folder stores."""
     return {name: fused for name, fused in fused_experts(architecture).items() if name in tensors}
 
 
-def _check_names(
+def check_names(
     folder: Path,
     entries: list[Entry],
     tensors: dict[str, StoredTensor],
     fused: dict[str, FusedTensor],
     architecture: Mellum2Architecture,
 ) -> None:
+    """Refuse tensors missing or extra for the architecture, and experts stored both ways."""
     expected = set(huggingface_shapes(entries))
     for part in fused.values():
         if twice := sorted(set(part.slices) & set(tensors)):
@@ -346,9 +367,10 @@ def _check_names(
         )
 
 
-def _check_shapes(
+def check_shapes(
     folder: Path, shapes: dict[str, Shape], tensors: dict[str, StoredTensor], fused: dict[str, FusedTensor]
 ) -> None:
+    """Refuse tensors of another shape than the architecture gives them."""
     expected = shapes | {name: part.shape for name, part in fused.items()}
     wrong = [
         f"{name} {list(tensor.shape)} (expected {list(expected[name])})"
@@ -363,7 +385,8 @@ def _check_shapes(
         )
 
 
-def _one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
+def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype that all tensors share; InputError for a mixture or another than `DTYPES`."""
     by_dtype: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         by_dtype.setdefault(tensor.dtype, []).append(name)

@@ -43,6 +43,11 @@ def score_hf(
     with HfFolder.open(hf_path) as folder:
         check_tokens(tokens, folder.architecture)
     main, mtp = load_hf(hf_path, dtype)
+    return score_loaded(main, mtp, tokens)
+
+
+def score_loaded(main: Any, mtp: Any | None, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`score_hf` for models that `load_hf` has returned, on tokens that `check_tokens` has let pass."""
     rows = [_score_row(main, mtp, row[None].long()) for row in tokens]
     logits = torch.cat([row for row, _ in rows])
     heads = [head for _, head in rows if head is not None]
@@ -54,7 +59,7 @@ def load_hf(hf_path: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
     from transformers import MellumForCausalLM
     from transformers.modeling_layers import MtpModel
 
-    with _bars_on_terminals_only():
+    with bars_on_terminals_only():
         main = MellumForCausalLM.from_pretrained(
             str(hf_path),
             dtype=dtype,
@@ -95,7 +100,7 @@ def check_tokens(tokens: torch.Tensor, architecture: Mellum2Architecture) -> Non
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
+def bars_on_terminals_only() -> Iterator[None]:
     """transformers draws its loading bar into log files too."""
     from transformers.utils import logging
 

@@ -6,14 +6,22 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conversion.hf_folder import DTYPES, INDEX_FILE, WEIGHTS_FILE, check_inside, tensor_bytes
+from conversion.hf_folder import (
+    DTYPES,
+    GENERATION_CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    check_inside,
+    read_json,
+    tensor_bytes,
+)
 from conversion.mapping import Entry
 
 TOKENIZER_FILES = (
@@ -57,16 +65,34 @@ def plan_shards(entries: Iterable[Entry], dtype: torch.dtype, *, max_bytes: int 
     ]
 
 
-def write_shard(
-    folder: Path, shard: Shard, dtype: torch.dtype, tensors: Callable[[Entry], Iterator[tuple[str, torch.Tensor]]]
-) -> None:
-    """Stream one safetensors file: the header follows from the table, then each entry's tensors as they come.
+def create_shard(folder: Path, shard: Shard, dtype: torch.dtype) -> dict[str, int]:
+    """Make one safetensors file of its final size, header written, and return where each tensor's bytes belong.
 
-    ``safetensors.torch.save_file`` would need the whole file's tensors in memory at once.
-
-    Args:
-        tensors: yields (name, tensor) of an entry, in the order of ``entry.sources``.
+    ``safetensors.torch.save_file`` would need the whole file's tensors in memory at once. A file that exists already,
+    from an earlier attempt, is kept.
     """
+    header, begins, size = _header(shard, dtype)
+    path = folder / shard.file
+    if not path.exists():
+        with path.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(size)
+    return begins
+
+
+def shard_size(shard: Shard, dtype: torch.dtype) -> int:
+    """Bytes of the file."""
+    return _header(shard, dtype)[2]
+
+
+def write_tensor(descriptor: int, begin: int, tensor: torch.Tensor) -> None:
+    """Write a tensor's bytes at ``begin`` of an open file; any thread may."""
+    view, done = tensor_bytes(tensor), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], begin + done)
+
+
+def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:
     code = next(code for code, stored in DTYPES.values() if stored == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -76,15 +102,10 @@ def write_shard(
             header[source.name] = {"dtype": code, "shape": list(source.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with (folder / shard.file).open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for entry in shard.entries:
-            for source, (name, tensor) in zip(entry.sources, tensors(entry), strict=True):
-                if (name, tuple(tensor.shape), tensor.dtype) != (source.name, source.shape, dtype):
-                    raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} does not fit {source}")
-                stream.write(tensor_bytes(tensor))
-        stream.flush()
-        os.fsync(stream.fileno())
+    start = 8 + len(text)
+    del header["__metadata__"]
+    begins = {name: start + info["data_offsets"][0] for name, info in header.items()}
+    return len(text).to_bytes(8, "little") + text, begins, start + end
 
 
 def write_index(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
@@ -105,3 +126,14 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
     return names
+
+
+def copy_generation_config(source: Path, target: Path) -> bool:
+    """Copy ``generation_config.json`` if ``source`` has one, and say so."""
+    path = source / GENERATION_CONFIG_FILE
+    if not path.is_file():
+        return False
+    check_inside(source, path)
+    read_json(path, "it was just there")
+    shutil.copyfile(path, target / GENERATION_CONFIG_FILE)
+    return True

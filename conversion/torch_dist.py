@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
+    _StorageInfo,
     _StoragePrefix,
 )
 from torch.distributed.checkpoint.metadata import (
@@ -172,54 +173,91 @@ class TorchDistReader:
                 )
 
 
-class TorchDistWriter:
-    """Write a ``torch_dist`` folder group by group; at most one tensor of a key is held at a time.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """Where one chunk or object lies: in ``file``, ``length`` bytes from ``begin``. Plain values, for a journal."""
 
-    Call `write` once, with all groups; each becomes one ``__N_0.distcp`` file. Then `finish`.
+    key: str
+    offset: Shape | None
+    file: str
+    begin: int
+    length: int
+
+
+class TorchDistWriter:
+    """Write a ``torch_dist`` folder; each group of chunks becomes one ``__N_0.distcp`` file.
+
+    `write_group` may be called by several threads, once for each group in any order; then `finish`, with what all of
+    them returned. A call holds one tensor at a time.
+
+    Args:
+        folder: an existing folder.
+        groups: the chunks of each file; a chunk's ``produce`` is called once, when its turn comes.
+        common: Megatron's common state (``checkpoint_version``, ``iteration``, ``content_metadata``): plain values.
+        empty_states: keys of ``_extra_state`` objects to store as None, as Megatron's own linears do
+            (``core/tensor_parallel/layers.py:1232``); Transformer Engine takes None for "nothing to restore".
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer = FileSystemWriter(
-            folder,
-            single_file_per_rank=True,
-            sync_files=True,
-            thread_count=1,
-            per_thread_copy_ahead=0,
-        )
-
-    def write(
-        self, groups: Sequence[Sequence[Chunk]], *, common: dict[str, Any], empty_states: Iterable[str] = ()
+    def __init__(
+        self,
+        folder: Path,
+        groups: Sequence[Sequence[Chunk]],
+        *,
+        common: dict[str, Any],
+        empty_states: Iterable[str] = (),
     ) -> None:
-        """Write ``groups`` of chunks, then ``.metadata`` and ``metadata.json``.
-
-        Args:
-            groups: the chunks of each file; a chunk's ``produce`` is called once, when its turn comes.
-            common: Megatron's common state (``checkpoint_version``, ``iteration``, ``content_metadata``): plain values.
-            empty_states: keys of ``_extra_state`` objects to store as None, as Megatron's own linears do
-                (``core/tensor_parallel/layers.py:1232``); Transformer Engine takes None for "nothing to restore".
-        """
-        objects = {COMMON_STATE_KEY: _serialized(common)} | dict.fromkeys(empty_states, _serialized(None))
+        self.folder = folder
+        self._groups = groups
+        self._objects = {COMMON_STATE_KEY: _serialized(common)} | dict.fromkeys(empty_states, _serialized(None))
         items = [
             WriteItem(
                 index=MetadataIndex(key),
                 type=WriteItemType.BYTE_IO,
                 bytes_io_data=BytesIOWriteData(nbytes=data.getbuffer().nbytes),
             )
-            for key, data in objects.items()
+            for key, data in self._objects.items()
         ]
         plans = [
             SavePlan([*(items if number == 0 else []), *(chunk.write_item() for chunk in group)])
             for number, group in enumerate(groups)
         ]
-        plans, metadata = create_default_global_save_plan(plans)
+        self._plans, self._metadata = create_default_global_save_plan(plans)
+        self._writer = FileSystemWriter(
+            folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0
+        )
+
+    def write_group(self, number: int) -> list[Placed]:
+        """Write group ``number`` to the disk and say where everything lies."""
+        planner = _FromChunks(self._groups[number], self._objects)
+        plan = SavePlan(self._plans[number].items, storage_data=_StoragePrefix(f"__{number}_"))
+        return [
+            Placed(
+                key=result.index.fqn,
+                offset=_offset(result.index),
+                file=result.storage_data.relative_path,
+                begin=result.storage_data.offset,
+                length=result.storage_data.length,
+            )
+            for result in self._writer.write_data(plan, planner).wait()
+        ]
+
+    def finish(self, groups: Sequence[Sequence[Placed]]) -> None:
+        """Write ``.metadata`` and ``metadata.json``, which make the folder a checkpoint."""
         results: list[list[WriteResult]] = []
-        for number, (plan, group) in enumerate(zip(plans, groups, strict=True)):
-            planner = _FromChunks(group, objects)
-            placed = SavePlan(plan.items, storage_data=_StoragePrefix(f"__{number}_"))
-            results.append(self._writer.write_data(placed, planner).wait())
+        for plan, group in zip(self._plans, groups, strict=True):
+            indices = {(item.index.fqn, _offset(item.index)): item.index for item in plan.items}
+            results.append(
+                [
+                    WriteResult(
+                        index=indices[placed.key, placed.offset],
+                        size_in_bytes=placed.length,
+                        storage_data=_StorageInfo(placed.file, placed.begin, placed.length),
+                    )
+                    for placed in group
+                ]
+            )
         self._writer.set_up_storage_writer(is_coordinator=True)
-        self._writer.finish(metadata, results)
+        self._writer.finish(self._metadata, results)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
 
@@ -248,6 +286,10 @@ class Chunk:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _offset(index: MetadataIndex) -> Shape | None:
+    return None if index.offset is None else tuple(index.offset)
 
 
 def _serialized(value: Any) -> io.BytesIO:

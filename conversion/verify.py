@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from conversion.hf_folder import HfFolder
-from conversion.hf_scoring import check_tokens, score_hf
+from conversion.hf_scoring import check_tokens, load_hf, score_loaded
+from conversion.layer_errors import LayerError, compare_layers, record_huggingface, record_megatron, type_summary
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint_folder import resolve
 from mellum2_megatron.errors import InputError
@@ -67,6 +69,36 @@ class VerifyReport:
     tolerance: float
     main: Agreement
     mtp: Agreement | None
+    layers: tuple[LayerError, ...] = ()
+
+    @property
+    def first_departing(self) -> LayerError | None:
+        """The first place, in the order of computation, whose hidden states differ by more than the tolerance."""
+        return next((layer for layer in self.layers if not layer.relative_error <= self.tolerance), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON holds them, layers by type."""
+        departs = self.first_departing
+        return {
+            "sequences": self.sequences,
+            "length": self.length,
+            "tolerance": self.tolerance,
+            "main": asdict(self.main),
+            "mtp": asdict(self.mtp) if self.mtp is not None else None,
+            "layers": {kind: asdict(error) for kind, error in type_summary(self.layers).items()},
+            "first_departing": departs.name if departs is not None else None,
+        }
+
+    def layer_table(self, *, every: bool = False) -> Table:
+        """Hidden states by layer type, or one row a layer; the title names the first layer that departs."""
+        departs = self.first_departing
+        told = f"departs first at {departs.name} ({departs.kind})" if departs is not None else "no layer departs"
+        table = Table("layers", "type", "max error", "mean error", "relative error", title=f"hidden states: {told}")
+        shown = self.layers if every else tuple(type_summary(self.layers).values())
+        for layer in shown:
+            errors = (layer.max_error, layer.mean_error, layer.relative_error)
+            table.add_row(layer.name, layer.kind, *(f"{error:.2e}" for error in errors))
+        return table
 
     @property
     def ok(self) -> bool:
@@ -113,9 +145,15 @@ def verify(
     if tokens is None:
         tokens = default_tokens(checkpoint.architecture)
     check_tokens(tokens, checkpoint.architecture)
-    reference, mtp_reference = score_hf(hf_path, tokens)
-    logits, mtp_logits = score_tokens(load_megatron_model(megatron_path), tokens)
-    return compare(logits, mtp_logits, reference, mtp_reference, tolerance=tolerance)
+    main, mtp = load_hf(hf_path)
+    with record_huggingface(main, mtp) as theirs:
+        reference, mtp_reference = score_loaded(main, mtp, tokens)
+    del main, mtp  # one model in memory at a time
+    model = load_megatron_model(megatron_path)
+    with record_megatron(model) as ours:
+        logits, mtp_logits = score_tokens(model, tokens)
+    report = compare(logits, mtp_logits, reference, mtp_reference, tolerance=tolerance)
+    return replace(report, layers=compare_layers(ours, theirs, checkpoint.architecture))
 
 
 def compare(

@@ -11,17 +11,21 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
+import psutil
 from rich.console import Console
 
 from mellum2_megatron.failures import RankFailure, only_complete_checkpoints, root_cause
 from mellum2_megatron.files import write_text
 from mellum2_megatron.run import Device
+from mellum2_megatron.stopping import STOP_SIGNALS, STOPPED, is_stop
 
 FAILURE_FILE = "failure.txt"
 """In the run's folder: the traceback of the rank that ended the run, if it was none that the message explains."""
 
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # LaunchConfig.signals_to_handle
+_ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Signals with which torch's agent ends the ranks. SIGTERM, also of its own list, is passed on (`STOP_SIGNALS`)."""
 
 
 def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> list[str]:
@@ -44,10 +48,11 @@ def rank_environment(nproc: int, device: Device) -> dict[str, str]:
 def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = False) -> int:
     """Train a resolved run on ``nproc`` local ranks and wait for them.
 
-    An interrupt ends the ranks. Whatever ends them early, checkpoints that they had not finished are removed.
+    An interrupt ends the ranks; SIGTERM and SIGUSR1 let them finish their step and save. Whatever ends them early,
+    checkpoints that they had not finished are removed.
 
     Returns:
-        0, or 128 + the number of the signal that interrupted the run.
+        0, or `STOPPED` (75) after such a save, or 128 + the number of the signal that interrupted the run.
 
     Raises:
         InputError, WorkError: one message for all ranks; the traceback of a rank that could not explain itself is in
@@ -68,7 +73,7 @@ def run_ranks(command: Sequence[str], *, nproc: int, verbose: bool = False) -> i
     """Run a command once a rank under torch's elastic agent, which ends all ranks when one fails.
 
     Returns:
-        0, or 128 + the number of the signal that interrupted this process, or how the ranks failed.
+        0, or `STOPPED`, or 128 + the number of the signal that interrupted this process, or how the ranks failed.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -76,7 +81,8 @@ def run_ranks(command: Sequence[str], *, nproc: int, verbose: bool = False) -> i
 
     with tempfile.TemporaryDirectory(prefix="mellum2-ranks-") as logs, _quiet_agent(quiet=not verbose):
         # As `torchrun --standalone`: a free port, so that runs on one machine do not meet.
-        handlers = {each: signal.getsignal(each) for each in _HANDLED}
+        handlers = {each: signal.getsignal(each) for each in (*_ENDING, *STOP_SIGNALS)}
+        passed_on = _pass_on(STOP_SIGNALS)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -86,20 +92,38 @@ def run_ranks(command: Sequence[str], *, nproc: int, verbose: bool = False) -> i
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
+            signals_to_handle=",".join(each.name for each in _ENDING),
         )
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
-            return [
-                RankFailure.of(rank, failure.exitcode, failure.error_file_data)
+            failures = [
+                RankFailure.of(rank, failure.exitcode, failure.error_file_data, failure.timestamp)
                 for rank, failure in error.failures.items()
             ]
+            stopped = is_stop((failure.exit_code for failure in failures), told=bool(passed_on))
+            return STOPPED if stopped else failures
         except SignalException as error:
             return 128 + int(error.sigval)
         finally:
             for each, handler in handlers.items():  # the agent leaves its own behind
                 signal.signal(each, handler)
     return 0
+
+
+def _pass_on(signals: Sequence[signal.Signals]) -> list[int]:
+    """Hand these signals to the ranks from now on; return the list of those that came, which grows."""
+    came: list[int] = []
+
+    def hand(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for rank in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    for each in signals:
+        signal.signal(each, hand)
+    return came
 
 
 @contextmanager

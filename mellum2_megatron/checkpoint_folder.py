@@ -26,6 +26,8 @@ ARCHITECTURE_FILE = "architecture.json"
 RUN_FILE = "run.yaml"
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_FOLDER = "tokenizer"
+LAST_FILE = "metadata.json"
+"""What Megatron writes into a checkpoint when all else is there (core/dist_checkpointing/serialization.py:445)."""
 RELEASE = "release"
 
 _GIVE = "give a folder that `mellum2 train` or `mellum2 convert import` wrote, or one DIR/iter_* inside it"
@@ -73,11 +75,17 @@ def iteration_folders(root: Path) -> list[Path]:
     return release + sorted(iterations, key=lambda path: iteration_number(path.name) or 0)
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether the save of a checkpoint reached its end; a save begins by emptying the folder (`saving.py`)."""
+    return (folder / LAST_FILE).is_file()
+
+
 def resolve(path: str | os.PathLike[str]) -> CheckpointFolder:
     """Find the checkpoint that ``path`` means: DIR (its tracker's iteration), ``DIR/iter_*`` or ``DIR/release``.
 
     Raises:
-        InputError: nothing there, no or a broken tracker, a tracked iteration that is gone, no architecture.json.
+        InputError: nothing there, no or a broken tracker, a tracked iteration that is gone, an iteration whose save was
+            interrupted, no architecture.json.
     """
     given = Path(path)
     if not given.is_dir():
@@ -88,6 +96,13 @@ def resolve(path: str | os.PathLike[str]) -> CheckpointFolder:
         root, iteration_dir = absolute.parent, absolute
     else:
         root, iteration_dir = absolute, _tracked(absolute)
+    if iteration_number(iteration_dir.name) is not None and not is_complete(iteration_dir):
+        whole = ", ".join(each.name for each in iteration_folders(root) if is_complete(each)) or "none"
+        raise InputError(
+            f"{iteration_dir} is half a checkpoint",
+            rule=f"its save was interrupted: it has no {LAST_FILE}",
+            fix=f"use another of {root} (complete: {whole})",
+        )
     tokenizer = root / TOKENIZER_FOLDER
     return CheckpointFolder(
         root=root,
@@ -105,6 +120,15 @@ def resume_folder(output: str, continue_from: str | None) -> str:
     if continue_from is None or (Path(output) / TRACKER_FILE).is_file():
         return output
     return continue_from
+
+
+def tracked_iteration(root: Path) -> int | None:
+    """Return the iteration that the tracker names; None for a release, or without a readable tracker."""
+    try:
+        text = (root / TRACKER_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:

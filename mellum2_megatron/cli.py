@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from mellum2_megatron.convert_commands import convert_app
 from mellum2_megatron.errors import InputError, Mellum2Error
 
 app = typer.Typer(
@@ -19,7 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-convert_app = typer.Typer(help="Convert checkpoints between Megatron and Hugging Face.", no_args_is_help=True)
 data_app = typer.Typer(help="Make training data.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 app.add_typer(data_app, name="data")
@@ -178,55 +179,77 @@ def generate(
 
 
 @app.command()
-def verify(megatron_path: MegatronPath, hf_path: HfPath) -> None:
-    """Compare the logits of a Megatron checkpoint and a Hugging Face folder, main and MTP."""
+def verify(
+    megatron_path: MegatronPath,
+    hf_path: HfPath,
+    tokens: Annotated[Path | None, typer.Option("--tokens", help="int array [b, s] in a .npy file")] = None,
+    every_layer: Annotated[bool, typer.Option("--layers", help="hidden states layer by layer, not by type")] = False,
+) -> None:
+    """Compare the logits of a Megatron checkpoint and a Hugging Face folder, main and MTP, and their hidden states."""
     _quiet()
     from conversion.verify import verify as verify_logits
+    from mellum2_megatron.scoring import read_tokens
 
-    report = verify_logits(megatron_path, hf_path)
+    report = verify_logits(megatron_path, hf_path, read_tokens(tokens) if tokens is not None else None)
     console.print(report.table())
+    console.print(report.layer_table(every=every_layer))
     raise typer.Exit(0 if report.ok else 1)
 
 
-@convert_app.command("import")
-def convert_import(
-    hf_path: HfPath,
+@app.command("release")
+def make_release(
     megatron_path: MegatronPath,
-    torch_dtype: Annotated[str | None, typer.Option("--torch-dtype", help="bfloat16, float16 or float32")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Hugging Face folder to Megatron checkpoint (torch_dist, any layout)."""
-    _quiet()
-    from conversion.convert import import_hf
-
-    report = import_hf(hf_path, megatron_path, dtype=torch_dtype, overwrite=overwrite)
-    console.print(str(report), soft_wrap=True, highlight=False)
-
-
-@convert_app.command("export")
-def convert_export(
-    megatron_path: MegatronPath,
-    hf_path: HfPath,
-    torch_dtype: Annotated[str | None, typer.Option("--torch-dtype", help="bfloat16, float16 or float32")] = None,
+    output: Annotated[Path, typer.Option("--output", help="folder to write")],
+    member: Annotated[str, typer.Option("--member", help="base-pretrain, base, instruct-sft, thinking-sft, ...")],
+    evaluation: Annotated[Path | None, typer.Option("--eval", help="JSON table for the model card")] = None,
+    chat_template: Annotated[Path | None, typer.Option("--chat-template", help="Jinja file, for chat members")] = None,
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="take tokenizer files from here")] = None,
+    text: Annotated[Path | None, typer.Option("--text", help="evaluation text for the MTP head's acceptance")] = None,
+    min_acceptance: Annotated[float, typer.Option("--min-acceptance", help="smallest share that passes")] = 0.5,
+    skip_run: Annotated[bool, typer.Option("--skip-run", help="leave out what loads the model")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="write the folder unchecked")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Megatron checkpoint to Hugging Face folder in the released layout."""
+    """Megatron checkpoint to a folder that can be published; it appears only if every check of it passes."""
     _quiet()
-    from conversion.convert import export_hf
+    from conversion.release import release
 
-    report = export_hf(megatron_path, hf_path, dtype=torch_dtype, tokenizer=tokenizer, overwrite=overwrite)
-    console.print(str(report), soft_wrap=True, highlight=False)
+    result = release(
+        megatron_path,
+        output,
+        member=member,
+        evaluation=evaluation,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        text=text,
+        min_acceptance=min_acceptance,
+        overwrite=overwrite,
+        check=not no_check,
+        skip_run=skip_run,
+    )
+    if result.report is not None:
+        console.print(result.report.table())
+    console.print(str(result), soft_wrap=True, highlight=False)
 
 
-@convert_app.command("roundtrip")
-def convert_roundtrip(hf_path: HfPath) -> None:
-    """Import and export again, and compare every byte."""
+@app.command("check-release")
+def check_release(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face folder, made here or elsewhere")],
+    member: Annotated[str | None, typer.Option("--member", help="base-pretrain, base, instruct-sft, ...")] = None,
+    text: Annotated[Path | None, typer.Option("--text", help="evaluation text for the MTP head's acceptance")] = None,
+    min_acceptance: Annotated[float, typer.Option("--min-acceptance", help="smallest share that passes")] = 0.5,
+    skip_run: Annotated[bool, typer.Option("--skip-run", help="leave out what loads the model")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Is a Hugging Face folder fit to publish? Exit code 0 when no check fails, else 1."""
     _quiet()
-    from conversion.convert import roundtrip
+    from conversion.check_release import check_release as check
 
-    report = roundtrip(hf_path)
-    console.print(str(report), soft_wrap=True, highlight=False)
+    report = check(folder, member=member, text=text, min_acceptance=min_acceptance, skip_run=skip_run)
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), indent=2) + "\n")
+    else:
+        console.print(report.table())
     raise typer.Exit(0 if report.ok else 1)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,9 +25,11 @@ from typing import Any, Literal
 from mellum2_megatron.checkpoint_folder import (
     RELEASE,
     TRACKER_FILE,
+    is_complete,
     iteration_folder_name,
     iteration_folders,
     iteration_number,
+    tracked_iteration,
     write_tracker,
 )
 from mellum2_megatron.errors import Mellum2Error, WorkError
@@ -49,6 +52,7 @@ _ECHOES = (
     "recvValue failed",
 )
 _LAST_LINES = 12
+_GRACE_SECONDS = 25  # a little less than the agent's 30
 _FULL_BYTES = 16 * 2**20
 
 
@@ -62,6 +66,7 @@ class RankFailure:
         kind: "explained" has a message for the user; "echo" is the effect of another rank's failure.
         message: one line or a few, without traceback; empty if the process left no report.
         traceback: empty if the process left no report.
+        ended: when, in seconds since the epoch.
     """
 
     rank: int
@@ -69,13 +74,14 @@ class RankFailure:
     kind: Kind = "unexpected"
     message: str = ""
     traceback: str = ""
+    ended: int = 0
 
     @classmethod
-    def of(cls, rank: int, exit_code: int, report: Mapping[str, Any]) -> RankFailure:
+    def of(cls, rank: int, exit_code: int, report: Mapping[str, Any], ended: int = 0) -> RankFailure:
         """Combine a process's exit code with the report it left, if any (`report_failure`)."""
         message = report.get("message")
         if not isinstance(message, Mapping):
-            return cls(rank=rank, exit_code=exit_code)
+            return cls(rank=rank, exit_code=exit_code, ended=ended)
         extra = message.get("extraInfo", {})
         return cls(
             rank=rank,
@@ -83,6 +89,7 @@ class RankFailure:
             kind=extra.get("kind", "unexpected"),
             message=str(message.get("message", "")),
             traceback=str(extra.get("py_callstack", "")),
+            ended=ended,
         )
 
     def error(self, traceback_file: Path | None) -> Mellum2Error:
@@ -115,14 +122,17 @@ class RankError(Mellum2Error):
 def root_cause(failures: list[RankFailure]) -> RankFailure:
     """Return the failure that caused the others: an explained one, then a signal, then what is no echo.
 
-    SIGTERM comes last: the agent ends the other ranks with it.
+    SIGTERM comes last: the agent ends the other ranks with it, and with SIGKILL those that are still there 30 s later
+    (torch/distributed/elastic/multiprocessing/api.py:1023, 2.15).
     """
+    begin = min(failure.ended for failure in failures)
 
     def order(failure: RankFailure) -> tuple[int, int]:
         if failure.kind == "explained":
             return 0, failure.rank
         if failure.exit_code < 0:
-            return (4 if failure.exit_code == -signal.SIGTERM else 1), failure.rank
+            late = failure.exit_code == -signal.SIGKILL and failure.ended - begin >= _GRACE_SECONDS
+            return (4 if late or failure.exit_code == -signal.SIGTERM else 1), failure.rank
         return (3 if failure.kind == "echo" else 2), failure.rank
 
     return min(failures, key=order)
@@ -187,6 +197,9 @@ def explained(output: Path) -> Iterator[None]:
 
 def _explain(error: BaseException, output: Path) -> WorkError | None:
     causes = list(_causes(error))
+    not_finite = next((found for cause in causes if (found := _NOT_FINITE.match(str(cause)))), None)
+    if not_finite is not None:
+        return _not_finite(not_finite)
     system = next((cause for cause in causes if isinstance(cause, OSError)), None)
     saving = _is_checkpoint_error(error) and error.args[0] == "write"
     if is_echo(error) or (system is None and not saving):
@@ -201,6 +214,23 @@ def _explain(error: BaseException, output: Path) -> WorkError | None:
         )
     fix = "check that disk and its permissions; the same command resumes from the last complete checkpoint"
     return WorkError(f"{what} ({reasons})", fix=fix)
+
+
+# RerunStateMachine.validate_result (megatron/core/rerun_state_machine.py:528, 0.19.2), asked about each micro-batch's
+# loss (train.sum_loss) and each bucket's gradient norm (core/distributed/param_and_grad_buffer.py:339).
+_NOT_FINITE = re.compile(r"Rank (\d+), .*iteration (\d+): Unexpected result (.*) \(message='(.*)'\)", re.DOTALL)
+
+
+def _not_finite(found: re.Match[str]) -> WorkError:
+    rank, iteration, value, message = found.groups()
+    number = re.search(r"-?(inf|nan)", value)
+    # The machine counts a step when it begins (:303), and its message adds one more.
+    return WorkError(
+        f"the {'gradient' if 'grad' in message else 'loss'} is {number.group() if number else value} on rank {rank} at "
+        f"step {int(iteration) - 1}; nothing was saved after it",
+        fix="look at the metrics before that step; go on from an earlier checkpoint with a lower optimizer.lr or a "
+        "smaller optimizer.clip_grad",
+    )
 
 
 def is_echo(error: BaseException) -> bool:
@@ -258,13 +288,13 @@ def only_complete_checkpoints(root: Path) -> Iterator[None]:
     megatron/training/checkpointing.py:1011, 0.19.2) names the newest complete checkpoint again.
     """
     before = {folder.name for folder in iteration_folders(root)}
-    started_from = _tracked(root)
+    started_from = tracked_iteration(root)
     try:
         yield
     finally:
-        last = _tracked(root)
+        last = tracked_iteration(root)
         if last is None and (root / TRACKER_FILE).is_file() and not _is_release(root):
-            finished = [number for number in _new(root, before) if _is_finished(root, number)]
+            finished = [number for number in _new(root, before) if is_complete(root / iteration_folder_name(number))]
             last = max([*finished, *([] if started_from is None else [started_from])], default=None)
             _remove_newer(root, before, last)  # first: it makes the room that the tracker needs
             if last is None:
@@ -279,29 +309,14 @@ def _new(root: Path, before: set[str]) -> list[int]:
     return [number for number in numbers if number is not None]
 
 
-def _is_finished(root: Path, number: int) -> bool:
-    """Whether Megatron wrote metadata.json, its last file (megatron/core/dist_checkpointing/serialization.py:445)."""
-    return (root / iteration_folder_name(number) / "metadata.json").is_file()
-
-
 def _remove_newer(root: Path, before: set[str], last: int | None) -> None:
     for number in _new(root, before):
         if last is None or number > last:
             shutil.rmtree(root / iteration_folder_name(number), ignore_errors=True)
 
 
-def _tracked(root: Path) -> int | None:
-    """Return the iteration that the tracker names; None for a release, or without a readable tracker."""
-    text = _tracker_text(root)
-    return int(text) if text.isascii() and text.isdigit() else None
-
-
 def _is_release(root: Path) -> bool:
-    return _tracker_text(root) == RELEASE
-
-
-def _tracker_text(root: Path) -> str:
     try:
-        return (root / TRACKER_FILE).read_text(encoding="utf-8").strip()
+        return (root / TRACKER_FILE).read_text(encoding="utf-8").strip() == RELEASE
     except (OSError, UnicodeDecodeError):
-        return ""
+        return False

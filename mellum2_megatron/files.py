@@ -58,20 +58,41 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        if occupied:
-            aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
-            os.replace(target, aside / target.name)
-            try:
-                os.replace(temporary, target)
-            except BaseException:
-                os.replace(aside / target.name, target)
-                raise
-            shutil.rmtree(aside)
-        else:
-            os.replace(temporary, target)  # an empty folder in the way is replaced
-        _fsync(target.parent)
+        move_into_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(folder: Path, target: Path) -> None:
+    """Give ``folder`` the name ``target`` on the same disk.
+
+    A folder in the way is moved aside first, put back if that fails, and deleted only after the new one is in place.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
+        os.replace(target, aside / target.name)
+        try:
+            os.replace(folder, target)
+        except BaseException:
+            os.replace(aside / target.name, target)
+            raise
+        shutil.rmtree(aside)
+    else:
+        os.replace(folder, target)  # an empty folder in the way is replaced
+    _fsync(target.parent)
+
+
+def remove_directory(path: str | os.PathLike[str]) -> None:
+    """Delete a folder that others may look at: it loses its name first, so none of them finds half of it.
+
+    A crash on the way leaves `.NAME.*.old`, which the next call for a folder beside it removes.
+    """
+    target = Path(path)
+    for left in target.parent.glob(".*.old"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
+    os.replace(target, aside / target.name)
+    shutil.rmtree(aside)
 
 
 def size_text(size: float) -> str:

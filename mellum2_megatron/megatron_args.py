@@ -231,8 +231,8 @@ def _faults(run: Run) -> list[str]:
     return [
         # Collectives give up after our own watch has named the rank that they wait for (watch.py).
         *("--distributed-timeout-minutes", str(math.ceil(run.timeout_minutes) + 1)),
-        # A result that is not a number ends the run at once. The other modes repeat the step to tell a broken GPU from a
-        # diverging run, save what they have, and wait to be started on another node (core/rerun_state_machine.py).
+        # A result that is not a number ends the run at once. The other modes repeat the step to tell a broken GPU from
+        # a diverging run, save what they have, and wait to be started on another node (core/rerun_state_machine.py).
         *("--rerun-mode", "disabled"),
     ]
 

@@ -252,5 +252,6 @@ _COMMON: dict[str, Any] = {
     "checkpoint": OPERATION,
     "seed": OPERATION,
     "backend": OPERATION,
+    "timeout_minutes": OPERATION,
 }
 """Sources that all of these runs share."""

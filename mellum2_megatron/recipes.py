@@ -91,6 +91,7 @@ def mellum2_tiny_pretrain() -> Run:
             "checkpoint": OPERATION,
             "seed": OPERATION,
             "backend": OPERATION,
+            "timeout_minutes": OPERATION,
         },
     )
 

@@ -274,7 +274,7 @@ def cpu_has_it(at: Situation) -> Found:
         yield InputError("layout.dispatcher=flex on cpu", rule="its kernels are for GPUs", fix=fix)
 
 
-@rule(evidence="megatron/core/dist_checkpointing/strategies/filesystem_async.py (0.19.2): page-locked memory, CUDA streams")
+@rule(evidence="megatron/core/dist_checkpointing/strategies/filesystem_async.py (0.19.2): CUDA streams")
 def async_save_on_gpu(at: Situation) -> Found:
     """Checkpoints are written in the background on GPUs only."""
     if at.device == "cpu" and at.run.checkpoint.async_save:
@@ -317,8 +317,8 @@ def data_present(at: Situation) -> Found:
 
 
 @rule(
-    evidence="loading such a checkpoint raises 'Cannot merge two lists with different lengths': the parameter group of "
-    "experts exists only with ep > 1 (megatron-core 0.19.2)",
+    evidence="megatron/core/optimizer/__init__.py (0.19.2): with ep > 1 the experts have an Adam of their own; for Muon "
+    "see resharding.py of this project",
     machine=True,
 )
 def resume_fits(at: Situation) -> Found:
@@ -336,10 +336,10 @@ def resume_fits(at: Situation) -> Found:
     except InputError as error:
         yield error
         return
-    if (before.layout.ep > 1) != (at.run.layout.ep > 1):
+    if at.run.optimizer.name == "adam" and (before.layout.ep > 1) != (at.run.layout.ep > 1):
         yield InputError(
             f"layout.ep={at.run.layout.ep} with a checkpoint of layout.ep={before.layout.ep} in {root}",
-            rule="optimizer state does not move between one and several expert-parallel ranks",
+            rule="Adam's state does not move between one and several expert-parallel ranks",
             fix=f"set layout.ep={before.layout.ep if before.layout.ep > 1 else 1}, or start another run with "
             f"checkpoint.load={root} and another --output",
         )
@@ -350,3 +350,46 @@ def resume_fits(at: Situation) -> Found:
             fix=f"set optimizer.name={before.optimizer.name}, or start another run with checkpoint.load={root} and "
             "another --output",
         )
+
+
+_FROM_CHECKPOINT = {
+    **dict.fromkeys(("lr", "min_lr"), "Megatron finds its parameter groups by their rates, and finds none"),
+    **dict.fromkeys(("muon_router", "muon_mtp_projection"), "the other optimizer has no state for those weights"),
+    **dict.fromkeys(
+        ("muon_momentum", "adam_beta1", "adam_beta2", "adam_eps"),
+        "Megatron goes on with the checkpoint's value without a word",
+    ),
+}
+"""Fields of the optimizer that cannot change when its state is loaded, and what happens if they do."""
+
+
+@rule(
+    evidence="megatron/core/optimizer/optimizer.py:139-151 and 600-651 (0.19.2): parameter groups come from the "
+    "checkpoint; tests/test_continuation.py",
+    machine=True,
+)
+def resume_keeps_optimizer(at: Situation) -> Found:
+    """A resumed or continued run keeps the settings that its checkpoint's optimizer has."""
+    checkpoint = at.run.checkpoint
+    if checkpoint.output is None:
+        return
+    root = Path(resume_folder(checkpoint.output, checkpoint.continue_from))
+    if not (root / TRACKER_FILE).is_file() or not (root / RUN_FILE).is_file():
+        return
+    from mellum2_megatron.run_folder import read_run  # reads tokenizers: not needed to plan a run elsewhere
+
+    try:
+        before = read_run(root / RUN_FILE).optimizer
+    except InputError:
+        return  # told by resume_fits
+    if before.name != at.run.optimizer.name:
+        return  # likewise
+    for name, reason in _FROM_CHECKPOINT.items():
+        there, here = getattr(before, name), getattr(at.run.optimizer, name)
+        if there != here and (before.name == "muon" or not name.startswith("muon_")):
+            yield InputError(
+                f"optimizer.{name}={here} with a checkpoint of optimizer.{name}={there} in {root}",
+                rule=f"its optimizer state goes with its settings: {reason}",
+                fix=f"set optimizer.{name}={there}, or start another run with checkpoint.load={root} and "
+                "another --output",
+            )

@@ -11,15 +11,21 @@ from mellum2_megatron.checkpoint_folder import (
     RUN_FILE,
     TOKENIZER_FOLDER,
     TRACKER_FILE,
+    CheckpointFolder,
     iteration_folders,
     read_architecture,
     resolve,
+    resume_folder,
     write_architecture,
 )
 from mellum2_megatron.data.tokenizer import copy_tokenizer
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.files import atomic_directory, check_writable, existing_ancestor, size_text, write_text
+from mellum2_megatron.integrity import bytes_to_check, check_hashes, check_sizes
 from mellum2_megatron.run import Run, from_yaml, to_yaml
+
+_SHOWN = 2 * 10**9
+"""Bytes of a rank from which on checking them takes so long that it shows."""
 
 
 def check_run_folder(run: Run) -> None:
@@ -30,8 +36,8 @@ def check_run_folder(run: Run) -> None:
     Raises:
         InputError: no output folder is named; it is a file, cannot be written, is on a disk without room for one
             checkpoint, or holds something that no run wrote, or another architecture's checkpoints;
-            `checkpoint.load` or `checkpoint.continue_from` is no checkpoint of this architecture; or the latter's state
-            does not fit this run.
+            `checkpoint.load` or `checkpoint.continue_from` is no checkpoint of this architecture; the latter's state
+            does not fit this run; or a file of the checkpoint that it starts from is missing or cut short.
     """
     root = output_folder(run)
     check_writable("--output", root, folder=True)
@@ -49,7 +55,39 @@ def check_run_folder(run: Run) -> None:
         source = resolve(run.checkpoint.load)
         _require_same_architecture(run, source.root, "checkpoint.load", "load a checkpoint of this architecture")
     _check_continuation(run, root)
+    start = _starting_point(run)
+    if start is not None and run.checkpoint.verify != "off":
+        check_sizes(start)
     _require_room(run, root)
+
+
+def check_share(run: Run, *, rank: int, world_size: int) -> None:
+    """Compare this rank's share of the checkpoint that the run starts from with its manifest (`checkpoint.verify`).
+
+    Raises:
+        InputError: a file has changed since it was written.
+    """
+    source = _starting_point(run)
+    if source is None or run.checkpoint.verify != "hash":
+        return
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    total = bytes_to_check(source, part=rank, parts=world_size)
+    if rank or total < _SHOWN:
+        check_hashes(source, part=rank, parts=world_size, threads=threads)
+        return
+    from conversion.progress import byte_progress
+
+    with byte_progress(f"checking {source.iteration_dir.name}", total) as advance:
+        check_hashes(source, part=rank, parts=world_size, threads=threads, advance=advance)
+
+
+def _starting_point(run: Run) -> CheckpointFolder | None:
+    """Return the checkpoint that Megatron will load from: the run's own, else the one it goes on or starts from."""
+    root = Path(resume_folder(str(run.checkpoint.output), run.checkpoint.continue_from))
+    if (root / TRACKER_FILE).exists():
+        return resolve(root)
+    return None if run.checkpoint.load is None else resolve(run.checkpoint.load)
 
 
 def _check_continuation(run: Run, root: Path) -> None:

@@ -17,6 +17,7 @@ from mellum2_megatron.recipes import recipe
 from mellum2_megatron.rules import check, enforce
 from mellum2_megatron.run import Device, Run, to_yaml
 from mellum2_megatron.run_folder import check_run_folder, output_folder, read_run, write_run_folder
+from mellum2_megatron.stopping import STOPPED
 
 
 def start_local(
@@ -41,7 +42,7 @@ def start_local(
         verbose: keep Megatron's own output.
 
     Returns:
-        0, or 128 + the number of the signal that interrupted the ranks.
+        0, or 75 after SIGTERM or SIGUSR1 and a save, or 128 + the number of the signal that interrupted the ranks.
 
     Raises:
         InputError: anything that cannot work.
@@ -59,7 +60,9 @@ def start_local(
     from launchers.local import run_local
 
     code = run_local(output_folder(run) / RUN_FILE, nproc=ranks, device=where, verbose=verbose)
-    if code:
+    if code == STOPPED:
+        sys.stderr.write("stopped as asked, all is saved; the same command goes on from there\n")
+    elif code:
         sys.stderr.write("interrupted; the same command resumes from the last checkpoint\n")
     return code
 

@@ -16,13 +16,17 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from mellum2_megatron.errors import WorkError
 from mellum2_megatron.failures import explained, is_echo, only_complete_checkpoints, report_failure
 from mellum2_megatron.megatron_args import environment, megatron_arguments
 from mellum2_megatron.rules import enforce
 from mellum2_megatron.run import Device, Run
-from mellum2_megatron.run_folder import check_run_folder, output_folder, read_run, write_run_folder
+from mellum2_megatron.run_folder import check_run_folder, check_share, output_folder, read_run, write_run_folder
+from mellum2_megatron.saving import remove_fragments
+from mellum2_megatron.stopping import STOPPED, StopRequest
+from mellum2_megatron.watch import Watch, default_store
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     """Train the run of a YAML file in this process, one rank of `WORLD_SIZE`.
 
     Returns:
-        0. A failure ends the process: 2 for bad input, 1 at work (`failures.report_failure` says which).
+        0, or `STOPPED` (75) after a signal and a save. A failure ends the process: 2 for bad input, 1 at work
+        (`failures.report_failure` says which).
     """
     parser = argparse.ArgumentParser(prog="python -m mellum2_megatron.train", description=main.__doc__)
     parser.add_argument("run", type=Path, help="resolved run, as `mellum2 train` writes it")
@@ -49,44 +54,84 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends a rank at once, even inside a collective
     try:
-        train(read_run(options.run), device=options.device, verbose=options.verbose)
+        done = train(
+            read_run(options.run), device=options.device, verbose=options.verbose, to_launcher=options.to_launcher
+        )
         import torch
 
         torch.distributed.destroy_process_group()
+        if not done:
+            _end(STOPPED)  # at once: a signal that the launcher still sends would be taken for the reason
     except SystemExit:
         raise
     except BaseException as error:  # a failed save is no Exception (torch/distributed/checkpoint/api.py, 2.15)
         code = report_failure(error, to_launcher=options.to_launcher, verbose=options.verbose)
         if is_echo(error):
             time.sleep(_ECHO_SECONDS)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # not sys.exit: at exit, threads and process groups may wait for ranks that are gone
+        _end(code)
     return 0
 
 
-def train(run: Run, *, device: Device, verbose: bool = False) -> None:
+def _end(code: int) -> NoReturn:
+    """End this process; not by sys.exit, since at exit threads and process groups may wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool = False) -> bool:
     """Train `run` in this process; torchrun's environment says which rank it is.
 
     Args:
         run: a resolved run.
         device: what to compute on; "cpu" activates the CPU backend.
         verbose: let Megatron print what it prints.
+        to_launcher: see `failures.report_failure`.
+
+    Returns:
+        Whether the run has ended; False if it was told to stop, and has saved what there is.
 
     Raises:
         InputError: the run cannot work as it is.
         WorkError: it failed on the way.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     enforce(run, world_size=world_size, device=device)
     check_run_folder(run)
+    check_share(run, rank=rank, world_size=world_size)
     os.environ.update(environment(run))
     _activate(device, verbose)
-    first, output = int(os.environ.get("RANK", "0")) == 0, output_folder(run)
-    if first:
+    output, stop = output_folder(run), StopRequest()
+    stop.listen()
+    watch = _watch(run, rank, world_size, to_launcher=to_launcher)
+    if rank == 0:
+        remove_fragments(output)
         write_run_folder(run)
-    with only_complete_checkpoints(output) if first else nullcontext(), explained(output):
-        _pretrain(run, world_size, device)
+    with only_complete_checkpoints(output) if rank == 0 else nullcontext(), explained(output):
+        try:
+            _pretrain(run, world_size, device, stop, watch)
+        except SystemExit as end:  # the way in which Megatron leaves its loop early (training.py:4155)
+            if end.code or not stop.agreed:
+                raise
+            return False
+        finally:
+            watch.stop()
+    return True
+
+
+def _watch(run: Run, rank: int, world_size: int, *, to_launcher: bool) -> Watch:
+    def end(error: WorkError, first: bool) -> None:
+        if first or to_launcher:
+            report_failure(error, to_launcher=to_launcher, verbose=False)
+        _end(error.exit_code)
+
+    def step() -> int:
+        from megatron.training import get_args
+
+        return int(get_args().curr_iteration) + 1
+
+    timeout = run.timeout_minutes * 60
+    return Watch(rank=rank, world_size=world_size, timeout=timeout, end=end, step=step, store=default_store)
 
 
 def _activate(device: Device, verbose: bool) -> None:
@@ -103,12 +148,13 @@ def _activate(device: Device, verbose: bool) -> None:
         upstream.activate()
 
 
-def _pretrain(run: Run, world_size: int, device: Device) -> None:
+def _pretrain(run: Run, world_size: int, device: Device, stop: StopRequest, watch: Watch) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    from mellum2_megatron import saving
     from mellum2_megatron.model.provider import model_provider
     from mellum2_megatron.training_metrics import TrainingMetrics
 
@@ -117,12 +163,13 @@ def _pretrain(run: Run, world_size: int, device: Device) -> None:
     sys.argv = [sys.argv[0], *words]  # Megatron has no other way in (megatron/training/arguments.py:parse_args)
     container = pretrain_cfg_container_from_args(parse_and_validate_args())
     metrics = TrainingMetrics(run)
+    saving.install(run.checkpoint, watch.paused)
     try:
         pretrain(
             container,
-            _dataset_provider(run, metrics),
+            _dataset_provider(run, metrics, stop),
             ModelType.encoder_or_decoder,
-            forward_step,
+            watch.beating(forward_step),
             # Not through the container: in 0.19.2 that path never lays parameters out for layer-wise Muon
             # (megatron/training/training.py:2040-2061), which then runs without sharding its state.
             model_provider=metrics.watching(model_provider(run.architecture, backend, run.optimizer)),
@@ -131,7 +178,7 @@ def _pretrain(run: Run, world_size: int, device: Device) -> None:
         metrics.close()
 
 
-def _dataset_provider(run: Run, metrics: Any) -> Any:
+def _dataset_provider(run: Run, metrics: Any, stop: StopRequest) -> Any:
     """Return Megatron's dataset provider; it is also the first of our functions to run after a checkpoint is loaded."""
 
     def provide(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
@@ -140,6 +187,7 @@ def _dataset_provider(run: Run, metrics: Any) -> Any:
         from mellum2_megatron.data.fixed_validation import FixedValidation
 
         metrics.start()
+        stop.attach()
         per_validation = run.logging.eval_iterations * run.eval_batch_size
         cache = None if run.data.cache is None else Path(run.data.cache)
         counts = (samples[0] - run.data.first_sample, per_validation, 0)
@@ -227,13 +275,21 @@ def sum_loss(
         loss_mask: `[b, s]`, 1 where the token counts; None on a stage that has no loss, where this is never called.
         output: per-token loss `[b, s]`, nats.
 
+    Raises:
+        RuntimeError: the sum is not finite (`failures.explained` puts it in words).
+
     Returns:
         The sum, the number of tokens, and for the log `{"lm loss": [sum, number]}`; Megatron divides.
     """
     import torch
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
 
     assert loss_mask is not None
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1))
+    # As Megatron-LM's pretrain_gpt.py; gradients are checked by its DistributedDataParallel.
+    get_rerun_state_machine().validate_result(
+        result=loss.detach(), rejection_func=lambda value: not value.isfinite(), message="loss of a micro-batch"
+    )
     tokens = loss_mask.sum().to(torch.int)
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 

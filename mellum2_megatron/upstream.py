@@ -22,6 +22,7 @@ from typing import Any
 from mellum2_megatron import patching
 from mellum2_megatron.errors import InputError, WorkError
 from mellum2_megatron.patching import Patch
+from mellum2_megatron.resharding import ask_without_groups, load_into_groups
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,20 @@ def _refuse_batch_ramp(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(args, *rest, **kwargs)
 
     return validate_args
+
+
+def _without_missing_fusion(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+        from megatron.core.tensor_parallel import layers
+
+        if config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available:
+            # For this module alone: Transformer Engine's layers bring the fusion themselves and keep it.
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = False
+        original(self, *args, config=config, **kwargs)
+
+    return __init__
 
 
 def _roll_within_documents(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,6 +226,26 @@ PATCHES: tuple[Patch, ...] = (
         why="core/optimizer/layer_wise_optimizer.py:552 lets every rank own all matrices when data parallelism is 1, but "
         "with tp > etp tensor-parallel ranks hold the same experts, of whose gradients DDP gives each its part only: "
         "wrong gradient norm and momentum, and a checkpoint that two ranks write",
+    ),
+    Patch(
+        name="muon-groups-asked",
+        target="megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.sharded_state_dict",
+        replacement=ask_without_groups,
+        why="core/dist_checkpointing/dict_utils.py:227 merges parameter groups by position, and layer-wise Muon has one "
+        "more with expert parallelism: a checkpoint of ep=1 cannot be resumed on ep>1, nor the other way round",
+    ),
+    Patch(
+        name="muon-groups-loaded",
+        target="megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.load_state_dict",
+        replacement=load_into_groups,
+        why="the other half of muon-groups-asked: core/optimizer/optimizer.py:637 wants as many groups as the run has",
+    ),
+    Patch(
+        name="fusion-without-apex",
+        target="megatron.core.tensor_parallel.layers:ColumnParallelLinear.__init__",
+        replacement=_without_missing_fusion,
+        why="core/tensor_parallel/layers.py:1070 ends the run in the output layer where NVIDIA apex is not installed, unless "
+        "--no-gradient-accumulation-fusion takes the fusion from Transformer Engine's layers too",
     ),
     Patch(
         name="packed-mtp",

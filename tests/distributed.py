@@ -35,9 +35,10 @@ def run_distributed(
     *args: Any,
     timeout: float = 120.0,
     environment: dict[str, str] | None = None,
+    backend: str = "gloo",
     **kwargs: Any,
 ) -> list[Any]:
-    """Call ``function`` in ``nproc`` processes of one gloo world and return their results, by rank.
+    """Call ``function`` in ``nproc`` processes of one world and return their results, by rank.
 
     Args:
         function: ``module:name``, importable from the repository root. Called as ``function(*args, **kwargs)``, after
@@ -45,22 +46,32 @@ def run_distributed(
         nproc: number of processes.
         timeout: seconds after which all processes are killed.
         environment: variables for the children, on top of their own.
+        backend: ``gloo``, or ``nccl`` for fresh processes with a GPU each, without the CPU backend.
 
     Raises:
         DistributedError: a child raised, died, or was still running after ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="mellum2-world-") as folder:
-        world = start_distributed(function, nproc, *args, folder=Path(folder), environment=environment, **kwargs)
+        world = start_distributed(
+            function, nproc, *args, folder=Path(folder), environment=environment, backend=backend, **kwargs
+        )
         return world.results(timeout=timeout)
 
 
 def start_distributed(
-    function: str, nproc: int, *args: Any, folder: Path, environment: dict[str, str] | None = None, **kwargs: Any
+    function: str,
+    nproc: int,
+    *args: Any,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    backend: str = "gloo",
+    **kwargs: Any,
 ) -> World:
     """Start what `run_distributed` runs and return at once, for tests that kill or signal ranks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__name__}_preload"])
-    job = (function, args, kwargs, nproc, str(folder), environment or {})
+    context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+    if backend == "gloo":
+        context.set_forkserver_preload([f"{__name__}_preload"])
+    job = (function, args, kwargs, nproc, str(folder), environment or {}, backend)
     processes = [context.Process(target=_child, args=(rank, *job)) for rank in range(nproc)]
     for process in processes:
         process.start()
@@ -117,7 +128,14 @@ class World:
 
 
 def _child(
-    rank: int, function: str, args: Any, kwargs: Any, nproc: int, folder: str, environment: dict[str, str]
+    rank: int,
+    function: str,
+    args: Any,
+    kwargs: Any,
+    nproc: int,
+    folder: str,
+    environment: dict[str, str],
+    backend: str,
 ) -> None:
     """Body of each process: redirect output, join the world, call the function, leave its result."""
     output = os.open(os.path.join(folder, f"output.{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -132,7 +150,9 @@ def _child(
         import torch
 
         store = torch.distributed.FileStore(os.path.join(folder, "store"), nproc)
-        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=nproc)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=nproc)
         module, _, name = function.partition(":")
         target: Callable[..., Any] = getattr(importlib.import_module(module), name)
         result = target(*args, **kwargs)

@@ -26,6 +26,7 @@ from mellum2_megatron.failures import (
     report_failure,
     root_cause,
 )
+from mellum2_megatron.stopping import STOPPED
 
 
 def save(root: Path, iteration: int, *, complete: bool = True, tracked: bool = True) -> None:
@@ -262,8 +263,12 @@ def test_one_message_for_all_ranks(case: str, run_file: Path, capfd: pytest.Capt
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_ranks(number: signal.Signals, run_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 128 + signal.SIGINT), (signal.SIGTERM, STOPPED), (signal.SIGUSR1, STOPPED)]
+)
+def test_a_signal_ends_ranks_that_do_not_listen_yet(
+    number: signal.Signals, code: int, run_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_rank(run_file, "open(f'{sys.argv[0]}.{rank}', 'w').write(str(os.getpid())); time.sleep(60)")
     files = [run_file.parent / f"rank.py.{rank}" for rank in range(2)]
     fragment = run_file.parent / "iter_0000004"
@@ -274,9 +279,9 @@ def test_an_interrupt_ends_the_ranks(number: signal.Signals, run_file: Path, cap
         fragment.mkdir()
         os.kill(os.getpid(), number)
 
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     threading.Thread(target=interrupt, daemon=True).start()
-    assert run_local(run_file, nproc=2, device="cpu") == 128 + number
+    assert run_local(run_file, nproc=2, device="cpu") == code
     for file in files:
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)

@@ -200,6 +200,15 @@ def test_the_12b_is_accepted_as_the_report_trains_it(monkeypatch: pytest.MonkeyP
     assert {name: getattr(args, name) for name in facts} == facts
 
 
+@pytest.mark.parametrize(("first", "last", "given"), [(0, 0, False), (2, 0, True), (0, 1, True), (3, 2, True)])
+def test_layers_stay_in_bf16(first: int, last: int, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = [f"precision.bf16_first_layers={first}", f"precision.bf16_last_layers={last}"]
+    args = validated(apply_overrides(recipe(BIG), changes), monkeypatch, world_size=256, device="cuda")
+    assert args.first_last_layers_bf16 == given
+    if given:
+        assert (args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16) == (first, last)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -295,11 +304,21 @@ def test_checkpoint_folders(monkeypatch: pytest.MonkeyPatch) -> None:
         "checkpoint.output=/o",
         "checkpoint.load=/l",
         "checkpoint.save_interval=7",
-        "checkpoint.retain_interval=14",
     ]
     _, args = on_cpu(changes, monkeypatch)
     assert (args.save, args.load, args.pretrained_checkpoint) == ("/o", "/o", "/l")
-    assert (args.save_interval, args.save_retain_interval) == (7, 14)
+    assert args.save_interval == 7
+    assert args.save_retain_interval is None, "saving.remove_old does it"
+    assert args.dist_ckpt_optim_fully_reshardable
+    _, args = on_cpu(["checkpoint.any_layout=false"], monkeypatch)
+    assert not args.dist_ckpt_optim_fully_reshardable
+
+
+def test_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, args = on_cpu(["timeout_minutes=2.5"], monkeypatch)
+    assert args.distributed_timeout_minutes == 4, "after our own watch"
+    assert args.rerun_mode == "disabled"
+    assert args.check_for_nan_in_loss_and_grad
 
 
 def test_data_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,14 @@ from mellum2_megatron.run import Device, from_yaml, keys, to_yaml
 
 HARDWARE: dict[str, tuple[int, Device]] = {
     "mellum2_tiny_pretrain": (2, "cpu"),
-    "mellum2_12b_pretrain_phase1": (256, "cuda"),
+    **{
+        f"mellum2_12b_pretrain_phase{number}{ending}": (gpus, "cuda")
+        for number in (1, 2, 3)
+        for ending, gpus in {"": 256, "_256gpu_h200_fp8": 256, "_128gpu_h200_fp8": 128, "_8gpu_h200_fp8": 8}.items()
+    },
+    "mellum2_12b_long_context": (128, "cuda"),
+    "mellum2_12b_long_context_128gpu_h200_fp8": (128, "cuda"),
+    "mellum2_4layer_pretrain_1gpu_h200_fp8": (1, "cuda"),
 }
 
 
@@ -27,8 +34,10 @@ def test_a_recipe_is_complete_and_breaks_no_rule(name: str) -> None:
     assert run.name == name
     assert from_yaml(to_yaml(run)) == run
     assert check(run, *HARDWARE[name], machine=False) == []
-    world_size = HARDWARE[name][0]
+    world_size, device = HARDWARE[name]
     assert world_size % run.layout.smallest_world_size == 0
+    if device == "cuda":
+        assert run.layout.world_size == world_size
     unsourced = [key for key in keys() if key not in ("name", "description") and not run.source(key)]
     assert unsourced == []
 

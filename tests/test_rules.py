@@ -97,6 +97,15 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
     ),
     (TINY, "cpu", 2, ["backend=te"], "cpu-has-it", "backend=te", ["backend=auto"]),
     (TINY, "cpu", 2, ["layout.dispatcher=flex"], "cpu-has-it", "flex", ["layout.dispatcher=alltoall"]),
+    (
+        TINY,
+        "cpu",
+        2,
+        ["checkpoint.async_save=true"],
+        "async-save-on-gpu",
+        "checkpoint.async_save=true",
+        ["checkpoint.async_save=false"],
+    ),
 ]
 
 
@@ -119,7 +128,7 @@ def test_a_rule_fires_and_its_fix_works(
 def test_every_rule_has_a_case_here() -> None:
     machine = {rule.name for rule in RULES if rule.machine}
     assert {case[4] for case in CASES} == {rule.name for rule in RULES} - machine
-    assert machine == {"packages-present", "data-present", "resume-fits"}
+    assert machine == {"packages-present", "data-present", "resume-fits", "resume-keeps-optimizer"}
     assert len({rule.name for rule in RULES}) == len(RULES)
     for rule in RULES:
         assert rule.statement.endswith(".")
@@ -167,13 +176,18 @@ def test_packages_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
-    [("layout.ep=1", "layout.ep=1"), ("optimizer.name=adam", "optimizer.name=adam"), ("layout.ep=4", None)],
+    ("optimizer", "change", "named"),
+    [
+        ("adam", "layout.ep=1", "layout.ep=1"),
+        ("muon", "optimizer.name=adam", "optimizer.name=adam"),
+        ("muon", "layout.ep=4", None),
+        ("muon", "layout.ep=1", None),
+    ],
 )
 def test_optimizer_state_must_be_readable_on_resume(
-    change: str, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, change: str, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = apply_overrides(recipe(TINY), ["schedule.micro_batch_size=2"])
+    before = apply_overrides(recipe(TINY), ["schedule.micro_batch_size=2", f"optimizer.name={optimizer}"])
     before = with_data(
         dataclasses.replace(before, checkpoint=dataclasses.replace(before.checkpoint, output=str(tmp_path))),
         monkeypatch,

@@ -89,7 +89,17 @@ def odd_run() -> Run:
             wandb_entity="e",
             wandb_name="n",
         ),
-        checkpoint=Checkpoint(output="/o", save_interval=5, retain_interval=10, load="/l", continue_from="/c"),
+        checkpoint=Checkpoint(
+            output="/o",
+            save_interval=5,
+            retain_interval=10,
+            load="/l",
+            continue_from="/c",
+            keep_last=2,
+            verify="size",
+            async_save=True,
+            any_layout=False,
+        ),
         seed=99,
         backend="te",
         sources={"optimizer": "report §3", "schedule.batch_schedule": "a: b # c"},
@@ -229,7 +239,12 @@ def test_derived_values() -> None:
         (lambda: Optimizer(muon_ns_steps=0), "optimizer.muon_ns_steps=0"),
         (lambda: Optimizer(overlap_grad_reduce=False), "optimizer.overlap_param_gather=true"),
         (lambda: Loss(mtp_factor=-0.1), "loss.mtp_factor=-0.1"),
+        (lambda: Optimizer(muon_split_gate_up=True, muon_split_qkv=False), "optimizer.muon_split_gate_up=true"),
         (lambda: Precision(fp8_param_gather=True), "precision.fp8_param_gather=true"),
+        (lambda: Precision(bf16_first_layers=1), "precision.bf16_first_layers=1 with precision.compute=bf16"),
+        (lambda: Precision(compute="fp8", bf16_last_layers=-1), "precision.bf16_last_layers=-1"),
+        (lambda: Precision(compute="fp8", fp8_recipe="delayed", bf16_last_layers=1), "precision.fp8_recipe=delayed"),
+        (lambda: Data(path="x", sequence_length=8, first_sample=-1), "data.first_sample=-1"),
         (lambda: Data(path="x", sequence_length=0), "data.sequence_length=0"),
         (lambda: Data(path="x", sequence_length=8, train=((0.0, "a"),)), "data.train"),
         (lambda: Logging(eval_interval=0), "logging.eval_interval=0"),
@@ -251,9 +266,10 @@ def test_nan_is_refused() -> None:
 def test_planning_a_run_imports_neither_torch_nor_megatron() -> None:
     program = (
         "import sys\n"
-        "from mellum2_megatron import megatron_args, overrides, recipes, rules\n"
+        "from mellum2_megatron import megatron_args, optimizer_report, overrides, recipes, rules\n"
         "run = overrides.apply_overrides(recipes.recipe('mellum2_12b_pretrain_phase1'), ['layout.ep=4'])\n"
         "rules.check(run, 256, 'cuda', machine=False)\n"
+        "optimizer_report.optimizer_report(run, world_size=256, backend='te')\n"
         "megatron_args.megatron_arguments(run, world_size=256, device='cuda')\n"
         "print(sorted({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )

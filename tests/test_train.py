@@ -135,8 +135,16 @@ def test_resume_is_bitwise(trained: Path, data: PreparedData, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("layout", "nproc"),
-    [(["layout.ep=1"], 1), (["layout.ep=1"], 2), (["layout.ep=1", "layout.pp=2"], 2)],
-    ids=["one process", "dp 2", "pp 2"],
+    [
+        (["layout.ep=1"], 1),
+        (["layout.ep=1"], 2),
+        (["layout.ep=1", "layout.pp=2"], 2),
+        (["layout.ep=1", "layout.pp=2", "layout.vpp=2"], 2),
+        (["layout.ep=1", "layout.tp=2", "layout.sp=true"], 2),
+        (["layout.ep=1", "layout.etp=2"], 2),
+        (["layout.ep=1", "layout.cp=2"], 2),
+    ],
+    ids=["one process", "dp 2", "pp 2", "vpp 2", "tp 2", "etp 2", "cp 2"],
 )
 def test_layouts_see_the_same_model(trained: Path, data: PreparedData, tmp_path: Path, layout: list[str], nproc: int):
     """From the same weights every layout computes the same losses: exactly routed, apart in BF16 rounding only."""

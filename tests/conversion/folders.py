@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MellumConfig, MellumForCausalLM
 from transformers.modeling_layers import MtpModel
+
+from conversion.torch_dist import Chunk, TorchDistWriter
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -150,3 +153,9 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], files: int = 1)
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the folder's files."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def write_torch_dist(folder: Path, groups: Sequence[Sequence[Chunk]]) -> None:
+    """A ``torch_dist`` checkpoint of ``groups``, without anything of Megatron's in its common state."""
+    writer = TorchDistWriter(folder, groups, common={})
+    writer.finish([writer.write_group(number) for number in range(len(groups))])

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from conversion.convert import export_hf, import_hf, roundtrip
 from conversion.safe_metadata import read_metadata
-from conversion.torch_dist import Chunk, TorchDistReader, TorchDistWriter
+from conversion.torch_dist import Chunk, TorchDistReader
 from mellum2_megatron.checkpoint_folder import iteration_folders, iteration_number, resolve, write_tracker
 from mellum2_megatron.errors import InputError
-from tests.conversion.folders import load_tensors, save_tensors, write_folder
+from tests.conversion.folders import load_tensors, save_tensors, write_folder, write_torch_dist
 
 Tensors = dict[str, torch.Tensor]
 
@@ -354,7 +354,7 @@ def one_tensor_checkpoint(folder: Path, key: str, global_shape: tuple[int, ...] 
         dtype=torch.float32,
         produce=lambda: torch.ones(3),
     )
-    TorchDistWriter(folder).write([[chunk]], common={})
+    write_torch_dist(folder, [[chunk]])
     return folder
 
 

@@ -16,12 +16,21 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from conversion import convert, hf_writer
+from conversion import exporting, hf_writer
 from conversion.convert import export_hf, import_hf, roundtrip
-from conversion.torch_dist import Chunk, TorchDistReader, TorchDistWriter
+from conversion.job import Checks
+from conversion.torch_dist import Chunk, TorchDistReader
 from mellum2_megatron.checkpoint_folder import resolve, write_architecture, write_tracker
 from mellum2_megatron.errors import InputError, WorkError
-from tests.conversion.folders import VARIANTS, load_tensors, models, save_tensors, unfused, write_folder
+from tests.conversion.folders import (
+    VARIANTS,
+    load_tensors,
+    models,
+    save_tensors,
+    unfused,
+    write_folder,
+    write_torch_dist,
+)
 
 
 @pytest.mark.parametrize("files", [1, 3])
@@ -45,8 +54,15 @@ def test_values_that_are_not_numbers_survive_too(dtype: torch.dtype, tmp_path: P
     tensors = load_tensors(source)
     tensors["lm_head.weight"][0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40]).to(dtype)
     save_tensors(source, tensors)
-    import_hf(source, tmp_path / "megatron")
-    export_hf(tmp_path / "megatron", tmp_path / "out")
+    for target in ("megatron", "out"):
+        with pytest.raises(InputError, match=r"lm_head\.weight' has 2 of 2304 values NaN or infinite"):
+            import_hf(source, tmp_path / target)
+    as_it_is = Checks(allow_nonfinite=True)
+    import_hf(source, tmp_path / "megatron", checks=as_it_is)
+    with pytest.raises(InputError, match=r"output_layer\.weight' has 2 of 2304 values NaN or infinite"):
+        export_hf(tmp_path / "megatron", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+    export_hf(tmp_path / "megatron", tmp_path / "out", checks=as_it_is)
     after = load_tensors(tmp_path / "out")
     for name, tensor in tensors.items():
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
@@ -95,8 +111,7 @@ def test_read_cuts_any_box_out_of_any_chunks(tmp_path: Path) -> None:
             key="w", global_shape=(5, 6, 4), offset=offset, extent=extent, dtype=torch.float32, produce=lambda: part
         )
 
-    writer = TorchDistWriter(tmp_path)
-    writer.write([[chunk(*box) for box in boxes[:3]], [chunk(*boxes[3])]], common={})
+    write_torch_dist(tmp_path, [[chunk(*box) for box in boxes[:3]], [chunk(*boxes[3])]])
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("w", (0, 0, 0), (5, 6, 4)), whole)
     assert torch.equal(reader.read("w", (1, 0, 1), (2, 4, 2)), whole[1:3, 0:4, 1:3])
@@ -107,7 +122,7 @@ def test_large_models_are_cut_into_files_with_an_index(
     hf_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = hf_writer.plan_shards
-    monkeypatch.setattr(convert, "plan_shards", lambda entries, dtype: plan(entries, dtype, max_bytes=9000))
+    monkeypatch.setattr(exporting, "plan_shards", lambda entries, dtype: plan(entries, dtype, max_bytes=9000))
     export_hf(checkpoint, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -181,7 +196,7 @@ def test_padded_vocabulary_is_cut_off(checkpoint: Path, hf_folder: Path, tmp_pat
 
     target = tmp_path / "padded" / "iter_0000007"
     target.mkdir(parents=True)
-    TorchDistWriter(target).write([[chunk(key) for key in source.tensors]], common={})
+    write_torch_dist(target, [[chunk(key) for key in source.tensors]])
     write_tracker(tmp_path / "padded", 7)
     write_architecture(tmp_path / "padded", resolve(checkpoint).architecture)
     export_hf(tmp_path / "padded", tmp_path / "out")
@@ -241,31 +256,6 @@ def test_overwrite_replaces_conversions_only(hf_copy: Path, checkpoint_copy: Pat
     assert (hf_copy / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_interrupted_conversion_leaves_nothing(
-    error: BaseException, checkpoint: Path, hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export_hf(checkpoint, tmp_path / "out")
-    import_hf(hf_folder, tmp_path / "megatron")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    calls = 0
-    original = convert.WeightRecord.of
-
-    def fail_at_the_fiftieth(name: str, tensor: torch.Tensor) -> convert.WeightRecord:
-        nonlocal calls
-        calls += 1
-        if calls % 20 == 0:
-            raise error
-        return original(name, tensor)
-
-    monkeypatch.setattr(convert.WeightRecord, "of", fail_at_the_fiftieth)
-    expected = WorkError if isinstance(error, OSError) else KeyboardInterrupt
-    for target, convert_one in (("out", export_hf), ("new", export_hf), ("megatron", import_hf), ("new", import_hf)):
-        with pytest.raises(expected):
-            convert_one(checkpoint if convert_one is export_hf else hf_folder, tmp_path / target, overwrite=True)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
 @pytest.mark.parametrize("limit", [3000, 9000, 150_000])
 def test_a_disk_that_fills_up_is_reported_plainly(limit: int, tmp_path: Path) -> None:
     """A file-size limit fails the write itself, wherever it comes: metadata, mid-archive, mid-tensor."""
@@ -275,10 +265,15 @@ def test_a_disk_that_fills_up_is_reported_plainly(limit: int, tmp_path: Path) ->
     for convert_one, origin in ((import_hf, source), (export_hf, tmp_path / "megatron")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(WorkError, match="disk filled up"):
+            with pytest.raises(WorkError, match="disk filled up") as caught:
                 convert_one(origin, tmp_path / "out")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not (tmp_path / "out").exists()
+        kept = (tmp_path / ".out.partial").exists()
+        assert kept == ("the same command continues it" in str(caught.value))
+        convert_one(origin, tmp_path / "out")  # now there is room
+        shutil.rmtree(tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 

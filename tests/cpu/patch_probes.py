@@ -231,6 +231,22 @@ def _batch_ramp() -> None:
     assert outcome.startswith("--rampup-batch-size 2 2 100"), outcome
 
 
+@probe("fusion-without-apex")
+def _fusion_without_apex() -> None:
+    """The output layer beside Transformer Engine's: built, and its gradient accumulates the ordinary way."""
+    import torch
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    _one_rank()
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True)
+    config.gradient_accumulation_fusion = True
+    layer = ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.ones_, bias=False)
+    layer(torch.ones(3, 1, 8))[0].sum().backward()
+    assert torch.equal(layer.weight.grad, torch.full((16, 8), 3.0))
+    assert config.gradient_accumulation_fusion
+
+
 @probe("muon-experts")
 def _muon_experts() -> None:
     """Two tensor-parallel ranks that hold the same experts, and no data parallelism."""

@@ -12,7 +12,7 @@ import itertools
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,8 +57,7 @@ class Case:
         per_token: Megatron's `calculate_per_token_loss`: one mean over all tokens, not a mean of micro-batch means.
         documents: real lengths of the documents that each sequence is packed from, each padded to a multiple of 8;
             empty: one document, not packed.
-        mask: positions that do not count in the loss. The default takes as many from every rank's share at cp 2 and 4,
-            before and after MTP's shift, so that means of ranks' means are means of all.
+        mask: positions that do not count in the loss.
     """
 
     tp: int = 1
@@ -71,9 +70,8 @@ class Case:
     balance: tuple[str, float] = ("global_aux_loss", 0.5)
     per_token: bool = False
     documents: tuple[int, ...] = ()
-    mask: tuple[int, ...] = (0, 5, 9, 13)
+    mask: tuple[int, ...] = ()
     dispatcher: str = "alltoall"
-    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,7 +231,6 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
         moe_aux_loss_coeff=coefficient,
         moe_z_loss_coeff=0.1,
         mtp_loss_scaling_factor=0.3,
-        **case.config,
     )
     provide = model_provider(ARCHITECTURE, "torch")
     chunks = []

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -80,9 +81,12 @@ def test_core_attention_refuses_what_it_does_not_do():
     with pytest.raises(NotImplementedError, match="only causal"):
         TorchCoreAttention(config, 1, AttnMaskType.padding, "self")
     attention = TorchCoreAttention(config, 1, AttnMaskType.causal, "self")
-    tensor = torch.zeros(4, 1, 2, 8)
-    with pytest.raises(NotImplementedError, match="packed documents"):
-        attention(tensor, tensor, tensor, None, packed_seq_params=object())
+    tensor, boundaries = torch.zeros(4, 1, 2, 8), torch.tensor([0, 4])
+    with pytest.raises(NotImplementedError, match="attention bias"):
+        attention(tensor, tensor, tensor, None, attention_bias=torch.zeros(4, 4))
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+    with pytest.raises(NotImplementedError, match="without attention mask"):
+        attention(tensor[:, 0], tensor[:, 0], tensor[:, 0], torch.zeros(1, 1, 4, 4).bool(), packed_seq_params=packed)
 
 
 def test_norm_is_plain_rmsnorm_and_tagged_for_sequence_parallelism():

@@ -1,0 +1,36 @@
+"""A small release and what it is made of, for the release tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mellum2_megatron.data.tokenizer import train_tokenizer
+from tests.conversion.folders import write_folder
+from tests.data.conftest import python_like
+
+VOCABULARY = 320
+
+TEMPLATE = """\
+{%- if tools %}{{ '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.reasoning_content %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif -%}
+{{- message.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    """A random Hugging Face folder with a tokenizer whose ids are those of its config."""
+    write_folder(folder, {"vocab_size": VOCABULARY, **changes})
+    train_tokenizer(map(python_like, range(20)), folder, vocab_size=VOCABULARY)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))

@@ -1,0 +1,180 @@
+"""Manifests, finite values, plans, layouts and progress."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from conversion.convert import export_hf, import_hf, plan_export, plan_import
+from conversion.job import Checks
+from conversion.progress import LineProgress
+from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.layout import Layout
+from tests.conversion.folders import load_tensors, save_tensors, write_folder
+
+# -- manifests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(checkpoint: Path, tmp_path: Path) -> Path:
+    export_hf(checkpoint, tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def flip(path: Path, position: int) -> None:
+    """Change the lowest mantissa bit of one value: a number still, and no size tells."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_bit_in_a_safetensors_file(exported: Path, tmp_path: Path) -> None:
+    import_hf(exported, tmp_path / "fine")
+    path = exported / "model.safetensors"
+    header = json.loads((content := path.read_bytes())[8 : 8 + (size := int.from_bytes(content[:8], "little"))])
+    flip(path, 8 + size + header["model.layers.1.mlp.experts.2.up_proj.weight"]["data_offsets"][0])
+    with pytest.raises(InputError, match=r"'model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight' has SHA-256"):
+        import_hf(exported, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "fine"]
+    import_hf(exported, tmp_path / "out", checks=Checks(hashes=False))
+
+
+def test_one_bit_in_a_megatron_checkpoint(checkpoint_copy: Path, tmp_path: Path) -> None:
+    path = checkpoint_copy / "release" / "__2_0.distcp"
+    rows = load_checkpoint_row(checkpoint_copy)
+    flip(path, path.read_bytes().index(rows))
+    with pytest.raises(InputError, match=r"'decoder\.layers\.mlp\.router\.weight\[1\]' has SHA-256"):
+        export_hf(checkpoint_copy, tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    export_hf(checkpoint_copy, tmp_path / "out", checks=Checks(hashes=False))
+
+
+def load_checkpoint_row(checkpoint: Path) -> bytes:
+    from conversion.torch_dist import TorchDistReader
+
+    router = TorchDistReader(checkpoint / "release").read("decoder.layers.mlp.router.weight", (1, 0, 0), (1, 3, 24))
+    return router.view(torch.uint8).numpy().tobytes()
+
+
+def test_a_manifest_of_other_weights(exported: Path, tmp_path: Path) -> None:
+    path = exported / "weights_manifest.json"
+    records = json.loads(path.read_text())["weights"]
+    first = records[0]
+
+    def refused(changed: object, message: str) -> None:
+        path.write_text(json.dumps({"weights": changed}))
+        with pytest.raises(InputError, match=message):
+            plan_import(exported, tmp_path / "out")  # before anything is read
+
+    refused(records[1:], re.escape(f"does not list {first['name']}"))
+    refused([*records, first | {"name": "extra"}], "lists extra")
+    refused([first | {"shape": [1, 2]}, *records[1:]], r"lists bfloat16 \[1, 2\]")
+    refused([first | {"dtype": "float32"}, *records[1:]], "lists float32")
+    refused([{"name": "x"}], "must list name, shape")
+    refused("text", "must list name, shape")
+    path.unlink()
+    assert not plan_import(exported, tmp_path / "out").hashes
+
+
+# -- finite values ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1001, -1])
+def test_aminmax_sees_every_value_that_is_not_finite(dtype: torch.dtype, value: float, place: int) -> None:
+    """What the check relies on: NaN propagates wherever it is (vector width, tail)."""
+    for size in (1, 7, 4099):
+        tensor = torch.randn(size).to(dtype)
+        assert torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+        tensor[place % size] = value
+        assert not torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+
+
+def test_overflow_in_a_narrower_dtype(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf")
+    tensors = load_tensors(source)
+    tensors["model.norm.weight"][3] = 1e5
+    save_tensors(source, tensors)
+    with pytest.raises(InputError, match=r"model\.norm\.weight' has 1 of 24 .* overflow float16.*bfloat16 or float32"):
+        import_hf(source, tmp_path / "out", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    import_hf(source, tmp_path / "out", dtype="float32")
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_plans_say_what_happens_and_touch_nothing(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    plan = plan_import(hf_folder, tmp_path / "deep" / "megatron", dtype="float32", workers=2)
+    exporting = plan_export(checkpoint, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+    tensors = load_tensors(hf_folder)
+    assert (plan.tensors, plan.nbytes, plan.dtype) == (
+        len(tensors),
+        sum(t.nbytes for t in tensors.values()) * 2,
+        "float32",
+    )
+    assert exporting.nbytes * 2 == plan.nbytes
+    assert exporting.files == (("model.safetensors", exporting.nbytes),)
+    assert exporting.hashes
+    assert sum(size for _, size in plan.files) == plan.nbytes
+    assert "nothing was written" in str(plan)
+    import_hf(hf_folder, tmp_path / "deep" / "megatron", dtype="float32")
+    written = {f"release/{path.name}" for path in (tmp_path / "deep" / "megatron" / "release").glob("*.distcp")}
+    assert written == {name for name, _ in plan.files}
+    with pytest.raises(InputError, match="not empty"):
+        plan_import(hf_folder, tmp_path / "deep" / "megatron")
+    assert plan_import(hf_folder, tmp_path / "deep" / "megatron", overwrite=True).replaces
+
+
+def test_peak_memory_counts_the_largest_tensors(hf_folder: Path, tmp_path: Path) -> None:
+    """By the table, not by the model: the embedding and the head once each, whatever the number of layers."""
+    with safe_open(hf_folder / "model.safetensors", framework="pt") as opened:
+        embedding = opened.get_tensor("model.embed_tokens.weight").nbytes
+    one, two = (plan_import(hf_folder, tmp_path / "out", workers=workers).peak_memory for workers in (1, 2))
+    assert two - one == embedding
+
+
+# -- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_layout_the_model_cannot_have(hf_folder: Path, tmp_path: Path) -> None:
+    import_hf(hf_folder, tmp_path / "out", layout=Layout(tp=2, sp=True, ep=3, pp=3))
+    for layout, message in (
+        (Layout(ep=2), r"ep=2: must divide num_experts \(3\)"),
+        (Layout(pp=2), r"pp=2: must divide num_hidden_layers \(3\)"),
+        (Layout(tp=4, sp=True), r"num_key_value_heads \(2\)"),
+        (Layout(etp=5), r"moe_intermediate_size \(12\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            import_hf(hf_folder, tmp_path / "never", layout=layout)
+    assert not (tmp_path / "never").exists()
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    progress = LineProgress("import", 24_000_000_000, done=4_000_000_000, clock=lambda: now)
+    for now in (10.0, 29.0, 40.0, 45.0):  # noqa: B007  (the clock reads it)
+        progress(1_000_000_000)
+    assert capsys.readouterr().err == "import: 7.00 GB of 24.00 GB, 75 MB/s, 227 s left\n"
+
+
+def test_disk_errors_name_the_continuation(hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("conversion.importing.write_manifest", broken)
+    with pytest.raises(WorkError, match=r"Input/output error.*\.out\.partial and the same command continues it"):
+        import_hf(hf_folder, tmp_path / "out")
+    monkeypatch.undo()
+    import_hf(hf_folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

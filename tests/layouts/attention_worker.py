@@ -1,0 +1,99 @@
+"""What a rank does in the attention tests: its share of one attention, forward and backward, for every problem."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+HEADS, GROUPS, DIMENSION = 4, 2, 4
+SCALE = 0.7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One attention to compute.
+
+    Attributes:
+        window: keys a query sees, itself included; None for all.
+        rooms: places of each document in the stream, padding included.
+        lengths: real tokens of each document; None for a batch of two sequences that is not packed.
+        block: queries in one call of the kernel.
+    """
+
+    window: int | None
+    rooms: tuple[int, ...]
+    lengths: tuple[int, ...] | None
+    block: int = 2048
+
+    @property
+    def batch(self) -> int:
+        return 2 if self.lengths is None else 1
+
+
+def inputs(problem: Problem) -> tuple[torch.Tensor, ...]:
+    """Return query, key, value and the output's gradient of the whole stream, `[s, b, heads, d]`, float64."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (sum(problem.rooms), problem.batch)
+    sizes = (HEADS, GROUPS, GROUPS, HEADS)
+    return tuple(torch.randn(*shape, n, DIMENSION, dtype=torch.float64, generator=generator) for n in sizes)
+
+
+def held(problem: Problem, cp: int, rank: int) -> list[int]:
+    """Return the places of the stream that a rank holds, in its order: its two chunks of every document."""
+    places = []
+    for start, room in zip(itertools.accumulate(problem.rooms, initial=0), problem.rooms, strict=False):
+        chunk = room // (2 * cp)
+        for number in sorted({rank, 2 * cp - 1 - rank}):
+            places += range(start + number * chunk, start + (number + 1) * chunk)
+    return places
+
+
+def attend(problems: list[Problem]) -> list[tuple[torch.Tensor, ...]]:
+    """Return output and gradients of query, key and value of this rank's tokens, for each problem."""
+    from megatron.core import parallel_state as mpu
+
+    cp = torch.distributed.get_world_size()
+    mpu.initialize_model_parallel(context_parallel_size=cp)
+    return [_attend(problem, cp, mpu.get_context_parallel_rank()) for problem in problems]
+
+
+def _attend(problem: Problem, cp: int, rank: int) -> tuple[torch.Tensor, ...]:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from mellum2_megatron.model import core_attention
+    from mellum2_megatron.model.config import transformer_config
+    from tests.layouts.worker import ARCHITECTURE
+
+    core_attention.BLOCK = problem.block
+    config = transformer_config(ARCHITECTURE, context_parallel_size=cp)
+    config.window_size = None if problem.window is None else (problem.window - 1, 0)
+    attention = core_attention.TorchCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=SCALE)
+    places = held(problem, cp, rank)
+    query, key, value, weight = (tensor[places] for tensor in inputs(problem))
+    packed = None if problem.lengths is None else packed_documents(problem)
+    if packed is not None:
+        query, key, value, weight = (tensor.squeeze(1) for tensor in (query, key, value, weight))
+    leaves = tuple(tensor.clone().requires_grad_() for tensor in (query, key, value))
+    output = attention(*leaves, None, packed_seq_params=packed)
+    gradients = torch.autograd.grad((output * weight.flatten(-2)).sum(), leaves)
+    return output.detach(), *gradients
+
+
+def packed_documents(problem: Problem) -> Any:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    assert problem.lengths is not None
+    real, padded = (
+        torch.tensor(list(itertools.accumulate(each, initial=0)), dtype=torch.int32)
+        for each in (problem.lengths, problem.rooms)
+    )
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=real,
+        cu_seqlens_kv=real,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+    )

@@ -1,0 +1,72 @@
+"""Packed documents are the documents: the whole model on a packed stream equals the model on each of them alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from mellum2_megatron import upstream
+from mellum2_megatron.model.provider import build_model
+from tests.layouts.worker import ARCHITECTURE
+
+pytestmark = pytest.mark.usefixtures("megatron_world")
+
+LENGTHS, ROOMS = (5, 17, 1, 8), (8, 20, 4, 8)
+"""Longer and shorter than the window of 7; padded and not."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    upstream.activate()
+    torch.manual_seed(0)
+    model = build_model(ARCHITECTURE, backend="torch", mtp_loss_scaling_factor=0.0).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:  # sharp enough for a wrong key to show
+            torch.nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
+    return model
+
+
+def heads(model: torch.nn.Module, tokens: torch.Tensor, packed: PackedSeqParams | None) -> list[torch.Tensor]:
+    """Return MTP and main logits `[s, v]` of one sequence, with their graph."""
+    found: list[torch.Tensor] = []
+    # The MTP head runs first; the cross entropy of a loss that nobody asked for overwrites its logits.
+    hook = model.output_layer.register_forward_hook(lambda _module, _inputs, out: found.append(out[0][:, 0].clone()))
+    model(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packed)
+    hook.remove()
+    return found
+
+
+def test_packing_changes_nothing(model):
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(1, ARCHITECTURE.vocab_size, (length,), generator=generator) for length in LENGTHS]
+    weights = [torch.randn(2, length, ARCHITECTURE.vocab_size, generator=generator) for length in LENGTHS]
+    real, padded = (torch.tensor([0, *itertools.accumulate(each)], dtype=torch.int32) for each in (LENGTHS, ROOMS))
+    stream = torch.full((sum(ROOMS),), 3)
+    for start, document in zip(padded, documents, strict=False):
+        stream[start : start + len(document)] = document
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=real,
+        cu_seqlens_kv=real,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=max(ROOMS),
+        max_seqlen_kv=max(ROOMS),
+    )
+    alone = [torch.stack(heads(model, document, None)) for document in documents]
+    whole = torch.stack(heads(model, stream, packed))
+    together = [whole[:, start : start + length] for start, length in zip(padded, LENGTHS, strict=False)]
+    gradients = []
+    for logits in (alone, together):
+        model.zero_grad()
+        sum((each * weight).sum() for each, weight in zip(logits, weights, strict=True)).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for each, ours in zip(alone, together, strict=True):
+        torch.testing.assert_close(ours, each, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        scale = gradient.abs().max()
+        assert scale > 0, name
+        assert (gradients[1][name] - gradient).abs().max() < 1e-5 * scale, name

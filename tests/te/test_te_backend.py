@@ -1,0 +1,98 @@
+"""The te backend without a GPU: its modules are built, not run. Same checkpoint keys as the torch backend's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mellum2_megatron.recipes import recipe, recipe_names
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def transformer_engine_imports() -> bool:
+    command = [sys.executable, "-c", "import torch, transformer_engine.pytorch"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+pytestmark = [
+    pytest.mark.te,
+    pytest.mark.skipif(not transformer_engine_imports(), reason="Transformer Engine is not installed (make setup-te)"),
+]
+
+
+def run_worker(function: str, *arguments: str) -> Any:
+    """Call a function of `tests.te.worker` in its own process."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.te.worker", function, *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(results[-1].removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Any]:
+    return run_worker("tiny_models")
+
+
+def test_both_backends_have_the_same_checkpoint_keys(tiny: dict[str, Any]):
+    assert tiny["te"] == tiny["torch"]
+    assert tiny["parameters"]["te"] == tiny["parameters"]["torch"]
+    assert "decoder.layers.pre_mlp_layernorm.weight" in tiny["te"]
+    assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in tiny["te"]
+
+
+def test_te_layers_attend_by_their_type(tiny: dict[str, Any]):
+    """Window 64 on the three sliding layers and MTP, none on the full one, which alone has YaRN's factor squared."""
+    assert tiny["windows"][:3] == [[63, 0]] * 3
+    assert tiny["windows"][4] == [63, 0]
+    assert tiny["windows"][3] in ([], [-1, 0], [-1, -1])
+    plain = 1 / math.sqrt(64)
+    factor = 0.1 * math.log(16) + 1
+    assert tiny["scales"] == pytest.approx([plain, plain, plain, plain * factor**2, plain], rel=1e-12)
+
+
+def test_te_modules_are_fused_and_grouped(tiny: dict[str, Any]):
+    expected = {"TELayerNormColumnParallelLinear", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"}
+    assert expected <= set(tiny["modules"])
+    assert tiny["routers_are_ours"]
+
+
+def production_stages() -> list[tuple[str, int]]:
+    """Return (recipe, pipeline stage) for every production recipe that differs from the others in what is built."""
+    kinds: dict[Any, list[tuple[str, int]]] = {}
+    for name in recipe_names():
+        run = recipe(name)
+        if run.layout.world_size is not None:  # recipes for a machine of a certain size
+            kind = (run.layout, run.precision, run.architecture, run.optimizer)
+            kinds.setdefault(kind, [(name, stage) for stage in range(run.layout.pp)])
+    return [stage for stages in kinds.values() for stage in stages]
+
+
+@pytest.mark.parametrize(("name", "stage"), production_stages())
+def test_production_recipe_is_built_at_its_true_size(name: str, stage: int):
+    """Megatron's own validation and configuration at the real world size, the model's real dimensions, one rank."""
+    built, run = run_worker("recipe_model", name, str(stage)), recipe(name)
+    assert built["world"] == run.layout.world_size
+    if run.layout.pp == 1:
+        assert built["parameters"] == built["expected"]
+    assert built["layer_wise"] is (run.optimizer.name == "muon")
+    assert built["fp8"] == ("hybrid" if run.precision.compute == "fp8" else None)
+    assert built["router_fusion"]
+    assert built["grouped"]
+    assert {"TEDotProductAttention", "TEGroupedMLP", "TELayerNormColumnParallelLinear"} <= set(built["modules"])

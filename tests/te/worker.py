@@ -1,0 +1,165 @@
+"""What the tests of the te backend do in a process of their own: Transformer Engine visible, no GPU.
+
+Its modules can be built without a driver, not run. Each function prints one JSON value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import transformer_engine.pytorch  # noqa: F401  # before megatron, which looks for it when it is imported
+
+from mellum2_megatron import patching, upstream
+from mellum2_megatron.cpu import activation, compiling, device
+from mellum2_megatron.cpu.patches import PATCHES
+
+
+def activate_beside_transformer_engine() -> None:
+    """Do what `cpu.activate` does, except hiding Transformer Engine."""
+    upstream.activate()
+    upstream.quiet_upstream()
+    device.install()
+    compiling.install()
+    patching.install(PATCHES)
+    # Its modules refuse to be built otherwise (transformer_engine/pytorch/module/base.py:896, 2.20.2).
+    torch.cuda.is_available = lambda: True
+    activation._active = True
+
+
+def sharded_tensors(model: Any) -> dict[str, list[int]]:
+    """Return global shapes by checkpoint key."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    found: dict[str, list[int]] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, ShardedTensor):
+            found[value.key] = list(value.global_shape)
+        elif isinstance(value, dict):
+            for each in value.values():
+                walk(each)
+        elif isinstance(value, list | tuple):
+            for each in value:
+                walk(each)
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    walk(state)
+    return found
+
+
+def tiny_models() -> dict[str, Any]:
+    """Build the tiny model with both backends: checkpoint keys, and what each te layer attends with."""
+    from mellum2_megatron.architecture import PRESETS, RopeParameters
+    from mellum2_megatron.model.provider import build_model
+
+    yarn = RopeParameters(rope_type="yarn", rope_theta=500_000.0, factor=16.0, original_max_position_embeddings=32)
+    architecture = PRESETS["mellum2-tiny"].replace(rope_full_attention=yarn)
+    te = build_model(
+        architecture,
+        backend="te",
+        moe_grouped_gemm=True,
+        use_cpu_initialization=True,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+    )
+    plain = build_model(architecture, backend="torch", use_cpu_initialization=True)
+    attentions = [layer.self_attention for layer in te.decoder.layers]
+    attentions.append(te.mtp.layers[0].mtp_model_layer.self_attention)
+    return {
+        "te": sharded_tensors(te),
+        "torch": sharded_tensors(plain),
+        "parameters": {
+            "te": sum(p.numel() for p in te.parameters()),
+            "torch": sum(p.numel() for p in plain.parameters()),
+        },
+        "windows": [list(attention.core_attention.window_size or ()) for attention in attentions],
+        "scales": [attention.core_attention.softmax_scale for attention in attentions],
+        "modules": sorted({type(module).__name__ for module in te.modules()}),
+        "routers_are_ours": all(type(layer.mlp.router).__name__ == "Mellum2Router" for layer in te.decoder.layers),
+    }
+
+
+def recipe_model(name: str, stage: str) -> dict[str, Any]:
+    """Take a recipe through Megatron's own validation at its world size, and build one rank of it on the meta device.
+
+    The process group is torch's fake one: it has the world's size and moves nothing.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from mellum2_megatron.megatron_args import environment, megatron_arguments
+    from mellum2_megatron.recipes import recipe
+
+    run = recipe(name)
+    world = run.layout.world_size
+    assert world is not None
+    rank = int(stage) * world // run.layout.pp
+    os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": "0"} | environment(run)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+
+    sys.argv = ["pretrain", *megatron_arguments(run, world_size=world, device="cuda")]
+    args = parse_args()
+    validate_args(args)
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        create_gloo_process_groups=False,  # real ones, over a store that no other rank reads
+    )
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    config = core_transformer_config_from_args(args)
+    config.init_model_with_meta_device = True
+    config.perform_initialization = False
+    from mellum2_megatron.layout import memory_per_rank
+    from mellum2_megatron.model.provider import build_model
+
+    with torch.device("meta"):
+        model = build_model(
+            run.architecture,
+            backend="te",
+            config=config,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            parallel_output=True,
+        )
+    estimate = memory_per_rank(
+        run.architecture,
+        run.layout,
+        world_size=world,
+        sequence_length=run.data.sequence_length,
+        micro_batch_size=run.schedule.micro_batch_size,
+    )
+    return {
+        "world": world,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "devices": sorted({p.device.type for p in model.parameters()}),
+        "expected": estimate.parameters,
+        "layer_wise": args.use_layer_wise_distributed_optimizer,
+        "fp8": config.fp8,
+        "fp8_recipe": str(config.fp8_recipe),
+        "router_fusion": config.moe_router_fusion,
+        "grouped": config.moe_grouped_gemm,
+        "modules": sorted({type(module).__name__ for module in model.modules()}),
+    }
+
+
+def main() -> None:
+    activate_beside_transformer_engine()
+    if sys.argv[1] == "tiny_models":
+        from mellum2_megatron.cpu import init_single_process
+
+        init_single_process()
+    sys.stdout.write("RESULT " + json.dumps(globals()[sys.argv[1]](*sys.argv[2:])) + "\n")
+
+
+if __name__ == "__main__":
+    main()
