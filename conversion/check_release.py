@@ -7,6 +7,7 @@ rendered in transformers' sandbox, and ``trust_remote_code`` is never given.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,9 +96,9 @@ class ReleaseReport:
     def table(self) -> Table:
         """The report for a console."""
         marks = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "not applicable": "[dim]n/a[/]"}
-        passed = sum(check.status == "pass" for check in self.checks)
+        count = Counter(check.status for check in self.checks)
         verdict = "fit to publish" if self.ok else "NOT fit to publish"
-        title = f"{self.folder}: {verdict} ({passed} passed, {len(self.failures)} failed, of {len(self.checks)})"
+        title = f"{self.folder}: {verdict} ({', '.join(f'{number} {status}' for status, number in count.items())})"
         table = Table("check", "", "found", title=title, title_justify="left")
         for check in self.checks:
             found = check.value

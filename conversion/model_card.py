@@ -102,11 +102,10 @@ def _cell(path: Path, key: str, value: Any) -> str:
 
 def model_card(facts: CardFacts) -> str:
     """Return the card's Markdown."""
-    size = facts.architecture.num_parameters(mtp=False) / 1e9
-    title = f"# Mellum 2 {TITLES[facts.member]} ({size:.3g}B)"
+    title = f"# Mellum 2 {TITLES[facts.member]} ({parameters_text(facts.architecture)})"
     intro = (
         f"A mixture-of-experts language model for code, of JetBrains' Mellum 2 architecture. "
-        f"Stage: {_STAGES[facts.member]}. Trained and exported with mellum2-megatron {facts.version}."
+        f"Stage: {_STAGES[facts.member]}. Exported with mellum2-megatron {facts.version}."
     )
     sections = [
         title,
@@ -120,6 +119,12 @@ def model_card(facts: CardFacts) -> str:
         "## Licence\n\nApache 2.0; see LICENSE.",
     ]
     return _HEAD + "\n" + "\n\n".join(sections) + "\n"
+
+
+def parameters_text(architecture: Mellum2Architecture) -> str:
+    """Parameters without the MTP head, in billions or millions."""
+    count = architecture.num_parameters(mtp=False)
+    return f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.2f}M"
 
 
 def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
@@ -144,12 +149,13 @@ def _training(facts: CardFacts) -> str:
         return "No run is recorded beside the checkpoint this release was made from, so nothing is stated here."
     schedule, optimizer, layout = run.schedule, run.optimizer, run.layout
     samples = schedule.train_samples if facts.iteration is None else schedule.samples(facts.iteration)
-    ways = " ".join(f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp"))
+    ways = " ".join(f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "ep", "etp", "cp"))
     batches = ", ".join(f"{size} from sample {first:,}" for first, size in schedule.batch_schedule)
     rows = [
         ("recipe", run.name),
         ("what it is", run.description),
         ("tokens seen by the end of this run", f"{samples * run.data.sequence_length:,} ({samples:,} sequences)"),
+        ("started from", _start(run)),
         ("step", "not recorded" if facts.iteration is None else f"{facts.iteration:,}"),
         ("sequence length", f"{run.data.sequence_length:,}"),
         ("sequences a step", batches),
@@ -161,6 +167,12 @@ def _training(facts: CardFacts) -> str:
         ("seed", str(run.seed)),
     ]  # fmt: skip
     return _table(("", ""), rows)
+
+
+def _start(run: Run) -> str:
+    if run.checkpoint.load is not None:
+        return "the weights of an earlier checkpoint"
+    return "random weights" if run.checkpoint.continue_from is None else "the state of an earlier run"
 
 
 def _evaluation(rows: Rows) -> str:

@@ -123,7 +123,11 @@ def release(
     staging = target.parent / f".{target.name}.release"
     folder = staging / target.name
     # Interrupted, or out of disk, the staging folder stays, and the same command continues the export in it.
-    conversion = export_hf(megatron_path, folder, tokenizer=plan.tokenizer, overwrite=True)
+    try:
+        conversion = export_hf(megatron_path, folder, tokenizer=plan.tokenizer, overwrite=True)
+    except InputError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     try:
         report = _complete(folder, plan, Path(megatron_path), conversion.dtype, check, skip_run, min_acceptance)
         if report is not None:
@@ -296,7 +300,7 @@ def _left_out() -> list[Check]:
 def _write_cards(folder: Path, plan: _Plan, measured: _Measured, dtype: str) -> None:
     """Write verification.json and README.md."""
     architecture: Mellum2Architecture = plan.checkpoint.architecture
-    ran = [check for check in measured.checks if check.name != LOGITS]
+    ran = [check for check in measured.checks if check.name != LOGITS and check.status != "not applicable"]
     verification: dict[str, Any] = {
         "member": plan.member,
         "software": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -121,8 +121,8 @@ def _config(folder: Path) -> tuple[Check, Mellum2Architecture | None]:
         architecture = read_config(folder)
     except InputError as error:
         return Check.refused("config", error), None
-    size = architecture.num_parameters() / 1e9
-    return Check.passed("config", f"Mellum 2, {architecture.num_hidden_layers} layers, {size:.3g}B"), architecture
+    value = f"Mellum 2, {architecture.num_hidden_layers} layers, {architecture.num_parameters():,} parameters"
+    return Check.passed("config", value), architecture
 
 
 def _layer_types(folder: Path, architecture: Mellum2Architecture) -> Check:
@@ -358,12 +358,19 @@ def _licence(folder: Path) -> Check:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the weights, which the manifest covers, and the two cards, which quote these hashes."""
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in (CARD_FILE, VERIFICATION_FILE)
-    }
+    """SHA-256 of every file but the weights, which the manifest covers, and the two cards, which quote these hashes.
+
+    Hidden files (a clone's ``.git``) are no part of a release.
+    """
+    hashes = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if hidden or not file.is_file() or file.suffix == ".safetensors" or file.name in (CARD_FILE, VERIFICATION_FILE):
+            continue
+        with file.open("rb") as stream:
+            hashes[str(name)] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
 
 
 def _verification(folder: Path) -> Check:

@@ -17,7 +17,8 @@ class ConversionPlan:
     Attributes:
         kind: ``import`` or ``export``.
         files: weight files to be written, with their bytes of tensors.
-        peak_memory: bytes this process would take at most, about.
+        peak_memory: bytes of tensors in memory at most, about.
+        process_memory: bytes this process takes beside them.
         free: free bytes of the target's disk.
         continued: units of an interrupted attempt that need not be done again, and their number in all.
         hashes: whether the source has a manifest that would be checked.
@@ -33,6 +34,7 @@ class ConversionPlan:
     files: tuple[tuple[str, int], ...]
     workers: int
     peak_memory: int
+    process_memory: int
     free: int
     continued: tuple[int, int]
     hashes: bool
@@ -45,7 +47,7 @@ class ConversionPlan:
             f"  tensors      {amount(self.tensors, self.nbytes, self.dtype)}",
             f"  files        {len(self.files)}: {self.files[0][0]} .. {self.files[-1][0]}, "
             f"largest {size_text(max(size for _, size in self.files))}",
-            f"  peak memory  about {size_text(self.peak_memory)} with {self.workers} workers",
+            f"  peak memory  about {size_text(self.peak_memory + self.process_memory)} with {self.workers} workers",
             f"  disk         {size_text(self.free)} free",
             f"  hashes       {'checked against the manifest' if self.hashes else 'no manifest to check against'}",
         ]

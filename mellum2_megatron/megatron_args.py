@@ -79,7 +79,7 @@ def _layout(run: Run) -> list[str]:
 
 def _experts(run: Run, backend: Backend) -> list[str]:
     words = [
-        *("--moe-router-load-balancing-type", "global_aux_loss"),
+        *("--moe-router-load-balancing-type", run.loss.aux_loss_type),
         *("--moe-aux-loss-coeff", str(run.loss.aux_loss_coef)),
         *("--moe-router-dtype", "fp32"),
     ]
@@ -87,6 +87,8 @@ def _experts(run: Run, backend: Backend) -> list[str]:
         words += ["--moe-z-loss-coeff", str(run.loss.z_loss_coef)]
     if run.architecture.num_mtp_layers:
         words += ["--mtp-loss-scaling-factor", str(run.loss.mtp_factor)]
+    if run.loss.per_token:
+        words.append("--calculate-per-token-loss")
     if backend == "te":
         # All three are Transformer Engine kernels; without it router fusion passes validation and fails at run time
         # (megatron/core/transformer/moe/moe_utils.py:127-129).

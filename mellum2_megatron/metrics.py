@@ -116,6 +116,14 @@ class MetricsLogger:
             self._record("valid", step, values)
             self._console.validation(step, values)
 
+    def last_step(self, kind: Kind) -> int | None:
+        """Return the last step of a kind in the file, or None; None too on the ranks that do not write."""
+        if not self._active:
+            return None
+        return max(
+            (record.step for record in read_metrics(self._folder / METRICS_FILE) if record.kind == kind), default=None
+        )
+
     def close(self) -> None:
         """Flush and finish everything; calling it twice is fine."""
         if not self._active:

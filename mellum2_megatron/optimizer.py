@@ -15,14 +15,21 @@ class Loss:
     """Terms beside the next-token loss.
 
     Attributes:
-        aux_loss_coef: global-batch load-balancing loss of the router (report §3: 1e-3; §5.1: 1e-4 in SFT).
+        aux_loss_coef: load-balancing loss of the router (report §3: 1e-3; §5.1: 1e-4 in SFT).
+        aux_loss_type: which tokens it balances. ``global_aux_loss`` counts those of all ranks and of the step's
+            micro-batches so far (report §3); what it comes to depends on the layout (docs/layouts.md). ``aux_loss``
+            looks at one micro-batch and ``seq_aux_loss`` at one sequence, in every layout alike.
         z_loss_coef: z-loss on the router's logits (report §3: 1e-3).
         mtp_factor: weight of the multi-token-prediction loss (report §2: 0.1).
+        per_token: take one mean over all tokens of a step that count, instead of a mean over micro-batches (and
+            context-parallel ranks) of their means. The two differ where masks or documents leave unequal numbers.
     """
 
     aux_loss_coef: float = 1e-3
+    aux_loss_type: Literal["global_aux_loss", "aux_loss", "seq_aux_loss"] = "global_aux_loss"
     z_loss_coef: float = 1e-3
     mtp_factor: float = 0.1
+    per_token: bool = False
 
     def __post_init__(self) -> None:
         for name in ("aux_loss_coef", "z_loss_coef", "mtp_factor"):

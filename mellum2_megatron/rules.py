@@ -317,8 +317,8 @@ def data_present(at: Situation) -> Found:
 
 
 @rule(
-    evidence="megatron/core/optimizer/__init__.py (0.19.2): with ep > 1 the experts have an Adam of their own; for Muon "
-    "see resharding.py of this project",
+    evidence="megatron/core/optimizer/__init__.py (0.19.2): with ep > 1 experts have an Adam of their own; for Muon see "
+    "resharding.py of this project",
     machine=True,
 )
 def resume_fits(at: Situation) -> Found:

@@ -129,13 +129,22 @@ def _own_records(folder: Path, prefix: str) -> dict[str, FileRecord] | str:
 def _with_retention(
     save_checkpoint: Callable[..., None], settings: Checkpoint, paused: Callable[[], AbstractContextManager[None]]
 ) -> Callable[..., None]:
-    """Wrap `megatron.training.checkpointing.save_checkpoint`, which every rank calls."""
+    """Wrap `megatron.training.checkpointing.save_checkpoint`, which every rank calls.
+
+    A step is saved once. Megatron saves some twice, as a step at which the batch grows (training.py:3772, 0.19.2): the second
+    save would overwrite the newest checkpoint, and a crash in it would cost more than the steps since.
+    """
     import torch
 
+    saved: set[int] = set()
+
     @functools.wraps(save_checkpoint)
-    def save_and_remove(*args: Any, **kwargs: Any) -> None:
+    def save_and_remove(iteration: int, *args: Any, **kwargs: Any) -> None:
+        if iteration in saved:
+            return
         with paused():
-            save_checkpoint(*args, **kwargs)
+            save_checkpoint(iteration, *args, **kwargs)
+            saved.add(iteration)
             if torch.distributed.get_rank() == 0 and settings.output is not None:
                 _remove_old(Path(settings.output), settings)
 

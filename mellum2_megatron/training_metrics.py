@@ -25,6 +25,8 @@ NAMES = {
     "lm loss": "lm_loss",
     "mtp_1 loss": "mtp_loss",
     "global_load_balancing_loss": "aux_loss",
+    "load_balancing_loss": "aux_loss",
+    "seq_load_balancing_loss": "aux_loss",
     "z_loss": "z_loss",
     "learning-rate": "learning_rate",
     "grad-norm": "grad_norm",
@@ -103,6 +105,8 @@ class TrainingMetrics:
             total_steps=schedule.train_steps,
             total_samples=schedule.train_samples,
         )
+        if self._log.last_step("valid") == args.iteration:
+            self._last_validation = args.iteration  # a finished run started again has nothing to add
         capture = ScalarCapture(self._validated)
         if rank == world_size - 1:
             global_vars._GLOBAL_TENSORBOARD_WRITER = capture

@@ -50,13 +50,16 @@ def test_two_runs_are_one_training(
 def test_a_phase_starts_its_own_data(first_phase: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
     """Its first step sees what the first step of a fresh run with the same weights and data sees; then it resumes."""
     own = ["data.first_sample=16", f"checkpoint.continue_from={first_phase}", "checkpoint.save_interval=1"]
-    phase = train(small_run(data, tmp_path / "phase", "schedule.train_samples=24", *own[:2], *own[2:]), nproc=2)
+    phase = train(small_run(data, tmp_path / "phase", "schedule.train_samples=24", *own), nproc=2)
     fresh = ["schedule.batch_schedule=[[0,8]]", "schedule.train_samples=8", "schedule.warmup_samples=0"]
     fresh += ["schedule.decay_samples=0", f"checkpoint.load={first_phase}", "logging.eval_iterations=0"]
     alone = train(small_run(data, tmp_path / "fresh", *fresh), nproc=2)
     assert losses(phase)[4] == losses(alone)[1]
-    # Started again, it resumes its own folder: one more step, no repeated one.
+    # Started again, it resumes its own folder: one more step; the one that was saved is not repeated.
+    saved = phase / iteration_folder_name(4) / LAST_FILE
+    written = saved.stat().st_mtime_ns
     train(small_run(data, phase, "schedule.train_samples=32", *own), nproc=2)
+    assert saved.stat().st_mtime_ns == written
     assert list(losses(phase)) == [4, 5]
     assert losses(phase, "samples") == {4: 24, 5: 32}
 

@@ -133,6 +133,14 @@ def test_resume_is_bitwise(trained: Path, data: PreparedData, tmp_path: Path):
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_a_finished_run_started_again_adds_nothing(trained: Path, data: PreparedData, tmp_path: Path):
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    train(small_run(data, again), nproc=2)
+    assert (again / METRICS_FILE).read_bytes() == (trained / METRICS_FILE).read_bytes()
+    assert resolve(again).iteration == STEPS
+
+
 @pytest.mark.parametrize(
     ("layout", "nproc"),
     [

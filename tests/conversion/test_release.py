@@ -87,9 +87,10 @@ def test_the_model_card_is_filled_from_the_run(chat_checkpoint: Path, tmp_path: 
     tokens = run.schedule.samples(7) * run.data.sequence_length
     for row in (
         "| recipe | mellum2_tiny_pretrain |", f"| tokens seen by the end of this run | {tokens:,} (",
-        "| step | 7 |", f"| optimizer | {run.optimizer.name},", "| precision | bf16 |", "| layout | tp=1",
+        "| started from | random weights |", "| step | 7 |",
+        f"| optimizer | {run.optimizer.name},", "| precision | bf16 |", "| layout | tp=1",
         "| benchmark | score | shots |", "| HumanEval \\| pass@1 | 0.5 |  |", "| MBPP | n/a | 3 |",
-        "This release was not verified by running it.",
+        "This release was not verified by running it.", "# Mellum 2 Base (0.03M)",
     ):  # fmt: skip
         assert row in text, row
 

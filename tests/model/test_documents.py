@@ -32,8 +32,12 @@ def model():
 def heads(model: torch.nn.Module, tokens: torch.Tensor, packed: PackedSeqParams | None) -> list[torch.Tensor]:
     """Return MTP and main logits `[s, v]` of one sequence, with their graph."""
     found: list[torch.Tensor] = []
-    # The MTP head runs first; the cross entropy of a loss that nobody asked for overwrites its logits.
-    hook = model.output_layer.register_forward_hook(lambda _module, _inputs, out: found.append(out[0][:, 0].clone()))
+
+    def keep(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, None]) -> tuple[torch.Tensor, None]:
+        found.append(output[0][:, 0])
+        return output[0].detach().clone(), None  # for the loss that nobody asked for, which overwrites its logits
+
+    hook = model.output_layer.register_forward_hook(keep)
     model(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packed)
     hook.remove()
     return found

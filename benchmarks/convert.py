@@ -1,0 +1,171 @@
+"""Conversion against a plain copy of the same bytes and against what transformers does, on one disk in one run.
+
+::
+
+    python benchmarks/convert.py                       # 8 full-width layers, 7.6 GB
+    python benchmarks/convert.py --layers 2 4          # and does memory grow with the model?
+    python benchmarks/convert.py --layers 2 --small    # megabytes: does it run at all
+
+Each step is a process of its own, so that its peak memory is its own. Every step ends with its bytes on the disk
+(fsync). The page cache is warm for all alike: the source was just written. Needs five times the model's size on the
+disk of --folder, and its size in memory twice for transformers (--skip-transformers leaves that out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
+from mellum2_megatron.files import size_text
+
+_CHUNK = 16 * 2**20
+
+
+def architecture(layers: int, small: bool) -> Mellum2Architecture:
+    """The released model, or the tiny one, with ``layers`` layers."""
+    return PRESETS["mellum2-tiny" if small else "mellum2-12b"].replace(num_hidden_layers=layers)
+
+
+def make(folder: Path, layers: int, small: bool) -> None:
+    """Write a Hugging Face folder of random weights; a pool of random numbers, shifted, stands for each tensor."""
+    import torch
+
+    from conversion.hf_folder import CONFIG_FILE
+    from conversion.hf_writer import create_shard, plan_shards, write_index, write_tensor
+    from conversion.mapping import derive
+
+    model = architecture(layers, small)
+    folder.mkdir(parents=True)
+    shards = plan_shards(derive(model), torch.bfloat16)
+    largest = max(torch.Size(source.shape).numel() for shard in shards for e in shard.entries for source in e.sources)
+    pool = torch.randn(largest + 4096).mul_(0.02).bfloat16()
+    for shard in shards:
+        begins = create_shard(folder, shard, torch.bfloat16)
+        with (folder / shard.file).open("r+b", buffering=0) as stream:
+            for number, source in enumerate(source for entry in shard.entries for source in entry.sources):
+                start = number % 4096
+                values = pool[start : start + torch.Size(source.shape).numel()]
+                write_tensor(stream.fileno(), begins[source.name], values)
+            os.fsync(stream.fileno())
+    write_index(folder, shards, torch.bfloat16)
+    (folder / CONFIG_FILE).write_text(json.dumps(model.to_hf_config("bfloat16")))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy every file through memory and fsync it."""
+    target.mkdir()
+    for path in source.iterdir():
+        with path.open("rb", buffering=0) as read, (target / path.name).open("wb", buffering=0) as write:
+            while data := read.read(_CHUNK):
+                write.write(data)
+            os.fsync(write.fileno())
+
+
+def transformers(source: Path, target: Path) -> None:
+    """What converters that load the model do on its Hugging Face side alone: load it whole, save it whole."""
+    import torch
+    from transformers import MellumForCausalLM
+
+    MellumForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target)
+    for path in target.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def step(name: str, source: Path, target: Path, workers: int | None) -> None:
+    """Do one step in this process and print its seconds and peak resident bytes as JSON."""
+    from conversion.convert import export_hf, import_hf  # outside the clock, as torch's import is for all
+
+    start, cpu = time.monotonic(), time.process_time()
+    if name == "import":
+        import_hf(source, target, workers=workers)
+    elif name == "export":
+        export_hf(source, target, workers=workers)
+    elif name == "copy":
+        copy(source, target)
+    else:
+        transformers(source, target)
+    result = {"seconds": time.monotonic() - start, "cpu": time.process_time() - cpu, "peak": peak_memory()}
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process; getrusage's figure would include the parent's before exec."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(name: str, source: Path, target: Path, workers: int | None) -> dict[str, Any]:
+    """Do one step in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--step", name, str(source), str(target)]
+    command += ["--workers", str(workers)] if workers else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def run(layers: int, arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]]:
+    """All steps for one size; prints a line each."""
+    hf, megatron = work / "hf", work / "megatron"
+    make(hf, layers, arguments.small)
+    nbytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
+    sys.stdout.write(f"{layers} layers, {size_text(nbytes)}\n")
+    steps = [("copy", hf, work / "copy"), ("import", hf, megatron), ("export", megatron, work / "exported")]
+    steps += [("copy again", hf, work / "copy")]
+    if not arguments.skip_transformers:
+        steps.append(("transformers", hf, work / "transformers"))
+    results = {}
+    for name, source, target in steps:
+        result = results[name] = measure(name.split()[0], source, target, arguments.workers)
+        if target != megatron:
+            shutil.rmtree(target)
+        speed = nbytes / result["seconds"]
+        sys.stdout.write(
+            f"  {name:<13}{result['seconds']:8.1f} s {speed / 1e6:8,.0f} MB/s  cpu {result['cpu']:6.1f} s  peak {size_text(result['peak'])}\n"
+        )
+        sys.stdout.flush()
+    shutil.rmtree(megatron)
+    shutil.rmtree(hf)
+    best_copy = min(results["copy"]["seconds"], results["copy again"]["seconds"])
+    for name in ("import", "export"):
+        line = f"  {name} at {best_copy / results[name]['seconds']:.2f} of the faster copy's speed"
+        if "transformers" in results:
+            line += f", {results['transformers']['seconds'] / results[name]['seconds']:.2f} times transformers'"
+        sys.stdout.write(line + "\n")
+    return results
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[8], help="sizes to measure")
+    parser.add_argument("--small", action="store_true", help="layers of mellum2-tiny")
+    parser.add_argument("--workers", type=int, help="of import and export")
+    parser.add_argument("--folder", type=Path, help="disk to measure; default: the system's temporary folder")
+    parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        name, source, target = arguments.step
+        step(name, Path(source), Path(target), arguments.workers)
+        return
+    peaks = {}
+    with tempfile.TemporaryDirectory(prefix="mellum2-convert-", dir=arguments.folder) as work:
+        for layers in arguments.layers:
+            peaks[layers] = run(layers, arguments, Path(work))
+    if len(peaks) > 1:
+        for name in ("import", "export"):
+            grown = ", ".join(f"{size_text(results[name]['peak'])} ({layers})" for layers, results in peaks.items())
+            sys.stdout.write(f"peak memory of {name} by layers: {grown}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What a rank does in the tests of checkpoints and faults: it trains, and something happens to it on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def train(run_file: str) -> bool:
+    """Train a resolved run on this rank; return whether it has ended."""
+    from mellum2_megatron.run_folder import read_run
+    from mellum2_megatron.train import train as train_run
+
+    return train_run(read_run(Path(run_file)), device="cpu")
+
+
+def reload(run_file: str, copy: str) -> bool:
+    """Save what was loaded into the folder ``copy``, untouched by any step; then train."""
+    from megatron.training import training
+    from megatron.training.checkpointing import save_checkpoint
+
+    loop = training.train
+
+    def save_and_train(forward_step: Any, model: Any, optimizer: Any, scheduler: Any, *rest: Any, **named: Any) -> Any:
+        args = training.get_args()
+        output, args.save = args.save, copy
+        save_checkpoint(args.iteration, model, optimizer, scheduler, args.num_floating_point_operations_so_far)
+        args.save = output
+        return loop(forward_step, model, optimizer, scheduler, *rest, **named)
+
+    training.train = save_and_train
+    return train(run_file)
+
+
+def signalled(run_file: str, rank: int, step: int, number: int) -> bool:
+    """One rank gets a signal in the middle of a step, after its first micro-batch has come."""
+
+    def get(batch: dict[str, Any]) -> dict[str, Any]:
+        os.kill(os.getpid(), number)
+        return batch
+
+    _on_batch(rank, step, get)
+    return train(run_file)
+
+
+def killed_in_save(run_file: str, rank: int, step: int) -> bool:
+    """One rank is killed while it writes the checkpoint of a step, after the first rank has written its part."""
+    import torch
+
+    from mellum2_megatron import saving
+
+    write = saving._write_manifest
+
+    def die(folder: Path) -> None:
+        if folder.name == f"iter_{step:07d}":
+            if torch.distributed.get_rank() == rank:
+                (folder / "metadata.json").unlink()  # as if the others had not come so far
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        write(folder)
+
+    saving._write_manifest = die
+    return train(run_file)
+
+
+def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
+    """On one rank the loss of a step, or only a gradient, becomes NaN."""
+
+    def spoil_loss(batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "loss_mask": batch["loss_mask"] * float("nan")}
+
+    def spoil_gradient(batch: dict[str, Any]) -> dict[str, Any]:
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        forward = ColumnParallelLinear.forward
+
+        def spoiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output, bias = forward(self, *args, **kwargs)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradient * float("nan"))
+            return output, bias
+
+        ColumnParallelLinear.forward = spoiled
+        return batch
+
+    _on_batch(rank, step, spoil_loss if where == "loss" else spoil_gradient)
+    return train(run_file)
+
+
+def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
+    """One rank does not come to the end of a step: it sleeps, or its whole process is stopped."""
+    from mellum2_megatron import watch
+
+    watch._ANSWER_SECONDS = 3.0
+
+    def never_mind(batch: dict[str, Any]) -> dict[str, Any]:
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(600)
+        return batch
+
+    _on_batch(rank, step, never_mind)
+    return train(run_file)
+
+
+def write_manifest(folder: str) -> None:
+    """Write a file as every rank of a save does, and the manifest of all."""
+    import torch
+
+    from mellum2_megatron import saving
+
+    def save(state: Any, folder: str) -> None:
+        rank = torch.distributed.get_rank()
+        for number in range(2):
+            Path(folder, f"__{rank}_{number}.distcp").write_bytes(bytes([rank, number]) * 1000)
+        torch.distributed.barrier()
+        if rank == 0:
+            Path(folder, ".metadata").write_text("all")
+            Path(folder, "metadata.json").write_text("{}")
+
+    saving._with_manifest(save)({}, folder)
+
+
+def _on_batch(rank: int, step: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Let something happen to the first micro-batch of a step, on one rank."""
+    from mellum2_megatron import train as module
+
+    get_batch, done = module.get_batch, []
+
+    def get(*args: Any) -> Any:
+        from megatron.training import get_args
+
+        batch = get_batch(*args)
+        if int(os.environ["RANK"]) == rank and get_args().curr_iteration + 1 == step and not done:
+            done.append(step)
+            return change(batch)
+        return batch
+
+    module.get_batch = get
