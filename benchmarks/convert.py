@@ -127,10 +127,9 @@ def run(layers: int, arguments: argparse.Namespace, work: Path) -> dict[str, dic
         result = results[name] = measure(name.split()[0], source, target, arguments.workers)
         if target != megatron:
             shutil.rmtree(target)
-        speed = nbytes / result["seconds"]
-        sys.stdout.write(
-            f"  {name:<13}{result['seconds']:8.1f} s {speed / 1e6:8,.0f} MB/s  cpu {result['cpu']:6.1f} s  peak {size_text(result['peak'])}\n"
-        )
+        speed = nbytes / result["seconds"] / 1e6
+        measured = f"{result['seconds']:8.1f} s {speed:8,.0f} MB/s  cpu {result['cpu']:6.1f} s"
+        sys.stdout.write(f"  {name:<13}{measured}  peak {size_text(result['peak'])}\n")
         sys.stdout.flush()
     shutil.rmtree(megatron)
     shutil.rmtree(hf)

@@ -56,6 +56,13 @@ def _parts(optimizer: Any, state: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def _filled(own: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a group of this run with the values of the checkpoint's: of its kind, or of the kind that held both."""
-    same = next((group for group in found if group.get(_FLAG) == own.get(_FLAG)), found[0])
+    """Return a group of this run with the values of the checkpoint's: of its kind, or of the kind that held both.
+
+    Without any Megatron will say so: it looks them up by the same keys.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    keys = [key for key in param_group_identifier_keys if key != _FLAG]
+    alike = [group for group in found if all(group.get(key) == own.get(key) for key in keys)] or found
+    same = next((group for group in alike if group.get(_FLAG) == own.get(_FLAG)), alike[0])
     return same | {"params": own["params"], _FLAG: own.get(_FLAG, False)}

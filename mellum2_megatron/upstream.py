@@ -17,12 +17,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mellum2_megatron import patching
 from mellum2_megatron.errors import InputError, WorkError
 from mellum2_megatron.patching import Patch
 from mellum2_megatron.resharding import ask_without_groups, load_into_groups
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +117,7 @@ def _refuse_batch_ramp(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_missing_fusion(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+    def init(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
         from megatron.core.tensor_parallel import layers
 
         if config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available:
@@ -123,7 +126,7 @@ def _without_missing_fusion(original: Callable[..., None]) -> Callable[..., None
             config.gradient_accumulation_fusion = False
         original(self, *args, config=config, **kwargs)
 
-    return __init__
+    return init
 
 
 def _roll_within_documents(original: Callable[..., Any]) -> Callable[..., Any]:
