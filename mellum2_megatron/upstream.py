@@ -162,8 +162,7 @@ def _share_mtp_count(original: Callable[..., Any]) -> Callable[..., Any]:
         import torch
         from megatron.core.transformer.multi_token_prediction import roll_tensor
 
-        if cp_group is not None and cp_group.size() > 1 and labels is not None:
-            assert config.mtp_num_layers == 1, "the mask is counted one shift on"
+        if cp_group is not None and cp_group.size() > 1 and labels is not None and config.mtp_num_layers == 1:
             mask = torch.ones_like(labels) if loss_mask is None else loss_mask
             shifted = roll_tensor(mask, cp_group=cp_group, packed_seq_params=packed_seq_params)[1]
             counts = torch.stack((mask.sum(), shifted)).float()
@@ -173,9 +172,8 @@ def _share_mtp_count(original: Callable[..., Any]) -> Callable[..., Any]:
             if config.calculate_per_token_loss:
                 config.mtp_loss_scaling_factor = config.mtp_loss_scaling_factor * counted
                 config.calculate_per_token_loss = False
-            # Upstream divides by this rank's own count.
-            own, local_loss = shifted.clamp(min=1) / predicted.clamp(min=1e-3), compute_language_model_loss
-            compute_language_model_loss = lambda labels, logits: local_loss(labels, logits) * own  # noqa: E731
+            share = shifted.clamp(min=1) / predicted.clamp(min=1e-3)  # upstream divides by this rank's own count
+            compute_language_model_loss = _scaled(compute_language_model_loss, share)
         return original(
             *args,
             labels=labels,
@@ -188,6 +186,10 @@ def _share_mtp_count(original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return process_mtp_loss
+
+
+def _scaled(function: Callable[..., torch.Tensor], factor: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return lambda *args: function(*args) * factor
 
 
 def _shard_experts(original: Callable[..., None]) -> Callable[..., None]:
@@ -226,8 +228,8 @@ PATCHES: tuple[Patch, ...] = (
         name="muon-experts",
         target="megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.shard_params",
         replacement=_shard_experts,
-        why="core/optimizer/layer_wise_optimizer.py:552 lets every rank own all matrices when data parallelism is 1, but "
-        "with tp > etp tensor-parallel ranks hold the same experts, of whose gradients DDP gives each its part only: "
+        why="core/optimizer/layer_wise_optimizer.py:552 lets every rank own all matrices when data parallelism is 1, "
+        "but with tp > etp tensor-parallel ranks hold the same experts, of whose gradients DDP gives each its part only: "
         "wrong gradient norm and momentum, and a checkpoint that two ranks write",
     ),
     Patch(
@@ -262,8 +264,8 @@ PATCHES: tuple[Patch, ...] = (
         name="context-mtp",
         target="megatron.core.transformer.multi_token_prediction:process_mtp_loss",
         replacement=_share_mtp_count,
-        why="core/transformer/multi_token_prediction.py:873-891 weights the MTP loss of each context-parallel rank by that "
-        "rank's own number of tokens, which differ by the tokens that have no next one (Megatron-LM pull request 7498)",
+        why="core/transformer/multi_token_prediction.py:873-891 weights the MTP loss of each context-parallel rank by "
+        "that rank's own number of tokens, which differ by the tokens that have no next one (Megatron-LM pull request 7498)",
     ),
 )
 

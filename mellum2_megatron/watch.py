@@ -114,6 +114,9 @@ class Watch:
             places = self._gather(here)
         except RuntimeError:  # of torch: the store's own process does not answer
             places = {self.rank: here}
+        first = self.rank == min(places)
+        if not first and self._stopped.wait(_ANSWER_SECONDS / 2):  # a rank that ends takes its peers' collectives along
+            return
         message = blame(places, self.world_size)
         error = WorkError(
             f"step {self._step()}: no micro-batch has begun for {_duration(self.timeout)}: {message}",
@@ -121,7 +124,7 @@ class Watch:
             "long, raise timeout_minutes",
         )
         if not self._stopped.is_set():
-            self._end(error, self.rank == min(places))
+            self._end(error, first)
 
     def _gather(self, here: Place) -> dict[int, Place]:
         store, places = self._store(), {self.rank: here}

@@ -106,7 +106,7 @@ def test_everything_comes_back(trained: Path, data: PreparedData, tmp_path: Path
     [
         (["layout.ep=1"], 1),
         (["layout.ep=1", "layout.pp=2"], 2),
-        (["layout.ep=1", "layout.tp=2", "layout.sp=true"], 2),
+        (["layout.ep=1", "layout.tp=2", "layout.sp=true", "optimizer.muon_tp_mode=duplicated"], 2),
         (["layout.ep=2", "layout.pp=2"], 4),
     ],
     ids=["one process", "pp 2", "tp 2", "ep 2 pp 2"],
@@ -135,7 +135,7 @@ def test_another_layout_gets_all_of_it(
 
 def test_and_back_to_expert_parallelism(trained: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
     """A checkpoint that one process wrote has one parameter group less than two expert-parallel ranks have."""
-    alone = small_run(data, at_step(trained, tmp_path / "alone", 3), "layout.ep=1", "schedule.train_samples=24")
+    alone = small_run(data, at_step(trained, tmp_path / "alone", 3), "layout.ep=1", "checkpoint.save_interval=4")
     resume(alone, 1, tmp_path / "copy")
     wrote = tmp_path / "alone" / "iter_0000004"
     run = small_run(data, at_step(tmp_path / "alone", tmp_path / "back", 4))

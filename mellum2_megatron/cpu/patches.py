@@ -179,7 +179,7 @@ PATCHES: tuple[Patch, ...] = (
         name="thd-partition",
         target="megatron.core.utils:tex",
         replacement=_partition_documents,
-        why="core/utils.py:2441 divides packed documents among context-parallel ranks with a CUDA function of Transformer "
-        "Engine",
+        why="core/utils.py:2441 divides packed documents among context-parallel ranks with a CUDA function of "
+        "Transformer Engine",
     ),
 )

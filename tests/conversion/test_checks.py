@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
 from conversion.convert import export_hf, import_hf, plan_export, plan_import
 from conversion.job import Checks
 from conversion.progress import LineProgress
+from mellum2_megatron.cli import app
 from mellum2_megatron.errors import InputError, WorkError
 from mellum2_megatron.layout import Layout
 from tests.conversion.folders import load_tensors, save_tensors, write_folder
@@ -175,3 +177,31 @@ def test_disk_errors_name_the_continuation(hf_folder: Path, tmp_path: Path, monk
     monkeypatch.undo()
     import_hf(hf_folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_options_reach_the_conversion(hf_copy: Path, tmp_path: Path) -> None:
+    def mellum2(*words: object) -> Result:
+        return CliRunner().invoke(app, ["convert", *map(str, words)])
+
+    importing = ("import", "--hf-path", hf_copy, "--megatron-path", tmp_path / "out")
+    refused = mellum2(*importing, "--ep", 2)
+    assert str(refused.exception) == "--ep 2: must divide num_experts (3). Fix: use --ep 1 or 3."
+    assert "--workers 0" in str(mellum2(*importing, "--workers", 0).exception)
+    assert mellum2(*importing, "--not-strict").exit_code == 2
+    planned = mellum2(*importing, "--dry-run", "--torch-dtype", "float32", "--workers", 1, "--tp", 2)
+    assert planned.exit_code == 0
+    assert not (tmp_path / "out").exists()
+    tensors = load_tensors(hf_copy)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_tensors(hf_copy, tensors)
+    assert isinstance(mellum2(*importing).exception, InputError)
+    assert mellum2(*importing, "--allow-nonfinite").exit_code == 0
+    exporting = ("export", "--megatron-path", tmp_path / "out", "--hf-path", tmp_path / "hf")
+    assert isinstance(mellum2(*exporting).exception, InputError)
+    assert mellum2(*exporting, "--allow-nonfinite", "--dry-run").exit_code == 0
+    assert mellum2(*exporting, "--allow-nonfinite", "--skip-hashes", "--workers", 1).exit_code == 0
+    stitching = ("stitch-mtp", tmp_path / "hf", tmp_path / "hf")
+    assert "only a lost one is put back" in str(mellum2(*stitching, "--output", tmp_path / "stitched").exception)

@@ -1,4 +1,4 @@
-"""The torch backend's core attention with windows, packed documents and context parallelism, against a plain formula."""
+"""The torch backend's core attention: windows, packed documents and context parallelism against a plain formula."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_partition_by_definition(cp: int):
 
 
 def test_a_document_that_does_not_divide_is_named():
-    with pytest.raises(ValueError, match="a document of 6 tokens at 8: .* pad it to a multiple of 4"):
+    with pytest.raises(ValueError, match=r"a document of 6 tokens at 8: .* pad it to a multiple of 4"):
         partition_indices([0, 8, 14], 2, 0)
 
 

@@ -60,8 +60,9 @@ def reference_of(ranks: int, case: Case) -> Case:
     """Return the step of one process that does the same as `case` on `ranks` ranks.
 
     For Megatron's global load-balancing loss that is not the same step on the same micro-batches. It counts tokens over
-    all ranks, so one process must put what `dp` ranks see at a time into one micro-batch; and its gradient is `dp` times
-    too small, since every rank divides its part by the tokens of all and DDP then averages (Megatron-LM issue 3672).
+    all ranks, so one process must put what `dp` ranks see at a time into one micro-batch; and its gradient is `dp`
+    times too small, since every rank divides its part by the tokens of all and DDP then averages (Megatron-LM issue
+    3672).
     """
     one = Case(balance=case.balance, per_token=case.per_token, documents=case.documents, mask=case.mask)
     if case.balance[0] != "global_aux_loss":
@@ -126,13 +127,15 @@ def held(case: Case, rank: int) -> list[int]:
     rooms = [-(-length // 8) * 8 for length in case.documents] or [SEQUENCE]
     positions = []
     for start, room in zip(itertools.accumulate(rooms, initial=0), rooms, strict=False):
-        chunks = [list(range(start + i, start + i + room // (2 * case.cp))) for i in range(0, room, room // (2 * case.cp))]
+        chunks = [
+            list(range(start + i, start + i + room // (2 * case.cp))) for i in range(0, room, room // (2 * case.cp))
+        ]
         positions += chunks[rank] + chunks[2 * case.cp - 1 - rank]
     return positions if case.cp > 1 else sorted(positions)
 
 
 def test_the_reference_has_every_parameter_and_both_losses():
-    """The comparison covers the whole model: as many parameters as the architecture counts, and an MTP loss of its own."""
+    """The comparison covers the whole model, as the architecture counts it."""
     outcome = reference(reference_of(1, Case()), "gloo")
     assert sum(gradient.numel() for gradient in outcome.gradients.values()) == ARCHITECTURE.num_parameters(mtp=True)
     assert outcome.losses["aux"].shape == outcome.losses["z"].shape == (ARCHITECTURE.num_hidden_layers + 1,)

@@ -221,7 +221,7 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
         expert_model_parallel_size=case.ep,
         expert_tensor_parallel_size=case.etp,
         pipeline_dtype=torch.float32,
-        # As Megatron's arguments set it: between two ranks, unbatched sends in both directions need groups of their own.
+        # As Megatron's arguments set it: two ranks that send both ways at once need a group for each way.
         overlap_p2p_comm=case.vpp > 1,
         batch_p2p_comm=case.vpp == 1,
         use_cpu_initialization=device == "cpu",

@@ -1,0 +1,289 @@
+"""One training step of a full-width slice of Mellum 2 12B, in every way that this project and its users could run it.
+
+::
+
+    python -m benchmarks.train_step                    # one GPU; without one, the small mode
+    python -m benchmarks.train_step --tune             # and variants of recompute, fusions, cross-entropy, dispatcher
+    python -m benchmarks.train_step --arms te-bf16-muon-mtp transformers-bf16-adam te-bf16-muon-mtp
+    python -m benchmarks.train_step --small            # tiny model on a CPU: does it run at all
+
+Every arm is a process of its own, so that its memory and its kernels' state are its own. The first arm runs again in
+the middle and at the end: what it differs by is drift. A large matrix product, before and after, is the machine's rate.
+Writes results.json, step.png and each arm's log into --output. Exit code 1 if an arm failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.train_step_arm import Spec
+from benchmarks.train_step_report import REFERENCE, SMALL_NOTE, draw, tables
+from mellum2_megatron.errors import InputError
+from mellum2_megatron.files import write_json
+from mellum2_megatron.layout import memory_per_rank
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NO_GPU = "needs a GPU with Transformer Engine"
+MEMORY_SHARE = 0.8  # of the GPU's memory that the estimate of the largest arm may fill
+PERIOD = 4  # layers of one period of the attention pattern
+
+ARMS = (
+    Spec(name="te-bf16-muon-mtp", kind="megatron", backend="te"),
+    Spec(name="te-fp8-muon-mtp", kind="megatron", backend="te", compute="fp8"),
+    Spec(name="te-bf16-adam-mtp", kind="megatron", backend="te", optimizer="adam"),
+    Spec(name="te-bf16-muon", kind="megatron", backend="te", mtp=False),
+    Spec(name="te-bf16-adam", kind="megatron", backend="te", optimizer="adam", mtp=False),
+    Spec(name="torch-bf16-muon-mtp", kind="megatron"),
+    Spec(name="torch-bf16-adam", kind="megatron", optimizer="adam", mtp=False),
+    Spec(name="transformers-bf16-adam", kind="transformers", optimizer="adam", mtp=False),
+)
+SMALL_ARMS = (
+    Spec(name="torch-bf16-adam-mtp", kind="megatron", optimizer="adam"),
+    Spec(name="torch-bf16-muon", kind="megatron", mtp=False),
+)
+"""Further arms of the small mode, which has no te arms to vary."""
+
+_TE = ARMS[0]
+TUNING = tuple(
+    dataclasses.replace(_TE, name=f"te-bf16-muon-mtp/{name}", words=words, without=without)
+    for name, words, without in (
+        ("ce-native", ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native"), ()),
+        ("ce-te", ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"), ()),
+        ("no-router-fusion", (), ("--moe-router-fusion",)),
+        ("no-permute-fusion", (), ("--moe-permute-fusion",)),
+        ("allgather", ("--moe-token-dispatcher-type", "allgather"), ()),
+        ("recompute-act", ("--recompute-granularity", "selective", "--recompute-modules", "moe_act"), ()),
+        ("recompute-moe", ("--recompute-granularity", "selective", "--recompute-modules", "moe"), ()),
+    )
+)
+"""Variants of the first arm by words of Megatron's command line (0.19.2); the last of a repeated option counts."""
+
+OVERHEAD = ("torch-bf16-adam", "transformers-bf16-adam")
+"""The arms whose ratio is the CPU backend's overhead over plain torch."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the arms and report."""
+    options = _parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    options.output.mkdir(parents=True, exist_ok=True)
+    first = _run_arm(_gemm(options, small=options.small), options)
+    if first["status"] != "measured":
+        console.print(f"[red]the matrix product failed: {first['reason']}[/]")
+        return 1
+    small = first["on"] == "cpu"
+    if small:
+        console.print(f"[bold yellow]{SMALL_NOTE}[/]")
+    try:
+        specs, left_out = _plan(options, small, first["machine"])
+    except InputError as error:
+        console.print(f"[red]{error}[/]")
+        return 2
+    results = _header(options, small, first, specs)
+    for number, spec in enumerate(specs, 1):
+        console.print(f"{number}/{len(specs)} {spec.name}")
+        arm = _run_arm(spec, options)
+        results["arms"].append(_figures(spec, arm))
+    last = _run_arm(_gemm(options, small=small), options)
+    _finish(results, [first, last], left_out)
+    write_json(options.output / "results.json", results)
+    draw(results, options.output / "step.png")
+    for table in tables(results):
+        console.print(table)
+    console.print(f"written: {options.output}/results.json, step.png")
+    return int(any(arm["status"] == "failed" for arm in results["arms"]) or last["status"] == "failed")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark_train_step"))
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="these arms only, in this order; repeats allowed")
+    parser.add_argument("--tune", action="store_true", help="variants of the first arm too (GPU only)")
+    parser.add_argument("--small", action="store_true", help="tiny model on the CPU; automatic without a GPU")
+    parser.add_argument("--layers", type=int, help=f"decoder layers; as many times {PERIOD} as fit if not given")
+    parser.add_argument("--batch", type=int, help="sequences a step (16, a GPU's share of 4,096 among 256; small: 4)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds an arm may take")
+    return parser
+
+
+def _gemm(options: argparse.Namespace, *, small: bool) -> Spec:
+    return Spec(name="gemm", kind="gemm", small=small, warmup=options.warmup, steps=options.steps, profile=False)
+
+
+def _plan(options: argparse.Namespace, small: bool, machine: dict[str, Any]) -> tuple[list[Spec], dict[str, str]]:
+    """Return the arms in the order of their runs, and why the others are left out.
+
+    Raises:
+        InputError: an unknown arm, or one that cannot run here.
+    """
+    has_te = not small and machine["versions"]["transformer-engine"] is not None
+    known = (*ARMS, *(SMALL_ARMS if small else ()), *(TUNING if options.tune else ()))
+    left_out = {spec.name: NO_GPU for spec in known if spec.backend == "te" and not has_te}
+    able = {spec.name: spec for spec in known if spec.name not in left_out}
+    names = options.arms or _interleaved(list(able))
+    for name in names:
+        if name not in able:
+            rule = left_out.get(name, "there is no such arm")
+            raise InputError(f"--arms {name}", rule=rule, fix=f"choose among {', '.join(able)}")
+    layers = options.layers or (PERIOD if small else _fitting_layers(able[names[0]], machine["memory_bytes"]))
+    settings = {"small": small, "layers": layers, "warmup": options.warmup, "steps": options.steps}
+    settings["batch"] = options.batch or (4 if small else 16)
+    seen: set[str] = set()
+    specs = []
+    for name in names:
+        specs.append(dataclasses.replace(able[name], **settings, profile=name not in seen))
+        seen.add(name)
+    return specs, left_out
+
+
+def _interleaved(names: list[str]) -> list[str]:
+    """The first arm again in the middle and at the end."""
+    middle = (len(names) + 1) // 2
+    return [*names[:middle], names[0], *names[middle:], names[0]]
+
+
+def _fitting_layers(spec: Spec, memory_bytes: int) -> int:
+    """Whole periods of the attention pattern that fit with Adam and MTP, the largest arm; at least one."""
+    layers = PERIOD
+    while layers + PERIOD <= 28:
+        run = dataclasses.replace(spec, layers=layers + PERIOD, mtp=True).run
+        estimate = memory_per_rank(
+            run.architecture,
+            run.layout,
+            world_size=1,
+            sequence_length=run.data.sequence_length,
+            micro_batch_size=run.schedule.micro_batch_size,
+            optimizer="adam",
+        )
+        if estimate.total > MEMORY_SHARE * memory_bytes:
+            break
+        layers += PERIOD
+    return layers
+
+
+def _run_arm(spec: Spec, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure an arm in a fresh process; its output goes to a log."""
+    logs = options.output / "logs"
+    logs.mkdir(exist_ok=True)
+    log = logs / f"{spec.name.replace('/', '_')}.log"
+    with tempfile.TemporaryDirectory(prefix="mellum2-benchmark-") as folder:
+        question, answer = Path(folder, "spec.json"), Path(folder, "out.json")
+        write_json(question, dataclasses.asdict(spec))
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec.small else {}
+        words = [sys.executable, "-m", "benchmarks.train_step_arm", str(question), str(answer)]
+        with log.open("a") as stream:
+            try:
+                done = subprocess.run(
+                    words,
+                    cwd=REPOSITORY,
+                    env=os.environ | hidden,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    timeout=options.timeout,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                return {"status": "failed", "reason": f"not done in {options.timeout:g} s"}
+        if done.returncode == 0 and answer.exists():
+            return {"status": "measured", **json.loads(answer.read_text())}
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    reasons = [line for line in lines if "Error" in line] or lines or ["no output"]
+    return {"status": "failed", "reason": f"exit code {done.returncode}: {reasons[-1].strip()[:300]} (see {log})"}
+
+
+def _figures(spec: Spec, arm: dict[str, Any]) -> dict[str, Any]:
+    """Add what follows from the times."""
+    found = {"arm": spec.name, **arm}
+    if arm["status"] != "measured":
+        return found
+    run, seconds = spec.run, sorted(arm["seconds"])
+    median = statistics.median(seconds)
+    tokens = spec.batch * run.data.sequence_length
+    flops = run.architecture.flops_per_token(run.data.sequence_length, mtp=spec.mtp)
+    return found | {
+        "median_seconds": median,
+        "spread": (seconds[-1] - seconds[0]) / median,
+        "tokens_per_second": tokens / median,
+        "model_flops_per_token": flops,
+        "model_flops_per_second": flops * tokens / median,
+    }
+
+
+def _header(options: argparse.Namespace, small: bool, gemm: dict[str, Any], specs: list[Spec]) -> dict[str, Any]:
+    run = specs[0].run
+    return {
+        "mode": "small" if small else "gpu",
+        "note": SMALL_NOTE if small else "random tokens: routing is more even than on text",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.train_step", *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": gemm["machine"],
+        "slice": {
+            "recipe": run.name,
+            "layers": run.architecture.num_hidden_layers,
+            "parameters": run.architecture.num_parameters(mtp=True),
+            "sequence_length": run.data.sequence_length,
+            "micro_batch": run.schedule.micro_batch_size,
+            "batch": specs[0].batch,
+            "warmup_steps": options.warmup,
+            "timed_steps": options.steps,
+        },
+        "reference": None if small else REFERENCE,
+        "arms": [],
+    }
+
+
+def _commit() -> str | None:
+    """The repository's revision, with a + for uncommitted changes; None outside of git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _finish(results: dict[str, Any], gemms: list[dict[str, Any]], left_out: dict[str, str]) -> None:
+    """Add what needs all arms: the matrix product's rate, shares of it, drift, the overhead, and what is missing."""
+    rates = [each["flops_per_second"] for each in gemms if each["status"] == "measured"]
+    results["gemm"] = {"size": gemms[0]["size"], "runs": rates, "flops_per_second": statistics.median(rates)}
+    measured = [arm for arm in results["arms"] if arm["status"] == "measured"]
+    for arm in measured:
+        arm["share_of_gemm"] = arm["model_flops_per_second"] / results["gemm"]["flops_per_second"]
+    medians: dict[str, list[float]] = {}
+    for arm in measured:
+        medians.setdefault(arm["arm"], []).append(arm["median_seconds"])
+    results["drift"] = {name: max(each) / min(each) - 1 for name, each in medians.items() if len(each) > 1}
+    results["cpu_overhead"] = None
+    ours, plain = ([arm for arm in measured if arm["arm"] == name] for name in OVERHEAD)
+    if results["mode"] == "small" and ours and plain:
+        results["cpu_overhead"] = {
+            "of": OVERHEAD[0],
+            "over": OVERHEAD[1],
+            "wall": ours[0]["median_seconds"] / plain[0]["median_seconds"],
+            "processor": statistics.median(ours[0]["cpu_seconds"]) / statistics.median(plain[0]["cpu_seconds"]),
+        }
+    results["arms"] += [{"arm": name, "status": "not measured", "reason": why} for name, why in left_out.items()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""One arm of `train_step.py`, alone in its process: ``python -m benchmarks.train_step_arm SPEC.json OUT.json``.
+
+Megatron's arms go the way of ``mellum2 train``: the run's command line, `megatron.training.pretrain`, and its own
+`train_step` between two time stamps. Left out are what surrounds that step in a run: logging, validation, saving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.files import write_json
+from mellum2_megatron.recipes import recipe
+from mellum2_megatron.run import Run
+from mellum2_megatron.schedule import Schedule
+
+SEED = 7
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """What an arm measures.
+
+    Attributes:
+        kind: ``megatron``, ``transformers``, or ``gemm`` for one large matrix product.
+        words: further words of Megatron's command line.
+        without: words that are taken out of it.
+        layers: decoder layers.
+        batch: sequences a step.
+        profile: run one more step under the profiler at the end.
+    """
+
+    name: str
+    kind: Literal["megatron", "transformers", "gemm"]
+    backend: Literal["te", "torch"] = "torch"
+    compute: Literal["bf16", "fp8"] = "bf16"
+    optimizer: Literal["muon", "adam"] = "muon"
+    mtp: bool = True
+    words: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    small: bool = False
+    layers: int = 4
+    batch: int = 16
+    warmup: int = 3
+    steps: int = 10
+    profile: bool = True
+
+    @property
+    def run(self) -> Run:
+        """The recipe this arm is a variant of, on one process and without data files."""
+        base = recipe("mellum2_tiny_pretrain" if self.small else "mellum2_4layer_pretrain_1gpu_h200_fp8")
+        architecture = base.architecture.replace(num_hidden_layers=self.layers)
+        if not self.mtp:
+            architecture = architecture.replace(num_mtp_layers=0, mtp_layer_types=())
+        steps = self.warmup + self.steps + self.profile
+        return dataclasses.replace(
+            base,
+            architecture=architecture,
+            layout=dataclasses.replace(base.layout, ep=1, dp=1),
+            optimizer=dataclasses.replace(base.optimizer, name=self.optimizer),
+            precision=dataclasses.replace(base.precision, compute=self.compute),
+            schedule=Schedule.from_steps(
+                train_steps=steps,
+                warmup_steps=1,
+                decay_steps=1,
+                batch_sizes=((0, self.batch),),
+                micro_batch_size=base.schedule.micro_batch_size,
+            ),
+            data=dataclasses.replace(base.data, workers=0),
+            logging=dataclasses.replace(base.logging, log_interval=1000, eval_iterations=0, tensorboard=False),
+        )
+
+
+class Clock:
+    """Times of steps in seconds: CUDA events on a GPU, `perf_counter` on a CPU; then one profiled step.
+
+    On a CPU also the processor's time in all threads of this process, which a busy machine changes less.
+    """
+
+    def __init__(self, spec: Spec, *, cuda: bool) -> None:
+        self.spec, self.cuda = spec, cuda
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.profile: dict[str, Any] | None = None
+        self._calls = 0
+
+    def step(self, work: Callable[[], Any], model: torch.nn.Module | None = None) -> Any:
+        """Run one step: warm-up, timed, or under the profiler, by its number."""
+        self._calls += 1
+        if self._calls > self.spec.warmup + self.spec.steps:
+            return self._profiled(work, model)
+        if self._calls <= self.spec.warmup:
+            return work()
+        if not self.cuda:
+            start, busy = time.perf_counter(), time.process_time()
+            result = work()
+            self.seconds.append(time.perf_counter() - start)
+            self.cpu_seconds.append(time.process_time() - busy)
+            return result
+        torch.cuda.synchronize()
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        result = work()
+        after.record()
+        torch.cuda.synchronize()
+        self.seconds.append(before.elapsed_time(after) / 1e3)
+        return result
+
+    def _profiled(self, work: Callable[[], Any], model: torch.nn.Module | None) -> Any:
+        from benchmarks.train_step_profile import named_parts, profiled
+
+        results: list[Any] = []
+        with nullcontext() if model is None else named_parts(model):
+            self.profile = profiled(lambda: results.append(work()), cuda=self.cuda)
+        return results[0]
+
+
+class _RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Uniformly random text; sample ``i`` is the same in every arm."""
+
+    def __init__(self, architecture: Mellum2Architecture, length: int, samples: int) -> None:
+        generator = torch.Generator().manual_seed(SEED)
+        self.text = torch.randint(0, architecture.vocab_size, (samples, length + 1), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        text = self.text[index]
+        length = len(text) - 1
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": torch.ones(length),
+            "position_ids": torch.arange(length),
+        }
+
+
+def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
+    """Train through `megatron.training.pretrain`, timing each of its steps."""
+    from mellum2_megatron import cpu, upstream
+    from mellum2_megatron.megatron_args import environment, megatron_arguments
+
+    run = spec.run
+    os.environ.update(environment(run))
+    upstream.quiet_upstream()
+    if device == "cpu":
+        cpu.activate()
+    else:
+        upstream.activate()
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from benchmarks.train_step_profile import in_part
+    from mellum2_megatron.model.provider import model_provider
+    from mellum2_megatron.train import forward_step
+
+    words = megatron_arguments(run, world_size=1, device=device, backend=spec.backend)
+    missing = set(spec.without) - set(words)
+    assert not missing, f"{missing} are not among the words of {spec.name}"
+    sys.argv = [sys.argv[0], *(word for word in words if word not in spec.without), *spec.words]
+    original = training.train_step
+
+    def train_step(step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if "step" not in vars(optimizer):  # the first time
+            optimizer.step = in_part("optimizer", optimizer.step)
+        return clock.step(lambda: original(step, data, model, optimizer, *args, **kwargs), model[0])
+
+    def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, None, None]:
+        return _RandomTokens(run.architecture, run.data.sequence_length, samples[0]), None, None
+
+    datasets.is_distributed = True  # type: ignore[attr-defined]
+    with mock.patch.object(training, "train_step", train_step):
+        pretrain(
+            pretrain_cfg_container_from_args(parse_and_validate_args()),
+            datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider=model_provider(run.architecture, spec.backend, run.optimizer),
+        )
+
+
+def transformers(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
+    """Train `MellumForCausalLM` as its users do: weights and optimizer state in BF16, no auxiliary loss, no MTP."""
+    from transformers import AutoConfig, MellumForCausalLM
+
+    from benchmarks.train_step_profile import in_part
+
+    run = spec.run
+    settings = run.architecture.to_hf_config("bfloat16")
+    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        model = MellumForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    model.train()  # gradient checkpointing is off unless asked for
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=run.optimizer.lr,
+        betas=(run.optimizer.adam_beta1, run.optimizer.adam_beta2),
+        eps=run.optimizer.adam_eps,
+        weight_decay=run.optimizer.weight_decay,
+        fused=True,
+    )
+    size, length = run.schedule.micro_batch_size, run.data.sequence_length
+    total = spec.warmup + spec.steps + spec.profile
+    text = _RandomTokens(run.architecture, length, total * spec.batch).text
+    update = in_part("optimizer", optimizer.step)
+
+    def train_step(batch: torch.Tensor) -> None:
+        for rows in batch.split(size):
+            tokens = rows[:, :-1].to(device, non_blocking=True)
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            (loss * (len(rows) / len(batch))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_grad)
+        update()
+        optimizer.zero_grad(set_to_none=True)
+
+    for batch in text.split(spec.batch):
+        clock.step(lambda batch=batch: train_step(batch), model)
+
+
+def gemm(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
+    """Multiply two random BF16 matrices, large on a GPU; return the rate and what machine this is."""
+    size, repeats = (8192, 20) if device == "cuda" else (512, 1)
+    generator = torch.Generator(device).manual_seed(SEED)
+    left, right = (torch.randn(size, size, device=device, generator=generator).bfloat16() for _ in range(2))
+    for _ in range(clock.spec.warmup + clock.spec.steps):
+        clock.step(lambda: [left @ right for _ in range(repeats)])
+    seconds = sorted(clock.seconds)[len(clock.seconds) // 2] / repeats
+    return {"size": size, "flops_per_second": 2 * size**3 / seconds, "machine": _machine(device)}
+
+
+def _machine(device: Literal["cpu", "cuda"]) -> dict[str, Any]:
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    names = ("torch", "megatron-core", "transformers", "transformer-engine", "emerging-optimizers")
+    found: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "versions": {name: version(name) for name in names},
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "memory_bytes": properties.total_memory}
+    return found
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """Run one arm here and return its figures."""
+    device: Literal["cpu", "cuda"] = "cpu" if spec.small or not torch.cuda.is_available() else "cuda"
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    clock = Clock(spec, cuda=device == "cuda")
+    result: dict[str, Any] = {"on": device}
+    if spec.kind == "gemm":
+        result |= gemm(spec, clock, device)
+    else:
+        {"megatron": megatron, "transformers": transformers}[spec.kind](spec, clock, device)
+    assert len(clock.seconds) == spec.steps, f"{len(clock.seconds)} of {spec.steps} steps were timed"
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result | {
+        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
+        "peak_memory_bytes": peak,
+        "profile": clock.profile,
+    }
+
+
+def main() -> int:
+    """Read a `Spec`, measure it, write the figures."""
+    spec_path, out = sys.argv[1:3]
+    values = json.loads(Path(spec_path).read_text())
+    spec = Spec(**values | {name: tuple(values[name]) for name in ("words", "without")})
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(environment | {"MASTER_PORT": os.environ.get("MASTER_PORT", str(_free_port()))})
+    write_json(out, measure(spec))
+    sys.stdout.flush()
+    os._exit(0)  # nothing is left to save, and NCCL may wait at exit
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Where the time of one training step goes, by part of the model, from torch.profiler.
+
+Every module that belongs to a part is a named range while its forward pass runs. A kernel belongs to the innermost
+range around the operator that launched it; in the backward pass, to the range of the forward operator with the same
+sequence number, which is how autograd numbers its nodes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+PARTS = (
+    "attention",
+    "grouped GEMM",
+    "router and permute",
+    "norm",
+    "vocabulary and loss",
+    "optimizer",
+    "communication",
+    "other",
+)
+"""Parts of a step. Attention has its projections, the grouped GEMM the experts' activation."""
+
+_PREFIX = "part::"
+_MODULES = {
+    "self_attention": "attention",
+    "self_attn": "attention",
+    "experts": "grouped GEMM",
+    "router": "router and permute",
+    "gate": "router and permute",
+    "mlp": "router and permute",
+    "embedding": "vocabulary and loss",
+    "embed_tokens": "vocabulary and loss",
+    "output_layer": "vocabulary and loss",
+    "lm_head": "vocabulary and loss",
+}
+_NORM_MODULE = re.compile(r"(norm|layernorm)$")
+# What no module runs, or a fused module runs among others, by the name of the operator or of its kernel.
+_NAMES = (
+    (re.compile(r"nccl|gloo|c10d|all_?reduce|reduce_?scatter|all_?gather|all_?to_?all", re.I), "communication"),
+    (re.compile(r"rms_?norm|layer_?norm", re.I), "norm"),
+)
+_LOSS = re.compile(r"cross_?entropy|log_?softmax|nll_loss", re.I)
+
+
+@contextmanager
+def named_parts(model: torch.nn.Module) -> Iterator[None]:
+    """Name every part's range inside ``model`` while the block runs."""
+    handles = []
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        part = "norm" if _NORM_MODULE.search(last) else _MODULES.get(last)
+        if part is not None:
+            handles += _range(module, part)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _range(module: torch.nn.Module, part: str) -> list[Any]:
+    open_ranges: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        open_ranges.append(torch.profiler.record_function(_PREFIX + part))
+        open_ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+
+def in_part(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` with its time given to ``part``."""
+
+    def ranged(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(_PREFIX + part):
+            return function(*args, **kwargs)
+
+    return ranged
+
+
+def profiled(step: Callable[[], Any], *, cuda: bool) -> dict[str, Any]:
+    """Run ``step`` once under the profiler.
+
+    Returns:
+        ``unit``: what was added up, kernels on the GPU or operators on the CPU; ``seconds``, their sum; ``share`` of
+        every part in it; ``top``, the ten largest operators or kernels with their shares.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    spent, names = _spent(list(profiler.events() or ()), cuda)
+    total = sum(spent.values()) or 1.0
+    return {
+        "unit": "GPU kernels" if cuda else "CPU operators",
+        "seconds": sum(spent.values()) / 1e6,
+        "share": {part: spent[part] / total for part in PARTS},
+        "top": {name: time / total for name, time in names.most_common(10)},
+    }
+
+
+def _spent(events: list[Any], cuda: bool) -> tuple[Counter[str], Counter[str]]:
+    """Return microseconds by part, and by operator or kernel."""
+    on_cpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU and not event.is_async]
+    on_cpu.sort(key=lambda event: event.time_range.start)
+    # Operators peek at the number of the node that comes next: the last one to see it made it.
+    forward: dict[tuple[int, int], str] = {}
+    for event in on_cpu:
+        part = _enclosing(event)
+        if part is not None and event.sequence_nr >= 0:
+            forward[event.sequence_nr, event.thread] = part
+    spent: Counter[str] = Counter()
+    names: Counter[str] = Counter()
+    for event in on_cpu:
+        where = _enclosing(event) or _of_backward(event, forward)
+        if cuda:
+            costs = [(kernel.name, kernel.duration) for kernel in event.kernels if not kernel.name.startswith(_PREFIX)]
+        else:
+            costs = [(event.name, event.self_cpu_time_total)]
+        for name, microseconds in costs:
+            spent[_part(name, where)] += microseconds
+            if not name.startswith(_PREFIX):
+                names[name[:80]] += microseconds
+    if cuda:  # kernels without an operator
+        on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        total = sum(event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation)
+        spent["other"] += max(0.0, total - sum(spent.values()))
+    return spent, names
+
+
+def _part(name: str, where: str | None) -> str:
+    if where == "optimizer":
+        return where
+    for pattern, part in _NAMES:
+        if pattern.search(name):
+            return part
+    return where or ("vocabulary and loss" if _LOSS.search(name) else "other")
+
+
+def _enclosing(event: Any) -> str | None:
+    """Innermost part around an operator."""
+    while event is not None:
+        if event.name.startswith(_PREFIX):
+            return str(event.name.removeprefix(_PREFIX))
+        event = event.cpu_parent
+    return None
+
+
+def _of_backward(event: Any, forward: dict[tuple[int, int], str]) -> str | None:
+    """The part whose forward pass an operator of the backward pass belongs to."""
+    while event is not None:
+        if event.scope == 1:  # BACKWARD_FUNCTION, as in torch/autograd/profiler_util.py:224 (2.15)
+            return forward.get((event.sequence_nr, event.fwd_thread))
+        event = event.cpu_parent
+    return None

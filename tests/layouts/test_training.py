@@ -1,0 +1,93 @@
+"""Twenty optimizer steps in training precision: the layout changes the loss no more than the rounding of BF16 does.
+
+The yardstick is one process that groups the same sequences into other micro-batches, which rounds every weight's
+gradient elsewhere. Their order alone is none: it changes sums in float32, and nothing of that survives in BF16 weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conversion.convert import export_hf, import_hf
+from mellum2_megatron.data.prepare import PreparedData
+from tests.test_train import losses, small_corpus, small_run, train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SETTINGS = [
+    "layout.ep=1",
+    "schedule.batch_schedule=[[0,4]]",
+    "schedule.micro_batch_size=1",
+    "schedule.warmup_samples=4",
+    "schedule.decay_samples=0",
+    "logging.eval_iterations=0",
+    "checkpoint.save_interval=100",
+    # Of what depends on the layout by construction, the kind that does not:
+    "loss.aux_loss_type=aux_loss",
+    "optimizer.muon_tp_mode=duplicated",
+]
+
+LAYOUTS = {
+    "tp 2": ["layout.tp=2", "layout.sp=true"],
+    "cp 2": ["layout.cp=2"],
+    "ep 2": ["layout.ep=2"],
+    "pp 2 vpp 2": ["layout.pp=2", "layout.vpp=2"],
+}
+
+Run20 = tuple[PreparedData, Path]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Run20:
+    """The corpus, and weights that every layout loads; a layout draws its own initial ones otherwise."""
+    folder = tmp_path_factory.mktemp("start")
+    data = small_corpus(folder)
+    fresh = train(small_run(data, folder / "fresh", *SETTINGS, "schedule.train_samples=8"), nproc=1)
+    export_hf(fresh, folder / "hf")
+    import_hf(folder / "hf", folder / "start")
+    return data, folder / "start"
+
+
+def curve(start: Run20, folder: Path, *overrides: str, nproc: int = 1, order: list[int] | None = None) -> list[float]:
+    data, load = start
+    run = small_run(data, folder, *SETTINGS, "schedule.train_samples=80", f"checkpoint.load={load}", *overrides)
+    steps = losses(train(run, nproc=nproc, order=order))
+    assert list(steps) == list(range(1, 21))
+    return list(steps.values())
+
+
+@pytest.fixture(scope="module")
+def reference(start: Run20, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    found = curve(start, tmp_path_factory.mktemp("reference") / "run")
+    assert found[-1] < found[0] - 1  # it learns: a difference would grow
+    return found
+
+
+@pytest.fixture(scope="module")
+def noise(start: Run20, reference: list[float], tmp_path_factory: pytest.TempPathFactory) -> float:
+    """How far the same step rounds from itself: the largest difference of the loss over all steps, in nats."""
+    folder = tmp_path_factory.mktemp("noise")
+    regrouped = [curve(start, folder / str(size), f"schedule.micro_batch_size={size}") for size in (2, 4)]
+    return max(distance(other, reference) for other in regrouped)
+
+
+def distance(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def test_order_of_micro_batches_is_no_noise(start: Run20, reference: list[float], tmp_path: Path):
+    assert distance(curve(start, tmp_path / "run", order=[2, 3, 0, 1]), reference) < 2e-6  # how the losses are summed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_trains_alike(layout: str, start: Run20, reference: list[float], noise: float, tmp_path: Path):
+    found = curve(start, tmp_path / "run", *LAYOUTS[layout], nproc=2)
+    assert distance(found, reference) < 2 * noise
+
+
+def test_blockwise_muon_is_another_update(start: Run20, reference: list[float], noise: float, tmp_path: Path):
+    """Megatron's default under tensor parallelism orthogonalises each rank's part of a matrix for itself."""
+    found = curve(start, tmp_path / "run", *LAYOUTS["tp 2"], "optimizer.muon_tp_mode=blockwise", nproc=2)
+    assert distance(found, reference) > 4 * noise

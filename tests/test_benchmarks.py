@@ -1,0 +1,122 @@
+"""benchmarks/train_step.py: its small mode end to end, its plan, and whose time is whose."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import train_step
+from benchmarks.train_step_profile import PARTS, named_parts, profiled
+from mellum2_megatron.architecture import Mellum2Architecture
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+OURS, THEIRS = "torch-bf16-muon-mtp", "transformers-bf16-adam"
+MACHINE = {"versions": {"transformer-engine": "2.20.2"}, "memory_bytes": 80 * 2**30}
+
+
+@pytest.mark.slow
+def test_the_small_mode_measures_and_says_what_it_is_worth(tmp_path: Path) -> None:
+    words = ["--small", "--warmup", "1", "--steps", "2", "--arms", OURS, THEIRS, "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.train_step", *words], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mean nothing about speed on GPUs" in done.stdout
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["mode"] == "small"
+    assert results["reference"] is None
+    assert len(results["gemm"]["runs"]) == 2
+    assert results["slice"] | {"parameters": 0} == {
+        "recipe": "mellum2_tiny_pretrain",
+        "layers": 4,
+        "parameters": 0,
+        "sequence_length": 256,
+        "micro_batch": 4,
+        "batch": 4,
+        "warmup_steps": 1,
+        "timed_steps": 2,
+    }
+    assert all(word in results["command"] for word in words)
+
+    tiny = Mellum2Architecture.preset("mellum2-tiny")
+    measured = {arm["arm"]: arm for arm in results["arms"] if arm["status"] == "measured"}
+    assert list(measured) == [OURS, THEIRS]
+    for name, mtp in ((OURS, True), (THEIRS, False)):
+        arm = measured[name]
+        assert len(arm["seconds"]) == len(arm["cpu_seconds"]) == 2
+        assert min(arm["seconds"]) <= arm["median_seconds"] <= max(arm["seconds"])
+        assert arm["tokens_per_second"] * arm["median_seconds"] == pytest.approx(4 * 256)
+        per_token = arm["model_flops_per_second"] / arm["tokens_per_second"]
+        assert per_token == pytest.approx(sum(tiny.flops_by_component(256, mtp).values()) / 256)
+        gemm = results["gemm"]["flops_per_second"]
+        assert arm["share_of_gemm"] == pytest.approx(arm["model_flops_per_second"] / gemm)
+        assert arm["peak_memory_bytes"] > tiny.num_parameters(mtp=mtp) * 2
+        share = arm["profile"]["share"]
+        assert tuple(share) == PARTS
+        assert sum(share.values()) == pytest.approx(1)
+        assert all(share[part] > 0 for part in PARTS if part not in ("communication", "other"))
+    missing = {arm["arm"]: arm["reason"] for arm in results["arms"] if arm["status"] == "not measured"}
+    assert set(missing) == {arm.name for arm in train_step.ARMS if arm.backend == "te"}
+    assert set(missing.values()) == {"needs a GPU with Transformer Engine"}
+
+
+def test_backward_operators_belong_to_their_forward_modules_part() -> None:
+    """`mm` runs in the backward pass only, `addmm` in the forward pass, and no module but the experts has either."""
+    model = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(256), "experts": torch.nn.Linear(256, 256)})
+
+    def step() -> None:
+        model["experts"](model["norm"](torch.randn(512, 256))).exp().sum().backward()
+
+    with named_parts(model):
+        found = profiled(step, cuda=False)
+    products = found["top"]["aten::mm"] + found["top"]["aten::addmm"]
+    assert found["share"]["grouped GEMM"] >= products
+    assert found["share"]["norm"] >= found["top"].get("aten::native_layer_norm_backward", 0.0) > 0
+    assert not model["experts"]._forward_hooks
+
+
+def plan(*words: str, small: bool = False, te: bool = True) -> tuple[list[str], dict[str, str]]:
+    versions = {"transformer-engine": "2.20.2" if te else None}
+    options = train_step._parser().parse_args(list(words))
+    specs, left_out = train_step._plan(options, small, MACHINE | {"versions": versions})
+    return [spec.name for spec in specs], left_out
+
+
+def test_the_first_arm_runs_first_in_the_middle_and_last() -> None:
+    names, left_out = plan()
+    assert not left_out
+    assert [position for position, name in enumerate(names) if name == names[0]] == [0, 4, len(names) - 1]
+    assert set(names) == {arm.name for arm in train_step.ARMS}
+
+
+@pytest.mark.parametrize(("small", "te"), [(True, True), (False, False)])
+def test_without_transformer_engine_or_gpu_te_arms_are_named_as_missing(small: bool, te: bool) -> None:
+    names, left_out = plan("--tune", small=small, te=te)
+    assert not any(name.startswith("te-") for name in names)
+    assert set(left_out) == {arm.name for arm in (*train_step.ARMS, *train_step.TUNING) if arm.backend == "te"}
+
+
+def test_the_slice_grows_with_the_memory() -> None:
+    """Every fourth layer has full attention; 28 layers of the 12B and an 80 GiB GPU do not go together."""
+    small, large = (train_step._fitting_layers(train_step.ARMS[0], gib * 2**30) for gib in (79, 139))
+    assert (small, large) == (4, 8)
+
+
+def test_a_variant_takes_out_only_words_that_are_there() -> None:
+    from mellum2_megatron.megatron_args import megatron_arguments
+
+    for spec in train_step.TUNING:
+        words = megatron_arguments(spec.run, world_size=1, device="cuda", backend="te")
+        assert set(spec.without) <= set(words)
+        assert spec.words or spec.without
+
+
+def test_an_unknown_arm_is_refused_with_those_there_are() -> None:
+    with pytest.raises(train_step.InputError, match="te-bf16-muon-mtp"):
+        plan("--arms", "te-bf16")
