@@ -279,10 +279,15 @@ def _finish(results: dict[str, Any], gemms: list[dict[str, Any]], left_out: dict
         results["cpu_overhead"] = {
             "of": OVERHEAD[0],
             "over": OVERHEAD[1],
-            "wall": ours[0]["median_seconds"] / plain[0]["median_seconds"],
-            "processor": statistics.median(ours[0]["cpu_seconds"]) / statistics.median(plain[0]["cpu_seconds"]),
+            "wall": _median(ours, "seconds") / _median(plain, "seconds"),
+            "processor": _median(ours, "cpu_seconds") / _median(plain, "cpu_seconds"),
         }
     results["arms"] += [{"arm": name, "status": "not measured", "reason": why} for name, why in left_out.items()]
+
+
+def _median(runs: list[dict[str, Any]], times: str) -> float:
+    """Median over the steps of all runs of an arm."""
+    return statistics.median(seconds for run in runs for seconds in run[times])
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def _speed(results: dict[str, Any]) -> Table:
         table.add_column(title, justify="right")
     for arm in results["arms"]:
         if arm["status"] != "measured":
-            table.add_row(arm["arm"], f"{arm['status']}: {arm['reason']}")
+            table.add_row(arm["arm"], arm["status"])
             continue
         table.add_row(
             arm["arm"],
@@ -72,6 +72,9 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     gemm = results["gemm"]
     rates = ", ".join(_rate(rate) for rate in gemm["runs"])
     lines = [f"BF16 matrix product of {gemm['size']}^3, before and after: {rates}"]
+    lines += [
+        f"{arm['arm']}: {arm['status']}: {arm['reason']}" for arm in results["arms"] if arm["status"] != "measured"
+    ]
     lines += [f"drift of {name} over this run: {drift:.1%}" for name, drift in results["drift"].items()]
     if results["reference"]:
         reference = results["reference"]

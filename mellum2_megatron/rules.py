@@ -317,7 +317,7 @@ def data_present(at: Situation) -> Found:
 
 
 @rule(
-    evidence="megatron/core/optimizer/__init__.py (0.19.2): with ep > 1 experts have an Adam of their own; for Muon see "
+    evidence="megatron/core/optimizer/__init__.py (0.19.2): with ep > 1 experts have an Adam of their own; Muon: see "
     "resharding.py of this project",
     machine=True,
 )

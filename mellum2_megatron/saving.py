@@ -131,8 +131,8 @@ def _with_retention(
 ) -> Callable[..., None]:
     """Wrap `megatron.training.checkpointing.save_checkpoint`, which every rank calls.
 
-    A step is saved once. Megatron saves some twice, as a step at which the batch grows (training.py:3772, 0.19.2): the second
-    save would overwrite the newest checkpoint, and a crash in it would cost more than the steps since.
+    A step is saved once. Megatron saves some twice, as a step at which the batch grows (training.py:3772, 0.19.2): the
+    second save would overwrite the newest checkpoint, and a crash in it would cost more than the steps since.
     """
     import torch
 

@@ -229,14 +229,14 @@ PATCHES: tuple[Patch, ...] = (
         target="megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.shard_params",
         replacement=_shard_experts,
         why="core/optimizer/layer_wise_optimizer.py:552 lets every rank own all matrices when data parallelism is 1, "
-        "but with tp > etp tensor-parallel ranks hold the same experts, of whose gradients DDP gives each its part only: "
+        "but with tp > etp tensor-parallel ranks hold the same experts, of whose gradients DDP gives each a part: "
         "wrong gradient norm and momentum, and a checkpoint that two ranks write",
     ),
     Patch(
         name="muon-groups-asked",
         target="megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.sharded_state_dict",
         replacement=ask_without_groups,
-        why="core/dist_checkpointing/dict_utils.py:227 merges parameter groups by position, and layer-wise Muon has one "
+        why="core/dist_checkpointing/dict_utils.py:227 merges parameter groups by position; layer-wise Muon has one "
         "more with expert parallelism: a checkpoint of ep=1 cannot be resumed on ep>1, nor the other way round",
     ),
     Patch(
@@ -249,7 +249,7 @@ PATCHES: tuple[Patch, ...] = (
         name="fusion-without-apex",
         target="megatron.core.tensor_parallel.layers:ColumnParallelLinear.__init__",
         replacement=_without_missing_fusion,
-        why="core/tensor_parallel/layers.py:1070 ends the run in the output layer where NVIDIA apex is not installed, unless "
+        why="core/tensor_parallel/layers.py:1070 ends the run in the output layer without NVIDIA apex, unless "
         "--no-gradient-accumulation-fusion takes the fusion from Transformer Engine's layers too",
     ),
     Patch(
@@ -265,7 +265,7 @@ PATCHES: tuple[Patch, ...] = (
         target="megatron.core.transformer.multi_token_prediction:process_mtp_loss",
         replacement=_share_mtp_count,
         why="core/transformer/multi_token_prediction.py:873-891 weights the MTP loss of each context-parallel rank by "
-        "that rank's own number of tokens, which differ by the tokens that have no next one (Megatron-LM pull request 7498)",
+        "that rank's own number of tokens, which differ by those that have no next one (Megatron-LM pull request 7498)",
     ),
 )
 
