@@ -60,6 +60,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from conversion.mapping import Shape
 from conversion.safe_metadata import first_line, read_metadata
 from mellum2_megatron.errors import InputError
+from mellum2_megatron.integrity import hash_files, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -260,6 +261,7 @@ class TorchDistWriter:
         self._writer.finish(self._metadata, results)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        write_manifest(self.folder, hash_files(self.folder.iterdir()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -227,7 +227,32 @@ def memory_per_rank(
     fp8: bool = False,
     grad_bytes: int = 4,
 ) -> Memory:
-    """Estimate the memory of the fullest rank.
+    """Estimate the memory of the fullest rank: the largest of `memory_by_stage`."""
+    stages = memory_by_stage(
+        architecture,
+        layout,
+        world_size=world_size,
+        sequence_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        optimizer=optimizer,
+        fp8=fp8,
+        grad_bytes=grad_bytes,
+    )
+    return max(stages, key=lambda estimate: estimate.total)
+
+
+def memory_by_stage(
+    architecture: Mellum2Architecture,
+    layout: Layout,
+    *,
+    world_size: int,
+    sequence_length: int,
+    micro_batch_size: int,
+    optimizer: Literal["muon", "adam"] = "muon",
+    fp8: bool = False,
+    grad_bytes: int = 4,
+) -> list[Memory]:
+    """Estimate the memory of a rank of each pipeline stage.
 
     Weights follow from the layout exactly. Muon keeps master and momentum (8 bytes a weight) of whole matrices, handed
     out evenly over the ranks that hold the same ones; Adam keeps a master and two moments (12 bytes), divided evenly.
@@ -243,11 +268,10 @@ def memory_per_rank(
         )
         for stage in range(layout.pp)
     ]
-    estimates = [
+    return [
         Memory(parameters=parameters, weights=weights, gradients=gradients, optimizer=state, activations=kept)
         for parameters, weights, gradients, state, kept in ranks
     ]
-    return max(estimates, key=lambda estimate: estimate.total)
 
 
 def _stage_memory(
@@ -269,7 +293,7 @@ def _stage_memory(
     largest = {True: 0, False: 0}
     adam = {True: 0, False: 0}
     for parameter in architecture.parameters():
-        if stage not in _stages(parameter, architecture, layout):
+        if stage not in pipeline_stages(parameter, architecture, layout):
             continue
         expert = parameter.component == "experts"
         ways = layout.ep * layout.etp if expert else layout.tp
@@ -294,7 +318,7 @@ def is_hidden_matrix(parameter: Parameter) -> bool:
     return len(parameter.shape) == 2 and parameter.component not in ("embedding", "output head")
 
 
-def _stages(parameter: Parameter, architecture: Mellum2Architecture, layout: Layout) -> set[int]:
+def pipeline_stages(parameter: Parameter, architecture: Mellum2Architecture, layout: Layout) -> set[int]:
     """Return the pipeline stages that hold ``parameter``; virtual stages are dealt out in turn."""
     last = layout.pp - 1
     if parameter.component == "embedding":

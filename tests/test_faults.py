@@ -53,11 +53,11 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(
         ranks("signalled", run, 1, 4, signal.SIGKILL)
     assert saved(output) == [1, 2]
 
-    with pytest.raises(DistributedError, match=r"exit codes \[-9, -9\]"):
-        ranks("killed_in_save", run, 1, 4)
+    with pytest.raises(DistributedError, match=r"exit codes \[-9, "):
+        ranks("killed_in_save", run, 0, 4)
     assert saved(output) == [1, 2]
     fragment = output / "iter_0000004"
-    assert (fragment / "__0_0.distcp").exists()
+    assert 0 < (fragment / "__0_0.distcp").stat().st_size < (output / "iter_0000002" / "__0_0.distcp").stat().st_size
     assert not is_complete(fragment)
 
     assert ranks("train", run) == [True, True]
@@ -123,9 +123,9 @@ def test_a_loss_that_is_no_number_ends_the_run(where: str, data: PreparedData, t
 def test_a_stuck_rank_is_named(how: str, named: str, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
     output = tmp_path / "run"
     with pytest.raises(DistributedError) as caught:
-        ranks("stuck", small_run(data, output, "timeout_minutes=0.25"), 1, 4, how)
+        ranks("stuck", small_run(data, output, "timeout_minutes=0.15"), 1, 4, how)
     message = str(caught.value)
-    assert f"step 4: no micro-batch has begun for 15 seconds: {named}" in message
+    assert f"step 4: no micro-batch has begun for 9 seconds: {named}" in message
     assert message.count("no micro-batch has begun") == 1  # one rank speaks for all
     assert "exit codes [1, " in message
     assert saved(output) == [2, 3]

@@ -115,6 +115,16 @@ def test_megatrons_config_describes_the_architecture(overrides: list[str], monke
     assert args.position_embedding_type == "rope"
 
 
+@pytest.mark.parametrize("kind", ["global_aux_loss", "aux_loss", "seq_aux_loss"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_loss_settings_reach_the_config(kind: str, per_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    overrides = [f"loss.aux_loss_type={kind}", f"loss.per_token={str(per_token).lower()}"]
+    config = core_transformer_config_from_args(on_cpu(overrides, monkeypatch)[1])
+    assert (config.moe_router_load_balancing_type, config.calculate_per_token_loss) == (kind, per_token)
+
+
 @pytest.mark.parametrize(("vocabulary", "layout"), [(4096, []), (4099, []), (5000, ["layout.pp=2", "layout.ep=1"])])
 def test_the_vocabulary_is_not_padded(vocabulary: int, layout: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer

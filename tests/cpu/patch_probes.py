@@ -264,6 +264,36 @@ def _muon_experts() -> None:
     assert divided == [(1, 2)], "every rank owns all experts"
 
 
+def _muon_groups_fit() -> None:
+    """A checkpoint of one parameter group is read by a run whose experts have a group of their own."""
+    from types import SimpleNamespace
+
+    from megatron.core.dist_checkpointing.dict_utils import merge
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    _one_rank()
+    groups = [{"params": [number], "is_expert_parallel": number == 1, "max_lr": 0.1, "lr": 0} for number in range(2)]
+    asked = [group | {"params": LocalNonpersistentObject(group["params"])} for group in groups]
+    loaded: list[dict[str, Any]] = []
+    inner = SimpleNamespace(
+        sharded_state_dict=lambda *_, **__: {"optimizer": {"state": {}, "param_groups": asked}},
+        load_state_dict=lambda state: loaded.extend(state["optimizer"]["param_groups"]),
+        optimizer=SimpleNamespace(state_dict=lambda: {"param_groups": groups}),
+    )
+    optimizer = object.__new__(LayerWiseDistributedOptimizer)
+    optimizer.chained_optimizers, optimizer.pg_collection, optimizer.model_chunks = [inner], None, []
+    _, local, _ = load_preprocess(optimizer.sharded_state_dict({}, is_loading=True, metadata={}))
+    stored = {"optimizer": {"param_groups": [{"is_expert_parallel": False, "max_lr": 0.1, "lr": 0.05}]}}
+    optimizer.load_state_dict(merge(stored, local))
+    assert [group["params"] for group in loaded] == [[0], [1]], "groups without their parameters"
+    assert loaded == [group | {"lr": 0.05} for group in groups]
+
+
+PROBES["muon-groups-asked"] = PROBES["muon-groups-loaded"] = _muon_groups_fit
+
+
 @probe("packed-mtp")
 def _packed_mtp() -> None:
     """Two documents, of three tokens in four places and of two in four."""
