@@ -18,6 +18,7 @@ from conversion.target import JOURNAL_FILE, partial_folder
 from conversion.workers import Stop, run_units, worker_count
 from mellum2_megatron.checkpoint_folder import resolve
 from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.integrity import MANIFEST_FILE
 from tests.conversion.folders import load_tensors, write_folder
 
 Convert = Callable[..., Any]
@@ -29,9 +30,10 @@ def both(kind: str, hf_folder: Path, checkpoint: Path) -> tuple[Convert, Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file; `.metadata` names the moment of its writing, so only that it is there counts."""
+    """Every file; `.metadata` names the moment of its writing, and the manifest its hash: that they are there counts."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: b"" if name.endswith(".metadata") else path.read_bytes() for name, path in files.items()}
+    moments = (".metadata", MANIFEST_FILE)
+    return {name: b"" if name.endswith(moments) else path.read_bytes() for name, path in files.items()}
 
 
 def hashing(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
+from tests.layouts.traffic import counting
 
 SEQUENCE = 32
 BATCH = 4
@@ -83,12 +84,14 @@ class Outcome:
         gradients: of the parameters it holds, by global name, after all reductions.
         logits: by (sequence, head), `[s / cp, vocabulary / tp]`; empty off the last stage. Head 0 is the main one.
         losses: totals of the whole batch, the same on every rank that has them.
+        sent: bytes that this rank sent, by parallelism.
     """
 
     ranks: dict[str, int]
     gradients: dict[str, torch.Tensor]
     logits: dict[tuple[int, str], torch.Tensor]
     losses: dict[str, torch.Tensor]
+    sent: dict[str, float]
 
 
 SHARDED = {  # dimension that is divided, and among which ranks
@@ -186,21 +189,23 @@ def step(case: Case, device: str = "cpu") -> Outcome:
     data_ranks = mpu.get_data_parallel_world_size()
     microbatches = BATCH // case.micro_batch // data_ranks
     feed = functools.partial(batches, case, ranks["dp"], data_ranks, device)
-    reported = get_forward_backward_func()(
-        forward_step_func=functools.partial(forward_step, logits, case),
-        data_iterator=[feed() for _ in wrapped] if case.vpp > 1 else feed(),
-        model=wrapped if case.vpp > 1 else wrapped[0],
-        num_microbatches=microbatches,
-        seq_length=SEQUENCE,
-        micro_batch_size=case.micro_batch,
-        forward_only=False,
-    )
+    with counting() as sent:
+        reported = get_forward_backward_func()(
+            forward_step_func=functools.partial(forward_step, logits, case),
+            data_iterator=[feed() for _ in wrapped] if case.vpp > 1 else feed(),
+            model=wrapped if case.vpp > 1 else wrapped[0],
+            num_microbatches=microbatches,
+            seq_length=SEQUENCE,
+            micro_batch_size=case.micro_batch,
+            forward_only=False,
+        )
     gradients = {}
     for chunk in chunks:
         for name, parameter in global_names(chunk, case, ranks).items():
             assert parameter.grad is None, f"{name}: a gradient outside of DDP's buffers"
             gradients[name] = parameter.main_grad.detach().cpu().clone()
-    return Outcome(ranks=ranks, gradients=gradients, logits=logits, losses=losses(case, reported, microbatches))
+    totals = losses(case, reported, microbatches)
+    return Outcome(ranks=ranks, gradients=gradients, logits=logits, losses=totals, sent=dict(sent))
 
 
 def build(case: Case, device: str) -> list[torch.nn.Module]:
@@ -339,3 +344,27 @@ def losses(case: Case, reported: list[dict[str, torch.Tensor]], microbatches: in
     for ours, theirs in zip(("aux", "z"), names, strict=True):
         found[ours] = tracker.metrics[theirs].values.cpu() / microbatches
     return found
+
+
+def groups(ways: dict[str, int]) -> dict[str, list[int]]:
+    """Return the ranks of every Megatron group that this rank is in, by our names."""
+    from megatron.core import parallel_state as mpu
+
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=ways.get("tp", 1),
+        pipeline_model_parallel_size=ways.get("pp", 1),
+        context_parallel_size=ways.get("cp", 1),
+        expert_model_parallel_size=ways.get("ep", 1),
+        expert_tensor_parallel_size=ways.get("etp", 1),
+    )
+    found = {
+        "tp": mpu.get_tensor_model_parallel_group(),
+        "cp": mpu.get_context_parallel_group(),
+        "pp": mpu.get_pipeline_model_parallel_group(),
+        "dp": mpu.get_data_parallel_group(),
+        "dp with cp": mpu.get_data_parallel_group(with_context_parallel=True),
+        "ep": mpu.get_expert_model_parallel_group(),
+        "etp": mpu.get_expert_tensor_parallel_group(),
+        "expert dp": mpu.get_expert_data_parallel_group(),
+    }
+    return {name: torch.distributed.get_process_group_ranks(group) for name, group in found.items()}
