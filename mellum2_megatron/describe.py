@@ -13,6 +13,7 @@ from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
 from mellum2_megatron.errors import InputError, nearest
 from mellum2_megatron.info import architecture_report, render
 from mellum2_megatron.layout import memory_per_rank
+from mellum2_megatron.layout_report import layout_report, render_layout
 from mellum2_megatron.optimizer_report import optimizer_report, render_optimizer
 from mellum2_megatron.recipes import recipe_names
 from mellum2_megatron.run import Run
@@ -45,7 +46,7 @@ def describe(
     """
     if (subject is None) == (hf_path is None):
         raise InputError("info", rule="describes one thing", fix="give a recipe, a preset, or --hf-path DIR")
-    memory = None
+    memory = layout = None
     if hf_path is not None:
         from conversion.hf_folder import read_config
 
@@ -69,14 +70,18 @@ def describe(
                 fp8=named.precision.compute == "fp8",
                 grad_bytes=4 if named.precision.grad_reduce_in_fp32 else 2,
             )
+            layout = layout_report(named, world_size=ranks)
             title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
         else:
             architecture = named
-    report = architecture_report(architecture, sequence_length=sequence_length, memory=memory)
+    report = architecture_report(architecture, sequence_length=sequence_length, memory=memory) | {"layout": layout}
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         console.print(render(report, title=title))
+        for table in render_layout(layout) if layout is not None else ():
+            console.print()
+            console.print(table)
 
 
 def describe_optimizer(

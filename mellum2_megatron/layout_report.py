@@ -44,9 +44,7 @@ def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
         fp8=run.precision.compute == "fp8",
         grad_bytes=4 if run.precision.grad_reduce_in_fp32 else 2,
     )
-    micro_batches = run.schedule.final_batch_size // (
-        run.schedule.micro_batch_size * layout.data_parallel(world_size)
-    )
+    micro_batches = run.schedule.final_batch_size // (run.schedule.micro_batch_size * layout.data_parallel(world_size))
     flops = [_stage_flops(architecture, layout, stage, length) for stage in range(layout.pp)]
     return {
         "ways": ways(layout, world_size),
@@ -232,7 +230,8 @@ def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float
 
 def render_layout(report: dict[str, Any]) -> list[Table]:
     """Return the report of `layout_report` as rich tables that fit 80 columns."""
-    return [_stage_table(report), _group_table(report)]
+    tables = [_stage_table(report)]
+    return [*tables, _group_table(report)] if any(group["size"] > 1 for group in report["groups"].values()) else tables
 
 
 def _stage_table(report: dict[str, Any]) -> Table:

@@ -50,7 +50,7 @@ def odd_run() -> Run:
             overlap_grad_reduce=False,
             overlap_param_gather=False,
         ),
-        loss=Loss(aux_loss_coef=0.0, z_loss_coef=3e-7, mtp_factor=0.3, aux_loss_type="aux_loss"),
+        loss=Loss(aux_loss_coef=0.0, z_loss_coef=3e-7, mtp_factor=0.3, aux_loss_type="aux_loss", per_token=True),
         schedule=Schedule(
             style="cosine",
             train_samples=96,

@@ -39,9 +39,7 @@ def run_of(case: Case) -> Run:
         architecture=ARCHITECTURE,
         layout=Layout(sp=case.tp > 1, **ways),
         data=dataclasses.replace(run.data, sequence_length=SEQUENCE),
-        schedule=dataclasses.replace(
-            run.schedule, micro_batch_size=1, batch_schedule=((0, BATCH),)
-        ),
+        schedule=dataclasses.replace(run.schedule, micro_batch_size=1, batch_schedule=((0, BATCH),)),
     )
 
 
@@ -142,6 +140,13 @@ def test_the_table_names_what_matters():
     for table in render_layout(layout_report(run, world_size=64)):
         console.print(table)
     shown: Any = console.export_text()
-    for word in ("21-27 embedding", "output head MTP", "3 all_gather, 1 p2p", "dp with cp", "0, 16, 32, 48", "ep 2,016.00"):
+    for word in (
+        "21-27 embedding",
+        "output head MTP",
+        "3 all_gather, 1 p2p",
+        "dp with cp",
+        "0, 16, 32, 48",
+        "ep 2,016.00",
+    ):
         assert word in shown, shown
     assert max(map(len, shown.splitlines())) <= 80
