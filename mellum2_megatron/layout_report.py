@@ -1,7 +1,7 @@
 """What a layout comes to: who talks to whom, what each pipeline stage holds and computes, and what ranks send.
 
-No torch: instant on a login node. Bytes sent follow from the algorithms alone: of a buffer of S bytes that n ranks gather
-or reduce-scatter each rank sends S (n - 1) / n, as in a ring.
+No torch: instant on a login node. Bytes sent follow from the algorithms alone: of a buffer of S bytes that n ranks
+gather or reduce-scatter each rank sends S (n - 1) / n, as in a ring.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _tensor_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> 
 def _context_parallel(model: Mellum2Architecture, layout: Layout, stage: int, unit: int) -> float:
     """Return bytes for keys and values: gathered (or passed around) forward, their gradients scattered backward.
 
-    Transformer Engine fetches them a second time for the backward pass, which the torch backend does not.
+    Transformer Engine fetches them a second time for the backward pass: half as much again, not counted here.
     """
     width = 2 * model.num_key_value_heads * model.head_dim / layout.tp
     return 2 * len(_kinds(model, layout, stage)) * width * unit * (layout.cp - 1)

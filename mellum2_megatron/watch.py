@@ -104,9 +104,13 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stopped.wait(min(1.0, self.timeout / 10)):
-            if not self._pauses and time.monotonic() - self._since > self.timeout:
+            if self.is_overdue(time.monotonic()):
                 self._tell()
                 return
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether a micro-batch should have begun by now, on the clock of `time.monotonic`."""
+        return not self._pauses and now - self._since > self.timeout
 
     def _tell(self) -> None:
         here = _place(sys._current_frames().get(self._main), self._beats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -24,9 +25,9 @@ from mellum2_megatron.checkpoint_folder import (
 from mellum2_megatron.data.prepare import PreparedData
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.integrity import MANIFEST_FILE, check_hashes, check_sizes, hash_files, read_manifest
-from mellum2_megatron.run import Run, to_yaml
+from mellum2_megatron.run import Checkpoint, Run, to_yaml
 from mellum2_megatron.run_folder import check_run_folder, check_share
-from mellum2_megatron.saving import remove_fragments, remove_old
+from mellum2_megatron.saving import _with_retention, remove_fragments, remove_old
 from tests.distributed import run_distributed
 from tests.test_train import data, losses, small_run, trained  # noqa: F401  (fixtures)
 
@@ -320,6 +321,19 @@ def test_old_checkpoints_go(
     remove_old(tmp_path, keep_last=keep_last, retain_interval=retain_interval)
     assert [folder.name for folder in iteration_folders(tmp_path)] == [iteration_folder_name(n) for n in left]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron saves a step twice when the batch grows there, the second time over the newest checkpoint."""
+    calls: list[int] = []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    settings = Checkpoint(output=str(tmp_path), keep_last=1)
+    save = _with_retention(lambda iteration, *_: calls.append(iteration), settings, contextlib.nullcontext)
+    checkpoints(tmp_path, 2, 3, tracked=3)
+    for iteration in (2, 2, 3):
+        save(iteration, "model")
+    assert calls == [2, 3]
+    assert [folder.name for folder in iteration_folders(tmp_path)] == ["iter_0000003"]
 
 
 def test_a_fragment_is_never_taken_and_is_removed_at_the_next_start(

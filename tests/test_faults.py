@@ -20,7 +20,7 @@ from mellum2_megatron.integrity import read_manifest
 from mellum2_megatron.metrics import METRICS_FILE, read_metrics
 from mellum2_megatron.run import Run, to_yaml
 from mellum2_megatron.stopping import STOPPED, is_stop
-from mellum2_megatron.watch import Place, blame
+from mellum2_megatron.watch import Place, Watch, blame
 from tests.distributed import REPOSITORY, DistributedError, run_distributed
 from tests.test_checkpoints import equal, flip, state
 from tests.test_train import data, losses, small_run, trained  # noqa: F401  (fixtures)
@@ -180,6 +180,19 @@ EARLY = Place(beats=6, line="torch/distributed/d.py:1 in all_reduce", waiting=Tr
 )
 def test_blame(places: dict[int, Place], said: str) -> None:
     assert blame(places, 3) == said
+
+
+def test_a_save_takes_as_long_as_it_takes() -> None:
+    started = time.monotonic()
+    watch = Watch(rank=0, world_size=1, timeout=60, end=pytest.fail, step=lambda: 1, store=pytest.fail)
+    assert not watch.is_overdue(started + 59)
+    assert watch.is_overdue(time.monotonic() + 61)
+    with watch.paused():
+        assert not watch.is_overdue(started + 3600)
+        began = time.monotonic()
+    assert not watch.is_overdue(began + 59)
+    assert watch.beating(lambda value: value + 1)(1) == 2
+    watch.stop()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def both(kind: str, hf_folder: Path, checkpoint: Path) -> tuple[Convert, Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file; `.metadata` names the moment of its writing, and the manifest its hash: that they are there counts."""
+    """Every file; of `.metadata`, which names the moment of its writing, and its hash only that they are there."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     moments = (".metadata", MANIFEST_FILE)
     return {name: b"" if name.endswith(moments) else path.read_bytes() for name, path in files.items()}

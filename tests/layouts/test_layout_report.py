@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_the_table_names_what_matters():
     from mellum2_megatron.layout_report import render_layout
 
     run = apply_overrides(recipe("mellum2_12b_pretrain_phase1"), ["layout.dp=null", "layout.pp=4", "layout.cp=2"])
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=io.StringIO())
     for table in render_layout(layout_report(run, world_size=64)):
         console.print(table)
     shown: Any = console.export_text()
