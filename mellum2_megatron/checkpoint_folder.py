@@ -173,8 +173,11 @@ def _tracked(root: Path) -> Path:
     elif text.isascii() and text.isdigit():
         folder = root / iteration_folder_name(int(text))
     else:
+        whole = ", ".join(path.name for path in iteration_folders(root) if is_complete(path)) or "none"
         raise InputError(
-            f"{tracker} holds {text!r}", rule="it holds an iteration number or 'release'", fix="write the right one"
+            f"{tracker} holds {text!r}",
+            rule="it holds an iteration number or 'release'",
+            fix=f"write that of a checkpoint into it (complete: {whole})",
         )
     if not folder.is_dir():
         inside = ", ".join(path.name for path in iteration_folders(root)) or "none"

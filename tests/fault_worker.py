@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -109,13 +110,13 @@ def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
     return train(run_file)
 
 
-def write_manifest(folder: str) -> None:
-    """Write a file as every rank of a save does, and the manifest of all."""
+def write_manifest(folder: str, later: bool) -> None:
+    """Write a file as every rank of a save does, at once or in the background, and the manifest of all."""
     import torch
 
     from mellum2_megatron import saving
 
-    def save(state: Any, folder: str) -> None:
+    def write() -> None:
         rank = torch.distributed.get_rank()
         for number in range(2):
             Path(folder, f"__{rank}_{number}.distcp").write_bytes(bytes([rank, number]) * 1000)
@@ -124,7 +125,15 @@ def write_manifest(folder: str) -> None:
             Path(folder, ".metadata").write_text("all")
             Path(folder, "metadata.json").write_text("{}")
 
-    saving._with_manifest(save)({}, folder)
+    def save(state: Any, folder: str) -> Any:
+        if not later:
+            return write()
+        return SimpleNamespace(finalize_fns=[write, torch.distributed.barrier])
+
+    request = saving._with_manifest(save)({}, folder)
+    assert Path(folder, saving.MANIFEST_FILE).exists() is not later
+    for finalize in request.finalize_fns if later else ():
+        finalize()
 
 
 def _on_batch(rank: int, step: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

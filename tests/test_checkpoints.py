@@ -165,12 +165,13 @@ def steps(value: Any) -> set[Any]:
 # -- Manifests --------------------------------------------------------------------------------------------------------
 
 
-def test_every_rank_hashes_what_it_wrote(tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "in the background"])
+def test_every_rank_hashes_what_it_wrote(later: bool, tmp_path: Path) -> None:
     folder = tmp_path / "iter_0000007"
     folder.mkdir()
     (folder / "__7_0.distcp").write_text("of an earlier save, by more ranks")
     (folder / MANIFEST_FILE).write_text("{}")
-    run_distributed("tests.fault_worker:write_manifest", 2, str(folder))
+    run_distributed("tests.fault_worker:write_manifest", 2, str(folder), later)
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST_FILE}
     assert sorted(files) == [".metadata", *(f"__{rank}_{n}.distcp" for rank in (0, 1) for n in (0, 1)), "metadata.json"]
     assert json.loads((folder / MANIFEST_FILE).read_text()) == {
