@@ -316,6 +316,21 @@ def data_present(at: Situation) -> Found:
         yield error
 
 
+def _resumed_folder(at: Situation) -> Path | None:
+    """Return the folder whose state the run goes on from; None if it starts anew, or nothing tells what made it."""
+    checkpoint = at.run.checkpoint
+    if checkpoint.output is None:
+        return None
+    root = Path(resume_folder(checkpoint.output, checkpoint.continue_from))
+    return root if (root / TRACKER_FILE).is_file() and (root / RUN_FILE).is_file() else None
+
+
+def _run_of(root: Path) -> Run:
+    from mellum2_megatron.run_folder import read_run  # reads tokenizers: not needed to plan a run elsewhere
+
+    return read_run(root / RUN_FILE)
+
+
 @rule(
     evidence="megatron/core/optimizer/__init__.py (0.19.2): with ep > 1 experts have an Adam of their own; Muon: see "
     "resharding.py of this project",
@@ -323,16 +338,11 @@ def data_present(at: Situation) -> Found:
 )
 def resume_fits(at: Situation) -> Found:
     """A resumed or continued run can read the optimizer state that it goes on from."""
-    checkpoint = at.run.checkpoint
-    if checkpoint.output is None:
+    root = _resumed_folder(at)
+    if root is None:
         return
-    root = Path(resume_folder(checkpoint.output, checkpoint.continue_from))
-    if not (root / TRACKER_FILE).is_file() or not (root / RUN_FILE).is_file():
-        return
-    from mellum2_megatron.run_folder import read_run  # reads tokenizers: not needed to plan a run elsewhere
-
     try:
-        before = read_run(root / RUN_FILE)
+        before = _run_of(root)
     except InputError as error:
         yield error
         return
@@ -370,16 +380,11 @@ _FROM_CHECKPOINT = {
 )
 def resume_keeps_optimizer(at: Situation) -> Found:
     """A resumed or continued run keeps the settings that its checkpoint's optimizer has."""
-    checkpoint = at.run.checkpoint
-    if checkpoint.output is None:
+    root = _resumed_folder(at)
+    if root is None:
         return
-    root = Path(resume_folder(checkpoint.output, checkpoint.continue_from))
-    if not (root / TRACKER_FILE).is_file() or not (root / RUN_FILE).is_file():
-        return
-    from mellum2_megatron.run_folder import read_run  # reads tokenizers: not needed to plan a run elsewhere
-
     try:
-        before = read_run(root / RUN_FILE).optimizer
+        before = _run_of(root).optimizer
     except InputError:
         return  # told by resume_fits
     if before.name != at.run.optimizer.name:
