@@ -88,12 +88,12 @@ def in_part(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return ranged
 
 
-def profiled(step: Callable[[], Any], *, cuda: bool) -> dict[str, Any]:
+def profiled(step: Callable[[], Any], *, cuda: bool, largest: int = 10) -> dict[str, Any]:
     """Run ``step`` once under the profiler.
 
     Returns:
         ``unit``: what was added up, kernels on the GPU or operators on the CPU; ``seconds``, their sum; ``share`` of
-        every part in it; ``top``, the ten largest operators or kernels with their shares.
+        every part in it; ``top``, the ``largest`` operators or kernels with their shares.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if cuda:
@@ -108,7 +108,7 @@ def profiled(step: Callable[[], Any], *, cuda: bool) -> dict[str, Any]:
         "unit": "GPU kernels" if cuda else "CPU operators",
         "seconds": sum(spent.values()) / 1e6,
         "share": {part: spent[part] / total for part in PARTS},
-        "top": {name: time / total for name, time in names.most_common(10)},
+        "top": {name: time / total for name, time in names.most_common(largest)},
     }
 
 

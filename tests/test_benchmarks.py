@@ -74,10 +74,10 @@ def test_backward_operators_belong_to_their_forward_modules_part() -> None:
         model["experts"](model["norm"](torch.randn(512, 256))).exp().sum().backward()
 
     with named_parts(model):
-        found = profiled(step, cuda=False)
+        found = profiled(step, cuda=False, largest=1000)
     products = found["top"]["aten::mm"] + found["top"]["aten::addmm"]
     assert found["share"]["grouped GEMM"] >= products
-    assert found["share"]["norm"] >= found["top"].get("aten::native_layer_norm_backward", 0.0) > 0
+    assert found["share"]["norm"] >= found["top"]["aten::native_layer_norm_backward"] > 0
     assert not model["experts"]._forward_hooks
 
 
