@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from conversion.dcp_files import without_crc32
 from conversion.hf_folder import HfFolder
 from conversion.hf_writer import copy_generation_config, copy_tokenizer
 from conversion.job import Checks, Job, Unit, entry_bytes, records_of
 from conversion.manifest import Manifest, WeightRecord, write_manifest
 from conversion.mapping import Entry, Same, extra_states, huggingface_shapes
-from conversion.torch_dist import Chunk, Placed, TorchDistWriter
+from conversion.reports import ConversionReport
+from conversion.torch_dist import Chunk, TorchDistWriter, Written, group_file
 from mellum2_megatron.checkpoint_folder import RELEASE, TOKENIZER_FOLDER, write_architecture, write_tracker
 
 # What Megatron's load of a release looks at (training/checkpointing.py:load_checkpoint, 0.19.2): version 3 keeps it
@@ -55,7 +57,7 @@ class ImportJob(Job):
         self.units = [
             Unit(
                 name=str(number),
-                file=f"{RELEASE}/__{number}_0.distcp",
+                file=f"{RELEASE}/{group_file(number)}",
                 entries=group,
                 nbytes=entry_bytes(group, self.dtype),
                 peak=max(self._peak(entry) for entry in group),
@@ -65,6 +67,10 @@ class ImportJob(Job):
 
     def source_files(self) -> Iterable[Path]:
         return self._hf.files
+
+    def run(self) -> ConversionReport:
+        with without_crc32():
+            return super().run()
 
     def prepare(self) -> None:
         release = self.folder / RELEASE
@@ -81,15 +87,12 @@ class ImportJob(Job):
 
     def convert(self, unit: Unit) -> tuple[dict[str, Any], int]:
         number = int(unit.name)
-        placed = self._writer.write_group(number)
+        written = self._writer.write_group(number)
         records = [asdict(record) for record in self._records[number]]
-        return {"records": records, "placed": [asdict(p) for p in placed]}, max(p.begin + p.length for p in placed)
+        return {"records": records, "written": asdict(written)}, written.file.size
 
     def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
-        def place(values: dict[str, Any]) -> Placed:
-            return Placed(**values | {"offset": None if values["offset"] is None else tuple(values["offset"])})
-
-        self._writer.finish([[place(values) for values in payload["placed"]] for payload in payloads])
+        self._writer.finish([Written.from_dict(payload["written"]) for payload in payloads])
         write_manifest(self.folder / RELEASE, records_of(payloads))
         write_architecture(self.folder, self.architecture)
         copy_tokenizer(self.source, self.folder / TOKENIZER_FOLDER)

@@ -57,10 +57,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from conversion.dcp_files import HashingFileSystem
 from conversion.mapping import Shape
 from conversion.safe_metadata import first_line, read_metadata
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.integrity import hash_files, write_manifest
+from mellum2_megatron.integrity import FileRecord, hash_files, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,25 @@ class Placed:
     length: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """One group on the disk: its ``file``, and where everything lies in it. Plain values, for a journal."""
+
+    file: FileRecord
+    placed: tuple[Placed, ...]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Written:
+        """The inverse of `dataclasses.asdict`, through JSON."""
+        return cls(
+            file=FileRecord(**values["file"]),
+            placed=tuple(
+                Placed(**each | {"offset": None if each["offset"] is None else tuple(each["offset"])})
+                for each in values["placed"]
+            ),
+        )
+
+
 class TorchDistWriter:
     """Write a ``torch_dist`` folder; each group of chunks becomes one ``__N_0.distcp`` file.
 
@@ -226,12 +246,13 @@ class TorchDistWriter:
         self._writer = FileSystemWriter(
             folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0
         )
+        self._writer.fs = self._files = HashingFileSystem()
 
-    def write_group(self, number: int) -> list[Placed]:
+    def write_group(self, number: int) -> Written:
         """Write group ``number`` to the disk and say where everything lies."""
         planner = _FromChunks(self._groups[number], self._objects)
         plan = SavePlan(self._plans[number].items, storage_data=_StoragePrefix(f"__{number}_"))
-        return [
+        placed = [
             Placed(
                 key=result.index.fqn,
                 offset=_offset(result.index),
@@ -241,9 +262,10 @@ class TorchDistWriter:
             )
             for result in self._writer.write_data(plan, planner).wait()
         ]
+        return Written(file=self._files.records[group_file(number)], placed=tuple(placed))
 
-    def finish(self, groups: Sequence[Sequence[Placed]]) -> None:
-        """Write ``.metadata`` and ``metadata.json``, which make the folder a checkpoint."""
+    def finish(self, groups: Sequence[Written]) -> None:
+        """Write ``.metadata`` and ``metadata.json``, which make the folder a checkpoint, and its manifest."""
         results: list[list[WriteResult]] = []
         for plan, group in zip(self._plans, groups, strict=True):
             indices = {(item.index.fqn, _offset(item.index)): item.index for item in plan.items}
@@ -254,14 +276,16 @@ class TorchDistWriter:
                         size_in_bytes=placed.length,
                         storage_data=_StorageInfo(placed.file, placed.begin, placed.length),
                     )
-                    for placed in group
+                    for placed in group.placed
                 ]
             )
         self._writer.set_up_storage_writer(is_coordinator=True)
         self._writer.finish(self._metadata, results)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-        write_manifest(self.folder, hash_files(self.folder.iterdir()))
+        written = {group_file(number): group.file for number, group in enumerate(groups)}
+        others = hash_files(path for path in self.folder.iterdir() if path.name not in written)
+        write_manifest(self.folder, written | others)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,6 +312,11 @@ class Chunk:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def group_file(number: int) -> str:
+    """Name of the file that holds group ``number``, as DCP gives it."""
+    return f"__{number}_0.distcp"
 
 
 def _offset(index: MetadataIndex) -> Shape | None:

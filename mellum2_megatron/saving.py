@@ -36,9 +36,13 @@ def install(settings: Checkpoint, paused: Callable[[], AbstractContextManager[No
         settings: of the run.
         paused: entered around each save, which has no micro-batches.
     """
+    import torch
     from megatron.core import dist_checkpointing
     from megatron.training import training
 
+    # torch.save's own checksum costs several times what writing does, and torch.load never looks at it; the manifest
+    # has a SHA-256 of every file.
+    torch.serialization.set_crc32_options(False)
     dist_checkpointing.save = _with_manifest(dist_checkpointing.save)
     training.save_checkpoint = _with_retention(training.save_checkpoint, settings, paused)
 
