@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from conversion.hf_folder import CONFIG_FILE, GENERATION_CONFIG_FILE, dtype_name, listed, torch_dtype
-from conversion.hf_writer import copy_generation_config, copy_tokenizer, plan_shards, write_index
-from conversion.job import Checks, Job, SafetensorsUnits, Unit, records_of
-from conversion.manifest import Manifest, WeightRecord, write_manifest
+from conversion.hf_folder import GENERATION_CONFIG_FILE, dtype_name, listed, torch_dtype
+from conversion.hf_writer import copy_generation_config, copy_tokenizer
+from conversion.job import Checks
+from conversion.manifest import Manifest, WeightRecord
 from conversion.mapping import Entry, Same, derive
+from conversion.safetensors_job import SafetensorsJob
 from conversion.torch_dist import TorchDistReader
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint_folder import CheckpointFolder
@@ -24,7 +25,7 @@ from mellum2_megatron.files import write_json
 logger = logging.getLogger(__name__)
 
 
-class ExportJob(Job):
+class ExportJob(SafetensorsJob):
     """Export ``checkpoint``, which ``reader`` has open, in ``dtype``, or as it is when None."""
 
     kind = "export"
@@ -51,36 +52,26 @@ class ExportJob(Job):
         if self.manifest is not None:
             dtypes = {entry.label: self._reader.tensors[entry.key].dtype for entry in entries}
             self.manifest.check_table({entry.label: entry.shape for entry in entries}, dtypes)
-        self._shards = plan_shards(entries, self.dtype)
-        self._writer = SafetensorsUnits(self._shards, self.dtype, self._peak)
-        self.units = self._writer.units
+        self.plan_units()
 
     def source_files(self) -> Iterable[Path]:
         return sorted(path for path in self._checkpoint.iteration_dir.iterdir() if path.is_file())
 
-    def prepare(self) -> None:
-        self._writer.prepare(self.folder)
-
-    def convert(self, unit: Unit) -> tuple[dict[str, Any], int]:
-        return self._writer.write(unit, self._parts)
-
     def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
-        write_index(self.folder, self._shards, self.dtype)
-        write_manifest(self.folder, records_of(payloads))
-        write_json(self.folder / CONFIG_FILE, self.architecture.to_hf_config(dtype_name(self.dtype)))
+        super().finish(payloads)
         if not copy_generation_config(self._checkpoint.root, self.folder):
             write_json(self.folder / GENERATION_CONFIG_FILE, generation_config(self.architecture))
         if self._tokenizer is None or not copy_tokenizer(self._tokenizer, self.folder):
             logger.info("%s has no tokenizer, so %s has none either", self.source, self.target)
 
-    def _parts(self, entry: Entry) -> list[tuple[torch.Tensor, WeightRecord | None]]:
+    def parts(self, entry: Entry) -> list[tuple[torch.Tensor, WeightRecord | None]]:
         stored = self._reader.read(entry.key, entry.offset, entry.extent).reshape(entry.shape)
         whole, record = self.read_checked(entry.label, stored, self.manifest)
         parts = entry.transform.split(whole, self.architecture)
         self.passed(whole.nbytes)
         return [(part, record if part is whole else None) for part in parts]
 
-    def _peak(self, entry: Entry) -> int:
+    def peak(self, entry: Entry) -> int:
         """A chunk and its copy, converted where that is asked for, cut up where there are several parts."""
         stored = self._reader.tensors[entry.key]
         chunk = max((math.prod(chunk.sizes) for chunk in stored.near(entry.offset, entry.extent)), default=0)

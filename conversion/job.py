@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import psutil
 import torch
 
 from conversion.hf_folder import dtype_name
-from conversion.hf_writer import Shard, create_shard, shard_size, write_tensor
 from conversion.manifest import Manifest, WeightRecord
 from conversion.mapping import Entry
 from conversion.progress import byte_progress
@@ -218,52 +215,6 @@ class Job(ABC):
             "units": {unit.name: unit.nbytes for unit in self.units},
             "architecture": self.architecture.to_dict(),
         }
-
-
-class SafetensorsUnits:
-    """Safetensors files written by several workers: a unit is a layer's part of one file."""
-
-    def __init__(self, shards: Sequence[Shard], dtype: torch.dtype, peak: Callable[[Entry], int]) -> None:
-        self._shards, self._dtype = shards, dtype
-        self._sizes = {shard.file: shard_size(shard, dtype) for shard in shards}
-        self._begins: dict[str, dict[str, int]] = {}
-        self.units = [
-            Unit(
-                name=f"{shard.file}#{group}",
-                file=shard.file,
-                entries=(members := tuple(entries)),
-                nbytes=entry_bytes(members, dtype),
-                peak=max(peak(entry) for entry in members),
-            )
-            for shard in shards
-            for group, entries in groupby(shard.entries, key=lambda entry: entry.group)
-        ]
-
-    def prepare(self, folder: Path) -> None:
-        """Make the files in ``folder``."""
-        self._folder = folder
-        self._begins = {shard.file: create_shard(folder, shard, self._dtype) for shard in self._shards}
-
-    def write(
-        self, unit: Unit, parts: Callable[[Entry], list[tuple[torch.Tensor, WeightRecord | None]]]
-    ) -> tuple[dict[str, Any], int]:
-        """Write ``unit`` to the disk; what `Job.convert` returns.
-
-        Args:
-            parts: an entry's Hugging Face tensors in its sources' order, each with a record of it if there is one.
-        """
-        records = []
-        begins = self._begins[unit.file]
-        with (self._folder / unit.file).open("r+b", buffering=0) as stream:
-            for entry in unit.entries:
-                for source, (tensor, record) in zip(entry.sources, parts(entry), strict=True):
-                    if (tuple(tensor.shape), tensor.dtype) != (source.shape, self._dtype):
-                        raise ValueError(f"{source}: {tuple(tensor.shape)} {tensor.dtype} does not fit")
-                    write_tensor(stream.fileno(), begins[source.name], tensor)
-                    named = replace(record, name=source.name) if record else WeightRecord.of(source.name, tensor)
-                    records.append(asdict(named))
-            os.fsync(stream.fileno())
-        return {"records": records}, self._sizes[unit.file]
 
 
 def records_of(payloads: Iterable[dict[str, Any]]) -> list[WeightRecord]:

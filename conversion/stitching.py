@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from conversion.hf_folder import CONFIG_FILE, HfFolder, dtype_name
-from conversion.hf_writer import copy_generation_config, copy_tokenizer, plan_shards, write_index
-from conversion.job import Checks, Job, SafetensorsUnits, Unit, records_of
-from conversion.manifest import Manifest, WeightRecord, write_manifest
-from conversion.mapping import Entry, derive, huggingface_shapes
+from conversion.hf_folder import HfFolder, dtype_name
+from conversion.hf_writer import copy_generation_config, copy_tokenizer
+from conversion.job import Checks
+from conversion.manifest import Manifest, WeightRecord
+from conversion.mapping import Entry, huggingface_shapes
+from conversion.safetensors_job import SafetensorsJob
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.files import write_json
 
 # What does not change what the trunk's hidden states mean to the head.
 _MAY_DIFFER = {
@@ -31,7 +31,7 @@ _MAY_DIFFER = {
 _MTP = "mtp."
 
 
-class StitchJob(Job):
+class StitchJob(SafetensorsJob):
     """Write ``trunk``'s tensors and ``head``'s ``mtp.*`` as one model."""
 
     kind = "stitch-mtp"
@@ -52,27 +52,17 @@ class StitchJob(Job):
         )
         self.manifest = _manifest(trunk) if checks.hashes else None
         self._head_manifest = _manifest(head) if checks.hashes else None
-        self._shards = plan_shards(derive(self.architecture), self.dtype)
-        self._writer = SafetensorsUnits(self._shards, self.dtype, self._peak)
-        self.units = self._writer.units
+        self.plan_units()
 
     def source_files(self) -> Iterable[Path]:
         return [*self._trunk.files, *self._head.files]
 
-    def prepare(self) -> None:
-        self._writer.prepare(self.folder)
-
-    def convert(self, unit: Unit) -> tuple[dict[str, Any], int]:
-        return self._writer.write(unit, self._parts)
-
     def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
-        write_index(self.folder, self._shards, self.dtype)
-        write_manifest(self.folder, records_of(payloads))
-        write_json(self.folder / CONFIG_FILE, self.architecture.to_hf_config(dtype_name(self.dtype)))
+        super().finish(payloads)
         copy_generation_config(self.source, self.folder)
         copy_tokenizer(self.source, self.folder)
 
-    def _parts(self, entry: Entry) -> list[tuple[torch.Tensor, WeightRecord | None]]:
+    def parts(self, entry: Entry) -> list[tuple[torch.Tensor, WeightRecord | None]]:
         parts = []
         for source in entry.sources:
             mtp = source.name.startswith(_MTP)
@@ -82,7 +72,7 @@ class StitchJob(Job):
             parts.append(part)
         return parts
 
-    def _peak(self, entry: Entry) -> int:
+    def peak(self, entry: Entry) -> int:
         return math.prod(entry.shape) * (self.dtype.itemsize + self._head.dtype.itemsize)
 
 

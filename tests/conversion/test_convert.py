@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from conversion import exporting, hf_writer
+from conversion import hf_writer, safetensors_job
 from conversion.convert import export_hf, import_hf, roundtrip
 from conversion.job import Checks
 from conversion.torch_dist import Chunk, TorchDistReader
@@ -122,7 +122,7 @@ def test_large_models_are_cut_into_files_with_an_index(
     hf_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = hf_writer.plan_shards
-    monkeypatch.setattr(exporting, "plan_shards", lambda entries, dtype: plan(entries, dtype, max_bytes=9000))
+    monkeypatch.setattr(safetensors_job, "plan_shards", lambda entries, dtype: plan(entries, dtype, max_bytes=9000))
     export_hf(checkpoint, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
