@@ -4,13 +4,16 @@ PYTHON312 := $(VENV)/bin/python
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-te lint typecheck pytest clean
+.PHONY: help setup setup-launch quickstart test test-launch test-te lint typecheck pytest clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 setup:  ## find Python 3.12, make .venv and install everything (quick when up to date)
 	@scripts/setup.sh
+
+setup-launch: setup  ## add NeMo-Run to .venv, for `mellum2 launch`
+	@scripts/setup_launch.sh
 
 quickstart: setup  ## train, convert, verify and talk to a small Mellum 2 on this machine, no GPU needed
 	@$(VENV)/bin/mellum2 quickstart
@@ -26,7 +29,11 @@ typecheck: setup  ## mypy
 
 # One thread per process: the tests start several processes, and more threads than cores make gloo crawl.
 pytest: setup  ## the CPU test suite; PYTEST_ARGS="tests/test_x.py -k name" for a part of it
-	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -m "not gpu and not te" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -m "not gpu and not te and not launch and not slurm" $(PYTEST_ARGS)
+
+test-launch: setup-launch  ## install NeMo-Run and Slurm (root needed for Slurm) and run the tests of launching
+	@scripts/setup_slurm.sh
+	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_SLURM=1 $(PYTHON312) -m pytest -m "launch or slurm" $(PYTEST_ARGS)
 
 test-te: setup  ## build Transformer Engine and run the tests that construct its backend (no GPU needed)
 	@scripts/setup_te.sh

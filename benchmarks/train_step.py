@@ -33,7 +33,7 @@ from benchmarks.train_step_arm import Spec
 from benchmarks.train_step_report import REFERENCE, SMALL_NOTE, draw, tables
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.files import write_json
-from mellum2_megatron.layout import memory_per_rank
+from mellum2_megatron.memory import memory_per_rank
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NO_GPU = "needs a GPU with Transformer Engine"
@@ -164,14 +164,8 @@ def _fitting_layers(spec: Spec, memory_bytes: int) -> int:
     layers = PERIOD
     while layers + PERIOD <= 28:
         run = dataclasses.replace(spec, layers=layers + PERIOD, mtp=True).run
-        estimate = memory_per_rank(
-            run.architecture,
-            run.layout,
-            world_size=1,
-            sequence_length=run.data.sequence_length,
-            micro_batch_size=run.schedule.micro_batch_size,
-            optimizer="adam",
-        )
+        run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, name="adam"))
+        estimate = memory_per_rank(run, world_size=1)
         if estimate.total > MEMORY_SHARE * memory_bytes:
             break
         layers += PERIOD

@@ -168,7 +168,7 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from benchmarks.train_step_profile import in_part
-    from mellum2_megatron.model.provider import model_provider
+    from mellum2_megatron.model.provider import run_model_provider
     from mellum2_megatron.train import forward_step
 
     words = megatron_arguments(run, world_size=1, device=device, backend=spec.backend)
@@ -192,7 +192,7 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
             datasets,
             ModelType.encoder_or_decoder,
             forward_step,
-            model_provider=model_provider(run.architecture, spec.backend, run.optimizer),
+            model_provider=run_model_provider(run, spec.backend),
         )
 
 

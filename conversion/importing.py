@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from conversion.dcp_files import without_crc32
-from conversion.hf_folder import HfFolder
+from conversion.hf_folder import HfFolder, dtype_name
 from conversion.hf_writer import copy_generation_config, copy_tokenizer
 from conversion.job import Checks, Job, Unit, entry_bytes, records_of
 from conversion.manifest import Manifest, WeightRecord, write_manifest
 from conversion.mapping import Entry, Same, extra_states, huggingface_shapes
 from conversion.reports import ConversionReport
 from conversion.torch_dist import Chunk, TorchDistWriter, Written, group_file
+from mellum2_megatron.bridge_config import write_run_config
 from mellum2_megatron.checkpoint_folder import RELEASE, TOKENIZER_FOLDER, write_architecture, write_tracker
 
 # What Megatron's load of a release looks at (training/checkpointing.py:load_checkpoint, 0.19.2): version 3 keeps it
@@ -94,6 +95,7 @@ class ImportJob(Job):
     def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
         self._writer.finish([Written.from_dict(payload["written"]) for payload in payloads])
         write_manifest(self.folder / RELEASE, records_of(payloads))
+        write_run_config(self.folder / RELEASE, self.architecture, dtype_name(self.dtype))
         write_architecture(self.folder, self.architecture)
         copy_tokenizer(self.source, self.folder / TOKENIZER_FOLDER)
         copy_generation_config(self.source, self.folder)

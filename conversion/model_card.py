@@ -13,6 +13,7 @@ from conversion.check_release import BASE_PRETRAIN, CHAT_MEMBERS
 from conversion.verify import VerifyReport
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.errors import InputError
+from mellum2_megatron.provenance import Code
 from mellum2_megatron.run import Run
 
 Rows = tuple[Mapping[str, str], ...]
@@ -56,7 +57,8 @@ class CardFacts:
         evaluation: rows of the evaluation table.
         logits: Megatron's logits against transformers'; None when they were not compared.
         measured: (name, outcome) of the checks that ran the model.
-        version: of this project.
+        code: this project's, which writes the release.
+        trained_with: the states of the code that the run was started from, in order; empty where none is recorded.
     """
 
     member: str
@@ -67,7 +69,8 @@ class CardFacts:
     evaluation: Rows
     logits: VerifyReport | None
     measured: Sequence[tuple[str, str]]
-    version: str
+    code: Code
+    trained_with: Sequence[Code] = ()
 
 
 def read_evaluation(path: Path) -> Rows:
@@ -105,7 +108,8 @@ def model_card(facts: CardFacts) -> str:
     title = f"# Mellum 2 {TITLES[facts.member]} ({parameters_text(facts.architecture)})"
     intro = (
         f"A mixture-of-experts language model for code, of JetBrains' Mellum 2 architecture. "
-        f"Stage: {_STAGES[facts.member]}. Exported with mellum2-megatron {facts.version}."
+        f"Stage: {_STAGES[facts.member]}. Exported with mellum2-megatron {facts.code.version}"
+        f"{f' ({facts.code})' if facts.code.commit else ''}."
     )
     sections = [
         title,
@@ -165,8 +169,14 @@ def _training(facts: CardFacts) -> str:
         ("precision", run.precision.compute),
         ("layout", ways),
         ("seed", str(run.seed)),
+        ("code", _code(facts.trained_with)),
     ]  # fmt: skip
     return _table(("", ""), rows)
+
+
+def _code(trained_with: Sequence[Code]) -> str:
+    told = [f"mellum2-megatron {code.version}, {code}" for code in trained_with]
+    return "; later ".join(told) or "not recorded"
 
 
 def _start(run: Run) -> str:

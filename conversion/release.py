@@ -44,6 +44,7 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint_folder import RUN_FILE, CheckpointFolder, resolve
 from mellum2_megatron.errors import InputError, WorkError
 from mellum2_megatron.files import move_into_place, size_text, write_json, write_text
+from mellum2_megatron.provenance import recorded_code, source_code
 from mellum2_megatron.run import Run
 from mellum2_megatron.run_folder import read_run
 
@@ -322,7 +323,8 @@ def _write_cards(folder: Path, plan: _Plan, measured: _Measured, dtype: str) -> 
         evaluation=plan.evaluation,
         logits=measured.logits,
         measured=[(check.name, f"{check.status}: {check.value}") for check in ran],
-        version=importlib.metadata.version("mellum2-megatron"),
+        code=source_code(),
+        trained_with=recorded_code(plan.checkpoint.root),
     )
     write_text(folder / CARD_FILE, model_card(facts))
 

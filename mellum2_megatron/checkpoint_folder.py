@@ -29,6 +29,8 @@ TOKENIZER_FOLDER = "tokenizer"
 LAST_FILE = "metadata.json"
 """What Megatron writes into a checkpoint when all else is there (core/dist_checkpointing/serialization.py:445)."""
 RELEASE = "release"
+ROTATION = ("max_position_embeddings", "rope_full_attention", "rope_sliding_attention")
+"""What a run that starts from another one's weights may change about the model: the rotation has none."""
 
 _GIVE = "give a folder that `mellum2 train` or `mellum2 convert import` wrote, or one DIR/iter_* inside it"
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mellum2_megatron.convert_commands import convert_app
 from mellum2_megatron.errors import InputError, Mellum2Error
+from mellum2_megatron.launch_commands import launch_app
 
 app = typer.Typer(
     help="Train JetBrains' Mellum 2 on NVIDIA Megatron-Core, and convert it to and from Hugging Face.",
@@ -24,6 +25,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make training data.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 app.add_typer(data_app, name="data")
+app.add_typer(launch_app, name="launch")
 
 console = Console()
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
 from mellum2_megatron.errors import InputError, nearest
 from mellum2_megatron.info import architecture_report, render
-from mellum2_megatron.layout import memory_per_rank
 from mellum2_megatron.layout_report import layout_report, render_layout
+from mellum2_megatron.memory import memory_per_rank
 from mellum2_megatron.optimizer_report import optimizer_report, render_optimizer
 from mellum2_megatron.recipes import recipe_names
 from mellum2_megatron.run import Run
@@ -59,17 +59,7 @@ def describe(
             architecture = named.architecture
             sequence_length = sequence_length or named.data.sequence_length
             ranks = world_size or named.layout.world_size or named.layout.smallest_world_size
-            named.layout.validate(architecture, world_size=ranks, sequence_length=named.data.sequence_length)
-            memory = memory_per_rank(
-                architecture,
-                named.layout,
-                world_size=ranks,
-                sequence_length=named.data.sequence_length,
-                micro_batch_size=named.schedule.micro_batch_size,
-                optimizer=named.optimizer.name,
-                fp8=named.precision.compute == "fp8",
-                grad_bytes=4 if named.precision.grad_reduce_in_fp32 else 2,
-            )
+            memory = memory_per_rank(named, world_size=ranks, backend=named.resolved_backend("cuda"))
             layout = layout_report(named, world_size=ranks)
             title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
         else:

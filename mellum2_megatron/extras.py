@@ -78,7 +78,7 @@ def _find_nemo_run() -> Extra:
         module="nemo_run",
         distribution="nemo-run",
         used="launching on a cluster",
-        lost="runs start on this machine only; pip install -c constraints-launch.txt 'mellum2-megatron[launch]'",
+        lost="`mellum2 launch` only writes sbatch scripts; pip install -c constraints.txt 'mellum2-megatron[launch]'",
     )
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mellum2_megatron.architecture import LayerType, Mellum2Architecture
 from mellum2_megatron.files import size_text
-from mellum2_megatron.layout import Memory
+from mellum2_megatron.memory import Memory
 
 MTP_ROW = "MTP head"
 _BYTES = {"bfloat16": 2, "float32": 4}
@@ -25,7 +25,7 @@ def architecture_report(
 
     Args:
         sequence_length: tokens per sequence that FLOPs are averaged over; ``max_position_embeddings`` when None.
-        memory: estimate for one rank of a layout (`mellum2_megatron.layout.memory_per_rank`), where one is known.
+        memory: estimate for one rank of a layout (`mellum2_megatron.memory.memory_per_rank`), where one is known.
 
     Returns:
         ``sequence_length``; ``parameters`` (``total``, ``total_with_mtp``, ``active``, ``active_with_mtp``);

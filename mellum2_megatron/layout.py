@@ -1,4 +1,4 @@
-"""A parallel layout: how many ranks split what, whether that fits a model, and what it costs in memory."""
+"""A parallel layout: how many ranks split what, and whether that fits a model."""
 
 from __future__ import annotations
 
@@ -192,127 +192,6 @@ class Layout:
         return []
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
-    """What one rank holds, in bytes.
-
-    Attributes:
-        parameters: number of weights on the rank.
-        weights: BF16 copies, plus the FP8 ones (plain and transposed) that Transformer Engine keeps for FP8 compute.
-        gradients: the accumulation buffers; they are not sharded.
-        optimizer: FP32 masters and states, this rank's share.
-        activations: what the backward pass needs, without recomputation. A rough count of the tensors kept.
-    """
-
-    parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """Sum of the four parts, in bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def memory_per_rank(
-    architecture: Mellum2Architecture,
-    layout: Layout,
-    *,
-    world_size: int,
-    sequence_length: int,
-    micro_batch_size: int,
-    optimizer: Literal["muon", "adam"] = "muon",
-    fp8: bool = False,
-    grad_bytes: int = 4,
-) -> Memory:
-    """Estimate the memory of the fullest rank: the largest of `memory_by_stage`."""
-    stages = memory_by_stage(
-        architecture,
-        layout,
-        world_size=world_size,
-        sequence_length=sequence_length,
-        micro_batch_size=micro_batch_size,
-        optimizer=optimizer,
-        fp8=fp8,
-        grad_bytes=grad_bytes,
-    )
-    return max(stages, key=lambda estimate: estimate.total)
-
-
-def memory_by_stage(
-    architecture: Mellum2Architecture,
-    layout: Layout,
-    *,
-    world_size: int,
-    sequence_length: int,
-    micro_batch_size: int,
-    optimizer: Literal["muon", "adam"] = "muon",
-    fp8: bool = False,
-    grad_bytes: int = 4,
-) -> list[Memory]:
-    """Estimate the memory of a rank of each pipeline stage.
-
-    Weights follow from the layout exactly. Muon keeps master and momentum (8 bytes a weight) of whole matrices, handed
-    out evenly over the ranks that hold the same ones; Adam keeps a master and two moments (12 bytes), divided evenly.
-
-    Raises:
-        InputError: the layout does not fit.
-    """
-    layout.validate(architecture, world_size=world_size, sequence_length=sequence_length)
-    ranks = [
-        (
-            *_stage_memory(architecture, layout, stage, world_size, optimizer, fp8, grad_bytes),
-            _activations(architecture, layout, stage, sequence_length * micro_batch_size),
-        )
-        for stage in range(layout.pp)
-    ]
-    return [
-        Memory(parameters=parameters, weights=weights, gradients=gradients, optimizer=state, activations=kept)
-        for parameters, weights, gradients, state, kept in ranks
-    ]
-
-
-def _stage_memory(
-    architecture: Mellum2Architecture,
-    layout: Layout,
-    stage: int,
-    world_size: int,
-    optimizer: Literal["muon", "adam"],
-    fp8: bool,
-    grad_bytes: int,
-) -> tuple[int, int, int, int]:
-    """Return parameters, and bytes of weights, gradients and optimizer state, on a rank of pipeline stage ``stage``."""
-    replicas = {
-        True: layout.expert_data_parallel(world_size),
-        False: layout.data_parallel(world_size) * layout.cp,
-    }
-    count = fp8_weights = 0
-    muon = {True: 0, False: 0}
-    largest = {True: 0, False: 0}
-    adam = {True: 0, False: 0}
-    for parameter in architecture.parameters():
-        if stage not in pipeline_stages(parameter, architecture, layout):
-            continue
-        expert = parameter.component == "experts"
-        ways = layout.ep * layout.etp if expert else layout.tp
-        size = parameter.numel // (1 if parameter.component in ("norms", "router") else ways)
-        count += size
-        if parameter.component in ("attention", "experts", "mtp projection"):
-            fp8_weights += size
-        if optimizer == "muon" and is_hidden_matrix(parameter):
-            muon[expert] += size
-            largest[expert] = max(largest[expert], parameter.numel // (layout.etp if expert else layout.tp))
-        else:
-            adam[expert] += size
-    state = sum(
-        8 * max(math.ceil(muon[kind] / replicas[kind]), largest[kind]) + 12 * math.ceil(adam[kind] / replicas[kind])
-        for kind in (True, False)
-    )
-    return count, 2 * count + (2 * fp8_weights if fp8 else 0), grad_bytes * count, state
-
-
 def is_hidden_matrix(parameter: Parameter) -> bool:
     """Whether Muon updates ``parameter``: all matrices but the embedding and the head (report §3)."""
     return len(parameter.shape) == 2 and parameter.component not in ("embedding", "output head")
@@ -326,22 +205,6 @@ def pipeline_stages(parameter: Parameter, architecture: Mellum2Architecture, lay
     if parameter.mtp or parameter.layer is None:
         return {last}
     return {parameter.layer * layout.pp * layout.vpp // architecture.num_hidden_layers % layout.pp}
-
-
-def _activations(architecture: Mellum2Architecture, layout: Layout, stage: int, tokens: int) -> int:
-    """Return the bytes that the backward pass of ``tokens`` tokens needs on a rank of pipeline stage ``stage``."""
-    a = architecture
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    attention = 3 * a.hidden_size + 2 * (queries + 2 * keys) + queries  # two norms' inputs, q/k/v before and after RoPE
-    experts = a.hidden_size + a.num_experts_per_tok * (a.hidden_size + 3 * a.moe_intermediate_size)
-    local = tokens // (layout.cp * layout.tp)
-    layers = a.num_hidden_layers // layout.pp
-    in_flight = min(layout.pp, layout.pp - stage)  # one-forward-one-backward keeps that many micro-batches
-    kept = 2 * local * (attention + experts) * layers * in_flight
-    if stage == layout.pp - 1:
-        heads = 1 + a.num_mtp_layers
-        kept += heads * 6 * local * a.vocab_size + a.num_mtp_layers * 2 * local * (attention + experts)  # BF16 and FP32
-    return kept
 
 
 def _divides(name: str, ways: int, sizes: dict[str, int]) -> InputError | None:

@@ -14,7 +14,9 @@ from typing import Any
 from rich.table import Table
 
 from mellum2_megatron.architecture import LayerType, Mellum2Architecture
-from mellum2_megatron.layout import Layout, memory_by_stage, pipeline_stages
+from mellum2_megatron.layout import Layout, pipeline_stages
+from mellum2_megatron.memory import gradient_bytes, memory_by_stage
+from mellum2_megatron.ownership import adam_weights, ownership
 from mellum2_megatron.run import Run
 
 BF16_BYTES = 2
@@ -34,16 +36,7 @@ def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
     """
     layout, architecture, length = run.layout, run.architecture, run.data.sequence_length
     layout.validate(architecture, world_size=world_size, sequence_length=length)
-    memory = memory_by_stage(
-        architecture,
-        layout,
-        world_size=world_size,
-        sequence_length=length,
-        micro_batch_size=run.schedule.micro_batch_size,
-        optimizer=run.optimizer.name,
-        fp8=run.precision.compute == "fp8",
-        grad_bytes=4 if run.precision.grad_reduce_in_fp32 else 2,
-    )
+    memory = memory_by_stage(run, world_size=world_size, backend=run.resolved_backend("cuda"))
     micro_batches = run.schedule.final_batch_size // (run.schedule.micro_batch_size * layout.data_parallel(world_size))
     flops = [_stage_flops(architecture, layout, stage, length) for stage in range(layout.pp)]
     return {
@@ -212,17 +205,16 @@ def _pipeline_parallel(layout: Layout, stage: int) -> float:
 
 
 def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float:
-    """Return bytes of gradients reduced and weights gathered, once a step."""
+    """Return bytes of gradients reduced and weights gathered, once a step; those of Muon with the buffers' padding."""
     layout, model = run.layout, run.architecture
-    gradient = 4 if run.precision.grad_reduce_in_fp32 else 2
-    copies = {True: layout.expert_data_parallel(world_size), False: layout.data_parallel(world_size) * layout.cp}
-    total = 0.0
-    for parameter in model.parameters():
-        if stage in pipeline_stages(parameter, model, layout):
-            expert = parameter.component == "experts"
-            divided = parameter.component not in ("norms", "router")
-            size = parameter.numel / ((layout.ep * layout.etp if expert else layout.tp) if divided else 1)
-            total += size * (gradient + element) * _of_ring(copies[expert])
+    gradient = gradient_bytes(run.precision)
+    backend = run.resolved_backend("cuda")
+    parts = [
+        (ranks, sum(weight.numel for weight in weights))
+        for ranks, weights in adam_weights(run, world_size, backend, stage=stage)
+    ]
+    parts += [(len(each.owned), each.buffer) for each in ownership(run, world_size, backend, stage=stage)]
+    total = sum(elements * (gradient + element) * _of_ring(ranks) for ranks, elements in parts)
     if layout.pp > 1 and "embedding" in _extras(model, layout, stage) and model.num_mtp_layers:
         total += gradient * model.vocab_size * model.hidden_size / layout.tp  # the first and the last stage share it
     return total

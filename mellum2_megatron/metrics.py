@@ -4,6 +4,7 @@
 
     {"kind": "train", "step": 10, "lm_loss": 8.3182, "learning_rate": 0.0003, "expert_load/mtp/max_over_mean": 1.7}
     {"kind": "valid", "step": 10, "lm_loss": 8.2907}
+    {"kind": "event", "step": 11, "note": "the loss is nan on rank 1: the update is skipped", "value": "nan", "rank": 1}
 
 Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from step k the file holds
 every step once: lines of later steps, which the earlier process wrote and the checkpoint does not know of, are dropped.
@@ -15,27 +16,30 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mellum2_megatron.console import TrainingConsole
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.files import atomic_path, write_text
 
-Kind = Literal["train", "valid"]
+Kind = Literal["train", "valid", "event"]
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id.txt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What was logged at one step, while training or at a validation."""
+    """What was logged at one step: while training, at a validation, or because something happened (with a note)."""
 
     kind: Kind
     step: int
     values: dict[str, float]
+    note: str = ""
 
 
 class MetricsLogger:
@@ -116,6 +120,12 @@ class MetricsLogger:
             self._record("valid", step, values)
             self._console.validation(step, values)
 
+    def log_event(self, step: int, note: str, values: Mapping[str, float]) -> None:
+        """Record that something happened in a step, in words and numbers."""
+        if self._active:
+            self._record("event", step, values, note)
+            self._console.say(f"step {step}: {note}")
+
     def last_step(self, kind: Kind) -> int | None:
         """Return the last step of a kind in the file, or None; None too on the ranks that do not write."""
         if not self._active:
@@ -136,11 +146,12 @@ class MetricsLogger:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.finish()
-            wandb.teardown()  # finish() returns before W&B's own process has written an offline run to disk (0.31)
+            with self._without_its_process():
+                self._wandb.finish()
+                wandb.teardown()  # finish() returns before W&B's own process has written an offline run to disk (0.31)
 
-    def _record(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
-        line: dict[str, Any] = {"kind": kind, "step": step}
+    def _record(self, kind: Kind, step: int, values: Mapping[str, float], note: str = "") -> None:
+        line: dict[str, Any] = {"kind": kind, "step": step} | ({"note": note} if note else {})
         for name, value in values.items():
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
@@ -151,8 +162,20 @@ class MetricsLogger:
                 self._tensorboard.add_scalar(f"{kind}/{name}", float(value), step)
             self._tensorboard.flush()
         if self._wandb is not None:
-            # Not wandb's own step: it must only ever grow, and a resumed run repeats steps.
-            self._wandb.log({"step": step, **{f"{kind}/{name}": float(value) for name, value in values.items()}})
+            with self._without_its_process():
+                _log_to_wandb(self._wandb, kind, step, values)
+
+    @contextmanager
+    def _without_its_process(self) -> Iterator[None]:
+        """Go on where W&B's own process is gone; the run has more to do than to log, a save above all.
+
+        Slurm's SIGTERM goes to every process of a step, and ends that one (0.31) while ranks still have to save.
+        """
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            self._wandb = None
+            sys.stderr.write(f"W&B: its process is gone ({error}); metrics.jsonl has all steps\n")
 
     def _open_wandb(self, project: str, entity: str | None, name: str, config: dict[str, Any], resume_step: int) -> Any:
         try:
@@ -185,7 +208,18 @@ class MetricsLogger:
         )
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
+        if run.offline and resume_step:
+            # Each start writes a file of its own; uploaded, it replaces the rows of the earlier ones from the first on
+            # (wandb issue 4624). And a killed process takes along what was logged in its last 15 seconds. So the newest
+            # file is made complete.
+            for record in read_metrics(self._folder / METRICS_FILE):
+                _log_to_wandb(run, record.kind, record.step, record.values)
         return run
+
+
+def _log_to_wandb(run: Any, kind: Kind, step: int, values: Mapping[str, float]) -> None:
+    # Not wandb's own step: it must only ever grow, and a resumed run repeats steps.
+    run.log({"step": step, **{f"{kind}/{name}": float(value) for name, value in values.items()}})
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
@@ -212,10 +246,11 @@ def series(records: Iterable[Record], name: str, kind: Kind = "train") -> tuple[
 def _parse(line: str, where: str) -> Record:
     try:
         value = json.loads(line)
-        kind, step = value.pop("kind"), value.pop("step")
-        if kind not in ("train", "valid") or not isinstance(step, int):
-            raise ValueError(f"kind {kind!r}, step {step!r}")
-        return Record(kind=kind, step=step, values={name: float(number) for name, number in value.items()})
+        kind, step, note = value.pop("kind"), value.pop("step"), value.pop("note", "")
+        if kind not in get_args(Kind) or not isinstance(step, int) or not isinstance(note, str):
+            raise ValueError(f"kind {kind!r}, step {step!r}, note {note!r}")
+        values = {name: float(number) for name, number in value.items()}
+        return Record(kind=kind, step=step, values=values, note=note)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(where, rule=f"it is not a metrics record ({error})", fix="remove the line") from error
 

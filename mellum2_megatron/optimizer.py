@@ -19,6 +19,9 @@ class Loss:
         aux_loss_type: which tokens it balances. ``global_aux_loss`` counts those of all ranks and of the step's
             micro-batches so far (report §3); what it comes to depends on the layout (docs/layouts.md). ``aux_loss``
             looks at one micro-batch and ``seq_aux_loss`` at one sequence, in every layout alike.
+        aux_loss_gradient: of the global loss. ``megatron`` divides it by the data-parallel ranks once too often
+            (Megatron-LM issue 3672): on 256 of them a coefficient of 1e-3 acts like 4e-6 on one. ``exact`` is the
+            gradient of the loss that is logged, on any number of ranks.
         z_loss_coef: z-loss on the router's logits (report §3: 1e-3).
         mtp_factor: weight of the multi-token-prediction loss (report §2: 0.1).
         per_token: take one mean over all tokens of a step that count, instead of a mean over micro-batches (and
@@ -27,6 +30,7 @@ class Loss:
 
     aux_loss_coef: float = 1e-3
     aux_loss_type: Literal["global_aux_loss", "aux_loss", "seq_aux_loss"] = "global_aux_loss"
+    aux_loss_gradient: Literal["megatron", "exact"] = "megatron"
     z_loss_coef: float = 1e-3
     mtp_factor: float = 0.1
     per_token: bool = False

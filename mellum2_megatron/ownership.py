@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mellum2_megatron.architecture import Component, Mellum2Architecture, Parameter
@@ -150,14 +150,40 @@ def assign_owners(sizes: Sequence[int], ranks: int, bucket_size: int | None) -> 
         buffer += ranks * _round_up(max(loads), share)
         bucket.clear()
 
+    largest = total = 0
     for index in reversed(range(len(sizes))):
         bucket.append(index)
-        contents = [sizes[other] for other in bucket]
-        if bucket_size is not None and sum(contents) >= max(bucket_size, int(ranks * max(contents) * _FULL)):
+        largest, total = max(largest, sizes[index]), total + sizes[index]
+        if bucket_size is not None and total >= max(bucket_size, int(ranks * largest * _FULL)):
             close()
+            largest = total = 0
     if bucket:
         close()
     return owners, buffer
+
+
+def evenly_divided(sizes: Sequence[int], ranks: int, bucket_size: int | None, *, alone: Container[int] = ()) -> int:
+    """Return the length of a buffer of weights whose state the ranks divide element by element, as under Adam.
+
+    Each weight is aligned, and each bucket's end is a multiple of the ranks
+    (megatron/core/optimizer/distrib_optimizer.py:506-585, 0.19.2).
+
+    Args:
+        sizes: elements of each weight, in the order of the forward pass.
+        ranks: that divide the state among them.
+        bucket_size: elements at which a bucket is closed; None for one bucket.
+        alone: weights, by their place in ``sizes``, that have a bucket of their own.
+    """
+    unit = math.lcm(ranks, 128)
+    start = end = 0  # of the open bucket
+    for index in reversed(range(len(sizes))):
+        end = _round_up(end, _ALIGNMENT)
+        if index in alone:
+            start = end = _round_up(end, unit)
+        end += sizes[index]
+        if index in alone or (bucket_size is not None and end - start >= bucket_size):
+            start = end = _round_up(end, unit)
+    return _round_up(end, unit)
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -193,26 +219,62 @@ class Ownership:
 
 def ownership(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> list[Ownership]:
     """Return the owners of all matrices under Muon on pipeline stage ``stage``, by group."""
-    layout = run.layout
-    apart = layout.ep > 1 or layout.etp != layout.tp
-    ranks = {"dense": layout.data_parallel(world_size) * layout.cp}
-    if apart:
-        ranks["experts"] = layout.expert_data_parallel(world_size)
     found = []
-    for group, count in ranks.items():
+    for group, count in _replicas(run.layout, world_size).items():
         owned: list[list[Weight]] = [[] for _ in range(count)]
         buffer = 0
-        for chunk in range(layout.vpp):
+        for chunk in range(run.layout.vpp):
             size = bucket_size(run, world_size, stage=stage, chunk=chunk)
-            weights = [
-                weight
-                for weight in local_weights(run.architecture, layout, backend, stage=stage, chunk=chunk)
-                if uses_muon(weight, run.optimizer)
-                and (group == "experts") == (apart and weight.component == "experts")
-            ]
+            weights = [each for each in _members(run, backend, group, stage, chunk) if uses_muon(each, run.optimizer)]
             owners, length = assign_owners([weight.numel for weight in weights], count, size)
             buffer += length
             for weight, owner in zip(weights, owners, strict=True):
                 owned[owner].append(weight)
         found.append(Ownership(group=group, owned=tuple(map(tuple, owned)), buffer=buffer))
     return found
+
+
+def adam_weights(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> list[tuple[int, list[Weight]]]:
+    """Return what Adam updates on pipeline stage ``stage``, by buffer: the ranks that divide it, and its weights."""
+    return [
+        (count, [each for each in _members(run, backend, group, stage, chunk) if not uses_muon(each, run.optimizer)])
+        for group, count in _replicas(run.layout, world_size).items()
+        for chunk in range(run.layout.vpp)
+    ]
+
+
+def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> int:
+    """Return the elements of all buffers of weights on a rank of pipeline stage ``stage``; gradients have as many."""
+    layout = run.layout
+    total = sum(each.buffer for each in ownership(run, world_size, backend, stage=stage))
+    chunks = itertools.cycle(range(layout.vpp))
+    for (ranks, weights), chunk in zip(adam_weights(run, world_size, backend, stage=stage), chunks, strict=False):
+        # The first and the last stage hold the same embedding (core/models/common/language_module/
+        # language_module.py:262-284, 0.19.2); its gradient is summed apart from the others.
+        shared = layout.pp > 1 and run.architecture.num_mtp_layers > 0
+        alone = {place for place, weight in enumerate(weights) if shared and weight.component == "embedding"}
+        size = bucket_size(run, world_size, stage=stage, chunk=chunk)
+        total += evenly_divided([weight.numel for weight in weights], ranks, size, alone=alone)
+    return total
+
+
+def _replicas(layout: Layout, world_size: int) -> dict[str, int]:
+    """Return how many ranks hold the same weights, by group; experts are one if their ranks are not the others'."""
+    ranks = {"dense": layout.data_parallel(world_size) * layout.cp}
+    if experts_apart(layout):
+        ranks["experts"] = layout.expert_data_parallel(world_size)
+    return ranks
+
+
+def experts_apart(layout: Layout) -> bool:
+    """Whether experts are reduced in groups of their own (core/tensor_parallel/layers.py:961, 0.19.2)."""
+    return layout.ep > 1 or layout.etp != layout.tp
+
+
+def _members(run: Run, backend: Backend, group: str, stage: int, chunk: int) -> list[Weight]:
+    apart = experts_apart(run.layout)
+    return [
+        weight
+        for weight in local_weights(run.architecture, run.layout, backend, stage=stage, chunk=chunk)
+        if (group == "experts") == (apart and weight.component == "experts")
+    ]

@@ -26,6 +26,8 @@ class Precision:
         bf16_first_layers, bf16_last_layers: so many decoder layers at either end stay in BF16 when ``compute`` is
             ``fp8``. The router computes in FP32 in every case; the MTP layer follows ``compute``
             (megatron/core/transformer/multi_token_prediction.py:1180, 0.19.2).
+        bf16_mtp_projection: of the MTP layer, the matrix that joins hidden state and embedding stays in BF16 when
+            ``compute`` is ``fp8``.
         grad_reduce_in_fp32: accumulate and reduce gradients in FP32.
 
     Raises:
@@ -38,11 +40,18 @@ class Precision:
     fp8_param_gather: bool = False
     bf16_first_layers: int = 0
     bf16_last_layers: int = 0
+    bf16_mtp_projection: bool = False
     grad_reduce_in_fp32: bool = True
 
     def __post_init__(self) -> None:
         for name in ("bf16_first_layers", "bf16_last_layers"):
             self._check_layers(f"precision.{name}", getattr(self, name))
+        if self.bf16_mtp_projection and self.compute != "fp8":
+            raise InputError(
+                f"precision.bf16_mtp_projection=true with precision.compute={self.compute}",
+                rule="keeps a matrix of an FP8 model in BF16",
+                fix="set precision.compute=fp8 or precision.bf16_mtp_projection=false",
+            )
         if self.fp8_param_gather and self.compute != "fp8":
             raise InputError(
                 f"precision.fp8_param_gather=true with precision.compute={self.compute}",

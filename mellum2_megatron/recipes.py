@@ -10,11 +10,12 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.errors import InputError, nearest
 from mellum2_megatron.layout import Layout
 from mellum2_megatron.optimizer import Optimizer
-from mellum2_megatron.pretraining import OPERATION, pretraining_recipes
+from mellum2_megatron.pretraining import OPERATION, STABILITY, pretraining_recipes
 from mellum2_megatron.run import Checkpoint, Data, Logging, Run
 from mellum2_megatron.schedule import Schedule
+from mellum2_megatron.tiny import tiny_recipes
 
-_RECIPES: dict[str, Callable[..., Run]] = pretraining_recipes()
+_RECIPES: dict[str, Callable[..., Run]] = pretraining_recipes() | tiny_recipes()
 
 
 def register(function: Callable[..., Run]) -> Callable[..., Run]:
@@ -86,6 +87,7 @@ def mellum2_tiny_pretrain() -> Run:
             "loss": "report §2, §3",
             "schedule": "WHD and a batch that doubles, as in the report (report §3), in ten minutes on two cores",
             "precision": "BF16: FP8 needs a GPU",
+            "stability": STABILITY,
             "data": OPERATION,
             "logging": OPERATION,
             "checkpoint": OPERATION,

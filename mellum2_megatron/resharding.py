@@ -1,8 +1,8 @@
-"""Muon's state moves between one and several expert-parallel ranks (a work-around for megatron-core 0.19.2).
+"""Muon's state moves between experts with ranks of their own and others (a work-around for megatron-core 0.19.2).
 
-With expert parallelism the experts are a parameter group of their own (`is_expert_parallel`), without it they share
-the dense matrices' group. The state of each matrix is stored under its own key and would fit any grouping; what does
-not fit is the list of groups, which is merged position by position with that of the checkpoint
+With `ep > 1`, or `etp` other than `tp`, the experts are a parameter group of their own (`is_expert_parallel`), without
+they share the dense matrices' group. The state of each matrix is stored under its own key and would fit any grouping;
+what does not fit is the list of groups, which is merged position by position with that of the checkpoint
 (core/dist_checkpointing/dict_utils.py:227). So the groups are left out of what is asked of the checkpoint, and the
 run's own take the checkpoint's values when all of it has been read.
 """

@@ -12,13 +12,14 @@ A rule is a small function from a `Situation` to the errors it finds (none is go
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mellum2_megatron.checkpoint_folder import RUN_FILE, TRACKER_FILE, resume_folder
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.files import check_writable
+from mellum2_megatron.ownership import experts_apart
 from mellum2_megatron.run import Backend, Device, Run
 
 Found = Iterator[InputError]
@@ -115,13 +116,13 @@ def check(run: Run, world_size: int, device: Device, *, machine: bool = True) ->
     ]
 
 
-def enforce(run: Run, world_size: int, device: Device, *, machine: bool = True) -> None:
-    """Refuse a run that breaks a rule; arguments as for `check`.
+def enforce(run: Run, world_size: int, device: Device, *, machine: bool = True, without: Collection[str] = ()) -> None:
+    """Refuse a run that breaks a rule; arguments as for `check`, and names of rules that do not matter here.
 
     Raises:
         InputError: with all violations.
     """
-    violations = check(run, world_size, device, machine=machine)
+    violations = [each for each in check(run, world_size, device, machine=machine) if each.name not in without]
     if len(violations) == 1:
         raise InputError(violations[0].value, rule=violations[0].rule, fix=violations[0].fix)
     if violations:
@@ -230,6 +231,20 @@ def muon_gathers_bf16(at: Situation) -> Found:
         )
 
 
+@rule(
+    evidence="megatron/core/models/gpt/gpt_model.py:237 and 295 (0.19.2): modules are made, in FP8 if weights will be "
+    "gathered so, before they hear of an exception for themselves"
+)
+def bf16_projection_gathers_bf16(at: Situation) -> Found:
+    """An MTP projection that stays in BF16 is gathered in BF16."""
+    if at.run.precision.bf16_mtp_projection and at.run.precision.fp8_param_gather:
+        yield InputError(
+            "precision.bf16_mtp_projection=true with precision.fp8_param_gather=true",
+            rule="the projection's weight would be kept in FP8 all the same",
+            fix="set precision.fp8_param_gather=false or precision.bf16_mtp_projection=false",
+        )
+
+
 @rule(evidence="megatron/core/transformer/transformer_config.py: FP8 needs Transformer Engine modules (0.19.2)")
 def fp8_has_kernels(at: Situation) -> Found:
     """FP8 runs on Transformer Engine."""
@@ -332,8 +347,8 @@ def _run_of(root: Path) -> Run:
 
 
 @rule(
-    evidence="megatron/core/optimizer/__init__.py (0.19.2): with ep > 1 experts have an Adam of their own; Muon: see "
-    "resharding.py of this project",
+    evidence="megatron/core/tensor_parallel/layers.py:961 and optimizer/__init__.py (0.19.2): with ep > 1 or etp != tp "
+    "experts have an Adam of their own; Muon: see resharding.py of this project",
     machine=True,
 )
 def resume_fits(at: Situation) -> Found:
@@ -346,12 +361,17 @@ def resume_fits(at: Situation) -> Found:
     except InputError as error:
         yield error
         return
-    if at.run.optimizer.name == "adam" and (before.layout.ep > 1) != (at.run.layout.ep > 1):
+    there, here = before.layout, at.run.layout
+    if at.run.optimizer.name == "adam" and experts_apart(there) != experts_apart(here):
+        shared = f"layout.ep=1 and layout.etp={here.tp} (= layout.tp)"
+        apart = f"layout.ep=2 or more, or a layout.etp other than {here.tp} (layout.tp)"
         yield InputError(
-            f"layout.ep={at.run.layout.ep} with a checkpoint of layout.ep={before.layout.ep} in {root}",
-            rule="Adam's state does not move between one and several expert-parallel ranks",
-            fix=f"set layout.ep={before.layout.ep if before.layout.ep > 1 else 1}, or start another run with "
-            f"checkpoint.load={root} and another --output",
+            f"layout.tp={here.tp}, layout.ep={here.ep}, layout.etp={here.etp} with a checkpoint of "
+            f"layout.tp={there.tp}, layout.ep={there.ep}, layout.etp={there.etp} in {root}",
+            rule="Adam's state does not move between experts with data-parallel ranks of their own (layout.ep > 1, or "
+            "layout.etp other than layout.tp) and experts that share the other weights'",
+            fix=f"set {apart if experts_apart(there) else shared}, or start another run with checkpoint.load={root} "
+            "and another --output",
         )
     if before.optimizer.name != at.run.optimizer.name:
         yield InputError(
@@ -362,7 +382,7 @@ def resume_fits(at: Situation) -> Found:
         )
 
 
-_FROM_CHECKPOINT = {
+FROM_CHECKPOINT = {
     **dict.fromkeys(("lr", "min_lr"), "Megatron finds its parameter groups by their rates, and finds none"),
     **dict.fromkeys(("muon_router", "muon_mtp_projection"), "the other optimizer has no state for those weights"),
     **dict.fromkeys(
@@ -389,7 +409,7 @@ def resume_keeps_optimizer(at: Situation) -> Found:
         return  # told by resume_fits
     if before.name != at.run.optimizer.name:
         return  # likewise
-    for name, reason in _FROM_CHECKPOINT.items():
+    for name, reason in FROM_CHECKPOINT.items():
         there, here = getattr(before, name), getattr(at.run.optimizer, name)
         if there != here and (before.name == "muon" or not name.startswith("muon_")):
             yield InputError(

@@ -17,7 +17,8 @@ from mellum2_megatron.layout import Layout
 from mellum2_megatron.optimizer import Loss, Optimizer
 from mellum2_megatron.precision import Precision
 from mellum2_megatron.schedule import Schedule
-from mellum2_megatron.values import field_types, from_plain, to_plain
+from mellum2_megatron.stability import Stability
+from mellum2_megatron.values import StrictLoader, field_types, from_plain, to_plain
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ class Run:
         name: of the recipe it came from.
         description: one line.
         architecture: the model.
-        layout, optimizer, loss, schedule, precision, data, logging, checkpoint: see their classes.
+        layout, optimizer, loss, schedule, precision, stability, data, logging, checkpoint: see their classes.
         seed: of initialisation and, unless ``data.seed`` says otherwise, of shuffling.
         backend: ``te`` (Transformer Engine), ``torch`` (anywhere), or ``auto``: te on a GPU, torch on a CPU.
         timeout_minutes: a run in which no micro-batch begins for so long is ended, naming the ranks that hold it up.
@@ -201,6 +202,7 @@ class Run:
     loss: Loss = field(default_factory=Loss)
     schedule: Schedule
     precision: Precision = field(default_factory=Precision)
+    stability: Stability = field(default_factory=Stability)
     data: Data
     logging: Logging = field(default_factory=Logging)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -284,17 +286,6 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_mapping(tag, mapping, flow_style=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would take the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        for (name, _), earlier in zip(node.value, range(len(names)), strict=True):
-            if name.value in names[:earlier]:
-                raise yaml.MarkedYAMLError(problem=f"key {name.value} is given twice", problem_mark=name.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def from_yaml(text: str) -> Run:
     """Read what :func:`to_yaml` writes; the result equals the run that was written.
 
@@ -302,7 +293,7 @@ def from_yaml(text: str) -> Run:
         InputError: not YAML, an unknown or missing key, or a value of another type, each naming the full key.
     """
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"run file, line {mark.line + 1}" if mark else "run file"

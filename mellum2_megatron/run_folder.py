@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from mellum2_megatron.checkpoint_folder import (
     ARCHITECTURE_FILE,
+    ROTATION,
     RUN_FILE,
     TOKENIZER_FOLDER,
     TRACKER_FILE,
@@ -53,7 +55,9 @@ def check_run_folder(run: Run) -> None:
         resolve(root)  # a tracker that points nowhere would make Megatron start over without a word
     if run.checkpoint.load is not None:
         source = resolve(run.checkpoint.load)
-        _require_same_architecture(run, source.root, "checkpoint.load", "load a checkpoint of this architecture")
+        _require_same_architecture(
+            run, source.root, "checkpoint.load", "load a checkpoint of this architecture", besides=ROTATION
+        )
     _check_continuation(run, root)
     start = _starting_point(run)
     if start is not None and run.checkpoint.verify != "off":
@@ -196,8 +200,12 @@ def _require_room(run: Run, root: Path) -> None:
         )
 
 
-def _require_same_architecture(run: Run, root: Path, key: str, fix: str) -> None:
+def _require_same_architecture(run: Run, root: Path, key: str, fix: str, *, besides: Sequence[str] = ()) -> None:
     there, here = read_architecture(root).to_dict(), run.architecture.to_dict()
-    differing = [f"{name}: {there[name]!r} there, {here[name]!r} here" for name in here if there[name] != here[name]]
+    differing = [
+        f"{name}: {there[name]!r} there, {here[name]!r} here"
+        for name in here
+        if there[name] != here[name] and name not in besides
+    ]
     if differing:
         raise InputError(f"{key}={root}", rule="holds another architecture (" + "; ".join(differing) + ")", fix=fix)

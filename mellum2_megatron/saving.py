@@ -14,11 +14,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from mellum2_megatron.bridge_config import write_run_config
 from mellum2_megatron.checkpoint_folder import (
+    ARCHITECTURE_FILE,
     is_complete,
     iteration_folder_name,
     iteration_folders,
     iteration_number,
+    read_architecture,
     tracked_iteration,
 )
 from mellum2_megatron.errors import WorkError
@@ -29,12 +32,15 @@ from mellum2_megatron.run import Checkpoint
 logger = logging.getLogger(__name__)
 
 
-def install(settings: Checkpoint, paused: Callable[[], AbstractContextManager[None]]) -> None:
+def install(
+    settings: Checkpoint, paused: Callable[[], AbstractContextManager[None]], also: Callable[[Path], None]
+) -> None:
     """Make Megatron's saves do so for the rest of the process.
 
     Args:
         settings: of the run.
         paused: entered around each save, which has no micro-batches.
+        also: called by one rank with each new checkpoint's folder, to put something of its own there.
     """
     import torch
     from megatron.core import dist_checkpointing
@@ -43,7 +49,7 @@ def install(settings: Checkpoint, paused: Callable[[], AbstractContextManager[No
     # torch.save's own checksum costs several times what writing does, and torch.load never looks at it; the manifest
     # has a SHA-256 of every file.
     torch.serialization.set_crc32_options(False)
-    dist_checkpointing.save = _with_manifest(dist_checkpointing.save)
+    dist_checkpointing.save = _with_manifest(dist_checkpointing.save, also)
     training.save_checkpoint = _with_retention(training.save_checkpoint, settings, paused)
 
 
@@ -77,7 +83,7 @@ def remove_old(root: Path, *, keep_last: int | None, retain_interval: int | None
             remove_directory(root / iteration_folder_name(number))
 
 
-def _with_manifest(save: Callable[..., Any]) -> Callable[..., Any]:
+def _with_manifest(save: Callable[..., Any], also: Callable[[Path], None] | None = None) -> Callable[..., Any]:
     """Wrap `dist_checkpointing.save`, which every rank calls; asynchronous, it returns what it will do at its end."""
     import torch
 
@@ -85,6 +91,8 @@ def _with_manifest(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_with_manifest(state: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
         if torch.distributed.get_rank() == 0:
             _empty(Path(folder))
+            if also is not None:
+                also(Path(folder))
         torch.distributed.barrier()
         request = save(state, folder, *args, **kwargs)
         if request is None:
@@ -116,6 +124,8 @@ def _write_manifest(folder: Path) -> None:
     if failed:
         raise WorkError(f"{folder} could not be hashed ({'; '.join(failed)})", fix="check that disk")
     if rank == 0:
+        if (folder.parent / ARCHITECTURE_FILE).is_file():
+            write_run_config(folder, read_architecture(folder.parent))
         records = {name: record for part in parts if isinstance(part, dict) for name, record in part.items()}
         others = [file for file in folder.iterdir() if file.name not in records and file.name != MANIFEST_FILE]
         write_manifest(folder, records | hash_files(others))

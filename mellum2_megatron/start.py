@@ -17,6 +17,7 @@ from mellum2_megatron.recipes import recipe
 from mellum2_megatron.rules import check, enforce
 from mellum2_megatron.run import Device, Run, to_yaml
 from mellum2_megatron.run_folder import check_run_folder, output_folder, read_run, write_run_folder
+from mellum2_megatron.stages import check_predecessor
 from mellum2_megatron.stopping import STOPPED
 
 
@@ -55,6 +56,7 @@ def start_local(
     where = resolve_device(device)
     ranks = nproc or default_nproc(run, where)
     enforce(run, world_size=ranks, device=where)
+    check_predecessor(run)
     check_run_folder(run)
     write_run_folder(run)
     from launchers.local import run_local

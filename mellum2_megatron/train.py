@@ -13,14 +13,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mellum2_megatron.checkpoint_folder import resume_folder, tracked_iteration
 from mellum2_megatron.errors import WorkError
 from mellum2_megatron.failures import explained, is_echo, only_complete_checkpoints, report_failure
 from mellum2_megatron.megatron_args import environment, megatron_arguments
+from mellum2_megatron.provenance import record
 from mellum2_megatron.rules import enforce
 from mellum2_megatron.run import Device, Run
 from mellum2_megatron.run_folder import check_run_folder, check_share, output_folder, read_run, write_run_folder
@@ -107,6 +109,8 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     if rank == 0:
         remove_fragments(output)
         write_run_folder(run)
+        resumed = tracked_iteration(Path(resume_folder(str(output), run.checkpoint.continue_from)))
+        record(output, event="start", world_size=world_size, from_step=resumed, more={"device": device})
     with only_complete_checkpoints(output) if rank == 0 else nullcontext(), explained(output):
         try:
             _pretrain(run, world_size, device, stop, watch)
@@ -155,7 +159,8 @@ def _pretrain(run: Run, world_size: int, device: Device, stop: StopRequest, watc
     from megatron.training.arguments import parse_and_validate_args
 
     from mellum2_megatron import saving
-    from mellum2_megatron.model.provider import model_provider
+    from mellum2_megatron.guard import StepGuard
+    from mellum2_megatron.model.provider import run_model_provider
     from mellum2_megatron.training_metrics import TrainingMetrics
 
     backend = run.resolved_backend(device)
@@ -163,31 +168,37 @@ def _pretrain(run: Run, world_size: int, device: Device, stop: StopRequest, watc
     sys.argv = [sys.argv[0], *words]  # Megatron has no other way in (megatron/training/arguments.py:parse_args)
     container = pretrain_cfg_container_from_args(parse_and_validate_args())
     metrics = TrainingMetrics(run)
-    saving.install(run.checkpoint, watch.paused)
+    guard = StepGuard(run.stability, metrics.event)
+    saving.install(run.checkpoint, watch.paused, also=guard.save)
+
+    def loaded() -> None:
+        metrics.start()
+        guard.install(output_folder(run))
+        stop.attach()
+
     try:
         pretrain(
             container,
-            _dataset_provider(run, metrics, stop),
+            _dataset_provider(run, loaded),
             ModelType.encoder_or_decoder,
-            watch.beating(forward_step),
+            watch.beating(guard.watching(forward_step)),
             # Not through the container: in 0.19.2 that path never lays parameters out for layer-wise Muon
             # (megatron/training/training.py:2040-2061), which then runs without sharding its state.
-            model_provider=metrics.watching(model_provider(run.architecture, backend, run.optimizer)),
+            model_provider=metrics.watching(run_model_provider(run, backend)),
         )
     finally:
         metrics.close()
 
 
-def _dataset_provider(run: Run, metrics: Any, stop: StopRequest) -> Any:
-    """Return Megatron's dataset provider; it is also the first of our functions to run after a checkpoint is loaded."""
+def _dataset_provider(run: Run, loaded: Callable[[], None]) -> Any:
+    """Return Megatron's dataset provider; the first of our functions to run after a checkpoint is `loaded`."""
 
     def provide(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
         from mellum2_megatron.data.continued import ContinuedTraining
         from mellum2_megatron.data.datasets import build_datasets
         from mellum2_megatron.data.fixed_validation import FixedValidation
 
-        metrics.start()
-        stop.attach()
+        loaded()
         per_validation = run.logging.eval_iterations * run.eval_batch_size
         cache = None if run.data.cache is None else Path(run.data.cache)
         counts = (samples[0] - run.data.first_sample, per_validation, 0)

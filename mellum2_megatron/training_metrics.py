@@ -19,6 +19,7 @@ from mellum2_megatron.values import to_plain
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
+    from mellum2_megatron.guard import Event
     from mellum2_megatron.run import Run
 
 NAMES = {
@@ -117,6 +118,11 @@ class TrainingMetrics:
         if self._log is not None:
             self._log.close()
 
+    def event(self, event: Event) -> None:
+        """Log what went wrong in a step, and what was done about it."""
+        assert self._log is not None
+        self._log.log_event(event.step, event.note, event.values)
+
     def _logging_steps(self, training_log: Callable[..., Any], capture: ScalarCapture) -> Callable[..., Any]:
         """Wrap Megatron's `training_log`: it has no hook for the end of a step (training.py:2568, 0.19.2)."""
 
@@ -124,6 +130,7 @@ class TrainingMetrics:
         def log(
             loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
         ) -> Any:
+            capture.values.pop("grad_norm", None)  # a skipped update has none, and an earlier one's would stay
             result = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
             if iteration % self.run.logging.log_interval == 0 or iteration == self.run.schedule.train_steps:
                 values = dict(capture.values) | self._expert_load()

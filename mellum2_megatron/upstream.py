@@ -192,6 +192,21 @@ def _scaled(function: Callable[..., torch.Tensor], factor: torch.Tensor) -> Call
     return lambda *args: function(*args) * factor
 
 
+def _count_padded(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_tokens_per_expert_and_token_count(
+        routing_map: Any, reduce_group: Any, topk: int, with_padding_mask: bool = False
+    ) -> tuple[Any, Any, Any]:
+        """Return the tokens of each expert, of the average rank and of all ranks in the group."""
+        counts, local, total = original(routing_map, reduce_group, topk=topk, with_padding_mask=with_padding_mask)
+        if with_padding_mask:
+            total = total.round().long()
+            local = total / reduce_group.size()
+        return counts, local, total
+
+    return get_tokens_per_expert_and_token_count
+
+
 def _shard_experts(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def shard_params(self: Any, optimizers: Any, full_param_layouts: Any = None) -> None:
@@ -259,6 +274,15 @@ PATCHES: tuple[Patch, ...] = (
         why="core/transformer/multi_token_prediction.py:249 shifts MTP's tokens, labels and mask at the boundaries of "
         "documents without their padding, in a stream that has it: wrong tokens on every rank, and with context "
         "parallelism a loop of point-to-point messages for each document (Megatron-LM pull requests 4495, 6205, 7278)",
+    ),
+    Patch(
+        name="padded-counts",
+        target="megatron.core.transformer.moe.router:get_tokens_per_expert_and_token_count",
+        replacement=_count_padded,
+        why="core/transformer/moe/moe_utils.py:272-277: with a padding mask a rank's own number of tokens is counted "
+        "after the counts were summed over ranks in place, so that calculate_per_token_loss weights the load-balancing "
+        "loss too much by the number of ranks; and the number of all tokens is a float, where Transformer Engine's "
+        "kernel reads an int64 (transformer_engine/pytorch/router.py:545, 2.20.2)",
     ),
     Patch(
         name="context-mtp",

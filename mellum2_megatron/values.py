@@ -23,6 +23,17 @@ _NULLS = ("null", "none", "~")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML reader that refuses a key that is given twice, of which YAML would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [name.value for name, _ in node.value]
+        for (name, _), earlier in zip(node.value, range(len(names)), strict=True):
+            if name.value in names[:earlier]:
+                raise yaml.MarkedYAMLError(problem=f"key {name.value} is given twice", problem_mark=name.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 class MismatchError(Exception):
     """A value that does not fit an annotation; the caller adds the key and raises InputError."""
 

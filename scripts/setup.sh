@@ -10,6 +10,7 @@ STAMP="$VENV/.mellum2-setup"
 
 say() { printf '[setup] %s\n' "$*"; }
 fail() { printf '[setup] error: %s\n' "$*" >&2; exit 2; }
+source scripts/install.sh
 
 # megatron-core 0.19.2 ships its compiled dataset helpers for CPython 3.12 only. A name on PATH proves nothing: pyenv's
 # shim of a version that is not selected exists and fails, so every candidate has to run.
@@ -56,32 +57,8 @@ make_venv() {
     fi
 }
 
-# uv does not read pip's configuration: hand over a mirror or a certificate that the user gave pip.
-hand_over_pip_configuration() {
-    local index certificate
-    index=${PIP_INDEX_URL:-$("$VENV/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
-    certificate=${PIP_CERT:-$("$VENV/bin/python" -m pip config get global.cert 2>/dev/null || true)}
-    if [ -n "$index" ] && [ -z "${UV_INDEX_URL:-}${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX="$index"; fi
-    if [ -n "$certificate" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$certificate"; fi
-}
-
-install_project() {
-    local wanted=(-c constraints.txt -e '.[dev]')
-    if "$VENV/bin/python" -m uv --version >/dev/null 2>&1 || "$VENV/bin/python" -m pip install --quiet uv; then
-        hand_over_pip_configuration
-        say "installing with uv (about 5 GB the first time, nearly all of it torch and CUDA)"
-        # Compiled now, or every process of every run compiles torch and megatron again where byte code is not written.
-        if "$VENV/bin/python" -m uv pip install --compile-bytecode --python "$VENV/bin/python" "${wanted[@]}"; then return; fi
-        say "uv did not succeed, see above; trying pip"
-    else
-        say "uv is not to be had; using pip, which is slower"
-    fi
-    "$VENV/bin/python" -m pip install "${wanted[@]}" ||
-        fail "the installation failed, see above. Fix: check the network and the free disk space (6 GB), then run this again."
-}
-
 sum() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi; }
-fingerprint() { { cat pyproject.toml constraints.txt scripts/setup.sh && pwd; } | sum; }
+fingerprint() { { cat pyproject.toml constraints.txt scripts/setup.sh scripts/install.sh && pwd; } | sum; }
 
 if [ -e "$VENV/bin/python" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
     is_python312 "$VENV/bin/python" || fail "$VENV holds $("$VENV/bin/python" --version)," \
@@ -95,7 +72,8 @@ elif [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
 else
     make_venv
 fi
-install_project
+say "about 5 GB the first time, nearly all of it torch and CUDA"
+install_packages -c constraints.txt -e '.[dev]'
 "$VENV/bin/mellum2" --help >/dev/null || fail "the mellum2 command does not start. Fix: remove $VENV and run this again."
 fingerprint >"$STAMP"
 say "done: $VENV/bin/mellum2 --help"

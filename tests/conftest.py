@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from mellum2_megatron.data.prepare import PreparedData
 
 if not torch.cuda.is_available():
     from mellum2_megatron import cpu
@@ -22,3 +27,27 @@ def megatron_world() -> Iterator[None]:
 
     with cpu.single_process():
         yield
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """A corpus of 30 files, for the runs of `tests.test_train`."""
+    from tests.test_train import small_corpus
+
+    return small_corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def trained(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Six uninterrupted steps on two ranks, the experts divided between them: to be read, or copied."""
+    from tests.test_train import small_run, train
+
+    folder = train(small_run(small_data, tmp_path_factory.mktemp("run") / "straight"), nproc=2)
+    before = _stamps(folder)
+    yield folder
+    assert _stamps(folder) == before, "a test has changed the run that all of them share"
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    stats = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}

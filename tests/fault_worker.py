@@ -93,6 +93,26 @@ def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
     return train(run_file)
 
 
+def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
+    """In some steps one rank's loss is NaN, or only its gradient is, or its loss is three times what it should be."""
+    from mellum2_megatron import train as module
+
+    sum_loss = module.sum_loss
+
+    def spoiled(loss_mask: Any, output: Any) -> Any:
+        from megatron.training import get_args
+
+        if int(os.environ["RANK"]) == rank and get_args().curr_iteration + 1 in steps and output.requires_grad:
+            if what == "gradient":
+                output.register_hook(lambda gradient: gradient * float("nan"))
+            else:
+                output = output * (float("nan") if what == "loss" else 3.0)
+        return sum_loss(loss_mask, output)
+
+    module.sum_loss = spoiled
+    return train(run_file)
+
+
 def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
     """One rank does not come to the end of a step: it sleeps, or its whole process is stopped."""
     from mellum2_megatron import watch

@@ -16,6 +16,7 @@ import torch
 
 from mellum2_megatron.megatron_args import megatron_arguments
 from mellum2_megatron.run import Run
+from tests.layouts.traffic import counting
 
 GRADIENT = 1e-3
 """Standard deviation of the gradients; their norm stays below 1, where clipping does nothing."""
@@ -90,14 +91,7 @@ def update(run: Run, *, steps: int, precision: str = "medium") -> Outcome:
             # DDP divides by all data-parallel ranks and adds up those that hold the weight.
             copies = run.layout.ep if ".experts." in name else 1
             parameter.main_grad.copy_(gradient(name, parameter.shape, step) * copies)
-        for chunk in chunks:
-            if run.optimizer.overlap_grad_reduce:
-                chunk.start_grad_sync()
-            chunk.finish_grad_sync()
-        assert optimizer.step()[0]
-        for chunk in chunks:
-            if run.optimizer.overlap_param_gather:  # left to the next forward pass otherwise
-                chunk.start_param_sync(force_sync=True)
+        _step(chunks, optimizer, run)
     return Outcome(
         weights={name: parameter.detach().clone() for name, parameter in named},
         parts=_parts(optimizer, dict(named)),
@@ -192,6 +186,33 @@ def _owned(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> dict[str, li
         for group, ranks in lists.items()
         if ranks is not None
     }
+
+
+def _step(chunks: list[Any], optimizer: Any, run: Run) -> None:
+    for chunk in chunks:
+        if run.optimizer.overlap_grad_reduce:
+            chunk.start_grad_sync()
+        chunk.finish_grad_sync()
+    assert optimizer.step()[0]
+    for chunk in chunks:
+        if run.optimizer.overlap_param_gather:  # left to the next forward pass otherwise
+            chunk.start_param_sync(force_sync=True)
+
+
+def bytes_of_a_step(run: Run) -> float:
+    """Return the bytes that this rank sends in a step to reduce gradients and gather weights."""
+    chunks, optimizer = _set_up(run, "medium")
+    with counting() as sent:
+        _step(chunks, optimizer, run)
+    return sent["dp"]
+
+
+def buffer_bytes(run: Run) -> tuple[int, int]:
+    """Return a rank's weights, and the bytes of all buffers that Megatron makes for them and their gradients."""
+    chunks, _ = _set_up(run, "medium")
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    return held, sum(buffer.param_data.nbytes + buffer.grad_data.nbytes for buffer in buffers)
 
 
 def _buffers(chunks: list[Any]) -> dict[str, int]:

@@ -29,7 +29,7 @@ from mellum2_megatron.run import Checkpoint, Run, to_yaml
 from mellum2_megatron.run_folder import check_run_folder, check_share
 from mellum2_megatron.saving import _with_retention, remove_fragments, remove_old
 from tests.distributed import run_distributed
-from tests.test_train import data, losses, small_run, trained  # noqa: F401  (fixtures)
+from tests.test_train import data, losses, small_run, train  # noqa: F401  (fixture)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -109,29 +109,71 @@ def test_everything_comes_back(trained: Path, data: PreparedData, tmp_path: Path
         (["layout.ep=1", "layout.pp=2"], 2),
         (["layout.ep=1", "layout.tp=2", "layout.sp=true", "optimizer.muon_tp_mode=duplicated"], 2),
         (["layout.ep=2", "layout.pp=2"], 4),
+        (["layout.ep=1", "layout.etp=2"], 2),
     ],
-    ids=["one process", "pp 2", "tp 2", "ep 2 pp 2"],
+    ids=["one process", "pp 2", "tp 2", "ep 2 pp 2", "etp 2"],
 )
 def test_another_layout_gets_all_of_it(
     layout: list[str],
     nproc: int,
-    trained: Path,  # noqa: F811
+    trained: Path,
     data: PreparedData,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """Saved by two ranks that share the experts: weights and optimizer to the bit, the next losses to rounding."""
-    run = small_run(data, at_step(trained, tmp_path / "run", 3), *layout)
-    loaded = resume(run, nproc, tmp_path / "copy")
-    tensors, objects = state(trained / "iter_0000003")
+    require_all_of_it(trained, small_run(data, at_step(trained, tmp_path / "run", 3), *layout), nproc)
+
+
+@pytest.fixture(scope="module")
+def of_dp2(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Six steps of two ranks that have all experts, each of which sees other sequences."""
+    return train(small_run(data, tmp_path_factory.mktemp("dp2") / "run", "layout.ep=1"), nproc=2)
+
+
+@pytest.fixture(scope="module")
+def of_cp2(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Likewise, each of which sees half of every sequence."""
+    return train(small_run(data, tmp_path_factory.mktemp("cp2") / "run", "layout.ep=1", "layout.cp=2"), nproc=2)
+
+
+@pytest.mark.parametrize(
+    ("source", "cp", "nproc"),
+    [("of_dp2", 1, 1), ("of_dp2", 2, 2), ("of_cp2", 1, 1), ("of_cp2", 1, 2)],
+    ids=["dp 2 to one process", "dp 2 to cp 2", "cp 2 to one process", "cp 2 to dp 2"],
+)
+def test_data_and_context_parallelism_change(
+    source: str,
+    cp: int,
+    nproc: int,
+    request: pytest.FixtureRequest,
+    data: PreparedData,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    saved: Path = request.getfixturevalue(source)
+    run = small_run(data, at_step(saved, tmp_path / "run", 3), "layout.ep=1", f"layout.cp={cp}")
+    require_all_of_it(saved, run, nproc)
+
+
+def require_all_of_it(source: Path, run: Run, nproc: int) -> None:
+    """Resume a run of another layout at step 3: it gets the state to the bit, and its losses to rounding."""
+    output = Path(str(run.checkpoint.output))
+    loaded = resume(run, nproc, output.with_name("copy"))
+    tensors, objects = state(source / "iter_0000003")
     found, found_objects = state(loaded)
     assert equal(tensors, found)
     common, found_common = objects["common_state/shard_0_1"][0], found_objects["common_state/shard_0_1"][0]
     assert common["opt_param_scheduler"] == found_common["opt_param_scheduler"]
     assert steps(found_common["optimizer"]) == steps(common["optimizer"]) == {3}
     for name in ("lm_loss", "mtp_loss", "grad_norm"):
-        expected, seen = losses(trained, name), losses(tmp_path / "run", name)
+        expected, seen = losses(source, name), losses(output, name)
         assert seen.keys() == expected.keys()
         assert seen == pytest.approx(expected, rel=2e-2 if name == "grad_norm" else 3e-3), name
+
+
+def test_expert_tensor_parallelism_begins(of_dp2: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
+    """Experts get ranks of their own where they shared those of the other weights."""
+    run = small_run(data, at_step(of_dp2, tmp_path / "run", 3), "layout.ep=1", "layout.etp=2")
+    require_all_of_it(of_dp2, run, 2)
 
 
 def test_and_back_to_expert_parallelism(trained: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
@@ -181,7 +223,7 @@ def test_every_rank_hashes_what_it_wrote(later: bool, tmp_path: Path) -> None:
     }
 
 
-def test_megatron_reads_the_manifest(trained: Path) -> None:  # noqa: F811
+def test_megatron_reads_the_manifest(trained: Path) -> None:
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.validation import _verify_integrity_manifest_impl
 
@@ -219,7 +261,7 @@ def check(run: Run) -> None:
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_noticed_and_the_previous_checkpoint_offered(
     damage: str,
-    trained: Path,  # noqa: F811
+    trained: Path,
     data: PreparedData,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -257,7 +299,7 @@ def test_how_much_is_checked_is_an_option(trained: Path, data: PreparedData, tmp
         check(small_run(data, output, "checkpoint.verify=size"))
 
 
-def test_a_damaged_manifest_is_damage(trained: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_damaged_manifest_is_damage(trained: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(trained, tmp_path / "run"))
     manifest = output / "iter_0000006" / MANIFEST_FILE
     for text in ("{", "[]", '{"algorithm": "md5", "files": {}}', '{"algorithm": "sha256"}'):
@@ -267,7 +309,7 @@ def test_a_damaged_manifest_is_damage(trained: Path, tmp_path: Path) -> None:  #
 
 
 def test_a_checkpoint_without_a_manifest_is_taken_with_a_warning(
-    trained: Path,  # noqa: F811
+    trained: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -280,7 +322,7 @@ def test_a_checkpoint_without_a_manifest_is_taken_with_a_warning(
     assert f"has no {MANIFEST_FILE}" in caplog.messages[0]
 
 
-def test_shares_cover_every_file_once(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_shares_cover_every_file_once(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     def record(files: Any, **options: Any) -> Any:
@@ -338,7 +380,7 @@ def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_fragment_is_never_taken_and_is_removed_at_the_next_start(
-    trained: Path,  # noqa: F811
+    trained: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -17,7 +17,7 @@ from mellum2_megatron.recipes import recipe
 from mellum2_megatron.rules import check
 from mellum2_megatron.run import Run, to_yaml
 from mellum2_megatron.run_folder import check_run_folder
-from tests.test_train import data, losses, small_run, train, trained, weights  # noqa: F401  # the first and last: fixtures
+from tests.test_train import data, losses, small_run, train, weights  # noqa: F401  (fixture)
 
 FIRST = ["schedule.train_samples=16", "schedule.horizon_samples=40"]
 """Three of the six steps of `small_run`."""
@@ -30,7 +30,7 @@ def first_phase(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.distributed
 def test_two_runs_are_one_training(
-    trained: Path,  # noqa: F811
+    trained: Path,
     first_phase: Path,
     data: PreparedData,  # noqa: F811
     tmp_path: Path,

@@ -23,7 +23,7 @@ from mellum2_megatron.stopping import STOPPED, is_stop
 from mellum2_megatron.watch import Place, Watch, blame
 from tests.distributed import REPOSITORY, DistributedError, run_distributed
 from tests.test_checkpoints import equal, flip, state
-from tests.test_train import data, losses, small_run, trained  # noqa: F401  (fixtures)
+from tests.test_train import data, losses, small_run  # noqa: F401  (fixture)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -38,7 +38,7 @@ def ranks(worker: str, run: Run, *args: Any, nproc: int = 2) -> list[Any]:
 
 
 def test_nothing_is_lost_but_the_steps_since_the_last_save(
-    trained: Path,  # noqa: F811
+    trained: Path,
     data: PreparedData,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -132,7 +132,7 @@ def test_a_stuck_rank_is_named(how: str, named: str, data: PreparedData, tmp_pat
 
 
 def test_ranks_refuse_a_damaged_checkpoint_before_they_train(
-    trained: Path,  # noqa: F811
+    trained: Path,
     data: PreparedData,  # noqa: F811
     tmp_path: Path,
 ) -> None:

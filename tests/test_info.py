@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -11,9 +12,9 @@ from rich.console import Console
 from mellum2_megatron.architecture import PRESETS
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.info import architecture_report, render
-from mellum2_megatron.layout import Memory
+from mellum2_megatron.memory import Memory
 
-MEMORY = Memory(parameters=10, weights=3 * 2**30, gradients=2**30, optimizer=2**29, activations=2**28)
+MEMORY = Memory(parameters=10, weights=3 * 2**30, gradients=2**30, padding=2**27, optimizer=2**29, activations=2**28)
 
 
 def _text(report: dict[str, object], width: int = 80) -> str:
@@ -70,10 +71,11 @@ def test_layer_rows_carry_window_and_rope() -> None:
 
 def test_memory_and_misalignment_are_shown_when_there_are_any() -> None:
     report = architecture_report(PRESETS["mellum2-tiny"].replace(hidden_size=200), memory=MEMORY)
-    assert report["memory_per_rank"]["total"] == 4 * 2**30 + 2**29 + 2**28
+    assert report["memory_per_rank"]["total"] == 4 * 2**30 + 2**29 + 2**28 + 2**27
     text = _text(report)
     assert "hidden_size = 200" in text
-    assert "4.75" in text
+    assert "4.88" in text
+    assert re.search(r"^padding +0\.12 *$", text, re.MULTILINE)
 
 
 def test_a_sequence_has_at_least_one_token() -> None:

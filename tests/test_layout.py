@@ -1,4 +1,4 @@
-"""Layouts: what fits a model, the values an error proposes, the derived communication and memory."""
+"""Layouts: what fits a model, the values an error proposes, the derived communication."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.layout import Layout, memory_per_rank
+from mellum2_megatron.layout import Layout
 
 BIG = Mellum2Architecture.preset("mellum2-12b")
 TINY = Mellum2Architecture.preset("mellum2-tiny")
@@ -91,54 +91,3 @@ def test_sliding_layers_gather_and_full_layers_pass_on() -> None:
     assert Layout(cp=8).cp_comm_types(first_full) == ("all_gather", "all_gather") + ("p2p", "all_gather") * 13
     without_mtp = first_full.replace(num_mtp_layers=0)
     assert Layout(cp=8).cp_comm_types(without_mtp) == ("p2p", "all_gather") * 14
-
-
-def memory(architecture: Mellum2Architecture, layout: Layout, world_size: int, **changes: Any) -> Any:
-    return memory_per_rank(
-        architecture, layout, **{"world_size": world_size, "sequence_length": 256, "micro_batch_size": 1} | changes
-    )
-
-
-def test_memory_of_one_rank_is_the_whole_model() -> None:
-    one = memory(BIG, Layout(), 1)
-    assert one.parameters == 12_578_294_528
-    assert one.weights == 2 * one.parameters
-    assert one.gradients == 4 * one.parameters
-    embeddings = 2 * 226_492_416
-    norms = 29 * (2 * 2304 + 2 * 128) + 2304 + 3 * 2304
-    assert one.optimizer == 8 * (one.parameters - embeddings - norms) + 12 * (embeddings + norms)
-    adam = memory(BIG, Layout(), 1, optimizer="adam")
-    assert adam.optimizer == 12 * one.parameters
-    assert one.total == one.weights + one.gradients + one.optimizer + one.activations
-
-
-def test_memory_divides_what_the_layout_divides() -> None:
-    # EP 8 leaves 8 of 64 experts, which is also what a token activates: the report's 2.52B active parameters
-    shared = memory(BIG, Layout(ep=8), 256, sequence_length=8192, micro_batch_size=2)
-    assert shared.parameters == 2_520_615_680
-    expert_matrices = 29 * 8 * 3 * 896 * 2304
-    dense_matrices = 29 * (2304 * (4096 + 2 * 512) + 4096 * 2304 + 64 * 2304) + 2304 * 4608
-    assert shared.optimizer > 8 * (expert_matrices / 32 + dense_matrices / 256)
-    assert shared.optimizer < 1.2 * 8 * (expert_matrices / 32 + dense_matrices / 256) + 12 * 2 * 226_492_416 / 256 * 1.1
-    halves = [memory(BIG, Layout(ep=8, pp=2), 16), memory(BIG, Layout(ep=8), 16)]
-    assert halves[0].parameters < halves[1].parameters
-    tensor = memory(BIG, Layout(tp=2, sp=True), 2)
-    qkv_and_output = 29 * 2304 * (2 * 4096 + 2 * 512)
-    assert tensor.parameters == 12_578_294_528 - (qkv_and_output + 2 * 226_492_416 + 2304 * 4608) // 2
-    fp8 = memory(BIG, Layout(ep=8), 8, fp8=True)
-    assert fp8.weights - memory(BIG, Layout(ep=8), 8).weights == 2 * (expert_matrices + dense_matrices - 29 * 64 * 2304)
-
-
-def test_memory_of_a_pipeline_covers_every_parameter() -> None:
-    """Summed over the stages, every weight is there once, and the embedding twice for the MTP layer."""
-    from mellum2_megatron.layout import _stage_memory
-
-    for layout in (Layout(pp=2), Layout(pp=4), Layout(pp=2, vpp=2)):
-        stages = [_stage_memory(TINY, layout, stage, layout.pp, "muon", False, 4)[0] for stage in range(layout.pp)]
-        assert sum(stages) == TINY.num_parameters() + TINY.vocab_size * TINY.hidden_size
-    assert memory(TINY, Layout(pp=4), 4).activations > 0
-
-
-def test_memory_refuses_a_misfit() -> None:
-    with pytest.raises(InputError, match=r"layout.ep=3"):
-        memory(BIG, Layout(ep=3), 3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -219,6 +221,28 @@ def test_layers_stay_in_bf16(first: int, last: int, given: bool, monkeypatch: py
         assert (args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16) == (first, last)
 
 
+@contextlib.contextmanager
+def megatron_scheduler(args: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, dict[str, Any], Any]]:
+    """Yield Megatron's scheduler, the parameter group that it sets, and its batch calculator, as `pretrain` does."""
+    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.training import training
+
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    calculator.init_num_microbatches_calculator(  # as set_global_variables, megatron/training/global_vars.py:127
+        rank=1,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=args.data_parallel_size,
+        step_batch_size_schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
+    )
+    try:
+        group: dict[str, Any] = {}
+        yield training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[group])), group, calculator
+    finally:
+        calculator.destroy_num_microbatches_calculator()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -231,22 +255,8 @@ def test_layers_stay_in_bf16(first: int, last: int, given: bool, monkeypatch: py
 )
 def test_megatron_walks_the_runs_schedule(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step's batch and learning rate, from Megatron's calculator and scheduler as `pretrain` sets them up."""
-    from megatron.core import num_microbatches_calculator as calculator
-    from megatron.training import training
-
     run, args = on_cpu(overrides, monkeypatch)
-    monkeypatch.setattr(training, "get_args", lambda: args)
-    calculator.init_num_microbatches_calculator(  # as set_global_variables, megatron/training/global_vars.py:127
-        rank=1,
-        global_batch_size=args.global_batch_size,
-        micro_batch_size=args.micro_batch_size,
-        data_parallel_size=args.data_parallel_size,
-        step_batch_size_schedule=args.step_batch_size_schedule,
-        seq_length=args.seq_length,
-    )
-    try:
-        group: dict[str, Any] = {}
-        scheduler = training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[group]))
+    with megatron_scheduler(args, monkeypatch) as (scheduler, group, calculator):
         assert args.train_iters == run.schedule.train_steps
         consumed = 0
         for _ in range(args.train_iters):
@@ -257,8 +267,6 @@ def test_megatron_walks_the_runs_schedule(overrides: list[str], monkeypatch: pyt
             consumed += batch
             scheduler.step(batch)
         assert consumed == run.schedule.train_samples
-    finally:
-        calculator.destroy_num_microbatches_calculator()
 
 
 def test_layout_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,23 @@ def test_every_number_comes_back_exactly(tmp_path: Path) -> None:
     assert series(records, "lm_loss") == ([1, 2, 3], [loss_at(1), loss_at(2), loss_at(3)])
     assert series(records, "lm_loss", "valid") == ([2], [loss_at(2) + 0.5])
     assert series(records, "absent") == ([], [])
+
+
+def test_an_event_has_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logger(tmp_path, tensorboard=True)
+    log.log_step(1, {"lm_loss": 1.0})
+    log.log_event(2, "the loss is nan on rank 3: the update is skipped", {"value": math.nan, "rank": 3.0})
+    log.close()
+    raw = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    note = "the loss is nan on rank 3: the update is skipped"
+    assert raw == {"kind": "event", "step": 2, "note": note, "value": "nan", "rank": 3.0}
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert (records[1].kind, records[1].note, records[1].values["rank"]) == ("event", note, 3.0)
+    assert records[0].note == ""
+    assert series(records, "rank") == ([], [])
+    assert f"step 2: {note}" in capsys.readouterr().out
+    train(logger(tmp_path, resume_step=1), range(2, 3))  # what the checkpoint does not know of is dropped
+    assert [record.kind for record in read_metrics(tmp_path / "metrics.jsonl")] == ["train", "train", "valid"]
 
 
 def test_numbers_that_json_lacks_survive_as_valid_json(tmp_path: Path) -> None:
@@ -195,6 +213,34 @@ def test_wandb_without_a_key_keeps_the_series_in_the_run_folder(
     assert {file.name for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb")} == {f"run-{first_id}.wandb"}
     train(logger(tmp_path, wandb_project="mellum"), range(1, 2))  # a new run in the old folder
     assert (tmp_path / "wandb_run_id.txt").read_text().strip() != first_id
+
+
+OUTLIVES = """
+import os, sys
+import psutil
+from mellum2_megatron.metrics import MetricsLogger
+log = MetricsLogger(
+    sys.argv[1], rank=0, world_size=1, run_name="x", total_steps=3, total_samples=3, tensorboard=False,
+    wandb_project="mellum",
+)
+(core,) = [each for each in psutil.Process().children() if each.name() == "wandb-core"]
+core.terminate()
+core.wait(30)
+for step in range(1, 4):
+    log.log_step(step, {"lm_loss": 1.0})
+log.close()
+os._exit(75)  # as a rank does that has saved
+"""
+
+
+def test_a_run_outlives_the_process_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's SIGTERM goes to every process of a step; ranks save after it."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    done = subprocess.run([sys.executable, "-c", OUTLIVES, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 75, done.stderr
+    assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert "W&B: its process is gone" in done.stderr
 
 
 def test_wandb_asked_for_but_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

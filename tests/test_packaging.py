@@ -13,7 +13,7 @@ from setuptools import find_namespace_packages
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-CONSTRAINTS = ["constraints.txt", "constraints-launch.txt"]
+CONSTRAINTS = "constraints.txt"
 
 
 def _pins(name: str) -> dict[str, str]:
@@ -29,24 +29,18 @@ def _requirements(*extras: str) -> list[Requirement]:
     return [Requirement(line) for requirements in lists for line in requirements]
 
 
-@pytest.mark.parametrize(("name", "extras"), [("constraints.txt", ["dev"]), ("constraints-launch.txt", ["launch"])])
-def test_every_dependency_is_pinned_inside_its_range(name: str, extras: list[str]) -> None:
-    pins = _pins(name)
-    for requirement in _requirements(*extras):
+@pytest.mark.parametrize("extra", ["dev", "launch", "wandb"])
+def test_every_dependency_is_pinned_inside_its_range(extra: str) -> None:
+    pins = _pins(CONSTRAINTS)
+    for requirement in _requirements(extra):
         version = pins.get(canonicalize_name(requirement.name))
-        assert version is not None, f"{name} does not pin {requirement.name}"
+        assert version is not None, f"{CONSTRAINTS} does not pin {requirement.name}"
         assert requirement.specifier.contains(version, prereleases=True), f"{requirement} excludes {version}"
-
-
-def test_both_constraints_agree_on_what_computes() -> None:
-    base, launch = (_pins(name) for name in CONSTRAINTS)
-    for name in ("torch", "megatron-core", "emerging-optimizers", "transformers", "tokenizers", "safetensors", "numpy"):
-        assert base[name] == launch[name]
 
 
 def test_apex_is_no_dependency() -> None:
     names = {canonicalize_name(r.name) for r in _requirements(*PROJECT["project"]["optional-dependencies"])}
-    assert "apex" not in names | set(_pins("constraints.txt")) | set(_pins("constraints-launch.txt"))
+    assert "apex" not in names | set(_pins(CONSTRAINTS))
 
 
 def test_every_top_level_package_is_shipped() -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from mellum2_megatron.layout import memory_per_rank
+from mellum2_megatron.memory import memory_per_rank
 from mellum2_megatron.pretraining import phase_ends, pretraining_recipes, whole_schedule
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.run import Run
-from tests.test_megatron_args import validated
+from tests.test_megatron_args import megatron_scheduler, validated
 
 PHASES = tuple(f"mellum2_12b_pretrain_phase{number}" for number in (1, 2, 3))
 ENDINGS = ("", "_256gpu_h200_fp8", "_128gpu_h200_fp8", "_8gpu_h200_fp8")
@@ -67,28 +65,12 @@ def test_rates_at_the_boundaries_are_the_schedules(number: int) -> None:
 
 def test_megatrons_scheduler_carries_on_over_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own scheduler, built from each phase's arguments and loaded with the state the former saved."""
-    from megatron.core import num_microbatches_calculator as calculator
-    from megatron.training import training
-
     whole, state = whole_schedule(), None
     for name in PHASES:
         run = recipe(name)
         args = validated(run, monkeypatch, world_size=world_size(run), device="cuda")
-        monkeypatch.setattr(training, "get_args", lambda args=args: args)
-        calculator.init_num_microbatches_calculator(
-            rank=1,
-            global_batch_size=args.global_batch_size,
-            micro_batch_size=args.micro_batch_size,
-            data_parallel_size=args.data_parallel_size,
-            step_batch_size_schedule=args.step_batch_size_schedule,
-            seq_length=args.seq_length,
-        )
-        try:
-            group: dict[str, Any] = {}
-            scheduler = training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[group]))
+        with megatron_scheduler(args, monkeypatch) as (scheduler, group, _):
             assert args.train_iters == whole.steps(run.schedule.train_samples)
-        finally:
-            calculator.destroy_num_microbatches_calculator()
         if state is not None:
             scheduler.load_state_dict(state)
         assert scheduler.num_steps == run.data.first_sample
@@ -121,14 +103,7 @@ def test_megatron_accepts_every_recipe_at_its_size(name: str, monkeypatch: pytes
 @pytest.mark.parametrize("name", sorted(pretraining_recipes()))
 def test_every_recipe_fits_an_h200(name: str) -> None:
     run = recipe(name)
-    memory = memory_per_rank(
-        run.architecture,
-        run.layout,
-        world_size=world_size(run),
-        sequence_length=run.data.sequence_length,
-        micro_batch_size=run.schedule.micro_batch_size,
-        fp8=True,
-    )
+    memory = memory_per_rank(run, world_size=world_size(run))
     assert memory.total < 0.85 * 141e9
 
 
@@ -138,7 +113,7 @@ def test_a_short_name_is_the_reports_hardware(base: str) -> None:
     short, long = recipe(base), recipe(full)
     same = dataclasses.replace(long, name=short.name, checkpoint=short.checkpoint)
     assert short == same
-    assert long.checkpoint.load == short.checkpoint.load
+    assert long.checkpoint.load == (short.checkpoint.load and short.checkpoint.load + full.removeprefix(base))
 
 
 def test_long_context_is_the_reports() -> None:
@@ -154,12 +129,64 @@ def test_long_context_is_the_reports() -> None:
     assert (run.layout.ep, run.layout.cp) == (8, 8)
 
 
-def test_the_slice_is_the_12b_but_for_depth() -> None:
-    run, big = recipe("mellum2_4layer_pretrain_1gpu_h200_fp8"), recipe(PHASES[0])
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("pretrain", PHASES[0]),
+        ("pretrain_phase1", PHASES[0]),
+        ("pretrain_phase2", PHASES[1]),
+        ("pretrain_phase3", PHASES[2]),
+    ],
+)
+def test_the_slice_is_the_12b_but_for_depth(name: str, of: str) -> None:
+    run, big = recipe(f"mellum2_4layer_{name}_1gpu_h200_fp8"), recipe(of)
     assert run.architecture == big.architecture.replace(num_hidden_layers=4)
+    assert run.data.path == big.data.path
     assert set(run.architecture.layer_types) == set(big.architecture.layer_types)
     assert run.architecture.num_parameters() == 2_552_349_440
     assert (run.optimizer, run.precision, run.loss) == (big.optimizer, big.precision, big.loss)
+
+
+def test_the_slices_long_context_is_shorter() -> None:
+    run, big = recipe("mellum2_4layer_long_context_1gpu_h200_fp8"), recipe("mellum2_12b_long_context")
+    assert run.architecture == big.architecture.replace(num_hidden_layers=4)
+    assert (run.optimizer, run.precision, run.loss) == (big.optimizer, big.precision, big.loss)
+    assert run.data.sequence_length == big.data.sequence_length // 4
+
+
+@pytest.mark.parametrize("training", ["mellum2_4layer_{}_1gpu_h200_fp8", "mellum2_tiny_{}"])
+def test_small_trainings_are_one_in_the_reports_proportions(training: str) -> None:
+    """The report's shares of the steps: 59, 26 and 15 of a hundred, the decay in the last of them."""
+    runs = [recipe(training.format(f"pretrain_phase{number}")) for number in (1, 2, 3)]
+    horizon = runs[-1].schedule.train_samples
+    steps = [run.schedule.steps(run.schedule.train_samples) for run in runs]
+    reported = [whole_schedule().steps(end) for end in phase_ends()]
+    assert [step / steps[-1] for step in steps] == pytest.approx([each / reported[-1] for each in reported], abs=0.01)
+    for before, after in itertools.pairwise(runs):
+        assert after.data.first_sample == before.schedule.train_samples
+        for field in ("architecture", "layout", "optimizer", "loss", "precision", "seed", "backend"):
+            assert getattr(after, field) == getattr(before, field), field
+    for run in runs:
+        assert run.schedule.horizon_samples == horizon
+        assert horizon - run.schedule.decay_samples > runs[1].schedule.train_samples
+        assert 0 < run.schedule.warmup_samples < runs[0].schedule.train_samples
+        assert len(run.schedule.batch_schedule) == 2
+
+
+def test_the_tiny_long_context_is_the_released_one_at_another_size() -> None:
+    run, big = recipe("mellum2_tiny_long_context"), recipe("mellum2_12b_long_context")
+    phase = recipe("mellum2_tiny_pretrain_phase3")
+    rope, theirs = run.architecture.rope_full_attention, big.architecture.rope_full_attention
+    assert (rope.rope_type, rope.rope_theta) == (theirs.rope_type, theirs.rope_theta)
+    assert (rope.beta_fast, rope.beta_slow) == (theirs.beta_fast, theirs.beta_slow)
+    assert rope.factor * rope.original_max_position_embeddings == run.architecture.max_position_embeddings
+    assert rope.original_max_position_embeddings == phase.architecture.max_position_embeddings
+    assert run.architecture.rope_sliding_attention.rope_type == "default"
+    assert run.optimizer.lr / phase.optimizer.lr == pytest.approx(big.optimizer.lr / recipe(PHASES[2]).optimizer.lr)
+    assert (run.layout.ep, run.layout.cp) == (2, 2)
+    extension = run.architecture.max_position_embeddings // phase.architecture.max_position_embeddings
+    assert run.data.sequence_length == extension * phase.data.sequence_length
+    assert run.data.sequence_length > phase.architecture.max_position_embeddings
 
 
 def test_all_of_them_are_recipes() -> None:

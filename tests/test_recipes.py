@@ -17,9 +17,18 @@ HARDWARE: dict[str, tuple[int, Device]] = {
         for number in (1, 2, 3)
         for ending, gpus in {"": 256, "_256gpu_h200_fp8": 256, "_128gpu_h200_fp8": 128, "_8gpu_h200_fp8": 8}.items()
     },
-    "mellum2_12b_long_context": (128, "cuda"),
-    "mellum2_12b_long_context_128gpu_h200_fp8": (128, "cuda"),
-    "mellum2_4layer_pretrain_1gpu_h200_fp8": (1, "cuda"),
+    **{
+        f"mellum2_12b_long_context{ending}": (gpus, "cuda")
+        for ending, gpus in {"": 128, "_256gpu_h200_fp8": 256, "_128gpu_h200_fp8": 128, "_8gpu_h200_fp8": 8}.items()
+    },
+    **{
+        f"mellum2_4layer_{stage}_1gpu_h200_fp8": (1, "cuda")
+        for stage in ("pretrain", "pretrain_phase1", "pretrain_phase2", "pretrain_phase3", "long_context")
+    },
+    **{
+        f"mellum2_tiny_{stage}": (2, "cpu")
+        for stage in ("pretrain_phase1", "pretrain_phase2", "pretrain_phase3", "long_context")
+    },
 }
 
 

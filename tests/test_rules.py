@@ -84,6 +84,15 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         "checkpoint.continue_from=/b",
         ["checkpoint.load=null"],
     ),
+    (
+        BIG,
+        "cuda",
+        256,
+        ["optimizer.name=adam", "precision.fp8_param_gather=true", "precision.bf16_mtp_projection=true"],
+        "bf16-projection-gathers-bf16",
+        "precision.bf16_mtp_projection=true",
+        ["precision.bf16_mtp_projection=false"],
+    ),
     (BIG, "cuda", 256, ["backend=torch"], "fp8-has-kernels", "backend=torch", ["precision.compute=bf16"]),
     (TINY, "cpu", 2, ["precision.compute=fp8"], "fp8-has-kernels", "backend=torch", ["precision.compute=bf16"]),
     (
@@ -176,24 +185,31 @@ def test_packages_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "change", "named"),
+    ("saved", "change", "named"),
     [
-        ("adam", "layout.ep=1", "layout.ep=1"),
-        ("muon", "optimizer.name=adam", "optimizer.name=adam"),
-        ("muon", "layout.ep=4", None),
-        ("muon", "layout.ep=1", None),
+        (["optimizer.name=adam"], ["layout.ep=1"], "layout.ep=1"),
+        (["optimizer.name=adam"], ["layout.ep=4"], None),
+        (["optimizer.name=adam", "layout.ep=1"], ["layout.etp=2"], "layout.etp=2"),
+        (["optimizer.name=adam", "layout.ep=1", "layout.etp=2"], ["layout.etp=1"], "layout.etp=1"),
+        (["optimizer.name=adam", "layout.ep=1", "layout.etp=2"], ["layout.etp=1", "layout.ep=2"], None),
+        (["optimizer.name=adam", "layout.ep=1", "layout.etp=2"], ["layout.tp=2", "layout.sp=true"], "layout.tp=2"),
+        ([], ["optimizer.name=adam"], "optimizer.name=adam"),
+        ([], ["layout.ep=4"], None),
+        ([], ["layout.ep=1"], None),
+        (["layout.ep=1"], ["layout.etp=2"], None),
     ],
+    ids=str,
 )
 def test_optimizer_state_must_be_readable_on_resume(
-    optimizer: str, change: str, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: list[str], change: list[str], named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = apply_overrides(recipe(TINY), ["schedule.micro_batch_size=2", f"optimizer.name={optimizer}"])
+    before = apply_overrides(recipe(TINY), ["schedule.micro_batch_size=2", *saved])
     before = with_data(
         dataclasses.replace(before, checkpoint=dataclasses.replace(before.checkpoint, output=str(tmp_path))),
         monkeypatch,
     )
     (tmp_path / RUN_FILE).write_text(to_yaml(before))
-    after = apply_overrides(before, [change])
+    after = apply_overrides(before, change)
     assert check(after, 4, "cpu") == [], "nothing is there to resume yet"
     (tmp_path / TRACKER_FILE).write_text("100")
     assert check(before, 4, "cpu") == []

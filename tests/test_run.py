@@ -17,6 +17,41 @@ from mellum2_megatron.optimizer import Loss, Optimizer
 from mellum2_megatron.precision import Precision
 from mellum2_megatron.run import Checkpoint, Data, Logging, Run, from_yaml, keys, to_yaml
 from mellum2_megatron.schedule import Schedule
+from mellum2_megatron.stability import Stability
+
+ODD_OPTIMIZER = Optimizer(
+    name="adam",
+    lr=1e-5,
+    min_lr=1e-7,
+    weight_decay=0.0,
+    clip_grad=0.5,
+    muon_momentum=0.5,
+    muon_nesterov=False,
+    muon_ns_steps=7,
+    muon_scale_mode="unit_rms_norm",
+    muon_extra_scale=1.0,
+    muon_tp_mode="duplicated",
+    muon_split_qkv=False,
+    muon_split_gate_up=True,
+    muon_router=False,
+    muon_mtp_projection=False,
+    adam_beta1=0.5,
+    adam_beta2=0.25,
+    adam_eps=1e-20,
+    overlap_grad_reduce=False,
+    overlap_param_gather=False,
+)
+ODD_CHECKPOINT = Checkpoint(
+    output="/o",
+    save_interval=5,
+    retain_interval=10,
+    load="/l",
+    continue_from="/c",
+    keep_last=2,
+    verify="size",
+    async_save=True,
+    any_layout=False,
+)
 
 
 def odd_run() -> Run:
@@ -28,29 +63,15 @@ def odd_run() -> Run:
             num_hidden_layers=6, norm_topk_prob=False, eos_token_id=(28, 30), pad_token_id=3, num_mtp_layers=0
         ),
         layout=Layout(tp=2, sp=True, pp=2, vpp=3, ep=4, etp=2, cp=2, dp=8, dispatcher="flex"),
-        optimizer=Optimizer(
-            name="adam",
-            lr=1e-5,
-            min_lr=1e-7,
-            weight_decay=0.0,
-            clip_grad=0.5,
-            muon_momentum=0.5,
-            muon_nesterov=False,
-            muon_ns_steps=7,
-            muon_scale_mode="unit_rms_norm",
-            muon_extra_scale=1.0,
-            muon_tp_mode="duplicated",
-            muon_split_qkv=False,
-            muon_split_gate_up=True,
-            muon_router=False,
-            muon_mtp_projection=False,
-            adam_beta1=0.5,
-            adam_beta2=0.25,
-            adam_eps=1e-20,
-            overlap_grad_reduce=False,
-            overlap_param_gather=False,
+        optimizer=ODD_OPTIMIZER,
+        loss=Loss(
+            aux_loss_coef=0.0,
+            aux_loss_type="aux_loss",
+            aux_loss_gradient="exact",
+            z_loss_coef=3e-7,
+            mtp_factor=0.3,
+            per_token=True,
         ),
-        loss=Loss(aux_loss_coef=0.0, z_loss_coef=3e-7, mtp_factor=0.3, aux_loss_type="aux_loss", per_token=True),
         schedule=Schedule(
             style="cosine",
             train_samples=96,
@@ -66,8 +87,10 @@ def odd_run() -> Run:
             fp8_param_gather=True,
             bf16_first_layers=1,
             bf16_last_layers=2,
+            bf16_mtp_projection=True,
             grad_reduce_in_fp32=False,
         ),
+        stability=Stability(not_finite="skip", spike="ignore", spike_factor=2.0, spike_window=7, max_skips=1),
         data=Data(
             path="null",
             sequence_length=64,
@@ -89,17 +112,7 @@ def odd_run() -> Run:
             wandb_entity="e",
             wandb_name="n",
         ),
-        checkpoint=Checkpoint(
-            output="/o",
-            save_interval=5,
-            retain_interval=10,
-            load="/l",
-            continue_from="/c",
-            keep_last=2,
-            verify="size",
-            async_save=True,
-            any_layout=False,
-        ),
+        checkpoint=ODD_CHECKPOINT,
         seed=99,
         backend="te",
         sources={"optimizer": "report §3", "schedule.batch_schedule": "a: b # c"},
@@ -108,7 +121,8 @@ def odd_run() -> Run:
 
 def test_odd_run_leaves_no_default() -> None:
     run = odd_run()
-    for section in (run.layout, run.optimizer, run.loss, run.precision, run.data, run.logging, run.checkpoint):
+    own = (run.layout, run.optimizer, run.loss, run.precision, run.stability, run.data, run.logging, run.checkpoint)
+    for section in own:
         for field in dataclasses.fields(section):
             assert getattr(section, field.name) != field.default, field.name
 
@@ -241,6 +255,7 @@ def test_derived_values() -> None:
         (lambda: Loss(mtp_factor=-0.1), "loss.mtp_factor=-0.1"),
         (lambda: Optimizer(muon_split_gate_up=True, muon_split_qkv=False), "optimizer.muon_split_gate_up=true"),
         (lambda: Precision(fp8_param_gather=True), "precision.fp8_param_gather=true"),
+        (lambda: Precision(bf16_mtp_projection=True), "precision.bf16_mtp_projection=true"),
         (lambda: Precision(bf16_first_layers=1), "precision.bf16_first_layers=1 with precision.compute=bf16"),
         (lambda: Precision(compute="fp8", bf16_last_layers=-1), "precision.bf16_last_layers=-1"),
         (lambda: Precision(compute="fp8", fp8_recipe="delayed", bf16_last_layers=1), "precision.fp8_recipe=delayed"),

@@ -21,24 +21,16 @@ from mellum2_megatron.run import Run, to_yaml
 from mellum2_megatron.run_folder import read_run
 from tests.data.conftest import python_like
 from tests.distributed import run_distributed
+from tests.small import SMALL_MODEL
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 6
 SMALL = [
-    "architecture.vocab_size=384",
-    "architecture.hidden_size=64",
-    "architecture.head_dim=16",
-    "architecture.moe_intermediate_size=32",
-    "architecture.num_experts=4",
-    "architecture.sliding_window=16",
-    "data.sequence_length=64",
+    *SMALL_MODEL,
     "schedule.batch_schedule=[[0,4],[8,8]]",
-    "schedule.micro_batch_size=2",
-    "schedule.warmup_samples=4",
     "schedule.decay_samples=16",
     "schedule.train_samples=40",  # 2 steps of 4, then 4 of 8
-    "logging.log_interval=1",
     "logging.eval_interval=3",
     "logging.eval_iterations=2",
     "checkpoint.save_interval=3",
@@ -55,8 +47,9 @@ def small_corpus(folder: Path) -> PreparedData:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    return small_corpus(tmp_path_factory.mktemp("data"))
+def data(small_data: PreparedData) -> PreparedData:
+    """The corpus that all tests of real runs share."""
+    return small_data
 
 
 def small_run(data: PreparedData, output: Path, *overrides: str) -> Run:
@@ -81,12 +74,6 @@ def losses(output: Path, name: str = "lm_loss", kind: str = "train") -> dict[int
 def weights(output: Path) -> dict[str, torch.Tensor]:
     reader = open_checkpoint(resolve(output))
     return {key: reader.read(key, (0,) * len(t.shape), t.shape) for key, t in reader.tensors.items()}
-
-
-@pytest.fixture(scope="module")
-def trained(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six uninterrupted steps on two ranks, the experts divided between them."""
-    return train(small_run(data, tmp_path_factory.mktemp("run") / "straight"), nproc=2)
 
 
 def test_training_logs_every_quantity(trained: Path):

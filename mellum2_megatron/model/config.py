@@ -50,6 +50,18 @@ def use_plain_initialization(config: TransformerConfig) -> None:
     config.output_layer_init_method = config.init_method
 
 
+def keep_mtp_projection_in_bf16(config: TransformerConfig) -> None:
+    """Exempt the MTP layer's `eh_proj` from FP8: Transformer Engine's module opens a disabled FP8 context for itself.
+
+    This is Megatron's per-module precision, which its command line reaches through a file
+    (`--te-precision-config-file`; megatron/core/extensions/transformer_engine.py:312-330 and 1065, 0.19.2).
+    """
+    from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
+
+    recipe = {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": {}}  # no recipe: no FP8
+    config.quant_recipe = RecipeConfig([GlobMatcher("*.eh_proj", "bf16")], {"bf16": recipe})
+
+
 def complete_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
     """Set on `config` what the layer spec decides and the command line left at Megatron's default.
 

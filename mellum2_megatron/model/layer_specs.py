@@ -30,12 +30,13 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from mellum2_megatron.architecture import PRESETS, LayerType, Mellum2Architecture
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.model.attention import Mellum2SelfAttention
 from mellum2_megatron.model.core_attention import TorchCoreAttention
+from mellum2_megatron.model.layer import Mellum2TransformerLayer
 from mellum2_megatron.model.norm import TorchRMSNorm
 from mellum2_megatron.model.router import Mellum2Router
 
@@ -120,7 +121,7 @@ def layer_spec(
         # Saved under the name that the fused norm of the te backend has. Megatron's local spec renames the pre-MLP
         # norm too (megatron/core/models/gpt/gpt_layer_specs.py:459-462, 0.19.2), which its te spec does not.
         submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    return ModuleSpec(module=Mellum2TransformerLayer, submodules=submodules)
 
 
 def decoder_block_spec(
@@ -140,9 +141,10 @@ def mtp_block_spec(
     """Return the spec of the multi-token-prediction block, or None on a stage (or in a model) without it."""
     if not architecture.num_mtp_layers:
         return None
+    layer = layer_spec(architecture, backend, layer_types=architecture.mtp_layer_types)
     return get_gpt_mtp_block_spec_for_backend(
         config,
-        layer_spec(architecture, backend, layer_types=architecture.mtp_layer_types),
+        TransformerBlockSubmodules(layer_specs=[layer]),  # the form in which a subclass of its layer is accepted
         spec_provider(backend),
         vp_stage=vp_stage,
     )

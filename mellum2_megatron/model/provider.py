@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from mellum2_megatron.model.config import require_matching_config, transformer_config, use_plain_initialization
+from mellum2_megatron.model.config import (
+    keep_mtp_projection_in_bf16,
+    require_matching_config,
+    transformer_config,
+    use_plain_initialization,
+)
 from mellum2_megatron.model.layer_specs import Backend, decoder_block_spec, mtp_block_spec
 from mellum2_megatron.model.muon import mark_parameters
+from mellum2_megatron.model.router import configure_routers
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mellum2_megatron.architecture import Mellum2Architecture
-    from mellum2_megatron.optimizer import Optimizer
+    from mellum2_megatron.optimizer import Loss, Optimizer
+    from mellum2_megatron.precision import Precision
+    from mellum2_megatron.run import Run
 
 
 def build_model(
@@ -70,7 +78,12 @@ def build_model(
 
 
 def model_provider(
-    architecture: Mellum2Architecture, backend: Backend, optimizer: Optimizer | None = None
+    architecture: Mellum2Architecture,
+    backend: Backend,
+    optimizer: Optimizer | None = None,
+    *,
+    loss: Loss | None = None,
+    precision: Precision | None = None,
 ) -> Callable[..., GPTModel]:
     """Return the `model_provider` that `megatron.training.pretrain` calls for every (virtual) pipeline stage.
 
@@ -78,6 +91,8 @@ def model_provider(
         architecture: the model's description.
         backend: whose modules: "te" or "torch".
         optimizer: how the weights will be updated; Megatron's own choices if None.
+        loss: the routers' losses, where Megatron's arguments have no word for them; Megatron's own if None.
+        precision: likewise.
     """
 
     def provide(
@@ -93,6 +108,8 @@ def model_provider(
 
             config = core_transformer_config_from_args(get_args())
         use_plain_initialization(config)
+        if precision is not None and precision.bf16_mtp_projection:
+            keep_mtp_projection_in_bf16(config)
         model = build_model(
             architecture,
             backend=backend,
@@ -105,6 +122,13 @@ def model_provider(
         )
         if optimizer is not None:
             mark_parameters(model, optimizer)
+        if loss is not None:
+            configure_routers(model, loss)
         return model
 
     return provide
+
+
+def run_model_provider(run: Run, backend: Backend) -> Callable[..., GPTModel]:
+    """Return the `model_provider` of a run's model, with all that its settings say about it."""
+    return model_provider(run.architecture, backend, run.optimizer, loss=run.loss, precision=run.precision)

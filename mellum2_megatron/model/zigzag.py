@@ -106,3 +106,32 @@ def next_tokens(
         return shifted
     assert cp_group is not None
     return shifted.index_select(-1, partition_indices(boundaries, cp, cp_group.rank()).to(whole.device))
+
+
+def document_padding(
+    packed: PackedSeqParams,
+    tokens: int,
+    *,
+    cp_group: torch.distributed.ProcessGroup | None,
+    sp_group: torch.distributed.ProcessGroup | None,
+) -> torch.Tensor:
+    """Return where this rank's tokens are padding after a document, `[1, tokens]`; nothing is read from the device.
+
+    Args:
+        packed: Megatron's description of the packed batch, with padded boundaries.
+        tokens: that this rank holds.
+        cp_group: context-parallel group, which divides each document in zigzag order; None for one rank.
+        sp_group: sequence-parallel group, which divides what is left in order; None for one rank.
+    """
+    cp, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
+    first = 0 if sp_group is None else tokens * sp_group.rank()
+    bounds = packed.cu_seqlens_q_padded // cp  # of the documents, among the tokens of a context-parallel rank
+    held = torch.arange(first, first + tokens, device=bounds.device, dtype=bounds.dtype)
+    document = torch.searchsorted(bounds[1:], held, right=True).clamp(max=bounds.numel() - 2)
+    offset = held - bounds[document]
+    chunk = bounds.diff()[document] // 2
+    second = (offset >= chunk).to(offset.dtype)
+    number = torch.where(second == 1, 2 * cp - 1 - rank, rank)
+    position = offset if cp == 1 else offset - second * chunk + number * chunk
+    padding: torch.Tensor = position >= packed.cu_seqlens_q.diff()[document]
+    return padding[None]

@@ -76,6 +76,8 @@ def test_the_model_card_is_filled_from_the_run(chat_checkpoint: Path, tmp_path: 
     source = shutil.copytree(chat_checkpoint, tmp_path / "run")
     run = recipe("mellum2_tiny_pretrain")
     (source / "run.yaml").write_text(to_yaml(run))
+    code = {"origin": "git", "version": "0.1.0", "commit": "0f" * 20, "dirty": True}
+    (source / "provenance.jsonl").write_text(json.dumps({"event": "start", "code": code}) + "\n")
     (source / "release").rename(source / "iter_0000007")
     (source / "latest_checkpointed_iteration.txt").write_text("7")
     table = tmp_path / "eval.json"
@@ -89,6 +91,7 @@ def test_the_model_card_is_filled_from_the_run(chat_checkpoint: Path, tmp_path: 
         "| recipe | mellum2_tiny_pretrain |", f"| tokens seen by the end of this run | {tokens:,} (",
         "| started from | random weights |", "| step | 7 |",
         f"| optimizer | {run.optimizer.name},", "| precision | bf16 |", "| layout | tp=1",
+        f"| code | mellum2-megatron 0.1.0, commit {'0f' * 20} with uncommitted changes |",
         "| benchmark | score | shots |", "| HumanEval \\| pass@1 | 0.5 |  |", "| MBPP | n/a | 3 |",
         "This release was not verified by running it.", "# Mellum 2 Base (0.03M)",
     ):  # fmt: skip

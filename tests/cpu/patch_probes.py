@@ -1,6 +1,6 @@
 """Is each patch still needed? One probe a patch, run with all the others applied and it left out, and then with it.
 
-Run as a script it prints, as JSON, what each probe did: ``{name: {"without": error or null, "with": error or null}}``.
+`main` prints, as JSON, what each probe did: ``{name: {"without": error or null, "with": error or null}}``.
 Megatron is imported once, unpatched, on the CPU stand-ins for ``torch.cuda``; every probe runs in a fork of that
 process which installs the patches it is meant to see. `ADAM` is left out as a whole too: its four only make sense
 together.
@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 
-from mellum2_megatron.errors import InputError
 from mellum2_megatron.patching import Patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,14 +30,24 @@ PROBES: dict[str, Callable[[], None]] = {}
 
 @functools.cache
 def outcomes() -> dict[str, dict[str, str | None]]:
-    """Run this file as a script, once, and return what it prints."""
+    """Run `main` in a fresh process, once, and return what it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "tests.cpu.patch_probes"]
+    # upstream_probes registers its own: those of mellum2_megatron/upstream.py.
+    command = [sys.executable, "-c", "from tests.cpu import patch_probes, upstream_probes; patch_probes.main()"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise AssertionError(done.stdout + done.stderr)
     result: dict[str, dict[str, str | None]] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def check_still_needed(patch: Patch, without: dict[str, str]) -> None:
+    """Without the patch its probe ends as `without` says, with it the probe has nothing to say."""
+    outcome = outcomes()[patch.name]
+    error = outcome["without"]
+    assert error is not None, f"{patch.target} works as it is: drop the patch {patch.name!r} ({patch.why})"
+    assert error.startswith(without[patch.name]), error
+    assert outcome["with"] is None, outcome["with"]
 
 
 def probe(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -75,8 +84,8 @@ def _loader_seed() -> None:
 
     from tests.cpu.tiny_pretrain import datasets
 
-    _one_rank()
-    args = _parse()
+    one_rank()
+    args = parse()
     initialize_megatron()
     args.iteration = 0
     update_train_iters(args)
@@ -91,8 +100,8 @@ def _allow_no_cuda() -> None:
     from megatron.core import parallel_state
     from megatron.training.initialize import initialize_megatron
 
-    _one_rank()
-    _parse()
+    one_rank()
+    parse()
     initialize_megatron()
     assert parallel_state.model_parallel_is_initialized()
 
@@ -102,7 +111,7 @@ def _expert_splits() -> None:
     import torch
     from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
-    _one_rank()
+    one_rank()
     splits = maybe_move_tensor_to_cpu(torch.tensor([3]), as_numpy=True)
     output = torch.empty(3)
     torch.distributed.all_to_all_single(output, torch.arange(3.0), splits, splits)
@@ -187,187 +196,18 @@ def _thd_partition() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Probes of mellum2_megatron/upstream.py
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@probe("compile-helpers")
-def _compile_helpers() -> None:
-    from megatron.core.datasets.utils import compile_helpers
-
-    compile_helpers()
-
-
-@probe("layer-wise-layout")
-def _layer_wise_layout() -> None:
-    """The config-container path must not get as far as training with Muon: without the patch it does."""
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-
-    _one_rank()
-    args = _parse()
-    container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-
-    def datasets(_: object) -> None:
-        raise AssertionError("Muon was set up without the layer-wise layout")
-
-    with pytest.raises(InputError, match="layer-wise parameter layout"):
-        pretrain(container, datasets, ModelType.encoder_or_decoder, None)
-
-
-@probe("batch-ramp")
-def _batch_ramp() -> None:
-    """A ramp from 2 to 4 sequences must not be taken for a constant batch of 4."""
-    from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-
-    _one_rank()
-    try:
-        _parse(rampup_batch_size=[2, 2, 100])
-    except InputError as refusal:
-        outcome = str(refusal)
-    else:
-        outcome = f"the ramp is ignored: the first batch has {get_current_global_batch_size()} sequences"
-    assert outcome.startswith("--rampup-batch-size 2 2 100"), outcome
-
-
-@probe("fusion-without-apex")
-def _fusion_without_apex() -> None:
-    """The output layer beside Transformer Engine's: built, and its gradient accumulates the ordinary way."""
-    import torch
-    from megatron.core.tensor_parallel import ColumnParallelLinear
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    _one_rank()
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True)
-    config.gradient_accumulation_fusion = True
-    layer = ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.ones_, bias=False)
-    layer(torch.ones(3, 1, 8))[0].sum().backward()
-    assert torch.equal(layer.weight.grad, torch.full((16, 8), 3.0))
-    assert config.gradient_accumulation_fusion
-
-
-@probe("muon-experts")
-def _muon_experts() -> None:
-    """Two tensor-parallel ranks that hold the same experts, and no data parallelism."""
-    from types import SimpleNamespace
-
-    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-
-    divided: list[tuple[int, int]] = []
-    optimizer = SimpleNamespace(
-        dp_cp=SimpleNamespace(size=lambda: 1),
-        expt_dp=SimpleNamespace(size=lambda: 2),
-        _shard_params_from_layout=lambda _optimizers, _layouts, dense, experts: divided.append((dense, experts)),
-    )
-    LayerWiseDistributedOptimizer.shard_params(optimizer, [], full_param_layouts=[])
-    assert divided == [(1, 2)], "every rank owns all experts"
-
-
-def _muon_groups_fit() -> None:
-    """A checkpoint of one parameter group is read by a run whose experts have a group of their own."""
-    from types import SimpleNamespace
-
-    from megatron.core.dist_checkpointing.dict_utils import merge
-    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
-    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-
-    _one_rank()
-    groups = [{"params": [number], "is_expert_parallel": number == 1, "max_lr": 0.1, "lr": 0} for number in range(2)]
-    asked = [group | {"params": LocalNonpersistentObject(group["params"])} for group in groups]
-    loaded: list[dict[str, Any]] = []
-    inner = SimpleNamespace(
-        sharded_state_dict=lambda *_, **__: {"optimizer": {"state": {}, "param_groups": asked}},
-        load_state_dict=lambda state: loaded.extend(state["optimizer"]["param_groups"]),
-        optimizer=SimpleNamespace(state_dict=lambda: {"param_groups": groups}),
-    )
-    optimizer = object.__new__(LayerWiseDistributedOptimizer)
-    optimizer.chained_optimizers, optimizer.pg_collection, optimizer.model_chunks = [inner], None, []
-    _, local, _ = load_preprocess(optimizer.sharded_state_dict({}, is_loading=True, metadata={}))
-    stored = {"optimizer": {"param_groups": [{"is_expert_parallel": False, "max_lr": 0.1, "lr": 0.05}]}}
-    optimizer.load_state_dict(merge(stored, local))
-    assert [group["params"] for group in loaded] == [[0], [1]], "groups without their parameters"
-    assert loaded == [group | {"lr": 0.05} for group in groups]
-
-
-PROBES["muon-groups-asked"] = PROBES["muon-groups-loaded"] = _muon_groups_fit
-
-
-@probe("packed-mtp")
-def _packed_mtp() -> None:
-    """Two documents, of three tokens in four places and of two in four."""
-    import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
-    from megatron.core.transformer.multi_token_prediction import roll_tensor
-
-    real, padded = torch.tensor([0, 3, 5]), torch.tensor([0, 4, 8])
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=real,
-        cu_seqlens_kv=real,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-    )
-    tokens = torch.tensor([[11, 12, 13, 9, 21, 22, 9, 9]])
-    rolled, total = roll_tensor(tokens, packed_seq_params=packed)
-    assert rolled.tolist() == [[12, 13, 0, 0, 22, 0, 0, 0]], f"{rolled.tolist()} after {tokens.tolist()}"
-    assert total == 47
-
-
-@probe("context-mtp")
-def _context_mtp() -> None:
-    """Eight tokens on two ranks, seven of them with a next one: each of the seven has the same weight."""
-    for per_token, weight in ((False, 2 / 7), (True, 8 / 7)):  # DDP divides by two ranks, or finalize by eight tokens
-        for rank, found in enumerate(_on_two_ranks(functools.partial(_mtp_weights, per_token))):
-            has_next = [1, 1, 1, 0] if rank == 0 else [1, 1, 1, 1]
-            assert found == pytest.approx([weight * each for each in has_next]), f"rank {rank} of 2 weighs {found}"
-
-
-def _mtp_weights(per_token: bool) -> list[float]:
-    """The gradient of the MTP loss in each token's logit, on one of two context-parallel ranks."""
-    import torch
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer import multi_token_prediction as mtp
-
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=1,
-        num_attention_heads=1,
-        mtp_num_layers=1,
-        mtp_loss_scaling_factor=1.0,
-        calculate_per_token_loss=per_token,
-    )
-    hidden = torch.zeros(8, 1, 1, requires_grad=True)  # four tokens of the trunk, four of the MTP layer
-    mtp.process_mtp_loss(
-        hidden_states=hidden,
-        labels=torch.zeros(1, 4, dtype=torch.long),
-        loss_mask=torch.ones(1, 4),
-        output_layer=lambda states, **_: (states, None),
-        output_weight=None,
-        runtime_gather_output=None,
-        is_training=False,
-        compute_language_model_loss=lambda labels, logits: logits[..., 0].T,
-        config=config,
-        cp_group=torch.distributed.group.WORLD,
-    ).sum().backward()
-    assert hidden.grad is not None
-    return [float(weight) for weight in hidden.grad[4:].flatten()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Parts
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _one_rank() -> None:
+def one_rank() -> None:
     import torch
 
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
-def _on_two_ranks(function: Callable[[], Any]) -> list[Any]:
+def on_two_ranks(function: Callable[[], Any]) -> list[Any]:
     """Call ``function`` in two forks that form a gloo world; return what each returned, as JSON brings it back."""
     import torch
 
@@ -387,7 +227,7 @@ def _on_two_ranks(function: Callable[[], Any]) -> list[Any]:
         return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(2)]
 
 
-def _parse(**changes: Any) -> Any:
+def parse(**changes: Any) -> Any:
     from megatron.training.arguments import parse_and_validate_args
 
     from tests.cpu.tiny_pretrain import arguments
@@ -405,7 +245,7 @@ def _distributed_adam() -> tuple[Any, Any]:
     from megatron.core.transformer import TransformerConfig
 
     if not torch.distributed.is_initialized():
-        _one_rank()
+        one_rank()
         parallel_state.initialize_model_parallel()
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, bf16=True)
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
@@ -458,7 +298,7 @@ def _fork(name: str, patches: list[Patch]) -> str | None:
         return answer.read() or None
 
 
-def _main() -> None:
+def main() -> None:
     from mellum2_megatron.cpu import compiling, device
     from mellum2_megatron.cpu.activation import HIDDEN
     from mellum2_megatron.cpu.patches import PATCHES
@@ -485,7 +325,3 @@ def _main() -> None:
     }
     result["all of Adam's"] = {"without": _fork(ADAM[0], [patch for patch in table if patch.name not in ADAM])}
     sys.stdout.write(json.dumps(result) + "\n")
-
-
-if __name__ == "__main__":
-    _main()

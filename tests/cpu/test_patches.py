@@ -35,15 +35,8 @@ def test_every_patch_has_a_probe_and_every_name_is_unique() -> None:
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
-def test_upstream_still_fails_without_it(patch: Patch) -> None:
-    error = patch_probes.outcomes()[patch.name]["without"]
-    assert error is not None, f"{patch.target} works as it is: drop the patch {patch.name!r} ({patch.why})"
-    assert error.startswith(WITHOUT[patch.name])
-
-
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
-def test_it_is_right_with_it(patch: Patch) -> None:
-    assert patch_probes.outcomes()[patch.name]["with"] is None
+def test_upstream_fails_without_it_and_is_right_with_it(patch: Patch) -> None:
+    patch_probes.check_still_needed(patch, WITHOUT)
 
 
 def test_torch_adam_still_loses_count_in_the_distributed_optimizer() -> None:

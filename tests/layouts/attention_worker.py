@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from tests.packing import packed_documents
 
 HEADS, GROUPS, DIMENSION = 4, 2, 4
 SCALE = 0.7
@@ -73,27 +74,10 @@ def _attend(problem: Problem, cp: int, rank: int) -> tuple[torch.Tensor, ...]:
     attention = core_attention.TorchCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=SCALE)
     places = held(problem, cp, rank)
     query, key, value, weight = (tensor[places] for tensor in inputs(problem))
-    packed = None if problem.lengths is None else packed_documents(problem)
+    packed = None if problem.lengths is None else packed_documents(problem.lengths, problem.rooms)
     if packed is not None:
         query, key, value, weight = (tensor.squeeze(1) for tensor in (query, key, value, weight))
     leaves = tuple(tensor.clone().requires_grad_() for tensor in (query, key, value))
     output = attention(*leaves, None, packed_seq_params=packed)
     gradients = torch.autograd.grad((output * weight.flatten(-2)).sum(), leaves)
     return output.detach(), *gradients
-
-
-def packed_documents(problem: Problem) -> Any:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    assert problem.lengths is not None
-    real, padded = (
-        torch.tensor(list(itertools.accumulate(each, initial=0)), dtype=torch.int32)
-        for each in (problem.lengths, problem.rooms)
-    )
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=real,
-        cu_seqlens_kv=real,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-    )

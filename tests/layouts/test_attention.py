@@ -9,7 +9,8 @@ import torch
 
 from mellum2_megatron.model.zigzag import document_boundaries, partition_indices, stream_order
 from tests.distributed import run_distributed
-from tests.layouts.attention_worker import SCALE, Problem, held, inputs, packed_documents
+from tests.layouts.attention_worker import SCALE, Problem, held, inputs
+from tests.packing import packed_documents
 
 TOLERANCE = 1e-12
 
@@ -86,7 +87,7 @@ def test_a_document_that_does_not_divide_is_named():
 
 
 def test_contradictory_documents_are_refused():
-    good = packed_documents(Problem(window=None, rooms=(8, 8), lengths=(5, 8)))
+    good = packed_documents((5, 8), (8, 8))
     assert document_boundaries(good, 16, 2) == ([0, 8, 16], [5, 8])
     assert document_boundaries(good, 20, 1) == ([0, 8, 16], [5, 8])  # without a partition, padding may follow
     with pytest.raises(ValueError, match="a stream of 20 tokens over 2"):
@@ -94,7 +95,7 @@ def test_contradictory_documents_are_refused():
     with pytest.raises(ValueError, match="a stream of 12 tokens over 1"):
         document_boundaries(good, 12, 1)
     with pytest.raises(ValueError, match="do not fit into"):
-        document_boundaries(packed_documents(Problem(window=None, rooms=(8, 8), lengths=(9, 8))), 16, 1)
+        document_boundaries(packed_documents((9, 8), (8, 8)), 16, 1)
     good.cu_seqlens_kv = good.cu_seqlens_kv + 1
     with pytest.raises(ValueError, match="queries and keys"):
         document_boundaries(good, 16, 1)

@@ -12,10 +12,12 @@ import pytest
 from mellum2_megatron.layout import Layout
 from mellum2_megatron.layout_report import bytes_sent, layout_report, process_groups
 from mellum2_megatron.overrides import apply_overrides
+from mellum2_megatron.ownership import adam_weights, buffer_elements, ownership
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.run import Run
 from tests.distributed import run_distributed
 from tests.layouts.worker import ARCHITECTURE, BATCH, SEQUENCE, Case, Outcome
+from tests.test_muon import run_of as muon_run
 
 TINY = "mellum2_tiny_pretrain"
 
@@ -32,12 +34,13 @@ MEASURED: dict[str, tuple[int, Case]] = {
 
 
 def run_of(case: Case) -> Run:
-    """Return a run that has the layout tests' model, batch and `case`'s layout."""
+    """Return a run that has the layout tests' model, batch and `case`'s layout, and gradients without padding."""
     run = recipe(TINY)
     ways = {name: getattr(case, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dispatcher")}
     return dataclasses.replace(
         run,
         architecture=ARCHITECTURE,
+        optimizer=dataclasses.replace(run.optimizer, name="adam"),
         layout=Layout(sp=case.tp > 1, **ways),
         data=dataclasses.replace(run.data, sequence_length=SEQUENCE),
         schedule=dataclasses.replace(run.schedule, micro_batch_size=1, batch_schedule=((0, BATCH),)),
@@ -80,6 +83,24 @@ def test_bytes_are_those_on_the_wire(name: str):
             assert sum(measured[axis]) == pytest.approx(sum(expected[axis]), rel=0.1), axis
         else:
             assert measured[axis] == pytest.approx(expected[axis], rel=1e-6), axis
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("nproc", "overrides"),
+    [(2, ()), (4, ("layout.ep=2", "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"))],
+    ids=str,
+)
+def test_muon_sends_the_padding_of_its_buffers_too(nproc: int, overrides: tuple[str, ...]):
+    run = muon_run("backend=torch", *overrides)  # the order of weights, and so who owns what, is the backend's
+    said = bytes_sent(run, world_size=nproc, stage=0, micro_batches=1)["dp"]
+    owned = ownership(run, nproc, "torch")
+    ((dense, adams), *_) = adam_weights(run, nproc, "torch")
+    small = buffer_elements(run, nproc, "torch") - sum(each.buffer for each in owned)
+    small -= sum(weight.numel for weight in adams)  # what aligns Adam's weights, left out of the report
+    for sent in run_distributed("tests.optimizer_worker:bytes_of_a_step", nproc, run):
+        assert sent == said + 6 * small * (dense - 1) / dense
+    assert sum(each.buffer - sum(each.elements) for each in owned) > 0
 
 
 @pytest.mark.distributed

@@ -22,6 +22,7 @@ TOLERANCE = 1e-5
 """Of a tensor's largest entry."""
 
 DOCUMENTS = (5, 13, 3)
+BALANCED = ("aux_loss", 0.5)
 UNEVEN = (*range(10), 25, *range(27, 32))  # at cp 2 rank 0 has one counting token, rank 1 has fifteen
 
 LAYOUTS: dict[str, tuple[int, Case]] = {
@@ -43,11 +44,16 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     "documents, tp 2": (2, Case(tp=2, documents=DOCUMENTS, per_token=True)),
     "documents, cp 2": (2, Case(cp=2, documents=DOCUMENTS, per_token=True)),
     "documents, cp 4": (4, Case(cp=4, documents=DOCUMENTS, per_token=True)),
+    "documents, aux_loss, tp 2 cp 2": (4, Case(tp=2, cp=2, documents=DOCUMENTS, per_token=True, balance=BALANCED)),
     # Where ranks count different numbers of tokens, only one mean over all tokens knows no layout.
     "uneven mask, cp 2": (2, Case(cp=2, mask=UNEVEN, per_token=True)),
     "uneven mask, tp 2 dp 2": (4, Case(tp=2, mask=UNEVEN, per_token=True)),
     # The load-balancing losses that do not look beyond a micro-batch know no layout either.
     "aux_loss, dp 2": (2, Case(balance=("aux_loss", 0.5))),
+    # Nor does the gradient of the global one that is its own.
+    "exact, dp 2": (2, Case(exact=True)),
+    "exact, cp 2 dp 2": (4, Case(cp=2, exact=True)),
+    "exact, per token, tp 2 dp 2": (4, Case(tp=2, per_token=True, exact=True)),
     "seq_aux_loss, cp 2 dp 2": (4, Case(cp=2, balance=("seq_aux_loss", 0.5))),
 }
 
@@ -62,13 +68,14 @@ def reference_of(ranks: int, case: Case) -> Case:
     For Megatron's global load-balancing loss that is not the same step on the same micro-batches. It counts tokens over
     all ranks, so one process must put what `dp` ranks see at a time into one micro-batch; and its gradient is `dp`
     times too small, since every rank divides its part by the tokens of all and DDP then averages (Megatron-LM issue
-    3672).
+    3672), unless it is asked to be exact.
     """
     one = Case(balance=case.balance, per_token=case.per_token, documents=case.documents, mask=case.mask)
     if case.balance[0] != "global_aux_loss":
         return one
     data = data_ranks(ranks, case)
-    return dataclasses.replace(one, micro_batch=data, balance=("global_aux_loss", case.balance[1] / data))
+    acts_like = case.balance[1] if case.exact else case.balance[1] / data
+    return dataclasses.replace(one, micro_batch=data, balance=("global_aux_loss", acts_like))
 
 
 @functools.cache
@@ -132,6 +139,19 @@ def held(case: Case, rank: int) -> list[int]:
         ]
         positions += chunks[rank] + chunks[2 * case.cp - 1 - rank]
     return positions if case.cp > 1 else sorted(positions)
+
+
+@pytest.mark.parametrize("balance", ["global_aux_loss", "aux_loss", "seq_aux_loss"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_padding_between_documents_changes_nothing(balance: str, per_token: bool):
+    """All losses, counts included, and gradients are those of the same documents in a shorter stream without it."""
+    padded = Case(documents=DOCUMENTS, balance=(balance, 0.5), per_token=per_token)
+    found, wanted = reference(padded, "gloo"), reference(dataclasses.replace(padded, tight=True), "gloo")
+    assert found.losses.keys() == {"lm", "mtp", "aux", "z"}
+    for name, loss in found.losses.items():
+        close(loss, wanted.losses[name], wanted.losses[name], f"{name} loss")
+    for name, gradient in found.gradients.items():
+        close(gradient, wanted.gradients[name], wanted.gradients[name], f"gradient of {name}")
 
 
 def test_the_reference_has_every_parameter_and_both_losses():

@@ -91,3 +91,13 @@ def test_blockwise_muon_is_another_update(start: Run20, reference: list[float], 
     """Megatron's default under tensor parallelism orthogonalises each rank's part of a matrix for itself."""
     found = curve(start, tmp_path / "run", *LAYOUTS["tp 2"], "optimizer.muon_tp_mode=blockwise", nproc=2)
     assert distance(found, reference) > 4 * noise
+
+
+def test_the_exact_global_loss_knows_no_ranks(start: Run20, noise: float, tmp_path: Path):
+    """One process that sees as many sequences at a time as two ranks do, at a coefficient at which the loss matters."""
+    balance = ["loss.aux_loss_type=global_aux_loss", "loss.aux_loss_coef=1.0"]
+    exact = "loss.aux_loss_gradient=exact"
+    one = curve(start, tmp_path / "one", *balance, "schedule.micro_batch_size=2")
+    two = curve(start, tmp_path / "two", *balance, exact, nproc=2)
+    assert distance(two, one) < 2 * noise
+    assert distance(curve(start, tmp_path / "half", *balance, nproc=2), one) > 4 * noise  # half the gradient

@@ -12,17 +12,48 @@ import torch
 SMALL = 512
 """Floats of a tensor below which it is a statistic (losses, norms' gradients, masks) and not counted."""
 
+COLLECTIVES = (
+    "all_gather_into_tensor",
+    "all_gather",
+    "reduce_scatter_tensor",
+    "reduce_scatter",
+    "all_to_all_single",
+    "all_reduce",
+)
+
 
 @contextlib.contextmanager
 def counting() -> Iterator[dict[str, float]]:
     """Count within the block, in the ring algorithms' terms; integers are not counted either."""
-    from megatron.core import parallel_state as mpu
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.pipeline_parallel import p2p_communication
     from megatron.core.tensor_parallel import layers, mappings
 
-    names = {
-        id(group): name
-        for name, group in (
+    counter = Counter()
+    replaced = [(torch.distributed, name, getattr(counter, name)) for name in COLLECTIVES]
+    for module in (mappings, layers, param_and_grad_buffer):
+        replaced.append((module, "dist_all_gather_func", counter.all_gather_into_tensor))
+        replaced.append((module, "dist_reduce_scatter_func", counter.reduce_scatter_tensor))
+    for name in ("_p2p_ops", "_batched_p2p_ops"):
+        replaced.append((p2p_communication, name, counter.to_neighbours(getattr(p2p_communication, name))))
+    with contextlib.ExitStack() as stack:
+        for module, name, replacement in replaced:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, replacement)
+        yield counter.sent
+
+
+class Counter:
+    """torch's collectives, which note what they send in `sent` before they do it.
+
+    Attributes:
+        sent: bytes, by parallelism.
+    """
+
+    def __init__(self) -> None:
+        from megatron.core import parallel_state as mpu
+
+        groups = (
             ("tp", mpu.get_tensor_model_parallel_group()),
             ("cp", mpu.get_context_parallel_group()),
             ("pp", mpu.get_pipeline_model_parallel_group()),
@@ -33,78 +64,55 @@ def counting() -> Iterator[dict[str, float]]:
             ("dp", mpu.get_expert_data_parallel_group()),
             ("dp", mpu.get_embedding_group(check_initialized=False)),
         )
-    }
-    sent: dict[str, float] = defaultdict(float)
+        self.names = {id(group): name for name, group in groups}
+        self.sent: dict[str, float] = defaultdict(float)
+        self.original: dict[str, Any] = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
 
-    def note(group: Any, tensor: torch.Tensor, factor: float) -> None:
-        if tensor.is_floating_point() and tensor.numel() >= SMALL and id(group) in names:
-            sent[names[id(group)]] += tensor.nbytes * factor
+    def note(self, group: Any, tensor: torch.Tensor, factor: float) -> None:
+        if tensor.is_floating_point() and tensor.numel() >= SMALL and id(group) in self.names:
+            self.sent[self.names[id(group)]] += tensor.nbytes * factor
 
-    def ring(group: Any) -> float:
-        return float(group.size() - 1) / float(group.size())
+    def all_gather_into_tensor(self, output: torch.Tensor, given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
+        self.note(group, output, ring(group))
+        return self.original["all_gather_into_tensor"](output, given, group=group, **rest)
 
-    distributed: Any = torch.distributed
-    original = {
-        name: getattr(distributed, name)
-        for name in (
-            "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "reduce_scatter", "all_to_all_single",
-            "all_reduce",
-        )
-    }  # fmt: skip
+    def reduce_scatter_tensor(self, output: torch.Tensor, given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
+        self.note(group, given, ring(group))
+        return self.original["reduce_scatter_tensor"](output, given, group=group, **rest)
 
-    def gather(output: torch.Tensor, given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
-        note(group, output, ring(group))
-        return original["all_gather_into_tensor"](output, given, group=group, **rest)
+    def all_gather(self, outputs: list[torch.Tensor], given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
+        self.note(group, given, group.size() - 1)
+        return self.original["all_gather"](outputs, given, group=group, **rest)
 
-    def scatter(output: torch.Tensor, given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
-        note(group, given, ring(group))
-        return original["reduce_scatter_tensor"](output, given, group=group, **rest)
-
-    def gather_uneven(outputs: list[torch.Tensor], given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
-        note(group, given, group.size() - 1)
-        return original["all_gather"](outputs, given, group=group, **rest)
-
-    def scatter_uneven(output: torch.Tensor, given: list[torch.Tensor], group: Any = None, **rest: Any) -> Any:
+    def reduce_scatter(self, output: torch.Tensor, given: list[torch.Tensor], group: Any = None, **rest: Any) -> Any:
         for rank, tensor in enumerate(given):
-            note(group, tensor, float(rank != group.rank()))
-        return original["reduce_scatter"](output, given, group=group, **rest)
+            self.note(group, tensor, float(rank != group.rank()))
+        return self.original["reduce_scatter"](output, given, group=group, **rest)
 
-    def exchange(output: torch.Tensor, given: torch.Tensor, *args: Any, group: Any = None, **rest: Any) -> Any:
+    def all_to_all_single(
+        self, output: torch.Tensor, given: torch.Tensor, *args: Any, group: Any = None, **rest: Any
+    ) -> Any:
         splits = rest.get("input_split_sizes", args[1] if len(args) > 1 else None)
         kept = 1 / group.size() if splits is None else int(splits[group.rank()]) / max(1, len(given))
-        note(group, given, 1 - kept)
-        return original["all_to_all_single"](output, given, *args, group=group, **rest)
+        self.note(group, given, 1 - kept)
+        return self.original["all_to_all_single"](output, given, *args, group=group, **rest)
 
-    def reduce(tensor: torch.Tensor, *args: Any, group: Any = None, **rest: Any) -> Any:
-        if names.get(id(group)) == "dp":
-            note(group, tensor, 2 * ring(group))
-        return original["all_reduce"](tensor, *args, group=group, **rest)
+    def all_reduce(self, tensor: torch.Tensor, *args: Any, group: Any = None, **rest: Any) -> Any:
+        if self.names.get(id(group)) == "dp":
+            self.note(group, tensor, 2 * ring(group))
+        return self.original["all_reduce"](tensor, *args, group=group, **rest)
 
-    def to_neighbours(send: Any) -> Any:
+    def to_neighbours(self, send: Any) -> Any:
+        """Wrap one of Megatron's functions that send to the next and the previous pipeline stage."""
+
         def wrapped(**tensors: Any) -> Any:
             for name in ("tensor_send_prev", "tensor_send_next"):
                 if tensors[name] is not None:
-                    note(tensors["group"], tensors[name], 1.0)
+                    self.note(tensors["group"], tensors[name], 1.0)
             return send(**tensors)
 
         return wrapped
 
-    with contextlib.ExitStack() as stack:
-        replaced = [
-            (distributed, "all_gather_into_tensor", gather),
-            (distributed, "reduce_scatter_tensor", scatter),
-            (distributed, "all_to_all_single", exchange),
-            (distributed, "all_reduce", reduce),
-            (distributed, "all_gather", gather_uneven),
-            (distributed, "reduce_scatter", scatter_uneven),
-            (p2p_communication, "_p2p_ops", to_neighbours(p2p_communication._p2p_ops)),
-            (p2p_communication, "_batched_p2p_ops", to_neighbours(p2p_communication._batched_p2p_ops)),
-            (mappings, "dist_all_gather_func", gather),
-            (mappings, "dist_reduce_scatter_func", scatter),
-            (layers, "dist_all_gather_func", gather),
-            (layers, "dist_reduce_scatter_func", scatter),
-        ]
-        for module, name, replacement in replaced:
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, replacement)
-        yield sent
+
+def ring(group: Any) -> float:
+    return float(group.size() - 1) / float(group.size())

@@ -7,6 +7,7 @@ layout starts from the same model and sees the same batch.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -19,6 +20,7 @@ import torch
 
 from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
 from tests.layouts.traffic import counting
+from tests.packing import packed_documents
 
 SEQUENCE = 32
 BATCH = 4
@@ -59,6 +61,8 @@ class Case:
         documents: real lengths of the documents that each sequence is packed from, each padded to a multiple of 8;
             empty: one document, not packed.
         mask: positions that do not count in the loss.
+        tight: the documents without their padding.
+        exact: our `loss.aux_loss_gradient`.
     """
 
     tp: int = 1
@@ -72,7 +76,19 @@ class Case:
     per_token: bool = False
     documents: tuple[int, ...] = ()
     mask: tuple[int, ...] = ()
+    tight: bool = False
+    exact: bool = False
     dispatcher: str = "alltoall"
+
+    @property
+    def rooms(self) -> list[int]:
+        """Places in the stream that each document takes."""
+        return [length if self.tight else -(-length // 8) * 8 for length in self.documents]
+
+    @property
+    def length(self) -> int:
+        """Places of the stream."""
+        return sum(self.rooms) or SEQUENCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +211,7 @@ def step(case: Case, device: str = "cpu") -> Outcome:
             data_iterator=[feed() for _ in wrapped] if case.vpp > 1 else feed(),
             model=wrapped if case.vpp > 1 else wrapped[0],
             num_microbatches=microbatches,
-            seq_length=SEQUENCE,
+            seq_length=case.length,
             micro_batch_size=case.micro_batch,
             forward_only=False,
         )
@@ -214,6 +230,7 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
 
     from mellum2_megatron.model.config import transformer_config
     from mellum2_megatron.model.provider import model_provider
+    from mellum2_megatron.optimizer import Loss
 
     kind, coefficient = case.balance
     config = transformer_config(
@@ -237,7 +254,8 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
         moe_z_loss_coeff=0.1,
         mtp_loss_scaling_factor=0.3,
     )
-    provide = model_provider(ARCHITECTURE, "torch")
+    loss = Loss(aux_loss_gradient="exact") if case.exact else None
+    provide = model_provider(ARCHITECTURE, "torch", loss=loss)
     chunks = []
     for stage in range(case.vpp):
         where: dict[str, Any] = {"ignore_virtual": case.vpp == 1, "vp_stage": stage if case.vpp > 1 else None}
@@ -256,21 +274,26 @@ def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str
     text = torch.randint(0, ARCHITECTURE.vocab_size, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(7))
     mask = torch.ones(BATCH, SEQUENCE)
     mask[:, list(case.mask)] = 0.0
-    rooms = [-(-length // 8) * 8 for length in case.documents]
-    for start, length in zip(itertools.accumulate(rooms, initial=0), case.documents, strict=False):
-        mask[:, start + length : start + -(-length // 8) * 8] = 0.0
+    places = list(range(SEQUENCE))
+    if case.documents:
+        spread = dataclasses.replace(case, tight=False).rooms
+        starts = list(itertools.accumulate(spread, initial=0))
+        real = {start + i for start, length in zip(starts, case.documents, strict=False) for i in range(length)}
+        mask[:, [place for place in places if place not in real]] = 0.0
+        places = sorted(real) if case.tight else places
+    text, targets, mask = text[:, :-1][:, places], text[:, 1:][:, places], mask[:, places]
     size = case.micro_batch
     for start in range(rank * size, BATCH, ranks * size):
         rows = slice(start, start + size)
         batch = {
             "rows": torch.arange(start, start + size),
-            "tokens": text[rows, :-1].contiguous(),
-            "labels": text[rows, 1:].contiguous(),
+            "tokens": text[rows].contiguous(),
+            "labels": targets[rows].contiguous(),
             "loss_mask": mask[rows],
-            "position_ids": torch.arange(SEQUENCE).expand(size, -1).contiguous(),
+            "position_ids": torch.arange(case.length).expand(size, -1).contiguous(),
         }
         if case.documents:
-            for name, each in (("cu_seqlens", case.documents), ("cu_seqlens_padded", rooms)):
+            for name, each in (("cu_seqlens", case.documents), ("cu_seqlens_padded", case.rooms)):
                 batch[name] = torch.tensor([list(itertools.accumulate(each, initial=0))] * size, dtype=torch.int32)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -292,7 +315,7 @@ def forward_step(
     if post_process:  # the head runs for MTP first, then for the trunk; the cross entropy overwrites its input
         head = get_attr_wrapped_model(model, "output_layer")
         hook = head.register_forward_hook(lambda _module, _inputs, out: heads.append(out[0].detach().cpu().clone()))
-    packed = packed_documents(batch) if case.documents else None
+    packed = packed_documents(case.documents, case.rooms, batch["tokens"].device) if case.documents else None
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -306,23 +329,6 @@ def forward_step(
         for name, values in zip(("mtp", "main"), heads, strict=True):
             logits |= {(row, name): values[:, i] for i, row in enumerate(rows)}
     return output, functools.partial(sum_loss, batch["loss_mask"])
-
-
-def packed_documents(batch: dict[str, Any]) -> Any:
-    """Return Megatron's description of the documents in a micro-batch of one packed sequence."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    (real,), (padded,) = batch["cu_seqlens"], batch["cu_seqlens_padded"]
-    longest = int(padded.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=real,
-        cu_seqlens_kv=real,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def losses(case: Case, reported: list[dict[str, torch.Tensor]], microbatches: int) -> dict[str, torch.Tensor]:

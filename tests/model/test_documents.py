@@ -11,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from mellum2_megatron import upstream
 from mellum2_megatron.model.provider import build_model
 from tests.layouts.worker import ARCHITECTURE
+from tests.packing import packed_documents
 
 pytestmark = pytest.mark.usefixtures("megatron_world")
 
@@ -47,22 +48,14 @@ def test_packing_changes_nothing(model):
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(1, ARCHITECTURE.vocab_size, (length,), generator=generator) for length in LENGTHS]
     weights = [torch.randn(2, length, ARCHITECTURE.vocab_size, generator=generator) for length in LENGTHS]
-    real, padded = (torch.tensor([0, *itertools.accumulate(each)], dtype=torch.int32) for each in (LENGTHS, ROOMS))
+    starts = list(itertools.accumulate(ROOMS, initial=0))
     stream = torch.full((sum(ROOMS),), 3)
-    for start, document in zip(padded, documents, strict=False):
+    for start, document in zip(starts, documents, strict=False):
         stream[start : start + len(document)] = document
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=real,
-        cu_seqlens_kv=real,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-        max_seqlen_q=max(ROOMS),
-        max_seqlen_kv=max(ROOMS),
-    )
+    packed = packed_documents(LENGTHS, ROOMS)
     alone = [torch.stack(heads(model, document, None)) for document in documents]
     whole = torch.stack(heads(model, stream, packed))
-    together = [whole[:, start : start + length] for start, length in zip(padded, LENGTHS, strict=False)]
+    together = [whole[:, start : start + length] for start, length in zip(starts, LENGTHS, strict=False)]
     gradients = []
     for logits in (alone, together):
         model.zero_grad()

@@ -73,6 +73,11 @@ def test_te_modules_are_fused_and_grouped(tiny: dict[str, Any]):
     assert tiny["routers_are_ours"]
 
 
+def test_the_mtp_projection_alone_leaves_fp8():
+    everything = {"eh_proj": True, "linear_qkv": True, "linear_proj": True}
+    assert run_worker("projection_contexts") == [everything, everything | {"eh_proj": False}]
+
+
 def production_stages() -> list[tuple[str, int]]:
     """Return (recipe, pipeline stage) for every production recipe that differs from the others in what is built."""
     kinds: dict[Any, list[tuple[str, int]]] = {}
@@ -89,8 +94,8 @@ def test_production_recipe_is_built_at_its_true_size(name: str, stage: int):
     """Megatron's own validation and configuration at the real world size, the model's real dimensions, one rank."""
     built, run = run_worker("recipe_model", name, str(stage)), recipe(name)
     assert built["world"] == run.layout.world_size
-    if run.layout.pp == 1:
-        assert built["parameters"] == built["expected"]
+    assert built["parameters"] == built["expected"]
+    assert built["padding"] == built["expected_padding"]
     assert built["layer_wise"] is (run.optimizer.name == "muon")
     assert built["fp8"] == ("hybrid" if run.precision.compute == "fp8" else None)
     assert built["router_fusion"]

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import torch
-import transformer_engine.pytorch  # noqa: F401  # before megatron, which looks for it when it is imported
+import transformer_engine.pytorch  # before megatron, which looks for it when it is imported
 
 from mellum2_megatron import patching, upstream
 from mellum2_megatron.cpu import activation, compiling, device
@@ -84,6 +84,52 @@ def tiny_models() -> dict[str, Any]:
     }
 
 
+def projection_contexts() -> list[dict[str, bool]]:
+    """Which of the MTP layer's linear modules see FP8, without and with `precision.bf16_mtp_projection`."""
+    from transformer_engine.pytorch import quantization
+
+    quantization.get_device_compute_capability = lambda: (9, 0)
+    return [_fp8_seen(choice) for choice in (False, True)]
+
+
+def _fp8_seen(choice: bool) -> dict[str, bool]:
+    """Run Megatron's forward functions in its FP8 context, Transformer Engine's kernels left out: they need a GPU."""
+    from megatron.core import fp8_utils
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    from mellum2_megatron.architecture import PRESETS
+    from mellum2_megatron.model.config import transformer_config
+    from mellum2_megatron.model.provider import model_provider
+    from mellum2_megatron.precision import Precision
+
+    architecture = PRESETS["mellum2-tiny"]
+    config = transformer_config(
+        architecture,
+        moe_grouped_gemm=True,
+        use_cpu_initialization=True,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        fp8="hybrid",
+        fp8_recipe="tensorwise",
+    )
+    provide = model_provider(architecture, "te", precision=Precision(compute="fp8", bf16_mtp_projection=choice))
+    layer = provide(config=config).train().mtp.layers[0]
+    seen: dict[str, bool] = {}
+    names = {module: name.rpartition(".")[2] for name, module in layer.named_modules()}
+
+    def compute(module: Any, given: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen[names[module]] = FP8GlobalStateManager.is_fp8_enabled()
+        return given
+
+    for kind in (transformer_engine.pytorch.Linear, transformer_engine.pytorch.LayerNormLinear):
+        kind.forward = compute
+    attention = layer.mtp_model_layer.self_attention
+    with fp8_utils.get_fp8_context(config):
+        for module in (layer.eh_proj, attention.linear_qkv, attention.linear_proj):
+            module(torch.zeros(4, 1, 8))
+    return seen
+
+
 def recipe_model(name: str, stage: str) -> dict[str, Any]:
     """Take a recipe through Megatron's own validation at its world size, and build one rank of it on the meta device.
 
@@ -119,7 +165,7 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
     config = core_transformer_config_from_args(args)
     config.init_model_with_meta_device = True
     config.perform_initialization = False
-    from mellum2_megatron.layout import memory_per_rank
+    from mellum2_megatron.memory import memory_by_stage
     from mellum2_megatron.model.provider import build_model
 
     with torch.device("meta"):
@@ -131,18 +177,14 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
             post_process=parallel_state.is_pipeline_last_stage(),
             parallel_output=True,
         )
-    estimate = memory_per_rank(
-        run.architecture,
-        run.layout,
-        world_size=world,
-        sequence_length=run.data.sequence_length,
-        micro_batch_size=run.schedule.micro_batch_size,
-    )
+    estimate = memory_by_stage(run, world_size=world)[int(stage)]
     return {
         "world": world,
         "parameters": sum(p.numel() for p in model.parameters()),
         "devices": sorted({p.device.type for p in model.parameters()}),
         "expected": estimate.parameters,
+        "padding": padding_bytes(model, args),
+        "expected_padding": estimate.padding,
         "layer_wise": args.use_layer_wise_distributed_optimizer,
         "fp8": config.fp8,
         "fp8_recipe": str(config.fp8_recipe),
@@ -152,9 +194,38 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
     }
 
 
+def padding_bytes(model: torch.nn.Module, args: Any) -> int:
+    """Return what Megatron's own layout of the buffers leaves empty, of BF16 weights and FP32 gradients.
+
+    As `get_model` asks for it (megatron/training/training.py:1838-1893, 0.19.2); no buffer is made.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.layer_wise_optimizer import (
+        LayerWiseDistributedOptimizer,
+        tag_params_for_buffer_routing,
+    )
+    from megatron.training.training import resolve_ddp_bucket_size
+
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32)
+    parameters = list(model.parameters())
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    bucket = resolve_ddp_bucket_size(config, group, args.overlap_grad_reduce, None)
+    tag_params_for_buffer_routing([model])
+    layout = LayerWiseDistributedOptimizer.compute_full_param_layout(
+        parameters,
+        None if parallel_state.get_pipeline_model_parallel_rank() else bucket,
+        group.size(),
+        config,
+        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_group().size(),
+    )
+    elements = sum(each.bucket_indices[-1][1] for each in layout.layouts.values())
+    return (2 + 4) * (elements - sum(parameter.numel() for parameter in parameters))
+
+
 def main() -> None:
     activate_beside_transformer_engine()
-    if sys.argv[1] == "tiny_models":
+    if sys.argv[1] in ("tiny_models", "projection_contexts"):
         from mellum2_megatron.cpu import init_single_process
 
         init_single_process()

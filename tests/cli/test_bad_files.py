@@ -1,0 +1,187 @@
+"""What the command line refuses in one message, leaving nothing behind: bad files and taken targets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mellum2_megatron.architecture import PRESETS
+from mellum2_megatron.checkpoint_folder import TRACKER_FILE
+from tests.cli.runner import mellum2, snapshot
+from tests.conversion.folders import load_tensors, save_tensors
+
+
+def _missing(folder: Path) -> None:
+    tensors = load_tensors(folder)
+    del tensors["model.norm.weight"]
+    save_tensors(folder, tensors)
+
+
+def _extra(folder: Path) -> None:
+    save_tensors(folder, {**load_tensors(folder), "model.extra.weight": torch.zeros(2, dtype=torch.bfloat16)})
+
+
+def _misshapen(folder: Path) -> None:
+    save_tensors(folder, {**load_tensors(folder), "lm_head.weight": torch.zeros(95, 24, dtype=torch.bfloat16)})
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _other_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_moe"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (_missing, ["model.norm.weight", "missing"]),
+        (_extra, ["model.extra.weight", "not part of the model"]),
+        (_misshapen, ["lm_head.weight [95, 24]", "[96, 24]"]),
+        (_truncated, ["model.safetensors"]),
+        (_other_model, ["model_type='qwen3_moe'"]),
+    ],
+)
+def test_a_folder_that_is_no_mellum2(
+    damage: Callable[[Path], None], named: list[str], hf_folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(hf_folder, tmp_path / "hf"))
+    damage(folder)
+    np.save(tmp_path / "tokens.npy", np.ones((1, 4), dtype=np.int64))
+    before = snapshot(tmp_path)
+    target = ["--megatron-path", tmp_path / "target"]
+    mellum2("convert", "import", "--hf-path", folder, *target).refused(*named)
+    mellum2("convert", "roundtrip", "--hf-path", folder).refused(*named)
+    mellum2("verify", "--megatron-path", checkpoint, "--hf-path", folder).refused(*named)
+    mellum2("score", "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "out.npz", "--hf-path", folder).refused(
+        *named
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_checkpoints_of_another_architecture(
+    checkpoint: Path, run_folder: Path, small_run: list[str], tmp_path: Path
+) -> None:
+    foreign = Path(shutil.copytree(checkpoint, tmp_path / "foreign"))
+    (foreign / "architecture.json").write_text(json.dumps(PRESETS["mellum2-tiny"].to_dict()))
+    before = snapshot(tmp_path)
+    mellum2("convert", "export", "--megatron-path", foreign, "--hf-path", tmp_path / "hf").refused("architecture.json")
+    mellum2("train", *small_run, "architecture.num_experts=8", "--output", run_folder).refused(
+        "num_experts: 4 there, 8 here", "--output"
+    )
+    load = ["--output", tmp_path / "new", f"checkpoint.load={run_folder}"]
+    mellum2("train", *small_run, "architecture.num_experts=8", *load).refused("num_experts: 4 there, 8 here")
+    mellum2("train", *small_run, "optimizer.name=adam", "--output", run_folder).refused("optimizer.name=adam", "muon")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("tracker", ["", "99", "soon"])
+def test_a_tracker_that_points_nowhere(tracker: str, run_folder: Path, small_run: list[str]) -> None:
+    """Megatron would start over without a word."""
+    (run_folder / TRACKER_FILE).write_text(tracker)
+    before = snapshot(run_folder)
+    mellum2("train", *small_run, "--output", run_folder).refused(TRACKER_FILE)
+    assert snapshot(run_folder) == before
+
+
+def _tokens_files(folder: Path) -> dict[str, str]:
+    """Name of a bad file of tokens, and what the message must say of it."""
+    good = np.ones((2, 6), dtype=np.int64)
+    np.save(folder / "good.npy", good)
+    np.save(folder / "float.npy", good.astype(np.float32))
+    np.save(folder / "flat.npy", good[0])
+    np.save(folder / "none.npy", good[:0])
+    np.save(folder / "large.npy", good * 96)
+    np.save(folder / "negative.npy", -good)
+    np.save(folder / "pickle.npy", np.array([[{}]], dtype=object), allow_pickle=True)
+    np.savez(folder / "archive.npz", good)
+    (folder / "text.npy").write_text("1 2 3")
+    (folder / "cut.npy").write_bytes((folder / "good.npy").read_bytes()[:-8])
+    (folder / "folder.npy").mkdir()
+    return {
+        "nowhere.npy": "No such file",
+        "float.npy": "float32",
+        "flat.npy": "(6,)",
+        "none.npy": "(0, 6)",
+        "large.npy": "token id 96",
+        "negative.npy": "token id -1",
+        "pickle.npy": "pickle",
+        "archive.npz": "archive.npz",
+        "text.npy": "text.npy",
+        "cut.npy": "cut.npy",
+        "folder.npy": "folder.npy",
+    }
+
+
+def test_tokens_that_are_none(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    files = _tokens_files(tmp_path)
+    before = snapshot(tmp_path)
+    for name, named in files.items():
+        for model in (["--hf-path", hf_folder], ["--megatron-path", checkpoint]):
+            words = ["score", "--tokens", tmp_path / name, "--out", tmp_path / "out.npz", *model]
+            mellum2(*words).refused(named)
+    assert snapshot(tmp_path) == before
+
+
+def test_score_takes_one_checkpoint_and_writes_one_file(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.ones((1, 4), dtype=np.int64))
+    before = snapshot(tmp_path)
+    words = ["score", "--tokens", tokens, "--out"]
+    one = "give either --megatron-path or --hf-path"
+    mellum2(*words, tmp_path / "out.npz").refused(one)
+    mellum2(*words, tmp_path / "out.npz", "--hf-path", hf_folder, "--megatron-path", checkpoint).refused(one)
+    mellum2(*words, tmp_path, "--hf-path", hf_folder).refused("--out", "is a folder")
+    mellum2(*words, tokens / "out.npz", "--hf-path", hf_folder).refused("is a file, not a folder")
+    mellum2(*words, tokens, "--hf-path", hf_folder).refused("is the file of tokens")
+    assert snapshot(tmp_path) == before
+
+
+# -- Targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_that_are_taken(
+    hf_folder: Path, checkpoint: Path, texts: Path, small_run: list[str], run_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("kept")
+    before = snapshot(tmp_path)
+    importing = ["convert", "import", "--hf-path", hf_folder, "--megatron-path"]
+    exporting = ["convert", "export", "--megatron-path", checkpoint, "--hf-path"]
+    preparing = ["data", "prepare", "--input", texts, "--output"]
+    for command in (importing, exporting, preparing):
+        mellum2(*command, tmp_path / "file").refused("is a file")
+        mellum2(*command, tmp_path / "file" / "inside").refused("is a file, not a folder")
+        mellum2(*command, tmp_path / "mine").refused("exists and is not empty", "--overwrite")
+        mellum2(*command, tmp_path / "mine", "--overwrite").refused("mine")
+        mellum2(*command, run_folder, "--overwrite").refused("run")
+    mellum2(*importing, hf_folder, "--overwrite").refused("source")
+    mellum2("train", *small_run, "--output", tmp_path / "file").refused("is a file")
+    mellum2("train", *small_run, "--output", tmp_path / "file" / "inside").refused("is a file, not a folder")
+    mellum2("train", *small_run, "--output", tmp_path / "new", f"data.cache={tmp_path}/file").refused("data.cache")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_disk_that_cannot_be_written(
+    mounted: Callable[[str], Path], hf_folder: Path, small_run: list[str], texts: Path, tmp_path: Path
+) -> None:
+    """A read-only file system, which stops even root."""
+    disk = mounted("ro")
+    np.save(tmp_path / "tokens.npy", np.ones((1, 4), dtype=np.int64))
+    for words in (
+        ["train", *small_run, "--output", disk / "run"],
+        ["convert", "import", "--hf-path", hf_folder, "--megatron-path", disk / "checkpoint"],
+        ["data", "prepare", "--input", texts, "--output", disk / "corpus"],
+        ["score", "--tokens", tmp_path / "tokens.npy", "--hf-path", hf_folder, "--out", disk / "out.npz"],
+    ):
+        mellum2(*words).refused(str(disk), "not writable")

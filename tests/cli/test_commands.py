@@ -1,0 +1,132 @@
+"""The command line as a user meets it: what it prints and writes when all is well."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mellum2_megatron.data.prepare import load_prepared
+from mellum2_megatron.run import from_yaml
+from tests.cli.runner import BIG, TINY, Result, mellum2, process
+from tests.conversion.folders import load_tensors, save_tensors
+from tests.distributed import REPOSITORY
+
+
+def test_version_and_help() -> None:
+    version = process("--version")
+    assert (version.code, version.err) == (0, "")
+    assert version.out.startswith("mellum2-megatron 0.")
+    assert process("--version", module=True).out == version.out
+    for command in ([], ["train"], ["info"], ["doctor"], ["score"], ["generate"], ["verify"], ["quickstart"]):
+        assert "Usage: mellum2" in mellum2(*command, "--help").out
+    for command in (["convert", "import"], ["convert", "export"], ["convert", "roundtrip"], ["data", "prepare"]):
+        shown = mellum2(*command, "--help")
+        assert shown.code == 0
+        assert shown.err == ""
+
+
+def test_planning_imports_no_heavy_library() -> None:
+    """A command that computes nothing answers at once: torch alone takes seconds to import."""
+    program = f"""
+import sys
+from mellum2_megatron.cli import main
+for words in (["recipes"], ["info", "mellum2-12b"], ["info", "{TINY}", "layout.ep=4"], ["doctor", "--help"],
+              ["train", "{BIG}", "--nproc", "256", "--dry-run"], ["train", "{TINY}", "--dry-run"], ["train", "none"]):
+    sys.argv = ["mellum2", *words]
+    try:
+        main()
+    except SystemExit:
+        pass
+    heavy = {{"torch", "transformers", "megatron", "tokenizers", "numpy", "safetensors"}} & set(sys.modules)
+    assert not heavy, (words, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_recipes_are_listed() -> None:
+    lines = mellum2("recipes").out.splitlines()
+    assert {line.split()[0] for line in lines} >= {TINY, BIG}
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_info_of_the_released_model_states_its_exact_counts() -> None:
+    shown = mellum2("info", "mellum2-12b")
+    assert shown.code == 0
+    for count in ("12,149,923,072", "12,578,294,528", "2,439,060,736", "2,520,615,680", "17.570 GFLOP"):
+        assert count in shown.out
+
+
+def test_info_agrees_with_itself_whatever_it_is_given(hf_folder: Path) -> None:
+    preset = json.loads(mellum2("info", "mellum2-tiny", "--json").out)
+    of_recipe = json.loads(mellum2("info", TINY, "--json").out)
+    assert of_recipe.pop("memory_per_rank") is not None
+    assert preset.pop("memory_per_rank") is None
+    assert of_recipe["parameters"] == preset["parameters"]
+    folder = json.loads(mellum2("info", "--hf-path", hf_folder, "--json").out)
+    tensors = load_tensors(hf_folder)
+    assert folder["tensors"]["total_with_mtp"] == len(tensors)
+    assert folder["parameters"]["total_with_mtp"] == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_dry_run_is_a_run_file(small_run: list[str], tmp_path: Path) -> None:
+    """What `--dry-run` prints can be given to `train`, and then means the same run; overrides come anywhere."""
+    output = tmp_path / "run"
+    shown = mellum2("train", *small_run, "--dry-run", "--output", output, "optimizer.lr=1e-3")
+    assert (shown.code, shown.err) == (0, "")
+    assert not output.exists()
+    run = from_yaml(shown.out)
+    assert (run.optimizer.lr, run.architecture.num_experts, run.checkpoint.output) == (1e-3, 4, str(output))
+    file = tmp_path / "run.yaml"
+    file.write_text(shown.out)
+    assert mellum2("train", file, "--device", "cpu", "--dry-run").out == shown.out
+    changed = mellum2("train", "--dry-run", file, "optimizer.lr=2e-3", "--device", "cpu", "layout.ep=1")
+    assert (from_yaml(changed.out).optimizer.lr, from_yaml(changed.out).layout.ep) == (2e-3, 1)
+    assert "# 1 cpu rank(s)" in changed.out
+    assert from_yaml(mellum2("train", TINY, "--dry-run").out).checkpoint.output == f"runs/{TINY}"
+
+
+def test_prepare_says_one_line(prepare_result: tuple[Path, Result]) -> None:
+    folder, result = prepare_result
+    assert (result.code, result.err) == (0, "")
+    tokens = load_prepared(folder).splits["train"].tokens
+    assert result.out == f"wrote {folder}: {tokens:,} training tokens\n"
+
+
+def test_conversion_and_scoring_agree(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Import, export, round trip, verify and score on a folder that transformers wrote."""
+    assert mellum2("convert", "export", "--megatron-path", checkpoint, "--hf-path", tmp_path / "back").code == 0
+    before, after = load_tensors(hf_folder), load_tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "every byte the same" in mellum2("convert", "roundtrip", "--hf-path", hf_folder).out
+    verified = mellum2("verify", "--megatron-path", checkpoint, "--hf-path", tmp_path / "back")
+    assert verified.code == 0
+    assert "agree" in verified.out
+    np.save(tmp_path / "tokens.npy", np.arange(60, dtype=np.uint16).reshape(3, 20))
+    logits = {}
+    for option, folder in (("--megatron-path", checkpoint / "release"), ("--hf-path", hf_folder)):
+        out = tmp_path / f"{option.strip('-')}.npz"
+        assert mellum2("score", "--tokens", tmp_path / "tokens.npy", "--out", out, option, folder).code == 0
+        logits[option] = np.load(out)
+    for name in ("logits", "mtp_logits"):
+        ours, theirs = (logits[option][name] for option in logits)
+        assert ours.shape == (3, 20, 96)
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours[:, :-1], theirs[:, :-1], atol=1e-4)
+
+
+def test_verify_ends_with_1_when_logits_differ(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(hf_folder, tmp_path / "other"))
+    tensors = load_tensors(other)
+    tensors["lm_head.weight"][7] += 0.25
+    save_tensors(other, tensors)
+    result = mellum2("verify", "--megatron-path", checkpoint, "--hf-path", other)
+    assert result.code == 1
+    assert "DIFFER" in result.out

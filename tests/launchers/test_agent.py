@@ -1,0 +1,179 @@
+"""Agents of two nodes, both on this machine, with ranks that do what a test wants instead of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launchers.outcome import begin, read_attempts, read_reports
+from mellum2_megatron.run import Run, to_yaml
+
+pytestmark = pytest.mark.distributed
+
+AGENT = """
+import sys
+from launchers import agent, local
+script = sys.argv.pop()
+local.rank_command = lambda run, **_: [sys.executable, script]
+sys.exit(agent.main())
+"""
+
+RANK = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(__file__).parent
+rank = int(os.environ["RANK"])
+(folder / f"rank.{rank}").write_text(" ".join(os.environ[name] for name in ("GROUP_RANK", "LOCAL_RANK", "WORLD_SIZE")))
+"""
+
+
+class Nodes:
+    """Two nodes with two ranks each."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.folder = folder
+        (folder / "run.yaml").write_text(to_yaml(run))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.agents: list[subprocess.Popen[str]] = []
+
+    def start(self, rank: str, *, nodes: tuple[int, ...] = (0, 1), of: int = 2) -> None:
+        """Start agents whose ranks run a piece of Python."""
+        (self.folder / "rank.py").write_text(RANK + rank)
+        for node in nodes:
+            environment = {
+                **os.environ,
+                "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NUM_NODES": str(of),
+                "SLURM_NODEID": str(node),
+                "SLURMD_NODENAME": f"n{node}",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self.port),
+            }
+            words = [str(self.folder / "run.yaml"), "--ranks", "2", "--device", "cpu", "--tries", "0"]
+            self.agents.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", AGENT, *words, str(self.folder / "rank.py")],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+
+    def wait(self) -> list[int]:
+        """Return the agents' exit codes; `output` has what they have said."""
+        self.output = [agent.communicate(timeout=200)[0] for agent in self.agents]
+        return [agent.returncode for agent in self.agents]
+
+    def ranks(self) -> list[str]:
+        """What the ranks have left: node, number there, world."""
+        return [path.read_text() for path in sorted(self.folder.glob("rank.[0-9]"))]
+
+    def until(self, name: str) -> None:
+        end = time.monotonic() + 200
+        while not all((self.folder / f"{name}.{rank}").exists() for rank in range(4)):
+            assert time.monotonic() < end
+            assert all(agent.poll() is None for agent in self.agents), self.wait()
+            time.sleep(0.05)
+
+    def reports(self) -> list[tuple[str, int]]:
+        return [(report.node, report.code) for report in read_reports(self.folder, "7", 0)]
+
+
+@pytest.fixture
+def nodes(run: Run, tmp_path: Path) -> Nodes:
+    (tmp_path / "x").mkdir()
+    return Nodes(run, tmp_path / "x")
+
+
+def test_ranks_are_counted_in_the_order_of_the_nodes(nodes: Nodes):
+    nodes.start("", nodes=(1, 0))  # whoever comes first
+    assert nodes.wait() == [0, 0], nodes.output
+    assert nodes.ranks() == ["0 0 4", "0 1 4", "1 0 4", "1 1 4"]
+    assert [attempt.kind for attempt in read_attempts(nodes.folder)] == ["done"]
+    assert nodes.reports() == []
+
+
+def test_a_stop_signal_reaches_every_rank(nodes: Nodes):
+    nodes.start(
+        """
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
+(folder / f"ready.{rank}").write_text("")
+time.sleep(200)
+"""
+    )
+    nodes.until("ready")
+    for agent in nodes.agents:
+        agent.send_signal(signal.SIGUSR1)
+    assert nodes.wait() == [75, 75]
+    assert nodes.reports() == [("n0", 75), ("n1", 75)]
+    assert [attempt.kind for attempt in read_attempts(nodes.folder)] == [None]  # the batch script ends it
+
+
+def test_a_signal_that_comes_before_the_ranks(nodes: Nodes):
+    nodes.start("time.sleep(200)", nodes=(0,), of=1)
+    end = time.monotonic() + 200
+    while not (nodes.folder / "attempts.jsonl").exists():  # torch is still to be imported
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    nodes.agents[0].send_signal(signal.SIGTERM)
+    assert nodes.wait() == [75]
+    assert nodes.reports() == [("n0", 75)]
+
+
+def test_failures_are_told_with_node_and_rank(nodes: Nodes):
+    nodes.start(
+        """
+if rank == 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit("the other one is gone")
+"""
+    )
+    assert nodes.wait() == [1, 1]
+    assert "error: node n1: rank 3 was ended by SIGKILL" in nodes.output[1]
+    failed = {
+        report.node: {failure.rank for failure in report.failures} for report in read_reports(nodes.folder, "7", 0)
+    }
+    assert 3 in failed["n1"]
+    assert failed["n0"] <= {0, 1}
+
+
+def test_bad_input(nodes: Nodes):
+    (nodes.folder / "run.yaml").write_text("name: [")
+    nodes.start("", nodes=(0,))
+    assert nodes.wait() == [2]
+    assert "error: node n0: " in nodes.output[0]
+    assert "not YAML" in nodes.output[0]
+    assert nodes.reports() == [("n0", 2)]
+
+
+def test_a_port_that_is_taken(nodes: Nodes):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", nodes.port))
+        other.listen()
+        nodes.start("", nodes=(0,))
+        assert nodes.wait() == [1]
+    assert f"the 2 nodes did not meet at 127.0.0.1:{nodes.port}" in nodes.output[0]
+
+
+def test_what_has_failed_too_often_is_not_started(nodes: Nodes, monkeypatch: pytest.MonkeyPatch):
+    for restart in range(2):
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        begin(nodes.folder, tries=9)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    nodes.start("", nodes=(0,))
+    assert nodes.wait() == [1]
+    assert "not started: it ended without a word" in nodes.output[0]
+    assert nodes.ranks() == []
+    events = [json.loads(line) for line in (nodes.folder / "attempts.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["begin", "end", "begin", "end", "begin"]

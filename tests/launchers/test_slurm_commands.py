@@ -1,0 +1,303 @@
+"""Slurm's answers as it gives them (22.05, recorded), and what is said where it gives none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launchers import slurm, watching
+from launchers.slurm import JobState
+from mellum2_megatron.errors import InputError, WorkError
+
+# What `scontrol --oneliner show job` printed, shortened by fields that nobody reads here.
+FAILED = (
+    "JobId=2 JobName=tiny UserId=root(0) GroupId=root(0) MCS_label=N/A Account=(null) QOS=(null) JobState=FAILED "
+    "Reason=NonZeroExitCode Dependency=(null) Requeue=1 Restarts=1 BatchFlag=1 Reboot=0 ExitCode=3:0 RunTime=00:00:01 "
+    "TimeLimit=365-00:00:00 AllocNode:Sid=localhost:31898 NodeList=n[1-2] BatchHost=n1 NumNodes=2 CPUs/Task=1 "
+    "Command=/tmp/a b/job.sbatch WorkDir=/work StdErr=/tmp/a b/logs/tiny-2.log StdIn=/dev/null "
+    "StdOut=/tmp/a b/logs/tiny-2.log Power= "
+)
+WAITING_ARRAY = (
+    "JobId=7 ArrayJobId=7 ArrayTaskId=1-2,9%4 JobName=sweep JobState=PENDING Reason=BeginTime "
+    "Dependency=(null) Requeue=1 Restarts=0 ExitCode=0:0 RunTime=00:00:00 NodeList= NumNodes=1 "
+    "StdOut=/work/logs/sweep-7_4294967294.log Power= "
+)
+RUNNING_TASK = (
+    "JobId=8 ArrayJobId=7 ArrayTaskId=0 JobName=sweep JobState=RUNNING Reason=None Dependency=(null) Restarts=0 "
+    "ExitCode=0:0 RunTime=00:01:04 NodeList=n1 NumNodes=1 StdOut=/work/logs/sweep-7_0.log Power= "
+)
+
+Fake = Callable[..., None]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Put a program on PATH, which has nothing else, that prints, notes its words in NAME.words and exits."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(name: str, out: str = "", err: str = "", code: int = 0) -> None:
+        (folder / f"{name}.out").write_text(out)
+        (folder / f"{name}.err").write_text(err)
+        words = shlex.quote(str(folder / f"{name}.words"))
+        body = [f'printf "%s\\n" "$@" > {words}']
+        body += [f'while IFS= read -r line; do printf "%s\\n" "$line"; done < {folder}/{name}.out']
+        body += [f'while IFS= read -r line; do printf "%s\\n" "$line" >&2; done < {folder}/{name}.err', f"exit {code}"]
+        (folder / name).write_text("#!/bin/bash\n" + "\n".join(body) + "\n")
+        (folder / name).chmod(0o755)
+
+    return make
+
+
+def words(name: str) -> list[str]:
+    return Path(os.environ["PATH"], f"{name}.words").read_text().split("\n")[:-1]
+
+
+def test_a_job(fake: Fake) -> None:
+    fake("scontrol", FAILED + "\n")
+    assert slurm.states("2") == (
+        JobState(
+            job_id="2",
+            state="FAILED",
+            reason="NonZeroExitCode",
+            name="tiny",
+            nodes="n[1-2]",
+            elapsed="00:00:01",
+            restarts=1,
+            exit_code=3,
+            log=Path("/tmp/a b/logs/tiny-2.log"),
+        ),
+    )
+    assert slurm.states("2")[0].finished
+
+
+def test_tasks_of_an_array_each_have_a_state(fake: Fake) -> None:
+    fake("scontrol", f"{WAITING_ARRAY}\n{RUNNING_TASK}\n")
+    found = slurm.states("7")
+    assert [(each.job_id, each.state, each.reason, each.exit_code) for each in found] == [
+        ("7_0", "RUNNING", None, None),
+        ("7_1", "PENDING", "BeginTime", None),
+        ("7_2", "PENDING", "BeginTime", None),
+        ("7_9", "PENDING", "BeginTime", None),
+    ]
+    assert not any(each.finished for each in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "tasks"), [("3", (3,)), ("0-2,5%4", (0, 1, 2, 5)), ("0-9:3", (0, 3, 6, 9)), ("0-1%1", (0, 1))]
+)
+def test_expand(text: str, tasks: tuple[int, ...]) -> None:
+    assert slurm.expand(text) == tasks
+
+
+UNKNOWN = {"err": "slurm_load_jobs error: Invalid job id specified\n", "code": 1}
+
+
+def test_a_job_that_slurm_has_forgotten(fake: Fake) -> None:
+    fake("scontrol", **UNKNOWN)
+    assert slurm.states("2") == ()
+    fake("sacct", err="Slurm accounting storage is disabled\n", code=1)
+    assert slurm.states("2") == ()
+
+
+def test_accounting_is_asked_for_what_the_controller_has_forgotten(fake: Fake) -> None:
+    fake("scontrol", **UNKNOWN)
+    fake("sacct", "7_0|CANCELLED by 1000|None|sweep|n1|00:03:00|0:15\n7_1|COMPLETED|None|sweep|n2|00:05:00|0:0\n")
+    found = slurm.states("7")
+    assert [(each.job_id, each.state, each.reason, each.exit_code) for each in found] == [
+        ("7_0", "CANCELLED", None, 0),
+        ("7_1", "COMPLETED", None, 0),
+    ]
+
+
+def test_submitting_returns_the_number(fake: Fake) -> None:
+    fake("sbatch", "41;big\n")
+    assert slurm.submit(Path("/a b/job.sbatch"), dependency=["afterok:7", "afterok:8"]) == "41"
+    # A job that waits for one that has failed would wait for ever.
+    assert words("sbatch") == [
+        "--parsable",
+        "--dependency=afterok:7,afterok:8",
+        "--kill-on-invalid-dep=yes",
+        "/a b/job.sbatch",
+    ]
+    assert slurm.submit(Path("job.sbatch")) == "41"
+    assert words("sbatch") == ["--parsable", "job.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        (
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
+            "account",
+        ),
+        ("sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed", "sinfo -s"),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "sinfo -o"),
+        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", "ping"),
+        ("sbatch: error: Batch job submission failed: something new", "see what Slurm says"),
+    ],
+)
+def test_slurm_refuses_in_its_own_words(fake: Fake, said: str, fix: str) -> None:
+    fake("sbatch", err=said + "\n", code=1)
+    with pytest.raises(WorkError) as refused:
+        slurm.submit(Path("job.sbatch"))
+    assert " ".join(said.split()) in refused.value.what
+    assert fix in refused.value.fix
+
+
+def test_no_slurm_here(fake: Fake) -> None:
+    for call in (lambda: slurm.submit(Path("x")), lambda: slurm.states("1"), lambda: slurm.cancel(["1"])):
+        with pytest.raises(InputError, match=r"not on PATH.*--render sbatch"):
+            call()
+
+
+def test_the_controller_is_down(fake: Fake) -> None:
+    fake("scontrol", err="slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", code=1)
+    with pytest.raises(WorkError, match="scontrol ping"):
+        slurm.states("1")
+
+
+def test_cancel(fake: Fake) -> None:
+    fake("scancel")
+    slurm.cancel(["3", "4_1"])
+    assert words("scancel") == ["3", "4_1"]
+
+
+@pytest.mark.parametrize("word", ["x", "1_", "1_a", "-1", "1.5"])
+def test_no_number_of_slurm(word: str) -> None:
+    with pytest.raises(InputError):
+        slurm.job_number(word)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With the run's own records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def launch(folder: Path, job_id: str, **more: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {
+        "time": "2026-05-04T10:00:00+00:00",
+        "executor": "slurm",
+        "job_id": job_id,
+        "profile": "p",
+        "nodes": 2,
+        "ranks_per_node": 4,
+    }
+    entry |= {"device": "cpu", "code": {}, "packager": "shared", "of a later version": 1, **more}
+    (folder / "launch.json").write_text(json.dumps({"launches": [entry]}))
+
+
+def attempt(
+    folder: Path, job_id: str, *, step: int, kind: str | None, restart: int = 0, series: str = "", hour: int = 11
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    start = {"event": "begin", "job": job_id, "restart": restart, "series": series or job_id, "step": 0}
+    start["time"] = f"2026-05-04T{hour:02}:00:00+00:00"
+    lines = [start]
+    if kind is not None:
+        lines += [{**start, "event": "end", "step": step, "code": 0, "kind": kind, "reason": f"it {kind}"}]
+    with (folder / "attempts.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def test_records_answer_where_slurm_has_forgotten(fake: Fake, tmp_path: Path) -> None:
+    fake("scontrol", **UNKNOWN)
+    launch(tmp_path / "run", "12")
+    attempt(tmp_path / "run", "12", step=4, kind="stopped")
+    attempt(tmp_path / "run", "12", step=9, kind="done", restart=1)
+    (found,) = watching.status(*watching.find(str(tmp_path / "run")))
+    assert (found.job_id, found.state, found.source, found.step, found.attempts) == ("12", "COMPLETED", "records", 9, 2)
+
+
+def test_nobody_knows(fake: Fake, tmp_path: Path) -> None:
+    fake("scontrol", **UNKNOWN)
+    launch(tmp_path / "run", "12")
+    (found,) = watching.status(*watching.find(str(tmp_path / "run")))
+    assert (found.state, found.source) == ("UNKNOWN", "nobody")
+    assert "no longer knows" in found.reason
+
+
+def test_every_task_of_an_array_has_its_own_records(fake: Fake, tmp_path: Path) -> None:
+    fake("scontrol", **UNKNOWN)
+    launch(tmp_path / "run", "12", tasks=2)
+    attempt(tmp_path / "run" / "0", "12", step=3, kind="done")
+    attempt(tmp_path / "run" / "1", "13", step=2, kind="failed", series="13")
+    found = watching.status(*watching.find(str(tmp_path / "run")))
+    assert [(each.job_id, each.state, each.step) for each in found] == [("12_0", "COMPLETED", 3), ("12_1", "FAILED", 2)]
+    assert watching.find(str(tmp_path / "run" / "1")) == (tmp_path / "run", "12_1")
+    assert watching.status(*watching.find(str(tmp_path / "run" / "1"))) == found[1:]
+
+
+def test_a_folder_names_its_job_also_when_another_one_continues_it(fake: Fake, tmp_path: Path) -> None:
+    launch(tmp_path / "run", "12")
+    assert watching.find(str(tmp_path / "run")) == (tmp_path / "run", "12")
+    attempt(tmp_path / "run", "12", step=4, kind="stopped")
+    attempt(tmp_path / "run", "20", step=5, kind=None, series="12")
+    assert watching.find(str(tmp_path / "run")) == (tmp_path / "run", "20")
+    # Launched again, and that job has not begun; then one submitted by hand.
+    launch(tmp_path / "old", "41")
+    attempt(tmp_path / "old", "40", step=5, kind="failed", hour=9)
+    assert watching.find(str(tmp_path / "old")) == (tmp_path / "old", "41")
+    attempt(tmp_path / "old", "42", step=5, kind=None, hour=12)
+    assert watching.find(str(tmp_path / "old")) == (tmp_path / "old", "42")
+    attempt(tmp_path / "by hand", "31", step=5, kind=None)
+    assert watching.find(str(tmp_path / "by hand")) == (tmp_path / "by hand", "31")
+
+
+def test_a_number_names_its_folder_through_its_log(fake: Fake) -> None:
+    fake("scontrol", FAILED + "\n")
+    assert watching.find("2") == (Path("/tmp/a b"), "2")
+    fake("scontrol", **UNKNOWN)
+    assert watching.find("2") == (None, "2")
+
+
+def test_what_was_never_launched_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder or job"):
+        watching.find(str(tmp_path / "nix"))
+    with pytest.raises(InputError, match="nothing was launched"):
+        watching.find(str(tmp_path))
+    launch(tmp_path / "here", "x", executor="local")
+    with pytest.raises(InputError, match="on this machine"):
+        watching.find(str(tmp_path / "here"))
+
+
+def test_logs_by_node_and_rank(tmp_path: Path) -> None:
+    launch(tmp_path, "12")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name in ("x-12-12.log", "x-12-12-node0.log", "x-12-12-node1.log", "x-12-120.log", "x-12-120-node0.log"):
+        (logs / name).write_text(name)
+    script, nodes = watching.log_files(tmp_path, "12")
+    assert script == logs / "x-12-12.log"
+    assert nodes == {0: logs / "x-12-12-node0.log", 1: logs / "x-12-12-node1.log"}
+    assert watching.rank_log(tmp_path, "12", 3) == logs / "x-12-12-node0.log"
+    assert watching.rank_log(tmp_path, "12", 4) == logs / "x-12-12-node1.log"
+    assert watching.rank_log(tmp_path, "12") == logs / "x-12-12-node1.log"
+    assert watching.rank_log(tmp_path, "120") is None  # not there yet
+    with pytest.raises(InputError, match="ranks 0 to 7"):
+        watching.rank_log(tmp_path, "12", 8)
+
+
+def test_following_shows_each_line_once_and_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "POLL_SECONDS", 0.0)
+    log = tmp_path / "log"
+    # What has been written before each look: nothing, no file, a line and a half, the rest without an end of line.
+    chapters = iter([None, "", "one\ntw", "one\ntwo\nthr", "one\ntwo\nthree"])
+    left = [4]
+
+    def ended() -> bool:
+        chapter = next(chapters)
+        if chapter is not None:
+            log.write_text(chapter)
+        left[0] -= 1
+        return left[0] < 0
+
+    assert list(watching.follow(lambda: log, ended)) == ["one", "two", "three"]
