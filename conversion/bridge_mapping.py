@@ -14,13 +14,11 @@ from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedML
 from conversion.mapping import PLACES, GroupedHeads, Place, Row, Same, StackedRows
 
 
-def mapping_registry(*, mtp: bool) -> MegatronMappingRegistry:
-    """Return the registry of a model with or without the MTP head."""
+def mapping_registry() -> MegatronMappingRegistry:
+    """Return the registry of every weight that a Mellum 2 model can have, MTP included."""
     # Bridge goes by the names of Megatron's classes (models/conversion/param_mapping.py:1396-1434, 0.6.2).
     AutoMapping.register_module_type("Mellum2Router", "replicated")
-    return MegatronMappingRegistry(
-        *(_mapping(place, row) for place in PLACES if mtp or not place.mtp for row in place.rows)
-    )
+    return MegatronMappingRegistry(*(_mapping(place, row) for place in PLACES for row in place.rows))
 
 
 def parameter_pattern(place: Place, row: Row) -> str:

@@ -6,7 +6,6 @@ Importing this module registers them; `conversion.bridge` is the one to import.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch  # before Transformer Engine, which megatron.bridge imports and which needs torch's libraries loaded
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.conversion.utils import unwrap_model
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 from megatron.core.models.gpt import GPTModel
@@ -26,6 +26,7 @@ from megatron.core.pipeline_parallel.utils import (
 
 from conversion.bridge_mapping import mapping_registry
 from conversion.hf_folder import listed
+from conversion.mapping import derive, huggingface_shapes
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.bridge_config import provider_fields
 from mellum2_megatron.errors import InputError
@@ -153,13 +154,13 @@ class Mellum2Bridge(MegatronModelBridge):
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Return the mapping of every weight, MTP included."""
-        return mapping_registry(mtp=True)
+        return mapping_registry()
 
     def build_conversion_tasks(self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any) -> list[Any]:
         """Return Bridge's conversion tasks, complete.
 
         Bridge's own version logs a warning for a weight that it finds no mapping or no tensor for, and goes on with
-        what the model was initialised with (models/conversion/model_bridge.py:1700-1725, 0.6.2); tensors of the folder
+        what the model was initialised with (models/conversion/model_bridge.py:1725-1742, 0.6.2); tensors of the folder
         that nothing asks for it does not look at.
 
         Raises:
@@ -174,13 +175,22 @@ class Mellum2Bridge(MegatronModelBridge):
                 fix="build the model with Mellum2ModelProvider",
             )
         if hasattr(hf_pretrained, "state"):
-            wanted = {name for task in tasks for name in _huggingface_names(task.mapping.hf_param)}
+            # A rank has tasks for its own experts only, so what the folder holds is compared with the whole table.
+            architecture = _built_architecture(megatron_model)
+            wanted = set(huggingface_shapes(derive(architecture)))
             _require_all(wanted, set(hf_pretrained.state.source.get_all_keys()), hf_pretrained)
         return tasks
 
 
-def _huggingface_names(given: str | dict[str, str]) -> Iterable[str]:
-    return [given] if isinstance(given, str) else given.values()
+def _built_architecture(megatron_model: Any) -> Mellum2Architecture:
+    config = unwrap_model(megatron_model)[0].config
+    if not isinstance(config, Mellum2ModelProvider):
+        raise InputError(
+            f"a Megatron model configured by {type(config).__name__}",
+            rule="its architecture is not known",
+            fix="build it with Mellum2ModelProvider, or through AutoBridge",
+        )
+    return config.built_architecture()
 
 
 def _require_all(wanted: set[str], there: set[str], hf_pretrained: Any) -> None:

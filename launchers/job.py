@@ -110,6 +110,27 @@ def make_job(
             checkpoint that is not there, a missing image, a path that the container does not see, or whatever else the
             run's rules say.
     """
+    job = plan_job(run, profile, name=name, nodes=nodes, time=time, code=code, sweep=sweep, dependency=dependency)
+    check_place(job, before=before)
+    return job
+
+
+def plan_job(
+    run: Run,
+    profile: Profile,
+    *,
+    name: str | None = None,
+    nodes: int | None = None,
+    time: str | None = None,
+    code: Path | None = None,
+    sweep: Sequence[Sequence[str]] = (),
+    dependency: Sequence[str] = (),
+) -> Job:
+    """Return the job of a run, checked without a look at this machine's files; arguments as for `make_job`.
+
+    Raises:
+        InputError: no account, a layout that does not fit the ranks, or what else the run's own rules say.
+    """
     if time is not None:
         profile = dataclasses.replace(profile, time=time)
     run = with_absolute_paths(run, profile)
@@ -128,11 +149,21 @@ def make_job(
     )
     _check_account(job)
     _check_folder_name(job.folder)
+    for each in job.runs:
+        enforce(each, world_size=job.world_size, device=job.device, machine=False)
+    return job
+
+
+def check_place(job: Job, *, before: Path | None = None) -> None:
+    """Check that what a job needs is on this machine's disks; ``before`` as for `make_job`.
+
+    Raises:
+        InputError: it is not.
+    """
     _check_python(job)
     _check_container(job)
     for each in job.runs:
         _check_run(each, job, before)
-    return job
 
 
 def write_job(job: Job) -> Path:

@@ -60,6 +60,8 @@ _RUN = "mellum2_run"
 
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+_OLDEST_RESILIENCY = (0, 6)
+
 _STATES = {
     "COMPLETED": AppState.SUCCEEDED,
     "CANCELLED": AppState.CANCELLED,
@@ -126,14 +128,15 @@ def fault_tolerance(**settings: Any) -> run.FaultTolerance:
         raise InputError(
             "run.FaultTolerance",
             rule="starts ranks with ft_launcher, which is not installed",
-            fix="pip install nvidia-resiliency-ext",
+            fix="pip install 'nvidia-resiliency-ext>=0.6'",
         )
-    if not hasattr(importlib.import_module("nvidia_resiliency_ext"), "__version__"):
+    found = importlib.metadata.version("nvidia-resiliency-ext")
+    if tuple(map(int, found.split(".")[:2])) < _OLDEST_RESILIENCY:
         raise InputError(
-            f"nvidia-resiliency-ext {importlib.metadata.version('nvidia-resiliency-ext')}",
-            rule="has no __version__, and Megatron-Core 0.19.2 asks for it on import "
-            "(megatron/core/dist_checkpointing/strategies/nvrx.py:85)",
-            fix="install a later one, or remove it",
+            f"nvidia-resiliency-ext {found}",
+            rule="is too old: beside it Megatron-Core 0.19.2 does not import, or not save "
+            "(megatron/core/dist_checkpointing/strategies/nvrx.py, NVRX_MIN_VERSION)",
+            fix="pip install 'nvidia-resiliency-ext>=0.6', or remove it",
         )
     return run.FaultTolerance(**{"rdzv_port": 10_000 + secrets.randbelow(20_000), **settings})
 

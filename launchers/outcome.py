@@ -175,7 +175,6 @@ def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, s
         reports: of the nodes; one whose agent was killed has left none.
         told: signal that reached the batch script, "" for none.
     """
-    codes = {report.code for report in reports} or {code}
     if code == 0:
         return "done", 0, "the run has ended"
     refusal = next((report for report in reports if report.code == InputError.exit_code), None)
@@ -183,8 +182,9 @@ def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, s
         return "refused", refusal.code, refusal.message
     if told == "TERM":
         return "ended", STOPPED, "Slurm ended the job (cancelled, preempted or out of time)"
-    asleep = told and codes | {code} <= {STOPPED, 0, *_SIGNALLED}
-    if asleep or (codes | {code} <= {STOPPED, 0}):
+    # Ranks leave with 75 only after all have saved: what kept another node's agent from saying so matters no more.
+    silent = (STOPPED, *_SIGNALLED) if told else (STOPPED,)
+    if all(report.code in (0, STOPPED) for report in reports) if reports else code in silent:
         return "stopped", STOPPED, "told to stop, all is saved"
     failures = {failure.rank: (report.node, failure) for report in reports for failure in report.failures}
     if failures:

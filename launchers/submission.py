@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launchers.job import Job, make_job
-from launchers.packaging import Package, package
+from launchers.job import Job, check_place, plan_job
+from launchers.packaging import Package, check_code, package
 from launchers.profile import Profile, profile_names, read_profile
 from mellum2_megatron.errors import InputError, nearest
 from mellum2_megatron.overrides import apply_overrides
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.run import Run
-from mellum2_megatron.run_folder import output_folder, read_run
+from mellum2_megatron.run_folder import read_run
 from mellum2_megatron.stages import check_predecessor, stage_chain
 from mellum2_megatron.start import default_nproc, resolve_device
 
@@ -38,6 +38,7 @@ class Submission:
         sweep: overrides of each task of an array.
         before: run folder of the job before it in a chain.
         after: names of the jobs that it waits for.
+        problems: why it would be refused now, if it is to be shown only.
     """
 
     job: Job
@@ -47,6 +48,7 @@ class Submission:
     sweep: tuple[tuple[str, ...], ...] = ()
     before: Path | None = None
     after: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
     def write_code(self) -> None:
         """Put the code into the run's folder, if the packager does so."""
@@ -112,24 +114,32 @@ def prepare(
     nproc: int | None = None,
     sweep: Sequence[Sequence[str]] = (),
     allow_dirty: bool = False,
+    show_only: bool = False,
 ) -> Submission:
     """Return one run (or an array of it) as it would be submitted, checked. Writes nothing.
+
+    With ``show_only`` what is amiss with this machine's files (no data yet, no image, uncommitted changes) does not
+    raise: it becomes the submission's ``problems``.
 
     Raises:
         InputError: see `launchers.job.make_job`; uncommitted changes; a stage without its predecessor's checkpoint.
     """
-    for each in sweep or ((),):
-        check_predecessor(apply_overrides(run, each))
     if profile.executor == "local":
         profile = _here(profile, run, nproc)
-        for option, given in {"--array": sweep, "--nodes": nodes, "--time": time}.items():
-            if given:
+        for option, value in {"--array": sweep, "--nodes": nodes, "--time": time}.items():
+            if value:
                 raise InputError(option, rule="is for jobs on a cluster", fix="drop it, or use --executor slurm")
         nodes = 1
     elif nproc is not None:
         raise InputError(f"--nproc {nproc}", rule="is for this machine", fix="set ranks_per_node in the profile")
-    job, code = _job(run, profile, allow_dirty=allow_dirty, nodes=nodes, time=time, sweep=sweep)
-    return Submission(job=job, package=code, allow_dirty=allow_dirty, nodes=nodes, sweep=tuple(map(tuple, sweep)))
+    given = Submission(
+        job=plan_job(run, profile, nodes=nodes, time=time, sweep=sweep),
+        package=_package(run, profile),
+        allow_dirty=allow_dirty,
+        nodes=nodes,
+        sweep=tuple(map(tuple, sweep)),
+    )
+    return _checked(given, show_only=show_only)
 
 
 def prepare_chain(
@@ -140,6 +150,7 @@ def prepare_chain(
     nodes: int | None = None,
     time: str | None = None,
     allow_dirty: bool = False,
+    show_only: bool = False,
 ) -> tuple[Submission, ...]:
     """Return stages that follow each other as they would be submitted, checked. Writes nothing.
 
@@ -151,20 +162,15 @@ def prepare_chain(
     found: list[Submission] = []
     for run in stage_chain(stages, root=root.absolute()):
         before = found[-1].job if found else None
-        folder = None if before is None else before.folder
-        if before is None:
-            check_predecessor(run)
-        job, code = _job(run, profile, allow_dirty=allow_dirty, nodes=nodes, time=time, before=folder)
-        found.append(
-            Submission(
-                job=job,
-                package=code,
-                allow_dirty=allow_dirty,
-                nodes=nodes,
-                before=folder,
-                after=() if before is None else (before.name,),
-            )
+        given = Submission(
+            job=plan_job(run, profile, nodes=nodes, time=time),
+            package=_package(run, profile),
+            allow_dirty=allow_dirty,
+            nodes=nodes,
+            before=None if before is None else before.folder,
+            after=() if before is None else (before.name,),
         )
+        found.append(_checked(given, show_only=show_only))
     return tuple(found)
 
 
@@ -199,23 +205,36 @@ def require_nemo_run() -> None:
         )
 
 
-def _job(
-    run: Run,
-    profile: Profile,
-    *,
-    allow_dirty: bool,
-    nodes: int | None = None,
-    time: str | None = None,
-    sweep: Sequence[Sequence[str]] = (),
-    before: Path | None = None,
-) -> tuple[Job, Package]:
+def _package(run: Run, profile: Profile) -> Package:
+    """Return a job's code; whether it may have changes is for `_checked` to say."""
     folder = Path(run.checkpoint.output or Path(profile.runs) / run.name).expanduser()
-    code = package(folder, profile.packager, allow_dirty=allow_dirty, write=False)
-    job = make_job(
-        run, profile, nodes=nodes, time=time, sweep=sweep, before=before, code=code.folder if _on_path(code) else None
-    )
-    assert job.folder == output_folder(job.run)
-    return job, code
+    return package(folder, profile.packager, allow_dirty=True, write=False)
+
+
+def _checked(given: Submission, *, show_only: bool) -> Submission:
+    """Return the submission with its code in the job, or with what is wrong with it."""
+    code = given.package.folder if _on_path(given.package) else None
+    job = dataclasses.replace(given.job, code=None if code is None else Path(os.path.abspath(code)))
+    checks: list[Callable[[], object]] = [
+        lambda: check_code(job.profile.packager, allow_dirty=given.allow_dirty),
+        lambda: _check_predecessors(() if given.before else job.runs),
+        lambda: check_place(job, before=given.before),
+    ]
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            if not show_only:
+                raise
+            problems.append(str(error))
+    return dataclasses.replace(given, job=job, problems=tuple(problems))
+
+
+def _check_predecessors(runs: Sequence[Run]) -> None:
+    """Check what each run goes on from; see `mellum2_megatron.stages.check_predecessor`."""
+    for run in runs:
+        check_predecessor(run)
 
 
 def _on_path(code: Package) -> bool:

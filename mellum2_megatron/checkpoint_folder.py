@@ -4,6 +4,7 @@
 
     DIR/latest_checkpointed_iteration.txt     "release" for an import, else the iteration (Megatron's tracker)
     DIR/release/ or DIR/iter_0000100/         Megatron torch_dist checkpoint
+    DIR/*/run_config.yaml                     inside it: what Megatron-Bridge builds (bridge_config)
     DIR/architecture.json                     Mellum2Architecture.to_dict()
     DIR/run.yaml                              resolved run (training only)
     DIR/generation_config.json                Hugging Face's, when an imported folder had one

@@ -20,7 +20,7 @@ convert_app = typer.Typer(help="Convert checkpoints between Megatron and Hugging
 console = Console()
 
 MegatronPath = Annotated[Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")]
-HfPath = Annotated[Path, typer.Option("--hf-path", help="Hugging Face folder")]
+HfPath = Annotated[Path, typer.Option("--hf-path", "--hf-model", help="Hugging Face folder")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 TorchDtype = Annotated[
     str | None, typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: as it is")

@@ -91,6 +91,7 @@ def launch_run(
         nproc=nproc,
         sweep=[shlex.split(words) for words in array or []],
         allow_dirty=allow_dirty,
+        show_only=dry_run,
     )
     if dry_run or render:
         _show([prepared], dry_run=dry_run, render=render, tflops=assumed_tflops)
@@ -131,6 +132,7 @@ def launch_pipeline(
         nodes=nodes,
         time=time,
         allow_dirty=allow_dirty,
+        show_only=dry_run,
     )
     if dry_run or render:
         _show(prepared, dry_run=dry_run, render=render, tflops=assumed_tflops)
@@ -224,8 +226,11 @@ def _show(prepared: Sequence[Submission], *, dry_run: bool, render: str | None, 
             raise InputError("--render sbatch", rule="is for Slurm", fix="name a Slurm profile with --profile")
         if not render:
             script = None if local else render_script(each.job)
-            show(console, each.job, script, tflops=tflops, notes=each.package.notes)
+            notes = [*each.package.notes, *(f"Would be refused now: {problem}" for problem in each.problems)]
+            show(console, each.job, script, tflops=tflops, notes=notes)
             continue
+        for problem in each.problems:
+            sys.stderr.write(f"would be refused now: {problem}\n")
         if not dry_run:
             each.write_code()
             scripts.append((each, write_job(each.job)))

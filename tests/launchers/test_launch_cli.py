@@ -94,6 +94,22 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run: Run, place: Path, no
     assert not Path(str(run.checkpoint.output)).exists()
 
 
+def test_a_dry_run_shows_also_what_would_be_refused(run: Run, place: Path, no_slurm: None) -> None:
+    """A recipe can be looked at before its data are there; what belongs to the run itself is refused all the same."""
+    (place.parent / "code/mellum2_megatron/__init__.py").write_text("changed")
+    words = ["--profile", "site.yaml", "--dry-run"]
+    shown = launch("mellum2_12b_pretrain_phase2", "--profile", "gpu.yaml", "--dry-run")
+    shown.refused("gpu.yaml")
+    (place / "gpu.yaml").write_text("account: nlp\ngpus_per_node: 8\ncontainer: {image: /no.sif, runtime: apptainer}\n")
+    shown = launch("mellum2_12b_pretrain_phase2", "--profile", "gpu.yaml", "--dry-run")
+    assert shown.code == 0, shown
+    assert "256 ranks: 32 nodes of 8 cuda ranks" in shown.out
+    assert "#SBATCH --nodes=32" in shown.out
+    for problem in ("__init__.py", "checkpoint.continue_from=", "/no.sif"):
+        assert problem in "".join(line for line in shown.out.splitlines() if line.startswith("Would be refused now"))
+    refused(run, launch("run.yaml", "layout.ep=3", *words), "layout.ep=3")
+
+
 def test_the_estimate_follows_from_flops_and_the_named_rate() -> None:
     run = recipe("mellum2_12b_pretrain_phase2")
     found = estimate(run, world_size=256, tflops=350.0)

@@ -189,7 +189,7 @@ def test_tasks_that_wait_for_each_other(
     fake("sbatch", "41\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launchers.submission.package", _package)
-        chain = prepare_chain([first, second], SITE, root=tmp_path / "runs")
+        chain = prepare_chain([first, second], SITE, root=tmp_path / "runs", allow_dirty=True)
     nemo.submit("chain", chain)
     assert words("sbatch")[1:] == [
         "--dependency=afterok:41", "--kill-on-invalid-dep=yes", str(tmp_path / "runs/second/job.sbatch")
@@ -211,7 +211,9 @@ def test_a_small_job_of_a_large_node_stays_small(nemo: ModuleType, run: Run, fak
     fake("sbatch", "41\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launchers.submission.package", _package)
-        prepared = prepare(apply_overrides(run, ["layout.dp=2"]), dataclasses.replace(SITE, ranks_per_node=8))
+        prepared = prepare(
+            apply_overrides(run, ["layout.dp=2"]), dataclasses.replace(SITE, ranks_per_node=8), allow_dirty=True
+        )
     assert prepared.job.world_size == 2
     nemo.submit("small", [prepared])
     assert (prepared.job.folder / "job.sbatch").read_text() == render(prepared.job)
@@ -312,7 +314,8 @@ def test_entry_points_lead_here(nemo: ModuleType) -> None:
 def resiliency(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nemo: ModuleType) -> Path:
     """A package of that name, and its command."""
     (tmp_path / "site/nvidia_resiliency_ext").mkdir(parents=True)
-    (tmp_path / "site/nvidia_resiliency_ext/__init__.py").write_text('__version__ = "9"\n')
+    (tmp_path / "site/nvidia_resiliency_ext/__init__.py").write_text("")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.1")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/ft_launcher").write_text("#!/bin/sh\n")
     (tmp_path / "bin/ft_launcher").chmod(0o755)
@@ -341,12 +344,11 @@ def test_ranks_under_the_fault_tolerance_launcher(
 def test_the_fault_tolerance_launcher_where_it_is_not_installed(
     nemo: ModuleType, resiliency: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (resiliency / "site/nvidia_resiliency_ext/__init__.py").write_text("")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.1")
-    with pytest.raises(InputError, match=r"0\.4\.1: has no __version__"):
+    with pytest.raises(InputError, match=r"0\.4\.1: is too old"):
         nemo.fault_tolerance()
     (resiliency / "bin/ft_launcher").unlink()
-    with pytest.raises(InputError, match="pip install nvidia-resiliency-ext"):
+    with pytest.raises(InputError, match=r"pip install 'nvidia-resiliency-ext>=0\.6'"):
         nemo.fault_tolerance()
 
 

@@ -35,6 +35,7 @@ def attempts(*ends: tuple[Kind | None, int]) -> list[Attempt]:
         (138, [], "USR1", ("stopped", 75)),  # before anybody listened
         (138, [Report(node="a", code=75)], "USR1", ("stopped", 75)),
         (138, [], "", ("failed", 1)),
+        (137, [Report(node="a", code=75)], "", ("stopped", 75)),  # srun --wait had enough of the other node
         (143, [], "TERM", ("ended", 75)),
         (75, [Report(node="a", code=75)], "TERM", ("ended", 75)),
         (137, [], "TERM", ("ended", 75)),

@@ -166,7 +166,8 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
-        _kill(self._processes())  # slurmd leaves its steps behind
+        while left := self._processes():  # slurmd leaves its steps behind
+            _kill(left)
 
     def _daemon(self, name: str, program: str, *arguments: str) -> None:
         with (self.folder / f"{name}.out.log").open("ab") as log:
@@ -180,11 +181,11 @@ class Cluster:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 environment = process.environ()
-                if environment.get("SLURM_CONF") != self.environment["SLURM_CONF"] or process.pid == os.getpid():
+                if environment.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
                     continue
-                if "SLURMD_NODENAME" not in environment:
-                    continue
-                if node is None or environment["SLURMD_NODENAME"] == node:
+                if process.name() == "slurmstepd" and node is None:
+                    found[process.pid] = process
+                elif environment.get("SLURMD_NODENAME", "") in (NODES if node is None else (node,)):
                     above = [each for each in process.parents() if each.name() == "slurmstepd"]
                     found |= {each.pid: each for each in (process, *above)}
         return list(found.values())

@@ -27,7 +27,13 @@ from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.test_scenarios import FAULTS, LONG
 from tests.test_train import small_corpus, small_run
 
-pytestmark = [pytest.mark.launch, pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.slurm,
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+]
 
 SHORT = ["logging.tensorboard=false", "logging.eval_iterations=0", "checkpoint.save_interval=1"]
 SHORT += ["schedule.train_samples=24", "schedule.decay_samples=8"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,19 +29,14 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def bridge_imports() -> bool:
-    command = [
-        sys.executable,
-        "-c",
-        "import torch, transformer_engine.pytorch, megatron.bridge.training.model_load_save",
-    ]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def bridge_is_installed() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("transformer_engine", "megatron.bridge", "modelopt"))
 
 
 pytestmark = [
     pytest.mark.te,
     pytest.mark.skipif(
-        os.environ.get("MELLUM2_REQUIRE_BRIDGE") != "1" and not bridge_imports(),
+        os.environ.get("MELLUM2_REQUIRE_BRIDGE") != "1" and not bridge_is_installed(),
         reason="Megatron-Bridge is not installed (scripts/setup_te.sh, then scripts/setup_bridge.sh)",
     ),
 ]
