@@ -35,9 +35,10 @@ test-launch: setup-launch  ## install NeMo-Run and Slurm (root needed for Slurm)
 	@scripts/setup_slurm.sh
 	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_SLURM=1 $(PYTHON312) -m pytest -m "launch or slurm" $(PYTEST_ARGS)
 
-test-te: setup  ## build Transformer Engine and run the tests that construct its backend (no GPU needed)
+test-te: setup  ## build Transformer Engine, add Megatron-Bridge, and run the tests that construct their models (no GPU needed)
 	@scripts/setup_te.sh
-	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -m te $(PYTEST_ARGS)
+	@scripts/setup_bridge.sh
+	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_BRIDGE=1 $(PYTHON312) -m pytest -m te $(PYTEST_ARGS)
 
 clean:  ## remove caches and build outputs; runs/, data/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

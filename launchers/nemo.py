@@ -36,6 +36,7 @@ from typing import Any
 import nemo_run as run
 import yaml
 from nemo_run.run.torchx_backend.schedulers import api as nemo_schedulers
+from packaging.version import Version
 from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Scheduler
 from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 
@@ -47,6 +48,7 @@ from launchers.sbatch import render
 from launchers.submission import Submission, resolve
 from mellum2_megatron.checkpoint_folder import RUN_FILE
 from mellum2_megatron.errors import InputError
+from mellum2_megatron.extras import OLDEST_RESILIENCY
 from mellum2_megatron.recipes import recipe_names
 from mellum2_megatron.run import Device, Run, from_yaml, to_yaml
 from mellum2_megatron.run_folder import check_run_folder, output_folder, write_run_folder
@@ -59,8 +61,6 @@ _RUN = "mellum2_run"
 """Key of a task's metadata: the resolved run, YAML."""
 
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-
-_OLDEST_RESILIENCY = (0, 6)
 
 _STATES = {
     "COMPLETED": AppState.SUCCEEDED,
@@ -128,15 +128,15 @@ def fault_tolerance(**settings: Any) -> run.FaultTolerance:
         raise InputError(
             "run.FaultTolerance",
             rule="starts ranks with ft_launcher, which is not installed",
-            fix="pip install 'nvidia-resiliency-ext>=0.6'",
+            fix=f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}'",
         )
     found = importlib.metadata.version("nvidia-resiliency-ext")
-    if tuple(map(int, found.split(".")[:2])) < _OLDEST_RESILIENCY:
+    if Version(found) < Version(OLDEST_RESILIENCY):
         raise InputError(
             f"nvidia-resiliency-ext {found}",
             rule="is too old: beside it Megatron-Core 0.19.2 does not import, or not save "
             "(megatron/core/dist_checkpointing/strategies/nvrx.py, NVRX_MIN_VERSION)",
-            fix="pip install 'nvidia-resiliency-ext>=0.6', or remove it",
+            fix=f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}', or remove it",
         )
     return run.FaultTolerance(**{"rdzv_port": 10_000 + secrets.randbelow(20_000), **settings})
 

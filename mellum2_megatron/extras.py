@@ -8,7 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from packaging.version import Version
+
 State = Literal["present", "absent", "wrong"]
+
+OLDEST_RESILIENCY = "0.6.0"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +86,41 @@ def _find_nemo_run() -> Extra:
     )
 
 
+def find_resiliency() -> Extra:
+    """Look for NVIDIA's resiliency extension.
+
+    Beside one older than `OLDEST_RESILIENCY` Megatron-Core does not import at all
+    (megatron/core/dist_checkpointing/strategies/nvrx.py:46, 0.19.2).
+    """
+    found = _find(
+        "NVIDIA resiliency extension",
+        module="nvidia_resiliency_ext",
+        distribution="nvidia-resiliency-ext",
+        used="NeMo-Run's fault-tolerance launcher",
+        lost="not needed: jobs go on without it; NeMo-Run's fault-tolerance launcher needs it",
+    )
+    if found.state == "absent":
+        return found
+    try:
+        version = importlib.metadata.version("nvidia-resiliency-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return found
+    if Version(version) < Version(OLDEST_RESILIENCY):
+        fix = f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}', or remove it"
+        return Extra(name=found.name, state="wrong", detail=f"Megatron does not import beside {version}: {fix}")
+    return found
+
+
+def _find_bridge() -> Extra:
+    return _find(
+        "Megatron-Bridge",
+        module="megatron.bridge",
+        distribution="megatron-bridge",
+        used="conversion.bridge: AutoBridge and NeMo-RL",
+        lost="no conversion.bridge, which nothing else needs; scripts/setup_bridge.sh adds it",
+    )
+
+
 def _find_wandb() -> Extra:
     return _find(
         "Weights & Biases",
@@ -97,6 +136,8 @@ _FINDERS: tuple[Callable[[], Extra], ...] = (
     find_apex,
     _find_flash_attention,
     _find_nemo_run,
+    find_resiliency,
+    _find_bridge,
     _find_wandb,
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mellum2_megatron.extras import find_apex, find_extras
+from mellum2_megatron.extras import find_apex, find_extras, find_resiliency
 
 
 @pytest.fixture
@@ -47,8 +47,26 @@ def test_nvidia_apex_without_and_with_its_kernels(site: Path) -> None:
     assert "amp_C" in find_apex().detail
 
 
+@pytest.mark.parametrize(("version", "state"), [("0.4.1", "wrong"), ("0.6.0", "present"), ("0.10.0", "present")])
+def test_an_old_resiliency_extension_is_recognised(version: str, state: str, site: Path) -> None:
+    assert find_resiliency().state == "absent"
+    _package(site / "nvidia_resiliency_ext")
+    metadata = site / f"nvidia_resiliency_ext-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: nvidia-resiliency-ext\nVersion: {version}\n")
+    assert find_resiliency().state == state
+
+
 def test_every_extra_is_reported_and_none_imported() -> None:
     before = set(sys.modules)
     names = [extra.name for extra in find_extras()]
-    assert names == ["Transformer Engine", "NVIDIA apex", "FlashAttention", "NeMo-Run", "Weights & Biases"]
+    assert names == [
+        "Transformer Engine",
+        "NVIDIA apex",
+        "FlashAttention",
+        "NeMo-Run",
+        "NVIDIA resiliency extension",
+        "Megatron-Bridge",
+        "Weights & Biases",
+    ]
     assert not {"transformer_engine", "nemo_run", "wandb", "flash_attn"} & (set(sys.modules) - before)

@@ -348,7 +348,7 @@ def test_the_fault_tolerance_launcher_where_it_is_not_installed(
     with pytest.raises(InputError, match=r"0\.4\.1: is too old"):
         nemo.fault_tolerance()
     (resiliency / "bin/ft_launcher").unlink()
-    with pytest.raises(InputError, match=r"pip install 'nvidia-resiliency-ext>=0\.6'"):
+    with pytest.raises(InputError, match=r"pip install 'nvidia-resiliency-ext>=0\.6\.0'"):
         nemo.fault_tolerance()
 
 
