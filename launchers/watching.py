@@ -103,6 +103,23 @@ def status(folder: Path | None, job_id: str) -> tuple[Status, ...]:
     return tuple(_status(each, known.get(each), folder) for each in wanted)
 
 
+def require_idle(folder: Path) -> None:
+    """Check that no job of this run folder waits or runs: two would overwrite each other's checkpoints.
+
+    Raises:
+        InputError: one does, or may still; it is named.
+    """
+    launches = [each for each in read_launches(folder) if each.executor == "slurm"]
+    jobs = dict.fromkeys([each.job_id for each in launches[-1:]] + [each.job for each in read_attempts(folder)[-1:]])
+    for state in (state for job in jobs for state in slurm.states(job)):
+        if not state.finished:
+            raise InputError(
+                f"{folder}: job {state.job_id} is {state.state}",
+                rule="a run folder has one job at a time",
+                fix=f"wait for it, `mellum2 launch cancel {state.job_id}`, or choose another --output",
+            )
+
+
 def _expected(folder: Path | None, job_id: str) -> list[str]:
     """Return the jobs that there must have been."""
     launch = next((each for each in reversed(_launches(folder)) if each.job_id == job_id), None)

@@ -246,9 +246,12 @@ def _submit(title: str, prepared: Sequence[Submission]) -> list[str]:
     from launchers.launch_record import read_launches
     from launchers.preview import warnings
     from launchers.submission import require_nemo_run
+    from launchers.watching import require_idle
 
     slurm.require()
     require_nemo_run()
+    for each in prepared:
+        require_idle(each.job.folder)
     from launchers import nemo
 
     lines = [line for each in prepared for line in (*each.package.notes, *warnings(each.job))]

@@ -252,6 +252,22 @@ def test_a_folder_names_its_job_also_when_another_one_continues_it(fake: Fake, t
     assert watching.find(str(tmp_path / "by hand")) == (tmp_path / "by hand", "31")
 
 
+def test_a_folder_with_a_job_takes_no_second_one(fake: Fake, tmp_path: Path) -> None:
+    watching.require_idle(tmp_path / "new")  # Slurm is not even asked
+    launch(tmp_path / "run", "7")
+    fake("scontrol", WAITING_ARRAY + "\n")
+    with pytest.raises(InputError, match=r"job 7_1 is PENDING.*mellum2 launch cancel 7_1"):
+        watching.require_idle(tmp_path / "run")
+    fake("scontrol", FAILED + "\n")
+    watching.require_idle(tmp_path / "run")
+    attempt(tmp_path / "by hand", "8", step=5, kind=None)
+    fake("scontrol", RUNNING_TASK + "\n")
+    with pytest.raises(InputError, match="7_0 is RUNNING"):
+        watching.require_idle(tmp_path / "by hand")
+    fake("scontrol", **UNKNOWN)
+    watching.require_idle(tmp_path / "by hand")
+
+
 def test_a_number_names_its_folder_through_its_log(fake: Fake) -> None:
     fake("scontrol", FAILED + "\n")
     assert watching.find("2") == (Path("/tmp/a b"), "2")
