@@ -1,4 +1,4 @@
-"""Conversion against a plain copy of the same bytes and against what transformers does, on one disk in one run.
+"""Conversion against a plain copy of the same bytes and against what others do, on one disk in one run.
 
 ::
 
@@ -8,7 +8,9 @@
 
 Each step is a process of its own, so that its peak memory is its own. Every step ends with its bytes on the disk
 (fsync). The page cache is warm for all alike: the source was just written. Needs five times the model's size on the
-disk of --folder, and its size in memory twice for transformers (--skip-transformers leaves that out).
+disk of --folder, and its size in memory twice for transformers and Megatron-Bridge (--skip-transformers and
+--skip-bridge leave them out). Bridge takes part where it is importable beside Transformer Engine
+(scripts/setup_bridge.sh), on a CPU by the same means as its tests.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +79,44 @@ def transformers(source: Path, target: Path) -> None:
     from transformers import MellumForCausalLM
 
     MellumForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target)
-    for path in target.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+    _sync(target)
+
+
+def bridge_import(source: Path, target: Path) -> None:
+    """Megatron-Bridge: a Hugging Face folder becomes a Megatron checkpoint, through the model."""
+    bridge = _bridge(source)
+    model = bridge.to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    bridge.save_megatron_model(model, target)
+    _sync(target)
+
+
+def bridge_export(source: Path, target: Path) -> None:
+    """Megatron-Bridge: and back. ``source`` is a Hugging Face folder beside which its checkpoint lies."""
+    bridge = _bridge(source)
+    model = bridge.load_megatron_model(source.with_name("bridge"))
+    bridge.save_hf_weights(model, target, show_progress=False)
+    _sync(target)
+
+
+def _bridge(folder: Path) -> Any:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.te.worker import activate_beside_transformer_engine
+
+    activate_beside_transformer_engine()
+    from megatron.bridge import AutoBridge
+
+    import conversion.bridge  # noqa: F401  # registers Mellum 2
+    from mellum2_megatron.cpu import init_single_process
+
+    init_single_process()
+    return AutoBridge.from_hf_pretrained(folder)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def step(name: str, source: Path, target: Path, workers: int | None) -> None:
@@ -90,10 +128,10 @@ def step(name: str, source: Path, target: Path, workers: int | None) -> None:
         import_hf(source, target, workers=workers)
     elif name == "export":
         export_hf(source, target, workers=workers)
-    elif name == "copy":
-        copy(source, target)
     else:
-        transformers(source, target)
+        {"copy": copy, "transformers": transformers, "bridge-import": bridge_import, "bridge-export": bridge_export}[
+            name
+        ](source, target)
     result = {"seconds": time.monotonic() - start, "cpu": time.process_time() - cpu, "peak": peak_memory()}
     sys.stdout.write(json.dumps(result) + "\n")
 
@@ -122,22 +160,26 @@ def run(layers: int, arguments: argparse.Namespace, work: Path) -> dict[str, dic
     steps += [("copy again", hf, work / "copy")]
     if not arguments.skip_transformers:
         steps.append(("transformers", hf, work / "transformers"))
+    if not arguments.skip_bridge:
+        steps += [("bridge-import", hf, work / "bridge"), ("bridge-export", hf, work / "bridge-exported")]
     results = {}
     for name, source, target in steps:
         result = results[name] = measure(name.split()[0], source, target, arguments.workers)
-        if target != megatron:
+        if target not in (megatron, work / "bridge"):
             shutil.rmtree(target)
         speed = nbytes / result["seconds"] / 1e6
         measured = f"{result['seconds']:8.1f} s {speed:8,.0f} MB/s  cpu {result['cpu']:6.1f} s"
-        sys.stdout.write(f"  {name:<13}{measured}  peak {size_text(result['peak'])}\n")
+        sys.stdout.write(f"  {name:<14}{measured}  peak {size_text(result['peak'])}\n")
         sys.stdout.flush()
-    shutil.rmtree(megatron)
-    shutil.rmtree(hf)
+    for folder in (megatron, hf, work / "bridge"):
+        shutil.rmtree(folder, ignore_errors=True)
     best_copy = min(results["copy"]["seconds"], results["copy again"]["seconds"])
     for name in ("import", "export"):
         line = f"  {name} at {best_copy / results[name]['seconds']:.2f} of the faster copy's speed"
         if "transformers" in results:
             line += f", {results['transformers']['seconds'] / results[name]['seconds']:.2f} times transformers'"
+        if f"bridge-{name}" in results:
+            line += f", {results[f'bridge-{name}']['seconds'] / results[name]['seconds']:.2f} times Megatron-Bridge's"
         sys.stdout.write(line + "\n")
     return results
 
@@ -150,12 +192,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="of import and export")
     parser.add_argument("--folder", type=Path, help="disk to measure; default: the system's temporary folder")
     parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--skip-bridge", action="store_true")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
         name, source, target = arguments.step
         step(name, Path(source), Path(target), arguments.workers)
         return
+    if missing := [name for name in ("megatron.bridge", "transformer_engine") if find_spec(name) is None]:
+        arguments.skip_bridge = True
+        sys.stdout.write(f"without Megatron-Bridge: no {' and no '.join(missing)} here\n")
     peaks = {}
     with tempfile.TemporaryDirectory(prefix="mellum2-convert-", dir=arguments.folder) as work:
         for layers in arguments.layers:

@@ -93,9 +93,9 @@ class ImportJob(Job):
         return {"records": records, "written": asdict(written)}, written.file.size
 
     def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
-        self._writer.finish([Written.from_dict(payload["written"]) for payload in payloads])
         write_manifest(self.folder / RELEASE, records_of(payloads))
         write_run_config(self.folder / RELEASE, self.architecture, dtype_name(self.dtype))
+        self._writer.finish([Written.from_dict(payload["written"]) for payload in payloads])
         write_architecture(self.folder, self.architecture)
         copy_tokenizer(self.source, self.folder / TOKENIZER_FOLDER)
         copy_generation_config(self.source, self.folder)

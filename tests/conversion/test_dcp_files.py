@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from conversion.dcp_files import HashingFileSystem, without_crc32
-from conversion.manifest import MANIFEST_FILE as WEIGHTS_MANIFEST_FILE
 from mellum2_megatron.checkpoint_folder import resolve
 from mellum2_megatron.integrity import MANIFEST_FILE, hash_files, read_manifest
 
@@ -63,5 +62,4 @@ def test_checksums_are_left_out_only_inside(tmp_path: Path) -> None:
 
 def test_the_manifest_of_an_import_is_that_of_its_files(checkpoint: Path) -> None:
     folder = resolve(checkpoint).iteration_dir
-    manifests = {MANIFEST_FILE, WEIGHTS_MANIFEST_FILE}
-    assert read_manifest(folder) == hash_files(path for path in folder.iterdir() if path.name not in manifests)
+    assert read_manifest(folder) == hash_files(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
