@@ -84,7 +84,7 @@ class Container:
 
     Attributes:
         image: a file (``.sqsh``, ``.sif``), or a registry's reference as the runtime writes it
-            (``nvcr.io#nvidia/pytorch:25.10-py3``, ``docker://..``).
+            (``registry.site#nvidia/pytorch:25.10-py3``, ``docker://..``).
         runtime: ``pyxis`` is a plugin of srun; ``apptainer`` and ``enroot`` are commands in front of ours.
         mounts: folders that it sees. Run, data and code must lie in them.
         workdir: where commands start inside; None means the run's folder (with enroot: the image's).

@@ -55,7 +55,7 @@ def golden_jobs() -> dict[str, Job]:
         "bare": job,
         "pyxis": inside(
             Container(
-                image="nvcr.io#nvidia/pytorch:25.10-py3",
+                image="registry.site#nvidia/pytorch:25.10-py3",
                 runtime="pyxis",
                 mounts=lustre,
                 arguments=("--no-container-mount-home",),

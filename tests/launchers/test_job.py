@@ -150,7 +150,7 @@ def test_container(run: Run, corpus: PreparedData, tmp_path: Path):
 
     if tmp_path.is_relative_to("/tmp"):
         assert make_job(run, with_container()).python == "python"
-        assert make_job(run, with_container(image="nvcr.io#nvidia/pytorch:25.10-py3"))
+        assert make_job(run, with_container(image="registry.site#nvidia/pytorch:25.10-py3"))
     missing = with_container(image=str(tmp_path / "gone.sqsh"), mounts=(Mount(source="/", target="/"),))
     assert "there is no such file. Fix: name an image on a disk that the nodes share" in refused(run, missing)
     message = refused(run, with_container(mounts=(Mount(source=str(tmp_path), target=str(tmp_path)),)))

@@ -27,7 +27,7 @@ def test_a_profile_with_everything():
         memory: 1800G
         sbatch: {constraint: h100, nice: 10, spread-job: true}
         container:
-          image: nvcr.io#nvidia/pytorch:25.10-py3
+          image: registry.site#nvidia/pytorch:25.10-py3
           runtime: pyxis
           mounts:
             - /lustre
@@ -48,7 +48,7 @@ def test_a_profile_with_everything():
         memory="1800G",
         sbatch={"constraint": "h100", "nice": 10, "spread-job": True},
         container=Container(
-            image="nvcr.io#nvidia/pytorch:25.10-py3",
+            image="registry.site#nvidia/pytorch:25.10-py3",
             runtime="pyxis",
             mounts=(
                 Mount(source="/lustre", target="/lustre"),
@@ -172,7 +172,7 @@ def test_what_a_container_sees():
     [
         ("/images/a.sqsh", "pyxis", True),
         ("a.sif", "apptainer", True),
-        ("nvcr.io#nvidia/pytorch:25.10-py3", "pyxis", False),
+        ("registry.site#nvidia/pytorch:25.10-py3", "pyxis", False),
         ("docker://ubuntu:24.04", "apptainer", False),
         ("ubuntu:24.04", "pyxis", False),
         ("sandbox", "apptainer", True),
