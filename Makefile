@@ -4,7 +4,7 @@ PYTHON312 := $(VENV)/bin/python
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-launch quickstart test test-launch test-te lint typecheck pytest clean
+.PHONY: help setup setup-launch setup-te setup-bridge quickstart test test-launch test-te lint typecheck pytest clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -14,6 +14,12 @@ setup:  ## find Python 3.12, make .venv and install everything (quick when up to
 
 setup-launch: setup  ## add NeMo-Run to .venv, for `mellum2 launch`
 	@scripts/setup_launch.sh
+
+setup-te: setup  ## add Transformer Engine to .venv, built here (no GPU needed; 12 minutes on two cores the first time)
+	@scripts/setup_te.sh
+
+setup-bridge: setup-te  ## add Megatron-Bridge to .venv, for conversion.bridge
+	@scripts/setup_bridge.sh
 
 quickstart: setup  ## train, convert, verify and talk to a small Mellum 2 on this machine, no GPU needed
 	@$(VENV)/bin/mellum2 quickstart
@@ -35,9 +41,7 @@ test-launch: setup-launch  ## install NeMo-Run and Slurm (root needed for Slurm)
 	@scripts/setup_slurm.sh
 	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_SLURM=1 $(PYTHON312) -m pytest -m "launch or slurm" $(PYTEST_ARGS)
 
-test-te: setup  ## build Transformer Engine, add Megatron-Bridge, and run the tests that construct their models (no GPU needed)
-	@scripts/setup_te.sh
-	@scripts/setup_bridge.sh
+test-te: setup-bridge  ## build Transformer Engine, add Megatron-Bridge, and run the tests that construct their models (no GPU needed)
 	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_BRIDGE=1 $(PYTHON312) -m pytest -m te $(PYTEST_ARGS)
 
 clean:  ## remove caches and build outputs; runs/, data/ and .venv stay
