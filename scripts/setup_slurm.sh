@@ -32,6 +32,6 @@ if [[ ! -e $policy ]]; then
   "${as_root[@]}" chmod +x "$policy"
   trap '"${as_root[@]}" rm -f "$policy"' EXIT
 fi
-"${as_root[@]}" apt-get update -qq
-"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
+"${as_root[@]}" apt-get -o Acquire::Retries=3 update -qq
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 install -y -qq --no-install-recommends slurm-wlm munge
 PATH="$PATH:/usr/sbin" slurmctld -V
