@@ -21,7 +21,6 @@ This is the only module that imports nemo_run.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import secrets
@@ -36,7 +35,6 @@ from typing import Any
 import nemo_run as run
 import yaml
 from nemo_run.run.torchx_backend.schedulers import api as nemo_schedulers
-from packaging.version import Version
 from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Scheduler
 from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 
@@ -48,7 +46,7 @@ from launchers.sbatch import render
 from launchers.submission import Submission, resolve
 from mellum2_megatron.checkpoint_folder import RUN_FILE
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.extras import OLDEST_RESILIENCY
+from mellum2_megatron.extras import OLDEST_RESILIENCY, too_old_resiliency
 from mellum2_megatron.recipes import recipe_names
 from mellum2_megatron.run import Device, Run, from_yaml, to_yaml
 from mellum2_megatron.run_folder import check_run_folder, output_folder, write_run_folder
@@ -130,8 +128,8 @@ def fault_tolerance(**settings: Any) -> run.FaultTolerance:
             rule="starts ranks with ft_launcher, which is not installed",
             fix=f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}'",
         )
-    found = importlib.metadata.version("nvidia-resiliency-ext")
-    if Version(found) < Version(OLDEST_RESILIENCY):
+    found = too_old_resiliency()
+    if found is not None:
         raise InputError(
             f"nvidia-resiliency-ext {found}",
             rule="is too old: beside it Megatron-Core 0.19.2 does not import, or not save "

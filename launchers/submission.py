@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from launchers.job import Job, check_place, plan_job
 from launchers.packaging import Package, check_code, package
@@ -21,7 +20,6 @@ from mellum2_megatron.run_folder import read_run
 from mellum2_megatron.stages import check_predecessor, stage_chain
 from mellum2_megatron.start import default_nproc, resolve_device
 
-ExecutorName = Literal["local", "slurm"]
 COMMANDS = ("run", "status", "logs", "cancel", "pipeline")
 """Commands of `mellum2 launch`; no recipe has such a name."""
 

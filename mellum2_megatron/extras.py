@@ -99,16 +99,20 @@ def find_resiliency() -> Extra:
         used="NeMo-Run's fault-tolerance launcher",
         lost="not needed: jobs go on without it; NeMo-Run's fault-tolerance launcher needs it",
     )
-    if found.state == "absent":
+    version = too_old_resiliency()
+    if version is None:
         return found
+    fix = f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}', or remove it"
+    return Extra(name=found.name, state="wrong", detail=f"Megatron does not import beside {version}: {fix}")
+
+
+def too_old_resiliency() -> str | None:
+    """Return the version of NVIDIA's resiliency extension if it is older than `OLDEST_RESILIENCY`."""
     try:
         version = importlib.metadata.version("nvidia-resiliency-ext")
     except importlib.metadata.PackageNotFoundError:
-        return found
-    if Version(version) < Version(OLDEST_RESILIENCY):
-        fix = f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}', or remove it"
-        return Extra(name=found.name, state="wrong", detail=f"Megatron does not import beside {version}: {fix}")
-    return found
+        return None
+    return version if Version(version) < Version(OLDEST_RESILIENCY) else None
 
 
 def _find_bridge() -> Extra:
