@@ -26,7 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from mellum2_megatron.errors import InputError, nearest
-from mellum2_megatron.values import StrictLoader, field_types, from_plain
+from mellum2_megatron.values import StrictLoader, field_types, from_plain, yaml_problem
 
 PROFILES_VARIABLE = "MELLUM2_PROFILES"
 """Environment variable that names a folder of profiles, for a whole site."""
@@ -357,9 +357,8 @@ def profile_from_yaml(text: str, *, name: str) -> Profile:
     try:
         values = yaml.load(text, Loader=StrictLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-        where = f"line {mark.line + 1}" if mark else "the file"
+        line, problem = yaml_problem(error)
+        where = f"line {line}" if line else "the file"
         raise InputError(where, rule=f"not a profile's YAML ({problem})", fix="see docs/examples/profiles") from None
     if isinstance(values, Mapping):
         values = {"name": name, **values}

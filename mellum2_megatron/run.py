@@ -18,7 +18,7 @@ from mellum2_megatron.optimizer import Loss, Optimizer
 from mellum2_megatron.precision import Precision
 from mellum2_megatron.schedule import Schedule
 from mellum2_megatron.stability import Stability
-from mellum2_megatron.values import StrictLoader, field_types, from_plain, to_plain
+from mellum2_megatron.values import StrictLoader, field_types, from_plain, to_plain, yaml_problem
 
 logger = logging.getLogger(__name__)
 
@@ -295,9 +295,8 @@ def from_yaml(text: str) -> Run:
     try:
         values = yaml.load(text, Loader=StrictLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"run file, line {mark.line + 1}" if mark else "run file"
-        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+        line, problem = yaml_problem(error)
+        where = f"run file, line {line}" if line else "run file"
         raise InputError(where, rule=f"not YAML ({problem})", fix="give a file that `mellum2 train` wrote") from None
     run: Run = _build(Run, values, "")
     return run

@@ -34,6 +34,13 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def yaml_problem(error: yaml.YAMLError) -> tuple[int | None, str]:
+    """Return the line (from 1) of what `StrictLoader` cannot read, if it says, and what is wrong, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+    return (mark.line + 1 if mark else None), problem
+
+
 class MismatchError(Exception):
     """A value that does not fit an annotation; the caller adds the key and raises InputError."""
 
