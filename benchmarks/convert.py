@@ -29,6 +29,7 @@ from typing import Any
 
 from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
 from mellum2_megatron.files import size_text
+from mellum2_megatron.hf_config import to_hf_config
 
 _CHUNK = 16 * 2**20
 
@@ -60,7 +61,7 @@ def make(folder: Path, layers: int, small: bool) -> None:
                 write_tensor(stream.fileno(), begins[source.name], values)
             os.fsync(stream.fileno())
     write_index(folder, shards, torch.bfloat16)
-    (folder / CONFIG_FILE).write_text(json.dumps(model.to_hf_config("bfloat16")))
+    (folder / CONFIG_FILE).write_text(json.dumps(to_hf_config(model, "bfloat16")))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.files import write_json
+from mellum2_megatron.hf_config import to_hf_config
 from mellum2_megatron.recipes import recipe
 from mellum2_megatron.run import Run
 from mellum2_megatron.schedule import Schedule
@@ -169,7 +170,7 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
 
     from benchmarks.train_step_profile import in_part
     from mellum2_megatron.model.provider import run_model_provider
-    from mellum2_megatron.train import forward_step
+    from mellum2_megatron.step import forward_step
 
     words = megatron_arguments(run, world_size=1, device=device, backend=spec.backend)
     missing = set(spec.without) - set(words)
@@ -203,7 +204,7 @@ def transformers(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> No
     from benchmarks.train_step_profile import in_part
 
     run = spec.run
-    settings = run.architecture.to_hf_config("bfloat16")
+    settings = to_hf_config(run.architecture, "bfloat16")
     config = AutoConfig.for_model(**settings)
     torch.manual_seed(SEED)
     with torch.device(device):

@@ -30,6 +30,7 @@ from conversion.mapping import derive, huggingface_shapes
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.bridge_config import provider_fields
 from mellum2_megatron.errors import InputError
+from mellum2_megatron.hf_config import from_hf_config, to_hf_config
 from mellum2_megatron.model.config import require_matching_config, use_plain_initialization
 from mellum2_megatron.model.provider import build_model
 
@@ -145,12 +146,12 @@ class Mellum2Bridge(MegatronModelBridge):
         """
         config = hf_pretrained.config
         dtype = self.dtype_from_hf(config, default=torch.bfloat16)
-        return Mellum2ModelProvider.from_architecture(Mellum2Architecture.from_hf_config(config.to_dict()), dtype)
+        return Mellum2ModelProvider.from_architecture(from_hf_config(config.to_dict()), dtype)
 
     @classmethod
     def megatron_to_hf_config(cls, provider: Mellum2ModelProvider) -> dict[str, Any]:
         """Return the ``config.json`` of a provider's model."""
-        return provider.built_architecture().to_hf_config(str(provider.params_dtype).removeprefix("torch."))
+        return to_hf_config(provider.built_architecture(), str(provider.params_dtype).removeprefix("torch."))
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Return the mapping of every weight, MTP included."""

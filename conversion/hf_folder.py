@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from conversion.mapping import Entry, FusedTensor, Shape, derive, fused_experts, huggingface_shapes
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.errors import InputError
+from mellum2_megatron.hf_config import from_hf_config
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def read_config(folder: Path) -> Mellum2Architecture:
     """Return the architecture that ``folder/config.json`` describes."""
     config = read_json(folder / CONFIG_FILE, "a Hugging Face model folder has it")
     try:
-        return Mellum2Architecture.from_hf_config(config)
+        return from_hf_config(config)
     except InputError as error:
         raise InputError(f"{folder / CONFIG_FILE}: {error.value}", rule=error.rule, fix=error.fix) from error
 

@@ -18,7 +18,7 @@ from conversion.job import Checks, Job, Unit, entry_bytes, records_of
 from conversion.manifest import Manifest, WeightRecord, write_manifest
 from conversion.mapping import Entry, Same, extra_states, huggingface_shapes
 from conversion.reports import ConversionReport
-from conversion.torch_dist import Chunk, TorchDistWriter, Written, group_file
+from conversion.torch_dist_writer import Chunk, TorchDistWriter, Written, group_file
 from mellum2_megatron.bridge_config import write_run_config
 from mellum2_megatron.checkpoint_folder import RELEASE, TOKENIZER_FOLDER, write_architecture, write_tracker
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.check_release import BASE_PRETRAIN, CHAT_MEMBERS
+from conversion.members import BASE_PRETRAIN, CHAT_MEMBERS
 from conversion.verify import VerifyReport
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.errors import InputError

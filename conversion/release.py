@@ -9,17 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conversion.check_release import (
-    CHAT_MEMBERS,
-    MIN_ACCEPTANCE,
-    Check,
-    ReleaseReport,
-    read_text,
-    require_acceptance,
-    require_member,
-)
+from conversion.check import Check, ReleaseReport
+from conversion.check_release import MIN_ACCEPTANCE, read_text, require_acceptance
 from conversion.convert import export_hf
 from conversion.hf_folder import GENERATION_CONFIG_FILE, read_json
+from conversion.members import CHAT_MEMBERS, require_member
 from conversion.model_card import CardFacts, Rows, model_card, read_evaluation
 from conversion.release_checks import (
     CARD_FILE,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from conversion.check_release import BASE_PRETRAIN, CHAT_MEMBERS, MEMBERS, Check
+from conversion.check import Check
 from conversion.hf_folder import (
     CONFIG_FILE,
     PICKLED,
@@ -33,6 +33,7 @@ from conversion.hf_folder import (
 )
 from conversion.manifest import MANIFEST_FILE, Manifest, WeightRecord
 from conversion.mapping import derive, huggingface_shapes
+from conversion.members import BASE_PRETRAIN, CHAT_MEMBERS, MEMBERS
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.rope import RopeParameters

@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversion.check_release import Check
+from conversion.check import Check
 from conversion.hf_folder import listed
 from conversion.hf_scoring import bars_on_terminals_only
 from mellum2_megatron.errors import InputError, WorkError

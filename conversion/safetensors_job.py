@@ -17,6 +17,7 @@ from conversion.job import Job, Unit, entry_bytes, records_of
 from conversion.manifest import WeightRecord, write_manifest
 from conversion.mapping import Entry, derive
 from mellum2_megatron.files import write_json
+from mellum2_megatron.hf_config import to_hf_config
 
 
 class SafetensorsJob(Job):
@@ -66,4 +67,4 @@ class SafetensorsJob(Job):
     def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
         write_index(self.folder, self._shards, self.dtype)
         write_manifest(self.folder, records_of(payloads))
-        write_json(self.folder / CONFIG_FILE, self.architecture.to_hf_config(dtype_name(self.dtype)))
+        write_json(self.folder / CONFIG_FILE, to_hf_config(self.architecture, dtype_name(self.dtype)))

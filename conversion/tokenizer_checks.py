@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion.check_release import Check
+from conversion.check import Check
 from conversion.hf_folder import CONFIG_FILE, GENERATION_CONFIG_FILE, listed, read_json
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.data.tokenizer import check_fim, load_tokenizer, special_ids

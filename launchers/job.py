@@ -13,14 +13,12 @@ from pathlib import Path
 
 from launchers.profile import Profile
 from mellum2_megatron.errors import InputError
-from mellum2_megatron.files import write_text
 from mellum2_megatron.overrides import apply_overrides
 from mellum2_megatron.rules import enforce
 from mellum2_megatron.run import Device, Run
-from mellum2_megatron.run_folder import check_run_folder, output_folder, write_run_folder
+from mellum2_megatron.run_folder import check_run_folder, output_folder
 
 LOGS_FOLDER = "logs"
-SCRIPT_FILE = "job.sbatch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,20 +162,6 @@ def check_place(job: Job, *, before: Path | None = None) -> None:
     _check_container(job)
     for each in job.runs:
         _check_run(each, job, before)
-
-
-def write_job(job: Job) -> Path:
-    """Write the run folder, the folder of the logs and the script; return the script's path.
-
-    ``sbatch`` drops a job without a word whose log it cannot open, so the folders must be there first.
-    """
-    from launchers.sbatch import render
-
-    for run in job.runs:
-        write_run_folder(run)
-    (job.folder / LOGS_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_text(job.folder / SCRIPT_FILE, render(job))
-    return job.folder / SCRIPT_FILE
 
 
 def missing_variables(profile: Profile) -> tuple[str, ...]:

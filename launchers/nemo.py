@@ -39,7 +39,8 @@ from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Schedule
 from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 
 from launchers import slurm
-from launchers.job import Job, make_job, with_absolute_paths, write_job
+from launchers.batch_job import write_job
+from launchers.job import Job, make_job, with_absolute_paths
 from launchers.launch_record import record_launch
 from launchers.profile import Profile, profile_from_yaml, profile_names, read_profile
 from launchers.sbatch import render

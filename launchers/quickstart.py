@@ -112,7 +112,7 @@ class Quickstart:
 
     def _summarize(self, parity: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
         from mellum2_megatron.checkpoint_folder import RUN_FILE
-        from mellum2_megatron.data.prepare import load_prepared
+        from mellum2_megatron.data.prepared_folder import load_prepared
         from mellum2_megatron.generate import mtp_acceptance
         from mellum2_megatron.metrics import METRICS_FILE, read_metrics, series
         from mellum2_megatron.run_folder import read_run

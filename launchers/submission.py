@@ -15,10 +15,10 @@ from launchers.profile import Profile, profile_names, read_profile
 from mellum2_megatron.errors import InputError, nearest
 from mellum2_megatron.overrides import apply_overrides
 from mellum2_megatron.recipes import recipe, recipe_names
+from mellum2_megatron.resolve import default_nproc, resolve_device
 from mellum2_megatron.run import Run
 from mellum2_megatron.run_folder import read_run
 from mellum2_megatron.stages import check_predecessor, stage_chain
-from mellum2_megatron.start import default_nproc, resolve_device
 
 COMMANDS = ("run", "status", "logs", "cancel", "pipeline")
 """Commands of `mellum2 launch`; no recipe has such a name."""

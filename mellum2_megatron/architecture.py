@@ -200,19 +200,6 @@ class Mellum2Architecture:
             changes["mtp_layer_types"] = ("sliding_attention",) * mtp_layers
         return dataclasses.replace(self, **changes)
 
-    @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any]) -> Mellum2Architecture:
-        """Read a Hugging Face ``config.json``; what Mellum 2 cannot express raises InputError. See `hf_config`."""
-        from mellum2_megatron.hf_config import from_hf_config
-
-        return from_hf_config(config)
-
-    def to_hf_config(self, torch_dtype: str = "bfloat16") -> dict[str, Any]:
-        """Return the released ``config.json``'s content for this model, keys sorted as transformers writes them."""
-        from mellum2_megatron.hf_config import to_hf_config
-
-        return to_hf_config(self, torch_dtype)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``architecture.json``: our fields, as JSON types."""
         values = dataclasses.asdict(self)

@@ -16,8 +16,8 @@ from mellum2_megatron.layout_report import layout_report, render_layout
 from mellum2_megatron.memory import memory_per_rank
 from mellum2_megatron.optimizer_report import optimizer_report, render_optimizer
 from mellum2_megatron.recipes import recipe_names
+from mellum2_megatron.resolve import resolve_run
 from mellum2_megatron.run import Run
-from mellum2_megatron.start import resolve_run
 
 
 def describe(

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.extras import find_extras
+from mellum2_megatron.resolve import plan, resolve_run
 from mellum2_megatron.rules import check
-from mellum2_megatron.start import plan, resolve_run
 
 _PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "transformers")
 

@@ -23,7 +23,8 @@ import torch
 from mellum2_megatron.checkpoint_folder import iteration_folder_name
 from mellum2_megatron.errors import WorkError
 from mellum2_megatron.files import write_json
-from mellum2_megatron.stability import LossHistory, Stability
+from mellum2_megatron.loss_history import LossHistory
+from mellum2_megatron.stability import Stability
 
 logger = logging.getLogger(__name__)
 

@@ -215,7 +215,7 @@ def _check_render(render: str | None) -> None:
 
 
 def _show(prepared: Sequence[Submission], *, dry_run: bool, render: str | None, tflops: float | None) -> None:
-    from launchers.job import write_job
+    from launchers.batch_job import write_job
     from launchers.preview import show
     from launchers.sbatch import render as render_script
 

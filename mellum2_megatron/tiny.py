@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable
 
 from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
+from mellum2_megatron.hardware import Hardware
 from mellum2_megatron.layout import Layout
 from mellum2_megatron.optimizer import Optimizer
 from mellum2_megatron.precision import Precision
-from mellum2_megatron.pretraining import SCHEDULE_KEYS, Hardware, Training, stage_recipes
+from mellum2_megatron.pretraining import SCHEDULE_KEYS, Training, stage_recipes
 from mellum2_megatron.run import Data, Logging, Run
 from mellum2_megatron.schedule import Schedule
 

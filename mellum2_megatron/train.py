@@ -8,15 +8,13 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from mellum2_megatron.checkpoint_folder import resume_folder, tracked_iteration
 from mellum2_megatron.errors import WorkError
@@ -27,18 +25,13 @@ from mellum2_megatron.rules import enforce
 from mellum2_megatron.run import Device, Run
 from mellum2_megatron.run_folder import check_run_folder, check_share, output_folder, read_run, write_run_folder
 from mellum2_megatron.saving import remove_fragments
+from mellum2_megatron.step import forward_step
 from mellum2_megatron.stopping import STOPPED, StopRequest
+from mellum2_megatron.training_datasets import dataset_provider
 from mellum2_megatron.watch import Watch, default_store
-
-if TYPE_CHECKING:
-    import torch
-
-Batch = dict[str, "torch.Tensor | None"]
 
 _ECHO_SECONDS = 5.0
 """A rank that failed because of another one waits so long, so that the other's reason is the one that is reported."""
-
-_TEXT = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +172,7 @@ def _pretrain(run: Run, world_size: int, device: Device, stop: StopRequest, watc
     try:
         pretrain(
             container,
-            _dataset_provider(run, loaded),
+            dataset_provider(run, loaded),
             ModelType.encoder_or_decoder,
             watch.beating(guard.watching(forward_step)),
             # Not through the container: in 0.19.2 that path never lays parameters out for layer-wise Muon
@@ -188,121 +181,6 @@ def _pretrain(run: Run, world_size: int, device: Device, stop: StopRequest, watc
         )
     finally:
         metrics.close()
-
-
-def _dataset_provider(run: Run, loaded: Callable[[], None]) -> Any:
-    """Return Megatron's dataset provider; the first of our functions to run after a checkpoint is `loaded`."""
-
-    def provide(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
-        from mellum2_megatron.data.continued import ContinuedTraining
-        from mellum2_megatron.data.datasets import build_datasets
-        from mellum2_megatron.data.fixed_validation import FixedValidation
-
-        loaded()
-        per_validation = run.logging.eval_iterations * run.eval_batch_size
-        cache = None if run.data.cache is None else Path(run.data.cache)
-        counts = (samples[0] - run.data.first_sample, per_validation, 0)
-        train_set, valid_set, _ = build_datasets(run, counts, vp_stage=vp_stage, cache=cache)
-        if train_set is not None and run.data.first_sample:
-            train_set = ContinuedTraining(train_set, first=run.data.first_sample)
-        if valid_set is not None and per_validation:
-            valid_set = FixedValidation(valid_set, period=per_validation, length=samples[1])
-        return train_set, valid_set, None
-
-    provide.is_distributed = True  # type: ignore[attr-defined]  # built on every rank, with barriers inside
-    return provide
-
-
-def forward_step(
-    data_iterator: Iterator[Batch], model: torch.nn.Module, *_: Any
-) -> tuple[torch.Tensor, functools.partial[Any]]:
-    """Run one micro-batch through this stage of the model (Megatron's `forward_step_func`).
-
-    Returns:
-        Per-token loss `[b, s]` on the last pipeline stage (hidden states elsewhere), and the function that sums it.
-    """
-    from megatron.core.utils import get_attr_wrapped_model
-
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
-    return output, functools.partial(sum_loss, batch["loss_mask"])
-
-
-def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None = None) -> Batch:
-    """Return this rank's share of the next micro-batch, with None for what its pipeline stage does not read.
-
-    Tensor-parallel rank 0 reads, the others receive; context parallelism keeps two zigzag chunks of each sequence.
-
-    Returns:
-        `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[b, s / cp]`.
-    """
-    import torch
-    from megatron.core import parallel_state as mpu
-    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-    from megatron.training import get_args
-
-    args = get_args()
-    stage: dict[str, Any] = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
-    first, last = mpu.is_pipeline_first_stage(**stage), mpu.is_pipeline_last_stage(**stage)
-    if not (first or last):
-        return dict.fromkeys(_TEXT)
-    batch: Batch = {}
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        sample = next(data_iterator)
-        device = torch.cuda.current_device()
-        for name in _TEXT:
-            tensor = sample[name]
-            assert tensor is not None
-            batch[name] = tensor.to(device, non_blocking=True)
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=False,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=mtp_on_this_rank(
-            layout=None, mtp_num_layers=args.mtp_num_layers, ignore_virtual=vp_stage is None, vp_stage=vp_stage
-        ),
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=first,
-        is_pipeline_last_stage=last,
-    )
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return {name: batch.get(name) for name in _TEXT}
-
-
-def sum_loss(
-    loss_mask: torch.Tensor | None, output: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum the loss over the tokens that count (Megatron's loss function, its three-value form).
-
-    Args:
-        loss_mask: `[b, s]`, 1 where the token counts; None on a stage that has no loss, where this is never called.
-        output: per-token loss `[b, s]`, nats.
-
-    Raises:
-        RuntimeError: the sum is not finite (`failures.explained` puts it in words).
-
-    Returns:
-        The sum, the number of tokens, and for the log `{"lm loss": [sum, number]}`; Megatron divides.
-    """
-    import torch
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-
-    assert loss_mask is not None
-    loss = torch.sum(output.view(-1).float() * loss_mask.view(-1))
-    # As Megatron-LM's pretrain_gpt.py; gradients are checked by its DistributedDataParallel.
-    get_rerun_state_machine().validate_result(
-        result=loss.detach(), rejection_func=lambda value: not value.isfinite(), message="loss of a micro-batch"
-    )
-    tokens = loss_mask.sum().to(torch.int)
-    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from mellum2_megatron.data.prepare import PreparedData
+    from mellum2_megatron.data.prepared_folder import PreparedData
 
 if not torch.cuda.is_available():
     from mellum2_megatron import cpu

@@ -17,6 +17,7 @@ import pytest
 
 from mellum2_megatron.architecture import PRESETS, Mellum2Architecture, RopeParameters
 from mellum2_megatron.errors import InputError
+from mellum2_megatron.hf_config import from_hf_config, to_hf_config
 
 TINY = PRESETS["mellum2-tiny"]
 RELEASED = PRESETS["mellum2-12b"]
@@ -159,7 +160,7 @@ def _hf_models(arch: Mellum2Architecture) -> tuple[Any, Any]:
     from transformers.modeling_layers import MtpModel
 
     with torch.device("meta"):
-        model = MellumForCausalLM(MellumConfig(**arch.to_hf_config()))
+        model = MellumForCausalLM(MellumConfig(**to_hf_config(arch)))
         mtp = MtpModel(model, 1) if arch.num_mtp_layers else None
     return model, mtp
 
@@ -197,7 +198,7 @@ def test_transformers_loads_every_listed_tensor_and_misses_none(arch: Mellum2Arc
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import MtpModel
 
-    (tmp_path / "config.json").write_text(json.dumps(arch.to_hf_config("float32")))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(arch, "float32")))
     weights = {p.name: torch.full(p.shape, float(i)) for i, p in enumerate(arch.parameters())}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -277,8 +278,8 @@ def test_mtp_flag_is_nothing_without_an_mtp_layer() -> None:
     ("config", "preset"), [(BASE_PRETRAIN_CONFIG, "mellum2-12b"), (RELEASED_CONFIG, "mellum2-12b-128k")]
 )
 def test_released_configs_are_the_presets_both_ways(config: dict[str, Any], preset: str) -> None:
-    assert Mellum2Architecture.from_hf_config(config) == PRESETS[preset]
-    assert PRESETS[preset].to_hf_config() == config
+    assert from_hf_config(config) == PRESETS[preset]
+    assert to_hf_config(PRESETS[preset]) == config
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -287,24 +288,24 @@ def test_config_round_trip_through_transformers(name: str) -> None:
     from transformers import MellumConfig
 
     arch = VARIANTS[name]
-    written = json.loads(MellumConfig(**arch.to_hf_config()).to_json_string(use_diff=False))
-    assert Mellum2Architecture.from_hf_config(written) == arch
-    assert Mellum2Architecture.from_hf_config(json.loads(json.dumps(arch.to_hf_config()))) == arch
+    written = json.loads(MellumConfig(**to_hf_config(arch)).to_json_string(use_diff=False))
+    assert from_hf_config(written) == arch
+    assert from_hf_config(json.loads(json.dumps(to_hf_config(arch)))) == arch
 
 
 def test_absent_keys_mean_what_they_mean_in_transformers() -> None:
     from transformers import MellumConfig
 
-    bare = Mellum2Architecture.from_hf_config({"model_type": "mellum"})
+    bare = from_hf_config({"model_type": "mellum"})
     defaults = json.loads(MellumConfig().to_json_string(use_diff=False))
-    assert bare == Mellum2Architecture.from_hf_config(defaults)
+    assert bare == from_hf_config(defaults)
     assert set(bare.layer_types) == {FULL}
     assert bare.rope_sliding_attention.rope_theta == 10_000.0
     assert bare.num_mtp_layers == 0
 
 
 def test_mtp_types_of_a_folder_without_its_head_are_ignored() -> None:
-    arch = Mellum2Architecture.from_hf_config(BASE_PRETRAIN_CONFIG | {"num_nextn_predict_layers": 0})
+    arch = from_hf_config(BASE_PRETRAIN_CONFIG | {"num_nextn_predict_layers": 0})
     assert arch == RELEASED.replace(num_mtp_layers=0)
 
 
@@ -312,7 +313,7 @@ def test_attribute_aliases_are_read() -> None:
     config = dict(BASE_PRETRAIN_CONFIG)
     config["num_local_experts"] = config.pop("num_experts")
     config["num_mtp_layers"] = config.pop("num_nextn_predict_layers")
-    assert Mellum2Architecture.from_hf_config(config) == RELEASED
+    assert from_hf_config(config) == RELEASED
 
 
 def test_truncate_is_read_where_transformers_reads_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -330,21 +331,21 @@ def test_truncate_is_read_where_transformers_reads_it(caplog: pytest.LogCaptureF
     assert frequencies(inside) == plain
     assert frequencies(beside) != plain
     with caplog.at_level(logging.WARNING):
-        arch = Mellum2Architecture.from_hf_config(RELEASED_CONFIG | {"rope_parameters": inside})
+        arch = from_hf_config(RELEASED_CONFIG | {"rope_parameters": inside})
     assert arch.rope_full_attention.truncate
     assert "truncate" in caplog.text
-    arch = Mellum2Architecture.from_hf_config(RELEASED_CONFIG | {"rope_parameters": beside})
+    arch = from_hf_config(RELEASED_CONFIG | {"rope_parameters": beside})
     assert not arch.rope_full_attention.truncate
-    assert arch.to_hf_config()["rope_parameters"]["truncate"] is False
-    assert Mellum2Architecture.from_hf_config(arch.to_hf_config()) == arch
+    assert to_hf_config(arch)["rope_parameters"]["truncate"] is False
+    assert from_hf_config(to_hf_config(arch)) == arch
 
 
 def test_keys_nobody_reads_are_named_and_known_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:
     extra = {"transformers_version": "5.23.0", "use_cache": False, "auto_map": {}, "torch_dtype": "float32"}
     with caplog.at_level(logging.WARNING):
-        Mellum2Architecture.from_hf_config(BASE_PRETRAIN_CONFIG | extra)
+        from_hf_config(BASE_PRETRAIN_CONFIG | extra)
         assert not caplog.records
-        Mellum2Architecture.from_hf_config(BASE_PRETRAIN_CONFIG | {"flux_capacitor": 1.21, "eos_token_id": 98304})
+        from_hf_config(BASE_PRETRAIN_CONFIG | {"flux_capacitor": 1.21, "eos_token_id": 98304})
     assert "flux_capacitor" in caplog.text
     assert "eos_token_id=98304" in caplog.text
 
@@ -402,7 +403,7 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
 )
 def test_what_mellum2_cannot_express_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=re.escape(named)):
-        Mellum2Architecture.from_hf_config(RELEASED_CONFIG | changes)
+        from_hf_config(RELEASED_CONFIG | changes)
 
 
 # -- our own fields -------------------------------------------------------------------------------------------------
@@ -482,7 +483,7 @@ def test_impossible_ropes_are_refused(fields: dict[str, Any], named: str) -> Non
 
 def test_describing_a_model_imports_no_heavy_library() -> None:
     code = (
-        "import sys, mellum2_megatron.architecture as a; a.PRESETS['mellum2-12b'].to_hf_config();"
+        "import sys, mellum2_megatron.architecture as a, mellum2_megatron.hf_config as h; h.to_hf_config(a.PRESETS['mellum2-12b']);"
         "print([m for m in ('torch', 'megatron', 'transformers', 'numpy') if m in sys.modules])"
     )
     root = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from mellum2_megatron.checkpoint_folder import (
     resolve,
     write_tracker,
 )
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.integrity import MANIFEST_FILE, check_hashes, check_sizes, hash_files, read_manifest
 from mellum2_megatron.run import Checkpoint, Run, to_yaml

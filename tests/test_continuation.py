@@ -10,7 +10,7 @@ import torch
 
 from mellum2_megatron.checkpoint_folder import LAST_FILE, iteration_folder_name, write_architecture, write_tracker
 from mellum2_megatron.data.continued import ContinuedTraining
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.overrides import apply_overrides
 from mellum2_megatron.recipes import recipe

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mellum2_megatron.checkpoint_folder import is_complete, iteration_folders, resolve, tracked_iteration
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.failures import RankFailure, root_cause
 from mellum2_megatron.integrity import read_manifest
 from mellum2_megatron.metrics import METRICS_FILE, read_metrics

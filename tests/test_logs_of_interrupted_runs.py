@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.metrics import METRICS_FILE, WANDB_ID_FILE, read_metrics
 from tests.distributed import DistributedError
 from tests.test_faults import ranks, saved

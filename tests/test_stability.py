@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from mellum2_megatron.checkpoint_folder import iteration_folder_name
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.errors import InputError
+from mellum2_megatron.loss_history import LossHistory
 from mellum2_megatron.metrics import METRICS_FILE, Record, read_metrics
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.run_folder import read_run
-from mellum2_megatron.stability import LossHistory, Stability
+from mellum2_megatron.stability import Stability
 from tests.distributed import DistributedError
 from tests.test_checkpoints import at_step, equal, state
 from tests.test_faults import ranks, saved

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mellum2_megatron.checkpoint_folder import LAST_FILE, iteration_folder_name
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.overrides import apply_overrides
 from mellum2_megatron.provenance import read_records

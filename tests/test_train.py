@@ -13,7 +13,8 @@ import torch
 from conversion.convert import export_hf, import_hf, open_checkpoint
 from conversion.verify import verify
 from mellum2_megatron.checkpoint_folder import resolve, write_tracker
-from mellum2_megatron.data.prepare import PreparedData, prepare
+from mellum2_megatron.data.prepare import prepare
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.metrics import METRICS_FILE, read_metrics
 from mellum2_megatron.overrides import apply_overrides
 from mellum2_megatron.recipes import recipe

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mellum2_megatron.data.prepare import load_prepared
+from mellum2_megatron.data.prepared_folder import load_prepared
 from mellum2_megatron.data.tokenizer import special_ids, tokenizer_hash, vocab_size
 from mellum2_megatron.errors import InputError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mellum2_megatron.data.prepare import load_prepared
+from mellum2_megatron.data.prepared_folder import load_prepared
 from mellum2_megatron.run import from_yaml
 from tests.cli.runner import BIG, TINY, Result, mellum2, process
 from tests.conversion.folders import load_tensors, save_tensors

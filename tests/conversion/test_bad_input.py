@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from conversion.convert import export_hf, import_hf, roundtrip
 from conversion.safe_metadata import read_metadata
-from conversion.torch_dist import Chunk, TorchDistReader
+from conversion.torch_dist import TorchDistReader
+from conversion.torch_dist_writer import Chunk
 from mellum2_megatron.checkpoint_folder import iteration_folders, iteration_number, resolve, write_tracker
 from mellum2_megatron.errors import InputError
 from tests.conversion.folders import load_tensors, save_tensors, write_folder, write_torch_dist

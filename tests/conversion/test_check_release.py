@@ -14,7 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 import conversion.release_runs as release_runs
-from conversion.check_release import Check, check_release
+from conversion.check import Check
+from conversion.check_release import check_release
 from conversion.hf_folder import INDEX_FILE
 from conversion.release import ReleaseResult
 from mellum2_megatron import cli

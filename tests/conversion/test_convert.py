@@ -19,7 +19,8 @@ from transformers.modeling_layers import MtpModel
 from conversion import hf_writer, safetensors_job
 from conversion.convert import export_hf, import_hf, roundtrip
 from conversion.job import Checks
-from conversion.torch_dist import Chunk, TorchDistReader
+from conversion.torch_dist import TorchDistReader
+from conversion.torch_dist_writer import Chunk
 from mellum2_megatron.checkpoint_folder import resolve, write_architecture, write_tracker
 from mellum2_megatron.errors import InputError, WorkError
 from tests.conversion.folders import (

@@ -11,11 +11,12 @@ import torch
 from conversion import mapping
 from conversion.mapping import GroupedHeads, StackedRows, derive, extra_states, fused_experts, huggingface_shapes
 from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
+from mellum2_megatron.hf_config import from_hf_config
 from tests.conversion.folders import VARIANTS, models, mtp_tensors, unfused
 
 
 def architecture_of(changes: dict[str, Any]) -> Mellum2Architecture:
-    return Mellum2Architecture.from_hf_config(models(changes)[0].config.to_dict())
+    return from_hf_config(models(changes)[0].config.to_dict())
 
 
 def test_released_model_has_the_published_count_of_tensors_and_values() -> None:

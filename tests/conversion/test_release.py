@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from conversion.check_release import MEMBERS, check_release
+from conversion.check_release import check_release
 from conversion.convert import import_hf
 from conversion.hf_folder import read_config
+from conversion.members import MEMBERS
 from conversion.model_card import read_evaluation
 from conversion.release import LOGITS, ReleaseResult, release
 from mellum2_megatron.architecture import RopeParameters

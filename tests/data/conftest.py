@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mellum2_megatron.data.prepare import PreparedData, prepare
+from mellum2_megatron.data.prepare import prepare
+from mellum2_megatron.data.prepared_folder import PreparedData
 
 HOSTILE = {
     "emoji": "x = '\U0001f9d1\U0001f3fd\u200d\U0001f680 \u2603 \u00e9 e\u0301 \ufb01'  # \u202eright-to-left\u202c\n",

@@ -15,7 +15,8 @@ import pytest
 
 from mellum2_megatron.data import encode
 from mellum2_megatron.data.corpus import given_sources, read_document, select
-from mellum2_megatron.data.prepare import PreparedData, load_prepared, prepare
+from mellum2_megatron.data.prepare import prepare
+from mellum2_megatron.data.prepared_folder import PreparedData, load_prepared
 from mellum2_megatron.errors import InputError, WorkError
 
 

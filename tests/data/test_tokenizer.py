@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.data.tokenizer import (
     RESERVED_TOKENS,
     SMALLEST_VOCAB,

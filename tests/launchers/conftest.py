@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.run import Run
 from tests.test_train import small_corpus, small_run
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from launchers.job import make_job, missing_variables, write_job
+from launchers.batch_job import write_job
+from launchers.job import make_job, missing_variables
 from launchers.profile import Container, Mount, Profile
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.errors import InputError
 from mellum2_megatron.layout import Layout
 from mellum2_megatron.overrides import apply_overrides

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conversion.convert import export_hf, import_hf
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from tests.test_train import losses, small_corpus, small_run, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

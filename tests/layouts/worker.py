@@ -305,7 +305,7 @@ def forward_step(
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 
-    from mellum2_megatron.train import sum_loss
+    from mellum2_megatron.step import sum_loss
 
     batch = next(iterator)
     rows = batch.pop("rows").tolist()

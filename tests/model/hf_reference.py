@@ -12,6 +12,7 @@ from transformers import MellumConfig, MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
+from mellum2_megatron.hf_config import to_hf_config
 
 DEFAULT_ROPE = RopeParameters(rope_type="default", rope_theta=500_000.0)
 SMALL = Mellum2Architecture(
@@ -84,7 +85,7 @@ class Reference:
 
 def make_reference(architecture: Mellum2Architecture, seed: int = 0, dtype: torch.dtype = torch.float32) -> Reference:
     """Build transformers' model of `architecture`, every parameter random, norms included."""
-    config = MellumConfig(**architecture.to_hf_config(torch_dtype="float32"))
+    config = MellumConfig(**to_hf_config(architecture, torch_dtype="float32"))
     config._attn_implementation = "eager"
     trunk = MellumForCausalLM(config)
     mtp = MtpModel(trunk, architecture.num_mtp_layers) if architecture.num_mtp_layers else None

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from launchers.job import Job, make_job, write_job
+from launchers.batch_job import write_job
+from launchers.job import Job, make_job
 from launchers.outcome import read_attempts
 from launchers.profile import Profile
 from mellum2_megatron.checkpoint_folder import tracked_iteration
-from mellum2_megatron.data.prepare import PreparedData
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.metrics import METRICS_FILE, read_metrics
 from mellum2_megatron.run import Run, to_yaml
 from tests.slurm.cluster import Cluster, wait_for

@@ -1,0 +1,113 @@
+"""A prepared corpus on disk: what `mellum2 data prepare` wrote, read back and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mellum2_megatron.data.corpus import SPLITS, Split
+from mellum2_megatron.data.tokenizer import (
+    tokenizer_hash,
+)
+from mellum2_megatron.errors import InputError
+
+FORMAT = 1
+
+
+_PREPARE_AGAIN = "make it again with `mellum2 data prepare --output PATH --overwrite`"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitStatistics:
+    """Size of one split; ``bytes`` counts the text in UTF-8, ``tokens`` includes one eos a document."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedData:
+    """A prepared folder."""
+
+    path: Path
+    vocab_size: int
+    special_ids: dict[str, int]
+    splits: dict[str, SplitStatistics]
+    valid_unigram_entropy_nats: float
+    """Entropy of the validation split's token distribution: no predictor blind to context has a lower loss on it."""
+    tokenizer_sha256: str
+    seed: int
+    corpus: dict[str, Any]
+    """All of corpus.json."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Hugging Face tokenizer folder."""
+        return self.path / "tokenizer"
+
+    @property
+    def eos(self) -> int:
+        """Id that ends every document."""
+        return self.special_ids["eos"]
+
+    def prefix(self, split: Split) -> Path:
+        """Path of a split's indexed dataset without ``.bin`` / ``.idx``."""
+        return self.path / f"{split}_document"
+
+
+def load_prepared(path: str | os.PathLike[str]) -> PreparedData:
+    """Read what :func:`prepare` made, and check that its files are all there in full length.
+
+    Raises:
+        InputError: the folder is missing, not a prepared folder, of another format, or truncated.
+    """
+    folder = Path(path)
+    if not (folder / "corpus.json").is_file():
+        raise InputError(
+            f"data.path={path}",
+            rule="it is not a prepared corpus (there is no corpus.json)",
+            fix=f"make one with `mellum2 data prepare --output {path}`",
+        )
+    try:
+        facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise InputError(
+                f"data.path={path}",
+                rule=f"its format is {facts['format']}, this version reads {FORMAT}",
+                fix=_PREPARE_AGAIN,
+            )
+        prepared = PreparedData(
+            path=folder,
+            vocab_size=facts["tokenizer"]["vocab_size"],
+            special_ids=facts["tokenizer"]["special_ids"],
+            splits={split: SplitStatistics(**facts["splits"][split]) for split in SPLITS},
+            valid_unigram_entropy_nats=facts["valid_unigram_entropy_nats"],
+            tokenizer_sha256=facts["tokenizer"]["sha256"],
+            seed=facts["seed"],
+            corpus=facts,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'corpus.json'}", rule=f"it is damaged ({error!r})", fix=_PREPARE_AGAIN) from error
+    for split in SPLITS:
+        statistics = prepared.splits[split]
+        for suffix, size in ((".bin", statistics.bin_bytes), (".idx", statistics.idx_bytes)):
+            file = folder / f"{split}_document{suffix}"
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                rule = f"it should have {size} bytes and " + ("is missing" if found is None else f"has {found}")
+                raise InputError(str(file), rule=rule, fix=_PREPARE_AGAIN)
+    if (
+        not (prepared.tokenizer_dir / "tokenizer.json").is_file()
+        or tokenizer_hash(prepared.tokenizer_dir) != prepared.tokenizer_sha256
+    ):
+        raise InputError(
+            str(prepared.tokenizer_dir), rule="it is not the tokenizer this data was encoded with", fix=_PREPARE_AGAIN
+        )
+    return prepared
