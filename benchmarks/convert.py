@@ -27,9 +27,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
-from mellum2_megatron.files import size_text
-from mellum2_megatron.hf_config import to_hf_config
+from mellum2_megatron.architecture import PRESETS, Mellum2Architecture, to_hf_config
+from mellum2_megatron.common.files import size_text
 
 _CHUNK = 16 * 2**20
 
@@ -43,8 +42,8 @@ def make(folder: Path, layers: int, small: bool) -> None:
     """Write a Hugging Face folder of random weights; a pool of random numbers, shifted, stands for each tensor."""
     import torch
 
-    from conversion.hf_folder import CONFIG_FILE
-    from conversion.hf_writer import create_shard, plan_shards, write_index, write_tensor
+    from conversion.huggingface.folder import CONFIG_FILE
+    from conversion.huggingface.writer import create_shard, plan_shards, write_index, write_tensor
     from conversion.mapping import derive
 
     model = architecture(layers, small)
@@ -106,7 +105,6 @@ def _bridge(folder: Path) -> Any:
     activate_beside_transformer_engine()
     from megatron.bridge import AutoBridge
 
-    import conversion.bridge  # noqa: F401  # registers Mellum 2
     from mellum2_megatron.cpu import init_single_process
 
     init_single_process()

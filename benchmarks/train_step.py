@@ -31,9 +31,9 @@ from rich.console import Console
 
 from benchmarks.train_step_arm import Spec
 from benchmarks.train_step_report import REFERENCE, SMALL_NOTE, draw, tables
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.files import write_json
-from mellum2_megatron.memory import memory_per_rank
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import write_json
+from mellum2_megatron.planning.memory import memory_per_rank
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NO_GPU = "needs a GPU with Transformer Engine"

@@ -22,12 +22,10 @@ from unittest import mock
 
 import torch
 
-from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.files import write_json
-from mellum2_megatron.hf_config import to_hf_config
+from mellum2_megatron.architecture import Mellum2Architecture, to_hf_config
+from mellum2_megatron.common.files import write_json
+from mellum2_megatron.config import Run, Schedule
 from mellum2_megatron.recipes import recipe
-from mellum2_megatron.run import Run
-from mellum2_megatron.schedule import Schedule
 
 SEED = 7
 
@@ -153,8 +151,9 @@ class _RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
     """Train through `megatron.training.pretrain`, timing each of its steps."""
-    from mellum2_megatron import cpu, upstream
-    from mellum2_megatron.megatron_args import environment, megatron_arguments
+    from mellum2_megatron import cpu
+    from mellum2_megatron.upstream import patches as upstream
+    from mellum2_megatron.upstream.arguments import environment, megatron_arguments
 
     run = spec.run
     os.environ.update(environment(run))
@@ -170,7 +169,7 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
 
     from benchmarks.train_step_profile import in_part
     from mellum2_megatron.model.provider import run_model_provider
-    from mellum2_megatron.step import forward_step
+    from mellum2_megatron.training.step import forward_step
 
     words = megatron_arguments(run, world_size=1, device=device, backend=spec.backend)
     missing = set(spec.without) - set(words)

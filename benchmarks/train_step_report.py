@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.train_step_profile import PARTS
-from mellum2_megatron.files import atomic_path, size_text
+from mellum2_megatron.common.files import atomic_path, size_text
 
 SMALL_NOTE = (
     "Small mode: a tiny model on a CPU, to show that the benchmark runs. Its figures mean nothing about speed on GPUs."

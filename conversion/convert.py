@@ -8,19 +8,19 @@ import tempfile
 import time
 from pathlib import Path
 
-from conversion.exporting import ExportJob
-from conversion.hf_folder import HfFolder, dtype_name, listed, tensor_bytes, torch_dtype
-from conversion.importing import ImportJob
-from conversion.job import Checks
+from conversion.huggingface.folder import HfFolder, dtype_name, listed, tensor_bytes, torch_dtype
+from conversion.jobs.exporting import ExportJob
+from conversion.jobs.importing import ImportJob
+from conversion.jobs.job import Checks
+from conversion.jobs.mtp_stitching import StitchJob
+from conversion.jobs.reports import ConversionPlan, ConversionReport, RoundTripReport
+from conversion.jobs.workers import worker_count
 from conversion.mapping import derive, megatron_shapes
-from conversion.reports import ConversionPlan, ConversionReport, RoundTripReport
-from conversion.stitching import StitchJob
-from conversion.torch_dist import TorchDistReader
-from conversion.workers import worker_count
+from conversion.torch_dist.reader import TorchDistReader
 from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.checkpoint_folder import CheckpointFolder, resolve
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.layout import Layout
+from mellum2_megatron.checkpoint import CheckpointFolder, find_checkpoint
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Layout
 
 PathLike = str | os.PathLike[str]
 
@@ -234,7 +234,7 @@ def _export_job(
 ) -> ExportJob:
     wanted = torch_dtype(dtype) if dtype is not None else None
     count = worker_count(workers)
-    checkpoint = resolve(megatron_path)
+    checkpoint = find_checkpoint(megatron_path)
     return ExportJob(
         checkpoint,
         open_checkpoint(checkpoint),

@@ -18,10 +18,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mellum2_megatron.stopping import STOP_SIGNALS, STOPPED
+from mellum2_megatron.faults.stop_request import STOP_SIGNALS, STOPPED
 
 if TYPE_CHECKING:
-    from mellum2_megatron.failures import RankFailure
+    from mellum2_megatron.faults.failures import RankFailure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +61,9 @@ def _train(options: argparse.Namespace, node: int, came: list[int]) -> tuple[int
     """Return the node's exit code, how its ranks failed, and one message for all of them."""
     from launchers.local import FAILURE_FILE, Rendezvous, keep, rank_command, rank_environment, run_ranks, variables
     from launchers.outcome import begin, this_attempt
-    from mellum2_megatron.errors import InputError
-    from mellum2_megatron.failures import only_complete_checkpoints, root_cause
-    from mellum2_megatron.run_folder import read_run
+    from mellum2_megatron.checkpoint import read_run
+    from mellum2_megatron.common.errors import InputError
+    from mellum2_megatron.faults.failures import only_complete_checkpoints, root_cause
 
     folder, nodes = options.run.parent, int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     rendezvous = None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from launchers.job import LOGS_FOLDER, Job
 from launchers.sbatch import render
-from mellum2_megatron.files import write_text
-from mellum2_megatron.run_folder import write_run_folder
+from mellum2_megatron.checkpoint import write_run_folder
+from mellum2_megatron.common.files import write_text
 
 SCRIPT_FILE = "job.sbatch"
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.profile import Profile
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.overrides import apply_overrides
-from mellum2_megatron.rules import enforce
-from mellum2_megatron.run import Device, Run
-from mellum2_megatron.run_folder import check_run_folder, output_folder
+from mellum2_megatron.checkpoint import check_run_folder, output_folder
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Device, Run, apply_overrides
+from mellum2_megatron.planning.rules import enforce
 
 LOGS_FOLDER = "logs"
 

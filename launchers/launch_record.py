@@ -13,9 +13,9 @@ from typing import Any
 
 from launchers.job import Job
 from launchers.packaging import Packager
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.files import write_json
-from mellum2_megatron.provenance import Code, record, source_code
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import write_json
+from mellum2_megatron.common.provenance import Code, record, source_code
 
 LAUNCH_FILE = "launch.json"
 
@@ -34,7 +34,7 @@ class Launch:
         nodes, ranks_per_node, device: the world.
         script: the batch script; None of a local run.
         dependency: what it waits for.
-        code: see `mellum2_megatron.provenance.Code`.
+        code: see `mellum2_megatron.common.provenance.Code`.
         packager: how the code came there.
         command: words that submitted it.
     """

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import psutil
 from rich.console import Console
 
-from mellum2_megatron.failures import RankFailure, only_complete_checkpoints, root_cause
-from mellum2_megatron.files import write_text
-from mellum2_megatron.run import Device
-from mellum2_megatron.stopping import STOP_SIGNALS, STOPPED, is_stop
+from mellum2_megatron.common.files import write_text
+from mellum2_megatron.config import Device
+from mellum2_megatron.faults.failures import RankFailure, only_complete_checkpoints, root_cause
+from mellum2_megatron.faults.stop_request import STOP_SIGNALS, STOPPED, is_stop
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -55,7 +55,15 @@ class Rendezvous:
 
 def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> list[str]:
     """Return the command that every rank runs; torch's agent says in the environment which rank it is."""
-    command = [sys.executable, "-m", "mellum2_megatron.train", str(run_file), "--device", device, "--to-launcher"]
+    command = [
+        sys.executable,
+        "-m",
+        "mellum2_megatron.training",
+        str(run_file),
+        "--device",
+        device,
+        "--to-launcher",
+    ]
     return [*command, "--verbose"] if verbose else command
 
 

@@ -45,13 +45,13 @@ from launchers.launch_record import record_launch
 from launchers.profile import Profile, profile_from_yaml, profile_names, read_profile
 from launchers.sbatch import render
 from launchers.submission import Submission, resolve
-from mellum2_megatron.checkpoint_folder import RUN_FILE
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.extras import OLDEST_RESILIENCY, too_old_resiliency
+from mellum2_megatron.checkpoint import check_run_folder, output_folder, write_run_folder
+from mellum2_megatron.checkpoint.folder import RUN_FILE
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.values import to_plain
+from mellum2_megatron.config import Device, Run, from_yaml, to_yaml
+from mellum2_megatron.planning.optional_packages import OLDEST_RESILIENCY, too_old_resiliency
 from mellum2_megatron.recipes import recipe_names
-from mellum2_megatron.run import Device, Run, from_yaml, to_yaml
-from mellum2_megatron.run_folder import check_run_folder, output_folder, write_run_folder
-from mellum2_megatron.values import to_plain
 
 SCHEDULER = "mellum2_slurm"
 """Name of our scheduler; pyproject.toml registers it with torchx (entry point ``torchx.schedulers``)."""
@@ -111,7 +111,7 @@ def rank_task(
     check_run_folder(resolved)
     write_run_folder(resolved)
     words = [str(output_folder(resolved) / RUN_FILE), "--device", device]
-    return run.Script(path="mellum2_megatron.train", entrypoint=sys.executable, m=True, args=words)
+    return run.Script(path="mellum2_megatron.training", entrypoint=sys.executable, m=True, args=words)
 
 
 def fault_tolerance(**settings: Any) -> run.FaultTolerance:

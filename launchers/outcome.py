@@ -25,12 +25,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mellum2_megatron.checkpoint_folder import tracked_iteration
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.failures import RankFailure, root_cause
-from mellum2_megatron.files import write_json
-from mellum2_megatron.metrics import METRICS_FILE
-from mellum2_megatron.stopping import STOPPED
+from mellum2_megatron.checkpoint.folder import tracked_iteration
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import write_json
+from mellum2_megatron.faults.failures import RankFailure, root_cause
+from mellum2_megatron.faults.stop_request import STOPPED
+from mellum2_megatron.metrics.log import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mellum2_megatron.errors import InputError, WorkError
-from mellum2_megatron.files import atomic_directory
-from mellum2_megatron.provenance import SNAPSHOT_FILE, Code, project_root, source_code, write_snapshot
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.common.files import atomic_directory
+from mellum2_megatron.common.provenance import (
+    SNAPSHOT_FILE,
+    Code,
+    project_root,
+    source_code,
+    write_snapshot,
+)
 
 Packager = Literal["shared", "git"]
 

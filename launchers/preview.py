@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.job import Job, missing_variables
-from mellum2_megatron.layout_report import layout_report, render_layout
-from mellum2_megatron.run import Run, to_yaml
+from mellum2_megatron.config import Run, to_yaml
+from mellum2_megatron.planning.layout_report import layout_report, render_layout
 
 ASSUMED_TFLOPS = 350.0
 """Model TFLOP/s that a GPU of the H100 class is taken to reach, if nobody says otherwise.

@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 import yaml
 
-from mellum2_megatron.errors import InputError, nearest
-from mellum2_megatron.values import StrictLoader, field_types, from_plain, yaml_problem
+from mellum2_megatron.common.errors import InputError, nearest
+from mellum2_megatron.common.values import StrictLoader, field_types, from_plain, yaml_problem
 
 PROFILES_VARIABLE = "MELLUM2_PROFILES"
 """Environment variable that names a folder of profiles, for a whole site."""

@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from mellum2_megatron.errors import InputError, WorkError
-from mellum2_megatron.files import write_json
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.common.files import write_json
 
 PROMPT = "def read_lines(path):\n"
 NEW_TOKENS = 64
@@ -77,7 +77,7 @@ class Quickstart:
         self._step("prepare", "make a corpus of the Python sources on this machine, and tokenize it", words)
 
     def _verify(self) -> dict[str, Any]:
-        from conversion.verify import verify
+        from conversion.verification.verify import verify
 
         words = ["verify", "--megatron-path", str(self.output), "--hf-path", str(self.hf)]
         self._announce("verify", "compare Megatron's logits with transformers'", words)
@@ -95,7 +95,7 @@ class Quickstart:
         }
 
     def _generate(self) -> dict[str, Any]:
-        from mellum2_megatron.generate import generate
+        from conversion.huggingface.generation import generate
 
         words = ["generate", "--hf-path", str(self.hf), "--prompt", PROMPT, "--use-mtp"]
         self._announce("generate", "continue a text in transformers, without and with the MTP head", words)
@@ -111,11 +111,11 @@ class Quickstart:
         return {"text": plain.text, "same_with_mtp": True, "mtp_generation_acceptance": drafted.acceptance_rate}
 
     def _summarize(self, parity: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
-        from mellum2_megatron.checkpoint_folder import RUN_FILE
+        from conversion.huggingface.generation import mtp_acceptance
+        from mellum2_megatron.checkpoint import read_run
+        from mellum2_megatron.checkpoint.folder import RUN_FILE
         from mellum2_megatron.data.prepared_folder import load_prepared
-        from mellum2_megatron.generate import mtp_acceptance
-        from mellum2_megatron.metrics import METRICS_FILE, read_metrics, series
-        from mellum2_megatron.run_folder import read_run
+        from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics, series
 
         run = read_run(self.output / RUN_FILE)
         prepared = load_prepared(self.data)
@@ -152,8 +152,8 @@ class Quickstart:
         return torch.tensor(stream[: rows * length]).view(rows, length)
 
     def _plot(self, summary: dict[str, Any]) -> None:
-        from mellum2_megatron.metrics import METRICS_FILE
-        from mellum2_megatron.plots import plot_loss
+        from mellum2_megatron.metrics.log import METRICS_FILE
+        from mellum2_megatron.metrics.plots import plot_loss
 
         plot_loss(
             self.output / METRICS_FILE,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from launchers.job import LOGS_FOLDER, Job
 from launchers.profile import Container, Mount
-from mellum2_megatron.checkpoint_folder import RUN_FILE
+from mellum2_megatron.checkpoint.folder import RUN_FILE
 
 WAIT_SECONDS = 60
 """Once a node's agent has ended, the others get so long: a rank that waits for one that is gone may wait for ever."""

@@ -12,13 +12,12 @@ from pathlib import Path
 from launchers.job import Job, check_place, plan_job
 from launchers.packaging import Package, check_code, package
 from launchers.profile import Profile, profile_names, read_profile
-from mellum2_megatron.errors import InputError, nearest
-from mellum2_megatron.overrides import apply_overrides
+from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.common.errors import InputError, nearest
+from mellum2_megatron.config import Run, apply_overrides
+from mellum2_megatron.planning.resolve import default_nproc, resolve_device
+from mellum2_megatron.planning.stage_chain import check_predecessor, stage_chain
 from mellum2_megatron.recipes import recipe, recipe_names
-from mellum2_megatron.resolve import default_nproc, resolve_device
-from mellum2_megatron.run import Run
-from mellum2_megatron.run_folder import read_run
-from mellum2_megatron.stages import check_predecessor, stage_chain
 
 COMMANDS = ("run", "status", "logs", "cancel", "pipeline")
 """Commands of `mellum2 launch`; no recipe has such a name."""
@@ -153,7 +152,7 @@ def prepare_chain(
     """Return stages that follow each other as they would be submitted, checked. Writes nothing.
 
     Raises:
-        InputError: see `prepare` and `mellum2_megatron.stages.stage_chain`.
+        InputError: see `prepare` and `mellum2_megatron.planning.stage_chain.stage_chain`.
     """
     if profile.executor == "local":
         raise InputError(f"profile {profile.name}", rule="chains are Slurm's", fix="launch one stage after the other")
@@ -230,7 +229,7 @@ def _checked(given: Submission, *, show_only: bool) -> Submission:
 
 
 def _check_predecessors(runs: Sequence[Run]) -> None:
-    """Check what each run goes on from; see `mellum2_megatron.stages.check_predecessor`."""
+    """Check what each run goes on from; see `mellum2_megatron.planning.stage_chain.check_predecessor`."""
     for run in runs:
         check_predecessor(run)
 

@@ -31,8 +31,8 @@ def megatron_world() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    """A corpus of 30 files, for the runs of `tests.test_train`."""
-    from tests.test_train import small_corpus
+    """A corpus of 30 files, for the runs of `tests.training.test_train`."""
+    from tests.training.test_train import small_corpus
 
     return small_corpus(tmp_path_factory.mktemp("data"))
 
@@ -40,7 +40,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 @pytest.fixture(scope="session")
 def trained(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Six uninterrupted steps on two ranks, the experts divided between them: to be read, or copied."""
-    from tests.test_train import small_run, train
+    from tests.training.test_train import small_run, train
 
     folder = train(small_run(small_data, tmp_path_factory.mktemp("run") / "straight"), nproc=2)
     before = _stamps(folder)

@@ -21,7 +21,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 _SHOWN_OUTPUT = 6000  # characters of each rank's output in a failure message
 
 

@@ -13,8 +13,8 @@ import torch
 from benchmarks import train_step
 from benchmarks.train_step_profile import PARTS, named_parts, profiled
 from mellum2_megatron.architecture import Mellum2Architecture
+from tests import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 OURS, THEIRS = "torch-bf16-muon-mtp", "transformers-bf16-adam"
 MACHINE = {"versions": {"transformer-engine": "2.20.2"}, "memory_bytes": 80 * 2**30}
 
@@ -109,7 +109,7 @@ def test_the_slice_grows_with_the_memory() -> None:
 
 
 def test_a_variant_takes_out_only_words_that_are_there() -> None:
-    from mellum2_megatron.megatron_args import megatron_arguments
+    from mellum2_megatron.upstream.arguments import megatron_arguments
 
     for spec in train_step.TUNING:
         words = megatron_arguments(spec.run, world_size=1, device="cuda", backend="te")

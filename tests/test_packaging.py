@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from setuptools import find_namespace_packages
 
-ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+from tests import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 CONSTRAINTS = "constraints.txt"
 
 
 def _pins(name: str) -> dict[str, str]:
-    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in (REPOSITORY / name).read_text().splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), f"{name}: {line!r} is not a plain pin"
     return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
@@ -45,7 +45,7 @@ def test_apex_is_no_dependency() -> None:
 
 def test_every_top_level_package_is_shipped() -> None:
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
-    shipped = set(find_namespace_packages(str(ROOT), include=include))
+    shipped = set(find_namespace_packages(str(REPOSITORY), include=include))
     for top in ("mellum2_megatron", "conversion", "launchers", "ablations"):
-        folders = {path.parent for path in (ROOT / top).rglob("*.py")}
-        assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= shipped
+        folders = {path.parent for path in (REPOSITORY / top).rglob("*.py")}
+        assert {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders} <= shipped

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from mellum2_megatron.errors import InputError
+from mellum2_megatron.common.errors import InputError
 
 HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex")
 
@@ -37,9 +37,10 @@ def activate() -> None:
             rule="the CPU backend replaces parts of torch.cuda and refuses to do so where a GPU is usable",
             fix="use device=cuda, or hide the GPUs with CUDA_VISIBLE_DEVICES=''",
         )
-    from mellum2_megatron import patching, upstream
     from mellum2_megatron.cpu import compiling, device
     from mellum2_megatron.cpu.patches import PATCHES
+    from mellum2_megatron.upstream import patches as upstream
+    from mellum2_megatron.upstream import patching
 
     patching.check_versions(PATCHES)
     upstream.activate()

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.cpu.optim import FusedAdam, with_cuda_type_names
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.patching import Patch
+from mellum2_megatron.upstream.patching import Patch
 
 
 def _set_rng_state(original: Any) -> Any:
@@ -90,7 +90,7 @@ def _partition_documents(_: Any) -> Any:
     def thd_get_partitioned_indices(
         cu_seqlens: torch.Tensor, total_tokens: int, world_size: int, rank: int
     ) -> torch.Tensor:
-        from mellum2_megatron.model.zigzag import partition_indices
+        from mellum2_megatron.model.context_parallel import partition_indices
 
         assert cu_seqlens[-1] == total_tokens, "documents that do not fill the stream"
         return partition_indices(cu_seqlens.tolist(), world_size, rank)

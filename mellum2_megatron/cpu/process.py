@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.cpu.activation import is_active
-from mellum2_megatron.errors import InputError
 
 _DEFAULT_SEED = 1234
 

@@ -24,22 +24,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mellum2_megatron.data import corpus
-from mellum2_megatron.data.corpus import SPLITS, Document, Selection
-from mellum2_megatron.data.encode import encode_documents
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.common.files import atomic_directory, check_writable, write_json
+from mellum2_megatron.data.corpus import discovery as corpus
+from mellum2_megatron.data.corpus.discovery import SPLITS, Document, Selection
 from mellum2_megatron.data.prepared_folder import FORMAT, PreparedData, SplitStatistics, load_prepared
-from mellum2_megatron.data.tokenizer import (
+from mellum2_megatron.data.tokens.encode import encode_documents
+from mellum2_megatron.data.tokens.tokenizer import (
     check_vocab_size,
     copy_tokenizer,
     special_ids,
     tokenizer_hash,
     train_tokenizer,
 )
-from mellum2_megatron.data.tokenizer import (
-    vocab_size as vocab_size_of,
-)
-from mellum2_megatron.errors import InputError, WorkError
-from mellum2_megatron.files import atomic_directory, check_writable, write_json
+from mellum2_megatron.data.tokens.tokenizer import vocab_size as vocab_size_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mellum2_megatron.data.corpus import SPLITS, Split
-from mellum2_megatron.data.tokenizer import (
-    tokenizer_hash,
-)
-from mellum2_megatron.errors import InputError
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.data.corpus.discovery import SPLITS, Split
+from mellum2_megatron.data.tokens.tokenizer import tokenizer_hash
 
 FORMAT = 1
 

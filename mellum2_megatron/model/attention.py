@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.model.config import complete_config, require_matching_config
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.model.rotary import rotary_table
+from mellum2_megatron.model.transformer_config import complete_config, require_matching_config
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from mellum2_megatron.model.zigzag import document_boundaries, stream_order
+from mellum2_megatron.model.context_parallel import document_boundaries, stream_order
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams

@@ -33,12 +33,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from mellum2_megatron.architecture import PRESETS, LayerType, Mellum2Architecture
-from mellum2_megatron.errors import InputError
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.model.attention import Mellum2SelfAttention
 from mellum2_megatron.model.core_attention import TorchCoreAttention
-from mellum2_megatron.model.layer import Mellum2TransformerLayer
 from mellum2_megatron.model.norm import TorchRMSNorm
 from mellum2_megatron.model.router import Mellum2Router
+from mellum2_megatron.model.transformer_layer import Mellum2TransformerLayer
 
 Backend = Literal["te", "torch"]
 

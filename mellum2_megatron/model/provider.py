@@ -7,23 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from mellum2_megatron.model.config import (
+from mellum2_megatron.model.layer_specs import Backend, decoder_block_spec, mtp_block_spec
+from mellum2_megatron.model.muon_attributes import mark_parameters
+from mellum2_megatron.model.router import configure_routers
+from mellum2_megatron.model.transformer_config import (
     keep_mtp_projection_in_bf16,
     require_matching_config,
     transformer_config,
     use_plain_initialization,
 )
-from mellum2_megatron.model.layer_specs import Backend, decoder_block_spec, mtp_block_spec
-from mellum2_megatron.model.muon import mark_parameters
-from mellum2_megatron.model.router import configure_routers
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mellum2_megatron.architecture import Mellum2Architecture
-    from mellum2_megatron.optimizer import Loss, Optimizer
-    from mellum2_megatron.precision import Precision
-    from mellum2_megatron.run import Run
+    from mellum2_megatron.config import Loss, Optimizer, Precision, Run
 
 
 def build_model(

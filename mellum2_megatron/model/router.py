@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 if TYPE_CHECKING:
-    from mellum2_megatron.optimizer import Loss
+    from mellum2_megatron.config import Loss
 
 
 class Mellum2Router(TopKRouter):

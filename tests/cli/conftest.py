@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mellum2_megatron.checkpoint_folder import TRACKER_FILE
-from mellum2_megatron.overrides import apply_overrides
+from mellum2_megatron.checkpoint import write_run_folder
+from mellum2_megatron.checkpoint.folder import TRACKER_FILE
+from mellum2_megatron.config import apply_overrides
 from mellum2_megatron.recipes import recipe
-from mellum2_megatron.run_folder import write_run_folder
 from tests.cli.runner import PREPARE, SMALL, TINY, Result, mellum2, process
 from tests.conversion.folders import write_folder
 from tests.data.conftest import python_like

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mellum2_megatron import cli
+from mellum2_megatron.cli import app as cli
 from tests.distributed import REPOSITORY
 from tests.small import SMALL_MODEL
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mellum2_megatron.architecture import PRESETS
-from mellum2_megatron.checkpoint_folder import TRACKER_FILE
+from mellum2_megatron.checkpoint.folder import TRACKER_FILE
 from tests.cli.runner import mellum2, snapshot
 from tests.conversion.folders import load_tensors, save_tensors
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mellum2_megatron.config import from_yaml
 from mellum2_megatron.data.prepared_folder import load_prepared
-from mellum2_megatron.run import from_yaml
 from tests.cli.runner import BIG, TINY, Result, mellum2, process
 from tests.conversion.folders import load_tensors, save_tensors
 from tests.distributed import REPOSITORY

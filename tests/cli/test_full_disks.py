@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mellum2_megatron.checkpoint_folder import TRACKER_FILE
+from mellum2_megatron.checkpoint.folder import TRACKER_FILE
 from tests.cli.runner import PREPARE, mellum2, process, snapshot
 
 

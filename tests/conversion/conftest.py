@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conversion.convert import import_hf
-from conversion.release import ReleaseResult, release
+from conversion.release.release import ReleaseResult, release
 from tests.conversion.folders import write_folder
 from tests.conversion.releases import TEMPLATE, write_model
 from tests.data.conftest import python_like

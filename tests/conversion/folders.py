@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MellumConfig, MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from conversion.torch_dist_writer import Chunk, TorchDistWriter
+from conversion.torch_dist.writer import Chunk, TorchDistWriter
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,

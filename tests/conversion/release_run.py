@@ -26,11 +26,11 @@ MODEL: dict[str, Any] = {
 
 def train_one_step(release: str, save: str, **arguments: Any) -> None:
     """Load ``release`` with ``--load``, take a step with learning rate 0, save with optimizer state."""
-    from mellum2_megatron.checkpoint_folder import resolve
+    from mellum2_megatron.checkpoint import find_checkpoint
     from mellum2_megatron.model.provider import model_provider
     from tests.cpu import tiny_pretrain
 
-    provide = model_provider(resolve(release).architecture, "torch")
+    provide = model_provider(find_checkpoint(release).architecture, "torch")
 
     def provider(**positions: Any) -> Any:
         return provide(**{name: value for name, value in positions.items() if name != "config"})

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mellum2_megatron.data.tokenizer import train_tokenizer
+from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
 from tests.conversion.folders import write_folder
 from tests.data.conftest import python_like
 

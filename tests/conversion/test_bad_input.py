@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from conversion.convert import export_hf, import_hf, roundtrip
-from conversion.safe_metadata import read_metadata
-from conversion.torch_dist import TorchDistReader
-from conversion.torch_dist_writer import Chunk
-from mellum2_megatron.checkpoint_folder import iteration_folders, iteration_number, resolve, write_tracker
-from mellum2_megatron.errors import InputError
+from conversion.torch_dist.reader import TorchDistReader
+from conversion.torch_dist.safe_metadata import read_metadata
+from conversion.torch_dist.writer import Chunk
+from mellum2_megatron.checkpoint import find_checkpoint
+from mellum2_megatron.checkpoint.folder import iteration_folders, iteration_number, write_tracker
+from mellum2_megatron.common.errors import InputError
 from tests.conversion.folders import load_tensors, save_tensors, write_folder, write_torch_dist
 
 Tensors = dict[str, torch.Tensor]
@@ -276,7 +277,7 @@ def test_iterations_are_found_in_order(tmp_path: Path) -> None:
 
 def test_a_folder_called_release_may_be_a_root(checkpoint: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(checkpoint, tmp_path / "release"))
-    assert resolve(root).iteration_dir == root / "release"
+    assert find_checkpoint(root).iteration_dir == root / "release"
 
 
 def test_nothing_in_metadata_is_executed(checkpoint_copy: Path, tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import conversion.release_runs as release_runs
-from conversion.check import Check
-from conversion.check_release import check_release
-from conversion.hf_folder import INDEX_FILE
-from conversion.release import ReleaseResult
-from mellum2_megatron import cli
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.generate import Generation
+import conversion.release.model_checks as release_runs
+from conversion.huggingface.folder import INDEX_FILE
+from conversion.huggingface.generation import Generation
+from conversion.release.check import Check
+from conversion.release.check_release import check_release
+from conversion.release.release import ReleaseResult
+from mellum2_megatron.cli import app as cli
+from mellum2_megatron.common.errors import InputError
 from tests.conversion.folders import load_tensors, save_tensors, unfused
 from tests.conversion.releases import TEMPLATE, edit_json, write_model
 

@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from conversion.convert import export_hf, import_hf, plan_export, plan_import
-from conversion.job import Checks
-from conversion.progress import LineProgress
-from mellum2_megatron.cli import app
-from mellum2_megatron.errors import InputError, WorkError
-from mellum2_megatron.layout import Layout
+from conversion.jobs.job import Checks
+from mellum2_megatron.cli.app import app
+from mellum2_megatron.common.byte_progress import LineProgress
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.config import Layout
 from tests.conversion.folders import load_tensors, save_tensors, write_folder
 
 # -- manifests --------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_one_bit_in_a_megatron_checkpoint(checkpoint_copy: Path, tmp_path: Path)
 
 
 def load_checkpoint_row(checkpoint: Path) -> bytes:
-    from conversion.torch_dist import TorchDistReader
+    from conversion.torch_dist.reader import TorchDistReader
 
     router = TorchDistReader(checkpoint / "release").read("decoder.layers.mlp.router.weight", (1, 0, 0), (1, 3, 24))
     return router.view(torch.uint8).numpy().tobytes()
@@ -171,7 +171,7 @@ def test_disk_errors_name_the_continuation(hf_folder: Path, tmp_path: Path, monk
     def broken(*args: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("conversion.importing.write_manifest", broken)
+    monkeypatch.setattr("conversion.jobs.importing.write_manifest", broken)
     with pytest.raises(WorkError, match=r"Input/output error.*\.out\.partial and the same command continues it"):
         import_hf(hf_folder, tmp_path / "out")
     monkeypatch.undo()

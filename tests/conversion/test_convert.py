@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from conversion import hf_writer, safetensors_job
 from conversion.convert import export_hf, import_hf, roundtrip
-from conversion.job import Checks
-from conversion.torch_dist import TorchDistReader
-from conversion.torch_dist_writer import Chunk
-from mellum2_megatron.checkpoint_folder import resolve, write_architecture, write_tracker
-from mellum2_megatron.errors import InputError, WorkError
+from conversion.huggingface import writer as hf_writer
+from conversion.jobs import safetensors_job
+from conversion.jobs.job import Checks
+from conversion.torch_dist.reader import TorchDistReader
+from conversion.torch_dist.writer import Chunk
+from mellum2_megatron.checkpoint import find_checkpoint
+from mellum2_megatron.checkpoint.folder import write_architecture, write_tracker
+from mellum2_megatron.common.errors import InputError, WorkError
 from tests.conversion.folders import (
     VARIANTS,
     load_tensors,
@@ -89,10 +91,10 @@ def test_transformers_loads_the_export_into_the_very_model(changes: dict[str, An
 
 def test_megatron_layout_of_an_import(hf_folder: Path, checkpoint: Path) -> None:
     assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == "release"
-    folder = resolve(checkpoint)
+    folder = find_checkpoint(checkpoint)
     assert folder.iteration_dir == checkpoint / "release"
     assert folder.iteration is None
-    assert resolve(checkpoint / "release") == folder
+    assert find_checkpoint(checkpoint / "release") == folder
     reader, tensors = TorchDistReader(folder.iteration_dir), load_tensors(hf_folder)
     gate_up = [tensors[f"model.layers.2.mlp.experts.1.{part}_proj.weight"] for part in ("gate", "up")]
     fc1 = reader.read("decoder.layers.mlp.experts.experts.linear_fc1.weight", (2, 1, 0, 0), (1, 1, 24, 24))
@@ -159,7 +161,7 @@ def test_tokenizer_and_generation_config_travel_along(hf_copy: Path, tmp_path: P
     (hf_copy / "generation_config.json").write_text('{"eos_token_id": [1, 28], "temperature": 0.3}')
     (hf_copy / "chat_template.jinja").write_text("{{ messages }}")
     import_hf(hf_copy, tmp_path / "megatron")
-    assert resolve(tmp_path / "megatron").tokenizer_dir == tmp_path / "megatron" / "tokenizer"
+    assert find_checkpoint(tmp_path / "megatron").tokenizer_dir == tmp_path / "megatron" / "tokenizer"
     export_hf(tmp_path / "megatron", tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (hf_copy / name).read_bytes()
@@ -199,7 +201,7 @@ def test_padded_vocabulary_is_cut_off(checkpoint: Path, hf_folder: Path, tmp_pat
     target.mkdir(parents=True)
     write_torch_dist(target, [[chunk(key) for key in source.tensors]])
     write_tracker(tmp_path / "padded", 7)
-    write_architecture(tmp_path / "padded", resolve(checkpoint).architecture)
+    write_architecture(tmp_path / "padded", find_checkpoint(checkpoint).architecture)
     export_hf(tmp_path / "padded", tmp_path / "out")
     before, after = load_tensors(hf_folder), load_tensors(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)

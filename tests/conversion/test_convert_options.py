@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mellum2_megatron.cli import app
+from mellum2_megatron.cli.app import app
 
 
 @pytest.mark.parametrize("option", ["--hf-path", "--hf-model"])

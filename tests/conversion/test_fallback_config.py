@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, MellumConfig, MellumForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from conversion import fallback_config
-from conversion.fallback_config import register_fallback_config
+from conversion.huggingface import fallback_config
+from conversion.huggingface.fallback_config import register_fallback_config
 from tests.conversion.folders import SMALL
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from conversion.convert import export_hf, import_hf, plan_export, plan_import
-from conversion.hf_folder import HfFolder
-from conversion.manifest import WeightRecord
-from conversion.target import JOURNAL_FILE, partial_folder
-from conversion.workers import Stop, run_units, worker_count
-from mellum2_megatron.checkpoint_folder import resolve
-from mellum2_megatron.errors import InputError, WorkError
-from mellum2_megatron.integrity import MANIFEST_FILE
+from conversion.huggingface.folder import HfFolder
+from conversion.jobs.result_folder import JOURNAL_FILE, partial_folder
+from conversion.jobs.weights_manifest import WeightRecord
+from conversion.jobs.workers import Stop, run_units, worker_count
+from mellum2_megatron.checkpoint import find_checkpoint
+from mellum2_megatron.checkpoint.file_manifest import MANIFEST_FILE
+from mellum2_megatron.common.errors import InputError, WorkError
 from tests.conversion.folders import load_tensors, write_folder
 
 Convert = Callable[..., Any]
@@ -76,7 +76,7 @@ def test_the_same_call_continues(
     partial = partial_folder(old)
     for folder in (partial, partial / "result"):  # neither is taken for a result
         with pytest.raises(InputError):
-            resolve(folder)
+            find_checkpoint(folder)
         with pytest.raises(InputError):
             HfFolder.open(folder)
     plan = plan_import if kind == "import" else plan_export

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion.layer_errors import LayerError, compare_layers, type_summary
-from conversion.verify import VerifyReport, verify
+from conversion.verification.layer_errors import LayerError, compare_layers, type_summary
+from conversion.verification.verify import VerifyReport, verify
 from mellum2_megatron.architecture import PRESETS
 from tests.conversion.folders import load_tensors, save_tensors
 

@@ -10,8 +10,7 @@ import torch
 
 from conversion import mapping
 from conversion.mapping import GroupedHeads, StackedRows, derive, extra_states, fused_experts, huggingface_shapes
-from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
-from mellum2_megatron.hf_config import from_hf_config
+from mellum2_megatron.architecture import PRESETS, Mellum2Architecture, from_hf_config
 from tests.conversion.folders import VARIANTS, models, mtp_tensors, unfused
 
 

@@ -10,13 +10,20 @@ import pytest
 import torch
 
 from conversion.convert import export_hf, import_hf
-from conversion.hf_scoring import score_hf
+from conversion.huggingface.scoring import score_hf
 from conversion.mapping import derive, extra_states, megatron_shapes
-from conversion.torch_dist import TorchDistReader
-from conversion.verify import Agreement, compare, default_tokens, require_same_model, verify
+from conversion.torch_dist.reader import TorchDistReader
+from conversion.verification.verify import (
+    Agreement,
+    compare,
+    default_tokens,
+    require_same_model,
+    verify,
+)
 from mellum2_megatron.architecture import PRESETS
-from mellum2_megatron.checkpoint_folder import resolve, write_architecture, write_tracker
-from mellum2_megatron.errors import InputError
+from mellum2_megatron.checkpoint import find_checkpoint
+from mellum2_megatron.checkpoint.folder import write_architecture, write_tracker
+from mellum2_megatron.common.errors import InputError
 from tests.conversion.folders import VARIANTS, load_tensors, models, save_tensors, write_folder
 
 pytestmark = pytest.mark.usefixtures("megatron_world")
@@ -28,7 +35,7 @@ def load(root: Path) -> Any:
 
     from mellum2_megatron.model.provider import build_model
 
-    folder = resolve(root)
+    folder = find_checkpoint(root)
     model = build_model(folder.architecture, backend="torch")
     sharded = {"model": model.sharded_state_dict(metadata={"singleton_local_shards": False})}
     loaded = dist_checkpointing.load(sharded, str(folder.iteration_dir))
@@ -38,7 +45,7 @@ def load(root: Path) -> Any:
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_logits_of_an_import_are_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
-    from mellum2_megatron.scoring import score_tokens
+    from mellum2_megatron.model.scoring import score_tokens
 
     source = write_folder(tmp_path / "hf", changes, dtype=torch.float32)
     import_hf(source, tmp_path / "megatron")
@@ -66,7 +73,7 @@ def test_every_key_megatron_asks_for_is_written(checkpoint: Path) -> None:
 
     from mellum2_megatron.model.provider import build_model
 
-    architecture = resolve(checkpoint).architecture
+    architecture = find_checkpoint(checkpoint).architecture
     model = build_model(architecture, backend="torch")
     state = model.sharded_state_dict(metadata={"singleton_local_shards": False})
     objects = {item.unique_key for item in state.values() if isinstance(item, ShardedObject)}
@@ -88,13 +95,13 @@ def test_export_of_what_megatron_saves(hf_folder: Path, checkpoint: Path, tmp_pa
     iteration.mkdir(parents=True)
     dist_checkpointing.save({"model": model.sharded_state_dict(), "iteration": 3}, str(iteration))
     write_tracker(tmp_path / "run", 3)
-    write_architecture(tmp_path / "run", resolve(checkpoint).architecture)
+    write_architecture(tmp_path / "run", find_checkpoint(checkpoint).architecture)
     assert TorchDistReader(iteration).skipped["Transformer Engine extra state"]
     export_hf(tmp_path / "run", tmp_path / "out")
     before, after = load_tensors(hf_folder), load_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert resolve(tmp_path / "run").iteration == 3
+    assert find_checkpoint(tmp_path / "run").iteration == 3
 
 
 def _swap_gate_and_up(tensors: dict[str, torch.Tensor]) -> None:
@@ -122,14 +129,14 @@ def _swap_query_heads(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("wrong", [_swap_gate_and_up, _swap_mtp_norms, _swap_experts, _swap_query_heads])
 def test_verification_sees_a_wrong_mapping(wrong: Any, tmp_path: Path) -> None:
     """The checks themselves can fail: one confusion in the weights, and the logits are far apart."""
-    from mellum2_megatron.scoring import score_tokens
+    from mellum2_megatron.model.scoring import score_tokens
 
     source = write_folder(tmp_path / "hf", dtype=torch.float32)
     import_hf(source, tmp_path / "megatron")
     tensors = load_tensors(source)
     wrong(tensors)
     save_tensors(source, tensors)
-    tokens = default_tokens(resolve(tmp_path / "megatron").architecture)
+    tokens = default_tokens(find_checkpoint(tmp_path / "megatron").architecture)
     report = compare(*score_tokens(load(tmp_path / "megatron"), tokens), *score_hf(source, tokens))
     assert not report.ok
     assert "DIFFER" in str(report.table().title)
@@ -169,7 +176,7 @@ def test_scores_are_what_transformers_generation_drafts(tmp_path: Path) -> None:
 
 def test_mtp_layer_of_a_type_the_trunk_does_not_have(tmp_path: Path) -> None:
     """transformers' own `MtpModel` would fail: it borrows the trunk's rotary embedding."""
-    from mellum2_megatron.scoring import score_tokens
+    from mellum2_megatron.model.scoring import score_tokens
 
     source = write_folder(tmp_path / "hf", {"layer_types": ["full_attention"] * 3}, dtype=torch.float32)
     import_hf(source, tmp_path / "megatron")

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
-from conversion.check_release import check_release
 from conversion.convert import import_hf
-from conversion.hf_folder import read_config
-from conversion.members import MEMBERS
-from conversion.model_card import read_evaluation
-from conversion.release import LOGITS, ReleaseResult, release
-from mellum2_megatron.architecture import RopeParameters
-from mellum2_megatron.checkpoint_folder import read_architecture, write_architecture
-from mellum2_megatron.errors import InputError, WorkError
+from conversion.huggingface.folder import read_config
+from conversion.release.check_release import check_release
+from conversion.release.members import MEMBERS
+from conversion.release.model_card import read_evaluation
+from conversion.release.release import LOGITS, ReleaseResult, release
+from mellum2_megatron.architecture.mellum2 import RopeParameters
+from mellum2_megatron.checkpoint.folder import read_architecture, write_architecture
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.config import to_yaml
 from mellum2_megatron.recipes import recipe
-from mellum2_megatron.run import to_yaml
 from tests.conversion.folders import load_tensors
 from tests.conversion.releases import TEMPLATE
 
@@ -206,7 +206,7 @@ def test_weights_that_compute_something_else_are_not_released(
     chat_checkpoint: Path, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An export that swaps two experts' weights: every static check passes, the logits do not."""
-    import conversion.release as module
+    import conversion.release.release as module
     from tests.conversion.folders import save_tensors
 
     export = module.export_hf

@@ -12,7 +12,7 @@ from transformers import MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from conversion.convert import import_hf, stitch_mtp
-from mellum2_megatron.errors import InputError
+from mellum2_megatron.common.errors import InputError
 from tests.conversion.folders import VARIANTS, load_tensors, save_tensors, unfused, write_folder
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conversion.convert import export_hf, import_hf
-from conversion.torch_dist import TorchDistReader
-from mellum2_megatron.checkpoint_folder import resolve
+from conversion.torch_dist.reader import TorchDistReader
+from mellum2_megatron.checkpoint import find_checkpoint
 from tests.conversion.folders import load_tensors, write_folder
 from tests.conversion.release_run import MODEL
 from tests.distributed import run_distributed
@@ -28,7 +28,7 @@ def test_release_to_training_checkpoint_to_release(layout: dict[str, Any], tmp_p
     run_distributed("tests.conversion.release_run:train_one_step", 2, str(tmp_path / "release"), str(run), **layout)
     shutil.copy(tmp_path / "release" / "architecture.json", run)
 
-    checkpoint = resolve(run)
+    checkpoint = find_checkpoint(run)
     assert checkpoint.iteration == 1
     skipped = TorchDistReader(checkpoint.iteration_dir).skipped
     assert skipped["optimizer state"] > 20

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from mellum2_megatron.patching import Patch
+from mellum2_megatron.upstream.patching import Patch
+from tests import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PROBES: dict[str, Callable[[], None]] = {}
 
 
@@ -32,7 +32,7 @@ PROBES: dict[str, Callable[[], None]] = {}
 def outcomes() -> dict[str, dict[str, str | None]]:
     """Run `main` in a fresh process, once, and return what it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    # upstream_probes registers its own: those of mellum2_megatron/upstream.py.
+    # upstream_probes registers its own: those of mellum2_megatron/upstream/patches.py.
     command = [sys.executable, "-c", "from tests.cpu import patch_probes, upstream_probes; patch_probes.main()"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
@@ -276,7 +276,7 @@ def _step(model: Any, optimizer: Any) -> None:
 
 def _fork(name: str, patches: list[Patch]) -> str | None:
     """Run one probe in a fork with ``patches``; return what it raised, in a line."""
-    from mellum2_megatron import patching
+    from mellum2_megatron.upstream import patching
 
     with tempfile.TemporaryFile("w+") as answer:
         child = os.fork()
@@ -302,7 +302,7 @@ def main() -> None:
     from mellum2_megatron.cpu import compiling, device
     from mellum2_megatron.cpu.activation import HIDDEN
     from mellum2_megatron.cpu.patches import PATCHES
-    from mellum2_megatron.upstream import PATCHES as UPSTREAM
+    from mellum2_megatron.upstream.patches import PATCHES as UPSTREAM
 
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     for name in HIDDEN:

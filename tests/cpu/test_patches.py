@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mellum2_megatron.cpu.patches import PATCHES
-from mellum2_megatron.patching import Patch
+from mellum2_megatron.upstream.patching import Patch
 from tests.cpu import patch_probes
 
 # What upstream does without the patch: the start of the probe's error. When a line here no longer holds, upstream has

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.cpu.patches import check_arguments
-from mellum2_megatron.errors import InputError
 from tests.cpu.tiny_pretrain import arguments
 from tests.distributed import DistributedError, run_distributed
 

@@ -1,4 +1,4 @@
-"""Is each patch of mellum2_megatron/upstream.py still needed? See `patch_probes`."""
+"""Is each patch of mellum2_megatron/upstream/patches.py still needed? See `patch_probes`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from mellum2_megatron.errors import InputError
+from mellum2_megatron.common.errors import InputError
 from tests.cpu.patch_probes import PROBES, on_two_ranks, one_rank, parse, probe
-from tests.packing import packed_documents
+from tests.model.packing import packed_documents
 
 
 @probe("compile-helpers")

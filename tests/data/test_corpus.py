@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mellum2_megatron.data.corpus import (
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.data.corpus.discovery import (
     Selection,
     given_sources,
     installed_sources,
@@ -18,7 +19,6 @@ from mellum2_megatron.data.corpus import (
     read_document,
     select,
 )
-from mellum2_megatron.errors import InputError, WorkError
 from tests.data.conftest import HOSTILE, NUL, python_like
 
 

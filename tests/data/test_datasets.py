@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.data.datasets import build_datasets, check_data
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Data
+from mellum2_megatron.data.feed.datasets import build_datasets, check_data
 from mellum2_megatron.data.prepare import prepare
 from mellum2_megatron.data.prepared_folder import PreparedData
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.run import Data
 from tests.data.test_prepare import read_indexed
 
 LENGTH = 64

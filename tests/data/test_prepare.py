@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mellum2_megatron.data import encode
-from mellum2_megatron.data.corpus import given_sources, read_document, select
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.data.corpus.discovery import given_sources, read_document, select
 from mellum2_megatron.data.prepare import prepare
 from mellum2_megatron.data.prepared_folder import PreparedData, load_prepared
-from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.data.tokens import encode
 
 
 def read_indexed(prefix: Path) -> list[list[int]]:
@@ -146,7 +146,7 @@ def test_an_error_in_a_worker_process_comes_back_whole(text_folder: Path, tmp_pa
     selection = select(given_sources([copy]), seed=1, valid_fraction=0.2, max_bytes=None)
     shutil.rmtree(copy)
     tokenizer = tmp_path / "tokenizer"
-    from mellum2_megatron.data.tokenizer import train_tokenizer
+    from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
 
     train_tokenizer(["some text, some text"], tokenizer, vocab_size=270)
     with pytest.raises(WorkError, match="can no longer be read") as error:

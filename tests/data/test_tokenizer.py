@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.data.prepared_folder import PreparedData
-from mellum2_megatron.data.tokenizer import (
+from mellum2_megatron.data.tokens.tokenizer import (
     RESERVED_TOKENS,
     SMALLEST_VOCAB,
     check_fim,
@@ -20,7 +21,6 @@ from mellum2_megatron.data.tokenizer import (
     train_tokenizer,
     vocab_size,
 )
-from mellum2_megatron.errors import InputError
 from tests.data.conftest import HOSTILE, NUL, python_like
 
 

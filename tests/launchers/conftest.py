@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mellum2_megatron.config import Run
 from mellum2_megatron.data.prepared_folder import PreparedData
-from mellum2_megatron.run import Run
-from tests.test_train import small_corpus, small_run
+from tests.training.test_train import small_corpus, small_run
 
 
 @pytest.fixture(scope="session")

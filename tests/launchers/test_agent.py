@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launchers.outcome import begin, read_attempts, read_reports
-from mellum2_megatron.run import Run, to_yaml
+from mellum2_megatron.config import Run, to_yaml
 
 pytestmark = pytest.mark.distributed
 

@@ -13,14 +13,12 @@ import pytest
 from launchers.batch_job import write_job
 from launchers.job import make_job, missing_variables
 from launchers.profile import Container, Mount, Profile
+from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Layout, Run, apply_overrides
 from mellum2_megatron.data.prepared_folder import PreparedData
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.layout import Layout
-from mellum2_megatron.overrides import apply_overrides
-from mellum2_megatron.rules import enforce
-from mellum2_megatron.run import Run
-from mellum2_megatron.run_folder import read_run
-from tests.test_train import small_run
+from mellum2_megatron.planning.rules import enforce
+from tests.training.test_train import small_run
 
 CPU = Profile(name="site", account="none", ranks_per_node=2)
 GPU = Profile(name="site", account="none", gpus_per_node=8)

@@ -15,10 +15,9 @@ from launchers.preview import estimate
 from launchers.profile import read_profile
 from launchers.sbatch import render
 from launchers.submission import split_stages
-from mellum2_megatron.overrides import apply_overrides
+from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.config import Run, apply_overrides, from_yaml, to_yaml
 from mellum2_megatron.recipes import recipe, recipe_names
-from mellum2_megatron.run import Run, from_yaml, to_yaml
-from mellum2_megatron.run_folder import read_run
 from tests.cli.runner import Result, mellum2
 
 PROFILE = "account: none\nranks_per_node: 2\n"
@@ -232,7 +231,7 @@ def test_a_word_that_is_neither_recipe_nor_command() -> None:
 
 
 def test_no_recipe_is_called_like_a_command() -> None:
-    from mellum2_megatron.launch_commands import launch_app
+    from mellum2_megatron.cli.launch import launch_app
 
     commands = {command.name for command in launch_app.registered_commands}
     assert commands == {"run", "status", "logs", "cancel", "pipeline"}

@@ -21,10 +21,9 @@ from launchers.launch_record import read_launches
 from launchers.profile import Container, Mount, Profile, profile_from_yaml
 from launchers.sbatch import render
 from launchers.submission import prepare, prepare_chain
-from mellum2_megatron.checkpoint_folder import tracked_iteration
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.overrides import apply_overrides
-from mellum2_megatron.run import Run, from_yaml, to_yaml
+from mellum2_megatron.checkpoint.folder import tracked_iteration
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Run, apply_overrides, from_yaml, to_yaml
 from tests.cli.runner import mellum2
 from tests.launchers.test_slurm_commands import Fake, fake, words
 
@@ -201,7 +200,7 @@ def test_tasks_that_wait_for_each_other(
 
 def _package(*_: Any, **__: Any) -> Any:
     from launchers.packaging import Package
-    from mellum2_megatron.provenance import Code
+    from mellum2_megatron.common.provenance import Code
 
     return Package(folder=Path("/"), code=Code(origin="package", version="1"))
 
@@ -337,7 +336,7 @@ def test_ranks_under_the_fault_tolerance_launcher(
     assert "--max-restarts 2" in command
     assert "--nproc-per-node 2" in command
     assert f":{launcher.rdzv_port}" in command
-    assert f"-m mellum2_megatron.train {run.checkpoint.output}/run.yaml --device cpu" in command
+    assert f"-m mellum2_megatron.training {run.checkpoint.output}/run.yaml --device cpu" in command
     assert from_yaml(Path(str(run.checkpoint.output), "run.yaml").read_text()).name == run.name
 
 

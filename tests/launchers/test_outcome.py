@@ -9,9 +9,19 @@ from pathlib import Path
 import pytest
 
 from launchers import outcome
-from launchers.outcome import Attempt, Kind, Report, begin, decide, end, failures_in_place, judge, read_attempts
-from mellum2_megatron.checkpoint_folder import write_tracker
-from mellum2_megatron.failures import RankFailure
+from launchers.outcome import (
+    Attempt,
+    Kind,
+    Report,
+    begin,
+    decide,
+    end,
+    failures_in_place,
+    judge,
+    read_attempts,
+)
+from mellum2_megatron.checkpoint.folder import write_tracker
+from mellum2_megatron.faults.failures import RankFailure
 
 KILLED = RankFailure(rank=1, exit_code=-9, ended=100)
 ECHO = RankFailure(rank=0, exit_code=1, kind="echo", message="RuntimeError: Connection closed by peer", ended=101)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from launchers.packaging import check_code, package
-from mellum2_megatron import provenance
-from mellum2_megatron.errors import InputError
-from mellum2_megatron.provenance import source_code
+from mellum2_megatron.common import provenance
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.provenance import source_code
 
 FILES = {
     "mellum2_megatron/__init__.py": "",
-    "mellum2_megatron/provenance.py": "",
+    "mellum2_megatron/common/provenance.py": "",
     "mellum2_megatron/value.py": "VALUE = 1\n",
     "launchers/__init__.py": "",
     "with blank.txt": "x",

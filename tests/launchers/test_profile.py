@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from launchers.profile import Container, Mount, Profile, minutes, profile_from_yaml, profile_names, read_profile
-from mellum2_megatron.errors import InputError
+from mellum2_megatron.common.errors import InputError
+from tests import REPOSITORY
 
-SAMPLES = Path(__file__).parents[2] / "docs" / "examples" / "profiles"
+SAMPLES = REPOSITORY / "docs" / "examples" / "profiles"
 
 
 def read(text: str) -> Profile:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers import slurm, watching
+from launchers import slurm
+from launchers import status as watching
 from launchers.slurm import JobState
-from mellum2_megatron.errors import InputError, WorkError
+from mellum2_megatron.common.errors import InputError, WorkError
 
 # What `scontrol --oneliner show job` printed, shortened by fields that nobody reads here.
 FAILED = (

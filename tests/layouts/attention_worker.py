@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.packing import packed_documents
+from tests.model.packing import packed_documents
 
 HEADS, GROUPS, DIMENSION = 4, 2, 4
 SCALE = 0.7
@@ -65,7 +65,7 @@ def _attend(problem: Problem, cp: int, rank: int) -> tuple[torch.Tensor, ...]:
     from megatron.core.transformer.enums import AttnMaskType
 
     from mellum2_megatron.model import core_attention
-    from mellum2_megatron.model.config import transformer_config
+    from mellum2_megatron.model.transformer_config import transformer_config
     from tests.layouts.worker import ARCHITECTURE
 
     core_attention.BLOCK = problem.block

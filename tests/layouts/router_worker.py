@@ -31,8 +31,8 @@ def losses(kind: str, cp: int, exact: bool, padded: bool) -> tuple[torch.Tensor,
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from mellum2_megatron import upstream
     from mellum2_megatron.model.router import Mellum2Router
+    from mellum2_megatron.upstream import patches as upstream
 
     upstream.activate()
     mpu.initialize_model_parallel(context_parallel_size=cp)

@@ -7,10 +7,14 @@ import itertools
 import pytest
 import torch
 
-from mellum2_megatron.model.zigzag import document_boundaries, partition_indices, stream_order
+from mellum2_megatron.model.context_parallel import (
+    document_boundaries,
+    partition_indices,
+    stream_order,
+)
 from tests.distributed import run_distributed
 from tests.layouts.attention_worker import SCALE, Problem, held, inputs
-from tests.packing import packed_documents
+from tests.model.packing import packed_documents
 
 TOLERANCE = 1e-12
 

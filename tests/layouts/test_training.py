@@ -12,7 +12,7 @@ import pytest
 
 from conversion.convert import export_hf, import_hf
 from mellum2_megatron.data.prepared_folder import PreparedData
-from tests.test_train import losses, small_corpus, small_run, train
+from tests.training.test_train import losses, small_corpus, small_run, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.architecture.mellum2 import RopeParameters
 from tests.layouts.traffic import counting
-from tests.packing import packed_documents
+from tests.model.packing import packed_documents
 
 SEQUENCE = 32
 BATCH = 4
@@ -228,9 +229,9 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
     """Return this rank's model chunks, built by the provider that training uses."""
     from megatron.core import parallel_state as mpu
 
-    from mellum2_megatron.model.config import transformer_config
+    from mellum2_megatron.config import Loss
     from mellum2_megatron.model.provider import model_provider
-    from mellum2_megatron.optimizer import Loss
+    from mellum2_megatron.model.transformer_config import transformer_config
 
     kind, coefficient = case.balance
     config = transformer_config(
@@ -305,7 +306,7 @@ def forward_step(
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 
-    from mellum2_megatron.step import sum_loss
+    from mellum2_megatron.training.step import sum_loss
 
     batch = next(iterator)
     rows = batch.pop("rows").tolist()

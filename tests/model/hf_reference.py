@@ -11,8 +11,8 @@ import torch
 from transformers import MellumConfig, MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
-from mellum2_megatron.hf_config import to_hf_config
+from mellum2_megatron.architecture import Mellum2Architecture, to_hf_config
+from mellum2_megatron.architecture.mellum2 import RopeParameters
 
 DEFAULT_ROPE = RopeParameters(rope_type="default", rope_theta=500_000.0)
 SMALL = Mellum2Architecture(

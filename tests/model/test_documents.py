@@ -8,10 +8,10 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from mellum2_megatron import upstream
 from mellum2_megatron.model.provider import build_model
+from mellum2_megatron.upstream import patches as upstream
 from tests.layouts.worker import ARCHITECTURE
-from tests.packing import packed_documents
+from tests.model.packing import packed_documents
 
 pytestmark = pytest.mark.usefixtures("megatron_world")
 

@@ -12,11 +12,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
-from mellum2_megatron.model.config import transformer_config
 from mellum2_megatron.model.core_attention import TorchCoreAttention, causal_window_mask
 from mellum2_megatron.model.norm import TorchRMSNorm
 from mellum2_megatron.model.provider import build_model
 from mellum2_megatron.model.router import Mellum2Router
+from mellum2_megatron.model.transformer_config import transformer_config
 from tests.model.hf_reference import SMALL
 
 pytestmark = pytest.mark.usefixtures("megatron_world")

@@ -9,10 +9,9 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
-from mellum2_megatron.megatron_fields import architecture_arguments
+from mellum2_megatron.architecture import PRESETS, Mellum2Architecture, architecture_arguments
 from mellum2_megatron.model import layer_specs
-from mellum2_megatron.scoring import score_tokens
+from mellum2_megatron.model.scoring import score_tokens
 from tests.model.hf_reference import make_reference, to_megatron
 from tests.model.own_specs import ARCHITECTURE
 from tests.model.test_parity import relative_error, tokens_of

@@ -16,16 +16,15 @@ import pytest
 
 from launchers.launch_record import read_launches
 from launchers.outcome import read_attempts
-from mellum2_megatron.checkpoint_folder import tracked_iteration
-from mellum2_megatron.metrics import METRICS_FILE, read_metrics
-from mellum2_megatron.overrides import apply_overrides
-from mellum2_megatron.provenance import read_records
-from mellum2_megatron.run import Run, to_yaml
-from mellum2_megatron.run_folder import read_run
+from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.checkpoint.folder import tracked_iteration
+from mellum2_megatron.common.provenance import read_records
+from mellum2_megatron.config import Run, apply_overrides, to_yaml
+from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from tests.cli.runner import Result, mellum2
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.test_scenarios import FAULTS, LONG
-from tests.test_train import small_corpus, small_run
+from tests.training.test_train import small_corpus, small_run
 
 pytestmark = [
     pytest.mark.launch,

@@ -18,12 +18,12 @@ from launchers.batch_job import write_job
 from launchers.job import Job, make_job
 from launchers.outcome import read_attempts
 from launchers.profile import Profile
-from mellum2_megatron.checkpoint_folder import tracked_iteration
+from mellum2_megatron.checkpoint.folder import tracked_iteration
+from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.data.prepared_folder import PreparedData
-from mellum2_megatron.metrics import METRICS_FILE, read_metrics
-from mellum2_megatron.run import Run, to_yaml
+from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from tests.slurm.cluster import Cluster, wait_for
-from tests.test_train import STEPS, small_corpus, small_run
+from tests.training.test_train import STEPS, small_corpus, small_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(2000)]
 

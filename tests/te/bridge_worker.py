@@ -23,7 +23,6 @@ from safetensors.torch import save_file  # noqa: E402
 
 KNOWN_BEFORE = AutoBridge.list_supported_models()
 
-import conversion.bridge  # noqa: E402, F401  # registers Mellum 2
 
 ARGUMENT = {
     "use_cpu_initialization",
@@ -55,12 +54,11 @@ def configurations(root: Path) -> dict[str, list[str]]:
     from megatron.bridge.utils.instantiate_utils import InstantiationMode
     from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 
-    from conversion.bridge import Mellum2ModelProvider
-    from mellum2_megatron.layout import Layout
-    from mellum2_megatron.megatron_args import megatron_arguments
-    from mellum2_megatron.model.config import use_plain_initialization
-    from mellum2_megatron.precision import Precision
+    from conversion.bridge.register import Mellum2ModelProvider
+    from mellum2_megatron.config import Layout, Precision
+    from mellum2_megatron.model.transformer_config import use_plain_initialization
     from mellum2_megatron.recipes import recipe
+    from mellum2_megatron.upstream.arguments import megatron_arguments
 
     run = dataclasses.replace(recipe("mellum2_tiny_pretrain"), layout=Layout(), precision=Precision(compute="bf16"))
     provider = Mellum2ModelProvider.from_architecture(run.architecture)
@@ -100,8 +98,8 @@ def differences(expected: Any, found: Any, *, besides: set[str]) -> list[str]:
 
 def refusals(root: Path) -> dict[str, str]:
     """The error of each attempt that must fail."""
-    from conversion import bridge_mapping
-    from conversion.bridge import Mellum2ModelProvider
+    from conversion.bridge import mapping as bridge_mapping
+    from conversion.bridge.register import Mellum2ModelProvider
     from conversion.mapping import MTP
     from mellum2_megatron.architecture import PRESETS
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion.convert import export_hf, import_hf
-from conversion.torch_dist import TorchDistReader
+from conversion.torch_dist.reader import TorchDistReader
+from tests import REPOSITORY
 from tests.conversion.folders import VARIANTS, load_tensors, write_folder
 from tests.conversion.releases import write_model
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 EVEN = {"num_experts": 4, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MODELS: dict[str, dict[str, Any]] = {
     "small": {},

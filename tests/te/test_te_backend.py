@@ -7,14 +7,12 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mellum2_megatron.recipes import recipe, recipe_names
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests import REPOSITORY
 
 
 def transformer_engine_imports() -> bool:

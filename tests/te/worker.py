@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import transformer_engine.pytorch  # before megatron, which looks for it when it is imported
 
-from mellum2_megatron import patching, upstream
 from mellum2_megatron.cpu import activation, compiling, device
 from mellum2_megatron.cpu.patches import PATCHES
+from mellum2_megatron.upstream import patches as upstream
+from mellum2_megatron.upstream import patching
 
 
 def activate_beside_transformer_engine() -> None:
@@ -54,7 +55,8 @@ def sharded_tensors(model: Any) -> dict[str, list[int]]:
 
 def tiny_models() -> dict[str, Any]:
     """Build the tiny model with both backends: checkpoint keys, and what each te layer attends with."""
-    from mellum2_megatron.architecture import PRESETS, RopeParameters
+    from mellum2_megatron.architecture import PRESETS
+    from mellum2_megatron.architecture.mellum2 import RopeParameters
     from mellum2_megatron.model.provider import build_model
 
     yarn = RopeParameters(rope_type="yarn", rope_theta=500_000.0, factor=16.0, original_max_position_embeddings=32)
@@ -98,9 +100,9 @@ def _fp8_seen(choice: bool) -> dict[str, bool]:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from mellum2_megatron.architecture import PRESETS
-    from mellum2_megatron.model.config import transformer_config
+    from mellum2_megatron.config import Precision
     from mellum2_megatron.model.provider import model_provider
-    from mellum2_megatron.precision import Precision
+    from mellum2_megatron.model.transformer_config import transformer_config
 
     architecture = PRESETS["mellum2-tiny"]
     config = transformer_config(
@@ -137,8 +139,8 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from mellum2_megatron.megatron_args import environment, megatron_arguments
     from mellum2_megatron.recipes import recipe
+    from mellum2_megatron.upstream.arguments import environment, megatron_arguments
 
     run = recipe(name)
     world = run.layout.world_size
@@ -165,8 +167,8 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
     config = core_transformer_config_from_args(args)
     config.init_model_with_meta_device = True
     config.perform_initialization = False
-    from mellum2_megatron.memory import memory_by_stage
     from mellum2_megatron.model.provider import build_model
+    from mellum2_megatron.planning.memory import memory_by_stage
 
     with torch.device("meta"):
         model = build_model(

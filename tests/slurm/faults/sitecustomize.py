@@ -15,8 +15,8 @@ from typing import Any
 
 
 def _install() -> None:
-    from mellum2_megatron.stopping import StopRequest
-    from mellum2_megatron.watch import Watch
+    from mellum2_megatron.faults.hang_watch import Watch
+    from mellum2_megatron.faults.stop_request import StopRequest
 
     folder, heard = Path(sys.orig_argv[3]).parent, []
     hear, beating = StopRequest._hear, Watch.beating
@@ -50,5 +50,5 @@ def _wait(gate: Path, heard: list[Any]) -> None:
         time.sleep(0.05)
 
 
-if "RANK" in os.environ and "mellum2_megatron.train" in sys.orig_argv:
+if "RANK" in os.environ and "mellum2_megatron.training" in sys.orig_argv:
     _install()

@@ -1,0 +1,218 @@
+"""The two classes that Megatron-Bridge 0.6.2 asks for: a provider that builds the model, a bridge that fills it.
+
+Importing this module registers them; `conversion.bridge` is the one to import.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # before Transformer Engine, which megatron.bridge imports and which needs torch's libraries loaded
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.conversion.utils import unwrap_model
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+
+from conversion.bridge.mapping import mapping_registry
+from conversion.huggingface.folder import listed
+from conversion.mapping import derive, huggingface_shapes
+from mellum2_megatron.architecture import Mellum2Architecture, from_hf_config, to_hf_config
+from mellum2_megatron.checkpoint.bridge_config import provider_fields
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.model.provider import build_model
+from mellum2_megatron.model.transformer_config import (
+    require_matching_config,
+    use_plain_initialization,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Mellum2ModelProvider(GPTModelProvider):
+    """Bridge's provider of a Mellum 2 model: its fields are Megatron's configuration, its layers are ours.
+
+    Attributes:
+        architecture: `Mellum2Architecture.to_dict()`; a plain dictionary, so that ``run_config.yaml`` can hold it. The
+            other fields must describe the same model, `mtp_num_layers` excepted: 0 or None leaves the MTP head out.
+    """
+
+    architecture: dict[str, Any] | None = None
+
+    @classmethod
+    def from_architecture(
+        cls, architecture: Mellum2Architecture, dtype: torch.dtype = torch.bfloat16
+    ) -> Mellum2ModelProvider:
+        """Return the provider of a model with weights of `dtype`; change its fields, then `finalize` it."""
+        return cls(
+            **provider_fields(architecture),
+            activation_func=torch.nn.functional.silu,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+        )
+
+    def finalize(self) -> None:
+        """Complete the configuration once no field changes any more.
+
+        Raises:
+            InputError: there is no architecture, or the fields describe another model; all differences are named.
+        """
+        architecture = self.built_architecture()
+        if self.architecture is not None and architecture.num_mtp_layers != self.architecture["num_mtp_layers"]:
+            logger.warning(
+                "mtp_num_layers=%r: the model is built without its MTP head, and what is exported from it lacks mtp.*; "
+                "set mtp_num_layers=%d to keep it",
+                self.mtp_num_layers,
+                self.architecture["num_mtp_layers"],
+            )
+        window = vars(self)["window_size"]
+        self.window_size = None if window is None else tuple(window)  # a list in run_config.yaml
+        super().finalize()
+        use_plain_initialization(self)
+        require_matching_config(self, architecture)
+
+    def built_architecture(self) -> Mellum2Architecture:
+        """Return the architecture of the model that `provide` builds: without the MTP head where that is off.
+
+        Raises:
+            InputError: there is no architecture, or not a valid one.
+        """
+        if self.architecture is None:
+            raise InputError(
+                "Mellum2ModelProvider(architecture=None)",
+                rule="its layers are built from it",
+                fix="use Mellum2ModelProvider.from_architecture, or AutoBridge",
+            )
+        architecture = Mellum2Architecture.from_dict(self.architecture)
+        return architecture if self.mtp_num_layers else architecture.replace(num_mtp_layers=0)
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> GPTModel:
+        """Build this rank's part of the model from Mellum 2's layer specs.
+
+        Args:
+            pre_process, post_process: whether it holds the embedding, and the head; None asks the process groups.
+            vp_stage: virtual pipeline stage.
+
+        Raises:
+            InputError: the fields describe another model than `architecture`, or Transformer Engine is missing.
+        """
+        stages = {"vp_stage": vp_stage, "vp_size": self.virtual_pipeline_model_parallel_size}
+        if pre_process is None:
+            pre_process = is_vp_first_stage(**stages) and is_pp_first_stage(self._pg_collection.pp)
+        if post_process is None:
+            post_process = is_vp_last_stage(**stages) and is_pp_last_stage(self._pg_collection.pp)
+        architecture = self.built_architecture()
+        if self.should_pad_vocab:
+            rows = calculate_padded_vocab_size(
+                self.vocab_size, self.make_vocab_size_divisible_by, self.tensor_model_parallel_size
+            )
+            architecture = architecture.replace(vocab_size=rows)
+        with torch.device("meta") if self.init_model_with_meta_device else nullcontext():
+            return build_model(
+                architecture,
+                backend="te",
+                config=self,
+                pre_process=pre_process,
+                post_process=post_process,
+                parallel_output=self.parallel_output,
+                vp_stage=vp_stage,
+                pg_collection=self._pg_collection,
+            )
+
+
+@MegatronModelBridge.register_bridge(
+    source="MellumForCausalLM", target=GPTModel, provider=Mellum2ModelProvider, model_type="mellum"
+)
+class Mellum2Bridge(MegatronModelBridge):
+    """Weights and configuration of Mellum 2 between Hugging Face's layout and a Megatron model in memory."""
+
+    def provider_bridge(self, hf_pretrained: Any) -> Mellum2ModelProvider:
+        """Return the provider for a Hugging Face model.
+
+        Raises:
+            InputError: its config is not that of a Mellum 2 model.
+        """
+        config = hf_pretrained.config
+        dtype = self.dtype_from_hf(config, default=torch.bfloat16)
+        return Mellum2ModelProvider.from_architecture(from_hf_config(config.to_dict()), dtype)
+
+    @classmethod
+    def megatron_to_hf_config(cls, provider: Mellum2ModelProvider) -> dict[str, Any]:
+        """Return the ``config.json`` of a provider's model."""
+        return to_hf_config(provider.built_architecture(), str(provider.params_dtype).removeprefix("torch."))
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        """Return the mapping of every weight, MTP included."""
+        return mapping_registry()
+
+    def build_conversion_tasks(self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return Bridge's conversion tasks, complete.
+
+        Bridge's own version logs a warning for a weight that it finds no mapping or no tensor for, and goes on with
+        what the model was initialised with (models/conversion/model_bridge.py:1725-1742, 0.6.2); tensors of the folder
+        that nothing asks for it does not look at.
+
+        Raises:
+            InputError: a weight of the model without a mapping, or a tensor missing in or left over from the folder.
+        """
+        tasks: list[Any] = super().build_conversion_tasks(hf_pretrained, megatron_model, *args, **kwargs)
+        parameters = self._megatron_global_param_names_all_pp_ranks(megatron_model)
+        if unmapped := [name for name, task in zip(parameters, tasks, strict=True) if task is None]:
+            raise InputError(
+                f"{listed(unmapped)} of the Megatron model",
+                rule="conversion.mapping has no row for it",
+                fix="build the model with Mellum2ModelProvider",
+            )
+        if hasattr(hf_pretrained, "state"):
+            # A rank has tasks for its own experts only, so what the folder holds is compared with the whole table.
+            architecture = _built_architecture(megatron_model)
+            wanted = set(huggingface_shapes(derive(architecture)))
+            _require_all(wanted, set(hf_pretrained.state.source.get_all_keys()), hf_pretrained)
+        return tasks
+
+
+def _built_architecture(megatron_model: Any) -> Mellum2Architecture:
+    config = unwrap_model(megatron_model)[0].config
+    if not isinstance(config, Mellum2ModelProvider):
+        raise InputError(
+            f"a Megatron model configured by {type(config).__name__}",
+            rule="its architecture is not known",
+            fix="build it with Mellum2ModelProvider, or through AutoBridge",
+        )
+    return config.built_architecture()
+
+
+def _require_all(wanted: set[str], there: set[str], hf_pretrained: Any) -> None:
+    where = getattr(hf_pretrained, "model_name_or_path", "the Hugging Face folder")
+    if missing := sorted(wanted - there):
+        fused = any(name.endswith(".experts.gate_up_proj") for name in there)
+        raise InputError(
+            f"{where}: {listed(missing)} missing",
+            rule="the Megatron model has a weight for it",
+            fix="Bridge reads experts one by one: `mellum2 convert import` and `export` unfuse these"
+            if fused
+            else "give the complete folder; `mellum2 convert stitch-mtp` puts a lost MTP head back",
+        )
+    extra = sorted(there - wanted)
+    if extra and all(name.startswith("mtp.") for name in extra) and not any(n.startswith("mtp.") for n in wanted):
+        logger.warning("%s: its MTP head is left aside, for the Megatron model was built without one", where)
+    elif extra:
+        raise InputError(
+            f"{where}: {listed(extra)} not part of the Megatron model",
+            rule="every tensor of the folder is used",
+            fix="give a folder whose config.json is its own",
+        )

@@ -1,0 +1,53 @@
+"""Independent units of work on a few threads: reading, copying, hashing and writing all release the interpreter."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from mellum2_megatron.common.errors import InputError
+
+# One more worker is one more tensor in memory, and few disks are any faster with more.
+MOST_BY_DEFAULT = 8
+
+
+class CancelledError(Exception):
+    """Another unit failed, so this one need not go on; never leaves `run_units`."""
+
+
+class Stop:
+    """Set once a unit has failed; work asks `check` between its steps, so that it ends soon after."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def check(self) -> None:
+        """Raise CancelledError if another unit has failed."""
+        if self._event.is_set():
+            raise CancelledError
+
+
+def worker_count(wanted: int | None) -> int:
+    """Return ``wanted``, or by default one worker for each core this process may use, at most `MOST_BY_DEFAULT`."""
+    if wanted is None:
+        return min(len(os.sched_getaffinity(0)), MOST_BY_DEFAULT)
+    if wanted < 1:
+        raise InputError(f"--workers {wanted}", rule="must be 1 or more", fix="leave it out to take one per core")
+    return wanted
+
+
+def run_units[Unit](units: Sequence[Unit], work: Callable[[Unit], None], *, workers: int, stop: Stop) -> None:
+    """Call ``work(unit)`` for every unit, ``workers`` at a time; the first error stops all and is raised."""
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert") as pool:
+        try:
+            for future in as_completed([pool.submit(work, unit) for unit in units]):
+                future.result()
+        except BaseException:  # Ctrl-C too
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise

@@ -1,0 +1,253 @@
+"""The model card of a release: README.md, filled from the checkpoint, its run and what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversion.release.members import BASE_PRETRAIN, CHAT_MEMBERS
+from conversion.verification.verify import VerifyReport
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.provenance import Code
+from mellum2_megatron.config import Run
+
+Rows = tuple[Mapping[str, str], ...]
+
+TITLES = {
+    BASE_PRETRAIN: "Base-Pretrain",
+    "base": "Base",
+    "instruct-sft": "Instruct-SFT",
+    "thinking-sft": "Thinking-SFT",
+    "instruct": "Instruct",
+    "thinking": "Thinking",
+}
+_STAGES = {
+    BASE_PRETRAIN: "pre-training at the native context length",
+    "base": "pre-training and the long-context stage (YaRN on the full-attention layers)",
+    "instruct-sft": "supervised fine-tuning on instructions",
+    "thinking-sft": "supervised fine-tuning on instructions with reasoning",
+    "instruct": "reinforcement learning after instruction tuning",
+    "thinking": "reinforcement learning after tuning with reasoning",
+}
+_HEAD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- code
+- mixture-of-experts
+- mellum
+---
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """What a model card is written from.
+
+    Attributes:
+        run: the resolved run that trained the checkpoint, where it is recorded.
+        iteration: of the checkpoint; None for an imported one.
+        dtype: of the weights.
+        evaluation: rows of the evaluation table.
+        logits: Megatron's logits against transformers'; None when they were not compared.
+        measured: (name, outcome) of the checks that ran the model.
+        code: this project's, which writes the release.
+        trained_with: the states of the code that the run was started from, in order; empty where none is recorded.
+    """
+
+    member: str
+    architecture: Mellum2Architecture
+    run: Run | None
+    iteration: int | None
+    dtype: str
+    evaluation: Rows
+    logits: VerifyReport | None
+    measured: Sequence[tuple[str, str]]
+    code: Code
+    trained_with: Sequence[Code] = ()
+
+
+def read_evaluation(path: Path) -> Rows:
+    """Read an evaluation table: ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}`` or a list of rows.
+
+    Raises:
+        InputError: unreadable, another form, or a value that is no text and no finite number.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--eval {path}", rule=f"it must be a JSON file ({error})", fix="name one") from None
+    if isinstance(value, dict):
+        value = [
+            {"benchmark": name, **(row if isinstance(row, dict) else {"score": row})} for name, row in value.items()
+        ]
+    if not isinstance(value, list) or not value or not all(isinstance(row, dict) and row for row in value):
+        raise InputError(
+            f"--eval {path}", rule="it holds benchmarks and their scores, or a list of rows",
+            fix='write {"HumanEval pass@1": 0.5} or [{"benchmark": "HumanEval", "pass@1": 0.5}]',
+        )  # fmt: skip
+    return tuple({str(key): _cell(path, key, cell) for key, cell in row.items()} for row in value)
+
+
+def _cell(path: Path, key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"--eval {path}: {key}={value!r}", rule="a cell is text or a finite number", fix="correct it")
+    return f"{value:g}"
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the card's Markdown."""
+    title = f"# Mellum 2 {TITLES[facts.member]} ({parameters_text(facts.architecture)})"
+    intro = (
+        f"A mixture-of-experts language model for code, of JetBrains' Mellum 2 architecture. "
+        f"Stage: {_STAGES[facts.member]}. Exported with mellum2-megatron {facts.code.version}"
+        f"{f' ({facts.code})' if facts.code.commit else ''}."
+    )
+    sections = [
+        title,
+        intro,
+        "## Model\n\n" + _table(("", ""), _model_rows(facts)),
+        "## Training\n\n" + _training(facts),
+        "## Evaluation\n\n" + _evaluation(facts.evaluation),
+        "## Use\n\n" + _use(facts),
+        "## Intended use and limitations\n\n" + _limits(facts.member),
+        "## Verification\n\n" + _verification(facts),
+        "## Licence\n\nApache 2.0; see LICENSE.",
+    ]
+    return _HEAD + "\n" + "\n\n".join(sections) + "\n"
+
+
+def parameters_text(architecture: Mellum2Architecture) -> str:
+    """Parameters without the MTP head, in billions or millions."""
+    count = architecture.num_parameters(mtp=False)
+    return f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.2f}M"
+
+
+def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
+    model = facts.architecture
+    full = model.layer_types.count("full_attention")
+    rope = model.rope_full_attention
+    yarn = f", YaRN x{rope.factor:g} in full-attention layers" if rope.factor is not None else ", native"
+    return [
+        ("parameters", f"{model.num_parameters(mtp=False):,} ({model.num_active_parameters(mtp=False):,} active)"),
+        ("MTP head", f"{model.num_mtp_layers} layer, for speculative decoding" if model.num_mtp_layers else "none"),
+        ("layers", f"{model.num_hidden_layers - full} with sliding windows of {model.sliding_window}, {full} full"),
+        ("experts", f"{model.num_experts}, {model.num_experts_per_tok} per token"),
+        ("context", f"{model.max_position_embeddings:,} tokens{yarn}"),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("weights", f"{facts.dtype}, safetensors"),
+    ]  # fmt: skip
+
+
+def _training(facts: CardFacts) -> str:
+    run = facts.run
+    if run is None:
+        return "No run is recorded beside the checkpoint this release was made from, so nothing is stated here."
+    schedule, optimizer, layout = run.schedule, run.optimizer, run.layout
+    samples = schedule.train_samples if facts.iteration is None else schedule.samples(facts.iteration)
+    ways = " ".join(f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "ep", "etp", "cp"))
+    batches = ", ".join(f"{size} from sample {first:,}" for first, size in schedule.batch_schedule)
+    rows = [
+        ("recipe", run.name),
+        ("what it is", run.description),
+        ("tokens seen by the end of this run", f"{samples * run.data.sequence_length:,} ({samples:,} sequences)"),
+        ("started from", _start(run)),
+        ("step", "not recorded" if facts.iteration is None else f"{facts.iteration:,}"),
+        ("sequence length", f"{run.data.sequence_length:,}"),
+        ("sequences a step", batches),
+        ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}"),
+        ("learning rate", f"{optimizer.lr:g} at its peak, {schedule.style}"),
+        ("warm-up and decay", f"{schedule.warmup_samples:,} and {schedule.decay_samples:,} sequences"),
+        ("precision", run.precision.compute),
+        ("layout", ways),
+        ("seed", str(run.seed)),
+        ("code", _code(facts.trained_with)),
+    ]  # fmt: skip
+    return _table(("", ""), rows)
+
+
+def _code(trained_with: Sequence[Code]) -> str:
+    told = [f"mellum2-megatron {code.version}, {code}" for code in trained_with]
+    return "; later ".join(told) or "not recorded"
+
+
+def _start(run: Run) -> str:
+    if run.checkpoint.load is not None:
+        return "the weights of an earlier checkpoint"
+    return "random weights" if run.checkpoint.continue_from is None else "the state of an earlier run"
+
+
+def _evaluation(rows: Rows) -> str:
+    if not rows:
+        return "No evaluation was given for this release."
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+    return _table(columns, [tuple(row.get(column, "") for column in columns) for row in rows])
+
+
+def _use(facts: CardFacts) -> str:
+    prompt = 'inputs = tokenizer("def fibonacci(n):", return_tensors="pt")'
+    if facts.member in CHAT_MEMBERS:
+        prompt = (
+            'messages = [{"role": "user", "content": "Reverse a string in Kotlin."}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
+        )
+    mtp = ", use_mtp=True" if facts.architecture.num_mtp_layers else ""
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
+        f"{prompt}\n"
+        f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64{mtp})[0]))"
+    )
+    return f"transformers 5.23 or later.\n\n```python\n{code}\n```"
+
+
+def _limits(member: str) -> str:
+    uses = {
+        True: "Assistance with code in conversation: explaining, writing and changing it.",
+        False: "Completion of code, fill-in-the-middle included, and a starting point for fine-tuning. It follows no "
+        "instructions: it continues text.",
+    }[member in CHAT_MEMBERS]
+    return "\n".join(
+        [
+            f"- {uses}",
+            "- It writes wrong, insecure or outdated code that looks right. Review and test what it writes.",
+            "- It may repeat passages of its training data, whose licences may differ from the model's.",
+            "- Languages and topics that are rare in the training data fare worse; prose above all.",
+            "- No safety evaluation is part of this card. It is not meant for decisions about people.",
+        ]
+    )  # fmt: skip
+
+
+def _verification(facts: CardFacts) -> str:
+    if facts.logits is None and not facts.measured:
+        return "This release was not verified by running it."
+    rows: list[tuple[str, ...]] = []
+    if facts.logits is not None:
+        heads = (("main", facts.logits.main), ("MTP", facts.logits.mtp))
+        rows += [
+            (f"logits against Megatron, {name}", f"max error {head.max_error:.2e}, same top-1 {head.top1:.2%}")
+            for name, head in heads
+            if head is not None
+        ]
+    rows += list(facts.measured)
+    note = "Hashes of every tensor are in `weights_manifest.json`, of every other file in `verification.json`."
+    return _table(("check", "outcome"), rows) + "\n\n" + note
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
+
+
+def _escape(cell: str) -> str:
+    return " ".join(cell.replace("\\", "\\\\").replace("|", "\\|").split())

@@ -1,0 +1,100 @@
+"""Reading a checkpoint's ``.metadata`` pickle without letting it run anything."""
+
+from __future__ import annotations
+
+import pathlib
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint import planner
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import Metadata
+
+from mellum2_megatron.common.errors import InputError
+
+METADATA_FILE = ".metadata"
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Read ``.metadata`` without executing anything: only the record classes in `_SAFE_CLASSES` are constructed.
+
+    Raises:
+        InputError: the file is absent, not such a pickle, or names any other class or function.
+    """
+    path = folder / METADATA_FILE
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except FileNotFoundError as error:
+        raise InputError(
+            str(path), rule="a torch_dist checkpoint has a .metadata file", fix="give a complete checkpoint folder"
+        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise InputError(
+            str(path), rule=f"it must be readable checkpoint metadata ({first_line(error)})", fix="copy it again"
+        ) from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise InputError(str(path), rule="it must hold checkpoint metadata", fix="give a complete checkpoint folder")
+    return metadata
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _Inert:
+    """Stands for records of older Megatron versions (``strategies/torch.py:86-95``): attributes, no behaviour."""
+
+
+_PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+_METADATA_CLASSES = (
+    "Metadata",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "MetadataIndex",
+    "TensorProperties",
+    "_MEM_FORMAT_ENCODING",
+    "StorageMeta",
+)
+
+
+def _safe_classes() -> dict[tuple[str, str], Any]:
+    """Every global `.metadata` may name: records, paths, sizes and dtypes. Constructing one has no effect."""
+    safe: dict[tuple[str, str], Any] = {
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _StoragePrefix,
+        **{("torch.distributed.checkpoint.metadata", name): getattr(dcp, name) for name in _METADATA_CLASSES},
+        **{("torch.distributed.checkpoint.planner", name): getattr(planner, name) for name in _PLANNER_CLASSES},
+    }
+    for module in ("pathlib", "pathlib._local"):
+        safe |= {(module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath", "Path")}
+    for name in ("MCoreMetadata", "MCoreSavePlan"):
+        safe["megatron.core.dist_checkpointing.strategies.torch", name] = _Inert
+    safe |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    return safe
+
+
+_SAFE_CLASSES = _safe_classes()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _SAFE_CLASSES[module, name]
+        except KeyError:
+            raise InputError(
+                f".metadata names {module}.{name}",
+                rule="checkpoint metadata holds plain records only; nothing is executed from a checkpoint",
+                fix="do not use this checkpoint unless its author can explain it",
+            ) from None

@@ -1,0 +1,26 @@
+"""What Mellum 2 is, and its two translations: `config.json` and Megatron's fields. No torch."""
+
+from mellum2_megatron.architecture.hf_config import from_hf_config, to_hf_config
+from mellum2_megatron.architecture.megatron_fields import architecture_arguments
+from mellum2_megatron.architecture.mellum2 import (
+    ALIGNMENT,
+    PRESETS,
+    Component,
+    LayerType,
+    Mellum2Architecture,
+    Parameter,
+)
+from mellum2_megatron.architecture.rope import RopeParameters
+
+__all__ = [
+    "ALIGNMENT",
+    "PRESETS",
+    "Component",
+    "LayerType",
+    "Mellum2Architecture",
+    "Parameter",
+    "RopeParameters",
+    "architecture_arguments",
+    "from_hf_config",
+    "to_hf_config",
+]

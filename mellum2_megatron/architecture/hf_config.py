@@ -1,0 +1,350 @@
+"""`Mellum2Architecture` <-> Hugging Face ``config.json``.
+
+The reader gives a key that is absent the default of transformers 5.23's ``MellumConfig``
+(``transformers/models/mellum/configuration_mellum.py``), so a folder means here what it means there: in particular
+absent ``layer_types`` are all full attention and the absent sliding RoPE base is 10,000. A key that changes the
+arithmetic into something Mellum 2 cannot express is refused; a key that nobody reads is kept out with a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mellum2_megatron.architecture.mellum2 import Mellum2Architecture
+from mellum2_megatron.architecture.rope import RopeParameters
+from mellum2_megatron.common.errors import InputError, nearest
+from mellum2_megatron.common.field_checks import is_int, require_positive_int
+
+logger = logging.getLogger(__name__)
+
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 98304,
+    "hidden_size": 2304,
+    "intermediate_size": 7168,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 896,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": 1024,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""Defaults of MellumConfig for the fields that carry over by name."""
+
+_DEFAULT_ROPE: dict[str, dict[str, Any]] = {
+    "full_attention": {"rope_type": "default", "rope_theta": 500_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+
+_ALIASES = {"num_local_experts": "num_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+"""MellumConfig.attribute_map: save_pretrained writes the one, released folders the other."""
+
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "tie_word_embeddings": (False,),
+    "attention_bias": (False,),
+    "attention_dropout": (0, None),
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1, None),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+    "per_layer_config": (None,),
+    "mtp_per_layer_config": (None,),
+    "mtp_hidden_states_first": (False, None),
+    "logits_mup_width_multiplier": (None,),
+    "unpadded_vocab_size": (None,),
+}
+"""Keys that transformers acts upon, with the only values that leave a Mellum 2 model as it is."""
+
+_HARMLESS = frozenset(
+    "_attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map "
+    "chunk_size_feed_forward decoder_start_token_id dtype experts_implementation gradient_checkpointing id2label "
+    "is_decoder is_encoder_decoder label2id max_length model_type name_or_path num_labels output_attentions "
+    "output_hidden_states output_router_logits problem_type return_dict sep_token_id tokenizer_class torch_dtype "
+    "transformers_version use_cache do_sample temperature top_k top_p min_p repetition_penalty max_new_tokens "
+    "transformers.js_config license".split()
+)
+
+_ROPE_KEYS = frozenset(
+    "rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
+    "mscale_all_dim truncate partial_rotary_factor".split()
+)
+
+
+def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
+    """Read the content of a Hugging Face ``config.json``.
+
+    Raises:
+        InputError: another ``model_type``, or a value that no Mellum 2 model can have: tied embeddings, biases, dense
+            layers, another activation, an unknown RoPE type, more than one MTP layer, a malformed number.
+    """
+    _require_mellum(config)
+    values = _without_aliases(config)
+    _require_fixed_values(values)
+    fields = {name: values.get(name, default) for name, default in _DEFAULTS.items()}
+    for name in ("router_aux_loss_coef", "rms_norm_eps", "initializer_range"):
+        fields[name] = _as_float(fields[name])
+    if isinstance(fields["eos_token_id"], list):
+        fields["eos_token_id"] = tuple(fields["eos_token_id"])
+
+    layers = fields["num_hidden_layers"]
+    require_positive_int("num_hidden_layers", layers)
+    fields["layer_types"] = _layer_types(values, "layer_types", "full_attention", layers)
+    fields["num_mtp_layers"] = values.get("num_nextn_predict_layers") or 0
+    # Folders whose head was dropped keep the list; transformers does not look at it then.
+    fields["mtp_layer_types"] = (
+        _layer_types(values, "mtp_layer_types", "sliding_attention", fields["num_mtp_layers"])
+        if fields["num_mtp_layers"]
+        else ()
+    )
+    _require_sparse(values, "mlp_layer_types", layers)
+    if fields["num_mtp_layers"]:
+        _require_sparse(values, "mtp_mlp_layer_types", fields["num_mtp_layers"])
+    fields.update(_rope_fields(values, fields))
+    architecture = Mellum2Architecture(**fields)
+    _warn(values, architecture)
+    return architecture
+
+
+def to_hf_config(architecture: Mellum2Architecture, torch_dtype: str = "bfloat16") -> dict[str, Any]:
+    """Return the released ``config.json``'s content for ``architecture``, keys sorted as transformers writes them."""
+    config: dict[str, Any] = {name: getattr(architecture, name) for name in _DEFAULTS}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config[name] is None:
+            del config[name]
+    if isinstance(architecture.eos_token_id, tuple):
+        config["eos_token_id"] = list(architecture.eos_token_id)
+    config |= {
+        "architectures": ["MellumForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": torch_dtype,
+        "hidden_act": "silu",
+        "layer_types": list(architecture.layer_types),
+        "mlp_layer_types": ["sparse"] * architecture.num_hidden_layers,
+        "model_type": "mellum",
+        "output_router_logits": False,
+        "rope_parameters": {
+            "full_attention": _rope_entry(architecture.rope_full_attention),
+            "sliding_attention": _rope_entry(architecture.rope_sliding_attention),
+        },
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+    if not (architecture.rope_full_attention.truncate and architecture.rope_sliding_attention.truncate):
+        config["rope_parameters"]["truncate"] = False  # beside the layer types: see _rope_fields
+    if architecture.num_mtp_layers:
+        config["num_nextn_predict_layers"] = architecture.num_mtp_layers
+        config["mtp_layer_types"] = list(architecture.mtp_layer_types)
+        config["mtp_mlp_layer_types"] = ["sparse"] * architecture.num_mtp_layers
+    return dict(sorted(config.items()))
+
+
+def _require_mellum(config: Mapping[str, Any]) -> None:
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"config of type {type(config).__name__}", rule="config.json holds one object", fix="check the file"
+        )
+    model_type = config.get("model_type")
+    named = "MellumForCausalLM" in (config.get("architectures") or ())
+    if model_type != "mellum" and not (model_type is None and named):
+        raise InputError(
+            f"model_type={model_type!r}",
+            rule="only model_type 'mellum' (MellumForCausalLM) is the Mellum 2 architecture",
+            fix="give a folder of the Mellum 2 family",
+        )
+
+
+def _without_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy with one spelling per key; InputError when both are there and disagree."""
+    values = dict(config)
+    for alias, name in _ALIASES.items():
+        if alias not in values:
+            continue
+        value = values.pop(alias)
+        if name in values and (values[name] or 0) != (value or 0):
+            raise InputError(
+                f"{alias}={value!r} beside {name}={values[name]!r}",
+                rule="they are two names of one number",
+                fix=f"keep the right one as {name}",
+            )
+        values[name] = value
+    return values
+
+
+def _require_fixed_values(values: Mapping[str, Any]) -> None:
+    for name, allowed in _FIXED.items():
+        if name in values and values[name] not in allowed:
+            raise InputError(
+                f"{name}={values[name]!r}",
+                rule=f"a Mellum 2 model has {name}={allowed[0]!r}",
+                fix="convert a folder of the Mellum 2 family; this one computes something else",
+            )
+    if "chain_hidden_post_norm" in values:
+        raise InputError(
+            f"chain_hidden_post_norm={values['chain_hidden_post_norm']!r}",
+            rule="its presence takes the norm out of transformers' MTP layer",
+            fix="remove the key: Mellum 2's MTP layer has its own final norm",
+        )
+    if values.get("rope_parameters") is None and values.get("rope_theta") is not None:
+        raise InputError(
+            f"rope_theta={values['rope_theta']!r} without rope_parameters",
+            rule="transformers' MellumConfig ignores a top-level rope_theta and takes its own defaults",
+            fix="write rope_parameters with one entry per layer type",
+        )
+
+
+def _layer_types(values: Mapping[str, Any], name: str, default: str, layers: Any) -> tuple[Any, ...]:
+    given = values.get(name)
+    if given is None:
+        return (default,) * (layers if is_int(layers) else 0)
+    if not isinstance(given, list | tuple):
+        raise InputError(f"{name}={given!r}", rule="it must be a list, one entry per layer", fix=f"list {name}")
+    return tuple(given)
+
+
+def _require_sparse(values: Mapping[str, Any], name: str, layers: int) -> None:
+    types = _layer_types(values, name, "sparse", layers)
+    for layer, kind in enumerate(types):
+        if kind != "sparse":
+            raise InputError(
+                f"{name}[{layer}]={kind!r}",
+                rule="every layer of a Mellum 2 model is a mixture of experts ('sparse')",
+                fix="convert a folder without dense layers",
+            )
+    if len(types) != layers:
+        raise InputError(
+            f"{name} with {len(types)} entries", rule="it must have one entry per layer", fix=f"give {layers} entries"
+        )
+
+
+def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, RopeParameters]:
+    """Read ``rope_parameters``; an entry may be missing only for a layer type that no layer has.
+
+    ``truncate`` is read beside the entries and not inside them, because that is where transformers looks for it
+    (``modeling_rope_utils.py``: ``config.rope_parameters.get("truncate", True)``, 5.23).
+    """
+    given = values.get("rope_parameters")
+    given = _DEFAULT_ROPE if given is None else given
+    if not isinstance(given, Mapping) or not any(kind in given for kind in _DEFAULT_ROPE):
+        raise InputError(
+            f"rope_parameters={given!r}",
+            rule="Mellum 2 needs one entry per layer type, and transformers' MellumModel fails without them",
+            fix="nest it: {'full_attention': {...}, 'sliding_attention': {...}}",
+        )
+    unknown = sorted(set(given) - set(_DEFAULT_ROPE) - {"truncate", *_ROPE_KEYS})
+    if unknown:
+        raise InputError(
+            f"rope_parameters[{unknown[0]!r}]",
+            rule="its entries are layer types",
+            fix=nearest(unknown[0], _DEFAULT_ROPE),
+        )
+    if set(given) & _ROPE_KEYS - {"truncate"}:
+        logger.warning("rope_parameters: ignoring %s beside the layer types", sorted(set(given) & _ROPE_KEYS))
+    used = {*fields["layer_types"], *fields["mtp_layer_types"]}
+    result = {}
+    for kind, default in _DEFAULT_ROPE.items():
+        entry = given.get(kind)
+        if entry is None and kind in used:
+            raise InputError(
+                f"rope_parameters without {kind!r}", rule=f"the model has {kind} layers", fix=f"add the {kind!r} entry"
+            )
+        result[f"rope_{kind}"] = _read_rope(
+            default if entry is None else entry, kind, given.get("truncate", True), fields["max_position_embeddings"]
+        )
+    return result
+
+
+def _read_rope(entry: Any, kind: str, truncate: Any, max_position_embeddings: Any) -> RopeParameters:
+    where = f"rope_parameters.{kind}"
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{where}={entry!r}", rule="it must be an object", fix="give rope_type and rope_theta")
+    rope_type = entry.get("rope_type", entry.get("type", "default"))
+    if entry.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(
+            f"{where}.partial_rotary_factor={entry['partial_rotary_factor']!r}",
+            rule="Mellum 2 rotates whole heads",
+            fix="convert a folder with partial_rotary_factor 1",
+        )
+    ignored = sorted(set(entry) - _ROPE_KEYS)
+    theta = entry.get("rope_theta")
+    if theta is None:
+        raise InputError(
+            f"{where} without rope_theta", rule="transformers needs it per layer type", fix="add e.g. 500000.0"
+        )
+    if rope_type != "yarn":
+        ignored += sorted(set(entry) & _ROPE_KEYS - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+        rope = RopeParameters(rope_type=rope_type, rope_theta=_as_float(theta))
+    else:
+        if "factor" not in entry or entry.get("original_max_position_embeddings") is None:
+            raise InputError(
+                f"{where} of type yarn", rule="it needs factor and original_max_position_embeddings", fix="add both"
+            )
+        if entry.get("truncate", truncate) != truncate:
+            ignored.append("truncate")
+        original = entry["original_max_position_embeddings"]
+        require_positive_int(f"{where}.original_max_position_embeddings", original)
+        factor = entry["factor"]
+        if factor is None:  # DeepSeek-V3's spelling, as transformers reads it
+            require_positive_int("max_position_embeddings", max_position_embeddings)
+            factor = max_position_embeddings / original
+        rope = RopeParameters(
+            rope_type="yarn",
+            rope_theta=_as_float(theta),
+            factor=_as_float(factor),
+            original_max_position_embeddings=original,
+            beta_fast=_as_float(entry.get("beta_fast") or 32),
+            beta_slow=_as_float(entry.get("beta_slow") or 1),
+            attention_factor=_as_float(entry.get("attention_factor")),
+            mscale=_as_float(entry.get("mscale") or None),
+            mscale_all_dim=_as_float(entry.get("mscale_all_dim") or None),
+            truncate=truncate,
+        )
+    if ignored:
+        logger.warning("%s: ignoring %s, as transformers does", where, ", ".join(ignored))
+    return rope
+
+
+def _rope_entry(rope: RopeParameters) -> dict[str, Any]:
+    entry: dict[str, Any] = {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta}
+    if rope.rope_type == "yarn":
+        entry |= {
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+        }
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(rope, name) is not None:
+                entry[name] = getattr(rope, name)
+    return entry
+
+
+def _as_float(value: Any) -> Any:
+    """JSON writes 500000.0 as either number; anything but an int is left for the validation to judge."""
+    return float(value) if is_int(value) else value
+
+
+def _warn(values: Mapping[str, Any], architecture: Mellum2Architecture) -> None:
+    read = {*_DEFAULTS, *_FIXED, *_HARMLESS, "num_nextn_predict_layers", "rope_parameters", "rope_theta"}
+    read |= {"layer_types", "mlp_layer_types", "mtp_layer_types", "mtp_mlp_layer_types"}
+    unknown = sorted(set(values) - read)
+    if unknown:
+        logger.warning("config.json: ignoring keys that Mellum 2 does not have: %s", ", ".join(unknown))
+    ids = {name: getattr(architecture, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in ids.items():
+        for token in value if isinstance(value, tuple) else (value,):
+            if token is not None and not 0 <= token < architecture.vocab_size:
+                logger.warning(
+                    "config.json: %s=%d is not in the vocabulary of %d", name, token, architecture.vocab_size
+                )

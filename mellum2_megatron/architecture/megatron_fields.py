@@ -1,0 +1,125 @@
+"""What the architecture means in Megatron's words: one table of configuration fields and their arguments.
+
+`model.config` builds and checks a `TransformerConfig` from it, `megatron_args` renders the command line from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mellum2_megatron.architecture.mellum2 import Mellum2Architecture
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronField:
+    """One fact of the architecture as Megatron-Core 0.19.2 takes it.
+
+    Attributes:
+        name: field of `TransformerConfig`.
+        flag: argument of Megatron-LM that sets it.
+        value: the field's value for an architecture.
+        is_switch: the argument takes no value: it is given when the field is true (`inverted`: when it is false).
+    """
+
+    name: str
+    flag: str
+    value: Callable[[Mellum2Architecture], Any]
+    is_switch: bool = False
+    inverted: bool = False
+
+    def arguments(self, architecture: Mellum2Architecture) -> list[str]:
+        """Return the words of the command line that set this field; none where the default already does."""
+        value = self.value(architecture)
+        if self.is_switch:
+            return [self.flag] if bool(value) != self.inverted else []
+        return [] if value is None else [self.flag, str(value)]
+
+
+def _switch(
+    name: str, flag: str, value: Callable[[Mellum2Architecture], bool], inverted: bool = False
+) -> MegatronField:
+    return MegatronField(name=name, flag=flag, value=value, is_switch=True, inverted=inverted)
+
+
+def _value(name: str, flag: str, value: Callable[[Mellum2Architecture], Any]) -> MegatronField:
+    return MegatronField(name=name, flag=flag, value=value)
+
+
+MEGATRON_FIELDS: tuple[MegatronField, ...] = (
+    _value("num_layers", "--num-layers", lambda a: a.num_hidden_layers),
+    _value("hidden_size", "--hidden-size", lambda a: a.hidden_size),
+    _value("num_attention_heads", "--num-attention-heads", lambda a: a.num_attention_heads),
+    _value("num_query_groups", "--num-query-groups", lambda a: a.num_key_value_heads),
+    _value("kv_channels", "--kv-channels", lambda a: a.head_dim),
+    # Unused by an all-expert stack, but it sizes buffers and is checked for divisibility.
+    _value("ffn_hidden_size", "--ffn-hidden-size", lambda a: a.intermediate_size),
+    _value("normalization", "--normalization", lambda a: "RMSNorm"),
+    _value("layernorm_epsilon", "--norm-epsilon", lambda a: a.rms_norm_eps),
+    _switch("qk_layernorm", "--qk-layernorm", lambda a: True),
+    _switch("gated_linear_unit", "--swiglu", lambda a: True),
+    _switch("add_bias_linear", "--disable-bias-linear", lambda a: False, inverted=True),
+    _value("init_method_std", "--init-method-std", lambda a: a.initializer_range),
+    _value("num_moe_experts", "--num-experts", lambda a: a.num_experts),
+    _value("moe_ffn_hidden_size", "--moe-ffn-hidden-size", lambda a: a.moe_intermediate_size),
+    _value("moe_router_topk", "--moe-router-topk", lambda a: a.num_experts_per_tok),
+    # Softmax over the chosen experts equals softmax over all, renormalised over the chosen.
+    _switch("moe_router_pre_softmax", "--moe-router-pre-softmax", lambda a: not a.norm_topk_prob),
+    _value("mtp_num_layers", "--mtp-num-layers", lambda a: a.num_mtp_layers or None),
+)
+"""Facts with an argument of their own; the sliding window and the rotation are the layer spec's (model.attention)."""
+
+FIXED_FIELDS: dict[str, Any] = {
+    "add_qkv_bias": False,
+    "layernorm_zero_centered_gamma": False,
+    "moe_router_score_function": "softmax",
+    "moe_layer_freq": 1,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_expert_capacity_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
+    "multi_latent_attention": False,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "rotary_interleaved": False,
+}
+"""Fields whose Megatron default is Mellum 2's value; another value would be another model."""
+
+
+def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
+    """Return Megatron-LM's command-line arguments that describe this model.
+
+    Together with the layer spec (`model.layer_specs`) they determine it; the rest of a command line is about training.
+    """
+    words = ["--group-query-attention", "--untie-embeddings-and-output-weights"]
+    for field in MEGATRON_FIELDS:
+        words += field.arguments(architecture)
+    theta = architecture.rope_sliding_attention.rope_theta
+    # Shared angles of the model; every layer replaces them by its own, so only the type matters.
+    words += ["--position-embedding-type", "rope", "--rotary-base", str(int(theta))]
+    words += ["--attention-dropout", "0.0", "--hidden-dropout", "0.0"]
+    window = window_size(architecture)
+    if window is not None:
+        words += ["--window-size", f"{window[0]},{window[1]}", "--window-attn-skip-freq", window_pattern(architecture)]
+    return words
+
+
+def window_size(architecture: Mellum2Architecture) -> tuple[int, int] | None:
+    """Return Megatron's window `(keys before the query, keys after it)`, or None if no layer slides.
+
+    Hugging Face counts the query among the `sliding_window` keys, Megatron does not: 1,024 becomes `(1023, 0)`.
+    """
+    if "sliding_attention" not in (*architecture.layer_types, *architecture.mtp_layer_types):
+        return None
+    assert architecture.sliding_window is not None  # the architecture refuses sliding layers without one
+    return architecture.sliding_window - 1, 0
+
+
+def window_pattern(architecture: Mellum2Architecture) -> str:
+    """Return `--window-attn-skip-freq` for the decoder's layer types: a period, or a list of 0 (full) and 1."""
+    sliding = [layer_type == "sliding_attention" for layer_type in architecture.layer_types]
+    for period in range(2, len(sliding) + 1):
+        if sliding == [number % period != 0 for number in range(1, len(sliding) + 1)]:
+            return str(period)
+    return "[" + ",".join("1" if slides else "0" for slides in sliding) + "]"

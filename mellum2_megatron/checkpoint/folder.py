@@ -1,0 +1,190 @@
+"""The folder a checkpoint lives in: what training and import write, and export, score and verify read.
+
+::
+
+    DIR/latest_checkpointed_iteration.txt     "release" for an import, else the iteration (Megatron's tracker)
+    DIR/release/ or DIR/iter_0000100/         Megatron torch_dist checkpoint
+    DIR/*/run_config.yaml                     inside it: what Megatron-Bridge builds (bridge_config)
+    DIR/architecture.json                     Mellum2Architecture.to_dict()
+    DIR/run.yaml                              resolved run (training only)
+    DIR/generation_config.json                Hugging Face's, when an imported folder had one
+    DIR/tokenizer/                            tokenizer files in Hugging Face format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import write_json, write_text
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+ARCHITECTURE_FILE = "architecture.json"
+RUN_FILE = "run.yaml"
+GENERATION_CONFIG_FILE = "generation_config.json"
+TOKENIZER_FOLDER = "tokenizer"
+LAST_FILE = "metadata.json"
+"""What Megatron writes into a checkpoint when all else is there (core/dist_checkpointing/serialization.py:445)."""
+RELEASE = "release"
+ROTATION = ("max_position_embeddings", "rope_full_attention", "rope_sliding_attention")
+"""What a run that starts from another one's weights may change about the model: the rotation has none."""
+
+_GIVE = "give a folder that `mellum2 train` or `mellum2 convert import` wrote, or one DIR/iter_* inside it"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointFolder:
+    """One checkpoint, found.
+
+    Attributes:
+        root: DIR.
+        iteration_dir: the Megatron checkpoint, ``DIR/iter_*`` or ``DIR/release``.
+        architecture: the model it holds.
+        tokenizer_dir: ``DIR/tokenizer`` when it is there.
+    """
+
+    root: Path
+    iteration_dir: Path
+    architecture: Mellum2Architecture
+    tokenizer_dir: Path | None
+
+    @property
+    def iteration(self) -> int | None:
+        """Iteration number, or None for a release."""
+        return iteration_number(self.iteration_dir.name)
+
+
+def iteration_folder_name(iteration: int) -> str:
+    """``100`` -> ``"iter_0000100"``, as ``megatron/training/checkpointing.py:get_checkpoint_name`` (0.19.2)."""
+    return f"iter_{iteration:07d}"
+
+
+def iteration_number(name: str) -> int | None:
+    """``"iter_0000100"`` -> ``100``; None for any other name."""
+    digits = name.removeprefix("iter_")
+    return int(digits) if name.startswith("iter_") and digits.isascii() and digits.isdigit() else None
+
+
+def iteration_folders(root: Path) -> list[Path]:
+    """The checkpoints inside ``root``: ``release`` first, then iterations in ascending order."""
+    if not root.is_dir():
+        return []
+    iterations = [path for path in root.iterdir() if path.is_dir() and iteration_number(path.name) is not None]
+    release = [root / RELEASE] if (root / RELEASE).is_dir() else []
+    return release + sorted(iterations, key=lambda path: iteration_number(path.name) or 0)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the save of a checkpoint reached its end; a save begins by emptying the folder (`saving.py`)."""
+    return (folder / LAST_FILE).is_file()
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
+    """Find the checkpoint that ``path`` means: DIR (its tracker's iteration), ``DIR/iter_*`` or ``DIR/release``.
+
+    Raises:
+        InputError: nothing there, no or a broken tracker, a tracked iteration that is gone, an iteration whose save was
+            interrupted, no architecture.json.
+    """
+    given = Path(path)
+    if not given.is_dir():
+        raise InputError(str(given), rule="it must be a checkpoint folder", fix=_GIVE)
+    absolute = Path(os.path.abspath(given))  # not find_checkpoint(): an iteration may be a link to another disk
+    is_iteration = absolute.name == RELEASE or iteration_number(absolute.name) is not None
+    if is_iteration and not (absolute / TRACKER_FILE).exists():
+        root, iteration_dir = absolute.parent, absolute
+    else:
+        root, iteration_dir = absolute, _tracked(absolute)
+    if iteration_number(iteration_dir.name) is not None and not is_complete(iteration_dir):
+        whole = ", ".join(each.name for each in iteration_folders(root) if is_complete(each)) or "none"
+        raise InputError(
+            f"{iteration_dir} is half a checkpoint",
+            rule=f"its save was interrupted: it has no {LAST_FILE}",
+            fix=f"use another of {root} (complete: {whole})",
+        )
+    tokenizer = root / TOKENIZER_FOLDER
+    return CheckpointFolder(
+        root=root,
+        iteration_dir=iteration_dir,
+        architecture=read_architecture(root),
+        tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
+    )
+
+
+def resume_folder(output: str, continue_from: str | None) -> str:
+    """Return the folder whose newest checkpoint a run resumes, if there is one: its own, or at first another run's.
+
+    Every rank decides for itself before training starts, and no checkpoint is written before all have.
+    """
+    if continue_from is None or (Path(output) / TRACKER_FILE).is_file():
+        return output
+    return continue_from
+
+
+def tracked_iteration(root: Path) -> int | None:
+    """Return the iteration that the tracker names; None for a release, or without a readable tracker."""
+    try:
+        text = (root / TRACKER_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def write_tracker(root: Path, iteration: int | None) -> None:
+    """Point Megatron's ``--load`` at ``iteration``, or at the release when None."""
+    write_text(root / TRACKER_FILE, RELEASE if iteration is None else str(iteration))
+
+
+def write_architecture(root: Path, architecture: Mellum2Architecture) -> None:
+    """Write ``architecture.json`` into ``root``."""
+    write_json(root / ARCHITECTURE_FILE, architecture.to_dict())
+
+
+def read_architecture(root: Path) -> Mellum2Architecture:
+    """Read ``architecture.json`` of a checkpoint folder.
+
+    Raises:
+        InputError: it is absent or is not a valid architecture.
+    """
+    path = root / ARCHITECTURE_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing", rule="a checkpoint has its architecture beside it", fix=_GIVE) from error
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), rule=f"it must be valid JSON ({error})", fix="copy the checkpoint again") from error
+    try:
+        return Mellum2Architecture.from_dict(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error.value}", rule=error.rule, fix=error.fix) from error
+
+
+def _tracked(root: Path) -> Path:
+    tracker = root / TRACKER_FILE
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        inside = ", ".join(path.name for path in iteration_folders(root))
+        fix = f"name one of {inside} inside it" if inside else _GIVE
+        raise InputError(f"{root}: no readable {TRACKER_FILE}", rule="it names the last checkpoint", fix=fix) from error
+    if text == RELEASE:
+        folder = root / RELEASE
+    elif text.isascii() and text.isdigit():
+        folder = root / iteration_folder_name(int(text))
+    else:
+        whole = ", ".join(path.name for path in iteration_folders(root) if is_complete(path)) or "none"
+        raise InputError(
+            f"{tracker} holds {text!r}",
+            rule="it holds an iteration number or 'release'",
+            fix=f"write that of a checkpoint into it (complete: {whole})",
+        )
+    if not folder.is_dir():
+        inside = ", ".join(path.name for path in iteration_folders(root)) or "none"
+        raise InputError(
+            f"{folder} is missing", rule=f"{TRACKER_FILE} names it", fix=f"write one that is there into it ({inside})"
+        )
+    return folder

@@ -1,0 +1,151 @@
+"""`mellum2 convert`: import, export, roundtrip and stitch-mtp."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from mellum2_megatron.common.errors import InputError
+
+if TYPE_CHECKING:
+    from conversion.jobs.job import Checks
+
+convert_app = typer.Typer(help="Convert checkpoints between Megatron and Hugging Face.", no_args_is_help=True)
+console = Console()
+
+MegatronPath = Annotated[Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")]
+HfPath = Annotated[Path, typer.Option("--hf-path", "--hf-model", help="Hugging Face folder")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
+TorchDtype = Annotated[
+    str | None, typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: as it is")
+]
+Workers = Annotated[int | None, typer.Option("--workers", help="tensors in memory at a time; default: one a core")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")]
+SkipHashes = Annotated[bool, typer.Option("--skip-hashes", help="do not check weights_manifest.json")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="convert NaN and infinite values as they are")]
+_Ways = Annotated[int, typer.Option(help="ways the model must be divisible by; the checkpoint serves every layout")]
+
+
+@convert_app.command("import")
+def convert_import(
+    hf_path: HfPath,
+    megatron_path: MegatronPath,
+    torch_dtype: TorchDtype = None,
+    tp: _Ways = 1,
+    pp: _Ways = 1,
+    ep: _Ways = 1,
+    etp: _Ways = 1,
+    workers: Workers = None,
+    skip_hashes: SkipHashes = False,
+    allow_nonfinite: AllowNonfinite = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Hugging Face folder to Megatron checkpoint (torch_dist, any layout). Again after a failure, it continues."""
+    _quiet()
+    from conversion.convert import import_hf, plan_import
+    from mellum2_megatron.config import Layout
+
+    with _layout_by_option():
+        result = (plan_import if dry_run else import_hf)(
+            hf_path,
+            megatron_path,
+            dtype=torch_dtype,
+            overwrite=overwrite,
+            workers=workers,
+            layout=Layout(tp=tp, sp=tp > 1, pp=pp, ep=ep, etp=etp),
+            checks=_checks(skip_hashes, allow_nonfinite),
+        )
+    console.print(str(result), soft_wrap=True, highlight=False)
+
+
+@convert_app.command("export")
+def convert_export(
+    megatron_path: MegatronPath,
+    hf_path: HfPath,
+    torch_dtype: TorchDtype = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="take tokenizer files from here")] = None,
+    workers: Workers = None,
+    skip_hashes: SkipHashes = False,
+    allow_nonfinite: AllowNonfinite = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Megatron checkpoint to Hugging Face folder in the released layout. Again after a failure, it continues."""
+    _quiet()
+    from conversion.convert import export_hf, plan_export
+
+    result = (plan_export if dry_run else export_hf)(
+        megatron_path,
+        hf_path,
+        dtype=torch_dtype,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        workers=workers,
+        checks=_checks(skip_hashes, allow_nonfinite),
+    )
+    console.print(str(result), soft_wrap=True, highlight=False)
+
+
+@convert_app.command("roundtrip")
+def convert_roundtrip(hf_path: HfPath, workers: Workers = None) -> None:
+    """Import and export again, and compare every byte."""
+    _quiet()
+    from conversion.convert import roundtrip
+
+    report = roundtrip(hf_path, workers=workers)
+    console.print(str(report), soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@convert_app.command("stitch-mtp")
+def convert_stitch_mtp(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face folder that has the MTP head")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Hugging Face folder that lost it")],
+    output: Annotated[Path | None, typer.Option("--output", help="folder to write; default: DST-mtp")] = None,
+    workers: Workers = None,
+    skip_hashes: SkipHashes = False,
+    allow_nonfinite: AllowNonfinite = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Put the MTP head of SRC back on DST, which an RL stack or save_pretrained took it from, in a new folder."""
+    _quiet()
+    from conversion.convert import stitch_mtp
+
+    report = stitch_mtp(
+        source,
+        target,
+        output if output is not None else Path(f"{target}-mtp"),
+        overwrite=overwrite,
+        workers=workers,
+        checks=_checks(skip_hashes, allow_nonfinite),
+    )
+    console.print(str(report), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _layout_by_option() -> Iterator[None]:
+    """Name in errors what was given here: ``--ep 3`` rather than ``layout.ep=3``."""
+    try:
+        yield
+    except InputError as error:
+        value, rule, fix = (re.sub(r"layout\.(\w+)=", r"--\1 ", text) for text in (error.value, error.rule, error.fix))
+        raise InputError(value, rule=rule, fix=fix) from error
+
+
+def _checks(skip_hashes: bool, allow_nonfinite: bool) -> Checks:
+    from conversion.jobs.job import Checks
+
+    return Checks(hashes=not skip_hashes, allow_nonfinite=allow_nonfinite)
+
+
+def _quiet() -> None:
+    from mellum2_megatron.upstream.patches import quiet_upstream
+
+    quiet_upstream()

@@ -1,0 +1,61 @@
+"""Progress in bytes on standard error: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from mellum2_megatron.common.files import size_text
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+@contextmanager
+def byte_progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a function, for any thread, that is told how many bytes were done; shows size, speed and time left.
+
+    Args:
+        done: bytes that an earlier attempt has done.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield LineProgress(what, total, done)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total, completed=done)
+        yield lambda nbytes: progress.advance(task, nbytes)
+
+
+class LineProgress:
+    """Writes ``import: 3.20 of 24.30 GB, 310 MB/s, 68 s left`` every `SECONDS_BETWEEN_LINES`."""
+
+    def __init__(self, what: str, total: int, done: int = 0, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._total, self._before, self._done, self._clock = what, total, done, done, clock
+        self._start = self._last = clock()
+        self._lock = threading.Lock()
+
+    def __call__(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            now = self._clock()
+            if now - self._last < SECONDS_BETWEEN_LINES:
+                return
+            self._last = now
+            speed = (self._done - self._before) / (now - self._start)
+            sys.stderr.write(
+                f"{self._what}: {size_text(self._done)} of {size_text(self._total)}, {speed / 1e6:,.0f} MB/s, "
+                f"{(self._total - self._done) / speed:,.0f} s left\n"
+            )

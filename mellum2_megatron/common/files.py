@@ -1,0 +1,153 @@
+"""Atomic writes: a crash leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mellum2_megatron.common.errors import InputError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary file name beside ``path``; on success it replaces ``path``, on error it is removed."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600; released files must be readable as usual
+        _fsync(temporary)
+        os.replace(temporary, target)
+        _fsync(target.parent)
+    except OSError as error:
+        if error.filename is None or error.filename == str(temporary):
+            error.filename = str(target)  # a full disk is reported without a name, or with one that nobody has given
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; on success it takes that name, on error it is removed.
+
+    With ``overwrite`` an existing folder is moved aside first and deleted only after the new one is in place.
+
+    Raises:
+        FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
+    """
+    target = Path(path)
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not overwrite:
+        raise FileExistsError(str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        move_into_place(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(folder: Path, target: Path) -> None:
+    """Give ``folder`` the name ``target`` on the same disk.
+
+    A folder in the way is moved aside first, put back if that fails, and deleted only after the new one is in place.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
+        os.replace(target, aside / target.name)
+        try:
+            os.replace(folder, target)
+        except BaseException:
+            os.replace(aside / target.name, target)
+            raise
+        shutil.rmtree(aside)
+    else:
+        os.replace(folder, target)  # an empty folder in the way is replaced
+    _fsync(target.parent)
+
+
+def remove_directory(path: str | os.PathLike[str]) -> None:
+    """Delete a folder that others may look at: it loses its name first, so none of them finds half of it.
+
+    A crash on the way leaves `.NAME.*.old`, which the next call for a folder beside it removes.
+    """
+    target = Path(path)
+    for left in target.parent.glob(".*.old"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
+    os.replace(target, aside / target.name)
+    shutil.rmtree(aside)
+
+
+def size_text(size: float) -> str:
+    """Bytes in MB or GB.
+
+    >>> size_text(3_489_542), size_text(24_299_846_144)
+    ('3.49 MB', '24.30 GB')
+    """
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
+
+
+def existing_ancestor(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` or the closest of its parents that exists; its disk is the one that ``path`` will be on."""
+    ancestor = Path(os.path.abspath(path))
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    return ancestor
+
+
+def check_writable(name: str, path: str | os.PathLike[str], *, folder: bool) -> None:
+    """Check that a file or folder can be made at ``path``, or is one that can be written.
+
+    Args:
+        name: what the user calls it (``--out``).
+        path: the file or folder.
+        folder: a folder is wanted.
+
+    Raises:
+        InputError: it, or what it should lie in, is of the wrong kind or read-only.
+    """
+    target, ancestor = Path(path), existing_ancestor(path)
+    if target.exists() and target.is_dir() != folder:
+        kinds = ("a file", "a folder")
+        raise InputError(f"{name} {path}", rule=f"is {kinds[not folder]}", fix=f"name {kinds[folder]}")
+    if ancestor != Path(os.path.abspath(path)) and not ancestor.is_dir():
+        raise InputError(f"{name} {path}", rule=f"{ancestor} is a file, not a folder", fix="name another place")
+    written = ancestor if ancestor.is_dir() else ancestor.parent  # a file is replaced, not opened
+    if not os.access(written, os.W_OK | os.X_OK):
+        raise InputError(f"{name} {path}", rule=f"{written} is not writable for you", fix="name another place")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` atomically, UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` to ``path`` atomically as indented JSON with a final newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

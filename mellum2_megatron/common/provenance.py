@@ -1,0 +1,263 @@
+"""Which code made a run: the commit it ran from, and the packages, machine and job of each start.
+
+Each start of a run appends one line to ``DIR/provenance.jsonl``::
+
+    {"event": "start", "time": "2026-05-04T10:11:12+00:00", "code": {"origin": "git", "commit": "0f3c...",
+     "dirty": false, "version": "0.1.0"}, "python": "3.12.3", "packages": {"torch": "2.15.0", ...}, "host": "node-1",
+     "hosts": 32, "world_size": 256, "from_step": 12000, "slurm": {"SLURM_JOB_ID": "4711"}}
+
+A copy of the code without its Git repository (a packager's archive) says where it came from in `SNAPSHOT_FILE` at its
+root. What neither Git nor that file tells is not known, and is recorded as such.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import mellum2_megatron
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import write_json
+from mellum2_megatron.common.values import from_plain
+
+SNAPSHOT_FILE = "PROVENANCE.json"
+"""At the root of a copy of the code that has no Git repository: `write_snapshot`."""
+
+RECORDS_FILE = "provenance.jsonl"
+"""In the folder of a run: `record`."""
+
+PROJECT = "mellum2-megatron"
+PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "transformer-engine", "transformers", "nemo-run")
+SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+
+_GIT_SECONDS = 30
+_COMMIT = "0123456789abcdef"
+
+Origin = Literal["git", "snapshot", "package", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Code:
+    """Where the running code comes from.
+
+    Attributes:
+        origin: a ``git`` checkout; a ``snapshot`` of one, with `SNAPSHOT_FILE`; an installed ``package``; ``unknown``
+            where there is a checkout but Git does not tell (``reason``).
+        version: of the package.
+        commit: full hash, if known.
+        dirty: whether there were uncommitted changes, files that Git neither knows nor ignores among them; if known.
+        reason: why the commit is not known, if it is not.
+    """
+
+    origin: Origin
+    version: str
+    commit: str | None = None
+    dirty: bool | None = None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        """One phrase for people: ``commit 0f3c... with uncommitted changes``."""
+        if self.commit is None:
+            return f"commit not known ({self.reason})"
+        changes = {True: " with uncommitted changes", False: "", None: ", not known whether unchanged"}[self.dirty]
+        return f"commit {self.commit}{changes}"
+
+
+def project_root() -> Path:
+    """Return the folder that the running package lies in: a checkout, a snapshot, or ``site-packages``."""
+    return Path(str(mellum2_megatron.__file__)).resolve().parent.parent
+
+
+def source_code(root: Path | None = None) -> Code:
+    """Return where the code in ``root`` (by default, the running code) comes from.
+
+    Git decides where the package's files are among those it keeps; so an environment inside a checkout is no checkout.
+
+    Raises:
+        InputError: `SNAPSHOT_FILE` is there and not what `write_snapshot` writes.
+    """
+    root = root or project_root()
+    version = _version(PROJECT) or "unknown"
+    file = (root / SNAPSHOT_FILE).is_file()
+    if (root / ".git").exists() or not file:
+        found = _from_git(root, version)
+        if found is not None:
+            return found
+    if file:
+        return _from_snapshot(root / SNAPSHOT_FILE)
+    return Code(origin="package", version=version, reason="installed as a package, not run from a Git checkout")
+
+
+def write_snapshot(folder: Path, code: Code | None = None) -> Path:
+    """Write `SNAPSHOT_FILE` into a copy of the code, for those who run it where there is no Git repository.
+
+    Args:
+        folder: root of the copy, beside the package's own folder.
+        code: what was copied; by default the running code.
+    """
+    path = folder / SNAPSHOT_FILE
+    write_json(path, asdict(code or source_code()) | {"time": _now()})
+    return path
+
+
+def record(
+    output: Path,
+    *,
+    event: Literal["launch", "start"],
+    world_size: int | None = None,
+    from_step: int | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Append one line to the run's `RECORDS_FILE` and return what it says.
+
+    Args:
+        output: folder of the run.
+        event: ``start`` of the ranks, or ``launch``: a job handed to a scheduler, by code that may be another one.
+        world_size: ranks; torchrun's or Slurm's environment tells how many machines they are on.
+        from_step: step of the checkpoint that this start goes on from; None for a new run.
+        more: whatever else is worth keeping.
+    """
+    hosts = os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES")
+    line: dict[str, Any] = {
+        "event": event,
+        "time": _now(),
+        "code": asdict(source_code()),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "host": socket.gethostname(),
+        "hosts": int(hosts) if hosts else None,
+        "world_size": world_size,
+        "from_step": from_step,
+        "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+        **(more or {}),
+    }
+    _append(output / RECORDS_FILE, json.dumps(line, ensure_ascii=False))
+    return line
+
+
+def read_records(output: Path) -> list[dict[str, Any]]:
+    """Return what `record` has written, oldest first; nothing for a run without. Damaged lines are left out."""
+    path = output / RECORDS_FILE
+    if not path.is_file():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(text)
+        except ValueError:
+            continue  # half a line, of a machine that went down
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def recorded_code(output: Path) -> tuple[Code, ...]:
+    """Return the different states of the code that a run was started from, in order."""
+    found: list[Code] = []
+    for line in read_records(output):
+        if line.get("event") != "start":
+            continue
+        try:
+            code = _code(line["code"], str(output / RECORDS_FILE))
+        except (KeyError, InputError):
+            continue
+        if code not in found:
+            found.append(code)
+    return tuple(found)
+
+
+def _from_git(root: Path, version: str) -> Code | None:
+    """Return what Git says; None where it does not keep the package."""
+    file = root / mellum2_megatron.__name__ / "__init__.py"
+    try:
+        kept = _git(root, "ls-files", "--error-unmatch", str(file))
+        if kept.returncode:
+            refused = "dubious ownership" in kept.stderr and (root / ".git").exists()
+            return _unknown(version, f"Git refuses: {kept.stderr.strip().splitlines()[0]}") if refused else None
+        commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--", str(root))
+    except FileNotFoundError:
+        return _unknown(version, "git is not installed here") if (root / ".git").exists() else None
+    except subprocess.TimeoutExpired:
+        return _unknown(version, f"git did not answer in {_GIT_SECONDS} seconds")
+    if commit.returncode or status.returncode:
+        return _unknown(version, (commit.stderr + status.stderr).strip() or "git failed")
+    return Code(origin="git", version=version, commit=commit.stdout.strip(), dirty=bool(status.stdout.strip()))
+
+
+def _git(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return subprocess.run(
+        ["git", "-C", str(root), "--no-optional-locks", *words],
+        capture_output=True, text=True, timeout=_GIT_SECONDS, check=False, env={**environment, "LC_ALL": "C"},
+    )  # fmt: skip
+
+
+def _unknown(version: str, reason: str) -> Code:
+    return Code(origin="unknown", version=version, reason=reason)
+
+
+def _from_snapshot(path: Path) -> Code:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        found = _code(value, str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), rule=f"must be JSON ({error})", fix="package the code again") from None
+    return replace(found, origin="snapshot") if found.commit is not None else found
+
+
+def _code(value: Any, where: str) -> Code:
+    """Read a `Code` that went through JSON; keys of another version of this project are left out.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        commit, dirty, origin = value.get("commit"), value.get("dirty"), value["origin"]
+        if commit is not None and not (isinstance(commit, str) and commit and set(commit) <= set(_COMMIT)):
+            raise ValueError(f"commit {commit!r}")
+        if dirty not in (True, False, None):
+            raise ValueError(f"dirty {dirty!r}")
+        return Code(
+            origin=from_plain(origin, Origin, "origin"),
+            version=str(value["version"]),
+            commit=commit,
+            dirty=dirty,
+            reason=value.get("reason"),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
+        raise InputError(
+            where, rule=f"must say where the code comes from ({error})", fix="package the code again"
+        ) from None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _append(path: Path, line: str) -> None:
+    """Append a line in one write, on disk when this returns; half a line that a crash left behind ends first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, f"{chr(10) * torn}{line}\n".encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

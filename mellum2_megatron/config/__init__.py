@@ -1,0 +1,28 @@
+"""What a run is: one typed value, YAML in and out. No torch."""
+
+from mellum2_megatron.config.layout import Layout
+from mellum2_megatron.config.optimizer import Loss, Optimizer
+from mellum2_megatron.config.overrides import apply_overrides
+from mellum2_megatron.config.precision import Precision
+from mellum2_megatron.config.run import Backend, Checkpoint, Data, Device, Logging, Run, from_yaml, keys, to_yaml
+from mellum2_megatron.config.schedule import Schedule
+from mellum2_megatron.config.stability import Stability
+
+__all__ = [
+    "Backend",
+    "Checkpoint",
+    "Data",
+    "Device",
+    "Layout",
+    "Logging",
+    "Loss",
+    "Optimizer",
+    "Precision",
+    "Run",
+    "Schedule",
+    "Stability",
+    "apply_overrides",
+    "from_yaml",
+    "keys",
+    "to_yaml",
+]

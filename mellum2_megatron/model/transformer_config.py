@@ -1,0 +1,114 @@
+"""`TransformerConfig` from the architecture, and the check that a given one describes the same model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mellum2_megatron.architecture.megatron_fields import (
+    FIXED_FIELDS,
+    MEGATRON_FIELDS,
+    window_pattern,
+    window_size,
+)
+from mellum2_megatron.common.errors import InputError
+
+if TYPE_CHECKING:
+    from mellum2_megatron.architecture import Mellum2Architecture
+
+
+def transformer_config(architecture: Mellum2Architecture, **overrides: Any) -> TransformerConfig:
+    """Return the Megatron configuration of this model, for building it outside of `pretrain`.
+
+    Args:
+        architecture: the model's description.
+        **overrides: further fields of `TransformerConfig` (parallel sizes, precision, dispatcher, losses).
+    """
+    fields: dict[str, Any] = {field.name: field.value(architecture) for field in MEGATRON_FIELDS}
+    fields |= {
+        "activation_func": torch.nn.functional.silu,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+    }
+    config = TransformerConfig(**fields | overrides)
+    use_plain_initialization(config)
+    return config
+
+
+def use_plain_initialization(config: TransformerConfig) -> None:
+    """Initialise output projections like all other matrices: normal with `init_method_std` (report: 0.02).
+
+    Megatron's default divides their deviation by `sqrt(2 * num_layers)`
+    (megatron/core/transformer/transformer_config.py, `scaled_init_method_normal`, 0.19.2) and has no argument for it.
+    """
+    config.output_layer_init_method = config.init_method
+
+
+def keep_mtp_projection_in_bf16(config: TransformerConfig) -> None:
+    """Exempt the MTP layer's `eh_proj` from FP8: Transformer Engine's module opens a disabled FP8 context for itself.
+
+    This is Megatron's per-module precision, which its command line reaches through a file
+    (`--te-precision-config-file`; megatron/core/extensions/transformer_engine.py:312-330 and 1065, 0.19.2).
+    """
+    from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
+
+    recipe = {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": {}}  # no recipe: no FP8
+    config.quant_recipe = RecipeConfig([GlobMatcher("*.eh_proj", "bf16")], {"bf16": recipe})
+
+
+def complete_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
+    """Set on `config` what the layer spec decides and the command line left at Megatron's default.
+
+    The configuration is shared by the whole model, so that a stock MTP layer, which Megatron's own builder adds beside
+    our decoder (megatron/training/models/gpt.py:387-414, 0.19.2), slides as well. QK-norm cannot be added that late to
+    such a layer; with MTP it must be on the command line.
+    """
+    if config.window_size is None and (window := window_size(architecture)) is not None:
+        config.window_size = window
+        pattern = window_pattern(architecture)
+        config.window_attn_skip_freq = int(pattern) if pattern.isdigit() else json.loads(pattern)
+    if not config.mtp_num_layers:
+        config.qk_layernorm = True
+
+
+def config_differences(config: TransformerConfig, architecture: Mellum2Architecture) -> list[str]:
+    """Return one line for each field of `config` that describes another model than `architecture`."""
+    lines = []
+    for field in MEGATRON_FIELDS:
+        want, have = field.value(architecture), getattr(config, field.name)
+        if (have or None) != (want or None):
+            words = " ".join(field.arguments(architecture)) or f"no {field.flag}"
+            lines.append(f"{field.name} is {have!r}, needs {want!r} ({words})")
+    for name, want in FIXED_FIELDS.items():
+        have = getattr(config, name)
+        if have != want:
+            lines.append(f"{name} is {have!r}, needs {want!r} (Megatron's default)")
+    if config.gated_linear_unit and config.activation_func is not torch.nn.functional.silu:
+        lines.append(f"activation_func is {config.activation_func!r}, needs SiLU (--swiglu)")
+    window = window_size(architecture)
+    if config.window_size is not None and (window is None or tuple(config.window_size) != window):
+        words = "no --window-size" if window is None else f"--window-size {window[0]},{window[1]}"
+        lines.append(f"window_size is {config.window_size!r}, needs {window!r} ({words})")
+    return lines
+
+
+def require_matching_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
+    """Raise `InputError` naming every difference if `config` describes another model than `architecture`."""
+    differences = config_differences(config, architecture)
+    if differences:
+        raise InputError(
+            "Megatron's arguments",
+            rule="must describe the layer spec's model; " + "; ".join(differences),
+            fix="give the arguments named, or take the layer spec of the model that you mean",
+        )

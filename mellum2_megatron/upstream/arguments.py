@@ -1,0 +1,262 @@
+"""Run -> Megatron-LM command line: the one place, in the one direction, where our terms become Megatron's.
+
+All flags are those of ``megatron/training/arguments.py`` 0.19.2. The model's own flags come from ``megatron_fields``.
+YaRN has none: it is applied layer by layer in ``model/attention.py``, and Megatron refuses ``yarn`` beside MTP
+(arguments.py:1863-1868).
+"""
+
+from __future__ import annotations
+
+import math
+
+from mellum2_megatron.architecture import architecture_arguments
+from mellum2_megatron.checkpoint.folder import resume_folder
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Backend, Device, Run
+
+
+def megatron_arguments(run: Run, *, world_size: int, device: Device, backend: Backend | None = None) -> list[str]:
+    """Return the arguments that make ``megatron.training.pretrain`` compute ``run``.
+
+    Args:
+        run: a resolved run, checked by ``rules.enforce``.
+        world_size: ranks that will be started.
+        device: what they compute on.
+        backend: whose modules the model is made of; None takes the run's own for the device.
+
+    Raises:
+        InputError: the layout does not fit, or the backend does not exist on the device.
+    """
+    backend = backend or run.resolved_backend(device)
+    if device == "cpu" and backend == "te":
+        raise InputError("backend=te on a CPU", rule="Transformer Engine runs on GPUs only", fix="set backend=torch")
+    run.layout.validate(run.architecture, world_size=world_size, sequence_length=run.data.sequence_length)
+    return [
+        *architecture_arguments(run.architecture),
+        "--max-position-embeddings",
+        str(run.architecture.max_position_embeddings),
+        *_layout(run),
+        *_experts(run, backend),
+        *_optimizer(run),
+        *_schedule(run),
+        *_precision(run),
+        *_data(run),
+        *_logging(run),
+        *_checkpoint(run),
+        *_faults(run),
+        *_backend(backend),
+        *(_CPU if device == "cpu" else ()),
+    ]
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Return the environment variables that Megatron asserts for this run.
+
+    With tensor or context parallelism it wants one hardware queue up to Hopper, so that communication is issued in
+    program order (arguments.py:1408-1438).
+    """
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if run.layout.tp > 1 or run.layout.cp > 1 else {}
+
+
+def _layout(run: Run) -> list[str]:
+    layout = run.layout
+    words = [
+        *("--tensor-model-parallel-size", str(layout.tp)),
+        *("--pipeline-model-parallel-size", str(layout.pp)),
+        *("--context-parallel-size", str(layout.cp)),
+        *("--expert-model-parallel-size", str(layout.ep)),
+        *("--expert-tensor-parallel-size", str(layout.etp)),
+        *("--moe-token-dispatcher-type", layout.dispatcher),
+    ]
+    if layout.sp:
+        words.append("--sequence-parallel")
+    if layout.vpp > 1:
+        words += ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)]
+    if layout.cp > 1:
+        words += ["--cp-comm-type", *layout.cp_comm_types(run.architecture)]
+    return words
+
+
+def _experts(run: Run, backend: Backend) -> list[str]:
+    words = [
+        *("--moe-router-load-balancing-type", run.loss.aux_loss_type),
+        *("--moe-aux-loss-coeff", str(run.loss.aux_loss_coef)),
+        *("--moe-router-dtype", "fp32"),
+    ]
+    if run.loss.z_loss_coef:
+        words += ["--moe-z-loss-coeff", str(run.loss.z_loss_coef)]
+    if run.architecture.num_mtp_layers:
+        words += ["--mtp-loss-scaling-factor", str(run.loss.mtp_factor)]
+    if run.loss.per_token:
+        words.append("--calculate-per-token-loss")
+    if backend == "te":
+        # All three are Transformer Engine kernels; without it router fusion passes validation and fails at run time
+        # (megatron/core/transformer/moe/moe_utils.py:127-129).
+        words += ["--moe-grouped-gemm", "--moe-router-fusion", "--moe-permute-fusion"]
+    return words
+
+
+def _optimizer(run: Run) -> list[str]:
+    optimizer = run.optimizer
+    words = [
+        # With Muon this turns into the layer-wise optimizer, which hands whole matrices to data-parallel ranks
+        # (arguments.py:1670-1686); with Adam it is the usual sharded one.
+        *("--optimizer", optimizer.name, "--use-distributed-optimizer"),
+        *("--lr", str(optimizer.lr), "--min-lr", str(optimizer.min_lr)),
+        *("--weight-decay", str(optimizer.weight_decay), "--clip-grad", str(optimizer.clip_grad)),
+        *("--adam-beta1", str(optimizer.adam_beta1), "--adam-beta2", str(optimizer.adam_beta2)),
+        *("--adam-eps", str(optimizer.adam_eps)),
+    ]
+    if optimizer.name == "muon":
+        words += [
+            *("--muon-momentum", str(optimizer.muon_momentum)),
+            *("--muon-num-ns-steps", str(optimizer.muon_ns_steps)),
+            *("--muon-scale-mode", optimizer.muon_scale_mode),
+            *("--muon-extra-scale-factor", str(optimizer.muon_extra_scale)),
+            *("--muon-tp-mode", optimizer.muon_tp_mode),
+            *("--muon-coefficient-type", "quintic"),
+            *("--muon-scalar-optimizer", "adam"),
+        ]
+        words += ["--muon-nesterov"] if optimizer.muon_nesterov else []
+        words += [] if optimizer.muon_split_qkv else ["--muon-no-split-qkv"]
+    words += ["--overlap-grad-reduce"] if optimizer.overlap_grad_reduce else []
+    words += ["--overlap-param-gather"] if optimizer.overlap_param_gather else []
+    return words
+
+
+def _schedule(run: Run) -> list[str]:
+    schedule = run.schedule
+    words = [
+        *("--micro-batch-size", str(schedule.micro_batch_size)),
+        *("--train-samples", str(schedule.train_samples)),
+        *("--lr-warmup-samples", str(schedule.warmup_samples)),
+        *("--lr-decay-samples", str(schedule.lr_horizon)),
+        # The run, not the checkpoint, states the schedule: phases extend `train_samples`, which Megatron stores as the
+        # length of the weight-decay schedule and otherwise asserts to be unchanged
+        # (megatron/core/optimizer_param_scheduler.py:333-341).
+        "--override-opt-param-scheduler",
+    ]
+    if schedule.style == "whd":
+        words += ["--lr-decay-style", "WSD", "--lr-wsd-decay-style", "linear"]
+        words += ["--lr-wsd-decay-samples", str(schedule.decay_samples)]
+    else:
+        words += ["--lr-decay-style", "cosine"]
+    if len(schedule.batch_schedule) == 1:
+        words += ["--global-batch-size", str(schedule.final_batch_size)]
+    else:
+        # --rampup-batch-size is accepted and ignored (megatron/core/num_microbatches_calculator.py:79-110). Thresholds
+        # here are tokens, since Megatron hands the calculator its sequence length (global_vars.py:127-136).
+        tokens = run.data.sequence_length
+        steps = " ".join(f"{start * tokens}:{size}" for start, size in schedule.batch_schedule)
+        words += ["--step-batch-size-schedule", steps]
+    return words
+
+
+def _precision(run: Run) -> list[str]:
+    precision = run.precision
+    words = ["--bf16"]
+    words.append("--accumulate-allreduce-grads-in-fp32" if precision.grad_reduce_in_fp32 else "--grad-reduce-in-bf16")
+    if precision.compute == "fp8":
+        words += ["--fp8-format", precision.fp8_format, "--fp8-recipe", precision.fp8_recipe]
+        words += ["--fp8-param-gather"] if precision.fp8_param_gather else []
+        if precision.bf16_first_layers or precision.bf16_last_layers:
+            words += ["--first-last-layers-bf16"]
+            words += ["--num-layers-at-start-in-bf16", str(precision.bf16_first_layers)]
+            words += ["--num-layers-at-end-in-bf16", str(precision.bf16_last_layers)]
+    return words
+
+
+def _data(run: Run) -> list[str]:
+    """Return the data flags.
+
+    Tokens are already ids, so Megatron gets no tokenizer but its size: both vocabulary sizes are given, which leaves
+    nothing to pad (``_set_padded_vocab_size``, megatron/core/tokenizers/utils/build_tokenizer.py:140-143).
+    """
+    vocabulary = str(run.architecture.vocab_size)
+    eos = run.architecture.eos_token_id
+    eod = eos[0] if isinstance(eos, tuple) else eos
+    words = [
+        *("--seq-length", str(run.data.sequence_length)),
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", vocabulary, "--padded-vocab-size", vocabulary),
+        *("--train-data-path", *_blend(run.data.train_blend)),
+        *("--valid-data-path", *_blend(run.data.valid_blend)),
+        *("--num-workers", str(run.data.workers)),
+        # Both backends mask by themselves; a [b, 1, s, s] mask a sample would only cost memory.
+        "--no-create-attention-mask-in-dataloader",
+        *("--seed", str(run.seed)),
+    ]
+    words += [] if eod is None else ["--null-tokenizer-eod-id", str(eod)]
+    words += [] if run.data.cache is None else ["--data-cache-path", run.data.cache]
+    return words
+
+
+def _blend(blend: tuple[tuple[float, str], ...]) -> list[str]:
+    if len(blend) == 1:
+        return [blend[0][1]]
+    return [word for weight, prefix in blend for word in (str(weight), prefix)]
+
+
+def _logging(run: Run) -> list[str]:
+    """Return the logging flags; metrics, TensorBoard and W&B are ours, so Megatron's writers stay off."""
+    return [
+        *("--log-interval", str(run.logging.log_interval)),
+        *("--eval-interval", str(run.logging.eval_interval)),
+        *("--eval-iters", str(run.logging.eval_iterations)),
+        # Without it, a batch ramp leaves micro_batch_size * dp here (arguments.py:684-690).
+        *("--eval-global-batch-size", str(run.eval_batch_size)),
+        "--no-one-logger",
+        # Without it the time of a step is printed only, and our log takes it from the writer.
+        "--log-timers-to-tensorboard",
+    ]
+
+
+def _checkpoint(run: Run) -> list[str]:
+    checkpoint = run.checkpoint
+    words = ["--ckpt-format", "torch_dist"]
+    if checkpoint.output is not None:
+        words += ["--save", checkpoint.output, "--load", resume_folder(checkpoint.output, checkpoint.continue_from)]
+        words += ["--save-interval", str(checkpoint.save_interval)]
+    if checkpoint.any_layout:
+        words.append("--dist-ckpt-optim-fully-reshardable")
+    if checkpoint.async_save:
+        # Without its own process Megatron switches it off after a warning (arguments.py:1741-1746); the other strategy
+        # is a package of its own, nvidia-resiliency-ext.
+        words += ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+    if checkpoint.load is not None:
+        # Read only while --load has no checkpoint yet, and then as weights without optimizer state or step count
+        # (megatron/training/checkpointing.py:2095-2106).
+        words += ["--pretrained-checkpoint", checkpoint.load]
+    return words
+
+
+def _faults(run: Run) -> list[str]:
+    return [
+        # Collectives give up after our own watch has named the rank that they wait for (watch.py).
+        *("--distributed-timeout-minutes", str(math.ceil(run.timeout_minutes) + 1)),
+        # A result that is not a number ends the run at once. The other modes repeat the step to tell a broken GPU from
+        # a diverging run, save what they have, and wait to be started on another node (core/rerun_state_machine.py).
+        *("--rerun-mode", "disabled"),
+    ]
+
+
+def _backend(backend: Backend) -> list[str]:
+    if backend == "te":
+        return ["--transformer-impl", "transformer_engine"]
+    return [
+        *("--transformer-impl", "local"),
+        # Kernels of Transformer Engine and apex, on by default (arguments.py and transformer_config.py:2165-2187).
+        "--no-rope-fusion",
+        "--no-masked-softmax-fusion",
+        "--no-gradient-accumulation-fusion",
+        "--no-persist-layer-norm",
+    ]
+
+
+_CPU = (
+    *("--distributed-backend", "gloo"),
+    "--use-cpu-initialization",
+    # Both fusions are torch.compile'd functions written for a GPU.
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+)
+"""Flags of every run on a CPU."""

@@ -1,0 +1,174 @@
+"""What a rank does in the tests of checkpoints and faults: it trains, and something happens to it on the way."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+def train(run_file: str) -> bool:
+    """Train a resolved run on this rank; return whether it has ended."""
+    from mellum2_megatron.checkpoint import read_run
+    from mellum2_megatron.training.rank_main import train as train_run
+
+    return train_run(read_run(Path(run_file)), device="cpu")
+
+
+def reload(run_file: str, copy: str) -> bool:
+    """Save what was loaded into the folder ``copy``, untouched by any step; then train."""
+    from megatron.training import training
+    from megatron.training.checkpointing import save_checkpoint
+
+    loop = training.train
+
+    def save_and_train(forward_step: Any, model: Any, optimizer: Any, scheduler: Any, *rest: Any, **named: Any) -> Any:
+        args = training.get_args()
+        output, args.save = args.save, copy
+        save_checkpoint(args.iteration, model, optimizer, scheduler, args.num_floating_point_operations_so_far)
+        args.save = output
+        return loop(forward_step, model, optimizer, scheduler, *rest, **named)
+
+    training.train = save_and_train
+    return train(run_file)
+
+
+def signalled(run_file: str, rank: int, step: int, number: int) -> bool:
+    """One rank gets a signal in the middle of a step, after its first micro-batch has come."""
+
+    def get(batch: dict[str, Any]) -> dict[str, Any]:
+        os.kill(os.getpid(), number)
+        return batch
+
+    _on_batch(rank, step, get)
+    return train(run_file)
+
+
+def killed_in_save(run_file: str, rank: int, step: int) -> bool:
+    """One rank is killed while it writes the checkpoint of a step: after ten tensors, before the eleventh."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    process, write, written = os.getpid(), filesystem_async._write_item, []
+
+    @functools.wraps(write)  # its parameters are looked at
+    def die(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        if int(os.environ["RANK"]) == rank and get_args().curr_iteration + 1 == step:
+            written.append(step)
+            if len(written) > 10:
+                os.kill(process, signal.SIGKILL)
+        return write(*args, **kwargs)
+
+    filesystem_async._write_item = die
+    return train(run_file)
+
+
+def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
+    """On one rank the loss of a step, or only a gradient, becomes NaN."""
+
+    def spoil_loss(batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "loss_mask": batch["loss_mask"] * float("nan")}
+
+    def spoil_gradient(batch: dict[str, Any]) -> dict[str, Any]:
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        forward = ColumnParallelLinear.forward
+
+        def spoiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output, bias = forward(self, *args, **kwargs)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradient * float("nan"))
+            return output, bias
+
+        ColumnParallelLinear.forward = spoiled
+        return batch
+
+    _on_batch(rank, step, spoil_loss if where == "loss" else spoil_gradient)
+    return train(run_file)
+
+
+def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
+    """In some steps one rank's loss is NaN, or only its gradient is, or its loss is three times what it should be."""
+    from mellum2_megatron.training import rank_main as module
+
+    sum_loss = module.sum_loss
+
+    def spoiled(loss_mask: Any, output: Any) -> Any:
+        from megatron.training import get_args
+
+        if int(os.environ["RANK"]) == rank and get_args().curr_iteration + 1 in steps and output.requires_grad:
+            if what == "gradient":
+                output.register_hook(lambda gradient: gradient * float("nan"))
+            else:
+                output = output * (float("nan") if what == "loss" else 3.0)
+        return sum_loss(loss_mask, output)
+
+    module.sum_loss = spoiled
+    return train(run_file)
+
+
+def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
+    """One rank does not come to the end of a step: it sleeps, or its whole process is stopped."""
+    from mellum2_megatron.faults import hang_watch as watch
+
+    watch._ANSWER_SECONDS = 3.0
+
+    def never_mind(batch: dict[str, Any]) -> dict[str, Any]:
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(600)
+        return batch
+
+    _on_batch(rank, step, never_mind)
+    return train(run_file)
+
+
+def write_manifest(folder: str, later: bool) -> None:
+    """Write a file as every rank of a save does, at once or in the background, and the manifest of all."""
+    import torch
+
+    from mellum2_megatron.checkpoint import saving
+
+    def write() -> None:
+        rank = torch.distributed.get_rank()
+        for number in range(2):
+            Path(folder, f"__{rank}_{number}.distcp").write_bytes(bytes([rank, number]) * 1000)
+        torch.distributed.barrier()
+        if rank == 0:
+            Path(folder, ".metadata").write_text("all")
+            Path(folder, "metadata.json").write_text("{}")
+
+    def save(state: Any, folder: str) -> Any:
+        if not later:
+            return write()
+        return SimpleNamespace(finalize_fns=[write, torch.distributed.barrier])
+
+    request = saving._with_manifest(save)({}, folder)
+    assert Path(folder, saving.MANIFEST_FILE).exists() is not later
+    for finalize in request.finalize_fns if later else ():
+        finalize()
+
+
+def _on_batch(rank: int, step: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Let something happen to the first micro-batch of a step, on one rank."""
+    from mellum2_megatron.training import rank_main as module
+
+    get_batch, done = module.get_batch, []
+
+    def get(*args: Any) -> Any:
+        from megatron.training import get_args
+
+        batch = get_batch(*args)
+        if int(os.environ["RANK"]) == rank and get_args().curr_iteration + 1 == step and not done:
+            done.append(step)
+            return change(batch)
+        return batch
+
+    module.get_batch = get

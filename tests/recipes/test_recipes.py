@@ -1,0 +1,128 @@
+"""Recipes: complete, sourced, free of broken rules; the 12B's values are the report's."""
+
+from __future__ import annotations
+
+import pytest
+
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Device, from_yaml, keys, to_yaml
+from mellum2_megatron.planning.rules import check
+from mellum2_megatron.recipes import describe_recipes, recipe, recipe_names
+
+HARDWARE: dict[str, tuple[int, Device]] = {
+    "mellum2_tiny_pretrain": (2, "cpu"),
+    **{
+        f"mellum2_12b_pretrain_phase{number}{ending}": (gpus, "cuda")
+        for number in (1, 2, 3)
+        for ending, gpus in {"": 256, "_256gpu_h200_fp8": 256, "_128gpu_h200_fp8": 128, "_8gpu_h200_fp8": 8}.items()
+    },
+    **{
+        f"mellum2_12b_long_context{ending}": (gpus, "cuda")
+        for ending, gpus in {"": 128, "_256gpu_h200_fp8": 256, "_128gpu_h200_fp8": 128, "_8gpu_h200_fp8": 8}.items()
+    },
+    **{
+        f"mellum2_4layer_{stage}_1gpu_h200_fp8": (1, "cuda")
+        for stage in ("pretrain", "pretrain_phase1", "pretrain_phase2", "pretrain_phase3", "long_context")
+    },
+    **{
+        f"mellum2_tiny_{stage}": (2, "cpu")
+        for stage in ("pretrain_phase1", "pretrain_phase2", "pretrain_phase3", "long_context")
+    },
+}
+
+
+def test_every_recipe_is_covered_here() -> None:
+    assert set(HARDWARE) == set(recipe_names())
+    assert list(recipe_names()) == sorted(recipe_names())
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_a_recipe_is_complete_and_breaks_no_rule(name: str) -> None:
+    run = recipe(name)
+    assert run.name == name
+    assert from_yaml(to_yaml(run)) == run
+    assert check(run, *HARDWARE[name], machine=False) == []
+    world_size, device = HARDWARE[name]
+    assert world_size % run.layout.smallest_world_size == 0
+    if device == "cuda":
+        assert run.layout.world_size == world_size
+    unsourced = [key for key in keys() if key not in ("name", "description") and not run.source(key)]
+    assert unsourced == []
+
+
+def test_descriptions_are_one_line_each() -> None:
+    described = describe_recipes()
+    assert tuple(described) == recipe_names()
+    for name, description in described.items():
+        assert recipe(name).description == description
+        assert 20 < len(description) <= 120
+        assert "\n" not in description
+
+
+@pytest.mark.parametrize("name", ["mellum2_tiny_pretrian", "mellum2-tiny-pretrain"])
+def test_an_unknown_recipe_names_the_nearest(name: str) -> None:
+    with pytest.raises(InputError, match="did you mean 'mellum2_tiny_pretrain'"):
+        recipe(name)
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(InputError, match="size='big'"):
+        recipe("mellum2_tiny_pretrain", size="big")
+
+
+def test_phase1_is_the_reports() -> None:
+    run = recipe("mellum2_12b_pretrain_phase1")
+    assert run.architecture == Mellum2Architecture.preset("mellum2-12b")
+    layout = run.layout
+    assert (layout.tp, layout.pp, layout.ep, layout.cp, layout.dp) == (1, 1, 8, 1, 32 * 8)
+    optimizer = run.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.min_lr) == ("muon", 3e-4, 0.0)
+    assert (optimizer.weight_decay, optimizer.clip_grad) == (0.1, 1.0)
+    assert (optimizer.muon_momentum, optimizer.muon_nesterov, optimizer.muon_ns_steps) == (0.95, True, 5)
+    assert (optimizer.muon_scale_mode, optimizer.muon_extra_scale, optimizer.muon_tp_mode) == (
+        "spectral",
+        0.2,
+        "blockwise",
+    )
+    assert (optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps) == (0.9, 0.95, 1e-8)
+    assert optimizer.overlap_grad_reduce
+    assert optimizer.overlap_param_gather
+    assert (run.loss.aux_loss_coef, run.loss.z_loss_coef, run.loss.mtp_factor) == (1e-3, 1e-3, 0.1)
+    precision = run.precision
+    assert (precision.compute, precision.fp8_format, precision.fp8_recipe) == ("fp8", "hybrid", "tensorwise")
+    assert precision.grad_reduce_in_fp32
+    assert (run.data.sequence_length, run.schedule.micro_batch_size) == (8192, 2)
+
+
+def test_phase1_schedule_adds_up_to_the_reports_totals() -> None:
+    run = recipe("mellum2_12b_pretrain_phase1")
+    schedule = run.schedule
+    assert schedule.horizon_samples is not None
+    assert schedule.steps(schedule.horizon_samples) == 323_459
+    assert round(schedule.horizon_samples * 8192 / 1e12, 2) == 10.65
+    assert round(run.train_tokens / 1e12, 2) == 6.18
+    assert schedule.steps(schedule.warmup_samples) == 2_000
+    assert schedule.decay_samples == 49_306 * 4096
+    assert [size for _, size in schedule.batch_schedule] == [2048, 4096]
+    # phase 1 is warmup and hold: its last step still runs at the peak
+    assert run.learning_rate(schedule.train_samples) == 3e-4
+    assert run.learning_rate(0) == 0.0
+    assert run.learning_rate(schedule.horizon_samples) == 0.0
+
+
+def test_the_quickstart_is_the_same_kind_of_run() -> None:
+    tiny, big = recipe("mellum2_tiny_pretrain"), recipe("mellum2_12b_pretrain_phase1")
+    assert tiny.optimizer.name == big.optimizer.name == "muon"
+    assert tiny.schedule.style == big.schedule.style
+    assert tiny.layout.ep > 1
+    assert tiny.loss == big.loss
+    assert tiny.architecture.num_mtp_layers == big.architecture.num_mtp_layers == 1
+    window = tiny.architecture.sliding_window
+    assert window is not None
+    assert window < tiny.data.sequence_length, "the window must matter"
+    assert set(tiny.architecture.layer_types) == set(big.architecture.layer_types)
+    assert tiny.data.path == "data/quickstart"
+    # every phase of the schedule is there
+    schedule = tiny.schedule
+    assert 0 < schedule.warmup_samples < schedule.train_samples - schedule.decay_samples < schedule.train_samples

@@ -1,0 +1,39 @@
+"""What a rank does in the training tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def train(run_file: str, order: Sequence[int] | None = None) -> None:
+    """Train a resolved run on this rank.
+
+    Args:
+        run_file: YAML file of the run.
+        order: take the micro-batches of each step in this order; one index for each of them.
+    """
+    from mellum2_megatron.checkpoint import read_run
+    from mellum2_megatron.training import rank_main as training
+
+    if order is not None:
+        training.forward_step = _reordering(training.forward_step, order)
+    training.train(read_run(Path(run_file)), device="cpu")
+
+
+def _reordering(forward_step: Any, order: Sequence[int]) -> Any:
+    iterators: dict[int, Iterator[Any]] = {}
+
+    def step(data_iterator: Iterator[Any], model: Any, *rest: Any) -> Any:
+        if id(data_iterator) not in iterators:
+            iterators[id(data_iterator)] = _reordered(data_iterator, order)
+        return forward_step(iterators[id(data_iterator)], model, *rest)
+
+    return step
+
+
+def _reordered(items: Iterator[Any], order: Sequence[int]) -> Iterator[Any]:
+    while True:
+        group = [next(items) for _ in order]
+        yield from (group[index] for index in order)

@@ -1,0 +1,376 @@
+"""The command line of a run, taken through Megatron's own parser, validation, config and schedule code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Device, Run, apply_overrides
+from mellum2_megatron.recipes import recipe
+from mellum2_megatron.upstream.arguments import environment, megatron_arguments
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron runs through the CPU backend here")
+
+TINY, BIG = "mellum2_tiny_pretrain", "mellum2_12b_pretrain_phase1"
+
+
+def parsed(run: Run, monkeypatch: pytest.MonkeyPatch, *, world_size: int, device: Device) -> Any:
+    """What Megatron's argparse makes of the run's command line."""
+    from megatron.training.arguments import parse_args
+
+    words = megatron_arguments(run, world_size=world_size, device=device)
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    monkeypatch.setenv("RANK", "0")
+    for name, value in environment(run).items():
+        monkeypatch.setenv(name, value)
+    return parse_args()
+
+
+def validated(run: Run, monkeypatch: pytest.MonkeyPatch, *, world_size: int, device: Device) -> Any:
+    """The same after Megatron's validation, which also derives values."""
+    from megatron.training.arguments import validate_args
+
+    args = parsed(run, monkeypatch, world_size=world_size, device=device)
+    validate_args(args)
+    return args
+
+
+def on_cpu(overrides: list[str], monkeypatch: pytest.MonkeyPatch, *, world_size: int = 2) -> tuple[Run, Any]:
+    run = apply_overrides(recipe(TINY), overrides)
+    return run, validated(run, monkeypatch, world_size=world_size, device="cpu")
+
+
+ARCHITECTURES: list[list[str]] = [
+    [],
+    ["architecture.num_hidden_layers=6", "architecture.sliding_window=32"],
+    ["architecture.num_hidden_layers=3", "architecture.num_mtp_layers=0"],
+    ["architecture.norm_topk_prob=false", "architecture.num_key_value_heads=1", "architecture.num_experts=6"],
+    [
+        "architecture.num_hidden_layers=4",
+        "architecture.layer_types=full_attention,sliding_attention,full_attention,sliding_attention",
+        "architecture.rms_norm_eps=1e-5",
+        "architecture.initializer_range=0.01",
+    ],
+    ["architecture=mellum2-12b-128k", "schedule.micro_batch_size=1"],
+]
+
+
+@pytest.mark.parametrize("overrides", ARCHITECTURES, ids=str)
+def test_megatrons_config_describes_the_architecture(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.utils import is_layer_window_attention
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    run, args = on_cpu(overrides, monkeypatch)
+    config = core_transformer_config_from_args(args)
+    model = run.architecture
+    facts = {
+        "num_layers": model.num_hidden_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_key_value_heads,
+        "kv_channels": model.head_dim,
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.moe_intermediate_size,
+        "moe_router_topk": model.num_experts_per_tok,
+        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_expert_capacity_factor": None,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_aux_loss_coeff": 1e-3,
+        "moe_z_loss_coeff": 1e-3,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.rms_norm_eps,
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": model.initializer_range,
+        "mtp_num_layers": model.num_mtp_layers or None,
+        "bf16": True,
+        "fp8": None,
+        "expert_model_parallel_size": 2,
+    }
+    assert {name: getattr(config, name) for name in facts} == facts
+    if model.num_mtp_layers:
+        assert config.mtp_loss_scaling_factor == 0.1
+    assert config.window_size == (model.sliding_window - 1, 0)  # type: ignore[operator]
+    slides = [
+        is_layer_window_attention(config.window_size, config.window_attn_skip_freq, number + 1)
+        for number in range(model.num_hidden_layers)
+    ]
+    assert slides == [kind == "sliding_attention" for kind in model.layer_types]
+    assert args.untie_embeddings_and_output_weights
+    assert args.position_embedding_type == "rope"
+
+
+@pytest.mark.parametrize("kind", ["global_aux_loss", "aux_loss", "seq_aux_loss"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_loss_settings_reach_the_config(kind: str, per_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    overrides = [f"loss.aux_loss_type={kind}", f"loss.per_token={str(per_token).lower()}"]
+    config = core_transformer_config_from_args(on_cpu(overrides, monkeypatch)[1])
+    assert (config.moe_router_load_balancing_type, config.calculate_per_token_loss) == (kind, per_token)
+
+
+@pytest.mark.parametrize(("vocabulary", "layout"), [(4096, []), (4099, []), (5000, ["layout.pp=2", "layout.ep=1"])])
+def test_the_vocabulary_is_not_padded(vocabulary: int, layout: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    run, args = on_cpu([f"architecture.vocab_size={vocabulary}", *layout], monkeypatch)
+    tokenizer = build_tokenizer(args)
+    assert args.padded_vocab_size == vocabulary
+    assert tokenizer.vocab_size == vocabulary
+    assert tokenizer.eod == run.architecture.eos_token_id
+
+
+def test_the_optimizer_is_layer_wise_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
+
+    args = validated(recipe(BIG), monkeypatch, world_size=256, device="cuda")
+    config, _ = get_megatron_optimizer_config(args)
+    facts = {
+        "optimizer": "muon",
+        "lr": 3e-4,
+        "min_lr": 0.0,
+        "weight_decay": 0.1,
+        "clip_grad": 1.0,
+        "muon_momentum": 0.95,
+        "muon_nesterov": True,
+        "muon_num_ns_steps": 5,
+        "muon_scale_mode": "spectral",
+        "muon_extra_scale_factor": 0.2,
+        "muon_tp_mode": "blockwise",
+        "muon_coefficient_type": "quintic",
+        "muon_split_qkv": True,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_eps": 1e-8,
+        "use_layer_wise_distributed_optimizer": True,
+        "bf16": True,
+        "overlap_param_gather": True,
+    }
+    assert {name: getattr(config, name) for name in facts} == facts
+    ddp = get_megatron_ddp_config(args)
+    assert ddp.grad_reduce_in_fp32
+    assert ddp.overlap_grad_reduce
+    assert ddp.overlap_param_gather
+
+
+def test_adam_is_sharded_and_settings_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.training import get_megatron_optimizer_config
+
+    changes = ["optimizer.name=adam", "optimizer.adam_beta1=0.5", "optimizer.adam_eps=1e-6", "optimizer.clip_grad=0"]
+    _, args = on_cpu([*changes, "precision.grad_reduce_in_fp32=false"], monkeypatch)
+    config, _ = get_megatron_optimizer_config(args)
+    assert (config.optimizer, config.adam_beta1, config.adam_eps, config.clip_grad) == ("adam", 0.5, 1e-6, 0.0)
+    assert args.use_distributed_optimizer
+    assert not args.accumulate_allreduce_grads_in_fp32
+    muon = ["optimizer.muon_nesterov=false", "optimizer.muon_split_qkv=false", "optimizer.muon_ns_steps=3"]
+    _, args = on_cpu(muon, monkeypatch)
+    config, _ = get_megatron_optimizer_config(args)
+    assert (config.muon_nesterov, config.muon_split_qkv, config.muon_num_ns_steps) == (False, False, 3)
+
+
+def test_the_12b_is_accepted_as_the_report_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = validated(recipe(BIG), monkeypatch, world_size=256, device="cuda")
+    facts = {
+        "data_parallel_size": 256,
+        "expert_model_parallel_size": 8,
+        "micro_batch_size": 2,
+        "eval_global_batch_size": 4096,
+        "seq_length": 8192,
+        "fp8": "hybrid",
+        "fp8_recipe": "tensorwise",
+        "fp8_param_gather": False,
+        "transformer_impl": "transformer_engine",
+        "moe_grouped_gemm": True,
+        "moe_router_fusion": True,
+        "moe_permute_fusion": True,
+        "apply_rope_fusion": True,
+        "ckpt_format": "torch_dist",
+        "rotary_base": 500_000,
+        "padded_vocab_size": 98_304,
+        "tensorboard_dir": None,
+        "use_cpu_initialization": None,
+        "distributed_backend": "nccl",
+    }
+    assert {name: getattr(args, name) for name in facts} == facts
+
+
+@pytest.mark.parametrize(("first", "last", "given"), [(0, 0, False), (2, 0, True), (0, 1, True), (3, 2, True)])
+def test_layers_stay_in_bf16(first: int, last: int, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = [f"precision.bf16_first_layers={first}", f"precision.bf16_last_layers={last}"]
+    args = validated(apply_overrides(recipe(BIG), changes), monkeypatch, world_size=256, device="cuda")
+    assert args.first_last_layers_bf16 == given
+    if given:
+        assert (args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16) == (first, last)
+
+
+@contextlib.contextmanager
+def megatron_scheduler(args: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, dict[str, Any], Any]]:
+    """Yield Megatron's scheduler, the parameter group that it sets, and its batch calculator, as `pretrain` does."""
+    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.training import training
+
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    calculator.init_num_microbatches_calculator(  # as set_global_variables, megatron/training/global_vars.py:127
+        rank=1,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=args.data_parallel_size,
+        step_batch_size_schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
+    )
+    try:
+        group: dict[str, Any] = {}
+        yield training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[group])), group, calculator
+    finally:
+        calculator.destroy_num_microbatches_calculator()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["schedule.batch_schedule=[[0,16]]", "schedule.train_samples=1600", "schedule.decay_samples=400"],
+        ["schedule.style=cosine", "schedule.decay_samples=0", "optimizer.min_lr=1e-5"],
+        ["schedule.horizon_samples=9280", "schedule.warmup_samples=0"],
+    ],
+    ids=str,
+)
+def test_megatron_walks_the_runs_schedule(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step's batch and learning rate, from Megatron's calculator and scheduler as `pretrain` sets them up."""
+    run, args = on_cpu(overrides, monkeypatch)
+    with megatron_scheduler(args, monkeypatch) as (scheduler, group, calculator):
+        assert args.train_iters == run.schedule.train_steps
+        consumed = 0
+        for _ in range(args.train_iters):
+            calculator.update_num_microbatches(consumed)
+            batch = calculator.get_current_global_batch_size()
+            assert group["lr"] == run.learning_rate(consumed)
+            assert batch == run.schedule.batch_size(consumed)
+            consumed += batch
+            scheduler.step(batch)
+        assert consumed == run.schedule.train_samples
+
+
+def test_layout_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = ["layout.dp=null", "layout.tp=2", "layout.sp=true", "layout.pp=2", "layout.vpp=2", "layout.cp=2"]
+    changes += ["layout.ep=4", "layout.etp=2", "layout.dispatcher=flex"]
+    run = apply_overrides(recipe(BIG), [*changes, "architecture.num_hidden_layers=8", "precision.compute=bf16"])
+    args = validated(run, monkeypatch, world_size=32, device="cuda")
+    facts = {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "context_parallel_size": 2,
+        "expert_model_parallel_size": 4,
+        "expert_tensor_parallel_size": 2,
+        "data_parallel_size": 4,
+        "moe_token_dispatcher_type": "flex",
+        "cp_comm_type": ["all_gather", "all_gather", "all_gather", "p2p"] * 2,
+    }
+    assert {name: getattr(args, name) for name in facts} == facts
+    assert run.layout.data_parallel(32) == 4
+    assert environment(run) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert environment(recipe(BIG)) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        (["layout.tp=3", "layout.sp=true"], 3),
+        (["layout.pp=3"], 3),
+        (["layout.ep=3"], 3),
+        (["layout.cp=3"], 3),
+        (["layout.tp=2", "layout.sp=true"], 3),
+    ],
+)
+def test_what_the_layout_refuses_megatron_refuses_too(
+    changes: list[str], world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    run = apply_overrides(recipe(TINY), ["layout.ep=1", *changes])
+    with pytest.raises(InputError):
+        megatron_arguments(run, world_size=world_size, device="cpu")
+    monkeypatch.setattr("mellum2_megatron.config.layout.Layout.validate", lambda *args, **kwargs: None)
+    with pytest.raises((AssertionError, ValueError)):
+        core_transformer_config_from_args(validated(run, monkeypatch, world_size=world_size, device="cpu"))
+
+
+def test_checkpoint_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, args = on_cpu([], monkeypatch)
+    assert (args.save, args.load, args.pretrained_checkpoint) == (None, None, None)
+    changes = [
+        "checkpoint.output=/o",
+        "checkpoint.load=/l",
+        "checkpoint.save_interval=7",
+    ]
+    _, args = on_cpu(changes, monkeypatch)
+    assert (args.save, args.load, args.pretrained_checkpoint) == ("/o", "/o", "/l")
+    assert args.save_interval == 7
+    assert args.save_retain_interval is None, "saving.remove_old does it"
+    assert args.dist_ckpt_optim_fully_reshardable
+    _, args = on_cpu(["checkpoint.any_layout=false"], monkeypatch)
+    assert not args.dist_ckpt_optim_fully_reshardable
+
+
+def test_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, args = on_cpu(["timeout_minutes=2.5"], monkeypatch)
+    assert args.distributed_timeout_minutes == 4, "after our own watch"
+    assert args.rerun_mode == "disabled"
+    assert args.check_for_nan_in_loss_and_grad
+
+
+def test_data_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.utils.common_utils import get_blend_and_blend_per_split
+
+    _, args = on_cpu([], monkeypatch)
+    assert get_blend_and_blend_per_split(args) == (
+        None,
+        [(["data/quickstart/train_document"], None), (["data/quickstart/valid_document"], None), None],
+    )
+    _, args = on_cpu(["data.train=[[0.7,a],[0.3,b]]", "data.cache=/c", "data.workers=3", "seed=5"], monkeypatch)
+    assert get_blend_and_blend_per_split(args)[1][0] == (["a", "b"], [0.7, 0.3])
+    assert (args.data_cache_path, args.num_workers, args.seed) == ("/c", 3, 5)
+    assert not args.create_attention_mask_in_dataloader
+
+
+def test_every_word_is_megatrons_option_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = recipe(TINY)
+    flags = [word for word in megatron_arguments(run, world_size=2, device="cpu") if word.startswith("--")]
+    assert len(flags) == len(set(flags))
+    assert "--rampup-batch-size" not in flags
+    assert "--tensorboard-dir" not in flags
+    assert not any("yarn" in flag for flag in flags)
+
+
+def test_cpu_flags_are_for_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = apply_overrides(recipe(TINY), ["backend=torch"])
+    cpu = megatron_arguments(run, world_size=2, device="cpu")
+    cuda = megatron_arguments(run, world_size=2, device="cuda")
+    assert set(cpu) - set(cuda) == {
+        "--distributed-backend",
+        "gloo",
+        "--use-cpu-initialization",
+        "--no-bias-swiglu-fusion",
+        "--no-bias-dropout-fusion",
+    }
+    with pytest.raises(InputError, match="backend=te"):
+        megatron_arguments(dataclasses.replace(run, backend="te"), world_size=2, device="cpu")
