@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mellum2_megatron.cli import app as cli
-from tests.distributed import REPOSITORY
+from tests import REPOSITORY
 from tests.small import SMALL_MODEL
 
 TINY = "mellum2_tiny_pretrain"

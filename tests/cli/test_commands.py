@@ -13,9 +13,9 @@ import torch
 
 from mellum2_megatron.config import from_yaml
 from mellum2_megatron.data.prepared_folder import load_prepared
+from tests import REPOSITORY
 from tests.cli.runner import BIG, TINY, Result, mellum2, process
 from tests.conversion.folders import load_tensors, save_tensors
-from tests.distributed import REPOSITORY
 
 
 def test_version_and_help() -> None:

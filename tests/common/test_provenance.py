@@ -23,7 +23,7 @@ from mellum2_megatron.common.provenance import (
     source_code,
     write_snapshot,
 )
-from tests.distributed import REPOSITORY
+from tests import REPOSITORY
 
 
 def git(folder: Path, *words: str) -> str:

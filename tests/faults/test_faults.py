@@ -22,8 +22,9 @@ from mellum2_megatron.faults.failures import RankFailure, root_cause
 from mellum2_megatron.faults.hang_watch import Place, Watch, blame
 from mellum2_megatron.faults.stop_request import STOPPED, is_stop
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
+from tests import REPOSITORY
 from tests.checkpoint.test_checkpoints import equal, flip, state
-from tests.distributed import REPOSITORY, DistributedError, run_distributed
+from tests.distributed import DistributedError, run_distributed
 from tests.training.test_train import data, losses, small_run  # noqa: F401  (fixture)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
