@@ -1,4 +1,5 @@
-"""Conversion against a plain copy of the same bytes and against what others do, on one disk in one run.
+"""Conversion against a plain copy of the same bytes and against what others do, on one disk in one
+run.
 
 ::
 
@@ -6,9 +7,10 @@
     python benchmarks/convert.py --layers 2 4          # and does memory grow with the model?
     python benchmarks/convert.py --layers 2 --small    # megabytes: does it run at all
 
-Each step is a process of its own, so that its peak memory is its own. Every step ends with its bytes on the disk
-(fsync). The page cache is warm for all alike: the source was just written. Needs five times the model's size on the
-disk of --folder, and its size in memory twice for transformers and Megatron-Bridge (--skip-transformers and
+Each step is a process of its own, so that its peak memory is its own. Every step ends with its
+bytes on the disk (fsync). The page cache is warm for all alike: the source was just written. Needs
+five times the model's size on the disk of --folder, and its size in memory twice for transformers
+and Megatron-Bridge (--skip-transformers and
 --skip-bridge leave them out). Bridge takes part where it is importable beside Transformer Engine
 (scripts/setup_bridge.sh), on a CPU by the same means as its tests.
 """
@@ -39,7 +41,8 @@ def architecture(layers: int, small: bool) -> Mellum2Architecture:
 
 
 def make(folder: Path, layers: int, small: bool) -> None:
-    """Write a Hugging Face folder of random weights; a pool of random numbers, shifted, stands for each tensor."""
+    """Write a Hugging Face folder of random weights; a pool of random numbers, shifted, stands for
+    each tensor."""
     import torch
 
     from conversion.huggingface.folder import CONFIG_FILE
@@ -49,12 +52,19 @@ def make(folder: Path, layers: int, small: bool) -> None:
     model = architecture(layers, small)
     folder.mkdir(parents=True)
     shards = plan_shards(derive(model), torch.bfloat16)
-    largest = max(torch.Size(source.shape).numel() for shard in shards for e in shard.entries for source in e.sources)
+    largest = max(
+        torch.Size(source.shape).numel()
+        for shard in shards
+        for e in shard.entries
+        for source in e.sources
+    )
     pool = torch.randn(largest + 4096).mul_(0.02).bfloat16()
     for shard in shards:
         begins = create_shard(folder, shard, torch.bfloat16)
         with (folder / shard.file).open("r+b", buffering=0) as stream:
-            for number, source in enumerate(source for entry in shard.entries for source in entry.sources):
+            for number, source in enumerate(
+                source for entry in shard.entries for source in entry.sources
+            ):
                 start = number % 4096
                 values = pool[start : start + torch.Size(source.shape).numel()]
                 write_tensor(stream.fileno(), begins[source.name], values)
@@ -67,14 +77,18 @@ def copy(source: Path, target: Path) -> None:
     """Copy every file through memory and fsync it."""
     target.mkdir()
     for path in source.iterdir():
-        with path.open("rb", buffering=0) as read, (target / path.name).open("wb", buffering=0) as write:
+        with (
+            path.open("rb", buffering=0) as read,
+            (target / path.name).open("wb", buffering=0) as write,
+        ):
             while data := read.read(_CHUNK):
                 write.write(data)
             os.fsync(write.fileno())
 
 
 def transformers(source: Path, target: Path) -> None:
-    """What converters that load the model do on its Hugging Face side alone: load it whole, save it whole."""
+    """What converters that load the model do on its Hugging Face side alone: load it whole, save it
+    whole."""
     import torch
     from transformers import MellumForCausalLM
 
@@ -91,7 +105,8 @@ def bridge_import(source: Path, target: Path) -> None:
 
 
 def bridge_export(source: Path, target: Path) -> None:
-    """Megatron-Bridge: and back. ``source`` is a Hugging Face folder beside which its checkpoint lies."""
+    """Megatron-Bridge: and back. ``source`` is a Hugging Face folder beside which its checkpoint
+    lies."""
     bridge = _bridge(source)
     model = bridge.load_megatron_model(source.with_name("bridge"))
     bridge.save_hf_weights(model, target, show_progress=False)
@@ -120,7 +135,10 @@ def _sync(folder: Path) -> None:
 
 def step(name: str, source: Path, target: Path, workers: int | None) -> None:
     """Do one step in this process and print its seconds and peak resident bytes as JSON."""
-    from conversion.convert import export_hf, import_hf  # outside the clock, as torch's import is for all
+    from conversion.convert import (
+        export_hf,
+        import_hf,
+    )  # outside the clock, as torch's import is for all
 
     start, cpu = time.monotonic(), time.process_time()
     if name == "import":
@@ -128,22 +146,41 @@ def step(name: str, source: Path, target: Path, workers: int | None) -> None:
     elif name == "export":
         export_hf(source, target, workers=workers)
     else:
-        {"copy": copy, "transformers": transformers, "bridge-import": bridge_import, "bridge-export": bridge_export}[
-            name
-        ](source, target)
-    result = {"seconds": time.monotonic() - start, "cpu": time.process_time() - cpu, "peak": peak_memory()}
+        {
+            "copy": copy,
+            "transformers": transformers,
+            "bridge-import": bridge_import,
+            "bridge-export": bridge_export,
+        }[name](source, target)
+    result = {
+        "seconds": time.monotonic() - start,
+        "cpu": time.process_time() - cpu,
+        "peak": peak_memory(),
+    }
     sys.stdout.write(json.dumps(result) + "\n")
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process; getrusage's figure would include the parent's before exec."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    """Peak resident bytes of this process; getrusage's figure would include the parent's before
+    exec."""
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
 def measure(name: str, source: Path, target: Path, workers: int | None) -> dict[str, Any]:
     """Do one step in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--step", name, str(source), str(target)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--step",
+        name,
+        str(source),
+        str(target),
+    ]
     command += ["--workers", str(workers)] if workers else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -155,12 +192,19 @@ def run(layers: int, arguments: argparse.Namespace, work: Path) -> dict[str, dic
     make(hf, layers, arguments.small)
     nbytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
     sys.stdout.write(f"{layers} layers, {size_text(nbytes)}\n")
-    steps = [("copy", hf, work / "copy"), ("import", hf, megatron), ("export", megatron, work / "exported")]
+    steps = [
+        ("copy", hf, work / "copy"),
+        ("import", hf, megatron),
+        ("export", megatron, work / "exported"),
+    ]
     steps += [("copy again", hf, work / "copy")]
     if not arguments.skip_transformers:
         steps.append(("transformers", hf, work / "transformers"))
     if not arguments.skip_bridge:
-        steps += [("bridge-import", hf, work / "bridge"), ("bridge-export", hf, work / "bridge-exported")]
+        steps += [
+            ("bridge-import", hf, work / "bridge"),
+            ("bridge-export", hf, work / "bridge-exported"),
+        ]
     results = {}
     for name, source, target in steps:
         result = results[name] = measure(name.split()[0], source, target, arguments.workers)
@@ -185,11 +229,15 @@ def run(layers: int, arguments: argparse.Namespace, work: Path) -> dict[str, dic
 
 def main() -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[8], help="sizes to measure")
     parser.add_argument("--small", action="store_true", help="layers of mellum2-tiny")
     parser.add_argument("--workers", type=int, help="of import and export")
-    parser.add_argument("--folder", type=Path, help="disk to measure; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="disk to measure; default: the system's temporary folder"
+    )
     parser.add_argument("--skip-transformers", action="store_true")
     parser.add_argument("--skip-bridge", action="store_true")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
@@ -198,7 +246,9 @@ def main() -> None:
         name, source, target = arguments.step
         step(name, Path(source), Path(target), arguments.workers)
         return
-    if missing := [name for name in ("megatron.bridge", "transformer_engine") if find_spec(name) is None]:
+    if missing := [
+        name for name in ("megatron.bridge", "transformer_engine") if find_spec(name) is None
+    ]:
         arguments.skip_bridge = True
         sys.stdout.write(f"without Megatron-Bridge: no {' and no '.join(missing)} here\n")
     peaks = {}
@@ -207,7 +257,10 @@ def main() -> None:
             peaks[layers] = run(layers, arguments, Path(work))
     if len(peaks) > 1:
         for name in ("import", "export"):
-            grown = ", ".join(f"{size_text(results[name]['peak'])} ({layers})" for layers, results in peaks.items())
+            grown = ", ".join(
+                f"{size_text(results[name]['peak'])} ({layers})"
+                for layers, results in peaks.items()
+            )
             sys.stdout.write(f"peak memory of {name} by layers: {grown}\n")
 
 

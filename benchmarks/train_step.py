@@ -1,15 +1,18 @@
-"""One training step of a full-width slice of Mellum 2 12B, in every way that this project and its users could run it.
+"""One training step of a full-width slice of Mellum 2 12B, in every way that this project and its
+users could run it.
 
 ::
 
     python -m benchmarks.train_step                    # one GPU; without one, the small mode
-    python -m benchmarks.train_step --tune             # and variants of recompute, fusions, cross-entropy, dispatcher
-    python -m benchmarks.train_step --arms te-bf16-muon-mtp transformers-bf16-adam te-bf16-muon-mtp
-    python -m benchmarks.train_step --small            # tiny model on a CPU: does it run at all
+    python -m benchmarks.train_step --tune             # and variants of recompute, fusions,
+    cross-entropy, dispatcher python -m benchmarks.train_step --arms te-bf16-muon-mtp
+    transformers-bf16-adam te-bf16-muon-mtp python -m benchmarks.train_step --small            #
+    tiny model on a CPU: does it run at all
 
-Every arm is a process of its own, so that its memory and its kernels' state are its own. The first arm runs again in
-the middle and at the end: what it differs by is drift. A large matrix product, before and after, is the machine's rate.
-Writes results.json, step.png and each arm's log into --output. Exit code 1 if an arm failed.
+Every arm is a process of its own, so that its memory and its kernels' state are its own. The first
+arm runs again in the middle and at the end: what it differs by is drift. A large matrix product,
+before and after, is the machine's rate. Writes results.json, step.png and each arm's log into
+--output. Exit code 1 if an arm failed.
 """
 
 from __future__ import annotations
@@ -65,11 +68,20 @@ TUNING = tuple(
         ("no-router-fusion", (), ("--moe-router-fusion",)),
         ("no-permute-fusion", (), ("--moe-permute-fusion",)),
         ("allgather", ("--moe-token-dispatcher-type", "allgather"), ()),
-        ("recompute-act", ("--recompute-granularity", "selective", "--recompute-modules", "moe_act"), ()),
-        ("recompute-moe", ("--recompute-granularity", "selective", "--recompute-modules", "moe"), ()),
+        (
+            "recompute-act",
+            ("--recompute-granularity", "selective", "--recompute-modules", "moe_act"),
+            (),
+        ),
+        (
+            "recompute-moe",
+            ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
+            (),
+        ),
     )
 )
-"""Variants of the first arm by words of Megatron's command line (0.19.2); the last of a repeated option counts."""
+"""Variants of the first arm by words of Megatron's command line (0.19.2); the last of a repeated
+option counts."""
 
 OVERHEAD = ("torch-bf16-adam", "transformers-bf16-adam")
 """The arms whose ratio is the CPU backend's overhead over plain torch."""
@@ -104,19 +116,35 @@ def main(argv: list[str] | None = None) -> int:
     for table in tables(results):
         console.print(table)
     console.print(f"written: {options.output}/results.json, step.png")
-    return int(any(arm["status"] == "failed" for arm in results["arms"]) or last["status"] == "failed")
+    return int(
+        any(arm["status"] == "failed" for arm in results["arms"]) or last["status"] == "failed"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.train_step",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_train_step"))
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="these arms only, in this order; repeats allowed")
-    parser.add_argument("--tune", action="store_true", help="variants of the first arm too (GPU only)")
-    parser.add_argument("--small", action="store_true", help="tiny model on the CPU; automatic without a GPU")
-    parser.add_argument("--layers", type=int, help=f"decoder layers; as many times {PERIOD} as fit if not given")
-    parser.add_argument("--batch", type=int, help="sequences a step (16, a GPU's share of 4,096 among 256; small: 4)")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="NAME", help="these arms only, in this order; repeats allowed"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="variants of the first arm too (GPU only)"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="tiny model on the CPU; automatic without a GPU"
+    )
+    parser.add_argument(
+        "--layers", type=int, help=f"decoder layers; as many times {PERIOD} as fit if not given"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="sequences a step (16, a GPU's share of 4,096 among 256; small: 4)",
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--timeout", type=float, default=300, help="seconds an arm may take")
@@ -124,10 +152,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _gemm(options: argparse.Namespace, *, small: bool) -> Spec:
-    return Spec(name="gemm", kind="gemm", small=small, warmup=options.warmup, steps=options.steps, profile=False)
+    return Spec(
+        name="gemm",
+        kind="gemm",
+        small=small,
+        warmup=options.warmup,
+        steps=options.steps,
+        profile=False,
+    )
 
 
-def _plan(options: argparse.Namespace, small: bool, machine: dict[str, Any]) -> tuple[list[Spec], dict[str, str]]:
+def _plan(
+    options: argparse.Namespace, small: bool, machine: dict[str, Any]
+) -> tuple[list[Spec], dict[str, str]]:
     """Return the arms in the order of their runs, and why the others are left out.
 
     Raises:
@@ -142,7 +179,9 @@ def _plan(options: argparse.Namespace, small: bool, machine: dict[str, Any]) -> 
         if name not in able:
             rule = left_out.get(name, "there is no such arm")
             raise InputError(f"--arms {name}", rule=rule, fix=f"choose among {', '.join(able)}")
-    layers = options.layers or (PERIOD if small else _fitting_layers(able[names[0]], machine["memory_bytes"]))
+    layers = options.layers or (
+        PERIOD if small else _fitting_layers(able[names[0]], machine["memory_bytes"])
+    )
     settings = {"small": small, "layers": layers, "warmup": options.warmup, "steps": options.steps}
     settings["batch"] = options.batch or (4 if small else 16)
     seen: set[str] = set()
@@ -160,7 +199,8 @@ def _interleaved(names: list[str]) -> list[str]:
 
 
 def _fitting_layers(spec: Spec, memory_bytes: int) -> int:
-    """Whole periods of the attention pattern that fit with Adam and MTP, the largest arm; at least one."""
+    """Whole periods of the attention pattern that fit with Adam and MTP, the largest arm; at least
+    one."""
     layers = PERIOD
     while layers + PERIOD <= 28:
         run = dataclasses.replace(spec, layers=layers + PERIOD, mtp=True).run
@@ -199,7 +239,10 @@ def _run_arm(spec: Spec, options: argparse.Namespace) -> dict[str, Any]:
             return {"status": "measured", **json.loads(answer.read_text())}
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     reasons = [line for line in lines if "Error" in line] or lines or ["no output"]
-    return {"status": "failed", "reason": f"exit code {done.returncode}: {reasons[-1].strip()[:300]} (see {log})"}
+    return {
+        "status": "failed",
+        "reason": f"exit code {done.returncode}: {reasons[-1].strip()[:300]} (see {log})",
+    }
 
 
 def _figures(spec: Spec, arm: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +263,9 @@ def _figures(spec: Spec, arm: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _header(options: argparse.Namespace, small: bool, gemm: dict[str, Any], specs: list[Spec]) -> dict[str, Any]:
+def _header(
+    options: argparse.Namespace, small: bool, gemm: dict[str, Any], specs: list[Spec]
+) -> dict[str, Any]:
     run = specs[0].run
     return {
         "mode": "small" if small else "gpu",
@@ -248,25 +293,36 @@ def _commit() -> str | None:
     """The repository's revision, with a + for uncommitted changes; None outside of git."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout
 
     try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
+        return git("rev-parse", "HEAD").strip() + (
+            "+" if git("status", "--porcelain").strip() else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def _finish(results: dict[str, Any], gemms: list[dict[str, Any]], left_out: dict[str, str]) -> None:
-    """Add what needs all arms: the matrix product's rate, shares of it, drift, the overhead, and what is missing."""
+    """Add what needs all arms: the matrix product's rate, shares of it, drift, the overhead, and
+    what is missing."""
     rates = [each["flops_per_second"] for each in gemms if each["status"] == "measured"]
-    results["gemm"] = {"size": gemms[0]["size"], "runs": rates, "flops_per_second": statistics.median(rates)}
+    results["gemm"] = {
+        "size": gemms[0]["size"],
+        "runs": rates,
+        "flops_per_second": statistics.median(rates),
+    }
     measured = [arm for arm in results["arms"] if arm["status"] == "measured"]
     for arm in measured:
         arm["share_of_gemm"] = arm["model_flops_per_second"] / results["gemm"]["flops_per_second"]
     medians: dict[str, list[float]] = {}
     for arm in measured:
         medians.setdefault(arm["arm"], []).append(arm["median_seconds"])
-    results["drift"] = {name: max(each) / min(each) - 1 for name, each in medians.items() if len(each) > 1}
+    results["drift"] = {
+        name: max(each) / min(each) - 1 for name, each in medians.items() if len(each) > 1
+    }
     results["cpu_overhead"] = None
     ours, plain = ([arm for arm in measured if arm["arm"] == name] for name in OVERHEAD)
     if results["mode"] == "small" and ours and plain:
@@ -276,7 +332,9 @@ def _finish(results: dict[str, Any], gemms: list[dict[str, Any]], left_out: dict
             "wall": _median(ours, "seconds") / _median(plain, "seconds"),
             "processor": _median(ours, "cpu_seconds") / _median(plain, "cpu_seconds"),
         }
-    results["arms"] += [{"arm": name, "status": "not measured", "reason": why} for name, why in left_out.items()]
+    results["arms"] += [
+        {"arm": name, "status": "not measured", "reason": why} for name, why in left_out.items()
+    ]
 
 
 def _median(runs: list[dict[str, Any]], times: str) -> float:

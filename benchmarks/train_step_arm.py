@@ -1,7 +1,9 @@
-"""One arm of `train_step.py`, alone in its process: ``python -m benchmarks.train_step_arm SPEC.json OUT.json``.
+"""One arm of `train_step.py`, alone in its process: ``python -m benchmarks.train_step_arm SPEC.json
+OUT.json``.
 
-Megatron's arms go the way of ``mellum2 train``: the run's command line, `megatron.training.pretrain`, and its own
-`train_step` between two time stamps. Left out are what surrounds that step in a run: logging, validation, saving.
+Megatron's arms go the way of ``mellum2 train``: the run's command line,
+`megatron.training.pretrain`, and its own `train_step` between two time stamps. Left out are what
+surrounds that step in a run: logging, validation, saving.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class Spec:
     @property
     def run(self) -> Run:
         """The recipe this arm is a variant of, on one process and without data files."""
-        base = recipe("mellum2_tiny_pretrain" if self.small else "mellum2_4layer_pretrain_1gpu_h200_fp8")
+        base = recipe(
+            "mellum2_tiny_pretrain" if self.small else "mellum2_4layer_pretrain_1gpu_h200_fp8"
+        )
         architecture = base.architecture.replace(num_hidden_layers=self.layers)
         if not self.mtp:
             architecture = architecture.replace(num_mtp_layers=0, mtp_layer_types=())
@@ -80,14 +84,18 @@ class Spec:
                 micro_batch_size=base.schedule.micro_batch_size,
             ),
             data=dataclasses.replace(base.data, workers=0),
-            logging=dataclasses.replace(base.logging, log_interval=1000, eval_iterations=0, tensorboard=False),
+            logging=dataclasses.replace(
+                base.logging, log_interval=1000, eval_iterations=0, tensorboard=False
+            ),
         )
 
 
 class Clock:
-    """Times of steps in seconds: CUDA events on a GPU, `perf_counter` on a CPU; then one profiled step.
+    """Times of steps in seconds: CUDA events on a GPU, `perf_counter` on a CPU; then one profiled
+    step.
 
-    On a CPU also the processor's time in all threads of this process, which a busy machine changes less.
+    On a CPU also the processor's time in all threads of this process, which a busy machine changes
+    less.
     """
 
     def __init__(self, spec: Spec, *, cuda: bool) -> None:
@@ -133,7 +141,9 @@ class _RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, architecture: Mellum2Architecture, length: int, samples: int) -> None:
         generator = torch.Generator().manual_seed(SEED)
-        self.text = torch.randint(0, architecture.vocab_size, (samples, length + 1), generator=generator)
+        self.text = torch.randint(
+            0, architecture.vocab_size, (samples, length + 1), generator=generator
+        )
 
     def __len__(self) -> int:
         return len(self.text)
@@ -151,9 +161,8 @@ class _RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
     """Train through `megatron.training.pretrain`, timing each of its steps."""
-    from mellum2_megatron import cpu
-    from mellum2_megatron.upstream import patches as upstream
-    from mellum2_megatron.upstream.arguments import environment, megatron_arguments
+    from mellum2_megatron import cpu, upstream
+    from mellum2_megatron.upstream import environment, megatron_arguments
 
     run = spec.run
     os.environ.update(environment(run))
@@ -177,12 +186,16 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
     sys.argv = [sys.argv[0], *(word for word in words if word not in spec.without), *spec.words]
     original = training.train_step
 
-    def train_step(step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    def train_step(
+        step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if "step" not in vars(optimizer):  # the first time
             optimizer.step = in_part("optimizer", optimizer.step)
         return clock.step(lambda: original(step, data, model, optimizer, *args, **kwargs), model[0])
 
-    def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, None, None]:
+    def datasets(
+        samples: tuple[int, int, int], vp_stage: int | None = None
+    ) -> tuple[Any, None, None]:
         return _RandomTokens(run.architecture, run.data.sequence_length, samples[0]), None, None
 
     datasets.is_distributed = True  # type: ignore[attr-defined]
@@ -197,7 +210,8 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
 
 
 def transformers(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
-    """Train `MellumForCausalLM` as its users do: weights and optimizer state in BF16, no auxiliary loss, no MTP."""
+    """Train `MellumForCausalLM` as its users do: weights and optimizer state in BF16, no auxiliary
+    loss, no MTP."""
     from transformers import AutoConfig, MellumForCausalLM
 
     from benchmarks.train_step_profile import in_part
@@ -207,7 +221,9 @@ def transformers(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> No
     config = AutoConfig.for_model(**settings)
     torch.manual_seed(SEED)
     with torch.device(device):
-        model = MellumForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+        model = MellumForCausalLM._from_config(
+            config, attn_implementation="sdpa", dtype=torch.bfloat16
+        )
     model.train()  # gradient checkpointing is off unless asked for
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -236,10 +252,13 @@ def transformers(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> No
 
 
 def gemm(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-    """Multiply two random BF16 matrices, large on a GPU; return the rate and what machine this is."""
+    """Multiply two random BF16 matrices, large on a GPU; return the rate and what machine this
+    is."""
     size, repeats = (8192, 20) if device == "cuda" else (512, 1)
     generator = torch.Generator(device).manual_seed(SEED)
-    left, right = (torch.randn(size, size, device=device, generator=generator).bfloat16() for _ in range(2))
+    left, right = (
+        torch.randn(size, size, device=device, generator=generator).bfloat16() for _ in range(2)
+    )
     for _ in range(clock.spec.warmup + clock.spec.steps):
         clock.step(lambda: [left @ right for _ in range(repeats)])
     seconds = sorted(clock.seconds)[len(clock.seconds) // 2] / repeats
@@ -269,7 +288,9 @@ def _machine(device: Literal["cpu", "cuda"]) -> dict[str, Any]:
 
 def measure(spec: Spec) -> dict[str, Any]:
     """Run one arm here and return its figures."""
-    device: Literal["cpu", "cuda"] = "cpu" if spec.small or not torch.cuda.is_available() else "cuda"
+    device: Literal["cpu", "cuda"] = (
+        "cpu" if spec.small or not torch.cuda.is_available() else "cuda"
+    )
     if device == "cuda":
         torch.cuda.set_device(0)
     clock = Clock(spec, cuda=device == "cuda")
@@ -278,7 +299,9 @@ def measure(spec: Spec) -> dict[str, Any]:
         result |= gemm(spec, clock, device)
     else:
         {"megatron": megatron, "transformers": transformers}[spec.kind](spec, clock, device)
-    assert len(clock.seconds) == spec.steps, f"{len(clock.seconds)} of {spec.steps} steps were timed"
+    assert len(clock.seconds) == spec.steps, (
+        f"{len(clock.seconds)} of {spec.steps} steps were timed"
+    )
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -297,7 +320,9 @@ def main() -> int:
     values = json.loads(Path(spec_path).read_text())
     spec = Spec(**values | {name: tuple(values[name]) for name in ("words", "without")})
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(environment | {"MASTER_PORT": os.environ.get("MASTER_PORT", str(_free_port()))})
+    os.environ.update(
+        environment | {"MASTER_PORT": os.environ.get("MASTER_PORT", str(_free_port()))}
+    )
     write_json(out, measure(spec))
     sys.stdout.flush()
     os._exit(0)  # nothing is left to save, and NCCL may wait at exit

@@ -1,8 +1,8 @@
 """Where the time of one training step goes, by part of the model, from torch.profiler.
 
-Every module that belongs to a part is a named range while its forward pass runs. A kernel belongs to the innermost
-range around the operator that launched it; in the backward pass, to the range of the forward operator with the same
-sequence number, which is how autograd numbers its nodes.
+Every module that belongs to a part is a named range while its forward pass runs. A kernel belongs
+to the innermost range around the operator that launched it; in the backward pass, to the range of
+the forward operator with the same sequence number, which is how autograd numbers its nodes.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ _MODULES = {
     "lm_head": "vocabulary and loss",
 }
 _NORM_MODULE = re.compile(r"(norm|layernorm)$")
-# What no module runs, or a fused module runs among others, by the name of the operator or of its kernel.
+# What no module runs, or a fused module runs among others, by the name of the operator or of its
+# kernel.
 _NAMES = (
-    (re.compile(r"nccl|gloo|c10d|all_?reduce|reduce_?scatter|all_?gather|all_?to_?all", re.I), "communication"),
+    (
+        re.compile(r"nccl|gloo|c10d|all_?reduce|reduce_?scatter|all_?gather|all_?to_?all", re.I),
+        "communication",
+    ),
     (re.compile(r"rms_?norm|layer_?norm", re.I), "norm"),
 )
 _LOSS = re.compile(r"cross_?entropy|log_?softmax|nll_loss", re.I)
@@ -75,7 +79,10 @@ def _range(module: torch.nn.Module, part: str) -> list[Any]:
     def leave(*_: Any) -> None:
         open_ranges.pop().__exit__(None, None, None)
 
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    return [
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(leave, always_call=True),
+    ]
 
 
 def in_part(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,7 +99,8 @@ def profiled(step: Callable[[], Any], *, cuda: bool, largest: int = 10) -> dict[
     """Run ``step`` once under the profiler.
 
     Returns:
-        ``unit``: what was added up, kernels on the GPU or operators on the CPU; ``seconds``, their sum; ``share`` of
+        ``unit``: what was added up, kernels on the GPU or operators on the CPU; ``seconds``, their
+            sum; ``share`` of
         every part in it; ``top``, the ``largest`` operators or kernels with their shares.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -114,7 +122,11 @@ def profiled(step: Callable[[], Any], *, cuda: bool, largest: int = 10) -> dict[
 
 def _spent(events: list[Any], cuda: bool) -> tuple[Counter[str], Counter[str]]:
     """Return microseconds by part, and by operator or kernel."""
-    on_cpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU and not event.is_async]
+    on_cpu = [
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CPU and not event.is_async
+    ]
     on_cpu.sort(key=lambda event: event.time_range.start)
     # Operators peek at the number of the node that comes next: the last one to see it made it.
     forward: dict[tuple[int, int], str] = {}
@@ -127,7 +139,11 @@ def _spent(events: list[Any], cuda: bool) -> tuple[Counter[str], Counter[str]]:
     for event in on_cpu:
         where = _enclosing(event) or _of_backward(event, forward)
         if cuda:
-            costs = [(kernel.name, kernel.duration) for kernel in event.kernels if not kernel.name.startswith(_PREFIX)]
+            costs = [
+                (kernel.name, kernel.duration)
+                for kernel in event.kernels
+                if not kernel.name.startswith(_PREFIX)
+            ]
         else:
             costs = [(event.name, event.self_cpu_time_total)]
         for name, microseconds in costs:
@@ -136,7 +152,9 @@ def _spent(events: list[Any], cuda: bool) -> tuple[Counter[str], Counter[str]]:
                 names[name[:80]] += microseconds
     if cuda:  # kernels without an operator
         on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-        total = sum(event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation)
+        total = sum(
+            event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation
+        )
         spent["other"] += max(0.0, total - sum(spent.values()))
     return spent, names
 

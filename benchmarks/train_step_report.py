@@ -10,14 +10,13 @@ from rich.table import Table
 from benchmarks.train_step_profile import PARTS
 from mellum2_megatron.common.files import atomic_path, size_text
 
-SMALL_NOTE = (
-    "Small mode: a tiny model on a CPU, to show that the benchmark runs. Its figures mean nothing about speed on GPUs."
-)
+SMALL_NOTE = "Small mode: a tiny model on a CPU, to show that the benchmark runs. Its figures mean nothing about speed on GPUs."
 REFERENCE = {
     "name": "Moonlight-16B-A3B in Megatron-Bridge, BF16, natural routing, per H100 of 16",
     "model_flops_per_second": 387e12,
 }
-"""The best published rate of a model of this kind and size; multi-GPU, so its step also communicates."""
+"""The best published rate of a model of this kind and size; multi-GPU, so its step also
+communicates."""
 
 
 def _rate(flops_per_second: float) -> str:
@@ -73,9 +72,13 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     rates = ", ".join(_rate(rate) for rate in gemm["runs"])
     lines = [f"BF16 matrix product of {gemm['size']}^3, before and after: {rates}"]
     lines += [
-        f"{arm['arm']}: {arm['status']}: {arm['reason']}" for arm in results["arms"] if arm["status"] != "measured"
+        f"{arm['arm']}: {arm['status']}: {arm['reason']}"
+        for arm in results["arms"]
+        if arm["status"] != "measured"
     ]
-    lines += [f"drift of {name} over this run: {drift:.1%}" for name, drift in results["drift"].items()]
+    lines += [
+        f"drift of {name} over this run: {drift:.1%}" for name, drift in results["drift"].items()
+    ]
     if results["reference"]:
         reference = results["reference"]
         lines.append(f"to beat: {_rate(reference['model_flops_per_second'])} ({reference['name']})")
@@ -103,19 +106,29 @@ def draw(results: dict[str, Any], path: Path) -> None:
     values = [arm["model_flops_per_second"] / scale for arm in arms]
     bars = axes.barh(range(len(arms)), values, color="#2563eb", height=0.65)
     axes.bar_label(
-        bars, [f" {value:.3g}  ({arm['share_of_gemm']:.0%} of GEMM)" for value, arm in zip(values, arms, strict=True)]
+        bars,
+        [
+            f" {value:.3g}  ({arm['share_of_gemm']:.0%} of GEMM)"
+            for value, arm in zip(values, arms, strict=True)
+        ],
     )
     axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
     axes.invert_yaxis()
     axes.set_xlabel(f"model {unit}, forward and backward, windows counted")
     if results["reference"]:
         bar = results["reference"]["model_flops_per_second"] / scale
-        axes.axvline(bar, color="#f59e0b", linestyle="--", label=f"{bar:.0f}: {results['reference']['name']}")
+        axes.axvline(
+            bar, color="#f59e0b", linestyle="--", label=f"{bar:.0f}: {results['reference']['name']}"
+        )
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), frameon=False, fontsize=8)
     axes.margins(x=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     layers = results["slice"]["layers"]
     heading = f"Training step of {layers} layers on {results['machine']['device']}"
-    axes.set_title(f"{heading}\n(small mode: means nothing about GPUs)" if small else heading, loc="left", fontsize=11)
+    axes.set_title(
+        f"{heading}\n(small mode: means nothing about GPUs)" if small else heading,
+        loc="left",
+        fontsize=11,
+    )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -1,4 +1,5 @@
-"""Old path, promised by the run_config.yaml of older checkpoints: the module is now `conversion.bridge.model`."""
+"""Old path, promised by the run_config.yaml of older checkpoints: the module is now
+`conversion.bridge.model`."""
 
 from conversion.bridge.model import Mellum2Bridge, Mellum2ModelProvider
 

@@ -1,4 +1,5 @@
-"""Import, export and round trip between Hugging Face folders and Megatron checkpoints, one tensor at a time."""
+"""Import, export and round trip between Hugging Face folders and Megatron checkpoints, one tensor
+at a time."""
 
 from __future__ import annotations
 
@@ -35,19 +36,23 @@ def import_hf(
     layout: Layout | None = None,
     checks: Checks | None = None,
 ) -> ConversionReport:
-    """Write the Megatron checkpoint of a Hugging Face folder: ``megatron_path/release`` and what belongs beside it.
+    """Write the Megatron checkpoint of a Hugging Face folder: ``megatron_path/release`` and what
+    belongs beside it.
 
     Args:
         hf_path: folder with config.json and safetensors, experts unfused or fused.
         megatron_path: folder to write; Megatron's ``--load`` takes it.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep theirs, bit for bit.
+        dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep
+            theirs, bit for bit.
         overwrite: replace an earlier import.
         workers: files written at a time; by default one a core.
         layout: a layout the model must fit; the checkpoint itself serves every layout.
-        checks: what is looked at on the way; by default hashes, where there is a manifest, and finite values.
+        checks: what is looked at on the way; by default hashes, where there is a manifest, and
+            finite values.
 
     Raises:
-        InputError: the folder, the dtype, the layout or the target cannot be used; nothing was written.
+        InputError: the folder, the dtype, the layout or the target cannot be used; nothing was
+            written.
         WorkError: writing failed; what was done waits to be continued by the same call.
     """
     wanted = torch_dtype(dtype) if dtype is not None else None
@@ -55,7 +60,9 @@ def import_hf(
     with HfFolder.open(hf_path) as source:
         _check_layout(layout, source.architecture)
         checks = checks or Checks()
-        return ImportJob(source, Path(megatron_path), wanted, workers=count, overwrite=overwrite, checks=checks).run()
+        return ImportJob(
+            source, Path(megatron_path), wanted, workers=count, overwrite=overwrite, checks=checks
+        ).run()
 
 
 def plan_import(
@@ -68,13 +75,16 @@ def plan_import(
     layout: Layout | None = None,
     checks: Checks | None = None,
 ) -> ConversionPlan:
-    """Return what `import_hf` would do; touches nothing, and raises what it would raise before reading weights."""
+    """Return what `import_hf` would do; touches nothing, and raises what it would raise before
+    reading weights."""
     wanted = torch_dtype(dtype) if dtype is not None else None
     count = worker_count(workers)
     with HfFolder.open(hf_path) as source:
         _check_layout(layout, source.architecture)
         checks = checks or Checks()
-        return ImportJob(source, Path(megatron_path), wanted, workers=count, overwrite=overwrite, checks=checks).plan()
+        return ImportJob(
+            source, Path(megatron_path), wanted, workers=count, overwrite=overwrite, checks=checks
+        ).plan()
 
 
 def export_hf(
@@ -87,19 +97,24 @@ def export_hf(
     workers: int | None = None,
     checks: Checks | None = None,
 ) -> ConversionReport:
-    """Write the Hugging Face folder of a Megatron checkpoint, in the released layout, ``mtp.*`` included.
+    """Write the Hugging Face folder of a Megatron checkpoint, in the released layout, ``mtp.*``
+    included.
 
     Args:
-        megatron_path: checkpoint folder, or one iteration inside it; optimizer state in it is left out.
+        megatron_path: checkpoint folder, or one iteration inside it; optimizer state in it is left
+            out.
         hf_path: folder to write.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep theirs, bit for bit.
+        dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep
+            theirs, bit for bit.
         tokenizer: folder to take tokenizer files from instead of the checkpoint's own.
         overwrite: replace an earlier export.
         workers: layers converted at a time; by default one a core.
-        checks: what is looked at on the way; by default hashes, where there is a manifest, and finite values.
+        checks: what is looked at on the way; by default hashes, where there is a manifest, and
+            finite values.
 
     Raises:
-        InputError: the checkpoint, the dtype, the tokenizer or the target cannot be used; nothing was written.
+        InputError: the checkpoint, the dtype, the tokenizer or the target cannot be used; nothing
+            was written.
         WorkError: writing failed; what was done waits to be continued by the same call.
     """
     return _export_job(megatron_path, hf_path, dtype, tokenizer, overwrite, workers, checks).run()
@@ -115,11 +130,14 @@ def plan_export(
     workers: int | None = None,
     checks: Checks | None = None,
 ) -> ConversionPlan:
-    """Return what `export_hf` would do; touches nothing, and raises what it would raise before reading weights."""
+    """Return what `export_hf` would do; touches nothing, and raises what it would raise before
+    reading weights."""
     return _export_job(megatron_path, hf_path, dtype, tokenizer, overwrite, workers, checks).plan()
 
 
-def roundtrip(hf_path: PathLike, *, work_dir: PathLike | None = None, workers: int | None = None) -> RoundTripReport:
+def roundtrip(
+    hf_path: PathLike, *, work_dir: PathLike | None = None, workers: int | None = None
+) -> RoundTripReport:
     """Import and export ``hf_path`` and compare every tensor's bytes; nothing is kept.
 
     Args:
@@ -142,7 +160,8 @@ def roundtrip(hf_path: PathLike, *, work_dir: PathLike | None = None, workers: i
             differing = [
                 name
                 for name in names
-                if before.dtype != after.dtype or tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))
+                if before.dtype != after.dtype
+                or tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))
             ]
             return RoundTripReport(
                 path=before.path,
@@ -164,23 +183,28 @@ def stitch_mtp(
     workers: int | None = None,
     checks: Checks | None = None,
 ) -> ConversionReport:
-    """Write ``output``: the model in ``target`` with the MTP head of ``source``; both stay as they are.
+    """Write ``output``: the model in ``target`` with the MTP head of ``source``; both stay as they
+    are.
 
     Args:
         source: Hugging Face folder that has the MTP head.
-        target: Hugging Face folder that lost it, whether or not its config.json still announces one.
+        target: Hugging Face folder that lost it, whether or not its config.json still announces
+            one.
         output: folder to write.
         overwrite: replace an earlier result.
         workers: as of `import_hf`.
         checks: as of `import_hf`.
 
     Raises:
-        InputError: ``source`` has no head, ``target`` has one, or they are not the same model otherwise.
+        InputError: ``source`` has no head, ``target`` has one, or they are not the same model
+            otherwise.
         WorkError: writing failed; what was done waits to be continued by the same call.
     """
     count = worker_count(workers)
     with HfFolder.open(source) as head, HfFolder.open(target, lost_mtp=True) as trunk:
-        job = StitchJob(head, trunk, Path(output), workers=count, overwrite=overwrite, checks=checks or Checks())
+        job = StitchJob(
+            head, trunk, Path(output), workers=count, overwrite=overwrite, checks=checks or Checks()
+        )
         return job.run()
 
 
@@ -210,12 +234,16 @@ def open_checkpoint(checkpoint: CheckpointFolder) -> TorchDistReader:
     wrong = []
     for key, shape in expected.items():
         stored = reader.tensors[key].shape
-        fits = stored[1:] == shape[1:] and stored[0] >= shape[0] if key in padded else stored == shape
+        fits = (
+            stored[1:] == shape[1:] and stored[0] >= shape[0] if key in padded else stored == shape
+        )
         if not fits:
             wrong.append(f"{key} {list(stored)} (expected {list(shape)})")
     if wrong:
         raise InputError(
-            f"{checkpoint.iteration_dir}: {listed(wrong)}", rule="shapes follow from architecture.json", fix=fix
+            f"{checkpoint.iteration_dir}: {listed(wrong)}",
+            rule="shapes follow from architecture.json",
+            fix=fix,
         )
     return reader
 
@@ -248,7 +276,8 @@ def _export_job(
 
 
 def _check_layout(layout: Layout | None, architecture: Mellum2Architecture) -> None:
-    """Refuse a layout that the model cannot be split to; the checkpoint itself is the same for all."""
+    """Refuse a layout that the model cannot be split to; the checkpoint itself is the same for
+    all."""
     if layout is None:
         return
     sequence = architecture.max_position_embeddings

@@ -1,4 +1,5 @@
-"""Old path, promised by docs/bridge.md: the module is now `conversion.huggingface.fallback_config`."""
+"""Old path, promised by docs/bridge.md: the module is now
+`conversion.huggingface.fallback_config`."""
 
 from conversion.huggingface.fallback_config import register_fallback_config
 

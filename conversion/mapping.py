@@ -1,20 +1,22 @@
 """The one table that relates Megatron's tensors to Hugging Face's, and everything derived from it.
 
-The table has one row per kind of weight. A row names the Megatron key, the Hugging Face names whose tensors it is made
-of, both shapes in the architecture's own words, and the transform between them. `derive(architecture)` expands the rows
-into `Entry` objects: one per slice of a Megatron tensor that can be read, converted and written on its own. Import,
-export, validation and manifests all walk that list, so a weight can be neither forgotten nor converted twice.
+The table has one row per kind of weight. A row names the Megatron key, the Hugging Face names whose
+tensors it is made of, both shapes in the architecture's own words, and the transform between them.
+`derive(architecture)` expands the rows into `Entry` objects: one per slice of a Megatron tensor
+that can be read, converted and written on its own. Import, export, validation and manifests all
+walk that list, so a weight can be neither forgotten nor converted twice.
 
 Sources of the layouts:
-  Megatron keys: ``sharded_state_dict`` of ``GPTModel`` (megatron-core 0.19.2). All layers share one tensor with a
+  Megatron keys: ``sharded_state_dict`` of ``GPTModel`` (megatron-core 0.19.2). All layers share one
+      tensor with a
   leading layer axis (``transformer_block.py:760-785``), experts follow with an expert axis
-  (``moe/experts.py:912-954``), the MTP layer's ``mtp_model_layer`` is saved as ``transformer_layer``
-  (``multi_token_prediction.py:1551-1558``).
+  (``moe/experts.py:912-954``), the MTP layer's ``mtp_model_layer`` is saved as
+  ``transformer_layer`` (``multi_token_prediction.py:1551-1558``).
   Hugging Face names: the released checkpoints; fused experts are transformers' in-memory layout
   (``transformers/models/mellum/modeling_mellum.py:278-284``, 5.23).
 
-Shape letters: V vocabulary, H hidden, D head dimension, Q query heads * D, K key/value heads * D, E experts,
-F expert intermediate size, L layers.
+Shape letters: V vocabulary, H hidden, D head dimension, Q query heads * D, K key/value heads * D, E
+experts, F expert intermediate size, L layers.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ Shape = tuple[int, ...]
 
 
 class Transform(Protocol):
-    """How the Hugging Face tensors of an entry become one Megatron slice, and back; both only move bytes."""
+    """How the Hugging Face tensors of an entry become one Megatron slice, and back; both only move
+    bytes."""
 
     def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
         """Return the Megatron slice made of ``parts``."""
@@ -64,19 +67,28 @@ class GroupedHeads:
         import torch
 
         groups, hidden = architecture.num_key_value_heads, architecture.hidden_size
-        return torch.cat([part.reshape(groups, -1, hidden) for part in parts], dim=1).reshape(-1, hidden)
+        return torch.cat([part.reshape(groups, -1, hidden) for part in parts], dim=1).reshape(
+            -1, hidden
+        )
 
     def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
         import torch
 
-        groups, hidden, head = architecture.num_key_value_heads, architecture.hidden_size, architecture.head_dim
+        groups, hidden, head = (
+            architecture.num_key_value_heads,
+            architecture.hidden_size,
+            architecture.head_dim,
+        )
         queries = architecture.num_attention_heads // groups * head
-        parts = torch.split(tensor.reshape(groups, queries + 2 * head, hidden), [queries, head, head], dim=1)
+        parts = torch.split(
+            tensor.reshape(groups, queries + 2 * head, hidden), [queries, head, head], dim=1
+        )
         return [part.reshape(-1, hidden) for part in parts]
 
 
 class StackedRows:
-    """gate [F, H], up [F, H] <-> linear_fc1 [2F, H]: Megatron's gated unit is ``act(first half) * second half``."""
+    """gate [F, H], up [F, H] <-> linear_fc1 [2F, H]: Megatron's gated unit is ``act(first half) *
+    second half``."""
 
     def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
         import torch
@@ -109,12 +121,17 @@ class Row:
 
     @property
     def padded_vocabulary(self) -> bool:
-        """Megatron may store more rows than the vocabulary has (``--make-vocab-size-divisible-by`` times TP)."""
+        """Megatron may store more rows than the vocabulary has (``--make-vocab-size-divisible-by``
+        times TP)."""
         return self.shape.startswith("V")
 
 
-def _row(megatron: str, shape: str, *huggingface: tuple[str, str], transform: Transform | None = None) -> Row:
-    return Row(megatron=megatron, shape=shape, huggingface=huggingface, transform=transform or Same())
+def _row(
+    megatron: str, shape: str, *huggingface: tuple[str, str], transform: Transform | None = None
+) -> Row:
+    return Row(
+        megatron=megatron, shape=shape, huggingface=huggingface, transform=transform or Same()
+    )
 
 
 EMBEDDING = (_row("embedding.word_embeddings.weight", "V H", ("model.embed_tokens.weight", "V H")),)
@@ -142,7 +159,11 @@ LAYER = (
         ("mlp.experts.{expert}.up_proj.weight", "F H"),
         transform=StackedRows(),
     ),
-    _row("mlp.experts.experts.linear_fc2.weight", "H F", ("mlp.experts.{expert}.down_proj.weight", "H F")),
+    _row(
+        "mlp.experts.experts.linear_fc2.weight",
+        "H F",
+        ("mlp.experts.{expert}.down_proj.weight", "H F"),
+    ),
 )
 
 HEAD = (
@@ -158,15 +179,17 @@ MTP = (
     _row("mtp.layers.0.final_layernorm.weight", "H", ("mtp.norm.weight", "H")),
 )
 
-# transformers' in-memory experts: (suffix, (released suffix, rows) of each expert's slice). Rows are in units of F.
+# transformers' in-memory experts: (suffix, (released suffix, rows) of each expert's slice). Rows
+# are in units of F.
 FUSED_EXPERTS = (
     ("mlp.experts.gate_up_proj", "E F+F H", (("gate_proj", 0, "F H"), ("up_proj", 1, "F H"))),
     ("mlp.experts.down_proj", "E H F", (("down_proj", None, "H F"),)),
 )
 
 
-# Modules whose ``_extra_state`` object Megatron's load asks for and fails without, empty as it is outside FP8: the
-# linears of either backend, and with Transformer Engine the norms too. {expert}: one per expert.
+# Modules whose ``_extra_state`` object Megatron's load asks for and fails without, empty as it is
+# outside FP8: the linears of either backend, and with Transformer Engine the norms too. {expert}:
+# one per expert.
 LAYER_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -177,12 +200,15 @@ LAYER_STATES = (
     "mlp.experts.experts.linear_fc2{expert}",
 )
 HEAD_STATES = ("decoder.final_layernorm",)
-MTP_STATES = tuple(f"mtp.layers.0.{module}" for module in ("enorm", "hnorm", "eh_proj", "final_layernorm"))
+MTP_STATES = tuple(
+    f"mtp.layers.0.{module}" for module in ("enorm", "hnorm", "eh_proj", "final_layernorm")
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a group of rows sits: its prefixes, and whether its Megatron tensors carry a layer axis."""
+    """Where a group of rows sits: its prefixes, and whether its Megatron tensors carry a layer
+    axis."""
 
     rows: tuple[Row, ...]
     states: tuple[str, ...] = ()
@@ -204,7 +230,9 @@ PLACES = (
         layer_axis=True,
     ),
     Place(rows=HEAD, states=HEAD_STATES),
-    Place(rows=LAYER, states=LAYER_STATES, megatron=_MTP_LAYER, huggingface="mtp.layers.0.", mtp=True),
+    Place(
+        rows=LAYER, states=LAYER_STATES, megatron=_MTP_LAYER, huggingface="mtp.layers.0.", mtp=True
+    ),
     Place(rows=MTP, states=MTP_STATES, mtp=True),
 )
 
@@ -227,7 +255,8 @@ class Entry:
         index: position on the leading axes: (), (layer,), (expert,) or (layer, expert).
         shape: the slice at ``index``.
         sources: the Hugging Face tensors, in the transform's order.
-        group: entries with the same number belong together (one file): embedding, each layer, head, MTP.
+        group: entries with the same number belong together (one file): embedding, each layer, head,
+            MTP.
     """
 
     key: str
@@ -246,7 +275,8 @@ class Entry:
 
     @property
     def extent(self) -> Shape:
-        """Size of the slice in the whole tensor's axes: ones on the leading axes, then ``shape``."""
+        """Size of the slice in the whole tensor's axes: ones on the leading axes, then
+        ``shape``."""
         return (1,) * len(self.index) + self.shape
 
     @property
@@ -258,15 +288,19 @@ class Entry:
 def derive(architecture: Mellum2Architecture) -> list[Entry]:
     """Expand the table for ``architecture``.
 
-    Returns entries in the order a model is laid out: embedding, layers, final norm and head, MTP. Together they cover
+    Returns entries in the order a model is laid out: embedding, layers, final norm and head, MTP.
+        Together they cover
     every Megatron tensor exactly and name every Hugging Face tensor once.
 
     Raises:
-        ValueError: the table itself is inconsistent (a name twice, a Megatron slice twice); a programming error.
+        ValueError: the table itself is inconsistent (a name twice, a Megatron slice twice); a
+            programming error.
     """
     entries = list(_expand(architecture))
     _check_once([(entry.key, entry.index) for entry in entries], "Megatron slice")
-    _check_once([source.name for entry in entries for source in entry.sources], "Hugging Face tensor")
+    _check_once(
+        [source.name for entry in entries for source in entry.sources], "Hugging Face tensor"
+    )
     return entries
 
 
@@ -283,8 +317,9 @@ def huggingface_shapes(entries: list[Entry]) -> dict[str, Shape]:
 def extra_states(architecture: Mellum2Architecture) -> list[str]:
     """Return the key of every ``_extra_state`` object, as ``ShardedObject.unique_key`` spells it.
 
-    ``decoder.layers.self_attention.linear_qkv._extra_state/shard_3_28``: layer 3 of 28; ``shard_3.17_28.64`` for its
-    expert 17 of 64; ``shard_0_1`` where there is one (``megatron/core/transformer/utils.py:218-233``).
+    ``decoder.layers.self_attention.linear_qkv._extra_state/shard_3_28``: layer 3 of 28;
+    ``shard_3.17_28.64`` for its expert 17 of 64; ``shard_0_1`` where there is one
+    (``megatron/core/transformer/utils.py:218-233``).
     """
     keys = []
     for layer, place in _places(architecture):
@@ -292,15 +327,20 @@ def extra_states(architecture: Mellum2Architecture) -> list[str]:
         for module in place.states:
             per_expert = "{expert}" in module
             for expert in range(architecture.num_experts if per_expert else 1):
-                axes = ([*leading, (expert, architecture.num_experts)] if per_expert else leading) or [(0, 1)]
+                axes = (
+                    [*leading, (expert, architecture.num_experts)] if per_expert else leading
+                ) or [(0, 1)]
                 offset, shape = (".".join(map(str, axis)) for axis in zip(*axes, strict=True))
-                keys.append(f"{place.megatron}{module.format(expert='')}._extra_state/shard_{offset}_{shape}")
+                keys.append(
+                    f"{place.megatron}{module.format(expert='')}._extra_state/shard_{offset}_{shape}"
+                )
     return keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedSlice:
-    """Where a released expert tensor lies inside transformers' fused one: ``fused[expert, rows]``."""
+    """Where a released expert tensor lies inside transformers' fused one: ``fused[expert,
+    rows]``."""
 
     name: str
     expert: int
@@ -317,8 +357,13 @@ class FusedTensor:
 
 
 def fused_experts(architecture: Mellum2Architecture) -> dict[str, FusedTensor]:
-    """Return the fused expert tensors ``[E, ...]`` that may stand in for the released, unfused ones."""
-    places = [place.huggingface.format(layer=layer) for layer, place in _places(architecture) if place.rows is LAYER]
+    """Return the fused expert tensors ``[E, ...]`` that may stand in for the released, unfused
+    ones."""
+    places = [
+        place.huggingface.format(layer=layer)
+        for layer, place in _places(architecture)
+        if place.rows is LAYER
+    ]
     sizes = _sizes(architecture)
     fused = {}
     for prefix in places:
@@ -328,7 +373,9 @@ def fused_experts(architecture: Mellum2Architecture) -> dict[str, FusedTensor]:
             for expert in range(architecture.num_experts):
                 for part, half, part_shape in parts:
                     rows = _shape(part_shape, sizes)[0]
-                    where = slice(0, rows) if half is None else slice(half * rows, (half + 1) * rows)
+                    where = (
+                        slice(0, rows) if half is None else slice(half * rows, (half + 1) * rows)
+                    )
                     released = f"{prefix}mlp.experts.{expert}.{part}.weight"
                     slices[released] = FusedSlice(name=name, expert=expert, rows=where)
             fused[name] = FusedTensor(name=name, shape=_shape(shape, sizes), slices=slices)
@@ -336,7 +383,8 @@ def fused_experts(architecture: Mellum2Architecture) -> dict[str, FusedTensor]:
 
 
 def _places(architecture: Mellum2Architecture) -> Iterator[tuple[int, Place]]:
-    """Yield every (layer, place) of the model in order; the layer is 0 where there is no layer axis."""
+    """Yield every (layer, place) of the model in order; the layer is 0 where there is no layer
+    axis."""
     for place in PLACES:
         if place.mtp and not architecture.num_mtp_layers:
             continue

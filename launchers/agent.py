@@ -1,9 +1,11 @@
 """What Slurm starts once on every node: the node's ranks, under torch's elastic agent.
 
-    srun --ntasks-per-node=1 python -m launchers.agent runs/x/run.yaml --ranks 8 --device cuda --tries 3
+    srun --ntasks-per-node=1 python -m launchers.agent runs/x/run.yaml --ranks 8 --device cuda
+    --tries 3
 
-Slurm's environment says which node this is; ``MASTER_ADDR`` and ``MASTER_PORT`` say where all of them meet. Nothing is
-started again here: the batch script decides that, for all nodes (`launchers.outcome`).
+Slurm's environment says which node this is; ``MASTER_ADDR`` and ``MASTER_PORT`` say where all of
+them meet. Nothing is started again here: the batch script decides that, for all nodes
+(`launchers.outcome`).
 """
 
 from __future__ import annotations
@@ -31,14 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 75 after a stop signal and a save; 2 for bad input, 1 for a failure at work.
     """
     came: list[int] = []
-    for each in STOP_SIGNALS:  # before what takes seconds to import: a signal that comes meanwhile is not lost
+    for each in (
+        STOP_SIGNALS
+    ):  # before what takes seconds to import: a signal that comes meanwhile is not lost
         signal.signal(each, lambda number, _: came.append(number))
     parser = argparse.ArgumentParser(prog="python -m launchers.agent", description=main.__doc__)
     parser.add_argument("run", type=Path, help="resolved run")
     parser.add_argument("--ranks", type=int, required=True, help="of this node")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--tries", type=int, default=3, help="how often a job is started again without a new step")
-    parser.add_argument("--verbose", action="store_true", help="keep Megatron's and torch's own output")
+    parser.add_argument(
+        "--tries", type=int, default=3, help="how often a job is started again without a new step"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="keep Megatron's and torch's own output"
+    )
     options = parser.parse_args(argv)
 
     from launchers.outcome import Report, end, write_report
@@ -49,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if message:
         sys.stderr.write(f"error: node {name}: {message}\n")
     if code:
-        write_report(folder, node, Report(node=name, code=code, failures=tuple(failures), message=message))
+        write_report(
+            folder, node, Report(node=name, code=code, failures=tuple(failures), message=message)
+        )
     elif node == 0:
         end(folder, code=0, tries=options.tries)
     sys.stdout.flush()
@@ -57,9 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _train(options: argparse.Namespace, node: int, came: list[int]) -> tuple[int, Sequence[RankFailure], str]:
+def _train(
+    options: argparse.Namespace, node: int, came: list[int]
+) -> tuple[int, Sequence[RankFailure], str]:
     """Return the node's exit code, how its ranks failed, and one message for all of them."""
-    from launchers.local import FAILURE_FILE, Rendezvous, keep, rank_command, rank_environment, run_ranks, variables
+    from launchers.local import (
+        FAILURE_FILE,
+        Rendezvous,
+        keep,
+        rank_command,
+        rank_environment,
+        run_ranks,
+        variables,
+    )
     from launchers.outcome import begin, this_attempt
     from mellum2_megatron.checkpoint import read_run
     from mellum2_megatron.common.errors import InputError
@@ -79,10 +99,18 @@ def _train(options: argparse.Namespace, node: int, came: list[int]) -> tuple[int
         command = rank_command(options.run, device=options.device, verbose=options.verbose)
         whole = only_complete_checkpoints(folder) if node == 0 else nullcontext()
         with whole, variables(rank_environment(options.ranks, options.device)):
-            outcome = run_ranks(command, nproc=options.ranks, rendezvous=rendezvous, verbose=options.verbose, came=came)
+            outcome = run_ranks(
+                command,
+                nproc=options.ranks,
+                rendezvous=rendezvous,
+                verbose=options.verbose,
+                came=came,
+            )
     except InputError as error:
         return error.exit_code, (), str(error)
-    except RuntimeError as error:  # of torch's store: another node did not come, or the port is taken
+    except (
+        RuntimeError
+    ) as error:  # of torch's store: another node did not come, or the port is taken
         if came:
             return STOPPED, (), ""
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -90,7 +118,11 @@ def _train(options: argparse.Namespace, node: int, came: list[int]) -> tuple[int
     if isinstance(outcome, int):
         return outcome, (), ""
     cause = root_cause(outcome)
-    file = None if cause.kind == "explained" else keep(cause.traceback, folder / f"{node}.{FAILURE_FILE}")
+    file = (
+        None
+        if cause.kind == "explained"
+        else keep(cause.traceback, folder / f"{node}.{FAILURE_FILE}")
+    )
     shown = cause.error(file)
     return shown.exit_code, outcome, str(shown)
 

@@ -15,7 +15,8 @@ SCRIPT_FILE = "job.sbatch"
 def write_job(job: Job) -> Path:
     """Write the run folder, the folder of the logs and the script; return the script's path.
 
-    ``sbatch`` drops a job without a word whose log it cannot open, so the folders must be there first.
+    ``sbatch`` drops a job without a word whose log it cannot open, so the folders must be there
+    first.
     """
     for run in job.runs:
         write_run_folder(run)

@@ -1,4 +1,5 @@
-"""A job: a run with everything that a scheduler must know of it, checked before anything is submitted."""
+"""A job: a run with everything that a scheduler must know of it, checked before anything is
+submitted."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Job:
     Attributes:
         name: as the scheduler shows it.
         run: what is trained; of an array, what its tasks have in common.
-        folder: of the run, absolute. The tasks of an array have the folders ``folder/0``, ``folder/1`` ..
+        folder: of the run, absolute. The tasks of an array have the folders ``folder/0``,
+            ``folder/1`` ..
         nodes, ranks_per_node: the world.
         device: what ranks compute on.
         profile: of the site.
@@ -59,7 +61,8 @@ class Job:
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs to ask for: the profile's, or fewer where the run needs fewer ranks than the profile has."""
+        """GPUs to ask for: the profile's, or fewer where the run needs fewer ranks than the profile
+        has."""
         if self.device == "cpu":
             return 0
         fewer = self.ranks_per_node < self.profile.resolved_ranks_per_node
@@ -68,7 +71,9 @@ class Job:
     @property
     def python(self) -> str:
         """The interpreter of its commands."""
-        return self.profile.python or (sys.executable if self.profile.container is None else "python")
+        return self.profile.python or (
+            sys.executable if self.profile.container is None else "python"
+        )
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -88,11 +93,12 @@ def make_job(
     dependency: Sequence[str] = (),
     before: Path | None = None,
 ) -> Job:
-    """Return the job of a run, checked as far as that is possible before it is submitted. Writes nothing.
+    """Return the job of a run, checked as far as that is possible before it is submitted. Writes
+    nothing.
 
     Args:
-        run: a resolved run. Its relative paths are taken from the current folder; its output folder is
-            ``profile.runs/NAME`` if it names none.
+        run: a resolved run. Its relative paths are taken from the current folder; its output folder
+            is ``profile.runs/NAME`` if it names none.
         profile: of the site.
         name: of the job; the run's if None.
         nodes: instead of what layout and profile say.
@@ -103,11 +109,20 @@ def make_job(
         before: run folder of a job that this one waits for; its checkpoint need not be there yet.
 
     Raises:
-        InputError: no account, a layout that does not fit the ranks, an output folder that cannot be used, data or a
-            checkpoint that is not there, a missing image, a path that the container does not see, or whatever else the
-            run's rules say.
+        InputError: no account, a layout that does not fit the ranks, an output folder that cannot
+            be used, data or a checkpoint that is not there, a missing image, a path that the
+            container does not see, or whatever else the run's rules say.
     """
-    job = plan_job(run, profile, name=name, nodes=nodes, time=time, code=code, sweep=sweep, dependency=dependency)
+    job = plan_job(
+        run,
+        profile,
+        name=name,
+        nodes=nodes,
+        time=time,
+        code=code,
+        sweep=sweep,
+        dependency=dependency,
+    )
     check_place(job, before=before)
     return job
 
@@ -123,10 +138,12 @@ def plan_job(
     sweep: Sequence[Sequence[str]] = (),
     dependency: Sequence[str] = (),
 ) -> Job:
-    """Return the job of a run, checked without a look at this machine's files; arguments as for `make_job`.
+    """Return the job of a run, checked without a look at this machine's files; arguments as for
+    `make_job`.
 
     Raises:
-        InputError: no account, a layout that does not fit the ranks, or what else the run's own rules say.
+        InputError: no account, a layout that does not fit the ranks, or what else the run's own
+            rules say.
     """
     if time is not None:
         profile = dataclasses.replace(profile, time=time)
@@ -164,7 +181,8 @@ def check_place(job: Job, *, before: Path | None = None) -> None:
 
 
 def missing_variables(profile: Profile) -> tuple[str, ...]:
-    """Return the variables that the profile's jobs take from the submitting shell and that are not set in it."""
+    """Return the variables that the profile's jobs take from the submitting shell and that are not
+    set in it."""
     return tuple(name for name in profile.environment if name not in os.environ)
 
 
@@ -240,7 +258,12 @@ def _check_folder_name(folder: Path) -> None:
 
 def _check_python(job: Job) -> None:
     python = job.profile.python
-    if job.profile.container is None and python is not None and "/" in python and not os.access(python, os.X_OK):
+    if (
+        job.profile.container is None
+        and python is not None
+        and "/" in python
+        and not os.access(python, os.X_OK)
+    ):
         raise InputError(
             f"python: {python}",
             rule="there is no such program here",
@@ -285,7 +308,9 @@ def _check_run(run: Run, job: Job, before: Path | None) -> None:
     # What it starts from is not there yet. The job checks again, before its first step.
     checkpoint = dataclasses.replace(run.checkpoint, load=None, continue_from=None)
     check_run_folder(
-        dataclasses.replace(run, checkpoint=checkpoint, data=dataclasses.replace(run.data, first_sample=0))
+        dataclasses.replace(
+            run, checkpoint=checkpoint, data=dataclasses.replace(run.data, first_sample=0)
+        )
     )
 
 

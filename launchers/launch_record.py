@@ -56,9 +56,15 @@ class Launch:
 
 
 def record_launch(
-    job: Job, *, job_id: str, experiment: str | None, script: Path | None, dependency: Sequence[str] = ()
+    job: Job,
+    *,
+    job_id: str,
+    experiment: str | None,
+    script: Path | None,
+    dependency: Sequence[str] = (),
 ) -> Launch:
-    """Append a submission to `LAUNCH_FILE` of the job's folder and a line to its runs' ``provenance.jsonl``."""
+    """Append a submission to `LAUNCH_FILE` of the job's folder and a line to its runs'
+    ``provenance.jsonl``."""
     launch = Launch(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         executor=job.profile.executor,
@@ -75,7 +81,10 @@ def record_launch(
         packager=job.profile.packager,
         command=tuple(sys.argv),
     )
-    write_json(job.folder / LAUNCH_FILE, {"launches": [asdict(each) for each in (*read_launches(job.folder), launch)]})
+    write_json(
+        job.folder / LAUNCH_FILE,
+        {"launches": [asdict(each) for each in (*read_launches(job.folder), launch)]},
+    )
     for run in job.runs:
         assert run.checkpoint.output is not None
         more = {"job": job_id, "profile": job.profile.name, "experiment": experiment}
@@ -96,7 +105,9 @@ def read_launches(folder: Path) -> tuple[Launch, ...]:
         return tuple(map(_launch, json.loads(path.read_text(encoding="utf-8"))["launches"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            str(path), rule=f"is not what a launch writes ({error})", fix="move the file away; nothing else needs it"
+            str(path),
+            rule=f"is not what a launch writes ({error})",
+            fix="move the file away; nothing else needs it",
         ) from None
 
 

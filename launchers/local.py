@@ -1,4 +1,5 @@
-"""Start a run's ranks on this machine: torch's elastic agent, one process a rank, and one message when they fail."""
+"""Start a run's ranks on this machine: torch's elastic agent, one process a rank, and one message
+when they fail."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 FAILURE_FILE = "failure.txt"
-"""In the run's folder: the traceback of the rank that ended the run, if it was none that the message explains."""
+"""In the run's folder: the traceback of the rank that ended the run, if it was none that the
+message explains."""
 
 _ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Signals with which torch's agent ends the ranks. SIGTERM, also of its own list, is passed on (`STOP_SIGNALS`)."""
+"""Signals with which torch's agent ends the ranks. SIGTERM, also of its own list, is passed on
+(`STOP_SIGNALS`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +57,8 @@ class Rendezvous:
 
 
 def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> list[str]:
-    """Return the command that every rank runs; torch's agent says in the environment which rank it is."""
+    """Return the command that every rank runs; torch's agent says in the environment which rank it
+    is."""
     command = [
         sys.executable,
         "-m",
@@ -68,12 +72,15 @@ def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> li
 
 
 def rank_environment(nproc: int, device: Device) -> dict[str, str]:
-    """Return what local ranks need in their environment, where this process's own does not say otherwise."""
+    """Return what local ranks need in their environment, where this process's own does not say
+    otherwise."""
     environment = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     if device == "cpu":
         # A rank's share of the cores is what it can use.
         cores = len(os.sched_getaffinity(0))
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+        environment["OMP_NUM_THREADS"] = os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, cores // nproc))
+        )
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
 
@@ -81,25 +88,30 @@ def rank_environment(nproc: int, device: Device) -> dict[str, str]:
 def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = False) -> int:
     """Train a resolved run on ``nproc`` local ranks and wait for them.
 
-    An interrupt ends the ranks; SIGTERM and SIGUSR1 let them finish their step and save. Whatever ends them early,
-    checkpoints that they had not finished are removed.
+    An interrupt ends the ranks; SIGTERM and SIGUSR1 let them finish their step and save. Whatever
+    ends them early, checkpoints that they had not finished are removed.
 
     Returns:
-        0, or `STOPPED` (75) after such a save, or 128 + the number of the signal that interrupted the run.
+        0, or `STOPPED` (75) after such a save, or 128 + the number of the signal that interrupted
+        the run.
 
     Raises:
-        InputError, WorkError: one message for all ranks; the traceback of a rank that could not explain itself is in
-            `FAILURE_FILE` beside the run file.
+        InputError, WorkError: one message for all ranks; the traceback of a rank that could not
+            explain itself is in `FAILURE_FILE` beside the run file.
     """
     folder = run_file.parent
     (folder / FAILURE_FILE).unlink(missing_ok=True)
     with only_complete_checkpoints(folder), variables(rank_environment(nproc, device)):
-        outcome = run_ranks(rank_command(run_file, device=device, verbose=verbose), nproc=nproc, verbose=verbose)
+        outcome = run_ranks(
+            rank_command(run_file, device=device, verbose=verbose), nproc=nproc, verbose=verbose
+        )
     Console().show_cursor()  # the progress bar of a rank that was killed has left it hidden
     if isinstance(outcome, int):
         return outcome
     cause = root_cause(outcome)
-    raise cause.error(None if cause.kind == "explained" else keep(cause.traceback, folder / FAILURE_FILE))
+    raise cause.error(
+        None if cause.kind == "explained" else keep(cause.traceback, folder / FAILURE_FILE)
+    )
 
 
 def run_ranks(
@@ -110,7 +122,8 @@ def run_ranks(
     verbose: bool = False,
     came: list[int] | None = None,
 ) -> int | list[RankFailure]:
-    """Run a command once a rank under torch's elastic agent, which ends all ranks of this machine when one fails.
+    """Run a command once a rank under torch's elastic agent, which ends all ranks of this machine
+    when one fails.
 
     Args:
         command: of every rank.
@@ -120,7 +133,8 @@ def run_ranks(
         came: stop signals that came before; those that come now are added.
 
     Returns:
-        0, or `STOPPED`, or 128 + the number of the signal that interrupted this process, or how the ranks failed.
+        0, or `STOPPED`, or 128 + the number of the signal that interrupted this process, or how the
+        ranks failed.
 
     Raises:
         RuntimeError: of torch, the other machines were not there in time.
@@ -129,7 +143,10 @@ def run_ranks(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    with tempfile.TemporaryDirectory(prefix="mellum2-ranks-") as logs, _quiet_agent(quiet=not verbose):
+    with (
+        tempfile.TemporaryDirectory(prefix="mellum2-ranks-") as logs,
+        _quiet_agent(quiet=not verbose),
+    ):
         handlers = {each: signal.getsignal(each) for each in (*_ENDING, *STOP_SIGNALS)}
         passed_on = _pass_on(STOP_SIGNALS, [] if came is None else came)
         try:
@@ -155,8 +172,8 @@ def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> Laun
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    # One machine: as `torchrun --standalone`, a free port, so that its runs do not meet. Several: static, so that ranks
-    # follow the order of the nodes; who comes first would decide otherwise.
+    # One machine: as `torchrun --standalone`, a free port, so that its runs do not meet. Several:
+    # static, so that ranks follow the order of the nodes; who comes first would decide otherwise.
     nodes = 1 if rendezvous is None else rendezvous.nodes
     return LaunchConfig(
         min_nodes=nodes,
@@ -164,8 +181,12 @@ def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> Laun
         nproc_per_node=nproc,
         run_id=str(uuid.uuid4()) if rendezvous is None else rendezvous.name,
         rdzv_backend="c10d" if rendezvous is None else "static",
-        rdzv_endpoint="localhost:0" if rendezvous is None else f"{rendezvous.address}:{rendezvous.port}",
-        rdzv_configs={} if rendezvous is None else {"rank": rendezvous.node, "timeout": rendezvous.timeout},
+        rdzv_endpoint="localhost:0"
+        if rendezvous is None
+        else f"{rendezvous.address}:{rendezvous.port}",
+        rdzv_configs={}
+        if rendezvous is None
+        else {"rank": rendezvous.node, "timeout": rendezvous.timeout},
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=logs),
         signals_to_handle=",".join(each.name for each in _ENDING),
@@ -173,7 +194,8 @@ def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> Laun
 
 
 def _pass_on(signals: Sequence[signal.Signals], came: list[int]) -> list[int]:
-    """Hand these signals to the ranks from now on; return the list of those that came, which grows."""
+    """Hand these signals to the ranks from now on; return the list of those that came, which
+    grows."""
 
     def hand(number: int, frame: FrameType | None) -> None:
         came.append(number)

@@ -1,4 +1,5 @@
-"""NeMo-Run: tasks, executors and a scheduler of its own kind, for `mellum2 launch` and for anybody's `run.Experiment`.
+"""NeMo-Run: tasks, executors and a scheduler of its own kind, for `mellum2 launch` and for
+anybody's `run.Experiment`.
 
 ::
 
@@ -13,8 +14,9 @@
         )
         experiment.run(detach=True)
 
-NeMo-Run keeps experiments, dependencies and status. The batch script is ours (`launchers.sbatch`), the same as that of
-``--render sbatch``: its own starts `srun` in a way that a preempted run does not survive (docs/launching.md).
+NeMo-Run keeps experiments, dependencies and status. The batch script is ours (`launchers.sbatch`),
+the same as that of ``--render sbatch``: its own starts `srun` in a way that a preempted run does
+not survive (docs/launching.md).
 
 This is the only module that imports nemo_run.
 """
@@ -54,7 +56,8 @@ from mellum2_megatron.planning.optional_packages import OLDEST_RESILIENCY, too_o
 from mellum2_megatron.recipes import recipe_names
 
 SCHEDULER = "mellum2_slurm"
-"""Name of our scheduler; pyproject.toml registers it with torchx (entry point ``torchx.schedulers``)."""
+"""Name of our scheduler; pyproject.toml registers it with torchx (entry point
+``torchx.schedulers``)."""
 
 _RUN = "mellum2_run"
 """Key of a task's metadata: the resolved run, YAML."""
@@ -81,7 +84,8 @@ def task(
 ) -> run.Script:
     """Return a training as a task for `run.Experiment.add`.
 
-    On `slurm_executor` it becomes a job with all nodes' ranks; on `run.LocalExecutor` it is ``mellum2 train``.
+    On `slurm_executor` it becomes a job with all nodes' ranks; on `run.LocalExecutor` it is
+    ``mellum2 train``.
 
     Args:
         name: recipe, or a resolved run's YAML file.
@@ -94,36 +98,53 @@ def task(
     """
     folder = [] if output is None else ["--output", os.fspath(output)]
     ranks = [] if nproc is None else ["--nproc", str(nproc)]
-    return _script(resolve(name, overrides, output), [name, *overrides, *folder, "--device", device, *ranks])
+    return _script(
+        resolve(name, overrides, output), [name, *overrides, *folder, "--device", device, *ranks]
+    )
 
 
 def rank_task(
-    name: str, *, overrides: Sequence[str] = (), output: str | os.PathLike[str] | None = None, device: Device = "cuda"
+    name: str,
+    *,
+    overrides: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    device: Device = "cuda",
 ) -> run.Script:
-    """Return what one rank runs, for a launcher that starts the ranks itself: `run.Torchrun`, `fault_tolerance`.
+    """Return what one rank runs, for a launcher that starts the ranks itself: `run.Torchrun`,
+    `fault_tolerance`.
 
-    Writes the run's folder. Such a launcher brings its own way to go on after a failure, in place of ours.
+    Writes the run's folder. Such a launcher brings its own way to go on after a failure, in place
+    of ours.
 
     Raises:
         InputError: as for `task`; no data, no tokenizer, or a folder that cannot be used.
     """
-    resolved = with_absolute_paths(resolve(name, overrides, output), Profile(name="here", executor="local"))
+    resolved = with_absolute_paths(
+        resolve(name, overrides, output), Profile(name="here", executor="local")
+    )
     check_run_folder(resolved)
     write_run_folder(resolved)
     words = [str(output_folder(resolved) / RUN_FILE), "--device", device]
-    return run.Script(path="mellum2_megatron.training", entrypoint=sys.executable, m=True, args=words)
+    return run.Script(
+        path="mellum2_megatron.training", entrypoint=sys.executable, m=True, args=words
+    )
 
 
 def fault_tolerance(**settings: Any) -> run.FaultTolerance:
-    """Return NeMo-Run's fault-tolerance launcher for `rank_task`, with a port of its own; settings are its fields.
+    """Return NeMo-Run's fault-tolerance launcher for `rank_task`, with a port of its own; settings
+    are its fields.
 
-    NeMo-Run gives every job the same port, 29500 (nemo_run/core/execution/launcher.py:81, 0.11.1), so that two jobs
-    on one node meet.
+    NeMo-Run gives every job the same port, 29500 (nemo_run/core/execution/launcher.py:81, 0.11.1),
+    so that two jobs on one node meet.
 
     Raises:
-        InputError: NVIDIA's resiliency extension is not here, or one beside which Megatron does not import.
+        InputError: NVIDIA's resiliency extension is not here, or one beside which Megatron does not
+            import.
     """
-    if importlib.util.find_spec("nvidia_resiliency_ext") is None or shutil.which("ft_launcher", path=_PATH) is None:
+    if (
+        importlib.util.find_spec("nvidia_resiliency_ext") is None
+        or shutil.which("ft_launcher", path=_PATH) is None
+    ):
         raise InputError(
             "run.FaultTolerance",
             rule="starts ranks with ft_launcher, which is not installed",
@@ -224,7 +245,9 @@ def slurm_executor(
     """
     read = profile if isinstance(profile, Profile) else read_profile(profile)
     if read.executor != "slurm":
-        raise InputError(f"profile {read.name}", rule="is not for Slurm", fix="use nemo_run.LocalExecutor()")
+        raise InputError(
+            f"profile {read.name}", rule="is not for Slurm", fix="use nemo_run.LocalExecutor()"
+        )
     return Mellum2SlurmExecutor(
         account=read.account or "",
         partition=read.partition,
@@ -257,7 +280,8 @@ class Request:
 
 
 class Mellum2Scheduler(nemo_schedulers.SchedulerMixin, Scheduler):  # type: ignore[misc]
-    """NeMo-Run's way to Slurm, with our script, and states from Slurm itself where its own asks ``sacct`` alone."""
+    """NeMo-Run's way to Slurm, with our script, and states from Slurm itself where its own asks
+    ``sacct`` alone."""
 
     def __init__(self, session_name: str, experiment: Any = None) -> None:
         super().__init__(SCHEDULER, session_name)
@@ -279,7 +303,9 @@ class Mellum2Scheduler(nemo_schedulers.SchedulerMixin, Scheduler):  # type: igno
             )
         job = cfg.job(from_yaml(text))
         request = Request(job=job, executor=cfg, script=render(job))
-        Path(cfg.experiment_dir, f"{cfg.job_name}_sbatch.sh").write_text(request.script, encoding="utf-8")
+        Path(cfg.experiment_dir, f"{cfg.job_name}_sbatch.sh").write_text(
+            request.script, encoding="utf-8"
+        )
         return AppDryRunInfo(request, repr)
 
     def schedule(self, dryrun_info: AppDryRunInfo[Request]) -> str:
@@ -288,10 +314,19 @@ class Mellum2Scheduler(nemo_schedulers.SchedulerMixin, Scheduler):  # type: igno
         executor, job = request.executor, request.job
         slurm.require()
         earlier = executor.parse_deps() if executor.dependencies else []
-        conditions = [*job.dependency, *([f"{executor.dependency_type}:{':'.join(earlier)}"] if earlier else [])]
+        conditions = [
+            *job.dependency,
+            *([f"{executor.dependency_type}:{':'.join(earlier)}"] if earlier else []),
+        ]
         script = write_job(job)
         number = slurm.submit(script, dependency=conditions)
-        record_launch(job, job_id=number, experiment=executor.experiment_id, script=script, dependency=conditions)
+        record_launch(
+            job,
+            job_id=number,
+            experiment=executor.experiment_id,
+            script=script,
+            dependency=conditions,
+        )
         return number
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
@@ -318,9 +353,19 @@ class Mellum2Scheduler(nemo_schedulers.SchedulerMixin, Scheduler):  # type: igno
 
 
 def overall(states: Iterable[str]) -> AppState:
-    """Return one state for the tasks of a job: a running one first, then waiting, failed, cancelled, succeeded."""
-    found = {_STATES.get(state, AppState.FAILED if state in slurm.FINISHED else AppState.PENDING) for state in states}
-    order = (AppState.RUNNING, AppState.PENDING, AppState.FAILED, AppState.CANCELLED, AppState.SUCCEEDED)
+    """Return one state for the tasks of a job: a running one first, then waiting, failed,
+    cancelled, succeeded."""
+    found = {
+        _STATES.get(state, AppState.FAILED if state in slurm.FINISHED else AppState.PENDING)
+        for state in states
+    }
+    order = (
+        AppState.RUNNING,
+        AppState.PENDING,
+        AppState.FAILED,
+        AppState.CANCELLED,
+        AppState.SUCCEEDED,
+    )
     return next(state for state in order if state in found)
 
 
@@ -330,7 +375,8 @@ def create_scheduler(session_name: str, **parameters: Any) -> Mellum2Scheduler:
 
 
 def submit(title: str, submissions: Sequence[Submission]) -> None:
-    """Submit jobs to Slurm as one experiment, each after those that it names; `launch.json` of each says the rest.
+    """Submit jobs to Slurm as one experiment, each after those that it names; `launch.json` of each
+    says the rest.
 
     Raises:
         InputError, WorkError: a job is refused. Those before it are submitted by then.
@@ -346,20 +392,28 @@ def submit(title: str, submissions: Sequence[Submission]) -> None:
                 waits_for=each.job.dependency,
             )
             script = _script(each.job.run, [str(each.job.folder / RUN_FILE)])
-            experiment.add(script, executor=executor, name=each.job.name, dependencies=list(each.after))
+            experiment.add(
+                script, executor=executor, name=each.job.name, dependencies=list(each.after)
+            )
         experiment.run(detach=True)
 
 
 def run_here(job: Job) -> bool:
-    """Train on this machine as an experiment of NeMo-Run, its log on the terminal; return whether it succeeded."""
+    """Train on this machine as an experiment of NeMo-Run, its log on the terminal; return whether
+    it succeeded."""
     write_run_folder(job.run)
     words = [str(job.folder / RUN_FILE), "--device", job.device, "--nproc", str(job.ranks_per_node)]
     variables = dict(job.profile.variables)
     if job.code is not None:
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(job.code), os.environ.get("PYTHONPATH")]))
+        variables["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(job.code), os.environ.get("PYTHONPATH")])
+        )
     with _experiment(job.name) as experiment:
         experiment.add(
-            _script(job.run, words), executor=run.LocalExecutor(env_vars=variables), name=job.name, tail_logs=True
+            _script(job.run, words),
+            executor=run.LocalExecutor(env_vars=variables),
+            name=job.name,
+            tail_logs=True,
         )
         experiment.run()
         handle = experiment.jobs[0].handle
@@ -369,7 +423,11 @@ def run_here(job: Job) -> bool:
 
 def _experiment(title: str) -> run.Experiment:
     return run.Experiment(
-        title, log_level="ERROR", clean_mode=True, enable_goodbye_message=False, skip_status_at_exit=True
+        title,
+        log_level="ERROR",
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
     )
 
 
@@ -378,7 +436,8 @@ def register_executor() -> None:
 
     It looks executors up by their very class: ``EXECUTOR_MAPPING[executor.__class__]``
     (nemo_run/run/torchx_backend/schedulers/api.py:57, 0.11.1), and so does ``Experiment.run``
-    (nemo_run/run/experiment.py, ``_PARALLEL_SUPPORTED_EXECUTORS`` and the like), so a subclass is nothing to it.
+    (nemo_run/run/experiment.py, ``_PARALLEL_SUPPORTED_EXECUTORS`` and the like), so a subclass is
+    nothing to it.
     """
     nemo_schedulers.EXECUTOR_MAPPING[Mellum2SlurmExecutor] = SCHEDULER
     nemo_schedulers.REVERSE_EXECUTOR_MAPPING[SCHEDULER] = Mellum2SlurmExecutor
@@ -407,7 +466,8 @@ def register_factories() -> None:
 
 
 def _task_factory(name: str) -> Any:
-    # One text for all overrides: NeMo-Run's command line cuts the arguments of a factory at every comma, lists too.
+    # One text for all overrides: NeMo-Run's command line cuts the arguments of a factory at every
+    # comma, lists too.
     def make(overrides="", output="", device="auto"):  # type: ignore[no-untyped-def]
         made = task(name, overrides=shlex.split(overrides), output=output or None, device=device)
         fields = ("path", "entrypoint", "m", "args", "metadata")
@@ -424,7 +484,8 @@ def _executor_factory(name: str) -> Any:
 
 
 def _annotated(function: Any, returned: Any, **parameters: Any) -> Any:
-    """Annotate with types, not with their names: NeMo-Run's command line refuses those as "Unsupported type"."""
+    """Annotate with types, not with their names: NeMo-Run's command line refuses those as
+    "Unsupported type"."""
     function.__annotations__ = {**parameters, "return": returned}
     return function
 
@@ -439,5 +500,7 @@ def launch(ctx, training, executor, name="mellum2"):  # type: ignore[no-untyped-
         experiment.run(detach=True)
 
 
-_annotated(launch, None, ctx=run.cli.RunContext, training=run.Script, executor=run.Executor, name=str)
+_annotated(
+    launch, None, ctx=run.cli.RunContext, training=run.Script, executor=run.Executor, name=str
+)
 run.cli.entrypoint(launch, namespace="mellum2", type="experiment")

@@ -1,13 +1,14 @@
 """How a job's attempts ended, and what happens next: go on, try again, or stop for good.
 
-A job that is requeued keeps its number and its run folder. Each start of it is an attempt, with a line in
-``attempts.jsonl`` when it begins and one when it ends::
+A job that is requeued keeps its number and its run folder. Each start of it is an attempt, with a
+line in ``attempts.jsonl`` when it begins and one when it ends::
 
-    {"event": "begin", "job": "17", "restart": 0, "series": "17", "time": "2026-11-22T10:00:00+00:00", "step": 0}
-    {"event": "end", "job": "17", "restart": 0, "time": "..", "step": 40, "code": 75, "kind": "stopped", "reason": ".."}
+    {"event": "begin", "job": "17", "restart": 0, "series": "17", "time":
+    "2026-11-22T10:00:00+00:00", "step": 0} {"event": "end", "job": "17", "restart": 0, "time":
+    "..", "step": 40, "code": 75, "kind": "stopped", "reason": ".."}
 
-The batch script asks ``python -m launchers.outcome`` when an attempt has not ended well; its exit code is 0 if the job
-is to be started again, else the exit code of the job.
+The batch script asks ``python -m launchers.outcome`` when an attempt has not ended well; its exit
+code is 0 if the job is to be started again, else the exit code of the job.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Attempt:
         job: Slurm's number.
         restart: how often that job had been requeued.
         series: first job of those that continue each other.
-        began, ended: ISO 8601, UTC; ``ended`` is None while it runs, and after the machine has failed.
+        began, ended: ISO 8601, UTC; ``ended`` is None while it runs, and after the machine has
+            failed.
         begin_step: optimizer steps done at its begin.
         step: those done at its end.
         code: exit code, None while it runs.
@@ -104,7 +106,8 @@ class Decision:
 
 
 def read_attempts(folder: Path) -> tuple[Attempt, ...]:
-    """Return the attempts of a run, oldest first. Lines that a killed process has left unfinished are skipped."""
+    """Return the attempts of a run, oldest first. Lines that a killed process has left unfinished
+    are skipped."""
     path = folder / ATTEMPTS_FILE
     if not path.is_file():
         return ()
@@ -154,7 +157,8 @@ def reached_step(folder: Path) -> int:
 
 
 def failures_in_place(attempts: Sequence[Attempt]) -> int:
-    """Return how many of the attempts have failed since one of them last got further than all before it.
+    """Return how many of the attempts have failed since one of them last got further than all
+    before it.
 
     Told to stop or preempted is no failure. An attempt without an end was on a machine that failed.
     """
@@ -182,11 +186,14 @@ def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, s
         return "refused", refusal.code, refusal.message
     if told == "TERM":
         return "ended", STOPPED, "Slurm ended the job (cancelled, preempted or out of time)"
-    # Ranks leave with 75 only after all have saved: what kept another node's agent from saying so matters no more.
+    # Ranks leave with 75 only after all have saved: what kept another node's agent from saying so
+    # matters no more.
     silent = (STOPPED, *_SIGNALLED) if told else (STOPPED,)
     if all(report.code in (0, STOPPED) for report in reports) if reports else code in silent:
         return "stopped", STOPPED, "told to stop, all is saved"
-    failures = {failure.rank: (report.node, failure) for report in reports for failure in report.failures}
+    failures = {
+        failure.rank: (report.node, failure) for report in reports for failure in report.failures
+    }
     if failures:
         cause = root_cause([failure for _, failure in failures.values()])
         error = cause.error(None)
@@ -194,7 +201,11 @@ def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, s
     told_by = next((report for report in reports if report.code not in (0, STOPPED)), None)
     if told_by is not None:
         return "failed", 1, f"node {told_by.node}: {told_by.message}"
-    return "failed", 1, f"the step ended with exit code {code}, and no node said why; see the log of each node"
+    return (
+        "failed",
+        1,
+        f"the step ended with exit code {code}, and no node said why; see the log of each node",
+    )
 
 
 def decide(attempts: Sequence[Attempt], *, tries: int) -> Decision:
@@ -214,14 +225,23 @@ def decide(attempts: Sequence[Attempt], *, tries: int) -> Decision:
     elif last.kind == "refused":
         message = f"{last.reason}\nnot started again: the same would be refused again"
     elif last.kind == "ended":
-        message = f"{last.reason}; step {step} was reached. A preempted job is requeued by Slurm itself"
+        message = (
+            f"{last.reason}; step {step} was reached. A preempted job is requeued by Slurm itself"
+        )
     elif last.kind == "stopped":
-        again, message = True, f"{last.reason}; the job goes on from step {step} when Slurm starts it again"
+        again, message = (
+            True,
+            f"{last.reason}; the job goes on from step {step} when Slurm starts it again",
+        )
     else:
         count = failures_in_place([each for each in attempts if each.series == last.series])
         again = count <= tries
         where = f"step {step} has not been passed in {count} start{'s' * (count != 1)}"
-        then = f"starting again, {count} of {tries} tries" if again else "not started again (tries in the profile)"
+        then = (
+            f"starting again, {count} of {tries} tries"
+            if again
+            else "not started again (tries in the profile)"
+        )
         message = f"{last.reason}\n{where}: {then}"
     return Decision(again=again, code=code, kind=last.kind, reason=last.reason, message=message)
 
@@ -232,7 +252,8 @@ def decide(attempts: Sequence[Attempt], *, tries: int) -> Decision:
 
 
 def this_attempt() -> tuple[str, int]:
-    """Return the job's number and how often it has been requeued, as Slurm's environment has them."""
+    """Return the job's number and how often it has been requeued, as Slurm's environment has
+    them."""
     return os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
@@ -250,12 +271,32 @@ def begin(folder: Path, *, tries: int) -> Decision | None:
         reports = read_reports(folder, attempt.job, attempt.restart)
         stopped = reports and all(report.code == STOPPED for report in reports)
         kind: Kind = "stopped" if stopped else "failed"
-        reason = "preempted after a save" if stopped else "it ended without a word: a node failed, or Slurm killed it"
-        _record_end(folder, attempt.job, attempt.restart, step, STOPPED if stopped else 1, kind, reason)
+        reason = (
+            "preempted after a save"
+            if stopped
+            else "it ended without a word: a node failed, or Slurm killed it"
+        )
+        _record_end(
+            folder, attempt.job, attempt.restart, step, STOPPED if stopped else 1, kind, reason
+        )
         earlier = [each for each in read_attempts(folder) if each.series == series]
     decision = decide(earlier, tries=tries) if earlier else None
-    _append(folder, {"event": "begin", "job": job, "restart": restart, "series": series, "time": _now(), "step": step})
-    return decision if decision is not None and decision.kind == "failed" and not decision.again else None
+    _append(
+        folder,
+        {
+            "event": "begin",
+            "job": job,
+            "restart": restart,
+            "series": series,
+            "time": _now(),
+            "step": step,
+        },
+    )
+    return (
+        decision
+        if decision is not None and decision.kind == "failed" and not decision.again
+        else None
+    )
 
 
 def end(folder: Path, *, code: int, told: str = "", tries: int) -> Decision:
@@ -266,11 +307,18 @@ def end(folder: Path, *, code: int, told: str = "", tries: int) -> Decision:
         # Not even node 0's agent came to begin it.
         _append(
             folder,
-            {"event": "begin", "job": job, "restart": restart, "series": os.environ.get(SERIES_VARIABLE, job)}
+            {
+                "event": "begin",
+                "job": job,
+                "restart": restart,
+                "series": os.environ.get(SERIES_VARIABLE, job),
+            }
             | {"time": _now(), "step": reached_step(folder)},
         )
     kind, code, reason = judge(code, read_reports(folder, job, restart), told)
-    if len(reason) > _REASON_LENGTH:  # torch's exceptions can be pages; the node's log has all of it
+    if (
+        len(reason) > _REASON_LENGTH
+    ):  # torch's exceptions can be pages; the node's log has all of it
         reason = f"{reason[: _REASON_LENGTH // 2]} .. {reason[-_REASON_LENGTH // 2 :]}"
     _record_end(folder, job, restart, reached_step(folder), code, kind, reason)
     attempts = read_attempts(folder)
@@ -289,10 +337,16 @@ def write_report(folder: Path, node: int, report: Report) -> None:
 def read_reports(folder: Path, job: str, restart: int) -> list[Report]:
     """Return what the nodes' agents have said of an attempt, in the order of the nodes."""
     found = []
-    for path in sorted(_reports(folder, job, restart).glob("*.json"), key=lambda path: int(path.stem)):
+    for path in sorted(
+        _reports(folder, job, restart).glob("*.json"), key=lambda path: int(path.stem)
+    ):
         value: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         failures = tuple(RankFailure(**failure) for failure in value["failures"])
-        found.append(Report(node=value["node"], code=value["code"], failures=failures, message=value["message"]))
+        found.append(
+            Report(
+                node=value["node"], code=value["code"], failures=failures, message=value["message"]
+            )
+        )
     return found
 
 
@@ -301,10 +355,14 @@ def _reports(folder: Path, job: str, restart: int) -> Path:
 
 
 def _index(attempts: Sequence[Attempt], job: str, restart: int) -> int:
-    return next(number for number, each in enumerate(attempts) if (each.job, each.restart) == (job, restart))
+    return next(
+        number for number, each in enumerate(attempts) if (each.job, each.restart) == (job, restart)
+    )
 
 
-def _record_end(folder: Path, job: str, restart: int, step: int, code: int, kind: Kind, reason: str) -> None:
+def _record_end(
+    folder: Path, job: str, restart: int, step: int, code: int, kind: Kind, reason: str
+) -> None:
     value = {"event": "end", "job": job, "restart": restart, "time": _now(), "step": step}
     _append(folder, {**value, "code": code, "kind": kind, "reason": reason})
 
@@ -330,9 +388,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m launchers.outcome", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="of the run")
-    parser.add_argument("--code", type=int, required=True, help="exit code of the step that ran the ranks")
+    parser.add_argument(
+        "--code", type=int, required=True, help="exit code of the step that ran the ranks"
+    )
     parser.add_argument("--told", default="", help="signal that reached the batch script")
-    parser.add_argument("--tries", type=int, required=True, help="how often to start again without a new step")
+    parser.add_argument(
+        "--tries", type=int, required=True, help="how often to start again without a new step"
+    )
     options = parser.parse_args(argv)
     decision = end(options.folder, code=options.code, told=options.told, tries=options.tries)
     sys.stderr.write(f"mellum2: {decision.message}\n")

@@ -1,4 +1,5 @@
-"""The code that a job runs: as it lies on the shared disk, or an archive of the commit in the run's folder."""
+"""The code that a job runs: as it lies on the shared disk, or an archive of the commit in the run's
+folder."""
 
 from __future__ import annotations
 
@@ -44,10 +45,12 @@ class Package:
 
 
 def check_code(packager: Packager, *, allow_dirty: bool, root: Path | None = None) -> Code:
-    """Return where the code in ``root`` (by default, the running code) comes from; nothing is written.
+    """Return where the code in ``root`` (by default, the running code) comes from; nothing is
+    written.
 
     Raises:
-        InputError: it has uncommitted changes and ``allow_dirty`` is false, or ``git`` has no checkout to package.
+        InputError: it has uncommitted changes and ``allow_dirty`` is false, or ``git`` has no
+            checkout to package.
     """
     root = root or project_root()
     code = source_code(root)
@@ -68,7 +71,8 @@ def check_code(packager: Packager, *, allow_dirty: bool, root: Path | None = Non
 
 
 def changes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the changed files that Git keeps, and those that it neither keeps nor ignores, relative to ``root``."""
+    """Return the changed files that Git keeps, and those that it neither keeps nor ignores,
+    relative to ``root``."""
     changed: list[str] = []
     untracked: list[str] = []
     entries = _git(root, "status", "--porcelain", "-z", "--no-renames", "--", ".").split("\0")
@@ -78,12 +82,18 @@ def changes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def package(
-    run_folder: Path, packager: Packager, *, allow_dirty: bool, root: Path | None = None, write: bool = True
+    run_folder: Path,
+    packager: Packager,
+    *,
+    allow_dirty: bool,
+    root: Path | None = None,
+    write: bool = True,
 ) -> Package:
     """Make the code ready for a job, or, without ``write``, say what that would come to.
 
-    ``git`` archives the commit into ``run_folder/code/COMMIT``; with ``allow_dirty`` changes of files that Git keeps go
-    along, into ``COMMIT-TREE``. A folder is never changed once it is there, so a job that waits or runs keeps its code.
+    ``git`` archives the commit into ``run_folder/code/COMMIT``; with ``allow_dirty`` changes of
+    files that Git keeps go along, into ``COMMIT-TREE``. A folder is never changed once it is there,
+    so a job that waits or runs keeps its code.
 
     Raises:
         InputError: see `check_code`.
@@ -93,7 +103,11 @@ def package(
     code = check_code(packager, allow_dirty=allow_dirty, root=root)
     changed, untracked = changes(root) if code.dirty else ((), ())
     if packager == "shared":
-        notes = [f"the code runs as it lies in {root}, uncommitted changes included"] if code.dirty else []
+        notes = (
+            [f"the code runs as it lies in {root}, uncommitted changes included"]
+            if code.dirty
+            else []
+        )
         return Package(folder=root, code=code, notes=tuple(notes))
     notes = []
     if changed:
@@ -112,12 +126,15 @@ def package(
 
 
 def _tree(root: Path, *, with_changes: bool) -> str:
-    """Return Git's name for the files of ``root``: of HEAD, or with the changes of the files that Git keeps."""
+    """Return Git's name for the files of ``root``: of HEAD, or with the changes of the files that
+    Git keeps."""
     prefix = _git(root, "rev-parse", "--show-prefix").strip()
     if not with_changes:
         return _git(root, "rev-parse", f"HEAD:{prefix}").strip()
     with tempfile.TemporaryDirectory() as scratch:
-        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}  # the user's own index stays as it is
+        index = {
+            "GIT_INDEX_FILE": str(Path(scratch) / "index")
+        }  # the user's own index stays as it is
         _git(root, "read-tree", "HEAD", environment=index)
         _git(root, "add", "--update", "--", ".", environment=index)
         whole = _git(root, "write-tree", environment=index).strip()
@@ -134,7 +151,12 @@ def _extract(root: Path, tree: str, folder: Path) -> None:
             tar.extractall(folder, filter="tar")
 
 
-def _git(root: Path, *words: str, environment: dict[str, str] | None = None, output: int = subprocess.PIPE) -> str:
+def _git(
+    root: Path,
+    *words: str,
+    environment: dict[str, str] | None = None,
+    output: int = subprocess.PIPE,
+) -> str:
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
         ["git", "-C", str(root), *words],
@@ -145,9 +167,14 @@ def _git(root: Path, *words: str, environment: dict[str, str] | None = None, out
     )
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
-        raise WorkError(f"git {words[0]} in {root} failed: {said}", fix="see what git says, or use packager: shared")
+        raise WorkError(
+            f"git {words[0]} in {root} failed: {said}",
+            fix="see what git says, or use packager: shared",
+        )
     return (done.stdout or b"").decode(errors="surrogateescape")
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )

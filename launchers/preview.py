@@ -1,4 +1,5 @@
-"""What a job comes to, before it is submitted: layout and memory, time, script. Nothing is written or started."""
+"""What a job comes to, before it is submitted: layout and memory, time, script. Nothing is written
+or started."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from mellum2_megatron.planning.layout_report import layout_report, render_layout
 ASSUMED_TFLOPS = 350.0
 """Model TFLOP/s that a GPU of the H100 class is taken to reach, if nobody says otherwise.
 
-An assumption, no measurement: the best published neighbour, Moonlight-16B-A3B on H100 in BF16, comes to 387.
+An assumption, no measurement: the best published neighbour, Moonlight-16B-A3B on H100 in BF16,
+comes to 387.
 """
 
 _DAY = 86_400
@@ -58,8 +60,12 @@ def estimate(run: Run, *, world_size: int, tflops: float) -> Estimate:
 def estimate_text(job: Job, tflops: float | None) -> str:
     """Return the estimate in words; ``tflops`` None assumes a rate for GPUs and none for CPUs."""
     if tflops is None and job.device == "cpu":
-        return "No estimate of time: there is no rate to assume for CPUs; --assumed-tflops gives one."
-    found = estimate(job.run, world_size=job.world_size, tflops=ASSUMED_TFLOPS if tflops is None else tflops)
+        return (
+            "No estimate of time: there is no rate to assume for CPUs; --assumed-tflops gives one."
+        )
+    found = estimate(
+        job.run, world_size=job.world_size, tflops=ASSUMED_TFLOPS if tflops is None else tflops
+    )
     duration = _duration(found.days)
     source = "an assumed" if tflops is None else "the given"
     return (
@@ -77,9 +83,19 @@ def _duration(days: float) -> str:
     return f"{days * 1440:,.1f} minutes"
 
 
-def show(console: Console, job: Job, script: str | None, *, tflops: float | None, notes: Sequence[str] = ()) -> None:
-    """Print the resolved run, layout and memory, the estimate, and the script as it would be submitted."""
-    console.out(f"# The run{'s have in common' if job.tasks else ''}", style="bold", highlight=False)
+def show(
+    console: Console,
+    job: Job,
+    script: str | None,
+    *,
+    tflops: float | None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Print the resolved run, layout and memory, the estimate, and the script as it would be
+    submitted."""
+    console.out(
+        f"# The run{'s have in common' if job.tasks else ''}", style="bold", highlight=False
+    )
     console.out(to_yaml(job.run), highlight=False)
     for table in render_layout(layout_report(job.run, world_size=job.world_size)):
         console.print(table)
@@ -98,11 +114,20 @@ def warnings(job: Job) -> list[str]:
     missing = missing_variables(job.profile)
     if not missing:
         return []
-    return [f"Not set in this shell, so not in the job either (profile, environment): {', '.join(missing)}"]
+    return [
+        f"Not set in this shell, so not in the job either (profile, environment): {', '.join(missing)}"
+    ]
 
 
 def _table(job: Job) -> Table:
-    table = Table(title="Job", title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table = Table(
+        title="Job",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        pad_edge=False,
+    )
     each = f"{job.ranks_per_node} {job.device} rank{'s' * (job.ranks_per_node > 1)}"
     container = job.profile.container
     rows = {

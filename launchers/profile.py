@@ -32,8 +32,11 @@ PROFILES_VARIABLE = "MELLUM2_PROFILES"
 """Environment variable that names a folder of profiles, for a whole site."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Slurm's: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
+# Slurm's: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes,
+# days-hours:minutes:seconds
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
+)
 _MEMORY = re.compile(r"\d+[KMGT]?")
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL")
 _OWN_FLAGS = {
@@ -69,7 +72,12 @@ class Mount:
     def __post_init__(self) -> None:
         for name in ("source", "target"):
             path = getattr(self, name)
-            _require(f"mount {name} {path}", path.startswith("/"), "must be an absolute path", "write it from / on")
+            _require(
+                f"mount {name} {path}",
+                path.startswith("/"),
+                "must be an absolute path",
+                "write it from / on",
+            )
             _require(
                 f"mount {name} {path!r}",
                 not re.search(r"[:,\n]", path),
@@ -85,9 +93,11 @@ class Container:
     Attributes:
         image: a file (``.sqsh``, ``.sif``), or a registry's reference as the runtime writes it
             (``registry.site#nvidia/pytorch:25.10-py3``, ``docker://..``).
-        runtime: ``pyxis`` is a plugin of srun; ``apptainer`` and ``enroot`` are commands in front of ours.
+        runtime: ``pyxis`` is a plugin of srun; ``apptainer`` and ``enroot`` are commands in front
+            of ours.
         mounts: folders that it sees. Run, data and code must lie in them.
-        workdir: where commands start inside; None means the run's folder (with enroot: the image's).
+        workdir: where commands start inside; None means the run's folder (with enroot: the
+            image's).
         arguments: more arguments for srun (pyxis) or for the runtime's command.
     """
 
@@ -98,7 +108,12 @@ class Container:
     arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require("container.image", bool(self.image.strip()), "must not be empty", "name a file or a reference")
+        _require(
+            "container.image",
+            bool(self.image.strip()),
+            "must not be empty",
+            "name a file or a reference",
+        )
         _require(
             f"container.workdir={self.workdir}",
             self.workdir is None or self.runtime != "enroot",
@@ -108,10 +123,13 @@ class Container:
 
     @property
     def image_file(self) -> Path | None:
-        """The image as a file of this machine or the shared disk; None for a registry's reference."""
+        """The image as a file of this machine or the shared disk; None for a registry's
+        reference."""
         if re.match(r"[a-z]+://", self.image) or "#" in self.image:
             return None
-        looks_like_file = self.image.startswith(("/", "./", "../", "~")) or self.image.endswith((".sqsh", ".sif"))
+        looks_like_file = self.image.startswith(("/", "./", "../", "~")) or self.image.endswith(
+            (".sqsh", ".sif")
+        )
         if not looks_like_file and self.runtime == "pyxis":
             return None  # `ubuntu:24.04` is Docker Hub's
         return Path(self.image).expanduser()
@@ -139,21 +157,24 @@ class Profile:
         partition, qos, time, memory: as sbatch takes them. Memory is a node's.
         nodes: of a job, unless its layout or the command says otherwise.
         gpus_per_node: 0 for CPU nodes.
-        gpu_request: how a node's GPUs are asked for: ``--gpus-per-node``, ``--gres=gpu:N``, or not at
-            all (whole nodes).
+        gpu_request: how a node's GPUs are asked for: ``--gpus-per-node``, ``--gres=gpu:N``, or not
+            at all (whole nodes).
         ranks_per_node: None means one a GPU, or 1 without GPUs.
-        cpus_per_task: cores of a node's task, which holds all its ranks. None leaves it to the partition.
+        cpus_per_task: cores of a node's task, which holds all its ranks. None leaves it to the
+            partition.
         exclusive: take nodes whole.
         sbatch: more flags of sbatch, by name without dashes; true for a flag without value.
         srun: more arguments for the srun that starts the ranks (``--mpi=none``).
         container: None runs on the nodes as they are.
         modules: loaded with ``module load``.
         setup: lines of bash for the batch script, before anything is started.
-        environment: names of variables that jobs take from the shell that submits them; secrets go here.
+        environment: names of variables that jobs take from the shell that submits them; secrets go
+            here.
         variables: variables that are no secrets, with their values.
         python: interpreter; None means the one that submits, or ``python`` in a container.
         runs: folder of runs, on a disk that all nodes share.
-        packager: ``shared`` runs the code where it is; ``git`` copies the commit into the run's folder.
+        packager: ``shared`` runs the code where it is; ``git`` copies the commit into the run's
+            folder.
         grace_seconds: how long before the time limit the run is told to save.
         tries: how often a job that fails is started again without a new step.
     """
@@ -204,7 +225,9 @@ class Profile:
         for flag in self.sbatch:
             key = _OWN_FLAGS.get(flag)
             _require(f"sbatch.{flag}", key is None, f"has a key of its own, {key}", f"set {key}")
-            _require(f"sbatch.{flag}", flag not in _GIVEN_FLAGS, "is set by the job itself", "drop it")
+            _require(
+                f"sbatch.{flag}", flag not in _GIVEN_FLAGS, "is set by the job itself", "drop it"
+            )
             _require(
                 f"sbatch.{flag}",
                 re.fullmatch(r"[a-z][a-z0-9-]+", flag) is not None,
@@ -224,11 +247,19 @@ class Profile:
         }
         for name, least in lowest.items():
             value = getattr(self, name)
-            _require(f"{name}: {value}", value is None or value >= least, f"must be {least} or more", f"use {least}")
+            _require(
+                f"{name}: {value}",
+                value is None or value >= least,
+                f"must be {least} or more",
+                f"use {least}",
+            )
         if self.device == "cuda" or (self.device == "auto" and self.gpus_per_node):
             ranks, gpus = self.ranks_per_node, self.gpus_per_node
             _require(
-                "device: cuda without gpus_per_node", gpus > 0, "ranks need GPUs", "set gpus_per_node, or device: cpu"
+                "device: cuda without gpus_per_node",
+                gpus > 0,
+                "ranks need GPUs",
+                "set gpus_per_node, or device: cpu",
             )
             _require(
                 f"ranks_per_node: {ranks} with gpus_per_node: {gpus}",
@@ -269,7 +300,9 @@ class Profile:
     @property
     def resolved_ranks_per_node(self) -> int:
         """Ranks of a node."""
-        return self.ranks_per_node or max(1, self.gpus_per_node if self.resolved_device == "cuda" else 1)
+        return self.ranks_per_node or max(
+            1, self.gpus_per_node if self.resolved_device == "cuda" else 1
+        )
 
 
 def minutes(time: str) -> float:
@@ -284,9 +317,14 @@ def minutes(time: str) -> float:
     found = _TIME.fullmatch(time)
     if found is None:
         raise InputError(
-            f"time: {time}", rule="is no time of Slurm", fix='write it like "1-12:00:00", days-hours:minutes:seconds'
+            f"time: {time}",
+            rule="is no time of Slurm",
+            fix='write it like "1-12:00:00", days-hours:minutes:seconds',
         )
-    days, parts = found["days"], [int(part or 0) for part in (found["first"], found["second"], found["third"])]
+    days, parts = (
+        found["days"],
+        [int(part or 0) for part in (found["first"], found["second"], found["third"])],
+    )
     if days is not None or found["third"] is not None:
         hours, mins, seconds = parts
     else:
@@ -298,12 +336,12 @@ def read_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     """Read a site profile.
 
     Args:
-        name_or_path: a file (it has a ``/`` or ends in ``.yaml``), or the name of one in ``./profiles``,
-            ``$MELLUM2_PROFILES`` or ``~/.config/mellum2/profiles``.
+        name_or_path: a file (it has a ``/`` or ends in ``.yaml``), or the name of one in
+            ``./profiles``, ``$MELLUM2_PROFILES`` or ``~/.config/mellum2/profiles``.
 
     Raises:
-        InputError: no such profile, an unknown key (the nearest is named), a key given twice, a wrong value, or one
-            that looks like a secret.
+        InputError: no such profile, an unknown key (the nearest is named), a key given twice, a
+            wrong value, or one that looks like a secret.
     """
     path = find_profile(name_or_path)
     try:
@@ -328,7 +366,9 @@ def profile_folders() -> Iterator[Path]:
 
 def profile_names() -> tuple[str, ...]:
     """Return the names that `read_profile` finds, sorted."""
-    return tuple(sorted({path.stem for folder in profile_folders() for path in folder.glob("*.yaml")}))
+    return tuple(
+        sorted({path.stem for folder in profile_folders() for path in folder.glob("*.yaml")})
+    )
 
 
 def find_profile(name_or_path: str | os.PathLike[str]) -> Path:
@@ -359,7 +399,9 @@ def profile_from_yaml(text: str, *, name: str) -> Profile:
     except yaml.YAMLError as error:
         line, problem = yaml_problem(error)
         where = f"line {line}" if line else "the file"
-        raise InputError(where, rule=f"not a profile's YAML ({problem})", fix="see docs/examples/profiles") from None
+        raise InputError(
+            where, rule=f"not a profile's YAML ({problem})", fix="see docs/examples/profiles"
+        ) from None
     if isinstance(values, Mapping):
         values = {"name": name, **values}
     profile: Profile = _build(Profile, values, "")
@@ -378,13 +420,23 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in annotations:
-            raise InputError(key, rule="no such key in a profile", fix=nearest(str(name), annotations))
+            raise InputError(
+                key, rule="no such key in a profile", fix=nearest(str(name), annotations)
+            )
         special = _READERS.get(key)
-        arguments[name] = special(value, key) if special else from_plain(value, annotations[name], key)
+        arguments[name] = (
+            special(value, key) if special else from_plain(value, annotations[name], key)
+        )
     for entry in dataclasses.fields(cls):
-        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        required = (
+            entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        )
         if required and entry.name not in arguments:
-            raise InputError(f"{prefix}{entry.name} is missing", rule="it has no default", fix=f"add {entry.name}")
+            raise InputError(
+                f"{prefix}{entry.name} is missing",
+                rule="it has no default",
+                fix=f"add {entry.name}",
+            )
     return cls(**arguments)
 
 
@@ -392,7 +444,9 @@ def _text(value: Any, key: str) -> str | None:
     """Read text that YAML 1.1 likes to turn into numbers: 24:00:00 is 86400 to it."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise InputError(
-            f"{key}={value}", rule="YAML has read it as a number", fix=f'put it in quotes, like {key}: "{_QUOTED[key]}"'
+            f"{key}={value}",
+            rule="YAML has read it as a number",
+            fix=f'put it in quotes, like {key}: "{_QUOTED[key]}"',
         )
     text: str | None = from_plain(value, str | None, key)
     return text
@@ -407,7 +461,9 @@ def _container(value: Any, key: str) -> Container | None:
 
 def _mounts(value: Any, key: str) -> tuple[Mount, ...]:
     if not isinstance(value, list):
-        raise InputError(f"{key}: {value!r}", rule="must be a list", fix="write [/lustre, /data:/data:ro]")
+        raise InputError(
+            f"{key}: {value!r}", rule="must be a list", fix="write [/lustre, /data:/data:ro]"
+        )
     return tuple(_mount(each, f"{key}[{number}]") for number, each in enumerate(value))
 
 
@@ -415,14 +471,23 @@ def _mount(value: Any, key: str) -> Mount:
     if not isinstance(value, str):
         mount: Mount = _build(Mount, value, f"{key}.")
         return mount
-    source, target, flag = (*value.split(":"), "", "")[:3] if value.count(":") < 3 else ("", "", value)
+    source, target, flag = (
+        (*value.split(":"), "", "")[:3] if value.count(":") < 3 else ("", "", value)
+    )
     if flag not in ("", "ro", "rw") or not source:
-        raise InputError(f"{key}={value!r}", rule="is no mount", fix="write SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro")
+        raise InputError(
+            f"{key}={value!r}",
+            rule="is no mount",
+            fix="write SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro",
+        )
     return Mount(source=source, target=target or source, read_only=flag == "ro")
 
 
 def _flags(value: Any, key: str) -> dict[str, str | int | bool]:
-    return {name: from_plain(flag, str | int | bool, f"{key}.{name}") for name, flag in _mapping(value, key)}
+    return {
+        name: from_plain(flag, str | int | bool, f"{key}.{name}")
+        for name, flag in _mapping(value, key)
+    }
 
 
 def _variables(value: Any, key: str) -> dict[str, str]:
@@ -432,14 +497,20 @@ def _variables(value: Any, key: str) -> dict[str, str]:
             text = str(text)
         if not isinstance(text, str) or "\n" in text:
             # Not the value: what is written here by mistake may be a secret.
-            raise InputError(f"{key}.{name}", rule="must be one line of text", fix='put it in quotes, like "1"')
+            raise InputError(
+                f"{key}.{name}", rule="must be one line of text", fix='put it in quotes, like "1"'
+            )
         found[name] = text
     return found
 
 
 def _mapping(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise InputError(f"{key}: {type(value).__name__}", rule="must be a mapping of names to values", fix="use {}")
+        raise InputError(
+            f"{key}: {type(value).__name__}",
+            rule="must be a mapping of names to values",
+            fix="use {}",
+        )
     yield from value.items()
 
 

@@ -56,10 +56,27 @@ class Quickstart:
         self._step(
             "train",
             "train mellum2-tiny: two gloo ranks, experts divided between them, Muon, MTP, sliding windows",
-            ["train", "mellum2_tiny_pretrain", "--device", "cpu", "--nproc", "2", "--output", str(self.output)],
+            [
+                "train",
+                "mellum2_tiny_pretrain",
+                "--device",
+                "cpu",
+                "--nproc",
+                "2",
+                "--output",
+                str(self.output),
+            ],
             [f"data.path={self.data}", *self.overrides],
         )
-        export = ["convert", "export", "--megatron-path", str(self.output), "--hf-path", str(self.hf), "--overwrite"]
+        export = [
+            "convert",
+            "export",
+            "--megatron-path",
+            str(self.output),
+            "--hf-path",
+            str(self.hf),
+            "--overwrite",
+        ]
         self._step("export", "export to a Hugging Face folder in the released layout", export)
         parity = self._verify()
         texts = self._generate()
@@ -73,8 +90,17 @@ class Quickstart:
         if (self.data / "corpus.json").exists():
             self._announce("prepare", f"data: {self.data} is there already")
             return
-        words = ["data", "prepare", "--output", str(self.data), "--max-megabytes", f"{self.max_megabytes:g}"]
-        self._step("prepare", "make a corpus of the Python sources on this machine, and tokenize it", words)
+        words = [
+            "data",
+            "prepare",
+            "--output",
+            str(self.data),
+            "--max-megabytes",
+            f"{self.max_megabytes:g}",
+        ]
+        self._step(
+            "prepare", "make a corpus of the Python sources on this machine, and tokenize it", words
+        )
 
     def _verify(self) -> dict[str, Any]:
         from conversion.verification.verify import verify
@@ -86,10 +112,17 @@ class Quickstart:
         self.seconds["verify"] = time.monotonic() - start
         self.console.print(report.table())
         if not report.ok:
-            raise WorkError("Megatron's and transformers' logits differ", fix="see the table above; please report it")
+            raise WorkError(
+                "Megatron's and transformers' logits differ",
+                fix="see the table above; please report it",
+            )
         heads = {"main": report.main, "mtp": report.mtp}
         return {
-            name: {"max_error": head.max_error, "mean_error": head.mean_error, "relative_error": head.relative_error}
+            name: {
+                "max_error": head.max_error,
+                "mean_error": head.mean_error,
+                "relative_error": head.relative_error,
+            }
             for name, head in heads.items()
             if head is not None
         }
@@ -98,7 +131,9 @@ class Quickstart:
         from conversion.huggingface.generation import generate
 
         words = ["generate", "--hf-path", str(self.hf), "--prompt", PROMPT, "--use-mtp"]
-        self._announce("generate", "continue a text in transformers, without and with the MTP head", words)
+        self._announce(
+            "generate", "continue a text in transformers, without and with the MTP head", words
+        )
         start = time.monotonic()
         plain = generate(self.hf, PROMPT, max_new_tokens=NEW_TOKENS)
         drafted = generate(self.hf, PROMPT, use_mtp=True, max_new_tokens=NEW_TOKENS)
@@ -106,9 +141,14 @@ class Quickstart:
         self.console.print(plain.text, markup=False, highlight=False, style="cyan")
         if drafted.token_ids != plain.token_ids:
             raise WorkError(
-                "greedy text with and without the MTP head differs", fix="compare `mellum2 generate` with and without"
+                "greedy text with and without the MTP head differs",
+                fix="compare `mellum2 generate` with and without",
             )
-        return {"text": plain.text, "same_with_mtp": True, "mtp_generation_acceptance": drafted.acceptance_rate}
+        return {
+            "text": plain.text,
+            "same_with_mtp": True,
+            "mtp_generation_acceptance": drafted.acceptance_rate,
+        }
 
     def _summarize(self, parity: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
         from conversion.huggingface.generation import mtp_acceptance
@@ -121,7 +161,10 @@ class Quickstart:
         prepared = load_prepared(self.data)
         steps, losses = series(read_metrics(self.output / METRICS_FILE), "lm_loss", "valid")
         if not losses:
-            raise WorkError("no validation in metrics.jsonl", fix="set logging.eval_interval below the number of steps")
+            raise WorkError(
+                "no validation in metrics.jsonl",
+                fix="set logging.eval_interval below the number of steps",
+            )
         tokens = self._validation_tokens(run.data.sequence_length)
         return {
             "vocab_size": run.architecture.vocab_size,
@@ -182,20 +225,27 @@ class Quickstart:
         if code == 130:
             raise KeyboardInterrupt
         if code == 2:  # the step has said what is wrong
-            raise InputError(f"step {name}", rule="was refused (see above)", fix="follow its message")
+            raise InputError(
+                f"step {name}", rule="was refused (see above)", fix="follow its message"
+            )
         if code:
-            raise WorkError(f"step {name} failed with exit code {code} (see above)", fix="follow its message")
+            raise WorkError(
+                f"step {name} failed with exit code {code} (see above)", fix="follow its message"
+            )
 
     def _announce(self, name: str, what: str, words: Sequence[str] = ()) -> None:
         self.console.rule(f"[bold]{name}[/]: {what}", align="left")
         if words:
-            self.console.print(f"$ mellum2 {shlex.join(words)}", style="dim", soft_wrap=True, highlight=False)
+            self.console.print(
+                f"$ mellum2 {shlex.join(words)}", style="dim", soft_wrap=True, highlight=False
+            )
 
 
 def _call(command: Sequence[str]) -> int:
     """Run a command to its end and return its exit code.
 
-    An interrupt from the keyboard reaches the command too: it is given the time to end its own processes.
+    An interrupt from the keyboard reaches the command too: it is given the time to end its own
+        processes.
     """
     process = subprocess.Popen(command)
     try:

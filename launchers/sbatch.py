@@ -10,10 +10,17 @@ from launchers.profile import Container, Mount
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 
 WAIT_SECONDS = 60
-"""Once a node's agent has ended, the others get so long: a rank that waits for one that is gone may wait for ever."""
+"""Once a node's agent has ended, the others get so long: a rank that waits for one that is gone may
+wait for ever."""
 
 _ALWAYS = ("MASTER_ADDR", "MASTER_PORT", "MELLUM2_SERIES")
-_SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_NODEID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME")
+_SLURM = (
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_NODEID",
+    "SLURM_RESTART_COUNT",
+    "SLURMD_NODENAME",
+)
 
 
 def render(job: Job) -> str:
@@ -25,24 +32,35 @@ def render(job: Job) -> str:
         _RENDEZVOUS.strip(),
         "\n".join(_commands(job)),
         _RUN.strip(),
-        _CONTINUE.replace("@ARRAY@", ' --array="$SLURM_ARRAY_TASK_ID"' if job.tasks else "").strip(),
+        _CONTINUE.replace(
+            "@ARRAY@", ' --array="$SLURM_ARRAY_TASK_ID"' if job.tasks else ""
+        ).strip(),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def agent_arguments(job: Job) -> list[str]:
     """Return the arguments of ``python -m launchers.agent`` but the first, the run file."""
-    return ["--ranks", str(job.ranks_per_node), "--device", job.device, "--tries", str(job.profile.tries)]
+    return [
+        "--ranks",
+        str(job.ranks_per_node),
+        "--device",
+        job.device,
+        "--tries",
+        str(job.profile.tries),
+    ]
 
 
 def container_variables(job: Job) -> tuple[str, ...]:
-    """Return the names of the variables that ranks in a container must see as the batch script has them."""
+    """Return the names of the variables that ranks in a container must see as the batch script has
+    them."""
     code = ("PYTHONPATH",) if job.code else ()
     return (*_ALWAYS, *code, *job.profile.variables, *job.profile.environment)
 
 
 def log_files(job: Job) -> tuple[str, str]:
-    """Return the patterns of the batch script's log and of the nodes' logs, as Slurm fills them in."""
+    """Return the patterns of the batch script's log and of the nodes' logs, as Slurm fills them
+    in."""
     name = "%x-%A_%a" if job.tasks else "%x-%j"
     folder = str(job.folder / LOGS_FOLDER).replace("%", "%%")
     return f"{folder}/{name}.log", f"{folder}/{name}-node%n.log"
@@ -50,7 +68,9 @@ def log_files(job: Job) -> tuple[str, str]:
 
 def _header(job: Job) -> Iterator[str]:
     world = f"{job.nodes} node(s) x {job.ranks_per_node} {job.device} rank(s)"
-    yield f"# mellum2-megatron: {job.run.name} on {world}" + (f", {len(job.tasks)} of them" if job.tasks else "")
+    yield f"# mellum2-megatron: {job.run.name} on {world}" + (
+        f", {len(job.tasks)} of them" if job.tasks else ""
+    )
     yield "# Submitted again with sbatch it goes on from the last checkpoint."
 
 
@@ -67,8 +87,12 @@ def _directives(job: Job) -> Iterator[str]:
         "cpus-per-task": profile.cpus_per_task,
         "mem": profile.memory,
         "exclusive": profile.exclusive,
-        "gpus-per-node": job.gpus_per_node if profile.gpu_request == "gpus-per-node" and job.gpus_per_node else None,
-        "gres": f"gpu:{job.gpus_per_node}" if profile.gpu_request == "gres" and job.gpus_per_node else None,
+        "gpus-per-node": job.gpus_per_node
+        if profile.gpu_request == "gpus-per-node" and job.gpus_per_node
+        else None,
+        "gres": f"gpu:{job.gpus_per_node}"
+        if profile.gpu_request == "gres" and job.gpus_per_node
+        else None,
         "array": job.array,
         "dependency": ",".join(job.dependency) or None,
         "output": log_files(job)[0],
@@ -111,7 +135,8 @@ def _environment(job: Job) -> Iterator[str]:
 
 
 _RENDEZVOUS = r"""
-# All nodes meet at the first one, under the address by which Slurm itself reaches it, at a port of this start's own.
+# All nodes meet at the first one, under the address by which Slurm itself reaches it, at a port of
+# this start's own.
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol --oneliner show node "$head_node" | grep -o ' NodeAddr=[^ ]*' | cut -d = -f 2)
 export MASTER_ADDR=${MASTER_ADDR:-$head_node}
@@ -120,13 +145,22 @@ export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 2
 
 
 def _commands(job: Job) -> Iterator[str]:
-    """Define ``agent``, which runs the ranks of all nodes, and ``outcome``, which judges how they ended."""
+    """Define ``agent``, which runs the ranks of all nodes, and ``outcome``, which judges how they
+    ended."""
     profile, container = job.profile, job.profile.container
     inside = ""
     if container is not None:
-        yield from {"pyxis": _pyxis, "apptainer": _apptainer, "enroot": _enroot}[container.runtime](container, job)
+        yield from {"pyxis": _pyxis, "apptainer": _apptainer, "enroot": _enroot}[container.runtime](
+            container, job
+        )
         inside = '"${container[@]}" '
-    step = ["srun", "--ntasks-per-node=1", f"--wait={WAIT_SECONDS}", "--kill-on-bad-exit=0", "--open-mode=append"]
+    step = [
+        "srun",
+        "--ntasks-per-node=1",
+        f"--wait={WAIT_SECONDS}",
+        "--kill-on-bad-exit=0",
+        "--open-mode=append",
+    ]
     if profile.cpus_per_task is not None:  # since Slurm 22.05 srun does not take it from the job
         step.append(f"--cpus-per-task={profile.cpus_per_task}")
     python = inside + shlex.quote(job.python)
@@ -142,7 +176,8 @@ def _commands(job: Job) -> Iterator[str]:
 
 def _pyxis(container: Container, job: Job) -> Iterator[str]:
     """Define ``container`` as arguments of srun."""
-    # Pyxis hands on all variables, but where the image sets one too, the image's wins unless it is named.
+    # Pyxis hands on all variables, but where the image sets one too, the image's wins unless it is
+    # named.
     yield "container=("
     yield f"  {_words([f'--container-image={container.image_file or container.image}'])}"
     if container.mounts:
@@ -191,12 +226,17 @@ def _fstab(mount: Mount) -> str:
 
 
 def _words(words: Sequence[str]) -> str:
-    """Quote words for bash; also those with commas, which look like a mistake in an array (shellcheck SC2054)."""
-    return " ".join(f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words)
+    """Quote words for bash; also those with commas, which look like a mistake in an array
+    (shellcheck SC2054)."""
+    return " ".join(
+        f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word)
+        for word in words
+    )
 
 
 _RUN = r"""
-# Slurm tells this shell, not the ranks, that time runs out (--signal=B:): it tells them. They save and leave with 75.
+# Slurm tells this shell, not the ranks, that time runs out (--signal=B:): it tells them. They save
+# and leave with 75.
 told=
 signals=0
 step=
@@ -228,7 +268,8 @@ code=$?
 if [[ $code -ne 0 ]]; then exit "$code"; fi
 if [[ $told == TERM ]]; then exit 75; fi
 
-# Start again: the same job, or where that is not allowed another one, for which those that wait for this one then wait.
+# Start again: the same job, or where that is not allowed another one, for which those that wait for
+# this one then wait.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
 if scontrol requeue "$job"; then exit 75; fi
 next=$(env -u SLURM_RESTART_COUNT sbatch --parsable --dependency=afterany:"$SLURM_JOB_ID"@ARRAY@ "$0") || exit 1

@@ -1,4 +1,5 @@
-"""Slurm's commands, with its words in one clear error where they fail. Nothing here needs NeMo-Run."""
+"""Slurm's commands, with its words in one clear error where they fail. Nothing here needs
+NeMo-Run."""
 
 from __future__ import annotations
 
@@ -91,14 +92,19 @@ def job_number(word: str) -> tuple[str, int | None]:
     """
     found = _JOB.fullmatch(word)
     if found is None:
-        raise InputError(f"job {word!r}", rule="is no number of Slurm", fix="write it like 12, or 12_3 for a task")
+        raise InputError(
+            f"job {word!r}",
+            rule="is no number of Slurm",
+            fix="write it like 12, or 12_3 for a task",
+        )
     return found["job"], None if found["task"] is None else int(found["task"])
 
 
 def states(job_id: str) -> tuple[JobState, ...]:
     """Return the job, or each task of an array in order; nothing if Slurm no longer knows it.
 
-    The controller forgets a job some minutes after its end (``MinJobAge``); where accounting is on, it is asked then.
+    The controller forgets a job some minutes after its end (``MinJobAge``); where accounting is on,
+    it is asked then.
 
     Raises:
         InputError: no Slurm here.
@@ -143,7 +149,9 @@ def expand(tasks: str) -> tuple[int, ...]:
 def _parse(line: str) -> list[JobState]:
     """Read one line of ``scontrol --oneliner show job``."""
     values = dict(re.findall(r"(?:^|\s)([A-Za-z][A-Za-z:/_]*)=(\S*)", line))
-    log = re.search(r"\sStdOut=(/.*?)(?=\s[A-Za-z][A-Za-z:/]*=|\s*$)", line)  # a path may have blanks
+    log = re.search(
+        r"\sStdOut=(/.*?)(?=\s[A-Za-z][A-Za-z:/]*=|\s*$)", line
+    )  # a path may have blanks
     if "JobState" not in values:
         return []
     job, tasks = values.get("ArrayJobId") or values["JobId"], values.get("ArrayTaskId")
@@ -159,7 +167,9 @@ def _parse(line: str) -> list[JobState]:
             nodes=_known(values.get("NodeList")),
             elapsed=values.get("RunTime", ""),
             restarts=int(values.get("Restarts", 0)),
-            exit_code=int(values["ExitCode"].partition(":")[0]) if state in FINISHED and "ExitCode" in values else None,
+            exit_code=int(values["ExitCode"].partition(":")[0])
+            if state in FINISHED and "ExitCode" in values
+            else None,
             log=None if log is None else Path(log[1]),
         )
         for task in numbers
@@ -174,7 +184,16 @@ def _accounting(job_id: str) -> tuple[JobState, ...]:
     if shutil.which("sacct") is None:
         return ()
     fields = "JobID,State,Reason,JobName,NodeList,Elapsed,ExitCode"
-    done = _run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", f"--format={fields}"])
+    done = _run(
+        [
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            f"--jobs={job_id}",
+            f"--format={fields}",
+        ]
+    )
     if done.returncode:  # accounting is off: nobody knows any more
         return ()
     found = []
@@ -205,7 +224,12 @@ def _output(words: Sequence[str]) -> str:
 def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=_SECONDS, env={**os.environ, "LC_ALL": "C"}
+            words,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_SECONDS,
+            env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:
         raise WorkError(

@@ -1,4 +1,5 @@
-"""`mellum2 train`: from a recipe's name to running ranks, everything checked before the first of them starts."""
+"""`mellum2 train`: from a recipe's name to running ranks, everything checked before the first of
+them starts."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from mellum2_megatron.faults.stop_request import STOPPED
 from mellum2_megatron.planning.resolve import default_nproc, plan, resolve_device, resolve_run
 from mellum2_megatron.planning.rules import enforce
 from mellum2_megatron.planning.stage_chain import check_predecessor
-from mellum2_megatron.upstream.arguments import megatron_arguments
+from mellum2_megatron.upstream import megatron_arguments
 
 
 def start_local(
@@ -39,7 +40,8 @@ def start_local(
         verbose: keep Megatron's own output.
 
     Returns:
-        0, or 75 after SIGTERM or SIGUSR1 and a save, or 128 + the number of the signal that interrupted the ranks.
+        0, or 75 after SIGTERM or SIGUSR1 and a save, or 128 + the number of the signal that
+        interrupted the ranks.
 
     Raises:
         InputError: anything that cannot work.
@@ -66,7 +68,8 @@ def start_local(
 
 
 def _show(run: Run, device: str, nproc: int | None) -> None:
-    """Print the resolved run and Megatron's arguments, checked for the machine that the run is meant for."""
+    """Print the resolved run and Megatron's arguments, checked for the machine that the run is
+    meant for."""
     where, ranks = plan(run, device, nproc)
     enforce(run, world_size=ranks, device=where, machine=False)
     sys.stdout.write(to_yaml(run))

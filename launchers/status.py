@@ -1,4 +1,5 @@
-"""What became of a launch: states and logs. Slurm is asked, and the run's own records where it has forgotten."""
+"""What became of a launch: states and logs. Slurm is asked, and the run's own records where it has
+forgotten."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from launchers.slurm import JobState
 from mellum2_megatron.common.errors import InputError
 
 POLL_SECONDS = 2.0
-_GONE = {"done": "COMPLETED", "failed": "FAILED", "refused": "FAILED", "stopped": "REQUEUED", "ended": "CANCELLED"}
+_GONE = {
+    "done": "COMPLETED",
+    "failed": "FAILED",
+    "refused": "FAILED",
+    "stopped": "REQUEUED",
+    "ended": "CANCELLED",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +33,8 @@ class Status:
 
     Attributes:
         job_id: ``12`` or ``12_3``.
-        state: Slurm's word; of a job that it has forgotten, what the run's records say (``source``).
+        state: Slurm's word; of a job that it has forgotten, what the run's records say
+            (``source``).
         reason: why it waits, or how its last attempt ended.
         source: ``slurm``, ``records`` or ``nobody``.
         folder: of the run, if known.
@@ -66,7 +74,9 @@ def _of_folder(folder: Path) -> tuple[Path, str]:
     task = _task_of_array(folder)
     if launches and launches[-1].executor == "local":
         raise InputError(
-            str(folder), rule="was launched on this machine", fix="look at its terminal, or at metrics.jsonl there"
+            str(folder),
+            rule="was launched on this machine",
+            fix="look at its terminal, or at metrics.jsonl there",
         )
     if task is not None:
         return task
@@ -75,13 +85,15 @@ def _of_folder(folder: Path) -> tuple[Path, str]:
     if launches:
         return folder, launches[-1].job_id
     exists = "nothing was launched into it" if folder.is_dir() else "there is no such folder or job"
-    raise InputError(str(folder), rule=exists, fix="give a run's folder, or a number that squeue shows")
+    raise InputError(
+        str(folder), rule=exists, fix="give a run's folder, or a number that squeue shows"
+    )
 
 
 def _later(attempt: Attempt, launch: Launch) -> bool:
-    return attempt.series == launch.job_id or datetime.fromisoformat(attempt.began) > datetime.fromisoformat(
-        launch.time
-    )
+    return attempt.series == launch.job_id or datetime.fromisoformat(
+        attempt.began
+    ) > datetime.fromisoformat(launch.time)
 
 
 def _task_of_array(folder: Path) -> tuple[Path, str] | None:
@@ -104,13 +116,16 @@ def status(folder: Path | None, job_id: str) -> tuple[Status, ...]:
 
 
 def require_idle(folder: Path) -> None:
-    """Check that no job of this run folder waits or runs: two would overwrite each other's checkpoints.
+    """Check that no job of this run folder waits or runs: two would overwrite each other's
+    checkpoints.
 
     Raises:
         InputError: one does, or may still; it is named.
     """
     launches = [each for each in read_launches(folder) if each.executor == "slurm"]
-    jobs = dict.fromkeys([each.job_id for each in launches[-1:]] + [each.job for each in read_attempts(folder)[-1:]])
+    jobs = dict.fromkeys(
+        [each.job_id for each in launches[-1:]] + [each.job for each in read_attempts(folder)[-1:]]
+    )
     for state in (state for job in jobs for state in slurm.states(job)):
         if not state.finished:
             raise InputError(
@@ -123,7 +138,11 @@ def require_idle(folder: Path) -> None:
 def _expected(folder: Path | None, job_id: str) -> list[str]:
     """Return the jobs that there must have been."""
     launch = next((each for each in reversed(_launches(folder)) if each.job_id == job_id), None)
-    return [f"{job_id}_{number}" for number in range(launch.tasks)] if launch and launch.tasks else [job_id]
+    return (
+        [f"{job_id}_{number}" for number in range(launch.tasks)]
+        if launch and launch.tasks
+        else [job_id]
+    )
 
 
 def _launches(folder: Path | None) -> tuple[Launch, ...]:
@@ -137,8 +156,13 @@ def _status(job_id: str, state: JobState | None, folder: Path | None) -> Status:
     step = None if place is None or not place.is_dir() else reached_step(place)
     told = "" if last is None or last.kind is None or last.ended is None else last.reason
     if state is not None:
-        # How the last attempt ended matters of a job that is over or starts anew, not of one that runs.
-        reason = (state.reason or "") if state.state == "RUNNING" else "; ".join(filter(None, [state.reason, told]))
+        # How the last attempt ended matters of a job that is over or starts anew, not of one that
+        # runs.
+        reason = (
+            (state.reason or "")
+            if state.state == "RUNNING"
+            else "; ".join(filter(None, [state.reason, told]))
+        )
         return Status(
             job_id=job_id,
             state=state.state,
@@ -172,11 +196,14 @@ def _attempts(folder: Path | None) -> tuple[Attempt, ...]:
 
 
 def log_files(folder: Path, job_id: str) -> tuple[Path | None, dict[int, Path]]:
-    """Return a job's logs that are there: the batch script's, and the nodes' by their number in the job."""
+    """Return a job's logs that are there: the batch script's, and the nodes' by their number in the
+    job."""
     script, nodes = None, {}
     ending = re.compile(rf"-{job_id}(?:-node(?P<node>\d+))?\.log")
     for path in (folder / LOGS_FOLDER).glob(f"*-{job_id}*.log"):
-        found = next((each for each in ending.finditer(path.name) if each.end() == len(path.name)), None)
+        found = next(
+            (each for each in ending.finditer(path.name) if each.end() == len(path.name)), None
+        )
         if found is not None and found["node"]:
             nodes[int(found["node"])] = path
         elif found is not None:
@@ -199,7 +226,9 @@ def rank_log(folder: Path, job_id: str, rank: int | None = None) -> Path | None:
     last = launch.nodes * launch.ranks_per_node - 1
     rank = last if rank is None else rank
     if rank > last:
-        raise InputError(f"--rank {rank}", rule=f"the job has ranks 0 to {last}", fix=f"use one of 0 to {last}")
+        raise InputError(
+            f"--rank {rank}", rule=f"the job has ranks 0 to {last}", fix=f"use one of 0 to {last}"
+        )
     return nodes.get(rank // launch.ranks_per_node)
 
 

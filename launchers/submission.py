@@ -1,4 +1,5 @@
-"""From the words of `mellum2 launch` to jobs that have been checked: what would be submitted, and in which order."""
+"""From the words of `mellum2 launch` to jobs that have been checked: what would be submitted, and
+in which order."""
 
 from __future__ import annotations
 
@@ -64,11 +65,17 @@ def resolve(name: str, overrides: Sequence[str], output: str | os.PathLike[str] 
         found = recipe(name)
     else:
         known = [*recipe_names(), *COMMANDS]
-        raise InputError(f"{name!r}", rule="is no recipe, run file or command of launch", fix=nearest(name, known))
+        raise InputError(
+            f"{name!r}",
+            rule="is no recipe, run file or command of launch",
+            fix=nearest(name, known),
+        )
     found = apply_overrides(found, overrides)
     if output is None:
         return found
-    return dataclasses.replace(found, checkpoint=dataclasses.replace(found.checkpoint, output=os.fspath(output)))
+    return dataclasses.replace(
+        found, checkpoint=dataclasses.replace(found.checkpoint, output=os.fspath(output))
+    )
 
 
 def choose_profile(executor: str | None, name: str | None) -> Profile:
@@ -78,7 +85,9 @@ def choose_profile(executor: str | None, name: str | None) -> Profile:
         InputError: neither or no such option, an unknown profile, or one of the other kind.
     """
     if executor not in (None, "local", "slurm"):
-        raise InputError(f"--executor {executor}", rule="there are local and slurm", fix="use one of them")
+        raise InputError(
+            f"--executor {executor}", rule="there are local and slurm", fix="use one of them"
+        )
     if name is None:
         if executor == "local":
             return Profile(name="local", executor="local")
@@ -88,7 +97,9 @@ def choose_profile(executor: str | None, name: str | None) -> Profile:
             given,
             rule="a cluster's jobs need its profile",
             fix=(
-                f"add --profile ({', '.join(known)})" if known else "write one (docs/launching.md), add --profile FILE"
+                f"add --profile ({', '.join(known)})"
+                if known
+                else "write one (docs/launching.md), add --profile FILE"
             )
             + ("" if executor else ", or --executor local for this machine"),
         )
@@ -115,20 +126,26 @@ def prepare(
 ) -> Submission:
     """Return one run (or an array of it) as it would be submitted, checked. Writes nothing.
 
-    With ``show_only`` what is amiss with this machine's files (no data yet, no image, uncommitted changes) does not
+    With ``show_only`` what is amiss with this machine's files (no data yet, no image, uncommitted
+    changes) does not
     raise: it becomes the submission's ``problems``.
 
     Raises:
-        InputError: see `launchers.job.make_job`; uncommitted changes; a stage without its predecessor's checkpoint.
+        InputError: see `launchers.job.make_job`; uncommitted changes; a stage without its
+            predecessor's checkpoint.
     """
     if profile.executor == "local":
         profile = _here(profile, run, nproc)
         for option, value in {"--array": sweep, "--nodes": nodes, "--time": time}.items():
             if value:
-                raise InputError(option, rule="is for jobs on a cluster", fix="drop it, or use --executor slurm")
+                raise InputError(
+                    option, rule="is for jobs on a cluster", fix="drop it, or use --executor slurm"
+                )
         nodes = 1
     elif nproc is not None:
-        raise InputError(f"--nproc {nproc}", rule="is for this machine", fix="set ranks_per_node in the profile")
+        raise InputError(
+            f"--nproc {nproc}", rule="is for this machine", fix="set ranks_per_node in the profile"
+        )
     given = Submission(
         job=plan_job(run, profile, nodes=nodes, time=time, sweep=sweep),
         package=_package(run, profile),
@@ -155,7 +172,11 @@ def prepare_chain(
         InputError: see `prepare` and `mellum2_megatron.planning.stage_chain.stage_chain`.
     """
     if profile.executor == "local":
-        raise InputError(f"profile {profile.name}", rule="chains are Slurm's", fix="launch one stage after the other")
+        raise InputError(
+            f"profile {profile.name}",
+            rule="chains are Slurm's",
+            fix="launch one stage after the other",
+        )
     found: list[Submission] = []
     for run in stage_chain(stages, root=root.absolute()):
         before = found[-1].job if found else None
@@ -172,7 +193,8 @@ def prepare_chain(
 
 
 def split_stages(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the stages of a command line with their overrides: those before the first stage are everybody's.
+    """Return the stages of a command line with their overrides: those before the first stage are
+    everybody's.
 
     >>> split_stages(["seed=1", "a", "data.path=x", "b"])
     [('a', ('seed=1', 'data.path=x')), ('b', ('seed=1',))]
@@ -229,7 +251,8 @@ def _checked(given: Submission, *, show_only: bool) -> Submission:
 
 
 def _check_predecessors(runs: Sequence[Run]) -> None:
-    """Check what each run goes on from; see `mellum2_megatron.planning.stage_chain.check_predecessor`."""
+    """Check what each run goes on from; see
+    `mellum2_megatron.planning.stage_chain.check_predecessor`."""
     for run in runs:
         check_predecessor(run)
 

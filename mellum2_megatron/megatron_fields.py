@@ -1,4 +1,5 @@
-"""Old path, promised by docs/plugin.md: the module is now `mellum2_megatron.architecture.megatron_fields`."""
+"""Old path, promised by docs/plugin.md: the module is now
+`mellum2_megatron.architecture.megatron_fields`."""
 
 from mellum2_megatron.architecture.megatron_fields import architecture_arguments
 

@@ -1,4 +1,5 @@
-"""Old path, promised by docs/stages.md: the module is now `mellum2_megatron.planning.stage_chain`."""
+"""Old path, promised by docs/stages.md: the module is now
+`mellum2_megatron.planning.stage_chain`."""
 
 from mellum2_megatron.planning.stage_chain import check_predecessor, stage_chain
 

@@ -1,4 +1,5 @@
-"""One process without a GPU runs the CPU backend; with one, Megatron runs as it is and nothing of `cpu` is imported."""
+"""One process without a GPU runs the CPU backend; with one, Megatron runs as it is and nothing of
+`cpu` is imported."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 @pytest.fixture(scope="session")
 def trained(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Six uninterrupted steps on two ranks, the experts divided between them: to be read, or copied."""
+    """Six uninterrupted steps on two ranks, the experts divided between them: to be read, or
+    copied."""
     from tests.training.test_train import small_run, train
 
     folder = train(small_run(small_data, tmp_path_factory.mktemp("run") / "straight"), nproc=2)

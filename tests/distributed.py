@@ -1,8 +1,9 @@
 """Run one function in several processes that form a gloo world, quickly and without a TCP port.
 
-The processes are forked from a server that has activated the CPU backend and imported Megatron once (some 13 s of
-imports), so a run pays only for what it does. Each child initialises torch.distributed through a file store, writes
-its output into a file, which a failure shows, and returns what the function returns.
+The processes are forked from a server that has activated the CPU backend and imported Megatron once
+(some 13 s of imports), so a run pays only for what it does. Each child initialises
+torch.distributed through a file store, writes its output into a file, which a failure shows, and
+returns what the function returns.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def run_distributed(
     """Call ``function`` in ``nproc`` processes of one world and return their results, by rank.
 
     Args:
-        function: ``module:name``, importable from the repository root. Called as ``function(*args, **kwargs)``, after
-            ``torch.distributed`` is initialised; ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set.
+        function: ``module:name``, importable from the repository root. Called as ``function(*args,
+            **kwargs)``, after ``torch.distributed`` is initialised; ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set.
         nproc: number of processes.
         timeout: seconds after which all processes are killed.
         environment: variables for the children, on top of their own.
@@ -52,7 +53,13 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory(prefix="mellum2-world-") as folder:
         world = start_distributed(
-            function, nproc, *args, folder=Path(folder), environment=environment, backend=backend, **kwargs
+            function,
+            nproc,
+            *args,
+            folder=Path(folder),
+            environment=environment,
+            backend=backend,
+            **kwargs,
         )
         return world.results(timeout=timeout)
 
@@ -84,7 +91,8 @@ class World:
         self.processes, self.folder = processes, folder
 
     def results(self, *, timeout: float) -> list[Any]:
-        """Wait for every rank; return what each returned. One rank's failure ends the others after a short grace."""
+        """Wait for every rank; return what each returned. One rank's failure ends the others after
+        a short grace."""
         deadline = time.monotonic() + timeout
         while any(process.is_alive() for process in self.processes):
             if any(process.exitcode not in (None, 0) for process in self.processes):
@@ -98,11 +106,17 @@ class World:
         self.kill()
         codes = [process.exitcode for process in self.processes]
         if late or any(codes):
-            raise DistributedError(f"exit codes {codes}, still running: {late or 'none'}\n{self.output()}")
-        return [pickle.loads(self._file(rank, "result").read_bytes()) for rank in range(len(self.processes))]
+            raise DistributedError(
+                f"exit codes {codes}, still running: {late or 'none'}\n{self.output()}"
+            )
+        return [
+            pickle.loads(self._file(rank, "result").read_bytes())
+            for rank in range(len(self.processes))
+        ]
 
     def kill(self) -> None:
-        """End every process that is still there, and what it has started (Megatron's saver has a manager process)."""
+        """End every process that is still there, and what it has started (Megatron's saver has a
+        manager process)."""
         for process in self.processes:
             if process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -110,13 +124,18 @@ class World:
             process.join()
 
     def output(self, rank: int | None = None) -> str:
-        """What one rank, or each, has written to its standard output and error so far: the end of it."""
+        """What one rank, or each, has written to its standard output and error so far: the end of
+        it."""
         ranks = range(len(self.processes)) if rank is None else [rank]
         return "\n".join(f"--- rank {rank} ---\n{self._output(rank)}" for rank in ranks)
 
     def _output(self, rank: int) -> str:
         path = self._file(rank, "output")
-        return path.read_text(errors="replace")[-_SHOWN_OUTPUT:] if path.exists() else "(ended before it began)"
+        return (
+            path.read_text(errors="replace")[-_SHOWN_OUTPUT:]
+            if path.exists()
+            else "(ended before it began)"
+        )
 
     def _join(self, deadline: float) -> None:
         for process in self.processes:
@@ -136,15 +155,20 @@ def _child(
     environment: dict[str, str],
     backend: str,
 ) -> None:
-    """Body of each process: redirect output, join the world, call the function, leave its result."""
-    output = os.open(os.path.join(folder, f"output.{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    """Body of each process: redirect output, join the world, call the function, leave its
+    result."""
+    output = os.open(
+        os.path.join(folder, f"output.{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
+    )
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.setsid()  # a group of its own, to be killed whole
     os.environ.update(environment)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc)
+    )
     try:
         import torch
 

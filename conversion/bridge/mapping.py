@@ -1,7 +1,7 @@
 """Megatron-Bridge's mapping registry, made of the one table in `conversion.mapping`.
 
-Bridge names a Megatron weight as the model in memory does, the table as the checkpoint does; `parameter_pattern` is the
-difference. A ``*`` stands for a layer or an expert on both sides.
+Bridge names a Megatron weight as the model in memory does, the table as the checkpoint does;
+`parameter_pattern` is the difference. A ``*`` stands for a layer or an expert on both sides.
 """
 
 from __future__ import annotations
@@ -16,26 +16,34 @@ from conversion.mapping import PLACES, GroupedHeads, Place, Row, Same, StackedRo
 
 def mapping_registry() -> MegatronMappingRegistry:
     """Return the registry of every weight that a Mellum 2 model can have, MTP included."""
-    # Bridge goes by the names of Megatron's classes (models/conversion/param_mapping.py:1396-1434, 0.6.2).
+    # Bridge goes by the names of Megatron's classes (models/conversion/param_mapping.py:1396-1434,
+    # 0.6.2).
     AutoMapping.register_module_type("Mellum2Router", "replicated")
-    return MegatronMappingRegistry(*(_mapping(place, row) for place in PLACES for row in place.rows))
+    return MegatronMappingRegistry(
+        *(_mapping(place, row) for place in PLACES for row in place.rows)
+    )
 
 
 def parameter_pattern(place: Place, row: Row) -> str:
     """Return the name of a row's weight in the model, where the checkpoint has another.
 
-    The checkpoint has one tensor for all layers and all experts, and calls the MTP layer's ``mtp_model_layer``
-    ``transformer_layer`` (megatron/core/transformer/multi_token_prediction.py:1551-1558, 0.19.2). Transformer Engine's
+    The checkpoint has one tensor for all layers and all experts, and calls the MTP layer's
+    ``mtp_model_layer`` ``transformer_layer``
+    (megatron/core/transformer/multi_token_prediction.py:1551-1558, 0.19.2). Transformer Engine's
     grouped linear has one weight an expert, numbered from 0.
     """
-    prefix = place.megatron.replace(".transformer_layer.", ".mtp_model_layer.") + "*." * place.layer_axis
+    prefix = (
+        place.megatron.replace(".transformer_layer.", ".mtp_model_layer.") + "*." * place.layer_axis
+    )
     name = row.megatron.replace("experts.experts.", "experts.")
     return prefix + name + "*" * row.per_expert
 
 
 def _mapping(place: Place, row: Row) -> Any:
     megatron = parameter_pattern(place, row)
-    names = [(place.huggingface + name).format(layer="*", expert="*") for name, _ in row.huggingface]
+    names = [
+        (place.huggingface + name).format(layer="*", expert="*") for name, _ in row.huggingface
+    ]
     if isinstance(row.transform, Same):
         return AutoMapping(megatron, *names)
     if isinstance(row.transform, GroupedHeads):
@@ -44,4 +52,6 @@ def _mapping(place: Place, row: Row) -> Any:
     if isinstance(row.transform, StackedRows):
         gate, up = names
         return GatedMLPMapping(megatron, gate=gate, up=up)
-    raise TypeError(f"{row.megatron}: Megatron-Bridge has no mapping for {type(row.transform).__name__}")
+    raise TypeError(
+        f"{row.megatron}: Megatron-Bridge has no mapping for {type(row.transform).__name__}"
+    )

@@ -1,4 +1,5 @@
-"""The two classes that Megatron-Bridge 0.6.2 asks for: a provider that builds the model, a bridge that fills it.
+"""The two classes that Megatron-Bridge 0.6.2 asks for: a provider that builds the model, a bridge
+that fills it.
 
 Importing this module registers them; `conversion.bridge` is the one to import.
 """
@@ -41,11 +42,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Mellum2ModelProvider(GPTModelProvider):
-    """Bridge's provider of a Mellum 2 model: its fields are Megatron's configuration, its layers are ours.
+    """Bridge's provider of a Mellum 2 model: its fields are Megatron's configuration, its layers
+    are ours.
 
     Attributes:
-        architecture: `Mellum2Architecture.to_dict()`; a plain dictionary, so that ``run_config.yaml`` can hold it. The
-            other fields must describe the same model, `mtp_num_layers` excepted: 0 or None leaves the MTP head out.
+        architecture: `Mellum2Architecture.to_dict()`; a plain dictionary, so that
+            ``run_config.yaml`` can hold it. The other fields must describe the same model,
+            `mtp_num_layers` excepted: 0 or None leaves the MTP head out.
     """
 
     architecture: dict[str, Any] | None = None
@@ -54,7 +57,8 @@ class Mellum2ModelProvider(GPTModelProvider):
     def from_architecture(
         cls, architecture: Mellum2Architecture, dtype: torch.dtype = torch.bfloat16
     ) -> Mellum2ModelProvider:
-        """Return the provider of a model with weights of `dtype`; change its fields, then `finalize` it."""
+        """Return the provider of a model with weights of `dtype`; change its fields, then
+        `finalize` it."""
         return cls(
             **provider_fields(architecture),
             activation_func=torch.nn.functional.silu,
@@ -67,10 +71,14 @@ class Mellum2ModelProvider(GPTModelProvider):
         """Complete the configuration once no field changes any more.
 
         Raises:
-            InputError: there is no architecture, or the fields describe another model; all differences are named.
+            InputError: there is no architecture, or the fields describe another model; all
+                differences are named.
         """
         architecture = self.built_architecture()
-        if self.architecture is not None and architecture.num_mtp_layers != self.architecture["num_mtp_layers"]:
+        if (
+            self.architecture is not None
+            and architecture.num_mtp_layers != self.architecture["num_mtp_layers"]
+        ):
             logger.warning(
                 "mtp_num_layers=%r: the model is built without its MTP head, and what is exported from it lacks mtp.*; "
                 "set mtp_num_layers=%d to keep it",
@@ -84,7 +92,8 @@ class Mellum2ModelProvider(GPTModelProvider):
         require_matching_config(self, architecture)
 
     def built_architecture(self) -> Mellum2Architecture:
-        """Return the architecture of the model that `provide` builds: without the MTP head where that is off.
+        """Return the architecture of the model that `provide` builds: without the MTP head where
+        that is off.
 
         Raises:
             InputError: there is no architecture, or not a valid one.
@@ -99,16 +108,21 @@ class Mellum2ModelProvider(GPTModelProvider):
         return architecture if self.mtp_num_layers else architecture.replace(num_mtp_layers=0)
 
     def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
     ) -> GPTModel:
         """Build this rank's part of the model from Mellum 2's layer specs.
 
         Args:
-            pre_process, post_process: whether it holds the embedding, and the head; None asks the process groups.
+            pre_process, post_process: whether it holds the embedding, and the head; None asks the
+                process groups.
             vp_stage: virtual pipeline stage.
 
         Raises:
-            InputError: the fields describe another model than `architecture`, or Transformer Engine is missing.
+            InputError: the fields describe another model than `architecture`, or Transformer Engine
+                is missing.
         """
         stages = {"vp_stage": vp_stage, "vp_size": self.virtual_pipeline_model_parallel_size}
         if pre_process is None:
@@ -138,7 +152,8 @@ class Mellum2ModelProvider(GPTModelProvider):
     source="MellumForCausalLM", target=GPTModel, provider=Mellum2ModelProvider, model_type="mellum"
 )
 class Mellum2Bridge(MegatronModelBridge):
-    """Weights and configuration of Mellum 2 between Hugging Face's layout and a Megatron model in memory."""
+    """Weights and configuration of Mellum 2 between Hugging Face's layout and a Megatron model in
+    memory."""
 
     def provider_bridge(self, hf_pretrained: Any) -> Mellum2ModelProvider:
         """Return the provider for a Hugging Face model.
@@ -153,23 +168,31 @@ class Mellum2Bridge(MegatronModelBridge):
     @classmethod
     def megatron_to_hf_config(cls, provider: Mellum2ModelProvider) -> dict[str, Any]:
         """Return the ``config.json`` of a provider's model."""
-        return to_hf_config(provider.built_architecture(), str(provider.params_dtype).removeprefix("torch."))
+        return to_hf_config(
+            provider.built_architecture(), str(provider.params_dtype).removeprefix("torch.")
+        )
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Return the mapping of every weight, MTP included."""
         return mapping_registry()
 
-    def build_conversion_tasks(self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    def build_conversion_tasks(
+        self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any
+    ) -> list[Any]:
         """Return Bridge's conversion tasks, complete.
 
-        Bridge's own version logs a warning for a weight that it finds no mapping or no tensor for, and goes on with
-        what the model was initialised with (models/conversion/model_bridge.py:1725-1742, 0.6.2); tensors of the folder
-        that nothing asks for it does not look at.
+        Bridge's own version logs a warning for a weight that it finds no mapping or no tensor for,
+        and goes on with what the model was initialised with
+        (models/conversion/model_bridge.py:1725-1742, 0.6.2); tensors of the folder that nothing
+        asks for it does not look at.
 
         Raises:
-            InputError: a weight of the model without a mapping, or a tensor missing in or left over from the folder.
+            InputError: a weight of the model without a mapping, or a tensor missing in or left over
+                from the folder.
         """
-        tasks: list[Any] = super().build_conversion_tasks(hf_pretrained, megatron_model, *args, **kwargs)
+        tasks: list[Any] = super().build_conversion_tasks(
+            hf_pretrained, megatron_model, *args, **kwargs
+        )
         parameters = self._megatron_global_param_names_all_pp_ranks(megatron_model)
         if unmapped := [name for name, task in zip(parameters, tasks, strict=True) if task is None]:
             raise InputError(
@@ -178,7 +201,8 @@ class Mellum2Bridge(MegatronModelBridge):
                 fix="build the model with Mellum2ModelProvider",
             )
         if hasattr(hf_pretrained, "state"):
-            # A rank has tasks for its own experts only, so what the folder holds is compared with the whole table.
+            # A rank has tasks for its own experts only, so what the folder holds is compared with
+            # the whole table.
             architecture = _built_architecture(megatron_model)
             wanted = set(huggingface_shapes(derive(architecture)))
             _require_all(wanted, set(hf_pretrained.state.source.get_all_keys()), hf_pretrained)
@@ -208,8 +232,14 @@ def _require_all(wanted: set[str], there: set[str], hf_pretrained: Any) -> None:
             else "give the complete folder; `mellum2 convert stitch-mtp` puts a lost MTP head back",
         )
     extra = sorted(there - wanted)
-    if extra and all(name.startswith("mtp.") for name in extra) and not any(n.startswith("mtp.") for n in wanted):
-        logger.warning("%s: its MTP head is left aside, for the Megatron model was built without one", where)
+    if (
+        extra
+        and all(name.startswith("mtp.") for name in extra)
+        and not any(n.startswith("mtp.") for n in wanted)
+    ):
+        logger.warning(
+            "%s: its MTP head is left aside, for the Megatron model was built without one", where
+        )
     elif extra:
         raise InputError(
             f"{where}: {listed(extra)} not part of the Megatron model",

@@ -1,4 +1,5 @@
-"""Mellum 2 for Megatron-Bridge 0.6.2, and for NeMo-RL through it: importing this module registers it.
+"""Mellum 2 for Megatron-Bridge 0.6.2, and for NeMo-RL through it: importing this module registers
+it.
 
 ::
 
@@ -34,6 +35,7 @@ except ImportError as error:
 
 __all__ = ["BridgeImportError", "Mellum2Bridge", "Mellum2ModelProvider"]
 
-# From a ``run_config.yaml`` Bridge builds classes of packages that it knows, and those that it was told of.
+# From a ``run_config.yaml`` Bridge builds classes of packages that it knows, and those that it was
+# told of.
 target_allowlist.add_exact(PROVIDER)
 register_fallback_config()

@@ -1,7 +1,9 @@
-"""Mellum's configuration class for a transformers that has none (before 5.10.1) or none with MTP fields (before 5.20).
+"""Mellum's configuration class for a transformers that has none (before 5.10.1) or none with MTP
+fields (before 5.20).
 
-Megatron-Bridge 0.6.2 wants transformers <= 5.12.1 and NeMo-RL an older one still; both read ``config.json`` through
-`AutoConfig`. Nothing is registered when this module is imported; `register_fallback_config` does, when asked.
+Megatron-Bridge 0.6.2 wants transformers <= 5.12.1 and NeMo-RL an older one still; both read
+``config.json`` through `AutoConfig`. Nothing is registered when this module is imported;
+`register_fallback_config` does, when asked.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ MODEL_TYPE = "mellum"
 
 
 def register_fallback_config() -> bool:
-    """Register a `MellumConfig` with `AutoConfig` if transformers has none, or none with MTP fields; say which.
+    """Register a `MellumConfig` with `AutoConfig` if transformers has none, or none with MTP
+    fields; say which.
 
     Where transformers has Mellum's model, `AutoModelForCausalLM` goes on finding it.
 
@@ -26,7 +29,10 @@ def register_fallback_config() -> bool:
 
     host, version = host_config(), transformers.__version__
     if host is not None and _has_mtp_fields(host):
-        logger.info("AutoConfig of transformers %s knows a MellumConfig with MTP fields: nothing registered", version)
+        logger.info(
+            "AutoConfig of transformers %s knows a MellumConfig with MTP fields: nothing registered",
+            version,
+        )
         return False
     missing = "MellumConfig" if host is None else "MTP fields of MellumConfig"
     logger.warning("transformers %s has no %s: registering this project's", version, missing)
@@ -48,7 +54,8 @@ def _has_mtp_fields(config: type) -> bool:
 
 
 def _plain_config() -> type:
-    """Return the configuration of a Mellum without MTP: models/mellum/configuration_mellum.py, 5.12.1."""
+    """Return the configuration of a Mellum without MTP: models/mellum/configuration_mellum.py,
+    5.12.1."""
     from transformers import PreTrainedConfig
 
     class MellumConfig(PreTrainedConfig):
@@ -95,7 +102,9 @@ def _plain_config() -> type:
                     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                 }
-            super().__post_init__(**kwargs, ignore_keys_at_rope_validation={"sliding_attention", "full_attention"})
+            super().__post_init__(
+                **kwargs, ignore_keys_at_rope_validation={"sliding_attention", "full_attention"}
+            )
 
         def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
             return kwargs  # one entry a layer type, and no older format to read
@@ -106,7 +115,8 @@ def _plain_config() -> type:
 def _with_mtp_fields(base: Any) -> type:
     """Return `base` with the MTP fields of transformers 5.20 and later.
 
-    It keeps its name, by which `AutoModelForCausalLM` finds the model class (models/auto/auto_factory.py, 5.12.1).
+    It keeps its name, by which `AutoModelForCausalLM` finds the model class
+    (models/auto/auto_factory.py, 5.12.1).
     """
 
     class MellumConfig(base):  # type: ignore[misc]

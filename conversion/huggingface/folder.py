@@ -1,8 +1,8 @@
 """Hugging Face model folders, read: everything checked first, then tensor by tensor.
 
-`HfFolder.open` checks everything a folder can be checked for without reading weights (config, index, every safetensors
-header against the architecture) and raises one InputError that says what is wrong. Only safetensors files are opened;
-pickled weights (``*.bin``, ``*.pt``) never are.
+`HfFolder.open` checks everything a folder can be checked for without reading weights (config,
+index, every safetensors header against the architecture) and raises one InputError that says what
+is wrong. Only safetensors files are opened; pickled weights (``*.bin``, ``*.pt``) never are.
 """
 
 from __future__ import annotations
@@ -53,14 +53,17 @@ def torch_dtype(name: str) -> torch.dtype:
     """``"bfloat16"`` -> ``torch.bfloat16``; InputError unless it is one of `DTYPES`."""
     if name not in DTYPES:
         raise InputError(
-            f"dtype={name!r}", rule="weights are stored as one of " + ", ".join(DTYPES), fix="use bfloat16"
+            f"dtype={name!r}",
+            rule="weights are stored as one of " + ", ".join(DTYPES),
+            fix="use bfloat16",
         )
     return DTYPES[name][1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """What a safetensors header says of one tensor; ``begin`` is where its bytes begin in the file."""
+    """What a safetensors header says of one tensor; ``begin`` is where its bytes begin in the
+    file."""
 
     file: Path
     dtype: str
@@ -79,7 +82,9 @@ class HfFolder:
         nbytes: size of its tensors.
     """
 
-    def __init__(self, path: Path, architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]) -> None:
+    def __init__(
+        self, path: Path, architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]
+    ) -> None:
         self.path = path
         self.architecture = architecture
         self.entries = derive(architecture)
@@ -88,8 +93,14 @@ class HfFolder:
         check_names(path, self.entries, tensors, self._fused, architecture)
         check_shapes(path, huggingface_shapes(self.entries), tensors, self._fused)
         self.dtype = one_dtype(path, tensors)
-        self.nbytes = sum(math.prod(tensor.shape) for tensor in tensors.values()) * self.dtype.itemsize
-        self._slices = {released: part for fused in self._fused.values() for released, part in fused.slices.items()}
+        self.nbytes = (
+            sum(math.prod(tensor.shape) for tensor in tensors.values()) * self.dtype.itemsize
+        )
+        self._slices = {
+            released: part
+            for fused in self._fused.values()
+            for released, part in fused.slices.items()
+        }
         self._stack = ExitStack()
         self._open: dict[Path, BinaryIO] = {}
         self._lock = threading.Lock()
@@ -99,30 +110,44 @@ class HfFolder:
         """Validate the folder at ``path``.
 
         Args:
-            lost_mtp: the folder has no MTP head, although its config.json may announce one: read it as a model without.
+            lost_mtp: the folder has no MTP head, although its config.json may announce one: read it
+                as a model without.
 
         Raises:
-            InputError: no such folder; a missing or malformed config.json or index; a config of another architecture;
-                only pickled weights; a truncated or malformed safetensors file; tensors missing, extra, duplicated,
-                misshapen, or of mixed or unsupported dtype.
+            InputError: no such folder; a missing or malformed config.json or index; a config of
+                another architecture; only pickled weights; a truncated or malformed safetensors
+                file; tensors missing, extra, duplicated, misshapen, or of mixed or unsupported
+                dtype.
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise InputError(str(folder), rule="it must be a folder", fix="give the Hugging Face model's folder")
+            raise InputError(
+                str(folder), rule="it must be a folder", fix="give the Hugging Face model's folder"
+            )
         architecture, tensors = read_config(folder), read_headers(folder)
         if lost_mtp:
             architecture = architecture.replace(num_mtp_layers=0)
             if any(name.startswith("mtp.") for name in tensors):
-                raise InputError(f"{folder} has an MTP head", rule="only a lost one is put back", fix="use it as it is")
+                raise InputError(
+                    f"{folder} has an MTP head",
+                    rule="only a lost one is put back",
+                    fix="use it as it is",
+                )
         opened = cls(folder, architecture, tensors)
         config = read_json(folder / CONFIG_FILE, "it was just there")
         announced = config.get("dtype", config.get("torch_dtype"))
         if announced is not None and announced != dtype_name(opened.dtype):
-            logger.warning("%s announces dtype %s; its tensors are %s", folder, announced, dtype_name(opened.dtype))
+            logger.warning(
+                "%s announces dtype %s; its tensors are %s",
+                folder,
+                announced,
+                dtype_name(opened.dtype),
+            )
         return opened
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return the tensor of released name ``name``, cut out of a fused expert tensor where that is stored.
+        """Return the tensor of released name ``name``, cut out of a fused expert tensor where that
+        is stored.
 
         Any thread may call it.
         """
@@ -135,19 +160,26 @@ class HfFolder:
             begin += (part.expert * rows + part.rows.start) * columns * self.dtype.itemsize
         with self._lock:
             if stored.file not in self._open:
-                self._open[stored.file] = self._stack.enter_context(stored.file.open("rb", buffering=0))
+                self._open[stored.file] = self._stack.enter_context(
+                    stored.file.open("rb", buffering=0)
+                )
         return _read(self._open[stored.file], begin, shape, self.dtype)
 
     @property
     def files(self) -> list[Path]:
         """The files that say what the model is: config.json and those of the weights."""
-        return sorted({self.path / CONFIG_FILE, *(tensor.file for tensor in self._tensors.values())})
+        return sorted(
+            {self.path / CONFIG_FILE, *(tensor.file for tensor in self._tensors.values())}
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._open.clear()
         self._stack.close()
@@ -159,17 +191,22 @@ def read_config(folder: Path) -> Mellum2Architecture:
     try:
         return from_hf_config(config)
     except InputError as error:
-        raise InputError(f"{folder / CONFIG_FILE}: {error.value}", rule=error.rule, fix=error.fix) from error
+        raise InputError(
+            f"{folder / CONFIG_FILE}: {error.value}", rule=error.rule, fix=error.fix
+        ) from error
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """Read a JSON object; InputError when it is absent, malformed, not an object, or names a key twice."""
+    """Read a JSON object; InputError when it is absent, malformed, not an object, or names a key
+    twice."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing", rule=why, fix="give a complete folder") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), rule=f"it must be readable ({error})", fix="check the file") from error
+        raise InputError(
+            str(path), rule=f"it must be readable ({error})", fix="check the file"
+        ) from error
     return _parse_json(text, str(path))
 
 
@@ -178,24 +215,32 @@ def _parse_json(text: str, where: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name, value in pairs:
             if name in result:
-                raise InputError(f"{where}: key {name!r} twice", rule="a key may appear once", fix="remove one of them")
+                raise InputError(
+                    f"{where}: key {name!r} twice",
+                    rule="a key may appear once",
+                    fix="remove one of them",
+                )
             result[name] = value
         return result
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
     except ValueError as error:
-        raise InputError(where, rule=f"it must be valid JSON ({error})", fix="copy the file again") from error
+        raise InputError(
+            where, rule=f"it must be valid JSON ({error})", fix="copy the file again"
+        ) from error
     if not isinstance(value, dict):
         raise InputError(where, rule="it must hold a JSON object", fix="copy the file again")
     return value
 
 
-# -- reading: which files, what is in them ----------------------------------------------------------------------------
+# -- reading: which files, what is in them
+# ----------------------------------------------------------------------------
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the folder's safetensors files; the index, if any, must agree with the files."""
+    """Return every tensor of the folder's safetensors files; the index, if any, must agree with the
+    files."""
     index = folder / INDEX_FILE
     found = sorted(folder.glob("*.safetensors"))
     weight_map = _read_index(index) if index.exists() else None
@@ -232,13 +277,23 @@ def _refuse_no_weights(folder: Path) -> None:
             rule="only safetensors weights are read; pickled files can run code and are never opened",
             fix="save the model as safetensors where you trust its source",
         )
-    raise InputError(f"{folder}: no *.safetensors", rule="the folder must hold weights", fix="give a complete folder")
+    raise InputError(
+        f"{folder}: no *.safetensors",
+        rule="the folder must hold weights",
+        fix="give a complete folder",
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path, "it is named here").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError(str(path), rule="weight_map must map tensor names to file names", fix="copy the index again")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise InputError(
+            str(path),
+            rule="weight_map must map tensor names to file names",
+            fix="copy the index again",
+        )
     return weight_map
 
 
@@ -257,11 +312,19 @@ def _check_index_files(folder: Path, named: set[str], found: set[str]) -> None:
         )
 
 
-def _check_index_names(index: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
-    wrong = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file)
+def _check_index_names(
+    index: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]
+) -> None:
+    wrong = sorted(
+        name
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].file.name != file
+    )
     if wrong:
         raise InputError(
-            f"{index}: {listed(wrong)}", rule="a tensor must be in the file the index names", fix="copy both again"
+            f"{index}: {listed(wrong)}",
+            rule="a tensor must be in the file the index names",
+            fix="copy both again",
         )
     if unlisted := sorted(set(tensors) - set(weight_map)):
         raise InputError(
@@ -289,20 +352,26 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(
-            file=file, dtype=info["dtype"], shape=tuple(info["shape"]), begin=8 + size + info["data_offsets"][0]
+            file=file,
+            dtype=info["dtype"],
+            shape=tuple(info["shape"]),
+            begin=8 + size + info["data_offsets"][0],
         )
         for name, info in header.items()
     }
 
 
 def _read(stream: BinaryIO, begin: int, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-    """Read a tensor's bytes into memory of its own: no mapping of a whole file, no seek to share."""
+    """Read a tensor's bytes into memory of its own: no mapping of a whole file, no seek to
+    share."""
     tensor = torch.empty(shape, dtype=dtype)
     view, done = tensor_bytes(tensor), 0
     while done < len(view):
         count = os.preadv(stream.fileno(), [view[done:]], begin + done)
         if not count:
-            raise InputError(stream.name, rule="it must not shrink while it is read", fix="convert a copy of it")
+            raise InputError(
+                stream.name, rule="it must not shrink while it is read", fix="convert a copy of it"
+            )
         done += count
     return tensor
 
@@ -313,18 +382,24 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """Refuse a link that leaves the folder; the Hugging Face cache's own (``snapshots/X/f -> blobs/Y``) may."""
+    """Refuse a link that leaves the folder; the Hugging Face cache's own (``snapshots/X/f ->
+    blobs/Y``) may."""
     real, home = file.resolve(), folder.resolve()
     if not real.is_relative_to(home) and not real.is_relative_to(home.parent.parent / "blobs"):
         raise InputError(
-            f"{file} -> {real}", rule="a link may not leave the model's folder", fix="copy the file itself into it"
+            f"{file} -> {real}",
+            rule="a link may not leave the model's folder",
+            fix="copy the file itself into it",
         )
 
 
-# -- reading: against the architecture --------------------------------------------------------------------------------
+# -- reading: against the architecture
+# --------------------------------------------------------------------------------
 
 
-def present_fused(architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]) -> dict[str, FusedTensor]:
+def present_fused(
+    architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]
+) -> dict[str, FusedTensor]:
     """Those of transformers' fused expert tensors that a folder stores."""
     return {name: fused for name, fused in fused_experts(architecture).items() if name in tensors}
 
@@ -347,7 +422,9 @@ def check_names(
             )
         expected = expected - set(part.slices) | {part.name}
     if missing := sorted(expected - set(tensors)):
-        lost_mtp = all(name.startswith("mtp.") for name in missing) and not any(n.startswith("mtp.") for n in tensors)
+        lost_mtp = all(name.startswith("mtp.") for name in missing) and not any(
+            n.startswith("mtp.") for n in tensors
+        )
         raise InputError(
             f"{folder}: {listed(missing)} missing",
             rule=f"{CONFIG_FILE} describes a model that has them",
@@ -357,7 +434,9 @@ def check_names(
             else "give a complete checkpoint whose config.json is its own",
         )
     if extra := sorted(set(tensors) - expected):
-        only_mtp = all(name.startswith("mtp.") for name in extra) and not architecture.num_mtp_layers
+        only_mtp = (
+            all(name.startswith("mtp.") for name in extra) and not architecture.num_mtp_layers
+        )
         raise InputError(
             f"{folder}: {listed(extra)} not part of the model",
             rule=f"{CONFIG_FILE} describes a model without them",
@@ -368,7 +447,10 @@ def check_names(
 
 
 def check_shapes(
-    folder: Path, shapes: dict[str, Shape], tensors: dict[str, StoredTensor], fused: dict[str, FusedTensor]
+    folder: Path,
+    shapes: dict[str, Shape],
+    tensors: dict[str, StoredTensor],
+    fused: dict[str, FusedTensor],
 ) -> None:
     """Refuse tensors of another shape than the architecture gives them."""
     expected = shapes | {name: part.shape for name, part in fused.items()}

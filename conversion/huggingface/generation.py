@@ -1,12 +1,15 @@
-"""Text from a Hugging Face folder, by transformers' own generation, with or without the MTP head as its drafter.
+"""Text from a Hugging Face folder, by transformers' own generation, with or without the MTP head as
+its drafter.
 
 Two rates say how good the MTP head is; they are different questions.
 
-* :attr:`Generation.acceptance_rate`, of one generated text: tokens that the MTP head drafted and the model then
-  confirmed and kept, divided by all drafted tokens. One token is drafted a step, so it is also the share of steps that
-  yield two tokens at once. A drafted token cut off by the length limit or the end of text counts as not accepted.
-* :func:`mtp_acceptance`, over given text: the share of positions where the head's most likely token for position t + 2,
-  seen from t with the true token t + 1, is the model's own most likely token for t + 2, seen from the true token t + 1.
+* :attr:`Generation.acceptance_rate`, of one generated text: tokens that the MTP head drafted and
+  the model then confirmed and kept, divided by all drafted tokens. One token is drafted a step, so
+  it is also the share of steps that yield two tokens at once. A drafted token cut off by the length
+  limit or the end of text counts as not accepted.
+* :func:`mtp_acceptance`, over given text: the share of positions where the head's most likely token
+  for position t + 2, seen from t with the true token t + 1, is the model's own most likely token
+  for t + 2, seen from the true token t + 1.
 """
 
 from __future__ import annotations
@@ -81,25 +84,30 @@ def generate(
         temperature: 0 is greedy; above, samples.
         seed: of the samples.
 
-    Runs on the CPU in float32: in bfloat16 the two-token steps of drafting round differently from one-token steps, and
+    Runs on the CPU in float32: in bfloat16 the two-token steps of drafting round differently from
+        one-token steps, and
     greedy texts with and without MTP may part.
 
     Raises:
-        InputError: the folder is not a complete Mellum 2 model with tokenizer, has no MTP head though asked to use it,
-            or the prompt is empty or too long.
+        InputError: the folder is not a complete Mellum 2 model with tokenizer, has no MTP head
+            though asked to use it, or the prompt is empty or too long.
     """
     from conversion.huggingface.folder import HfFolder
 
     with HfFolder.open(hf_path) as folder:
         architecture = folder.architecture
     if use_mtp and not architecture.num_mtp_layers:
-        raise InputError(f"--use-mtp with {hf_path}", rule="the model has no MTP head", fix="leave --use-mtp out")
+        raise InputError(
+            f"--use-mtp with {hf_path}", rule="the model has no MTP head", fix="leave --use-mtp out"
+        )
     if max_new_tokens < 1 or temperature < 0:
         value = f"max_new_tokens={max_new_tokens}, temperature={temperature}"
         raise InputError(value, rule="at least 1 and at least 0 are needed", fix="use 64 and 0")
     if not (Path(hf_path) / "tokenizer.json").is_file():
         raise InputError(
-            str(hf_path), rule="it has no tokenizer.json", fix="copy the tokenizer's files into the folder"
+            str(hf_path),
+            rule="it has no tokenizer.json",
+            fix="copy the tokenizer's files into the folder",
         )
     with _quiet():
         import torch
@@ -128,7 +136,9 @@ def generate(
                 **sampling,
             )[0].tolist()
     if drafts is not None and not drafts.steps:
-        raise WorkError("transformers never asked the MTP head for a draft", fix="install transformers 5.23")
+        raise WorkError(
+            "transformers never asked the MTP head for a draft", fix="install transformers 5.23"
+        )
     new = ids[len(prompt_ids) :]
     return Generation(
         prompt=prompt,
@@ -141,27 +151,36 @@ def generate(
 
 
 def mtp_acceptance(hf_path: str | os.PathLike[str], tokens: torch.Tensor) -> float:
-    """Share of positions where the MTP head and the model agree on the most likely token after next, given true text.
+    """Share of positions where the MTP head and the model agree on the most likely token after
+    next, given true text.
 
-    For every t in [0, s - 2]: the head at t, fed the true token t + 1, against the model at t + 1. Both predict t + 2.
+    For every t in [0, s - 2]: the head at t, fed the true token t + 1, against the model at t + 1.
+        Both predict t + 2.
 
     Args:
         hf_path: Hugging Face folder with an MTP head.
         tokens: ids `[b, s]`, s >= 2. Both heads' float32 logits `[b, s, vocab]` are held in memory.
 
     Raises:
-        InputError: the folder is not a complete Mellum 2 model or has no MTP head, or the tokens do not fit it.
+        InputError: the folder is not a complete Mellum 2 model or has no MTP head, or the tokens do
+            not fit it.
     """
     from conversion.huggingface.scoring import score_hf
 
     if tokens.dim() == 2 and tokens.shape[1] < 2:
         raise InputError(
-            f"tokens {list(tokens.shape)}", rule="two tokens a row are needed", fix="give longer sequences"
+            f"tokens {list(tokens.shape)}",
+            rule="two tokens a row are needed",
+            fix="give longer sequences",
         )
     with _quiet():
         logits, mtp_logits = score_hf(hf_path, tokens)
     if mtp_logits is None:
-        raise InputError(str(hf_path), rule="the model has no MTP head", fix="name a folder exported from an MTP run")
+        raise InputError(
+            str(hf_path),
+            rule="the model has no MTP head",
+            fix="name a folder exported from an MTP run",
+        )
     agree = mtp_logits[:, :-1].argmax(-1) == logits[:, 1:].argmax(-1)
     return float(agree.float().mean())
 
@@ -175,8 +194,9 @@ class _Drafts:
     def update(self, _input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Stand in for ``update_candidate_strategy``, which is told what became of each draft.
 
-        ``scores`` `[1, drafted + 1, v]`: the model's own predictions at the drafted positions and one further. The
-        first step drafts nothing, it only gives the head hidden states to start from.
+        ``scores`` `[1, drafted + 1, v]`: the model's own predictions at the drafted positions and
+        one further. The first step drafts nothing, it only gives the head hidden states to start
+        from.
         """
         self.steps += 1
         self.drafted += scores.shape[1] - 1
@@ -186,8 +206,8 @@ class _Drafts:
 def _watch_drafts(model: Any, mtp: Any) -> _Drafts:
     """Count drafted and accepted tokens of the next ``model.generate(use_mtp=True)``.
 
-    ``GenerationMixin._get_candidate_generator`` makes the drafter inside ``generate`` (transformers 5.23), which tells
-    nobody else what became of the drafts.
+    ``GenerationMixin._get_candidate_generator`` makes the drafter inside ``generate`` (transformers
+    5.23), which tells nobody else what became of the drafts.
     """
     drafts = _Drafts()
     make = model._get_candidate_generator
@@ -195,7 +215,9 @@ def _watch_drafts(model: Any, mtp: Any) -> _Drafts:
     def make_watched(**options: Any) -> Any:
         generator = make(**options)
         generator.update_candidate_strategy = drafts.update
-        generator.mtp_model = mtp  # has rotary frequencies for its layer type even if no trunk layer shares it
+        generator.mtp_model = (
+            mtp  # has rotary frequencies for its layer type even if no trunk layer shares it
+        )
         return generator
 
     model._get_candidate_generator = make_watched
@@ -220,7 +242,9 @@ def _quiet() -> Iterator[None]:
 
 def _check_prompt(length: int, max_new_tokens: int, limit: int) -> None:
     if length == 0:
-        raise InputError("--prompt ''", rule="there must be a token to continue from", fix="give some text")
+        raise InputError(
+            "--prompt ''", rule="there must be a token to continue from", fix="give some text"
+        )
     if length + max_new_tokens > limit:
         raise InputError(
             f"a prompt of {length} tokens and max_new_tokens={max_new_tokens}",

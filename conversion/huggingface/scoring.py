@@ -1,6 +1,8 @@
-"""Logits of a Hugging Face folder, main and MTP, by transformers: the reference the Megatron model is verified against.
+"""Logits of a Hugging Face folder, main and MTP, by transformers: the reference the Megatron model
+is verified against.
 
-transformers is imported inside the functions: versions without Mellum's MTP fields (before 5.23) serve everything else.
+transformers is imported inside the functions: versions without Mellum's MTP fields (before 5.23)
+serve everything else.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from mellum2_megatron.common.errors import InputError
 def score_hf(
     hf_path: str | os.PathLike[str], tokens: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run ``MellumForCausalLM`` and, where the folder has an MTP head, ``MtpModel`` over whole sequences.
+    """Run ``MellumForCausalLM`` and, where the folder has an MTP head, ``MtpModel`` over whole
+    sequences.
 
     Args:
         hf_path: Hugging Face folder; checked strictly first, so nothing is initialised at random.
@@ -29,13 +32,15 @@ def score_hf(
         dtype: what the weights and the arithmetic are cast to.
 
     Returns:
-        Float32 main logits `[b, s, v]` (position t predicts token t + 1), and MTP logits of the same shape or None
-        (position t predicts token t + 2, from the trunk's normed hidden state at t and the embedding of token t + 1).
-        The last MTP position has no next token; as in Megatron (``multi_token_prediction.py:roll_tensor``, 0.19.2) it
+        Float32 main logits `[b, s, v]` (position t predicts token t + 1), and MTP logits of the
+        same shape or None (position t predicts token t + 2, from the trunk's normed hidden state at
+        t and the embedding of token t + 1). The last MTP position has no next token; as in Megatron
+        (``multi_token_prediction.py:roll_tensor``, 0.19.2) it
         is fed token 0 and means nothing: comparisons leave it out.
 
-        The MTP layer runs at positions 1..s, as transformers' generation runs it (``MTPCandidateGenerator``); Megatron
-        runs it at 0..s-1. RoPE depends on differences of positions only, so both give the same logits.
+        The MTP layer runs at positions 1..s, as transformers' generation runs it
+        (``MTPCandidateGenerator``); Megatron runs it at 0..s-1. RoPE depends on differences of
+        positions only, so both give the same logits.
 
     Raises:
         InputError: a folder that cannot be converted either, or token ids outside the vocabulary.
@@ -46,16 +51,22 @@ def score_hf(
     return score_loaded(main, mtp, tokens)
 
 
-def score_loaded(main: Any, mtp: Any | None, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`score_hf` for models that `load_hf` has returned, on tokens that `check_tokens` has let pass."""
+def score_loaded(
+    main: Any, mtp: Any | None, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`score_hf` for models that `load_hf` has returned, on tokens that `check_tokens` has let
+    pass."""
     rows = [_score_row(main, mtp, row[None].long()) for row in tokens]
     logits = torch.cat([row for row, _ in rows])
     heads = [head for _, head in rows if head is not None]
     return logits, torch.cat(heads) if heads else None
 
 
-def load_hf(hf_path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> tuple[Any, Any | None]:
-    """Return transformers' trunk (`MellumForCausalLM`) and its MTP head (`MtpModel`) or None, in evaluation mode."""
+def load_hf(
+    hf_path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any | None]:
+    """Return transformers' trunk (`MellumForCausalLM`) and its MTP head (`MtpModel`) or None, in
+    evaluation mode."""
     from transformers import MellumForCausalLM
     from transformers.modeling_layers import MtpModel
 
@@ -72,7 +83,8 @@ def load_hf(hf_path: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
             return main, None
         mtp = MtpModel.from_pretrained(main).eval()
     if missing := set(mtp.config.layer_types) - set(main.config.layer_types):
-        # MtpModel borrows the trunk's rotary embedding, which has no frequencies for a type no trunk layer has.
+        # MtpModel borrows the trunk's rotary embedding, which has no frequencies for a type no
+        # trunk layer has.
         assert missing <= set(main.config.rope_parameters)
         mtp.rotary_emb = type(main.model.rotary_emb)(config=mtp.config)
     return main, mtp
@@ -115,7 +127,9 @@ def bars_on_terminals_only() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _score_row(main: Any, mtp: Any | None, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _score_row(
+    main: Any, mtp: Any | None, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     hidden = main.model(input_ids=tokens, use_cache=False).last_hidden_state
     logits = main.lm_head(hidden).float()
     if mtp is None:

@@ -1,4 +1,5 @@
-"""Hugging Face model folders, written: safetensors streamed tensor by tensor, in the released layout."""
+"""Hugging Face model folders, written: safetensors streamed tensor by tensor, in the released
+layout."""
 
 from __future__ import annotations
 
@@ -46,8 +47,11 @@ class Shard:
     entries: tuple[Entry, ...]
 
 
-def plan_shards(entries: Iterable[Entry], dtype: torch.dtype, *, max_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
-    """Cut ``entries`` into files of at most ``max_bytes`` (more only where one entry alone is larger)."""
+def plan_shards(
+    entries: Iterable[Entry], dtype: torch.dtype, *, max_bytes: int = MAX_SHARD_BYTES
+) -> list[Shard]:
+    """Cut ``entries`` into files of at most ``max_bytes`` (more only where one entry alone is
+    larger)."""
     groups: list[list[Entry]] = []
     size = 0
     for entry in entries:
@@ -66,9 +70,11 @@ def plan_shards(entries: Iterable[Entry], dtype: torch.dtype, *, max_bytes: int 
 
 
 def create_shard(folder: Path, shard: Shard, dtype: torch.dtype) -> dict[str, int]:
-    """Make one safetensors file of its final size, header written, and return where each tensor's bytes belong.
+    """Make one safetensors file of its final size, header written, and return where each tensor's
+    bytes belong.
 
-    ``safetensors.torch.save_file`` would need the whole file's tensors in memory at once. A file that exists already,
+    ``safetensors.torch.save_file`` would need the whole file's tensors in memory at once. A file
+    that exists already,
     from an earlier attempt, is kept.
     """
     header, begins, size = _header(shard, dtype)
@@ -99,7 +105,11 @@ def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], in
     for entry in shard.entries:
         for source in entry.sources:
             begin, end = end, end + math.prod(source.shape) * dtype.itemsize
-            header[source.name] = {"dtype": code, "shape": list(source.shape), "data_offsets": [begin, end]}
+            header[source.name] = {
+                "dtype": code,
+                "shape": list(source.shape),
+                "data_offsets": [begin, end],
+            }
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
@@ -112,14 +122,22 @@ def write_index(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> No
     """Write the index that several files need; nothing for a single one."""
     if len(shards) == 1:
         return
-    weight_map = {source.name: shard.file for shard in shards for entry in shard.entries for source in entry.sources}
-    total = sum(math.prod(entry.shape) for shard in shards for entry in shard.entries) * dtype.itemsize
+    weight_map = {
+        source.name: shard.file
+        for shard in shards
+        for entry in shard.entries
+        for source in entry.sources
+    }
+    total = (
+        sum(math.prod(entry.shape) for shard in shards for entry in shard.entries) * dtype.itemsize
+    )
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files that ``source`` has into ``target`` (made when needed); return their names."""
+    """Copy the tokenizer files that ``source`` has into ``target`` (made when needed); return their
+    names."""
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in names:
         check_inside(source, source / name)

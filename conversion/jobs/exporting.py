@@ -1,4 +1,5 @@
-"""The export job: a Megatron checkpoint becomes a Hugging Face folder, several layers of a file at a time."""
+"""The export job: a Megatron checkpoint becomes a Hugging Face folder, several layers of a file at
+a time."""
 
 from __future__ import annotations
 
@@ -43,7 +44,11 @@ class ExportJob(SafetensorsJob):
         checks: Checks,
     ) -> None:
         super().__init__(target, workers=workers, overwrite=overwrite, checks=checks)
-        self.source, self.architecture, self._checkpoint = checkpoint.root, checkpoint.architecture, checkpoint
+        self.source, self.architecture, self._checkpoint = (
+            checkpoint.root,
+            checkpoint.architecture,
+            checkpoint,
+        )
         self._reader = reader
         self.dtype = dtype or _one_dtype(self._reader)
         self._tokenizer = _tokenizer_dir(checkpoint, tokenizer)
@@ -72,16 +77,22 @@ class ExportJob(SafetensorsJob):
         return [(part, record if part is whole else None) for part in parts]
 
     def peak(self, entry: Entry) -> int:
-        """A chunk and its copy, converted where that is asked for, cut up where there are several parts."""
+        """A chunk and its copy, converted where that is asked for, cut up where there are several
+        parts."""
         stored = self._reader.tensors[entry.key]
-        chunk = max((math.prod(chunk.sizes) for chunk in stored.near(entry.offset, entry.extent)), default=0)
+        chunk = max(
+            (math.prod(chunk.sizes) for chunk in stored.near(entry.offset, entry.extent)), default=0
+        )
         converted = self.dtype.itemsize if self.dtype != stored.dtype else 0
         split = 0 if isinstance(entry.transform, Same) else self.dtype.itemsize
-        return chunk * stored.dtype.itemsize + math.prod(entry.shape) * (stored.dtype.itemsize + converted + split)
+        return chunk * stored.dtype.itemsize + math.prod(entry.shape) * (
+            stored.dtype.itemsize + converted + split
+        )
 
 
 def generation_config(architecture: Mellum2Architecture) -> dict[str, object]:
-    """Return the generation_config.json that transformers would derive from the model's own config."""
+    """Return the generation_config.json that transformers would derive from the model's own
+    config."""
     ids = {
         "bos_token_id": architecture.bos_token_id,
         "eos_token_id": list(architecture.eos_token_id)
@@ -89,7 +100,10 @@ def generation_config(architecture: Mellum2Architecture) -> dict[str, object]:
         else architecture.eos_token_id,
         "pad_token_id": architecture.pad_token_id,
     }
-    return {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
+    return {
+        "_from_model_config": True,
+        **{name: value for name, value in ids.items() if value is not None},
+    }
 
 
 def _one_dtype(reader: TorchDistReader) -> torch.dtype:
@@ -117,7 +131,9 @@ def _tokenizer_dir(checkpoint: CheckpointFolder, given: Path | None) -> Path | N
         if given is None:
             return folder
         raise InputError(
-            f"tokenizer {folder}", rule="it must be a folder with a tokenizer.json", fix="give a tokenizer folder"
+            f"tokenizer {folder}",
+            rule="it must be a folder with a tokenizer.json",
+            fix="give a tokenizer folder",
         )
     from tokenizers import Tokenizer
 

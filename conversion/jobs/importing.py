@@ -27,8 +27,9 @@ from mellum2_megatron.checkpoint.folder import (
     write_tracker,
 )
 
-# What Megatron's load of a release looks at (training/checkpointing.py:load_checkpoint, 0.19.2): version 3 keeps it
-# from reordering linear_qkv; the content metadata names the key layout written here.
+# What Megatron's load of a release looks at (training/checkpointing.py:load_checkpoint, 0.19.2):
+# version 3 keeps it from reordering linear_qkv; the content metadata names the key layout written
+# here.
 COMMON_STATE = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -58,7 +59,9 @@ class ImportJob(Job):
         if self.manifest is not None:
             self.manifest.check_table(huggingface_shapes(source.entries), source.dtype)
         self._hf = source
-        self._groups = [tuple(group) for _, group in groupby(source.entries, key=lambda entry: entry.group)]
+        self._groups = [
+            tuple(group) for _, group in groupby(source.entries, key=lambda entry: entry.group)
+        ]
         self._records: list[list[WeightRecord]] = [[] for _ in self._groups]
         self.units = [
             Unit(
@@ -110,12 +113,16 @@ class ImportJob(Job):
         def produce() -> torch.Tensor:
             parts, record = [], None
             for part in entry.sources:
-                tensor, record = self.read_checked(part.name, self._hf.tensor(part.name), self.manifest)
+                tensor, record = self.read_checked(
+                    part.name, self._hf.tensor(part.name), self.manifest
+                )
                 parts.append(tensor)
             whole = entry.transform.join(parts, self.architecture)
             same = record is not None and whole is parts[-1]
             records.append(
-                replace(record, name=entry.label) if record and same else WeightRecord.of(entry.label, whole)
+                replace(record, name=entry.label)
+                if record and same
+                else WeightRecord.of(entry.label, whole)
             )
             self.passed(whole.nbytes)
             return whole

@@ -1,4 +1,5 @@
-"""What import and export share: units of work, done by workers, continued after an interruption, checked on the way."""
+"""What import and export share: units of work, done by workers, continued after an interruption,
+checked on the way."""
 
 from __future__ import annotations
 
@@ -96,11 +97,13 @@ class Job(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make in ``folder`` what units write into; parts of it may be there from an earlier attempt."""
+        """Make in ``folder`` what units write into; parts of it may be there from an earlier
+        attempt."""
 
     @abstractmethod
     def convert(self, unit: Unit) -> tuple[dict[str, Any], int]:
-        """Write ``unit`` to the disk; return what `finish` needs of it, and the size its file has at least."""
+        """Write ``unit`` to the disk; return what `finish` needs of it, and the size its file has
+        at least."""
 
     @abstractmethod
     def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
@@ -135,7 +138,9 @@ class Job(ABC):
             todo = [unit for unit in self.units if unit.name not in result.done]
             done = self.nbytes - sum(unit.nbytes for unit in todo)
             with byte_progress(self.kind, self.nbytes, done=done) as self._advance:
-                run_units(todo, lambda unit: self._do(unit, result), workers=self.workers, stop=self._stop)
+                run_units(
+                    todo, lambda unit: self._do(unit, result), workers=self.workers, stop=self._stop
+                )
             self.finish([result.done[unit.name] for unit in self.units])
         return ConversionReport(
             path=self.target,
@@ -147,10 +152,13 @@ class Job(ABC):
         )
 
     def plan(self) -> ConversionPlan:
-        """Say what `run` would do, and refuse what it would refuse before reading weights; touches nothing."""
+        """Say what `run` would do, and refuse what it would refuse before reading weights; touches
+        nothing."""
         check_target(self.target, self.source, self.overwrite)
         done = finished_units(self.target, self._identity())
-        free = check_space(self.target, sum(unit.nbytes for unit in self.units if unit.name not in done))
+        free = check_space(
+            self.target, sum(unit.nbytes for unit in self.units if unit.name not in done)
+        )
         files: dict[str, int] = {}
         for unit in self.units:
             files[unit.file] = files.get(unit.file, 0) + unit.nbytes
@@ -180,18 +188,23 @@ class Job(ABC):
     def read_checked(
         self, name: str, tensor: torch.Tensor, manifest: Manifest | None
     ) -> tuple[torch.Tensor, WeightRecord | None]:
-        """Check a source tensor and return it in the wanted dtype, and its record if that needed no conversion."""
+        """Check a source tensor and return it in the wanted dtype, and its record if that needed no
+        conversion."""
         record = None
         if manifest is not None:
             record = WeightRecord.of(name, tensor)
             manifest.check(record)
-        self._check_finite(name, tensor, "a model's weights are numbers", "use an earlier or another checkpoint")
+        self._check_finite(
+            name, tensor, "a model's weights are numbers", "use an earlier or another checkpoint"
+        )
         if tensor.dtype == self.dtype:
             return tensor, record
         converted = tensor.to(self.dtype)
         if not self.checks.allow_nonfinite:
             wanted = dtype_name(self.dtype)
-            self._check_finite(name, converted, f"they overflow {wanted}", "convert to bfloat16 or float32")
+            self._check_finite(
+                name, converted, f"they overflow {wanted}", "convert to bfloat16 or float32"
+            )
         return converted, None
 
     def _check_finite(self, name: str, tensor: torch.Tensor, rule: str, fix: str) -> None:
@@ -201,7 +214,9 @@ class Job(ABC):
         count = int((~torch.isfinite(tensor)).sum())
         found = f"tensor {name!r} has {count} of {tensor.numel()} values NaN or infinite"
         if not self.checks.allow_nonfinite:
-            raise InputError(found, rule=rule, fix=f"{fix}, or pass --allow-nonfinite to convert it as it is")
+            raise InputError(
+                found, rule=rule, fix=f"{fix}, or pass --allow-nonfinite to convert it as it is"
+            )
         logger.warning("%s", found)
 
     def _do(self, unit: Unit, result: PartialResult) -> None:

@@ -37,18 +37,32 @@ class StitchJob(SafetensorsJob):
     kind = "stitch-mtp"
 
     def __init__(
-        self, head: HfFolder, trunk: HfFolder, target: Path, *, workers: int, overwrite: bool, checks: Checks
+        self,
+        head: HfFolder,
+        trunk: HfFolder,
+        target: Path,
+        *,
+        workers: int,
+        overwrite: bool,
+        checks: Checks,
     ) -> None:
         super().__init__(target, workers=workers, overwrite=overwrite, checks=checks)
         if not head.architecture.num_mtp_layers:
-            raise InputError(f"{head.path} has no MTP head", rule="it is what is put back", fix="give a folder with it")
+            raise InputError(
+                f"{head.path} has no MTP head",
+                rule="it is what is put back",
+                fix="give a folder with it",
+            )
         _require_same_trunk(head, trunk)
         if target.resolve() == head.path.resolve():
-            raise InputError(f"target {target}", rule="it must not be the source", fix="name another")
+            raise InputError(
+                f"target {target}", rule="it must not be the source", fix="name another"
+            )
         self.source, self.dtype = trunk.path, trunk.dtype
         self._head, self._trunk = head, trunk
         self.architecture = trunk.architecture.replace(
-            num_mtp_layers=head.architecture.num_mtp_layers, mtp_layer_types=head.architecture.mtp_layer_types
+            num_mtp_layers=head.architecture.num_mtp_layers,
+            mtp_layer_types=head.architecture.mtp_layer_types,
         )
         self.manifest = _manifest(trunk) if checks.hashes else None
         self._head_manifest = _manifest(head) if checks.hashes else None
@@ -66,7 +80,9 @@ class StitchJob(SafetensorsJob):
         parts = []
         for source in entry.sources:
             mtp = source.name.startswith(_MTP)
-            folder, manifest = (self._head, self._head_manifest) if mtp else (self._trunk, self.manifest)
+            folder, manifest = (
+                (self._head, self._head_manifest) if mtp else (self._trunk, self.manifest)
+            )
             part = self.read_checked(source.name, folder.tensor(source.name), manifest)
             self.passed(part[0].nbytes)
             parts.append(part)

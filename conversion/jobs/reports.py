@@ -20,7 +20,8 @@ class ConversionPlan:
         peak_memory: bytes of tensors in memory at most, about.
         process_memory: bytes this process takes beside them.
         free: free bytes of the target's disk.
-        continued: units of an interrupted attempt that need not be done again, and their number in all.
+        continued: units of an interrupted attempt that need not be done again, and their number in
+            all.
         hashes: whether the source has a manifest that would be checked.
         replaces: whether the target exists.
     """
@@ -52,13 +53,16 @@ class ConversionPlan:
             f"  hashes       {'checked against the manifest' if self.hashes else 'no manifest to check against'}",
         ]
         if done:
-            lines.append(f"  continues    an interrupted attempt, {done} of {units} parts are there")
+            lines.append(
+                f"  continues    an interrupted attempt, {done} of {units} parts are there"
+            )
         return "\n".join([*lines, "nothing was written"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionReport:
-    """What a conversion wrote: Hugging Face tensors counted, bytes of weights, seconds of wall time."""
+    """What a conversion wrote: Hugging Face tensors counted, bytes of weights, seconds of wall
+    time."""
 
     path: Path
     architecture: Mellum2Architecture
@@ -73,7 +77,8 @@ class ConversionReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundTripReport:
-    """What import followed by export did to a folder: ``differing`` names every tensor whose bytes changed."""
+    """What import followed by export did to a folder: ``differing`` names every tensor whose bytes
+    changed."""
 
     path: Path
     dtype: str

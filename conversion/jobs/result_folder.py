@@ -1,8 +1,10 @@
-"""Writing a result folder: refuse what would harm, check the space, write aside, and say plainly what went wrong.
+"""Writing a result folder: refuse what would harm, check the space, write aside, and say plainly
+what went wrong.
 
-A result grows in ``.NAME.partial/result`` beside its target and takes its name when it is complete. Units of work that
-are on the disk are listed in ``.NAME.partial/journal.jsonl``: after a crash, a full disk or Ctrl-C the same command
-does only the others. The journal's first line says what is converted; a partial result of anything else is discarded.
+A result grows in ``.NAME.partial/result`` beside its target and takes its name when it is complete.
+Units of work that are on the disk are listed in ``.NAME.partial/journal.jsonl``: after a crash, a
+full disk or Ctrl-C the same command does only the others. The journal's first line says what is
+converted; a partial result of anything else is discarded.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ logger = logging.getLogger(__name__)
 JOURNAL_FILE = "journal.jsonl"
 _RESULT = "result"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Beside the tensors' own bytes: headers and archives' bookkeeping (a share of them), config, tokenizer, manifest.
+# Beside the tensors' own bytes: headers and archives' bookkeeping (a share of them), config,
+# tokenizer, manifest.
 _SPARE_SHARE, _SPARE_BYTES = 0.02, 8 * 2**20
 
 
@@ -82,17 +85,20 @@ def result_folder(
     overwrite: bool,
     identity: Mapping[str, Any],
 ) -> Iterator[PartialResult]:
-    """Yield a folder to write; it becomes ``target`` on success and waits to be continued after a failure.
+    """Yield a folder to write; it becomes ``target`` on success and waits to be continued after a
+    failure.
 
     Args:
         source: what is converted; a target that is it or holds it is refused.
         units: bytes of each unit of work; the disk must have room for those that are not done yet.
         overwrite: replace an earlier result (moved aside until the new one is complete).
-        identity: what is converted, and how, as plain values: a partial result is continued if its own is the same.
+        identity: what is converted, and how, as plain values: a partial result is continued if its
+            own is the same.
 
     Raises:
-        InputError: the target exists and ``overwrite`` is false, or is something that must not be replaced; another
-            process is writing it. An InputError of the body removes the partial result.
+        InputError: the target exists and ``overwrite`` is false, or is something that must not be
+            replaced; another process is writing it. An InputError of the body removes the partial
+            result.
         WorkError: the disk is too full, or writing failed.
     """
     check_target(target, source, overwrite)
@@ -105,7 +111,9 @@ def result_folder(
             done = _finished(partial, first)  # again, now that nobody else writes
             _begin(partial, journal, None if done else first)
             if done:
-                logger.warning("continuing %s: %d of %d parts are there", partial, len(done), len(units))
+                logger.warning(
+                    "continuing %s: %d of %d parts are there", partial, len(done), len(units)
+                )
             result = PartialResult(partial / _RESULT, journal, done)
             try:
                 yield result
@@ -116,7 +124,10 @@ def result_folder(
             except KeyboardInterrupt:
                 if done:
                     logger.warning(
-                        "%d of %d parts are kept in %s: the same command continues", len(done), len(units), partial
+                        "%d of %d parts are kept in %s: the same command continues",
+                        len(done),
+                        len(units),
+                        partial,
                     )
                 raise
             finally:
@@ -133,17 +144,24 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
     """Refuse a target that must not be written.
 
     Raises:
-        InputError: it is or holds the source, exists without ``overwrite``, or does not look like an earlier result.
+        InputError: it is or holds the source, exists without ``overwrite``, or does not look like
+            an earlier result.
     """
     real, origin = target.resolve(), source.resolve()
     if real == origin or real in origin.parents:
-        raise InputError(f"target {target}", rule=f"it must not be or hold the source {source}", fix="name another")
+        raise InputError(
+            f"target {target}",
+            rule=f"it must not be or hold the source {source}",
+            fix="name another",
+        )
     check_writable("target", target, folder=True)
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise InputError(
-            f"target {target}", rule="it exists and is not empty", fix="name another folder, or pass --overwrite"
+            f"target {target}",
+            rule="it exists and is not empty",
+            fix="name another folder, or pass --overwrite",
         )
     iterations = [path.name for path in iteration_folders(target) if path.name != "release"]
     if iterations:
@@ -152,7 +170,9 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
             rule="training checkpoints are never overwritten",
             fix="name another folder",
         )
-    if not any((target / name).exists() for name in (TRACKER_FILE, "config.json", "model.safetensors")):
+    if not any(
+        (target / name).exists() for name in (TRACKER_FILE, "config.json", "model.safetensors")
+    ):
         raise InputError(
             f"target {target}",
             rule="--overwrite replaces an earlier conversion only, and this folder does not hold one",
@@ -189,7 +209,8 @@ def _first_line(identity: Mapping[str, Any]) -> str:
 
 
 def _finished(partial: Path, first: str) -> dict[str, Any]:
-    """The payloads of the units that an earlier attempt at the same conversion has finished and that are still whole.
+    """The payloads of the units that an earlier attempt at the same conversion has finished and
+    that are still whole.
 
     Raises:
         InputError: something that is not a partial result has its name.
@@ -200,20 +221,28 @@ def _finished(partial: Path, first: str) -> dict[str, Any]:
     if not journal.is_file():
         if any(partial.iterdir()):
             raise InputError(
-                str(partial), rule=f"it has no {JOURNAL_FILE}, so no conversion made it", fix="move it away"
+                str(partial),
+                rule=f"it has no {JOURNAL_FILE}, so no conversion made it",
+                fix="move it away",
             )
         return {}
     lines = journal.read_text(encoding="utf-8").splitlines()
     if not lines:
         return {}
     if lines[0] != first:
-        logger.warning("%s is left of another conversion (other source, options or version): discarded", partial)
+        logger.warning(
+            "%s is left of another conversion (other source, options or version): discarded",
+            partial,
+        )
         return {}
     done = {}
     for line in lines[1:]:
         try:
             entry = json.loads(line)
-            whole = all((partial / _RESULT / name).stat().st_size >= size for name, size in entry["files"].items())
+            whole = all(
+                (partial / _RESULT / name).stat().st_size >= size
+                for name, size in entry["files"].items()
+            )
         except (ValueError, OSError):  # cut off in the middle of a line; a file gone
             continue
         if whole:
@@ -234,13 +263,16 @@ def _locked_journal(partial: Path) -> Iterator[TextIO]:
             mine = False
         if not mine:  # locked, or just finished and removed
             raise InputError(
-                str(partial), rule="another process is writing it", fix="wait for that conversion, or end it"
+                str(partial),
+                rule="another process is writing it",
+                fix="wait for that conversion, or end it",
             )
         yield journal
 
 
 def _begin(partial: Path, journal: TextIO, first: str | None) -> None:
-    """Start the journal and the result afresh with the line ``first``; continue both when it is None."""
+    """Start the journal and the result afresh with the line ``first``; continue both when it is
+    None."""
     if first is not None:
         shutil.rmtree(partial / _RESULT, ignore_errors=True)
         journal.truncate(0)
@@ -250,7 +282,8 @@ def _begin(partial: Path, journal: TextIO, first: str | None) -> None:
 
 
 def _work_error(target: Path, error: Exception, partial: Path | None) -> WorkError | None:
-    """What to tell the user of a failed write; None for an error that is ours and deserves its traceback."""
+    """What to tell the user of a failed write; None for an error that is ours and deserves its
+    traceback."""
     system = _system_error(error)
     text = str(system or error)
     left = (
@@ -258,20 +291,24 @@ def _work_error(target: Path, error: Exception, partial: Path | None) -> WorkErr
         if partial is None
         else f"what was done is kept in {partial} and the same command continues it; delete it if you will not"
     )
-    if (system is not None and system.errno in _FULL) or any(os.strerror(code) in text for code in _FULL):
+    if (system is not None and system.errno in _FULL) or any(
+        os.strerror(code) in text for code in _FULL
+    ):
         return WorkError(
             f"the disk filled up while writing {target} ({text})",
             fix=f"free space or name a folder on another disk; {left}",
         )
     if system is not None or isinstance(error, SafetensorError):
         return WorkError(
-            f"writing {target} failed ({text})", fix=f"check the disk and the folder's permissions; {left}"
+            f"writing {target} failed ({text})",
+            fix=f"check the disk and the folder's permissions; {left}",
         )
     return None
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind ``error``: torch.save reports "unexpected pos" when its stream's write has failed."""
+    """The system's error behind ``error``: torch.save reports "unexpected pos" when its stream's
+    write has failed."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

@@ -1,4 +1,5 @@
-"""Jobs that write a Hugging Face folder: safetensors files of their final size, filled by several workers."""
+"""Jobs that write a Hugging Face folder: safetensors files of their final size, filled by several
+workers."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class SafetensorsJob(Job):
 
     @abstractmethod
     def parts(self, entry: Entry) -> list[tuple[torch.Tensor, WeightRecord | None]]:
-        """Return an entry's Hugging Face tensors in its sources' order, each with a record of it if there is one."""
+        """Return an entry's Hugging Face tensors in its sources' order, each with a record of it if
+        there is one."""
 
     @abstractmethod
     def peak(self, entry: Entry) -> int:
@@ -54,7 +56,9 @@ class SafetensorsJob(Job):
         ]
 
     def prepare(self) -> None:
-        self._begins = {shard.file: create_shard(self.folder, shard, self.dtype) for shard in self._shards}
+        self._begins = {
+            shard.file: create_shard(self.folder, shard, self.dtype) for shard in self._shards
+        }
 
     def convert(self, unit: Unit) -> tuple[dict[str, Any], int]:
         records = []
@@ -63,9 +67,15 @@ class SafetensorsJob(Job):
             for entry in unit.entries:
                 for source, (tensor, record) in zip(entry.sources, self.parts(entry), strict=True):
                     if (tuple(tensor.shape), tensor.dtype) != (source.shape, self.dtype):
-                        raise ValueError(f"{source}: {tuple(tensor.shape)} {tensor.dtype} does not fit")
+                        raise ValueError(
+                            f"{source}: {tuple(tensor.shape)} {tensor.dtype} does not fit"
+                        )
                     write_tensor(stream.fileno(), begins[source.name], tensor)
-                    named = replace(record, name=source.name) if record else WeightRecord.of(source.name, tensor)
+                    named = (
+                        replace(record, name=source.name)
+                        if record
+                        else WeightRecord.of(source.name, tensor)
+                    )
                     records.append(asdict(named))
             os.fsync(stream.fileno())
         return {"records": records}, self._sizes[unit.file]
@@ -73,4 +83,6 @@ class SafetensorsJob(Job):
     def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
         write_index(self.folder, self._shards, self.dtype)
         write_manifest(self.folder, records_of(payloads))
-        write_json(self.folder / CONFIG_FILE, to_hf_config(self.architecture, dtype_name(self.dtype)))
+        write_json(
+            self.folder / CONFIG_FILE, to_hf_config(self.architecture, dtype_name(self.dtype))
+        )

@@ -1,4 +1,5 @@
-"""``weights_manifest.json``: name, shape, dtype and SHA-256 of every tensor written, beside what was written."""
+"""``weights_manifest.json``: name, shape, dtype and SHA-256 of every tensor written, beside what
+was written."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class WeightRecord:
     def of(cls, name: str, tensor: torch.Tensor) -> WeightRecord:
         """Hash ``tensor``."""
         digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        return cls(name=name, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype), sha256=digest)
+        return cls(
+            name=name, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype), sha256=digest
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WeightRecord:
@@ -69,10 +72,14 @@ class Manifest:
             return cls(path, {record.name: record for record in records})
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(
-                str(path), rule=f"it must list name, shape, dtype and sha256 of each weight ({error})", fix=_CHANGED
+                str(path),
+                rule=f"it must list name, shape, dtype and sha256 of each weight ({error})",
+                fix=_CHANGED,
             ) from error
 
-    def check_table(self, shapes: Mapping[str, Shape], dtype: torch.dtype | Mapping[str, torch.dtype]) -> None:
+    def check_table(
+        self, shapes: Mapping[str, Shape], dtype: torch.dtype | Mapping[str, torch.dtype]
+    ) -> None:
         """Compare names, shapes and dtypes with those of the weights; no weight is read.
 
         Raises:
@@ -81,7 +88,11 @@ class Manifest:
         dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
         if differ := sorted(set(shapes) ^ set(self.records)):
             where = "lists" if differ[0] in self.records else "does not list"
-            raise InputError(f"{self.path} {where} {listed(differ)}", rule="it describes the weights", fix=_CHANGED)
+            raise InputError(
+                f"{self.path} {where} {listed(differ)}",
+                rule="it describes the weights",
+                fix=_CHANGED,
+            )
         for name, shape in shapes.items():
             record = self.records[name]
             if (record.shape, record.dtype) != (tuple(shape), dtype_name(dtypes[name])):
@@ -109,4 +120,7 @@ class Manifest:
 
 def write_manifest(folder: Path, records: Iterable[WeightRecord]) -> None:
     """Write the manifest into ``folder``, sorted by name."""
-    write_json(folder / MANIFEST_FILE, {"weights": [asdict(r) for r in sorted(records, key=lambda r: r.name)]})
+    write_json(
+        folder / MANIFEST_FILE,
+        {"weights": [asdict(r) for r in sorted(records, key=lambda r: r.name)]},
+    )

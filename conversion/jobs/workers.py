@@ -1,4 +1,5 @@
-"""Independent units of work on a few threads: reading, copying, hashing and writing all release the interpreter."""
+"""Independent units of work on a few threads: reading, copying, hashing and writing all release the
+interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class CancelledError(Exception):
 
 
 class Stop:
-    """Set once a unit has failed; work asks `check` between its steps, so that it ends soon after."""
+    """Set once a unit has failed; work asks `check` between its steps, so that it ends soon
+    after."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -33,16 +35,22 @@ class Stop:
 
 
 def worker_count(wanted: int | None) -> int:
-    """Return ``wanted``, or by default one worker for each core this process may use, at most `MOST_BY_DEFAULT`."""
+    """Return ``wanted``, or by default one worker for each core this process may use, at most
+    `MOST_BY_DEFAULT`."""
     if wanted is None:
         return min(len(os.sched_getaffinity(0)), MOST_BY_DEFAULT)
     if wanted < 1:
-        raise InputError(f"--workers {wanted}", rule="must be 1 or more", fix="leave it out to take one per core")
+        raise InputError(
+            f"--workers {wanted}", rule="must be 1 or more", fix="leave it out to take one per core"
+        )
     return wanted
 
 
-def run_units[Unit](units: Sequence[Unit], work: Callable[[Unit], None], *, workers: int, stop: Stop) -> None:
-    """Call ``work(unit)`` for every unit, ``workers`` at a time; the first error stops all and is raised."""
+def run_units[Unit](
+    units: Sequence[Unit], work: Callable[[Unit], None], *, workers: int, stop: Stop
+) -> None:
+    """Call ``work(unit)`` for every unit, ``workers`` at a time; the first error stops all and is
+    raised."""
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert") as pool:
         try:
             for future in as_completed([pool.submit(work, unit) for unit in units]):

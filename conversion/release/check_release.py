@@ -1,7 +1,8 @@
-"""Is a Hugging Face folder fit to publish? A list of named checks, each with the value, the rule and the fix.
+"""Is a Hugging Face folder fit to publish? A list of named checks, each with the value, the rule
+and the fix.
 
-Works on folders made elsewhere. Nothing in the folder is executed: weights are read as safetensors, chat templates are
-rendered in transformers' sandbox, and ``trust_remote_code`` is never given.
+Works on folders made elsewhere. Nothing in the folder is executed: weights are read as safetensors,
+chat templates are rendered in transformers' sandbox, and ``trust_remote_code`` is never given.
 """
 
 from __future__ import annotations
@@ -28,28 +29,34 @@ def check_release(
 
     Args:
         path: the folder.
-        member: one of `MEMBERS`; by default what the folder's verification card says, else unknown. A known member
-            adds its rules: context length, chat template.
+        member: one of `MEMBERS`; by default what the folder's verification card says, else unknown.
+            A known member adds its rules: context length, chat template.
         text: evaluation text for the MTP head's acceptance.
-        min_acceptance: smallest acceptance on ``text`` that passes; a broken MTP export shows 1 to 2%.
+        min_acceptance: smallest acceptance on ``text`` that passes; a broken MTP export shows 1 to
+            2%.
         skip_run: leave out what loads the model (four bytes a parameter of memory, in float32).
 
     Raises:
-        InputError: ``path`` is no folder, ``text`` cannot be read, or another argument cannot be used.
+        InputError: ``path`` is no folder, ``text`` cannot be read, or another argument cannot be
+            used.
     """
     from conversion.release.file_checks import stated_member, static_checks
     from conversion.release.model_checks import running_checks, skipped_checks
 
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError(str(folder), rule="it must be a folder", fix="give the Hugging Face model's folder")
+        raise InputError(
+            str(folder), rule="it must be a folder", fix="give the Hugging Face model's folder"
+        )
     if member is not None:
         require_member(member)
     require_acceptance(min_acceptance)
     words = read_text(text) if text is not None else None
     known = member or stated_member(folder)
     checks = static_checks(folder, known)
-    broken = [check.name for check in checks if check.status == "fail" and check.name in NEEDED_TO_RUN]
+    broken = [
+        check.name for check in checks if check.status == "fail" and check.name in NEEDED_TO_RUN
+    ]
     if skip_run:
         checks += skipped_checks("left out (--skip-run)")
     elif broken:
@@ -69,7 +76,9 @@ NEEDED_TO_RUN = (
 def require_acceptance(value: float) -> None:
     """Refuse a floor that is no share."""
     if not 0 <= value <= 1:
-        raise InputError(f"--min-acceptance {value}", rule="a share lies between 0 and 1", fix="use 0.5")
+        raise InputError(
+            f"--min-acceptance {value}", rule="a share lies between 0 and 1", fix="use 0.5"
+        )
 
 
 def read_text(path: Path) -> str:
@@ -81,5 +90,7 @@ def read_text(path: Path) -> str:
             f"--text {path}", rule=f"it must be readable UTF-8 ({error})", fix="name a text file"
         ) from None
     if not text.strip():
-        raise InputError(f"--text {path}", rule="it holds no text", fix="give the text to evaluate on")
+        raise InputError(
+            f"--text {path}", rule="it holds no text", fix="give the text to evaluate on"
+        )
     return text

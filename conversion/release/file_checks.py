@@ -1,6 +1,8 @@
-"""The checks of a release folder that need no model: config, weights as stored, manifest, hashes, documents.
+"""The checks of a release folder that need no model: config, weights as stored, manifest, hashes,
+documents.
 
-What a file says is compared with what another says; `conversion.release.tokenizer_checks` does the same for the tokenizer.
+What a file says is compared with what another says; `conversion.release.tokenizer_checks` does the
+same for the tokenizer.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ _NEEDS_WEIGHTS = "needs weight files that can be read"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """The folder's tensors as stored, and the architecture they would fit: the config's, with MTP as it is present."""
+    """The folder's tensors as stored, and the architecture they would fit: the config's, with MTP
+    as it is present."""
 
     tensors: dict[str, StoredTensor]
     architecture: Mellum2Architecture
@@ -98,7 +101,11 @@ def _check(name: str, check: Callable[[], Check]) -> Check:
 
 def _nothing_executable(folder: Path) -> Check:
     name = "nothing executable"
-    files = sorted(str(file.relative_to(folder)) for pattern in (*PICKLED, "*.py") for file in folder.rglob(pattern))
+    files = sorted(
+        str(file.relative_to(folder))
+        for pattern in (*PICKLED, "*.py")
+        for file in folder.rglob(pattern)
+    )
     if files:
         return Check.failed(
             name, listed(files), rule="pickles and Python files can run code where the folder is loaded",
@@ -129,21 +136,29 @@ def _layer_types(folder: Path, architecture: Mellum2Architecture) -> Check:
     config = read_json(folder / CONFIG_FILE, "")
     absent = [name for name in ("layer_types", "sliding_window") if config.get(name) is None]
     full = architecture.layer_types.count("full_attention")
-    if "layer_types" in absent or ("sliding_window" in absent and full < len(architecture.layer_types)):
+    if "layer_types" in absent or (
+        "sliding_window" in absent and full < len(architecture.layer_types)
+    ):
         return Check.failed(
             "layer types", f"{listed(absent)} absent from {CONFIG_FILE}",
             rule="readers differ in what an absent key means (transformers: every layer full)",
             fix="write the keys out, one type a layer",
         )  # fmt: skip
     sliding = len(architecture.layer_types) - full
-    return Check.passed("layer types", f"{sliding} sliding (window {architecture.sliding_window}), {full} full")
+    return Check.passed(
+        "layer types", f"{sliding} sliding (window {architecture.sliding_window}), {full} full"
+    )
 
 
 def _rope(folder: Path, architecture: Mellum2Architecture) -> Check:
     name = "rope"
     written = read_json(folder / CONFIG_FILE, "").get("rope_parameters")
     used = sorted({*architecture.layer_types, *architecture.mtp_layer_types})
-    absent = [kind for kind in used if not isinstance(written, dict) or not isinstance(written.get(kind), dict)]
+    absent = [
+        kind
+        for kind in used
+        if not isinstance(written, dict) or not isinstance(written.get(kind), dict)
+    ]
     if absent:
         return Check.failed(
             name, f"rope_parameters without {listed(absent)}",
@@ -184,12 +199,14 @@ def _yarn(rope: RopeParameters, context: int) -> Check:
             fix=f"set attention_factor to {expected!r}",
         )  # fmt: skip
     return Check.passed(
-        name, f"YaRN x{rope.factor:g} in full layers, attention factor {expected:.6f}; default in sliding"
+        name,
+        f"YaRN x{rope.factor:g} in full layers, attention factor {expected:.6f}; default in sliding",
     )
 
 
 def context_check(architecture: Mellum2Architecture, member: str | None) -> Check:
-    """Has the member the context it was trained for: native for base-pretrain, extended by YaRN for all others?"""
+    """Has the member the context it was trained for: native for base-pretrain, extended by YaRN for
+    all others?"""
     context, kind = architecture.max_position_embeddings, architecture.rope_full_attention.rope_type
     value = f"{context:,} tokens, full_attention rope_type {kind!r}"
     if member is None:
@@ -215,9 +232,16 @@ def _weights_checks(folder: Path, architecture: Mellum2Architecture | None) -> l
     try:
         tensors = read_headers(folder)
     except InputError as error:
-        return [Check.refused("files", error), *(Check.not_applicable(name, _NEEDS_WEIGHTS) for name in later)]
+        return [
+            Check.refused("files", error),
+            *(Check.not_applicable(name, _NEEDS_WEIGHTS) for name in later),
+        ]
     count = len({tensor.file for tensor in tensors.values()})
-    checks = [Check.passed("files", f"{count} safetensors file{'s' * (count != 1)}, {len(tensors)} tensors")]
+    checks = [
+        Check.passed(
+            "files", f"{count} safetensors file{'s' * (count != 1)}, {len(tensors)} tensors"
+        )
+    ]
     if architecture is None:
         return [*checks, *(Check.not_applicable(name, _NEEDS_CONFIG) for name in later)]
     weights = Weights(tensors=tensors, architecture=_with_mtp_as_present(architecture, tensors))
@@ -229,11 +253,17 @@ def _weights_checks(folder: Path, architecture: Mellum2Architecture | None) -> l
     ]
     if any(check.status == "fail" for check in checks):
         missing = "needs tensors that agree with config.json"
-        return [*checks, Check.not_applicable("finite", missing), Check.not_applicable("manifest", missing)]
+        return [
+            *checks,
+            Check.not_applicable("finite", missing),
+            Check.not_applicable("manifest", missing),
+        ]
     return [*checks, *_contents(folder)]
 
 
-def _with_mtp_as_present(architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]) -> Mellum2Architecture:
+def _with_mtp_as_present(
+    architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]
+) -> Mellum2Architecture:
     present = int(any(name.startswith("mtp.") for name in tensors))
     if present == architecture.num_mtp_layers:
         return architecture
@@ -260,13 +290,20 @@ def _mtp(architecture: Mellum2Architecture, weights: Weights) -> Check:
             "MTP head", value, rule="an MTP head that is there must be announced, or nobody uses it",
             fix="set num_nextn_predict_layers to 1 and mtp_layer_types",
         )  # fmt: skip
-    return Check.passed("MTP head", f"announced and present: {present}" if present else "neither announced nor present")
+    return Check.passed(
+        "MTP head",
+        f"announced and present: {present}" if present else "neither announced nor present",
+    )
 
 
 def _shapes(folder: Path, weights: Weights) -> Check:
     fused = present_fused(weights.architecture, weights.tensors)
     expected = huggingface_shapes(derive(weights.architecture))
-    known = {name: tensor for name, tensor in weights.tensors.items() if name in expected or name in fused}
+    known = {
+        name: tensor
+        for name, tensor in weights.tensors.items()
+        if name in expected or name in fused
+    }
     check_shapes(folder, expected, known, fused)
     return Check.passed("shapes", "as config.json says")
 
@@ -330,7 +367,8 @@ def _against_manifest(manifest: Manifest, records: dict[str, WeightRecord]) -> C
     return Check.passed("manifest", f"{len(records)} hashes match")
 
 
-# -- documents --------------------------------------------------------------------------------------------------------
+# -- documents
+# --------------------------------------------------------------------------------------------------------
 
 
 def _model_card(folder: Path) -> Check:
@@ -358,7 +396,8 @@ def _licence(folder: Path) -> Check:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the weights, which the manifest covers, and the two cards, which quote these hashes.
+    """SHA-256 of every file but the weights, which the manifest covers, and the two cards, which
+    quote these hashes.
 
     Hidden files (a clone's ``.git``) are no part of a release.
     """
@@ -366,7 +405,12 @@ def file_hashes(folder: Path) -> dict[str, str]:
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or not file.is_file() or file.suffix == ".safetensors" or file.name in (CARD_FILE, VERIFICATION_FILE):
+        if (
+            hidden
+            or not file.is_file()
+            or file.suffix == ".safetensors"
+            or file.name in (CARD_FILE, VERIFICATION_FILE)
+        ):
             continue
         with file.open("rb") as stream:
             hashes[str(name)] = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -379,9 +423,13 @@ def _verification(folder: Path) -> Check:
         return Check.not_applicable(name, f"no {VERIFICATION_FILE}")
     stated: Any = read_json(path, "").get("files")
     if not isinstance(stated, dict):
-        raise InputError(str(path), rule="it lists the hash of every file", fix="release the folder again")
+        raise InputError(
+            str(path), rule="it lists the hash of every file", fix="release the folder again"
+        )
     actual = file_hashes(folder)
-    different = sorted(file for file in stated if stated[file] != actual.get(file))  # what hubs add is no concern
+    different = sorted(
+        file for file in stated if stated[file] != actual.get(file)
+    )  # what hubs add is no concern
     if different:
         return Check.failed(
             name, listed(different), rule=f"files are those whose hashes {VERIFICATION_FILE} lists",

@@ -16,4 +16,8 @@ MEMBERS = (BASE_PRETRAIN, "base", *CHAT_MEMBERS)
 def require_member(member: str) -> None:
     """Refuse a name that is no family member's."""
     if member not in MEMBERS:
-        raise InputError(f"--member {member}", rule="no family member has that name", fix=nearest(member, MEMBERS))
+        raise InputError(
+            f"--member {member}",
+            rule="no family member has that name",
+            fix=nearest(member, MEMBERS),
+        )

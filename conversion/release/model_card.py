@@ -1,4 +1,5 @@
-"""The model card of a release: README.md, filled from the checkpoint, its run and what was measured."""
+"""The model card of a release: README.md, filled from the checkpoint, its run and what was
+measured."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class CardFacts:
         logits: Megatron's logits against transformers'; None when they were not compared.
         measured: (name, outcome) of the checks that ran the model.
         code: this project's, which writes the release.
-        trained_with: the states of the code that the run was started from, in order; empty where none is recorded.
+        trained_with: the states of the code that the run was started from, in order; empty where
+            none is recorded.
     """
 
     member: str
@@ -74,7 +76,8 @@ class CardFacts:
 
 
 def read_evaluation(path: Path) -> Rows:
-    """Read an evaluation table: ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}`` or a list of rows.
+    """Read an evaluation table: ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}`` or a
+    list of rows.
 
     Raises:
         InputError: unreadable, another form, or a value that is no text and no finite number.
@@ -82,12 +85,19 @@ def read_evaluation(path: Path) -> Rows:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"--eval {path}", rule=f"it must be a JSON file ({error})", fix="name one") from None
+        raise InputError(
+            f"--eval {path}", rule=f"it must be a JSON file ({error})", fix="name one"
+        ) from None
     if isinstance(value, dict):
         value = [
-            {"benchmark": name, **(row if isinstance(row, dict) else {"score": row})} for name, row in value.items()
+            {"benchmark": name, **(row if isinstance(row, dict) else {"score": row})}
+            for name, row in value.items()
         ]
-    if not isinstance(value, list) or not value or not all(isinstance(row, dict) and row for row in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(row, dict) and row for row in value)
+    ):
         raise InputError(
             f"--eval {path}", rule="it holds benchmarks and their scores, or a list of rows",
             fix='write {"HumanEval pass@1": 0.5} or [{"benchmark": "HumanEval", "pass@1": 0.5}]',
@@ -99,7 +109,11 @@ def _cell(path: Path, key: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"--eval {path}: {key}={value!r}", rule="a cell is text or a finite number", fix="correct it")
+        raise InputError(
+            f"--eval {path}: {key}={value!r}",
+            rule="a cell is text or a finite number",
+            fix="correct it",
+        )
     return f"{value:g}"
 
 
@@ -135,7 +149,11 @@ def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
     model = facts.architecture
     full = model.layer_types.count("full_attention")
     rope = model.rope_full_attention
-    yarn = f", YaRN x{rope.factor:g} in full-attention layers" if rope.factor is not None else ", native"
+    yarn = (
+        f", YaRN x{rope.factor:g} in full-attention layers"
+        if rope.factor is not None
+        else ", native"
+    )
     return [
         ("parameters", f"{model.num_parameters(mtp=False):,} ({model.num_active_parameters(mtp=False):,} active)"),
         ("MTP head", f"{model.num_mtp_layers} layer, for speculative decoding" if model.num_mtp_layers else "none"),
@@ -152,8 +170,12 @@ def _training(facts: CardFacts) -> str:
     if run is None:
         return "No run is recorded beside the checkpoint this release was made from, so nothing is stated here."
     schedule, optimizer, layout = run.schedule, run.optimizer, run.layout
-    samples = schedule.train_samples if facts.iteration is None else schedule.samples(facts.iteration)
-    ways = " ".join(f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "ep", "etp", "cp"))
+    samples = (
+        schedule.train_samples if facts.iteration is None else schedule.samples(facts.iteration)
+    )
+    ways = " ".join(
+        f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "ep", "etp", "cp")
+    )
     batches = ", ".join(f"{size} from sample {first:,}" for first, size in schedule.batch_schedule)
     rows = [
         ("recipe", run.name),
@@ -182,7 +204,9 @@ def _code(trained_with: Sequence[Code]) -> str:
 def _start(run: Run) -> str:
     if run.checkpoint.load is not None:
         return "the weights of an earlier checkpoint"
-    return "random weights" if run.checkpoint.continue_from is None else "the state of an earlier run"
+    return (
+        "random weights" if run.checkpoint.continue_from is None else "the state of an earlier run"
+    )
 
 
 def _evaluation(rows: Rows) -> str:
@@ -235,7 +259,10 @@ def _verification(facts: CardFacts) -> str:
     if facts.logits is not None:
         heads = (("main", facts.logits.main), ("MTP", facts.logits.mtp))
         rows += [
-            (f"logits against Megatron, {name}", f"max error {head.max_error:.2e}, same top-1 {head.top1:.2%}")
+            (
+                f"logits against Megatron, {name}",
+                f"max error {head.max_error:.2e}, same top-1 {head.top1:.2%}",
+            )
             for name, head in heads
             if head is not None
         ]

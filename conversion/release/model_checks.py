@@ -1,4 +1,5 @@
-"""The checks of a release folder that load the model: transformers' loader, greedy text, the MTP head's drafts."""
+"""The checks of a release folder that load the model: transformers' loader, greedy text, the MTP
+head's drafts."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ LOADS, GENERATES, SAME_GREEDY, ACCEPTANCE = (
 PROMPT = "def fibonacci(n: int) -> int:\n    "
 _NEW_TOKENS = 32
 _ROW = 512
-_MOST_TOKENS = 4096  # of the evaluation text: logits of both heads are held, 3.2 GB at a vocabulary of 98,304
+_MOST_TOKENS = (
+    4096  # of the evaluation text: logits of both heads are held, 3.2 GB at a vocabulary of 98,304
+)
 
 
 def skipped_checks(why: str) -> list[Check]:
@@ -54,13 +57,18 @@ def _has_mtp(folder: Path) -> bool:
 
 
 def _loads(folder: Path) -> Check:
-    """As a user loads it: ``AutoModelForCausalLM`` must find every weight it has, and want every weight it finds."""
+    """As a user loads it: ``AutoModelForCausalLM`` must find every weight it has, and want every
+    weight it finds."""
     from transformers import AutoModelForCausalLM
 
     try:
         with bars_on_terminals_only():
             model, info = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+                str(folder),
+                dtype="auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except Exception as error:  # whatever its readers raise
         return Check.failed(
@@ -86,10 +94,15 @@ def _generates(folder: Path) -> tuple[Check, Generation | None]:
         return Check.refused(GENERATES, error), None
     except Exception as error:
         return Check.failed(
-            GENERATES, f"{type(error).__name__}: {error}", rule="model.generate must run", fix="export the folder again"
+            GENERATES,
+            f"{type(error).__name__}: {error}",
+            rule="model.generate must run",
+            fix="export the folder again",
         ), None
     text = plain.completion if len(plain.completion) <= 40 else plain.completion[:40] + "..."
-    return Check.passed(GENERATES, f"{len(plain.token_ids)} tokens: {text!r}", new_tokens=len(plain.token_ids)), plain
+    return Check.passed(
+        GENERATES, f"{len(plain.token_ids)} tokens: {text!r}", new_tokens=len(plain.token_ids)
+    ), plain
 
 
 def _new_tokens(folder: Path) -> int:
@@ -103,18 +116,27 @@ def _same_greedy(folder: Path, plain: Generation) -> Check:
     try:
         drafted = generate(folder, PROMPT, max_new_tokens=_new_tokens(folder), use_mtp=True)
     except (InputError, WorkError) as error:
-        return Check.failed(SAME_GREEDY, str(error), rule="generate(use_mtp=True) must run", fix="export again")
+        return Check.failed(
+            SAME_GREEDY, str(error), rule="generate(use_mtp=True) must run", fix="export again"
+        )
     figures = {"drafted": drafted.drafted, "accepted": drafted.accepted}
     if drafted.token_ids != plain.token_ids:
         pairs = zip(drafted.token_ids, plain.token_ids, strict=False)
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(drafted.token_ids), len(plain.token_ids)))
+        first = next(
+            (i for i, (a, b) in enumerate(pairs) if a != b),
+            min(len(drafted.token_ids), len(plain.token_ids)),
+        )
         return Check.failed(
             SAME_GREEDY, f"the texts part at new token {first}",
             rule="a drafted token is kept only where the model itself would have written it (float32)",
             fix="install transformers 5.23; if it is, the model's logits depend on how many tokens a step has",
             **figures,
         )  # fmt: skip
-    return Check.passed(SAME_GREEDY, f"the same {len(plain.token_ids)} tokens; {drafted.acceptance_line()}", **figures)
+    return Check.passed(
+        SAME_GREEDY,
+        f"the same {len(plain.token_ids)} tokens; {drafted.acceptance_line()}",
+        **figures,
+    )
 
 
 def _acceptance(folder: Path, text: str | None, floor: float) -> Check:
@@ -137,17 +159,24 @@ def _acceptance(folder: Path, text: str | None, floor: float) -> Check:
 
 
 def evaluation_tokens(folder: Path, text: str) -> torch.Tensor:
-    """The first tokens of ``text`` as rows `[b, s]`, at most 4,096 in all; a last row that is too short is left out."""
+    """The first tokens of ``text`` as rows `[b, s]`, at most 4,096 in all; a last row that is too
+    short is left out."""
     import torch
 
     from conversion.huggingface.folder import read_config
     from mellum2_megatron.data.tokens.tokenizer import load_tokenizer
 
-    ids = load_tokenizer(folder).encode(text[: 16 * _MOST_TOKENS], add_special_tokens=False).ids[:_MOST_TOKENS]
+    ids = (
+        load_tokenizer(folder)
+        .encode(text[: 16 * _MOST_TOKENS], add_special_tokens=False)
+        .ids[:_MOST_TOKENS]
+    )
     length = min(_ROW, read_config(folder).max_position_embeddings, len(ids))
     if length < 8:
         raise InputError(
-            f"--text: {len(ids)} tokens", rule="acceptance is a share of many positions", fix="give a longer text"
+            f"--text: {len(ids)} tokens",
+            rule="acceptance is a share of many positions",
+            fix="give a longer text",
         )
     rows = len(ids) // length
     return torch.tensor(ids[: rows * length]).reshape(rows, length)

@@ -1,4 +1,5 @@
-"""`mellum2 release`: from a Megatron checkpoint to a folder that can be published, or to nothing at all."""
+"""`mellum2 release`: from a Megatron checkpoint to a folder that can be published, or to nothing at
+all."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ class ReleaseResult:
 
     def __str__(self) -> str:
         written = f"{self.conversion.tensors} tensors, {size_text(self.conversion.nbytes)} {self.conversion.dtype}"
-        return f"released {self.path}: {written}{'' if self.report is not None else ', not checked'}"
+        return (
+            f"released {self.path}: {written}{'' if self.report is not None else ', not checked'}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +96,8 @@ def release(
     check: bool = True,
     skip_run: bool = False,
 ) -> ReleaseResult:
-    """Write the complete Hugging Face folder of a checkpoint; it appears only when every check of it has passed.
+    """Write the complete Hugging Face folder of a checkpoint; it appears only when every check of
+    it has passed.
 
     Args:
         megatron_path: checkpoint folder, or one iteration inside it.
@@ -102,7 +106,8 @@ def release(
         evaluation: JSON table for the model card.
         chat_template: Jinja template of a chat member; by default the one beside the tokenizer.
         tokenizer: folder to take tokenizer files from instead of the checkpoint's own.
-        text, min_acceptance: evaluation text for the MTP head and the smallest acceptance on it that passes.
+        text, min_acceptance: evaluation text for the MTP head and the smallest acceptance on it
+            that passes.
         overwrite: replace an earlier release.
         check: without it nothing is verified, and the card says so.
         skip_run: leave out what loads the model (the comparison with Megatron included).
@@ -117,14 +122,17 @@ def release(
     check_target(target, plan.checkpoint.root, overwrite)
     staging = target.parent / f".{target.name}.release"
     folder = staging / target.name
-    # Interrupted, or out of disk, the staging folder stays, and the same command continues the export in it.
+    # Interrupted, or out of disk, the staging folder stays, and the same command continues the
+    # export in it.
     try:
         conversion = export_hf(megatron_path, folder, tokenizer=plan.tokenizer, overwrite=True)
     except InputError:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     try:
-        report = _complete(folder, plan, Path(megatron_path), conversion.dtype, check, skip_run, min_acceptance)
+        report = _complete(
+            folder, plan, Path(megatron_path), conversion.dtype, check, skip_run, min_acceptance
+        )
         if report is not None:
             report = replace(report, folder=target)
             _require_ok(report)
@@ -155,7 +163,8 @@ def _complete(
     return ReleaseReport(folder=folder, member=plan.member, checks=checks)
 
 
-# -- before anything is written ---------------------------------------------------------------------------------------
+# -- before anything is written
+# ---------------------------------------------------------------------------------------
 
 
 def _plan(
@@ -210,7 +219,9 @@ def _template(member: str, given: Path | None, tokenizer: Path) -> str | None:
             template: str | None = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"--chat-template {given}", rule=f"it must be readable UTF-8 ({error})", fix="name a Jinja file"
+                f"--chat-template {given}",
+                rule=f"it must be readable UTF-8 ({error})",
+                fix="name a Jinja file",
             ) from None
     else:
         template = read_template(tokenizer)
@@ -224,7 +235,8 @@ def _template(member: str, given: Path | None, tokenizer: Path) -> str | None:
     return template
 
 
-# -- the folder -------------------------------------------------------------------------------------------------------
+# -- the folder
+# -------------------------------------------------------------------------------------------------------
 
 
 def _add_files(folder: Path, plan: _Plan) -> None:
@@ -233,7 +245,9 @@ def _add_files(folder: Path, plan: _Plan) -> None:
         return
     write_text(folder / CHAT_TEMPLATE_FILE, plan.template)
     config = read_json(folder / TOKENIZER_CONFIG_FILE, "the tokenizer has it")
-    if config.pop("chat_template", None) is not None:  # one truth: transformers reads the file first
+    if (
+        config.pop("chat_template", None) is not None
+    ):  # one truth: transformers reads the file first
         write_json(folder / TOKENIZER_CONFIG_FILE, config)
     end = end_of_turn(folder, plan.template)
     if end is not None:
@@ -275,7 +289,8 @@ def _measure(folder: Path, plan: _Plan, megatron_path: Path, min_acceptance: flo
         departs = logits.first_departing
         check = Check.failed(
             LOGITS,
-            f"largest relative error {worst:.2e}" + (f", departing at {departs.name}" if departs is not None else ""),
+            f"largest relative error {worst:.2e}"
+            + (f", departing at {departs.name}" if departs is not None else ""),
             rule=f"transformers computes what Megatron computes, within {logits.tolerance:g}",
             fix="run mellum2 verify",
         )
@@ -295,14 +310,26 @@ def _left_out() -> list[Check]:
 def _write_cards(folder: Path, plan: _Plan, measured: _Measured, dtype: str) -> None:
     """Write verification.json and README.md."""
     architecture: Mellum2Architecture = plan.checkpoint.architecture
-    ran = [check for check in measured.checks if check.name != LOGITS and check.status != "not applicable"]
+    ran = [
+        check
+        for check in measured.checks
+        if check.name != LOGITS and check.status != "not applicable"
+    ]
     verification: dict[str, Any] = {
         "member": plan.member,
         "software": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "checkpoint": {"name": plan.checkpoint.iteration_dir.name, "iteration": plan.checkpoint.iteration},
+        "checkpoint": {
+            "name": plan.checkpoint.iteration_dir.name,
+            "iteration": plan.checkpoint.iteration,
+        },
         "logits": measured.logits.to_dict() if measured.logits is not None else None,
         "checks": [
-            {"name": check.name, "status": check.status, "value": check.value, "figures": dict(check.figures)}
+            {
+                "name": check.name,
+                "status": check.status,
+                "value": check.value,
+                "figures": dict(check.figures),
+            }
             for check in measured.checks
         ],
         "files": file_hashes(folder),
@@ -326,7 +353,9 @@ def _write_cards(folder: Path, plan: _Plan, measured: _Measured, dtype: str) -> 
 def _require_ok(report: ReleaseReport) -> None:
     if report.ok:
         return
-    told = "; ".join(f"{check.name}: {check.value} ({check.rule}; fix: {check.fix})" for check in report.failures)
+    told = "; ".join(
+        f"{check.name}: {check.value} ({check.rule}; fix: {check.fix})" for check in report.failures
+    )
     raise WorkError(
         f"{report.folder} is not fit to publish. {told}",
         fix="repair what it names and release again; nothing was written (--no-check writes the folder as it is)",

@@ -1,4 +1,5 @@
-"""The checks of a release folder's tokenizer: files, vocabulary, special tokens, FIM sentinels, chat template."""
+"""The checks of a release folder's tokenizer: files, vocabulary, special tokens, FIM sentinels,
+chat template."""
 
 from __future__ import annotations
 
@@ -20,34 +21,54 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _NO_TOKENIZER = "needs a tokenizer that can be read"
 _ROLES = ("bos", "eos", "pad")
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-_QUESTION, _ANSWER, _THOUGHT, _SYSTEM = "What is 6 times 7?", "It is forty-two.", "Six sevens add up.", "Be brief."
+_QUESTION, _ANSWER, _THOUGHT, _SYSTEM = (
+    "What is 6 times 7?",
+    "It is forty-two.",
+    "Six sevens add up.",
+    "Be brief.",
+)
 _TOOL = {
     "type": "function",
     "function": {
         "name": "multiply_numbers",
         "description": "Multiply two numbers.",
-        "parameters": {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "number"}},
+            "required": ["a"],
+        },
     },
 }
 _MARKER = re.compile(r"<\|[^|<>\s]+\|>")
 
 
-def tokenizer_checks(folder: Path, architecture: Mellum2Architecture | None, *, chat: bool) -> list[Check]:
+def tokenizer_checks(
+    folder: Path, architecture: Mellum2Architecture | None, *, chat: bool
+) -> list[Check]:
     """Every check of the tokenizer; ``chat``: the member is one that must have a chat template."""
     later = ("tokenizer vocabulary", "special tokens", "FIM tokens", "chat template")
-    missing = [name for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE) if not (folder / name).is_file()]
+    missing = [
+        name for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE) if not (folder / name).is_file()
+    ]
     try:
         if missing:
             raise InputError(
-                f"{listed(missing)} missing", rule="a release has its tokenizer", fix="copy the tokenizer's files too"
+                f"{listed(missing)} missing",
+                rule="a release has its tokenizer",
+                fix="copy the tokenizer's files too",
             )
         vocabulary = load_tokenizer(folder).get_vocab(with_added_tokens=True)
         read_json(folder / TOKENIZER_CONFIG_FILE, "")
     except InputError as error:
-        return [Check.refused("tokenizer files", error), *(Check.not_applicable(name, _NO_TOKENIZER) for name in later)]
+        return [
+            Check.refused("tokenizer files", error),
+            *(Check.not_applicable(name, _NO_TOKENIZER) for name in later),
+        ]
     checks = [Check.passed("tokenizer files", f"{TOKENIZER_FILE}, {TOKENIZER_CONFIG_FILE}")]
     if architecture is None:
-        checks += [Check.not_applicable(name, "needs a config.json that can be read") for name in later[:2]]
+        checks += [
+            Check.not_applicable(name, "needs a config.json that can be read") for name in later[:2]
+        ]
     else:
         known = architecture
         checks.append(_vocabulary(vocabulary, known))
@@ -79,7 +100,11 @@ def _special_tokens(folder: Path, architecture: Mellum2Architecture) -> Check:
     name = "special tokens"
     by_tokenizer: dict[str, int] = special_ids(folder)
     special = _added_special(folder)
-    plain = sorted(role for role in _ROLES if role in by_tokenizer and by_tokenizer[role] not in special.values())
+    plain = sorted(
+        role
+        for role in _ROLES
+        if role in by_tokenizer and by_tokenizer[role] not in special.values()
+    )
     if plain:
         return Check.failed(
             name, f"{listed(plain)} token not marked special in {TOKENIZER_FILE}",
@@ -107,17 +132,25 @@ def _special_tokens(folder: Path, architecture: Mellum2Architecture) -> Check:
             fix=f"write {sorted(found.get('tokenizer', ()))} wherever it is named" if "tokenizer" in found
             else f"name the {role}_token in {TOKENIZER_CONFIG_FILE} and write its id",
         )  # fmt: skip
-    outside = sorted(i for ids in stated[GENERATION_CONFIG_FILE].values() for i in ids if i >= architecture.vocab_size)
+    outside = sorted(
+        i
+        for ids in stated[GENERATION_CONFIG_FILE].values()
+        for i in ids
+        if i >= architecture.vocab_size
+    )
     if outside:
         return Check.failed(
             name, f"{GENERATION_CONFIG_FILE} names id {outside[0]}", rule=f"vocab_size is {architecture.vocab_size}",
             fix="write the tokenizer's own ids",
         )  # fmt: skip
-    return Check.passed(name, ", ".join(f"{role} {by_tokenizer[role]}" for role in _ROLES if role in by_tokenizer))
+    return Check.passed(
+        name, ", ".join(f"{role} {by_tokenizer[role]}" for role in _ROLES if role in by_tokenizer)
+    )
 
 
 def _agree(role: str, found: dict[str, frozenset[int]]) -> bool:
-    """The same ids everywhere; generation may also stop at others than the tokenizer's end of text."""
+    """The same ids everywhere; generation may also stop at others than the tokenizer's end of
+    text."""
     smallest = min(found.values(), key=len, default=frozenset())
     if role == "eos":
         return all(smallest <= ids for ids in found.values())
@@ -160,25 +193,40 @@ def _fim(folder: Path) -> Check:
             "FIM tokens", f"{listed(plain)} not marked special in {TOKENIZER_FILE}",
             rule="a sentinel must be encoded as one token wherever it stands", fix="mark it special in added_tokens",
         )  # fmt: skip
-    return Check.passed("FIM tokens", ", ".join(f"{role} {identifier}" for role, identifier in found.items()))
+    return Check.passed(
+        "FIM tokens", ", ".join(f"{role} {identifier}" for role, identifier in found.items())
+    )
 
 
-# -- chat template ----------------------------------------------------------------------------------------------------
+# -- chat template
+# ----------------------------------------------------------------------------------------------------
 
 
 def read_template(folder: Path) -> str | None:
-    """The folder's chat template: its own file, or the key in ``tokenizer_config.json``; None when it has neither."""
+    """The folder's chat template: its own file, or the key in ``tokenizer_config.json``; None when
+    it has neither."""
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(str(path), rule=f"it must be UTF-8 text ({error})", fix="copy it again") from error
-    config = read_json(folder / TOKENIZER_CONFIG_FILE, "") if (folder / TOKENIZER_CONFIG_FILE).is_file() else {}
+            raise InputError(
+                str(path), rule=f"it must be UTF-8 text ({error})", fix="copy it again"
+            ) from error
+    config = (
+        read_json(folder / TOKENIZER_CONFIG_FILE, "")
+        if (folder / TOKENIZER_CONFIG_FILE).is_file()
+        else {}
+    )
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones, as older transformers wrote them
         template = next(
-            (row.get("template") for row in template if isinstance(row, dict) and row.get("name") == "default"), None
+            (
+                row.get("template")
+                for row in template
+                if isinstance(row, dict) and row.get("name") == "default"
+            ),
+            None,
         )
     return template if isinstance(template, str) else None
 
@@ -191,7 +239,9 @@ def _chat_template(folder: Path, *, required: bool) -> Check:
                 name, f"no {CHAT_TEMPLATE_FILE}", rule="instruct and thinking members are used through it",
                 fix=f"copy the template the model was trained with into the folder as {CHAT_TEMPLATE_FILE}",
             )  # fmt: skip
-        return Check.not_applicable(name, f"no {CHAT_TEMPLATE_FILE}; give --member when there should be one")
+        return Check.not_applicable(
+            name, f"no {CHAT_TEMPLATE_FILE}; give --member when there should be one"
+        )
     with_fields = render_template(folder, template)
     ends = _ids(_generation_config(folder).get("eos_token_id"))
     end = end_of_turn(folder, template)
@@ -207,11 +257,13 @@ def render_template(folder: Path, template: str) -> list[str]:
     """Render conversations with ``template`` and the folder's tokenizer, in transformers' sandbox.
 
     Returns:
-        What was rendered: always a conversation with and without a generation prompt; tools and the reasoning field
+        What was rendered: always a conversation with and without a generation prompt; tools and the
+            reasoning field
         where the template reads them.
 
     Raises:
-        InputError: a rendering fails, leaves out what it was given, or writes markers that are no tokens.
+        InputError: a rendering fails, leaves out what it was given, or writes markers that are no
+            tokens.
     """
     done = []
     special = _added_special(folder)
@@ -242,7 +294,8 @@ def render_template(folder: Path, template: str) -> list[str]:
 
 
 def end_of_turn(folder: Path, template: str) -> int | None:
-    """Id of the first special token after an assistant's answer; None when the template writes none."""
+    """Id of the first special token after an assistant's answer; None when the template writes
+    none."""
     messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     tail = _render(folder, template, "end of turn", messages).rpartition(_ANSWER)[2]
     special = _added_special(folder)
@@ -250,17 +303,29 @@ def end_of_turn(folder: Path, template: str) -> int | None:
     return special[min(placed)[1]] if placed else None
 
 
-def _conversations(template: str) -> Iterator[tuple[str, list[dict[str, Any]], list[Any] | None, list[str]]]:
+def _conversations(
+    template: str,
+) -> Iterator[tuple[str, list[dict[str, Any]], list[Any] | None, list[str]]]:
     user = {"role": "user", "content": _QUESTION}
     answer = {"role": "assistant", "content": _ANSWER}
     yield "a turn", [user, answer], None, [_QUESTION, _ANSWER]
     if re.search(r"\bsystem\b", template):
-        yield "a system message", [{"role": "system", "content": _SYSTEM}, user, answer], None, [_SYSTEM, _ANSWER]
+        yield (
+            "a system message",
+            [{"role": "system", "content": _SYSTEM}, user, answer],
+            None,
+            [_SYSTEM, _ANSWER],
+        )
     if re.search(r"\btools\b", template):
         yield "tools", [user], [_TOOL], ["multiply_numbers", _QUESTION]
     for field in _REASONING_FIELDS:
         if re.search(rf"\.{field}\b|\[['\"]{field}['\"]\]|\.get\(['\"]{field}['\"]", template):
-            yield f"reasoning ({field})", [user, {**answer, field: _THOUGHT}], None, [_THOUGHT, _ANSWER]
+            yield (
+                f"reasoning ({field})",
+                [user, {**answer, field: _THOUGHT}],
+                None,
+                [_THOUGHT, _ANSWER],
+            )
             return
 
 
@@ -278,10 +343,18 @@ def _render(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            chat_template=template,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
-    except Exception as error:  # a template may fail in any way jinja or its own raise_exception can
+    except (
+        Exception
+    ) as error:  # a template may fail in any way jinja or its own raise_exception can
         raise InputError(
-            f"chat template, {title}: {type(error).__name__}: {error}", rule="it must render", fix="repair the template"
+            f"chat template, {title}: {type(error).__name__}: {error}",
+            rule="it must render",
+            fix="repair the template",
         ) from error
     return str(text)

@@ -1,4 +1,5 @@
-"""Files of a ``torch.distributed.checkpoint``, written at the disk's speed: hashed on the way, no second checksum."""
+"""Files of a ``torch.distributed.checkpoint``, written at the disk's speed: hashed on the way, no
+second checksum."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from mellum2_megatron.checkpoint.file_manifest import FileRecord
 
 
 class HashingFileSystem(FileSystem):
-    """DCP's file system; what it has written by `create_stream` is in ``records``, by name, once the stream is closed.
+    """DCP's file system; what it has written by `create_stream` is in ``records``, by name, once
+    the stream is closed.
 
     Reading a checkpoint of many gigabytes again for its manifest would cost as much as writing it.
     """
@@ -27,7 +29,8 @@ class HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """Open ``path``; only ``wb`` and ``rb`` occur in DCP (torch/distributed/checkpoint/filesystem.py, 2.15)."""
+        """Open ``path``; only ``wb`` and ``rb`` occur in DCP
+        (torch/distributed/checkpoint/filesystem.py, 2.15)."""
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
@@ -35,7 +38,9 @@ class HashingFileSystem(FileSystem):
         with Path(path).open("wb", buffering=0) as raw:
             hashing = _HashingStream(raw)
             yield hashing
-            self.records[Path(path).name] = FileRecord(size=hashing.tell(), sha256=hashing.digest.hexdigest())
+            self.records[Path(path).name] = FileRecord(
+                size=hashing.tell(), sha256=hashing.digest.hexdigest()
+            )
 
 
 class _HashingStream(io.RawIOBase):
@@ -69,9 +74,10 @@ class _HashingStream(io.RawIOBase):
 def without_crc32() -> Iterator[None]:
     """Let `torch.save` leave out the zip records' CRC-32, process-wide, while the block runs.
 
-    torch computes it a byte at a time while it holds the interpreter: one thread at 100 to 250 MB/s, whatever the
-    number of workers. `torch.load` never looks at it (torch/serialization.py:set_crc32_options, 2.15); every tensor and
-    every file have a SHA-256 in a manifest.
+    torch computes it a byte at a time while it holds the interpreter: one thread at 100 to 250
+    MB/s, whatever the number of workers. `torch.load` never looks at it
+    (torch/serialization.py:set_crc32_options, 2.15); every tensor and every file have a SHA-256 in
+    a manifest.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

@@ -1,18 +1,23 @@
-"""Megatron ``torch_dist`` checkpoints, read and written tensor by tensor without a model, a GPU or a process group.
+"""Megatron ``torch_dist`` checkpoints, read and written tensor by tensor without a model, a GPU or
+a process group.
 
 On disk (megatron-core 0.19.2, ``core/dist_checkpointing/strategies/torch.py``) such a folder is a
 ``torch.distributed.checkpoint`` of whole tensors cut into chunks:
 
-  ``.metadata``        pickled ``Metadata``: per key whole shape, dtype and chunks, per chunk (file, offset, length)
+  ``.metadata``        pickled ``Metadata``: per key whole shape, dtype and chunks, per chunk (file,
+      offset, length)
   ``__R_N.distcp``     the chunks, each its own ``torch.save`` archive
   ``metadata.json``    ``{"sharded_backend": "torch_dist", "sharded_backend_version": 1}``
-  ``common.pt``        older versions only; 0.19.2 stores the common state as the object ``common_state/shard_0_1``
+  ``common.pt``        older versions only; 0.19.2 stores the common state as the object
+  ``common_state/shard_0_1``
 
-Keys carry no ``model.`` prefix, whatever the pipeline layout: the state dict's ``model`` / ``model0`` levels do not
-reach the tensors' own keys (``core/dist_checkpointing/mapping.py``, ``ShardedTensor.key``).
+Keys carry no ``model.`` prefix, whatever the pipeline layout: the state dict's ``model`` /
+``model0`` levels do not reach the tensors' own keys (``core/dist_checkpointing/mapping.py``,
+``ShardedTensor.key``).
 
-Nothing in a checkpoint is executed: ``.metadata`` is read with an unpickler that knows a fixed list of plain record
-classes, tensors with ``weights_only=True``, and pickled objects are not read at all.
+Nothing in a checkpoint is executed: ``.metadata`` is read with an unpickler that knows a fixed list
+of plain record classes, tensors with ``weights_only=True``, and pickled objects are not read at
+all.
 """
 
 from __future__ import annotations
@@ -65,9 +70,11 @@ NOT_WEIGHTS: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """What ``.metadata`` says of one tensor; ``by_layer`` indexes its chunks where each is one step of the first axis.
+    """What ``.metadata`` says of one tensor; ``by_layer`` indexes its chunks where each is one step
+    of the first axis.
 
-    A released model's fc1 has 3,584 chunks and is read in 1,792 pieces: looking at every chunk each time would show.
+    A released model's fc1 has 3,584 chunks and is read in 1,792 pieces: looking at every chunk each
+    time would show.
     """
 
     key: str
@@ -77,7 +84,8 @@ class StoredTensor:
     by_layer: dict[int, list[ChunkStorageMetadata]]
 
     def near(self, offset: Shape, extent: Shape) -> Iterable[ChunkStorageMetadata]:
-        """The chunks that may overlap a box: those of its layers, or all where chunks span the first axis."""
+        """The chunks that may overlap a box: those of its layers, or all where chunks span the
+        first axis."""
         if not self.by_layer:
             return self.chunks
         layers = range(offset[0], offset[0] + extent[0])
@@ -92,8 +100,8 @@ class TorchDistReader:
         skipped: how many keys were left aside, by kind (optimizer state, ...).
 
     Raises:
-        InputError: not such a folder, a truncated or missing file, chunks that do not cover their tensor, an object
-            that is not known to be safely ignorable.
+        InputError: not such a folder, a truncated or missing file, chunks that do not cover their
+            tensor, an object that is not known to be safely ignorable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,13 +127,17 @@ class TorchDistReader:
                 )
 
     def read(self, key: str, offset: Shape, extent: Shape) -> torch.Tensor:
-        """Return the box ``[offset, offset + extent)`` of tensor ``key``, from whatever chunks hold it."""
+        """Return the box ``[offset, offset + extent)`` of tensor ``key``, from whatever chunks hold
+        it."""
         tensor = self.tensors[key]
         out = torch.empty(extent, dtype=tensor.dtype)
         items = []
         for chunk in tensor.near(offset, extent):
             low = [max(a, b) for a, b in zip(chunk.offsets, offset, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offset, extent, strict=True)]
+            high = [
+                min(a + n, b + m)
+                for a, n, b, m in zip(chunk.offsets, chunk.sizes, offset, extent, strict=True)
+            ]
             if all(a < b for a, b in zip(low, high, strict=True)):
                 items.append(_read_item(key, chunk, low, high, offset))
         try:
@@ -141,7 +153,9 @@ class TorchDistReader:
     def _check_files(self, metadata: Metadata) -> None:
         ends: dict[str, int] = {}
         for info in metadata.storage_data.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+            ends[info.relative_path] = max(
+                ends.get(info.relative_path, 0), info.offset + info.length
+            )
         for name, end in sorted(ends.items()):
             if Path(name).name != name:
                 raise InputError(
@@ -171,7 +185,9 @@ class _IntoTensor(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         view = self._out
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+        for axis, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
             view = view.narrow(axis, start, length)
         return view
 
@@ -184,8 +200,11 @@ class _IntoTensor(LoadPlanner):
     create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner  # type: ignore[assignment]
 
 
-def _read_item(key: str, chunk: ChunkStorageMetadata, low: list[int], high: list[int], offset: Shape) -> ReadItem:
-    """The part ``[low, high)`` (whole-tensor coordinates) of ``chunk``, for a box that begins at ``offset``."""
+def _read_item(
+    key: str, chunk: ChunkStorageMetadata, low: list[int], high: list[int], offset: Shape
+) -> ReadItem:
+    """The part ``[low, high)`` (whole-tensor coordinates) of ``chunk``, for a box that begins at
+    ``offset``."""
     return ReadItem(
         type=LoadItemType.TENSOR,
         dest_index=MetadataIndex(key, torch.Size(offset)),
@@ -223,7 +242,11 @@ def _check_backend(folder: Path) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(str(path), rule=f"a torch_dist checkpoint has it ({first_line(error)})", fix=fix) from error
+        raise InputError(
+            str(path), rule=f"a torch_dist checkpoint has it ({first_line(error)})", fix=fix
+        ) from error
     backend = config.get("sharded_backend") if isinstance(config, dict) else None
     if backend != "torch_dist":
-        raise InputError(f"{path}: sharded_backend={backend!r}", rule="only torch_dist is read", fix=fix)
+        raise InputError(
+            f"{path}: sharded_backend={backend!r}", rule="only torch_dist is read", fix=fix
+        )

@@ -20,7 +20,8 @@ METADATA_FILE = ".metadata"
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read ``.metadata`` without executing anything: only the record classes in `_SAFE_CLASSES` are constructed.
+    """Read ``.metadata`` without executing anything: only the record classes in `_SAFE_CLASSES` are
+    constructed.
 
     Raises:
         InputError: the file is absent, not such a pickle, or names any other class or function.
@@ -31,16 +32,24 @@ def read_metadata(folder: Path) -> Metadata:
             metadata = _MetadataUnpickler(stream).load()
     except FileNotFoundError as error:
         raise InputError(
-            str(path), rule="a torch_dist checkpoint has a .metadata file", fix="give a complete checkpoint folder"
+            str(path),
+            rule="a torch_dist checkpoint has a .metadata file",
+            fix="give a complete checkpoint folder",
         ) from error
     except InputError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise InputError(
-            str(path), rule=f"it must be readable checkpoint metadata ({first_line(error)})", fix="copy it again"
+            str(path),
+            rule=f"it must be readable checkpoint metadata ({first_line(error)})",
+            fix="copy it again",
         ) from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise InputError(str(path), rule="it must hold checkpoint metadata", fix="give a complete checkpoint folder")
+        raise InputError(
+            str(path),
+            rule="it must hold checkpoint metadata",
+            fix="give a complete checkpoint folder",
+        )
     return metadata
 
 
@@ -50,7 +59,8 @@ def first_line(error: BaseException) -> str:
 
 
 class _Inert:
-    """Stands for records of older Megatron versions (``strategies/torch.py:86-95``): attributes, no behaviour."""
+    """Stands for records of older Megatron versions (``strategies/torch.py:86-95``): attributes, no
+    behaviour."""
 
 
 _PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
@@ -67,21 +77,34 @@ _METADATA_CLASSES = (
 
 
 def _safe_classes() -> dict[tuple[str, str], Any]:
-    """Every global `.metadata` may name: records, paths, sizes and dtypes. Constructing one has no effect."""
+    """Every global `.metadata` may name: records, paths, sizes and dtypes. Constructing one has no
+    effect."""
     safe: dict[tuple[str, str], Any] = {
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
         ("collections", "OrderedDict"): OrderedDict,
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _StoragePrefix,
-        **{("torch.distributed.checkpoint.metadata", name): getattr(dcp, name) for name in _METADATA_CLASSES},
-        **{("torch.distributed.checkpoint.planner", name): getattr(planner, name) for name in _PLANNER_CLASSES},
+        **{
+            ("torch.distributed.checkpoint.metadata", name): getattr(dcp, name)
+            for name in _METADATA_CLASSES
+        },
+        **{
+            ("torch.distributed.checkpoint.planner", name): getattr(planner, name)
+            for name in _PLANNER_CLASSES
+        },
     }
     for module in ("pathlib", "pathlib._local"):
-        safe |= {(module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath", "Path")}
+        safe |= {
+            (module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath", "Path")
+        }
     for name in ("MCoreMetadata", "MCoreSavePlan"):
         safe["megatron.core.dist_checkpointing.strategies.torch", name] = _Inert
-    safe |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    safe |= {
+        ("torch", name): value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype)
+    }
     return safe
 
 

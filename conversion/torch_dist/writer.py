@@ -1,4 +1,5 @@
-"""Writes Megatron ``torch_dist`` checkpoints chunk by chunk, without a model, a GPU or a process group."""
+"""Writes Megatron ``torch_dist`` checkpoints chunk by chunk, without a model, a GPU or a process
+group."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ from mellum2_megatron.checkpoint.file_manifest import FileRecord, hash_files, wr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """Where one chunk or object lies: in ``file``, ``length`` bytes from ``begin``. Plain values, for a journal."""
+    """Where one chunk or object lies: in ``file``, ``length`` bytes from ``begin``. Plain values,
+    for a journal."""
 
     key: str
     offset: Shape | None
@@ -50,7 +52,8 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """One group on the disk: its ``file``, and where everything lies in it. Plain values, for a journal."""
+    """One group on the disk: its ``file``, and where everything lies in it. Plain values, for a
+    journal."""
 
     file: FileRecord
     placed: tuple[Placed, ...]
@@ -61,7 +64,9 @@ class Written:
         return cls(
             file=FileRecord(**values["file"]),
             placed=tuple(
-                Placed(**each | {"offset": None if each["offset"] is None else tuple(each["offset"])})
+                Placed(
+                    **each | {"offset": None if each["offset"] is None else tuple(each["offset"])}
+                )
                 for each in values["placed"]
             ),
         )
@@ -70,15 +75,17 @@ class Written:
 class TorchDistWriter:
     """Write a ``torch_dist`` folder; each group of chunks becomes one ``__N_0.distcp`` file.
 
-    `write_group` may be called by several threads, once for each group in any order; then `finish`, with what all of
-    them returned. A call holds one tensor at a time.
+    `write_group` may be called by several threads, once for each group in any order; then `finish`,
+    with what all of them returned. A call holds one tensor at a time.
 
     Args:
         folder: an existing folder.
         groups: the chunks of each file; a chunk's ``produce`` is called once, when its turn comes.
-        common: Megatron's common state (``checkpoint_version``, ``iteration``, ``content_metadata``): plain values.
-        empty_states: keys of ``_extra_state`` objects to store as None, as Megatron's own linears do
-            (``core/tensor_parallel/layers.py:1232``); Transformer Engine takes None for "nothing to restore".
+        common: Megatron's common state (``checkpoint_version``, ``iteration``,
+            ``content_metadata``): plain values.
+        empty_states: keys of ``_extra_state`` objects to store as None, as Megatron's own linears
+            do (``core/tensor_parallel/layers.py:1232``); Transformer Engine takes None for "nothing
+            to restore".
     """
 
     def __init__(
@@ -91,7 +98,9 @@ class TorchDistWriter:
     ) -> None:
         self.folder = folder
         self._groups = groups
-        self._objects = {COMMON_STATE_KEY: _serialized(common)} | dict.fromkeys(empty_states, _serialized(None))
+        self._objects = {COMMON_STATE_KEY: _serialized(common)} | dict.fromkeys(
+            empty_states, _serialized(None)
+        )
         items = [
             WriteItem(
                 index=MetadataIndex(key),
@@ -106,7 +115,11 @@ class TorchDistWriter:
         ]
         self._plans, self._metadata = create_default_global_save_plan(plans)
         self._writer = FileSystemWriter(
-            folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0
+            folder,
+            single_file_per_rank=True,
+            sync_files=True,
+            thread_count=1,
+            per_thread_copy_ahead=0,
         )
         self._writer.fs = self._files = HashingFileSystem()
 
@@ -127,7 +140,8 @@ class TorchDistWriter:
         return Written(file=self._files.records[group_file(number)], placed=tuple(placed))
 
     def finish(self, groups: Sequence[Written]) -> None:
-        """Write ``.metadata`` and ``metadata.json``, which make the folder a checkpoint, and its manifest."""
+        """Write ``.metadata`` and ``metadata.json``, which make the folder a checkpoint, and its
+        manifest."""
         results: list[list[WriteResult]] = []
         for plan, group in zip(self._plans, groups, strict=True):
             indices = {(item.index.fqn, _offset(item.index)): item.index for item in plan.items}
@@ -152,7 +166,8 @@ class TorchDistWriter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A box of a tensor to write: ``produce()`` returns it, with shape ``extent`` and dtype ``dtype``."""
+    """A box of a tensor to write: ``produce()`` returns it, with shape ``extent`` and dtype
+    ``dtype``."""
 
     key: str
     global_shape: Shape
@@ -166,7 +181,9 @@ class Chunk:
             index=MetadataIndex(self.key, torch.Size(self.offset)),
             type=WriteItemType.SHARD,
             tensor_data=TensorWriteData(
-                chunk=ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=torch.Size(self.extent)),
+                chunk=ChunkStorageMetadata(
+                    offsets=torch.Size(self.offset), sizes=torch.Size(self.extent)
+                ),
                 properties=TensorProperties(dtype=self.dtype),
                 size=torch.Size(self.global_shape),
             ),
@@ -183,7 +200,8 @@ def _offset(index: MetadataIndex) -> Shape | None:
 
 
 def _serialized(value: Any) -> io.BytesIO:
-    """A sharded object's bytes: Megatron stores the list of a rank's objects of one key (``torch.py:324-329``)."""
+    """A sharded object's bytes: Megatron stores the list of a rank's objects of one key
+    (``torch.py:324-329``)."""
     stream = io.BytesIO()
     torch.save([value], stream)
     return stream

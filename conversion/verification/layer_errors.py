@@ -1,4 +1,5 @@
-"""Where two models part: hidden states of Megatron and transformers after every layer, recorded by forward hooks."""
+"""Where two models part: hidden states of Megatron and transformers after every layer, recorded by
+forward hooks."""
 
 from __future__ import annotations
 
@@ -37,13 +38,15 @@ class LayerError:
 
 @contextmanager
 def record_huggingface(main: Any, mtp: Any | None) -> Iterator[Recorded]:
-    """Record what `MellumForCausalLM` and `MtpModel` compute; the MTP layer's output is taken before its last norm."""
+    """Record what `MellumForCausalLM` and `MtpModel` compute; the MTP layer's output is taken
+    before its last norm."""
     places = {EMBEDDING: main.model.embed_tokens}
     places |= {_layer(index): layer for index, layer in enumerate(main.model.layers)}
     places[FINAL_NORM] = main.model.norm
     if mtp is not None:
         places[MTP_LAYER] = mtp.layers[0].mtp_block
-    # MtpModel reads token embeddings through the trunk's own module: only the first call of a pass is the trunk's.
+    # MtpModel reads token embeddings through the trunk's own module: only the first call of a pass
+    # is the trunk's.
     with _record(places, lambda output: output) as recorded:
         yield recorded
     if mtp is not None:
@@ -52,7 +55,8 @@ def record_huggingface(main: Any, mtp: Any | None) -> Iterator[Recorded]:
 
 @contextmanager
 def record_megatron(model: Any) -> Iterator[Recorded]:
-    """Record what a `GPTModel` without pipeline stages computes; its hidden states are `[s, b, h]`."""
+    """Record what a `GPTModel` without pipeline stages computes; its hidden states are `[s, b,
+    h]`."""
     places = {EMBEDDING: model.embedding}
     places |= {_layer(index): layer for index, layer in enumerate(model.decoder.layers)}
     places[FINAL_NORM] = model.decoder.final_layernorm
@@ -63,21 +67,28 @@ def record_megatron(model: Any) -> Iterator[Recorded]:
     recorded[EMBEDDING] = recorded[EMBEDDING][:1]  # the MTP head embeds the following tokens
 
 
-def compare_layers(ours: Recorded, theirs: Recorded, architecture: Mellum2Architecture) -> tuple[LayerError, ...]:
-    """Compare what both recorded, place by place; the last MTP position, which reads no next token, is left out.
+def compare_layers(
+    ours: Recorded, theirs: Recorded, architecture: Mellum2Architecture
+) -> tuple[LayerError, ...]:
+    """Compare what both recorded, place by place; the last MTP position, which reads no next token,
+    is left out.
 
     Args:
         ours: Megatron's hidden states.
         theirs: the reference.
     """
-    kinds: dict[str, str] = {_layer(index): kind for index, kind in enumerate(architecture.layer_types)}
+    kinds: dict[str, str] = {
+        _layer(index): kind for index, kind in enumerate(architecture.layer_types)
+    }
     if architecture.mtp_layer_types:
         kinds[MTP_LAYER] = f"mtp {architecture.mtp_layer_types[0]}"
     errors = []
     for name, reference_parts in theirs.items():
         value, reference = torch.cat(ours[name]), torch.cat(reference_parts)
         if value.shape != reference.shape:  # would broadcast
-            raise RuntimeError(f"{name}: {list(value.shape)} and {list(reference.shape)} were recorded")
+            raise RuntimeError(
+                f"{name}: {list(value.shape)} and {list(reference.shape)} were recorded"
+            )
         if name == MTP_LAYER:
             value, reference = value[:, :-1], reference[:, :-1]
         if not reference.numel():
@@ -114,7 +125,9 @@ def type_summary(layers: Iterable[LayerError]) -> dict[str, LayerError]:
 
 
 def _worst(values: Iterable[float]) -> float:
-    return float(torch.tensor(list(values), dtype=torch.float64).max())  # NaN stays NaN, unlike in max()
+    return float(
+        torch.tensor(list(values), dtype=torch.float64).max()
+    )  # NaN stays NaN, unlike in max()
 
 
 def _layer(index: int) -> str:
@@ -122,7 +135,9 @@ def _layer(index: int) -> str:
 
 
 @contextmanager
-def _record(places: dict[str, Any], form: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Recorded]:
+def _record(
+    places: dict[str, Any], form: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[Recorded]:
     recorded: Recorded = {name: [] for name in places}
 
     def hook(name: str) -> Callable[[Any, Any, Any], None]:

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 
-def load_megatron_model(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> GPTModel:
-    """Build the model of a checkpoint in this process and load its weights with Megatron's own loader.
+def load_megatron_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
+) -> GPTModel:
+    """Build the model of a checkpoint in this process and load its weights with Megatron's own
+    loader.
 
-    Runs on the GPU where there is one (te backend if Transformer Engine can be imported), else on the CPU backend with
-    the torch modules. Any layout that wrote the checkpoint is fine; optimizer state in it is left alone.
+    Runs on the GPU where there is one (te backend if Transformer Engine can be imported), else on
+    the CPU backend with the torch modules. Any layout that wrote the checkpoint is fine; optimizer
+    state in it is left alone.
 
     Args:
         path: checkpoint folder, or one iteration inside it.
@@ -53,10 +57,13 @@ def load_megatron_model(path: str | os.PathLike[str], *, dtype: torch.dtype = to
         moe_grouped_gemm=backend == "te",
     )
     model = model.to(device=device, dtype=dtype).eval()
-    # Optimizer and random states in the checkpoint are not asked for. Megatron's own strictness levels cannot be used:
-    # reading the stored metadata fails with torch 2.15 (dist_checkpointing/strategies/torch.py:1022, 0.19.2, passes
-    # `TensorProperties.strides` on to `torch.empty`); `open_checkpoint` has compared names and shapes both ways.
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint.iteration_dir))
+    # Optimizer and random states in the checkpoint are not asked for. Megatron's own strictness
+    # levels cannot be used: reading the stored metadata fails with torch 2.15
+    # (dist_checkpointing/strategies/torch.py:1022, 0.19.2, passes `TensorProperties.strides` on to
+    # `torch.empty`); `open_checkpoint` has compared names and shapes both ways.
+    loaded = dist_checkpointing.load(
+        {"model": model.sharded_state_dict()}, str(checkpoint.iteration_dir)
+    )
     model.load_state_dict(loaded["model"], strict=backend == "torch")
     return model
 
@@ -69,7 +76,7 @@ def _one_rank_world() -> torch.device:
         cpu.activate()
         cpu.init_single_process()
         return torch.device("cpu")
-    from mellum2_megatron.upstream import patches as upstream
+    from mellum2_megatron import upstream
 
     upstream.activate()
     from megatron.core import parallel_state
@@ -84,25 +91,31 @@ def _one_rank_world() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def score_file(tokens_path: Path, out: Path, *, megatron_path: Path | None, hf_path: Path | None) -> None:
-    """Write the logits of one checkpoint, of either kind, for the tokens of a file (`mellum2 score`).
+def score_file(
+    tokens_path: Path, out: Path, *, megatron_path: Path | None, hf_path: Path | None
+) -> None:
+    """Write the logits of one checkpoint, of either kind, for the tokens of a file (`mellum2
+    score`).
 
     Args:
         tokens_path: `.npy` file of token ids `[b, s]`, any integer type.
-        out: `.npz` file to write: `logits` `[b, s, v]` float32 and, with an MTP head, `mtp_logits` of the same shape
-            (position t predicts token t + 2; the last position is not meaningful).
+        out: `.npz` file to write: `logits` `[b, s, v]` float32 and, with an MTP head, `mtp_logits`
+            of the same shape (position t predicts token t + 2; the last position is not
+            meaningful).
         megatron_path, hf_path: exactly one of them names the checkpoint.
 
     Raises:
-        InputError: none or both checkpoints, no place to write, unreadable tokens, ids outside the vocabulary, or a
-            bad checkpoint.
+        InputError: none or both checkpoints, no place to write, unreadable tokens, ids outside the
+            vocabulary, or a bad checkpoint.
     """
     from conversion.huggingface.folder import HfFolder
     from conversion.huggingface.scoring import check_tokens, score_hf
 
     if (megatron_path is None) == (hf_path is None):
         raise InputError(
-            "score", rule="exactly one checkpoint is scored", fix="give either --megatron-path or --hf-path"
+            "score",
+            rule="exactly one checkpoint is scored",
+            fix="give either --megatron-path or --hf-path",
         )
     check_writable("--out", out, folder=False)
     if out.exists() and tokens_path.exists() and out.samefile(tokens_path):
@@ -135,7 +148,12 @@ def read_tokens(path: Path) -> torch.Tensor:
         raise InputError(
             f"--tokens {path}", rule=f"must be a readable .npy file ({error})", fix="use numpy.save"
         ) from None
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 2
+        or array.dtype.kind not in "iu"
+        or not array.size
+    ):
         shape = getattr(array, "shape", None)
         raise InputError(
             f"--tokens {path}: {getattr(array, 'dtype', type(array))} {shape}",

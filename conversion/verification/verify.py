@@ -1,4 +1,5 @@
-"""Does a Megatron checkpoint compute what a Hugging Face folder computes? Logits of both, main and MTP."""
+"""Does a Megatron checkpoint compute what a Hugging Face folder computes? Logits of both, main and
+MTP."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint import find_checkpoint
 from mellum2_megatron.common.errors import InputError
 
-# Float32 on both sides; rounding differs by the order of sums, a wrong weight or reading by 0.1 and more.
+# Float32 on both sides; rounding differs by the order of sums, a wrong weight or reading by 0.1 and
+# more.
 TOLERANCE = 1e-4
 _MAX_DEFAULT_LENGTH = 4096
 
@@ -79,8 +81,11 @@ class VerifyReport:
 
     @property
     def first_departing(self) -> LayerError | None:
-        """The first place, in the order of computation, whose hidden states differ by more than the tolerance."""
-        return next((layer for layer in self.layers if not layer.relative_error <= self.tolerance), None)
+        """The first place, in the order of computation, whose hidden states differ by more than the
+        tolerance."""
+        return next(
+            (layer for layer in self.layers if not layer.relative_error <= self.tolerance), None
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON holds them, layers by type."""
@@ -96,10 +101,22 @@ class VerifyReport:
         }
 
     def layer_table(self, *, every: bool = False) -> Table:
-        """Hidden states by layer type, or one row a layer; the title names the first layer that departs."""
+        """Hidden states by layer type, or one row a layer; the title names the first layer that
+        departs."""
         departs = self.first_departing
-        told = f"departs first at {departs.name} ({departs.kind})" if departs is not None else "no layer departs"
-        table = Table("layers", "type", "max error", "mean error", "relative error", title=f"hidden states: {told}")
+        told = (
+            f"departs first at {departs.name} ({departs.kind})"
+            if departs is not None
+            else "no layer departs"
+        )
+        table = Table(
+            "layers",
+            "type",
+            "max error",
+            "mean error",
+            "relative error",
+            title=f"hidden states: {told}",
+        )
         shown = self.layers if every else tuple(type_summary(self.layers).values())
         for layer in shown:
             errors = (layer.max_error, layer.mean_error, layer.relative_error)
@@ -109,7 +126,11 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         """Every head's relative error is within the tolerance (a NaN is not)."""
-        return all(head.relative_error <= self.tolerance for head in (self.main, self.mtp) if head is not None)
+        return all(
+            head.relative_error <= self.tolerance
+            for head in (self.main, self.mtp)
+            if head is not None
+        )
 
     def table(self) -> Table:
         """The figures for a console."""
@@ -141,7 +162,8 @@ def verify(
         tolerance: largest relative error that passes.
 
     Raises:
-        InputError: either folder is invalid, they describe different models, or the tokens do not fit.
+        InputError: either folder is invalid, they describe different models, or the tokens do not
+            fit.
     """
     from conversion.verification.megatron_scoring import load_megatron_model
     from mellum2_megatron.model.scoring import score_tokens
@@ -171,7 +193,8 @@ def compare(
     *,
     tolerance: float = TOLERANCE,
 ) -> VerifyReport:
-    """Compare two models' logits `[b, s, v]`; the last MTP position, which has no next token to read, is left out."""
+    """Compare two models' logits `[b, s, v]`; the last MTP position, which has no next token to
+    read, is left out."""
     sequences, length = logits.shape[:2]
     mtp = None
     if mtp_logits is not None and mtp_reference is not None and length > 1:
@@ -186,7 +209,8 @@ def compare(
 
 
 def default_tokens(architecture: Mellum2Architecture) -> torch.Tensor:
-    """Two random sequences `[2, s]`, the same on every call, long enough to leave the sliding window behind."""
+    """Two random sequences `[2, s]`, the same on every call, long enough to leave the sliding
+    window behind."""
     wanted = 2 * (architecture.sliding_window or 0) + 17
     length = min(max(wanted, 64), _MAX_DEFAULT_LENGTH, architecture.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,10 @@
 """`Mellum2Architecture` <-> Hugging Face ``config.json``.
 
 The reader gives a key that is absent the default of transformers 5.23's ``MellumConfig``
-(``transformers/models/mellum/configuration_mellum.py``), so a folder means here what it means there: in particular
-absent ``layer_types`` are all full attention and the absent sliding RoPE base is 10,000. A key that changes the
-arithmetic into something Mellum 2 cannot express is refused; a key that nobody reads is kept out with a warning.
+(``transformers/models/mellum/configuration_mellum.py``), so a folder means here what it means
+there: in particular absent ``layer_types`` are all full attention and the absent sliding RoPE base
+is 10,000. A key that changes the arithmetic into something Mellum 2 cannot express is refused; a
+key that nobody reads is kept out with a warning.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
     """Read the content of a Hugging Face ``config.json``.
 
     Raises:
-        InputError: another ``model_type``, or a value that no Mellum 2 model can have: tied embeddings, biases, dense
-            layers, another activation, an unknown RoPE type, more than one MTP layer, a malformed number.
+        InputError: another ``model_type``, or a value that no Mellum 2 model can have: tied
+            embeddings, biases, dense layers, another activation, an unknown RoPE type, more than
+            one MTP layer, a malformed number.
     """
     _require_mellum(config)
     values = _without_aliases(config)
@@ -116,8 +118,11 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
     return architecture
 
 
-def to_hf_config(architecture: Mellum2Architecture, torch_dtype: str = "bfloat16") -> dict[str, Any]:
-    """Return the released ``config.json``'s content for ``architecture``, keys sorted as transformers writes them."""
+def to_hf_config(
+    architecture: Mellum2Architecture, torch_dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """Return the released ``config.json``'s content for ``architecture``, keys sorted as
+    transformers writes them."""
     config: dict[str, Any] = {name: getattr(architecture, name) for name in _DEFAULTS}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config[name] is None:
@@ -141,7 +146,9 @@ def to_hf_config(architecture: Mellum2Architecture, torch_dtype: str = "bfloat16
         "tie_word_embeddings": False,
         "use_cache": True,
     }
-    if not (architecture.rope_full_attention.truncate and architecture.rope_sliding_attention.truncate):
+    if not (
+        architecture.rope_full_attention.truncate and architecture.rope_sliding_attention.truncate
+    ):
         config["rope_parameters"]["truncate"] = False  # beside the layer types: see _rope_fields
     if architecture.num_mtp_layers:
         config["num_nextn_predict_layers"] = architecture.num_mtp_layers
@@ -153,7 +160,9 @@ def to_hf_config(architecture: Mellum2Architecture, torch_dtype: str = "bfloat16
 def _require_mellum(config: Mapping[str, Any]) -> None:
     if not isinstance(config, Mapping):
         raise InputError(
-            f"config of type {type(config).__name__}", rule="config.json holds one object", fix="check the file"
+            f"config of type {type(config).__name__}",
+            rule="config.json holds one object",
+            fix="check the file",
         )
     model_type = config.get("model_type")
     named = "MellumForCausalLM" in (config.get("architectures") or ())
@@ -204,12 +213,16 @@ def _require_fixed_values(values: Mapping[str, Any]) -> None:
         )
 
 
-def _layer_types(values: Mapping[str, Any], name: str, default: str, layers: Any) -> tuple[Any, ...]:
+def _layer_types(
+    values: Mapping[str, Any], name: str, default: str, layers: Any
+) -> tuple[Any, ...]:
     given = values.get(name)
     if given is None:
         return (default,) * (layers if is_int(layers) else 0)
     if not isinstance(given, list | tuple):
-        raise InputError(f"{name}={given!r}", rule="it must be a list, one entry per layer", fix=f"list {name}")
+        raise InputError(
+            f"{name}={given!r}", rule="it must be a list, one entry per layer", fix=f"list {name}"
+        )
     return tuple(given)
 
 
@@ -224,15 +237,18 @@ def _require_sparse(values: Mapping[str, Any], name: str, layers: int) -> None:
             )
     if len(types) != layers:
         raise InputError(
-            f"{name} with {len(types)} entries", rule="it must have one entry per layer", fix=f"give {layers} entries"
+            f"{name} with {len(types)} entries",
+            rule="it must have one entry per layer",
+            fix=f"give {layers} entries",
         )
 
 
 def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, RopeParameters]:
     """Read ``rope_parameters``; an entry may be missing only for a layer type that no layer has.
 
-    ``truncate`` is read beside the entries and not inside them, because that is where transformers looks for it
-    (``modeling_rope_utils.py``: ``config.rope_parameters.get("truncate", True)``, 5.23).
+    ``truncate`` is read beside the entries and not inside them, because that is where transformers
+    looks for it (``modeling_rope_utils.py``: ``config.rope_parameters.get("truncate", True)``,
+        5.23).
     """
     given = values.get("rope_parameters")
     given = _DEFAULT_ROPE if given is None else given
@@ -250,25 +266,36 @@ def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
             fix=nearest(unknown[0], _DEFAULT_ROPE),
         )
     if set(given) & _ROPE_KEYS - {"truncate"}:
-        logger.warning("rope_parameters: ignoring %s beside the layer types", sorted(set(given) & _ROPE_KEYS))
+        logger.warning(
+            "rope_parameters: ignoring %s beside the layer types", sorted(set(given) & _ROPE_KEYS)
+        )
     used = {*fields["layer_types"], *fields["mtp_layer_types"]}
     result = {}
     for kind, default in _DEFAULT_ROPE.items():
         entry = given.get(kind)
         if entry is None and kind in used:
             raise InputError(
-                f"rope_parameters without {kind!r}", rule=f"the model has {kind} layers", fix=f"add the {kind!r} entry"
+                f"rope_parameters without {kind!r}",
+                rule=f"the model has {kind} layers",
+                fix=f"add the {kind!r} entry",
             )
         result[f"rope_{kind}"] = _read_rope(
-            default if entry is None else entry, kind, given.get("truncate", True), fields["max_position_embeddings"]
+            default if entry is None else entry,
+            kind,
+            given.get("truncate", True),
+            fields["max_position_embeddings"],
         )
     return result
 
 
-def _read_rope(entry: Any, kind: str, truncate: Any, max_position_embeddings: Any) -> RopeParameters:
+def _read_rope(
+    entry: Any, kind: str, truncate: Any, max_position_embeddings: Any
+) -> RopeParameters:
     where = f"rope_parameters.{kind}"
     if not isinstance(entry, Mapping):
-        raise InputError(f"{where}={entry!r}", rule="it must be an object", fix="give rope_type and rope_theta")
+        raise InputError(
+            f"{where}={entry!r}", rule="it must be an object", fix="give rope_type and rope_theta"
+        )
     rope_type = entry.get("rope_type", entry.get("type", "default"))
     if entry.get("partial_rotary_factor") not in (None, 1):
         raise InputError(
@@ -280,15 +307,21 @@ def _read_rope(entry: Any, kind: str, truncate: Any, max_position_embeddings: An
     theta = entry.get("rope_theta")
     if theta is None:
         raise InputError(
-            f"{where} without rope_theta", rule="transformers needs it per layer type", fix="add e.g. 500000.0"
+            f"{where} without rope_theta",
+            rule="transformers needs it per layer type",
+            fix="add e.g. 500000.0",
         )
     if rope_type != "yarn":
-        ignored += sorted(set(entry) & _ROPE_KEYS - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+        ignored += sorted(
+            set(entry) & _ROPE_KEYS - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        )
         rope = RopeParameters(rope_type=rope_type, rope_theta=_as_float(theta))
     else:
         if "factor" not in entry or entry.get("original_max_position_embeddings") is None:
             raise InputError(
-                f"{where} of type yarn", rule="it needs factor and original_max_position_embeddings", fix="add both"
+                f"{where} of type yarn",
+                rule="it needs factor and original_max_position_embeddings",
+                fix="add both",
             )
         if entry.get("truncate", truncate) != truncate:
             ignored.append("truncate")
@@ -331,20 +364,36 @@ def _rope_entry(rope: RopeParameters) -> dict[str, Any]:
 
 
 def _as_float(value: Any) -> Any:
-    """JSON writes 500000.0 as either number; anything but an int is left for the validation to judge."""
+    """JSON writes 500000.0 as either number; anything but an int is left for the validation to
+    judge."""
     return float(value) if is_int(value) else value
 
 
 def _warn(values: Mapping[str, Any], architecture: Mellum2Architecture) -> None:
-    read = {*_DEFAULTS, *_FIXED, *_HARMLESS, "num_nextn_predict_layers", "rope_parameters", "rope_theta"}
+    read = {
+        *_DEFAULTS,
+        *_FIXED,
+        *_HARMLESS,
+        "num_nextn_predict_layers",
+        "rope_parameters",
+        "rope_theta",
+    }
     read |= {"layer_types", "mlp_layer_types", "mtp_layer_types", "mtp_mlp_layer_types"}
     unknown = sorted(set(values) - read)
     if unknown:
-        logger.warning("config.json: ignoring keys that Mellum 2 does not have: %s", ", ".join(unknown))
-    ids = {name: getattr(architecture, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        logger.warning(
+            "config.json: ignoring keys that Mellum 2 does not have: %s", ", ".join(unknown)
+        )
+    ids = {
+        name: getattr(architecture, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     for name, value in ids.items():
         for token in value if isinstance(value, tuple) else (value,):
             if token is not None and not 0 <= token < architecture.vocab_size:
                 logger.warning(
-                    "config.json: %s=%d is not in the vocabulary of %d", name, token, architecture.vocab_size
+                    "config.json: %s=%d is not in the vocabulary of %d",
+                    name,
+                    token,
+                    architecture.vocab_size,
                 )

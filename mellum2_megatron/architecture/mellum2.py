@@ -1,8 +1,10 @@
-"""What Mellum 2 is: the one description that the model, the converter, the recipes and every figure derive from.
+"""What Mellum 2 is: the one description that the model, the converter, the recipes and every figure
+derive from.
 
-`Mellum2Architecture` holds the numbers of the released Hugging Face ``config.json`` under their own names;
-`Mellum2Architecture.parameters` lists every tensor of the released safetensors layout, and parameter counts,
-active parameters and FLOPs are sums over that one list. No torch here: describing a 12B model is instant.
+`Mellum2Architecture` holds the numbers of the released Hugging Face ``config.json`` under their own
+names; `Mellum2Architecture.parameters` lists every tensor of the released safetensors layout, and
+parameter counts, active parameters and FLOPs are sums over that one list. No torch here: describing
+a 12B model is instant.
 """
 
 from __future__ import annotations
@@ -23,13 +25,24 @@ from mellum2_megatron.common.field_checks import (
     require_positive_number,
 )
 
-__all__ = ["ALIGNMENT", "PRESETS", "Component", "LayerType", "Mellum2Architecture", "Parameter", "RopeParameters"]
+__all__ = [
+    "ALIGNMENT",
+    "PRESETS",
+    "Component",
+    "LayerType",
+    "Mellum2Architecture",
+    "Parameter",
+    "RopeParameters",
+]
 
 LayerType = Literal["sliding_attention", "full_attention"]
-Component = Literal["embedding", "attention", "router", "experts", "norms", "mtp projection", "output head"]
+Component = Literal[
+    "embedding", "attention", "router", "experts", "norms", "mtp projection", "output head"
+]
 
 ALIGNMENT = 128
-"""Every matrix dimension of a model trained here should be a multiple of this (report §2, alignment rule)."""
+"""Every matrix dimension of a model trained here should be a multiple of this (report §2, alignment
+rule)."""
 
 
 class Parameter(NamedTuple):
@@ -39,7 +52,8 @@ class Parameter(NamedTuple):
         name: key in the safetensors files, e.g. ``model.layers.3.mlp.experts.7.up_proj.weight``.
         shape: as stored, ``[out, in]`` for a matrix.
         component: the row of `mellum2 info` that it belongs to.
-        layer: index inside its stack (trunk, or MTP when ``mtp``); None for embedding, final norm and head.
+        layer: index inside its stack (trunk, or MTP when ``mtp``); None for embedding, final norm
+            and head.
         expert: index of the routed expert, None outside experts.
         mtp: belongs to the multi-token-prediction head.
     """
@@ -58,12 +72,14 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mellum2Architecture:
-    """A Mellum 2 model: every layer is GQA attention with QK-norm followed by a dropless mixture of experts.
+    """A Mellum 2 model: every layer is GQA attention with QK-norm followed by a dropless mixture of
+    experts.
 
-    Field names and meanings are those of transformers' ``MellumConfig`` (5.23); ``rope_full_attention`` and
-    ``rope_sliding_attention`` are the two entries of its ``rope_parameters``. A sliding layer's token ``i`` sees key
-    ``j`` iff ``0 <= i - j < sliding_window`` (report §2). ``intermediate_size`` is carried for the config only: no
-    layer of the family is dense.
+    Field names and meanings are those of transformers' ``MellumConfig`` (5.23);
+    ``rope_full_attention`` and ``rope_sliding_attention`` are the two entries of its
+    ``rope_parameters``. A sliding layer's token ``i`` sees key ``j`` iff ``0 <= i - j <
+    sliding_window`` (report §2). ``intermediate_size`` is carried for the config only: no layer of
+    the family is dense.
 
     Raises:
         InputError: for any value that no Mellum 2 model can have.
@@ -101,10 +117,16 @@ class Mellum2Architecture:
             require_positive_number(name, getattr(self, name))
         if not is_number(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
             raise InputError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef!r}", rule="it must be >= 0", fix="use 0.001"
+                f"router_aux_loss_coef={self.router_aux_loss_coef!r}",
+                rule="it must be >= 0",
+                fix="use 0.001",
             )
         if not isinstance(self.norm_topk_prob, bool):
-            raise InputError(f"norm_topk_prob={self.norm_topk_prob!r}", rule="it must be true or false", fix="use true")
+            raise InputError(
+                f"norm_topk_prob={self.norm_topk_prob!r}",
+                rule="it must be true or false",
+                fix="use true",
+            )
         self._validate_heads_and_experts()
         self._validate_layers()
         self._validate_token_ids()
@@ -118,7 +140,9 @@ class Mellum2Architecture:
             )
         if self.head_dim % 2:
             raise InputError(
-                f"head_dim={self.head_dim}", rule="RoPE rotates pairs, so it must be even", fix="use an even head_dim"
+                f"head_dim={self.head_dim}",
+                rule="RoPE rotates pairs, so it must be even",
+                fix="use an even head_dim",
             )
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
@@ -139,7 +163,11 @@ class Mellum2Architecture:
             ("mtp_layer_types", self.mtp_layer_types, self.num_mtp_layers),
         ):
             if not isinstance(types, tuple):
-                raise InputError(f"{name}={types!r}", rule="it must be a tuple of layer types", fix="give a tuple")
+                raise InputError(
+                    f"{name}={types!r}",
+                    rule="it must be a tuple of layer types",
+                    fix="give a tuple",
+                )
             for value in types:
                 if value not in get_args(LayerType):
                     raise InputError(
@@ -154,39 +182,54 @@ class Mellum2Architecture:
                     rule=f"it must have one entry per layer ({counted}={count})",
                     fix=f"give {count} entries, or change {counted} to {len(types)}",
                 )
-        if "sliding_attention" in self.layer_types + self.mtp_layer_types and self.sliding_window is None:
+        if (
+            "sliding_attention" in self.layer_types + self.mtp_layer_types
+            and self.sliding_window is None
+        ):
             raise InputError(
-                "sliding_window=None", rule="a sliding_attention layer needs its window", fix="use e.g. 1024"
+                "sliding_window=None",
+                rule="a sliding_attention layer needs its window",
+                fix="use e.g. 1024",
             )
         if self.sliding_window is not None:
             require_positive_int("sliding_window", self.sliding_window)
 
     def _validate_token_ids(self) -> None:
-        """Types only: transformers merely warns of an id outside the vocabulary, and released folders hold some."""
+        """Types only: transformers merely warns of an id outside the vocabulary, and released
+        folders hold some."""
         eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        for name, value in [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)] + [
-            ("eos_token_id", value) for value in eos
-        ]:
+        for name, value in [
+            ("bos_token_id", self.bos_token_id),
+            ("pad_token_id", self.pad_token_id),
+        ] + [("eos_token_id", value) for value in eos]:
             if value is not None and not is_int(value):
-                raise InputError(f"{name}={value!r}", rule="a token id is a whole number", fix="use an id or null")
+                raise InputError(
+                    f"{name}={value!r}",
+                    rule="a token id is a whole number",
+                    fix="use an id or null",
+                )
 
-    # -- making one ---------------------------------------------------------------------------------------------
+    # -- making one
+    # ---------------------------------------------------------------------------------------------
 
     @classmethod
     def preset(cls, name: str) -> Mellum2Architecture:
-        """Return the preset called ``name``; an unknown name raises InputError naming the nearest."""
+        """Return the preset called ``name``; an unknown name raises InputError naming the
+        nearest."""
         if name not in PRESETS:
             raise InputError(
-                f"architecture preset {name!r}", rule="no preset has that name", fix=nearest(name, PRESETS)
+                f"architecture preset {name!r}",
+                rule="no preset has that name",
+                fix=nearest(name, PRESETS),
             )
         return PRESETS[name]
 
     def replace(self, **changes: Any) -> Mellum2Architecture:
         """Return a variant with ``changes`` applied and validated.
 
-        Two fields follow the one they describe when only that one changes: ``num_hidden_layers`` continues (or cuts)
-        the repeating pattern of ``layer_types``, and ``num_mtp_layers`` sets ``mtp_layer_types`` to sliding, as the
-        released layout has it.
+        Two fields follow the one they describe when only that one changes: ``num_hidden_layers``
+        continues (or cuts) the repeating pattern of ``layer_types``, and ``num_mtp_layers`` sets
+        ``mtp_layer_types`` to sliding, as the released layout has it.
 
         Raises:
             InputError: an unknown field (the nearest is named) or an invalid value.
@@ -195,21 +238,29 @@ class Mellum2Architecture:
         for name in changes:
             if name not in known:
                 raise InputError(
-                    f"architecture.{name}", rule="Mellum2Architecture has no such field", fix=nearest(name, known)
+                    f"architecture.{name}",
+                    rule="Mellum2Architecture has no such field",
+                    fix=nearest(name, known),
                 )
         layers = changes.get("num_hidden_layers")
         if isinstance(layers, int) and "layer_types" not in changes:
             period = _period(self.layer_types)
             changes["layer_types"] = tuple(period[i % len(period)] for i in range(layers))
         mtp_layers = changes.get("num_mtp_layers")
-        if isinstance(mtp_layers, int) and mtp_layers != self.num_mtp_layers and "mtp_layer_types" not in changes:
+        if (
+            isinstance(mtp_layers, int)
+            and mtp_layers != self.num_mtp_layers
+            and "mtp_layer_types" not in changes
+        ):
             changes["mtp_layer_types"] = ("sliding_attention",) * mtp_layers
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``architecture.json``: our fields, as JSON types."""
         values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Mellum2Architecture:
@@ -221,13 +272,16 @@ class Mellum2Architecture:
         fields = checked_fields(cls, values, "architecture")
         for name in ("rope_full_attention", "rope_sliding_attention"):
             if isinstance(fields[name], Mapping):
-                fields[name] = RopeParameters(**checked_fields(RopeParameters, fields[name], f"architecture.{name}"))
+                fields[name] = RopeParameters(
+                    **checked_fields(RopeParameters, fields[name], f"architecture.{name}")
+                )
         for name in ("layer_types", "mtp_layer_types", "eos_token_id"):
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
         return cls(**fields)
 
-    # -- reading it ---------------------------------------------------------------------------------------------
+    # -- reading it
+    # ---------------------------------------------------------------------------------------------
 
     def layer_type(self, layer: int) -> LayerType:
         """Attention type of trunk layer ``layer`` (0-based)."""
@@ -235,14 +289,19 @@ class Mellum2Architecture:
 
     def rope(self, layer_type: LayerType) -> RopeParameters:
         """Rotary embedding of every layer (trunk and MTP) of ``layer_type``."""
-        return self.rope_full_attention if layer_type == "full_attention" else self.rope_sliding_attention
+        return (
+            self.rope_full_attention
+            if layer_type == "full_attention"
+            else self.rope_sliding_attention
+        )
 
     def parameters(self, *, mtp: bool = True) -> Iterator[Parameter]:
-        """Yield every tensor of the released safetensors layout, experts unfused, in the order of a forward pass.
+        """Yield every tensor of the released safetensors layout, experts unfused, in the order of a
+        forward pass.
 
         Args:
-            mtp: include the multi-token-prediction head, where the model has one. It shares embedding and output head
-                with the trunk, so neither appears twice.
+            mtp: include the multi-token-prediction head, where the model has one. It shares
+                embedding and output head with the trunk, so neither appears twice.
         """
         hidden, vocabulary = self.hidden_size, self.vocab_size
         yield Parameter("model.embed_tokens.weight", (vocabulary, hidden), "embedding")
@@ -253,7 +312,9 @@ class Mellum2Architecture:
         for layer in range(self.num_mtp_layers if mtp else 0):
             yield Parameter("mtp.pre_fc_norm_embedding.weight", (hidden,), "norms", layer, mtp=True)
             yield Parameter("mtp.pre_fc_norm_hidden.weight", (hidden,), "norms", layer, mtp=True)
-            yield Parameter("mtp.fc.weight", (hidden, 2 * hidden), "mtp projection", layer, mtp=True)
+            yield Parameter(
+                "mtp.fc.weight", (hidden, 2 * hidden), "mtp projection", layer, mtp=True
+            )
             yield from self._layer_parameters(f"mtp.layers.{layer}.", layer, mtp=True)
             yield Parameter("mtp.norm.weight", (hidden,), "norms", layer, mtp=True)
 
@@ -286,15 +347,17 @@ class Mellum2Architecture:
     def active_parameters(self, *, mtp: bool = True) -> Iterator[Parameter]:
         """Yield the parameters one token uses: all but the experts it is not routed to.
 
-        Both vocabulary matrices count in full. That is the convention behind the published "2.5B active": the lookup
-        touches one row of the embedding, yet 2,439,060,736 includes all 226,492,416 of its weights.
+        Both vocabulary matrices count in full. That is the convention behind the published "2.5B
+        active": the lookup touches one row of the embedding, yet 2,439,060,736 includes all
+        226,492,416 of its weights.
         """
         for parameter in self.parameters(mtp=mtp):
             if parameter.expert is None or parameter.expert < self.num_experts_per_tok:
                 yield parameter
 
     def num_parameters(self, mtp: bool = True) -> int:
-        """Number of weights; ``mtp`` counts the multi-token-prediction head, where the model has one."""
+        """Number of weights; ``mtp`` counts the multi-token-prediction head, where the model has
+        one."""
         return sum(parameter.numel for parameter in self.parameters(mtp=mtp))
 
     def num_active_parameters(self, mtp: bool = True) -> int:
@@ -302,7 +365,8 @@ class Mellum2Architecture:
         return sum(parameter.numel for parameter in self.active_parameters(mtp=mtp))
 
     def visible_pairs(self, layer_type: LayerType, sequence_length: int) -> int:
-        """Number of (query, key) pairs that one head of such a layer attends over in one causal sequence.
+        """Number of (query, key) pairs that one head of such a layer attends over in one causal
+        sequence.
 
         Query ``i`` sees ``i + 1`` keys, and no more than ``sliding_window`` on a sliding layer.
         """
@@ -316,10 +380,11 @@ class Mellum2Architecture:
     def flops_by_component(self, sequence_length: int, mtp: bool = True) -> dict[str, int]:
         """Model FLOPs of one sequence, forward and backward, by component.
 
-        A weight of a matrix costs one multiply and one add per token and pass; the backward pass is two such passes
-        (gradients of inputs and of weights). ``attention scores`` is QK^T and PV over `visible_pairs`. The embedding
-        is a lookup (no FLOPs), norms, softmax and activations are not counted, recomputation is not model work. The
-        MTP head runs over the whole sequence and through the shared output head once more.
+        A weight of a matrix costs one multiply and one add per token and pass; the backward pass is
+        two such passes (gradients of inputs and of weights). ``attention scores`` is QK^T and PV
+        over `visible_pairs`. The embedding is a lookup (no FLOPs), norms, softmax and activations
+        are not counted, recomputation is not model work. The MTP head runs over the whole sequence
+        and through the shared output head once more.
 
         Args:
             sequence_length: tokens of one document-free causal sequence.
@@ -330,25 +395,32 @@ class Mellum2Architecture:
         flops: dict[str, int] = {}
         for parameter in self.active_parameters(mtp=mtp):
             if len(parameter.shape) == 2 and parameter.component != "embedding":
-                flops[parameter.component] = flops.get(parameter.component, 0) + per_weight * parameter.numel
+                flops[parameter.component] = (
+                    flops.get(parameter.component, 0) + per_weight * parameter.numel
+                )
         heads_passes = self.num_mtp_layers if mtp else 0
         flops["output head"] += heads_passes * per_weight * self.vocab_size * self.hidden_size
         per_pair = 2 * 2 * passes * self.num_attention_heads * self.head_dim
         layers = self.layer_types + (self.mtp_layer_types if mtp else ())
-        flops["attention scores"] = per_pair * sum(self.visible_pairs(kind, sequence_length) for kind in layers)
+        flops["attention scores"] = per_pair * sum(
+            self.visible_pairs(kind, sequence_length) for kind in layers
+        )
         return flops
 
     def flops_per_token(self, sequence_length: int, mtp: bool = True) -> float:
-        """Model FLOPs per token, forward and backward, averaged over a causal sequence; see `flops_by_component`.
+        """Model FLOPs per token, forward and backward, averaged over a causal sequence; see
+        `flops_by_component`.
 
         17.570e9 for ``mellum2-12b`` at 8,192 tokens with MTP, 15.675e9 without.
         """
         return sum(self.flops_by_component(sequence_length, mtp).values()) / sequence_length
 
     def misaligned_dimensions(self, alignment: int = ALIGNMENT) -> dict[str, int]:
-        """Matrix dimensions that break the report's alignment rule (report §2), by the field to change.
+        """Matrix dimensions that break the report's alignment rule (report §2), by the field to
+        change.
 
-        The router's output (``num_experts``) is exempt: 64 in the released model, and routed in FP32, never in FP8.
+        The router's output (``num_experts``) is exempt: 64 in the released model, and routed in
+        FP32, never in FP8.
         """
         dimensions = {
             "vocab_size": self.vocab_size,
@@ -390,26 +462,28 @@ def _period(types: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
 _ROPE = RopeParameters(rope_type="default", rope_theta=500_000.0)
 _PERIOD: tuple[LayerType, ...] = ("sliding_attention",) * 3 + ("full_attention",)
 
-_MELLUM2_12B = Mellum2Architecture(  # report §2, table "Architecture configuration"; released config.json
-    vocab_size=98304,
-    hidden_size=2304,
-    intermediate_size=7168,
-    num_hidden_layers=28,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    moe_intermediate_size=896,
-    num_experts=64,
-    num_experts_per_tok=8,
-    sliding_window=1024,
-    layer_types=_PERIOD * 7,
-    rope_full_attention=_ROPE,
-    rope_sliding_attention=_ROPE,
-    max_position_embeddings=8192,
-    num_mtp_layers=1,
-    mtp_layer_types=("sliding_attention",),
-    bos_token_id=0,
-    eos_token_id=28,
+_MELLUM2_12B = (
+    Mellum2Architecture(  # report §2, table "Architecture configuration"; released config.json
+        vocab_size=98304,
+        hidden_size=2304,
+        intermediate_size=7168,
+        num_hidden_layers=28,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        moe_intermediate_size=896,
+        num_experts=64,
+        num_experts_per_tok=8,
+        sliding_window=1024,
+        layer_types=_PERIOD * 7,
+        rope_full_attention=_ROPE,
+        rope_sliding_attention=_ROPE,
+        max_position_embeddings=8192,
+        num_mtp_layers=1,
+        mtp_layer_types=("sliding_attention",),
+        bos_token_id=0,
+        eos_token_id=28,
+    )
 )
 
 PRESETS: dict[str, Mellum2Architecture] = {
@@ -440,4 +514,5 @@ PRESETS: dict[str, Mellum2Architecture] = {
         eos_token_id=1,
     ),
 }
-"""The models this repository is about. Tests and recipes derive others with `Mellum2Architecture.replace`."""
+"""The models this repository is about. Tests and recipes derive others with
+`Mellum2Architecture.replace`."""

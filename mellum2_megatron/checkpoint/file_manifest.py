@@ -1,8 +1,10 @@
-"""The manifest of a checkpoint: size and SHA-256 of every file, written last, compared before anything is loaded.
+"""The manifest of a checkpoint: size and SHA-256 of every file, written last, compared before
+anything is loaded.
 
-It is Megatron's own ``integrity.json`` (megatron/core/dist_checkpointing/validation.py:512, 0.19.2), which its
-``--verify-integrity`` reads too, with the sizes beside the hashes. Megatron's first rank hashes the files of all; here
-each rank hashes what it has written (`saving.py`), and checks its share of the files before it loads (`train.py`).
+It is Megatron's own ``integrity.json`` (megatron/core/dist_checkpointing/validation.py:512,
+0.19.2), which its ``--verify-integrity`` reads too, with the sizes beside the hashes. Megatron's first rank hashes the files of all; here
+each rank hashes what it has written (`saving.py`), and checks its share of the files before it
+loads (`train.py`).
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ class FileRecord:
 
 
 def hash_files(
-    files: Iterable[Path], *, threads: int | None = None, advance: Callable[[int], None] = lambda nbytes: None
+    files: Iterable[Path],
+    *,
+    threads: int | None = None,
+    advance: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, FileRecord]:
     """Return the records of files by name, hashed side by side (hashlib lets other threads run).
 
@@ -96,7 +101,8 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | None:
 
 
 def check_sizes(checkpoint: CheckpointFolder) -> None:
-    """Check that every file of a checkpoint's manifest is there in full; one without a manifest cannot be checked.
+    """Check that every file of a checkpoint's manifest is there in full; one without a manifest
+    cannot be checked.
 
     Raises:
         InputError: a file is missing or of another size.
@@ -105,10 +111,16 @@ def check_sizes(checkpoint: CheckpointFolder) -> None:
     for name, record in (read_manifest(folder) or {}).items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size is None:
-            raise InputError(f"{folder / name} is missing", rule="the checkpoint's manifest names it", fix=_fix(folder))
+            raise InputError(
+                f"{folder / name} is missing",
+                rule="the checkpoint's manifest names it",
+                fix=_fix(folder),
+            )
         if record.size not in (-1, size):
             raise InputError(
-                f"{folder / name} has {size} bytes", rule=f"it was written with {record.size}", fix=_fix(folder)
+                f"{folder / name} has {size} bytes",
+                rule=f"it was written with {record.size}",
+                fix=_fix(folder),
             )
 
 
@@ -133,7 +145,9 @@ def check_hashes(
     try:
         found = hash_files((folder / name for name in mine), threads=threads, advance=advance)
     except OSError as error:
-        raise InputError(str(error.filename), rule=f"cannot be read ({error.strerror})", fix=_fix(folder)) from error
+        raise InputError(
+            str(error.filename), rule=f"cannot be read ({error.strerror})", fix=_fix(folder)
+        ) from error
     for name in mine:
         if found[name].sha256 != manifest[name].sha256:
             raise InputError(
@@ -145,7 +159,10 @@ def check_hashes(
 
 def bytes_to_check(checkpoint: CheckpointFolder, *, part: int = 0, parts: int = 1) -> int:
     """Return how many bytes `check_hashes` is going to read."""
-    sizes = sorted((record.size for record in (read_manifest(checkpoint.iteration_dir) or {}).values()), reverse=True)
+    sizes = sorted(
+        (record.size for record in (read_manifest(checkpoint.iteration_dir) or {}).values()),
+        reverse=True,
+    )
     return sum(sizes[part::parts])
 
 
@@ -163,7 +180,11 @@ def _record(path: Path, advance: Callable[[int], None]) -> FileRecord:
 def _fix(folder: Path) -> str:
     """Offer the newest earlier checkpoint that looks whole."""
     number = iteration_number(folder.name)
-    earlier = [each for each in iteration_folders(folder.parent) if (iteration_number(each.name) or 0) < (number or 0)]
+    earlier = [
+        each
+        for each in iteration_folders(folder.parent)
+        if (iteration_number(each.name) or 0) < (number or 0)
+    ]
     for candidate in reversed(earlier):
         if _looks_whole(candidate):
             previous = iteration_number(candidate.name)
@@ -179,7 +200,9 @@ def _looks_whole(folder: Path) -> bool:
     try:
         manifest = read_manifest(folder) or {}
         return is_complete(folder) and all(
-            (folder / name).stat().st_size == record.size for name, record in manifest.items() if record.size >= 0
+            (folder / name).stat().st_size == record.size
+            for name, record in manifest.items()
+            if record.size >= 0
         )
     except (InputError, OSError):
         return False

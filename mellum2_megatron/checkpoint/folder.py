@@ -1,9 +1,10 @@
-"""The folder a checkpoint lives in: what training and import write, and export, score and verify read.
+"""The folder a checkpoint lives in: what training and import write, and export, score and verify
+read.
 
 ::
 
-    DIR/latest_checkpointed_iteration.txt     "release" for an import, else the iteration (Megatron's tracker)
-    DIR/release/ or DIR/iter_0000100/         Megatron torch_dist checkpoint
+    DIR/latest_checkpointed_iteration.txt     "release" for an import, else the iteration
+    (Megatron's tracker) DIR/release/ or DIR/iter_0000100/         Megatron torch_dist checkpoint
     DIR/*/run_config.yaml                     inside it: what Megatron-Bridge builds (bridge_config)
     DIR/architecture.json                     Mellum2Architecture.to_dict()
     DIR/run.yaml                              resolved run (training only)
@@ -28,10 +29,12 @@ RUN_FILE = "run.yaml"
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_FOLDER = "tokenizer"
 LAST_FILE = "metadata.json"
-"""What Megatron writes into a checkpoint when all else is there (core/dist_checkpointing/serialization.py:445)."""
+"""What Megatron writes into a checkpoint when all else is there
+(core/dist_checkpointing/serialization.py:445)."""
 RELEASE = "release"
 ROTATION = ("max_position_embeddings", "rope_full_attention", "rope_sliding_attention")
-"""What a run that starts from another one's weights may change about the model: the rotation has none."""
+"""What a run that starts from another one's weights may change about the model: the rotation has
+none."""
 
 _GIVE = "give a folder that `mellum2 train` or `mellum2 convert import` wrote, or one DIR/iter_* inside it"
 
@@ -59,48 +62,59 @@ class CheckpointFolder:
 
 
 def iteration_folder_name(iteration: int) -> str:
-    """``100`` -> ``"iter_0000100"``, as ``megatron/training/checkpointing.py:get_checkpoint_name`` (0.19.2)."""
+    """``100`` -> ``"iter_0000100"``, as ``megatron/training/checkpointing.py:get_checkpoint_name``
+    (0.19.2)."""
     return f"iter_{iteration:07d}"
 
 
 def iteration_number(name: str) -> int | None:
     """``"iter_0000100"`` -> ``100``; None for any other name."""
     digits = name.removeprefix("iter_")
-    return int(digits) if name.startswith("iter_") and digits.isascii() and digits.isdigit() else None
+    return (
+        int(digits) if name.startswith("iter_") and digits.isascii() and digits.isdigit() else None
+    )
 
 
 def iteration_folders(root: Path) -> list[Path]:
     """The checkpoints inside ``root``: ``release`` first, then iterations in ascending order."""
     if not root.is_dir():
         return []
-    iterations = [path for path in root.iterdir() if path.is_dir() and iteration_number(path.name) is not None]
+    iterations = [
+        path for path in root.iterdir() if path.is_dir() and iteration_number(path.name) is not None
+    ]
     release = [root / RELEASE] if (root / RELEASE).is_dir() else []
     return release + sorted(iterations, key=lambda path: iteration_number(path.name) or 0)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the save of a checkpoint reached its end; a save begins by emptying the folder (`saving.py`)."""
+    """Whether the save of a checkpoint reached its end; a save begins by emptying the folder
+    (`saving.py`)."""
     return (folder / LAST_FILE).is_file()
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
-    """Find the checkpoint that ``path`` means: DIR (its tracker's iteration), ``DIR/iter_*`` or ``DIR/release``.
+    """Find the checkpoint that ``path`` means: DIR (its tracker's iteration), ``DIR/iter_*`` or
+    ``DIR/release``.
 
     Raises:
-        InputError: nothing there, no or a broken tracker, a tracked iteration that is gone, an iteration whose save was
-            interrupted, no architecture.json.
+        InputError: nothing there, no or a broken tracker, a tracked iteration that is gone, an
+            iteration whose save was interrupted, no architecture.json.
     """
     given = Path(path)
     if not given.is_dir():
         raise InputError(str(given), rule="it must be a checkpoint folder", fix=_GIVE)
-    absolute = Path(os.path.abspath(given))  # not find_checkpoint(): an iteration may be a link to another disk
+    absolute = Path(
+        os.path.abspath(given)
+    )  # not find_checkpoint(): an iteration may be a link to another disk
     is_iteration = absolute.name == RELEASE or iteration_number(absolute.name) is not None
     if is_iteration and not (absolute / TRACKER_FILE).exists():
         root, iteration_dir = absolute.parent, absolute
     else:
         root, iteration_dir = absolute, _tracked(absolute)
     if iteration_number(iteration_dir.name) is not None and not is_complete(iteration_dir):
-        whole = ", ".join(each.name for each in iteration_folders(root) if is_complete(each)) or "none"
+        whole = (
+            ", ".join(each.name for each in iteration_folders(root) if is_complete(each)) or "none"
+        )
         raise InputError(
             f"{iteration_dir} is half a checkpoint",
             rule=f"its save was interrupted: it has no {LAST_FILE}",
@@ -116,9 +130,11 @@ def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
 
 
 def resume_folder(output: str, continue_from: str | None) -> str:
-    """Return the folder whose newest checkpoint a run resumes, if there is one: its own, or at first another run's.
+    """Return the folder whose newest checkpoint a run resumes, if there is one: its own, or at
+    first another run's.
 
-    Every rank decides for itself before training starts, and no checkpoint is written before all have.
+    Every rank decides for itself before training starts, and no checkpoint is written before all
+    have.
     """
     if continue_from is None or (Path(output) / TRACKER_FILE).is_file():
         return output
@@ -126,7 +142,8 @@ def resume_folder(output: str, continue_from: str | None) -> str:
 
 
 def tracked_iteration(root: Path) -> int | None:
-    """Return the iteration that the tracker names; None for a release, or without a readable tracker."""
+    """Return the iteration that the tracker names; None for a release, or without a readable
+    tracker."""
     try:
         text = (root / TRACKER_FILE).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -154,9 +171,13 @@ def read_architecture(root: Path) -> Mellum2Architecture:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing", rule="a checkpoint has its architecture beside it", fix=_GIVE) from error
+        raise InputError(
+            f"{path} is missing", rule="a checkpoint has its architecture beside it", fix=_GIVE
+        ) from error
     except (OSError, ValueError) as error:
-        raise InputError(str(path), rule=f"it must be valid JSON ({error})", fix="copy the checkpoint again") from error
+        raise InputError(
+            str(path), rule=f"it must be valid JSON ({error})", fix="copy the checkpoint again"
+        ) from error
     try:
         return Mellum2Architecture.from_dict(values)
     except InputError as error:
@@ -170,13 +191,17 @@ def _tracked(root: Path) -> Path:
     except (FileNotFoundError, UnicodeDecodeError) as error:
         inside = ", ".join(path.name for path in iteration_folders(root))
         fix = f"name one of {inside} inside it" if inside else _GIVE
-        raise InputError(f"{root}: no readable {TRACKER_FILE}", rule="it names the last checkpoint", fix=fix) from error
+        raise InputError(
+            f"{root}: no readable {TRACKER_FILE}", rule="it names the last checkpoint", fix=fix
+        ) from error
     if text == RELEASE:
         folder = root / RELEASE
     elif text.isascii() and text.isdigit():
         folder = root / iteration_folder_name(int(text))
     else:
-        whole = ", ".join(path.name for path in iteration_folders(root) if is_complete(path)) or "none"
+        whole = (
+            ", ".join(path.name for path in iteration_folders(root) if is_complete(path)) or "none"
+        )
         raise InputError(
             f"{tracker} holds {text!r}",
             rule="it holds an iteration number or 'release'",
@@ -185,6 +210,8 @@ def _tracked(root: Path) -> Path:
     if not folder.is_dir():
         inside = ", ".join(path.name for path in iteration_folders(root)) or "none"
         raise InputError(
-            f"{folder} is missing", rule=f"{TRACKER_FILE} names it", fix=f"write one that is there into it ({inside})"
+            f"{folder} is missing",
+            rule=f"{TRACKER_FILE} names it",
+            fix=f"write one that is there into it ({inside})",
         )
     return folder

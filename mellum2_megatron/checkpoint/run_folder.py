@@ -1,4 +1,5 @@
-"""What a run leaves beside its checkpoints: the resolved run, the architecture and the tokenizer."""
+"""What a run leaves beside its checkpoints: the resolved run, the architecture and the
+tokenizer."""
 
 from __future__ import annotations
 
@@ -37,15 +38,17 @@ _SHOWN = 2 * 10**9
 
 
 def check_run_folder(run: Run) -> None:
-    """Check that the run can write to, or resume from, its output folder, and start from `checkpoint.load`.
+    """Check that the run can write to, or resume from, its output folder, and start from
+    `checkpoint.load`.
 
     Nothing is written.
 
     Raises:
-        InputError: no output folder is named; it is a file, cannot be written, is on a disk without room for one
-            checkpoint, or holds something that no run wrote, or another architecture's checkpoints;
-            `checkpoint.load` or `checkpoint.continue_from` is no checkpoint of this architecture; the latter's state
-            does not fit this run; or a file of the checkpoint that it starts from is missing or cut short.
+        InputError: no output folder is named; it is a file, cannot be written, is on a disk without
+            room for one checkpoint, or holds something that no run wrote, or another architecture's
+            checkpoints; `checkpoint.load` or `checkpoint.continue_from` is no checkpoint of this
+            architecture; the latter's state does not fit this run; or a file of the checkpoint that
+            it starts from is missing or cut short.
     """
     root = output_folder(run)
     check_writable("--output", root, folder=True)
@@ -58,11 +61,17 @@ def check_run_folder(run: Run) -> None:
             fix="choose another --output",
         )
     if (root / TRACKER_FILE).exists():
-        find_checkpoint(root)  # a tracker that points nowhere would make Megatron start over without a word
+        find_checkpoint(
+            root
+        )  # a tracker that points nowhere would make Megatron start over without a word
     if run.checkpoint.load is not None:
         source = find_checkpoint(run.checkpoint.load)
         _require_same_architecture(
-            run, source.root, "checkpoint.load", "load a checkpoint of this architecture", besides=ROTATION
+            run,
+            source.root,
+            "checkpoint.load",
+            "load a checkpoint of this architecture",
+            besides=ROTATION,
         )
     _check_continuation(run, root)
     start = _starting_point(run)
@@ -72,7 +81,8 @@ def check_run_folder(run: Run) -> None:
 
 
 def check_share(run: Run, *, rank: int, world_size: int) -> None:
-    """Compare this rank's share of the checkpoint that the run starts from with its manifest (`checkpoint.verify`).
+    """Compare this rank's share of the checkpoint that the run starts from with its manifest
+    (`checkpoint.verify`).
 
     Raises:
         InputError: a file has changed since it was written.
@@ -93,7 +103,8 @@ def check_share(run: Run, *, rank: int, world_size: int) -> None:
 
 
 def _starting_point(run: Run) -> CheckpointFolder | None:
-    """Return the checkpoint that Megatron will load from: the run's own, else the one it goes on or starts from."""
+    """Return the checkpoint that Megatron will load from: the run's own, else the one it goes on or
+    starts from."""
     root = Path(resume_folder(str(run.checkpoint.output), run.checkpoint.continue_from))
     if (root / TRACKER_FILE).exists():
         return find_checkpoint(root)
@@ -101,7 +112,8 @@ def _starting_point(run: Run) -> CheckpointFolder | None:
 
 
 def _check_continuation(run: Run, root: Path) -> None:
-    """Check that a run which goes on from another one's state (`checkpoint.continue_from`) fits that state."""
+    """Check that a run which goes on from another one's state (`checkpoint.continue_from`) fits
+    that state."""
     given, first = run.checkpoint.continue_from, run.data.first_sample
     if (root / TRACKER_FILE).exists():
         return  # it resumes its own
@@ -115,10 +127,14 @@ def _check_continuation(run: Run, root: Path) -> None:
         return
     source = find_checkpoint(given)
     key = f"checkpoint.continue_from={given}"
-    _require_same_architecture(run, source.root, "checkpoint.continue_from", "continue a run of this architecture")
+    _require_same_architecture(
+        run, source.root, "checkpoint.continue_from", "continue a run of this architecture"
+    )
     if source.iteration is None or not (source.root / RUN_FILE).is_file():
         raise InputError(
-            key, rule="holds weights without a run's state", fix="use checkpoint.load, or name a run's output folder"
+            key,
+            rule="holds weights without a run's state",
+            fix="use checkpoint.load, or name a run's output folder",
         )
     if source.root != Path(os.path.abspath(given)):
         raise InputError(
@@ -145,10 +161,11 @@ def _check_continuation(run: Run, root: Path) -> None:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Return the size of one of the run's checkpoints, in bytes: its tensors, without the files' own bookkeeping.
+    """Return the size of one of the run's checkpoints, in bytes: its tensors, without the files'
+    own bookkeeping.
 
-    A weight is stored in BF16 and as FP32 master; matrices under Muon have a momentum beside them, everything else
-    Adam's two moments, all FP32.
+    A weight is stored in BF16 and as FP32 master; matrices under Muon have a momentum beside them,
+    everything else Adam's two moments, all FP32.
     """
     total = 0
     for parameter in run.architecture.parameters():
@@ -157,7 +174,8 @@ def checkpoint_bytes(run: Run) -> int:
 
 
 def write_run_folder(run: Run) -> None:
-    """Write `run.yaml`, `architecture.json` and `tokenizer/` into the output folder, each at once or not at all."""
+    """Write `run.yaml`, `architecture.json` and `tokenizer/` into the output folder, each at once
+    or not at all."""
     root = output_folder(run)
     root.mkdir(parents=True, exist_ok=True)
     write_text(root / RUN_FILE, to_yaml(run))
@@ -175,7 +193,9 @@ def read_run(path: Path) -> Run:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"run file {path}", rule=f"cannot be read ({error})", fix="name a run.yaml") from None
+        raise InputError(
+            f"run file {path}", rule=f"cannot be read ({error})", fix="name a run.yaml"
+        ) from None
     try:
         return from_yaml(text)
     except InputError as error:
@@ -190,7 +210,9 @@ def output_folder(run: Run) -> Path:
     """
     if run.checkpoint.output is None:
         raise InputError(
-            "checkpoint.output=null", rule="a run writes its checkpoints somewhere", fix="give --output DIR"
+            "checkpoint.output=null",
+            rule="a run writes its checkpoints somewhere",
+            fix="give --output DIR",
         )
     return Path(run.checkpoint.output)
 
@@ -206,7 +228,9 @@ def _require_room(run: Run, root: Path) -> None:
         )
 
 
-def _require_same_architecture(run: Run, root: Path, key: str, fix: str, *, besides: Sequence[str] = ()) -> None:
+def _require_same_architecture(
+    run: Run, root: Path, key: str, fix: str, *, besides: Sequence[str] = ()
+) -> None:
     there, here = read_architecture(root).to_dict(), run.architecture.to_dict()
     differing = [
         f"{name}: {there[name]!r} there, {here[name]!r} here"
@@ -214,4 +238,8 @@ def _require_same_architecture(run: Run, root: Path, key: str, fix: str, *, besi
         if there[name] != here[name] and name not in besides
     ]
     if differing:
-        raise InputError(f"{key}={root}", rule="holds another architecture (" + "; ".join(differing) + ")", fix=fix)
+        raise InputError(
+            f"{key}={root}",
+            rule="holds another architecture (" + "; ".join(differing) + ")",
+            fix=fix,
+        )

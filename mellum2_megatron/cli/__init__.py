@@ -1,4 +1,5 @@
-"""`mellum2`: one file a command, and the only package here that may import conversion and launchers."""
+"""`mellum2`: one file a command, and the only package here that may import conversion and
+launchers."""
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""`mellum2`: the command line. Every command is a thin layer over a library function of the same name."""
+"""`mellum2`: the command line. Every command is a thin layer over a library function of the same
+name."""
 
 from __future__ import annotations
 
@@ -29,23 +30,33 @@ app.add_typer(launch_app, name="launch")
 
 console = Console()
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, e.g. layout.ep=8")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, e.g. layout.ep=8")
+]
 Nproc = Annotated[int | None, typer.Option("--nproc", min=1, help="ranks on this machine")]
 DeviceChoice = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
-MegatronPath = Annotated[Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")]
+MegatronPath = Annotated[
+    Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")
+]
 HfPath = Annotated[Path, typer.Option("--hf-path", help="Hugging Face folder")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 
 
 def main() -> None:
-    """Run the command line: exit code 0 on success, 2 for bad input, 1 for a failure at work, 130 when interrupted."""
+    """Run the command line: exit code 0 on success, 2 for bad input, 1 for a failure at work, 130
+    when interrupted."""
     try:
         app(prog_name="mellum2")  # however it was started
     except Mellum2Error as error:
         _fail(str(error), error.exit_code)
-    except OSError as error:  # what the system refused on the way, above all a full disk: its words are clear
+    except (
+        OSError
+    ) as error:  # what the system refused on the way, above all a full disk: its words are clear
         where = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}. Fix: check that place, its free space and permissions.", 1)
+        _fail(
+            f"{error.strerror or error}{where}. Fix: check that place, its free space and permissions.",
+            1,
+        )
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -63,7 +74,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", help="print the version and stop", is_eager=True, callback=_print_version)
+        bool,
+        typer.Option(
+            "--version", help="print the version and stop", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
     pass
@@ -71,7 +85,7 @@ def _common(
 
 def _quiet() -> None:
     """Keep what Megatron warns of, prints and logs on import off the user's terminal."""
-    from mellum2_megatron.upstream.patches import quiet_upstream
+    from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
 
@@ -89,12 +103,22 @@ def recipes() -> None:
 
 @app.command()
 def info(
-    subject: Annotated[str | None, typer.Argument(metavar="RECIPE|PRESET", help="what to describe")] = None,
+    subject: Annotated[
+        str | None, typer.Argument(metavar="RECIPE|PRESET", help="what to describe")
+    ] = None,
     overrides: Overrides = None,
-    hf_path: Annotated[Path | None, typer.Option("--hf-path", help="describe a Hugging Face folder")] = None,
-    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="world size for memory per rank")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="tokens a sequence for the FLOPs")] = None,
-    optimizer: Annotated[bool, typer.Option("--optimizer", help="of a recipe: how each weight is updated")] = False,
+    hf_path: Annotated[
+        Path | None, typer.Option("--hf-path", help="describe a Hugging Face folder")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="world size for memory per rank")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="tokens a sequence for the FLOPs")
+    ] = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="of a recipe: how each weight is updated")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Parameters, active parameters, FLOPs per token and, for a recipe, memory per rank."""
@@ -102,7 +126,12 @@ def info(
 
     if optimizer:
         describe_optimizer(
-            console, subject=subject, overrides=overrides or [], hf_path=hf_path, world_size=nproc, as_json=as_json
+            console,
+            subject=subject,
+            overrides=overrides or [],
+            hf_path=hf_path,
+            world_size=nproc,
+            as_json=as_json,
         )
         return
     describe(
@@ -118,19 +147,32 @@ def info(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe name, or a resolved run")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe name, or a resolved run")
+    ],
     overrides: Overrides = None,
     nproc: Nproc = None,
     device: DeviceChoice = "auto",
-    output: Annotated[Path | None, typer.Option("--output", help="folder of the run; default runs/RECIPE")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and stop")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="folder of the run; default runs/RECIPE")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved run and stop")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="keep Megatron's own output")] = False,
 ) -> None:
-    """Train on this machine. The same command again resumes from the last checkpoint of its output folder."""
+    """Train on this machine. The same command again resumes from the last checkpoint of its output
+    folder."""
     from launchers.start import start_local
 
     code = start_local(
-        recipe, overrides or [], nproc=nproc, device=device, output=output, dry_run=dry_run, verbose=verbose
+        recipe,
+        overrides or [],
+        nproc=nproc,
+        device=device,
+        output=output,
+        dry_run=dry_run,
+        verbose=verbose,
     )
     raise typer.Exit(code)
 
@@ -145,14 +187,21 @@ def doctor(
     """Say what this machine lacks, and which rules a run breaks."""
     from mellum2_megatron.cli.doctor import examine
 
-    raise typer.Exit(0 if examine(console, recipe, overrides or [], nproc=nproc, device=device) else 2)
+    raise typer.Exit(
+        0 if examine(console, recipe, overrides or [], nproc=nproc, device=device) else 2
+    )
 
 
 @app.command()
 def score(
     tokens: Annotated[Path, typer.Option("--tokens", help="int array [b, s] in a .npy file")],
-    out: Annotated[Path, typer.Option("--out", help=".npz to write: logits and mtp_logits, [b, s, vocab] float32")],
-    megatron_path: Annotated[Path | None, typer.Option("--megatron-path", help="Megatron checkpoint")] = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help=".npz to write: logits and mtp_logits, [b, s, vocab] float32"),
+    ],
+    megatron_path: Annotated[
+        Path | None, typer.Option("--megatron-path", help="Megatron checkpoint")
+    ] = None,
     hf_path: Annotated[Path | None, typer.Option("--hf-path", help="Hugging Face folder")] = None,
 ) -> None:
     """Write the logits of a checkpoint for given tokens."""
@@ -184,15 +233,22 @@ def generate(
 def verify(
     megatron_path: MegatronPath,
     hf_path: HfPath,
-    tokens: Annotated[Path | None, typer.Option("--tokens", help="int array [b, s] in a .npy file")] = None,
-    every_layer: Annotated[bool, typer.Option("--layers", help="hidden states layer by layer, not by type")] = False,
+    tokens: Annotated[
+        Path | None, typer.Option("--tokens", help="int array [b, s] in a .npy file")
+    ] = None,
+    every_layer: Annotated[
+        bool, typer.Option("--layers", help="hidden states layer by layer, not by type")
+    ] = False,
 ) -> None:
-    """Compare the logits of a Megatron checkpoint and a Hugging Face folder, main and MTP, and their hidden states."""
+    """Compare the logits of a Megatron checkpoint and a Hugging Face folder, main and MTP, and
+    their hidden states."""
     _quiet()
     from conversion.verification.megatron_scoring import read_tokens
     from conversion.verification.verify import verify as verify_logits
 
-    report = verify_logits(megatron_path, hf_path, read_tokens(tokens) if tokens is not None else None)
+    report = verify_logits(
+        megatron_path, hf_path, read_tokens(tokens) if tokens is not None else None
+    )
     console.print(report.table())
     console.print(report.layer_table(every=every_layer))
     raise typer.Exit(0 if report.ok else 1)
@@ -202,17 +258,34 @@ def verify(
 def make_release(
     megatron_path: MegatronPath,
     output: Annotated[Path, typer.Option("--output", help="folder to write")],
-    member: Annotated[str, typer.Option("--member", help="base-pretrain, base, instruct-sft, thinking-sft, ...")],
-    evaluation: Annotated[Path | None, typer.Option("--eval", help="JSON table for the model card")] = None,
-    chat_template: Annotated[Path | None, typer.Option("--chat-template", help="Jinja file, for chat members")] = None,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="take tokenizer files from here")] = None,
-    text: Annotated[Path | None, typer.Option("--text", help="evaluation text for the MTP head's acceptance")] = None,
-    min_acceptance: Annotated[float, typer.Option("--min-acceptance", help="smallest share that passes")] = 0.5,
-    skip_run: Annotated[bool, typer.Option("--skip-run", help="leave out what loads the model")] = False,
-    no_check: Annotated[bool, typer.Option("--no-check", help="write the folder unchecked")] = False,
+    member: Annotated[
+        str, typer.Option("--member", help="base-pretrain, base, instruct-sft, thinking-sft, ...")
+    ],
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="JSON table for the model card")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option("--chat-template", help="Jinja file, for chat members")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="take tokenizer files from here")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="evaluation text for the MTP head's acceptance")
+    ] = None,
+    min_acceptance: Annotated[
+        float, typer.Option("--min-acceptance", help="smallest share that passes")
+    ] = 0.5,
+    skip_run: Annotated[
+        bool, typer.Option("--skip-run", help="leave out what loads the model")
+    ] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="write the folder unchecked")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Megatron checkpoint to a folder that can be published; it appears only if every check of it passes."""
+    """Megatron checkpoint to a folder that can be published; it appears only if every check of it
+    passes."""
     _quiet()
     from conversion.release.release import release
 
@@ -236,18 +309,30 @@ def make_release(
 
 @app.command("check-release")
 def check_release(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face folder, made here or elsewhere")],
-    member: Annotated[str | None, typer.Option("--member", help="base-pretrain, base, instruct-sft, ...")] = None,
-    text: Annotated[Path | None, typer.Option("--text", help="evaluation text for the MTP head's acceptance")] = None,
-    min_acceptance: Annotated[float, typer.Option("--min-acceptance", help="smallest share that passes")] = 0.5,
-    skip_run: Annotated[bool, typer.Option("--skip-run", help="leave out what loads the model")] = False,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Hugging Face folder, made here or elsewhere")
+    ],
+    member: Annotated[
+        str | None, typer.Option("--member", help="base-pretrain, base, instruct-sft, ...")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="evaluation text for the MTP head's acceptance")
+    ] = None,
+    min_acceptance: Annotated[
+        float, typer.Option("--min-acceptance", help="smallest share that passes")
+    ] = 0.5,
+    skip_run: Annotated[
+        bool, typer.Option("--skip-run", help="leave out what loads the model")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Is a Hugging Face folder fit to publish? Exit code 0 when no check fails, else 1."""
     _quiet()
     from conversion.release.check_release import check_release as check
 
-    report = check(folder, member=member, text=text, min_acceptance=min_acceptance, skip_run=skip_run)
+    report = check(
+        folder, member=member, text=text, min_acceptance=min_acceptance, skip_run=skip_run
+    )
     if as_json:
         sys.stdout.write(json.dumps(report.to_dict(), indent=2) + "\n")
     else:
@@ -260,16 +345,29 @@ def data_prepare(
     output: Annotated[Path, typer.Option("--output", help="folder to make")],
     inputs: Annotated[
         list[Path] | None,
-        typer.Option("--input", help="text file, .jsonl or folder (repeatable); default: installed Python sources"),
+        typer.Option(
+            "--input",
+            help="text file, .jsonl or folder (repeatable); default: installed Python sources",
+        ),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Hugging Face tokenizer folder")] = None,
-    vocab_size: Annotated[int, typer.Option("--vocab-size", help="entries of a newly trained tokenizer")] = 4096,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="processes; default: one a core")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Hugging Face tokenizer folder")
+    ] = None,
+    vocab_size: Annotated[
+        int, typer.Option("--vocab-size", help="entries of a newly trained tokenizer")
+    ] = 4096,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="processes; default: one a core")
+    ] = None,
     max_megabytes: Annotated[
-        float | None, typer.Option("--max-megabytes", min=0, help="even sample of so much text; 0 takes everything")
+        float | None,
+        typer.Option(
+            "--max-megabytes", min=0, help="even sample of so much text; 0 takes everything"
+        ),
     ] = None,
     valid_fraction: Annotated[
-        float, typer.Option("--valid-fraction", help="share of the documents held out for validation")
+        float,
+        typer.Option("--valid-fraction", help="share of the documents held out for validation"),
     ] = 0.02,
     seed: Annotated[int, typer.Option("--seed", help="of the sample and the split")] = 1234,
     overwrite: Overwrite = False,
@@ -279,7 +377,11 @@ def data_prepare(
     from mellum2_megatron.data.prepare import DEFAULT_MAX_BYTES, prepare
 
     if max_megabytes is not None and not math.isfinite(max_megabytes):
-        raise InputError(f"--max-megabytes {max_megabytes}", rule="must be finite", fix="use 0 to take everything")
+        raise InputError(
+            f"--max-megabytes {max_megabytes}",
+            rule="must be finite",
+            fix="use 0 to take everything",
+        )
     max_bytes = DEFAULT_MAX_BYTES if max_megabytes is None else int(max_megabytes * 1e6) or None
     prepared = prepare(
         output,
@@ -292,21 +394,33 @@ def data_prepare(
         valid_fraction=valid_fraction,
         overwrite=overwrite,
     )
-    console.print(f"wrote {prepared.path}: {prepared.splits['train'].tokens:,} training tokens", soft_wrap=True)
+    console.print(
+        f"wrote {prepared.path}: {prepared.splits['train'].tokens:,} training tokens",
+        soft_wrap=True,
+    )
 
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option("--output", help="folder of the run")] = Path("runs/quickstart"),
-    data: Annotated[Path, typer.Option("--data", help="folder of the prepared data")] = Path("data/quickstart"),
+    output: Annotated[Path, typer.Option("--output", help="folder of the run")] = Path(
+        "runs/quickstart"
+    ),
+    data: Annotated[Path, typer.Option("--data", help="folder of the prepared data")] = Path(
+        "data/quickstart"
+    ),
     overrides: Overrides = None,
-    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.1, help="size of the corpus")] = 16.0,
+    max_megabytes: Annotated[
+        float, typer.Option("--max-megabytes", min=0.1, help="size of the corpus")
+    ] = 16.0,
 ) -> None:
-    """The whole way on a CPU: corpus, tokens, training on two ranks, export, verification, generation."""
+    """The whole way on a CPU: corpus, tokens, training on two ranks, export, verification,
+    generation."""
     _quiet()
     from launchers.quickstart import run_quickstart
 
-    run_quickstart(console, output=output, data=data, overrides=overrides or [], max_megabytes=max_megabytes)
+    run_quickstart(
+        console, output=output, data=data, overrides=overrides or [], max_megabytes=max_megabytes
+    )
 
 
 if __name__ == "__main__":

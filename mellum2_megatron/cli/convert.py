@@ -16,20 +16,34 @@ from mellum2_megatron.common.errors import InputError
 if TYPE_CHECKING:
     from conversion.jobs.job import Checks
 
-convert_app = typer.Typer(help="Convert checkpoints between Megatron and Hugging Face.", no_args_is_help=True)
+convert_app = typer.Typer(
+    help="Convert checkpoints between Megatron and Hugging Face.", no_args_is_help=True
+)
 console = Console()
 
-MegatronPath = Annotated[Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")]
+MegatronPath = Annotated[
+    Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")
+]
 HfPath = Annotated[Path, typer.Option("--hf-path", "--hf-model", help="Hugging Face folder")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 TorchDtype = Annotated[
-    str | None, typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: as it is")
+    str | None,
+    typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: as it is"),
 ]
-Workers = Annotated[int | None, typer.Option("--workers", help="tensors in memory at a time; default: one a core")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="tensors in memory at a time; default: one a core")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")]
-SkipHashes = Annotated[bool, typer.Option("--skip-hashes", help="do not check weights_manifest.json")]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="convert NaN and infinite values as they are")]
-_Ways = Annotated[int, typer.Option(help="ways the model must be divisible by; the checkpoint serves every layout")]
+SkipHashes = Annotated[
+    bool, typer.Option("--skip-hashes", help="do not check weights_manifest.json")
+]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="convert NaN and infinite values as they are")
+]
+_Ways = Annotated[
+    int,
+    typer.Option(help="ways the model must be divisible by; the checkpoint serves every layout"),
+]
 
 
 @convert_app.command("import")
@@ -47,7 +61,8 @@ def convert_import(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Hugging Face folder to Megatron checkpoint (torch_dist, any layout). Again after a failure, it continues."""
+    """Hugging Face folder to Megatron checkpoint (torch_dist, any layout). Again after a failure,
+    it continues."""
     _quiet()
     from conversion.convert import import_hf, plan_import
     from mellum2_megatron.config import Layout
@@ -70,14 +85,17 @@ def convert_export(
     megatron_path: MegatronPath,
     hf_path: HfPath,
     torch_dtype: TorchDtype = None,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="take tokenizer files from here")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="take tokenizer files from here")
+    ] = None,
     workers: Workers = None,
     skip_hashes: SkipHashes = False,
     allow_nonfinite: AllowNonfinite = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Megatron checkpoint to Hugging Face folder in the released layout. Again after a failure, it continues."""
+    """Megatron checkpoint to Hugging Face folder in the released layout. Again after a failure, it
+    continues."""
     _quiet()
     from conversion.convert import export_hf, plan_export
 
@@ -106,15 +124,20 @@ def convert_roundtrip(hf_path: HfPath, workers: Workers = None) -> None:
 
 @convert_app.command("stitch-mtp")
 def convert_stitch_mtp(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face folder that has the MTP head")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Hugging Face folder that has the MTP head")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Hugging Face folder that lost it")],
-    output: Annotated[Path | None, typer.Option("--output", help="folder to write; default: DST-mtp")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="folder to write; default: DST-mtp")
+    ] = None,
     workers: Workers = None,
     skip_hashes: SkipHashes = False,
     allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put the MTP head of SRC back on DST, which an RL stack or save_pretrained took it from, in a new folder."""
+    """Put the MTP head of SRC back on DST, which an RL stack or save_pretrained took it from, in a
+    new folder."""
     _quiet()
     from conversion.convert import stitch_mtp
 
@@ -135,7 +158,10 @@ def _layout_by_option() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        value, rule, fix = (re.sub(r"layout\.(\w+)=", r"--\1 ", text) for text in (error.value, error.rule, error.fix))
+        value, rule, fix = (
+            re.sub(r"layout\.(\w+)=", r"--\1 ", text)
+            for text in (error.value, error.rule, error.fix)
+        )
         raise InputError(value, rule=rule, fix=fix) from error
 
 
@@ -146,6 +172,6 @@ def _checks(skip_hashes: bool, allow_nonfinite: bool) -> Checks:
 
 
 def _quiet() -> None:
-    from mellum2_megatron.upstream.patches import quiet_upstream
+    from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()

@@ -21,7 +21,14 @@ from mellum2_megatron.planning.rules import check
 _PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "transformers")
 
 
-def examine(console: Console, recipe: str | None, overrides: Sequence[str], *, nproc: int | None, device: str) -> bool:
+def examine(
+    console: Console,
+    recipe: str | None,
+    overrides: Sequence[str],
+    *,
+    nproc: int | None,
+    device: str,
+) -> bool:
     """Print the state of the machine, and every rule that a run breaks.
 
     Args:
@@ -43,11 +50,21 @@ def examine(console: Console, recipe: str | None, overrides: Sequence[str], *, n
         return False
     where, ranks = plan(run, device, nproc)
     violations = check(run, ranks, where)
-    table = Table(title=f"{run.name} on {ranks} {where} rank(s)", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=f"{run.name} on {ranks} {where} rank(s)",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for column in ("rule", "what is wrong", "fix", "evidence"):
         table.add_column(column, overflow="fold")
     for violation in violations:
-        table.add_row(violation.name, f"{violation.value}: {violation.rule}", violation.fix, violation.evidence)
+        table.add_row(
+            violation.name,
+            f"{violation.value}: {violation.rule}",
+            violation.fix,
+            violation.evidence,
+        )
     if violations:
         console.print(table)
     else:
@@ -56,7 +73,13 @@ def examine(console: Console, recipe: str | None, overrides: Sequence[str], *, n
 
 
 def _machine(console: Console) -> None:
-    table = Table(title="This machine", title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title="This machine",
+        title_justify="left",
+        box=None,
+        show_header=False,
+        padding=(0, 2, 0, 0),
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     free = shutil.disk_usage(Path.cwd()).free / 2**30

@@ -42,10 +42,13 @@ def describe(
         as_json: print JSON instead of tables.
 
     Raises:
-        InputError: nothing or two things asked about, an unknown name, or a layout that does not fit.
+        InputError: nothing or two things asked about, an unknown name, or a layout that does not
+            fit.
     """
     if (subject is None) == (hf_path is None):
-        raise InputError("info", rule="describes one thing", fix="give a recipe, a preset, or --hf-path DIR")
+        raise InputError(
+            "info", rule="describes one thing", fix="give a recipe, a preset, or --hf-path DIR"
+        )
     memory = layout = None
     if hf_path is not None:
         from conversion.huggingface.folder import read_config
@@ -59,12 +62,16 @@ def describe(
             architecture = named.architecture
             sequence_length = sequence_length or named.data.sequence_length
             ranks = world_size or named.layout.world_size or named.layout.smallest_world_size
-            memory = memory_per_rank(named, world_size=ranks, backend=named.resolved_backend("cuda"))
+            memory = memory_per_rank(
+                named, world_size=ranks, backend=named.resolved_backend("cuda")
+            )
             layout = layout_report(named, world_size=ranks)
             title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
         else:
             architecture = named
-    report = architecture_report(architecture, sequence_length=sequence_length, memory=memory) | {"layout": layout}
+    report = architecture_report(architecture, sequence_length=sequence_length, memory=memory) | {
+        "layout": layout
+    }
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
@@ -85,32 +92,47 @@ def describe_optimizer(
 ) -> None:
     """Print how each weight of a recipe's model is updated; arguments as for `describe`.
 
-    Weights have the names that Transformer Engine's modules give them, unless the run says `backend=torch`.
+    Weights have the names that Transformer Engine's modules give them, unless the run says
+    `backend=torch`.
 
     Raises:
         InputError: not a recipe, an unknown name, or a layout that does not fit.
     """
-    run = None if subject is None or hf_path is not None else _run_or_architecture(subject, overrides)
+    run = (
+        None if subject is None or hf_path is not None else _run_or_architecture(subject, overrides)
+    )
     if not isinstance(run, Run):
-        given = f"--hf-path {hf_path}" if hf_path is not None else f"info --optimizer {subject or ''}".rstrip()
-        raise InputError(given, rule="an optimizer is part of a run", fix="name one of `mellum2 recipes`")
+        given = (
+            f"--hf-path {hf_path}"
+            if hf_path is not None
+            else f"info --optimizer {subject or ''}".rstrip()
+        )
+        raise InputError(
+            given, rule="an optimizer is part of a run", fix="name one of `mellum2 recipes`"
+        )
     ranks = world_size or run.layout.world_size or run.layout.smallest_world_size
     report = optimizer_report(run, world_size=ranks, backend=run.resolved_backend("cuda"))
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        console.print(render_optimizer(report, title=f"{subject} on {ranks} rank{'s' * (ranks > 1)}"))
+        console.print(
+            render_optimizer(report, title=f"{subject} on {ranks} rank{'s' * (ranks > 1)}")
+        )
 
 
 def _run_or_architecture(subject: str, overrides: Sequence[str]) -> Run | Mellum2Architecture:
     if subject in PRESETS:
         if overrides:
             raise InputError(
-                f"{subject} {overrides[0]}", rule="overrides change a recipe", fix="name a recipe instead of a preset"
+                f"{subject} {overrides[0]}",
+                rule="overrides change a recipe",
+                fix="name a recipe instead of a preset",
             )
         return PRESETS[subject]
     if subject in recipe_names() or subject.endswith((".yaml", ".yml")):
         return resolve_run(subject, overrides)
     raise InputError(
-        f"{subject!r}", rule="is neither a recipe nor a preset", fix=nearest(subject, [*recipe_names(), *PRESETS])
+        f"{subject!r}",
+        rule="is neither a recipe nor a preset",
+        fix=nearest(subject, [*recipe_names(), *PRESETS]),
     )

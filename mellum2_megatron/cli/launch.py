@@ -1,4 +1,5 @@
-"""`mellum2 launch`: submit a recipe or a chain of stages; status, logs and cancel of what was submitted."""
+"""`mellum2 launch`: submit a recipe or a chain of stages; status, logs and cancel of what was
+submitted."""
 
 from __future__ import annotations
 
@@ -39,40 +40,69 @@ launch_app = typer.Typer(
 )
 console = Console()
 
-Profile = Annotated[str | None, typer.Option("--profile", help="site profile, name or file (docs/launching.md)")]
-Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="nodes; default: what layout and profile say")]
-Time = Annotated[str | None, typer.Option("--time", help="time limit, as sbatch takes it; default: the profile's")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="print run, layout, memory, estimate and script; write nothing")
+Profile = Annotated[
+    str | None, typer.Option("--profile", help="site profile, name or file (docs/launching.md)")
 ]
-Render = Annotated[str | None, typer.Option("--render", metavar="sbatch", help="write the script, do not submit it")]
+Nodes = Annotated[
+    int | None, typer.Option("--nodes", min=1, help="nodes; default: what layout and profile say")
+]
+Time = Annotated[
+    str | None,
+    typer.Option("--time", help="time limit, as sbatch takes it; default: the profile's"),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="print run, layout, memory, estimate and script; write nothing"),
+]
+Render = Annotated[
+    str | None,
+    typer.Option("--render", metavar="sbatch", help="write the script, do not submit it"),
+]
 AllowDirty = Annotated[bool, typer.Option("--allow-dirty", help="take uncommitted changes along")]
 AssumedTflops = Annotated[
-    float | None, typer.Option("--assumed-tflops", min=0.001, help="model TFLOP/s of a rank, for the estimate")
+    float | None,
+    typer.Option("--assumed-tflops", min=0.001, help="model TFLOP/s of a rank, for the estimate"),
 ]
-Which = Annotated[str, typer.Argument(metavar="RUN_FOLDER|JOB", help="a run's folder, or Slurm's number: 12 or 12_3")]
+Which = Annotated[
+    str,
+    typer.Argument(metavar="RUN_FOLDER|JOB", help="a run's folder, or Slurm's number: 12 or 12_3"),
+]
 
 
 @launch_app.command("run")
 def launch_run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe name, or a resolved run")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe name, or a resolved run")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, e.g. layout.ep=8")
     ] = None,
-    executor: Annotated[str | None, typer.Option("--executor", help="local or slurm; default: the profile's")] = None,
+    executor: Annotated[
+        str | None, typer.Option("--executor", help="local or slurm; default: the profile's")
+    ] = None,
     profile: Profile = None,
     nodes: Nodes = None,
     time: Time = None,
-    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="ranks, with --executor local")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="folder of the run; default runs/RECIPE")] = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="ranks, with --executor local")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="folder of the run; default runs/RECIPE")
+    ] = None,
     array: Annotated[
         list[str] | None,
-        typer.Option("--array", metavar="'KEY=VALUE ..'", help="overrides of one task of an array (repeatable)"),
+        typer.Option(
+            "--array",
+            metavar="'KEY=VALUE ..'",
+            help="overrides of one task of an array (repeatable)",
+        ),
     ] = None,
     dry_run: DryRun = False,
     render: Render = None,
     allow_dirty: AllowDirty = False,
-    follow: Annotated[bool, typer.Option("--follow", help="show the training's log until the job has ended")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="show the training's log until the job has ended")
+    ] = False,
     assumed_tflops: AssumedTflops = None,
 ) -> None:
     """Submit a run. The word `run` can be left out: `mellum2 launch RECIPE ...`."""
@@ -80,7 +110,11 @@ def launch_run(
 
     _check_render(render)
     if follow and array:
-        raise InputError("--follow with --array", rule="one log is followed", fix="drop it; see `mellum2 launch logs`")
+        raise InputError(
+            "--follow with --array",
+            rule="one log is followed",
+            fix="drop it; see `mellum2 launch logs`",
+        )
     run = resolve(recipe, overrides or [], output)
     chosen = choose_profile(executor, profile)
     prepared = prepare(
@@ -108,18 +142,24 @@ def launch_run(
 def launch_pipeline(
     stages: Annotated[
         list[str],
-        typer.Argument(metavar="STAGE [KEY=VALUE ..] STAGE ..", help="recipes or run files; overrides follow theirs"),
+        typer.Argument(
+            metavar="STAGE [KEY=VALUE ..] STAGE ..",
+            help="recipes or run files; overrides follow theirs",
+        ),
     ],
     profile: Profile = None,
     nodes: Nodes = None,
     time: Time = None,
-    output: Annotated[Path | None, typer.Option("--output", help="folder of the runs' folders")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="folder of the runs' folders")
+    ] = None,
     dry_run: DryRun = False,
     render: Render = None,
     allow_dirty: AllowDirty = False,
     assumed_tflops: AssumedTflops = None,
 ) -> None:
-    """Submit stages at once, each starting from the former's last checkpoint when that has come to its end."""
+    """Submit stages at once, each starting from the former's last checkpoint when that has come to
+    its end."""
     from launchers.submission import choose_profile, prepare_chain, resolve, split_stages
 
     _check_render(render)
@@ -144,20 +184,31 @@ def launch_pipeline(
 def launch_status(
     which: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN_FOLDER|JOB] ..", help="runs' folders or Slurm's numbers; default: all in --runs"),
+        typer.Argument(
+            metavar="[RUN_FOLDER|JOB] ..",
+            help="runs' folders or Slurm's numbers; default: all in --runs",
+        ),
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="folder of runs' folders")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say where jobs are: Slurm's state, the step that is reached, and how the last attempt ended."""
+    """Say where jobs are: Slurm's state, the step that is reached, and how the last attempt
+    ended."""
     from launchers.status import find, launched, status
 
     words = which or [str(folder) for folder in launched(runs) if _on_slurm(folder)]
     if not words:
-        raise InputError(f"--runs {runs}", rule="nothing was launched from there", fix="name a run's folder or a job")
+        raise InputError(
+            f"--runs {runs}",
+            rule="nothing was launched from there",
+            fix="name a run's folder or a job",
+        )
     found = [each for word in words for each in status(*find(word))]
     if as_json:
-        plain = [dataclasses.asdict(each) | {"folder": each.folder and str(each.folder)} for each in found]
+        plain = [
+            dataclasses.asdict(each) | {"folder": each.folder and str(each.folder)}
+            for each in found
+        ]
         sys.stdout.write(json.dumps(plain, indent=2) + "\n")
     else:
         _print_status(found)
@@ -166,29 +217,43 @@ def launch_status(
 @launch_app.command("logs")
 def launch_logs(
     which: Which,
-    rank: Annotated[int | None, typer.Option("--rank", min=0, help="the log of the node that this rank is on")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=0, help="the log of the node that this rank is on")
+    ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="one node's, until the job has ended; default: the last rank's")
+        bool,
+        typer.Option(
+            "--follow", help="one node's, until the job has ended; default: the last rank's"
+        ),
     ] = False,
 ) -> None:
-    """Print a job's logs: the batch script's and each node's. The training's rows are in that of the last rank."""
+    """Print a job's logs: the batch script's and each node's. The training's rows are in that of
+    the last rank."""
     from launchers import slurm
     from launchers.status import find, log_files, rank_log
 
     folder, job = find(which)
     if folder is None:
-        raise InputError(which, rule="Slurm no longer knows where its logs are", fix="give the run's folder")
+        raise InputError(
+            which, rule="Slurm no longer knows where its logs are", fix="give the run's folder"
+        )
     number, task = slurm.job_number(job)
     tasks = [state.job_id for state in slurm.states(number)]
     if task is None and any("_" in each for each in tasks):
-        raise InputError(which, rule=f"is an array of {len(tasks)} tasks", fix=f"name one, such as {tasks[0]}")
+        raise InputError(
+            which, rule=f"is an array of {len(tasks)} tasks", fix=f"name one, such as {tasks[0]}"
+        )
     if follow:
         raise typer.Exit(_follow(folder, job, rank))
     script, nodes = log_files(folder, job)
     one = None if rank is None else rank_log(folder, job, rank)
-    paths = [path for path in ([script, *nodes.values()] if rank is None else [one]) if path is not None]
+    paths = [
+        path for path in ([script, *nodes.values()] if rank is None else [one]) if path is not None
+    ]
     if not paths:
-        raise InputError(which, rule="has written no log yet", fix="`mellum2 launch status` says whether it runs")
+        raise InputError(
+            which, rule="has written no log yet", fix="`mellum2 launch status` says whether it runs"
+        )
     for path in paths:
         if len(paths) > 1:
             sys.stdout.write(f"==> {path} <==\n")
@@ -214,7 +279,9 @@ def _check_render(render: str | None) -> None:
         raise InputError(f"--render {render}", rule="there is sbatch", fix="use --render sbatch")
 
 
-def _show(prepared: Sequence[Submission], *, dry_run: bool, render: str | None, tflops: float | None) -> None:
+def _show(
+    prepared: Sequence[Submission], *, dry_run: bool, render: str | None, tflops: float | None
+) -> None:
     from launchers.batch_job import write_job
     from launchers.preview import show
     from launchers.sbatch import render as render_script
@@ -223,10 +290,15 @@ def _show(prepared: Sequence[Submission], *, dry_run: bool, render: str | None, 
     for each in prepared:
         local = each.job.profile.executor == "local"
         if render and local:
-            raise InputError("--render sbatch", rule="is for Slurm", fix="name a Slurm profile with --profile")
+            raise InputError(
+                "--render sbatch", rule="is for Slurm", fix="name a Slurm profile with --profile"
+            )
         if not render:
             script = None if local else render_script(each.job)
-            notes = [*each.package.notes, *(f"Would be refused now: {problem}" for problem in each.problems)]
+            notes = [
+                *each.package.notes,
+                *(f"Would be refused now: {problem}" for problem in each.problems),
+            ]
             show(console, each.job, script, tflops=tflops, notes=notes)
             continue
         for problem in each.problems:
@@ -267,9 +339,13 @@ def _submit(title: str, prepared: Sequence[Submission]) -> list[str]:
         tasks = f", {launch.tasks} tasks" if launch.tasks else ""
         waits = f", after {', '.join(each.after)}" if each.after else ""
         console.print(
-            f"job {launch.job_id}{tasks}{waits}: {each.job.name} in {each.job.folder}", soft_wrap=True, highlight=False
+            f"job {launch.job_id}{tasks}{waits}: {each.job.name} in {each.job.folder}",
+            soft_wrap=True,
+            highlight=False,
         )
-    console.print(f"`mellum2 launch status {numbers[0]}`, `logs` and `cancel` take the number or the folder")
+    console.print(
+        f"`mellum2 launch status {numbers[0]}`, `logs` and `cancel` take the number or the folder"
+    )
     return numbers
 
 
@@ -302,7 +378,11 @@ def _follow(folder: Path, job: str, rank: int | None) -> int:
 def _print_status(found: Sequence[Status]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("job", "state", "step", "starts", "elapsed", "nodes", "run"):
-        table.add_column(column, no_wrap=column != "run", justify="right" if column in ("step", "starts") else "left")
+        table.add_column(
+            column,
+            no_wrap=column != "run",
+            justify="right" if column in ("step", "starts") else "left",
+        )
     for each in found:
         table.add_row(
             each.job_id,
@@ -316,7 +396,9 @@ def _print_status(found: Sequence[Status]) -> None:
     console.print(table)
     for each in found:
         if each.reason:
-            console.print(f"{each.job_id}: {each.reason}", soft_wrap=True, highlight=False, markup=False)
+            console.print(
+                f"{each.job_id}: {each.reason}", soft_wrap=True, highlight=False, markup=False
+            )
 
 
 def _on_slurm(folder: Path) -> bool:

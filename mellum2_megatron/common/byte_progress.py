@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from mellum2_megatron.common.files import size_text
 
@@ -18,7 +25,8 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def byte_progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield a function, for any thread, that is told how many bytes were done; shows size, speed and time left.
+    """Yield a function, for any thread, that is told how many bytes were done; shows size, speed
+    and time left.
 
     Args:
         done: bytes that an earlier attempt has done.
@@ -42,8 +50,16 @@ def byte_progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[
 class LineProgress:
     """Writes ``import: 3.20 of 24.30 GB, 310 MB/s, 68 s left`` every `SECONDS_BETWEEN_LINES`."""
 
-    def __init__(self, what: str, total: int, done: int = 0, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._what, self._total, self._before, self._done, self._clock = what, total, done, done, clock
+    def __init__(
+        self, what: str, total: int, done: int = 0, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._what, self._total, self._before, self._done, self._clock = (
+            what,
+            total,
+            done,
+            done,
+            clock,
+        )
         self._start = self._last = clock()
         self._lock = threading.Lock()
 

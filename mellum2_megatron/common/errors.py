@@ -1,4 +1,5 @@
-"""The two errors a user of the command line can meet: bad input (exit 2) and a failure at work (exit 1)."""
+"""The two errors a user of the command line can meet: bad input (exit 2) and a failure at work
+(exit 1)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class Mellum2Error(Exception):
     exit_code: int = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions pickle as "class(*args)", which loses keyword-only arguments on the way back from a worker.
+        # Exceptions pickle as "class(*args)", which loses keyword-only arguments on the way back
+        # from a worker.
         return _rebuild, (type(self), vars(self))
 
 
@@ -26,7 +28,8 @@ def _rebuild(cls: type[Mellum2Error], fields: dict[str, str]) -> Mellum2Error:
 
 
 class InputError(Mellum2Error):
-    """Something the user gave cannot work; raised before any process is launched or file is touched.
+    """Something the user gave cannot work; raised before any process is launched or file is
+    touched.
 
     Args:
         value: what was given, named (``layout.ep=3``).

@@ -16,7 +16,8 @@ from mellum2_megatron.common.errors import InputError
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary file name beside ``path``; on success it replaces ``path``, on error it is removed."""
+    """Yield a temporary file name beside ``path``; on success it replaces ``path``, on error it is
+    removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
@@ -26,13 +27,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600; released files must be readable as usual
+        temporary.chmod(
+            0o666 & ~umask
+        )  # mkstemp gives 0600; released files must be readable as usual
         _fsync(temporary)
         os.replace(temporary, target)
         _fsync(target.parent)
     except OSError as error:
         if error.filename is None or error.filename == str(temporary):
-            error.filename = str(target)  # a full disk is reported without a name, or with one that nobody has given
+            error.filename = str(
+                target
+            )  # a full disk is reported without a name, or with one that nobody has given
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,9 +45,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; on success it takes that name, on error it is removed.
+    """Yield an empty temporary folder beside ``path``; on success it takes that name, on error it
+    is removed.
 
-    With ``overwrite`` an existing folder is moved aside first and deleted only after the new one is in place.
+    With ``overwrite`` an existing folder is moved aside first and deleted only after the new one is
+    in place.
 
     Raises:
         FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
@@ -52,7 +59,9 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
     if occupied and not overwrite:
         raise FileExistsError(str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
+    temporary = Path(
+        tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    )
     try:
         yield temporary
         umask = os.umask(0)
@@ -66,7 +75,8 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
 def move_into_place(folder: Path, target: Path) -> None:
     """Give ``folder`` the name ``target`` on the same disk.
 
-    A folder in the way is moved aside first, put back if that fails, and deleted only after the new one is in place.
+    A folder in the way is moved aside first, put back if that fails, and deleted only after the new
+    one is in place.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
@@ -83,7 +93,8 @@ def move_into_place(folder: Path, target: Path) -> None:
 
 
 def remove_directory(path: str | os.PathLike[str]) -> None:
-    """Delete a folder that others may look at: it loses its name first, so none of them finds half of it.
+    """Delete a folder that others may look at: it loses its name first, so none of them finds half
+    of it.
 
     A crash on the way leaves `.NAME.*.old`, which the next call for a folder beside it removes.
     """
@@ -105,7 +116,8 @@ def size_text(size: float) -> str:
 
 
 def existing_ancestor(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` or the closest of its parents that exists; its disk is the one that ``path`` will be on."""
+    """Return ``path`` or the closest of its parents that exists; its disk is the one that ``path``
+    will be on."""
     ancestor = Path(os.path.abspath(path))
     while not ancestor.exists():
         ancestor = ancestor.parent
@@ -126,12 +138,18 @@ def check_writable(name: str, path: str | os.PathLike[str], *, folder: bool) -> 
     target, ancestor = Path(path), existing_ancestor(path)
     if target.exists() and target.is_dir() != folder:
         kinds = ("a file", "a folder")
-        raise InputError(f"{name} {path}", rule=f"is {kinds[not folder]}", fix=f"name {kinds[folder]}")
+        raise InputError(
+            f"{name} {path}", rule=f"is {kinds[not folder]}", fix=f"name {kinds[folder]}"
+        )
     if ancestor != Path(os.path.abspath(path)) and not ancestor.is_dir():
-        raise InputError(f"{name} {path}", rule=f"{ancestor} is a file, not a folder", fix="name another place")
+        raise InputError(
+            f"{name} {path}", rule=f"{ancestor} is a file, not a folder", fix="name another place"
+        )
     written = ancestor if ancestor.is_dir() else ancestor.parent  # a file is replaced, not opened
     if not os.access(written, os.W_OK | os.X_OK):
-        raise InputError(f"{name} {path}", rule=f"{written} is not writable for you", fix="name another place")
+        raise InputError(
+            f"{name} {path}", rule=f"{written} is not writable for you", fix="name another place"
+        )
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,12 +2,15 @@
 
 Each start of a run appends one line to ``DIR/provenance.jsonl``::
 
-    {"event": "start", "time": "2026-05-04T10:11:12+00:00", "code": {"origin": "git", "commit": "0f3c...",
-     "dirty": false, "version": "0.1.0"}, "python": "3.12.3", "packages": {"torch": "2.15.0", ...}, "host": "node-1",
-     "hosts": 32, "world_size": 256, "from_step": 12000, "slurm": {"SLURM_JOB_ID": "4711"}}
+    {"event": "start", "time": "2026-05-04T10:11:12+00:00", "code": {"origin": "git", "commit":
+    "0f3c...",
+     "dirty": false, "version": "0.1.0"}, "python": "3.12.3", "packages": {"torch": "2.15.0", ...},
+     "host": "node-1", "hosts": 32, "world_size": 256, "from_step": 12000, "slurm": {"SLURM_JOB_ID":
+     "4711"}}
 
-A copy of the code without its Git repository (a packager's archive) says where it came from in `SNAPSHOT_FILE` at its
-root. What neither Git nor that file tells is not known, and is recorded as such.
+A copy of the code without its Git repository (a packager's archive) says where it came from in
+`SNAPSHOT_FILE` at its root. What neither Git nor that file tells is not known, and is recorded as
+such.
 """
 
 from __future__ import annotations
@@ -36,8 +39,20 @@ RECORDS_FILE = "provenance.jsonl"
 """In the folder of a run: `record`."""
 
 PROJECT = "mellum2-megatron"
-PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "transformer-engine", "transformers", "nemo-run")
-SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "emerging-optimizers",
+    "transformer-engine",
+    "transformers",
+    "nemo-run",
+)
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+)
 
 _GIT_SECONDS = 30
 _COMMIT = "0123456789abcdef"
@@ -50,11 +65,12 @@ class Code:
     """Where the running code comes from.
 
     Attributes:
-        origin: a ``git`` checkout; a ``snapshot`` of one, with `SNAPSHOT_FILE`; an installed ``package``; ``unknown``
-            where there is a checkout but Git does not tell (``reason``).
+        origin: a ``git`` checkout; a ``snapshot`` of one, with `SNAPSHOT_FILE`; an installed
+            ``package``; ``unknown`` where there is a checkout but Git does not tell (``reason``).
         version: of the package.
         commit: full hash, if known.
-        dirty: whether there were uncommitted changes, files that Git neither knows nor ignores among them; if known.
+        dirty: whether there were uncommitted changes, files that Git neither knows nor ignores
+            among them; if known.
         reason: why the commit is not known, if it is not.
     """
 
@@ -68,19 +84,25 @@ class Code:
         """One phrase for people: ``commit 0f3c... with uncommitted changes``."""
         if self.commit is None:
             return f"commit not known ({self.reason})"
-        changes = {True: " with uncommitted changes", False: "", None: ", not known whether unchanged"}[self.dirty]
+        changes = {
+            True: " with uncommitted changes",
+            False: "",
+            None: ", not known whether unchanged",
+        }[self.dirty]
         return f"commit {self.commit}{changes}"
 
 
 def project_root() -> Path:
-    """Return the folder that the running package lies in: a checkout, a snapshot, or ``site-packages``."""
+    """Return the folder that the running package lies in: a checkout, a snapshot, or
+    ``site-packages``."""
     return Path(str(mellum2_megatron.__file__)).resolve().parent.parent
 
 
 def source_code(root: Path | None = None) -> Code:
     """Return where the code in ``root`` (by default, the running code) comes from.
 
-    Git decides where the package's files are among those it keeps; so an environment inside a checkout is no checkout.
+    Git decides where the package's files are among those it keeps; so an environment inside a
+    checkout is no checkout.
 
     Raises:
         InputError: `SNAPSHOT_FILE` is there and not what `write_snapshot` writes.
@@ -94,11 +116,16 @@ def source_code(root: Path | None = None) -> Code:
             return found
     if file:
         return _from_snapshot(root / SNAPSHOT_FILE)
-    return Code(origin="package", version=version, reason="installed as a package, not run from a Git checkout")
+    return Code(
+        origin="package",
+        version=version,
+        reason="installed as a package, not run from a Git checkout",
+    )
 
 
 def write_snapshot(folder: Path, code: Code | None = None) -> Path:
-    """Write `SNAPSHOT_FILE` into a copy of the code, for those who run it where there is no Git repository.
+    """Write `SNAPSHOT_FILE` into a copy of the code, for those who run it where there is no Git
+    repository.
 
     Args:
         folder: root of the copy, beside the package's own folder.
@@ -121,7 +148,8 @@ def record(
 
     Args:
         output: folder of the run.
-        event: ``start`` of the ranks, or ``launch``: a job handed to a scheduler, by code that may be another one.
+        event: ``start`` of the ranks, or ``launch``: a job handed to a scheduler, by code that may
+            be another one.
         world_size: ranks; torchrun's or Slurm's environment tells how many machines they are on.
         from_step: step of the checkpoint that this start goes on from; None for a new run.
         more: whatever else is worth keeping.
@@ -145,7 +173,8 @@ def record(
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
-    """Return what `record` has written, oldest first; nothing for a run without. Damaged lines are left out."""
+    """Return what `record` has written, oldest first; nothing for a run without. Damaged lines are
+    left out."""
     path = output / RECORDS_FILE
     if not path.is_file():
         return []
@@ -182,15 +211,27 @@ def _from_git(root: Path, version: str) -> Code | None:
         kept = _git(root, "ls-files", "--error-unmatch", str(file))
         if kept.returncode:
             refused = "dubious ownership" in kept.stderr and (root / ".git").exists()
-            return _unknown(version, f"Git refuses: {kept.stderr.strip().splitlines()[0]}") if refused else None
-        commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--", str(root))
+            return (
+                _unknown(version, f"Git refuses: {kept.stderr.strip().splitlines()[0]}")
+                if refused
+                else None
+            )
+        commit, status = (
+            _git(root, "rev-parse", "HEAD"),
+            _git(root, "status", "--porcelain", "--", str(root)),
+        )
     except FileNotFoundError:
         return _unknown(version, "git is not installed here") if (root / ".git").exists() else None
     except subprocess.TimeoutExpired:
         return _unknown(version, f"git did not answer in {_GIT_SECONDS} seconds")
     if commit.returncode or status.returncode:
         return _unknown(version, (commit.stderr + status.stderr).strip() or "git failed")
-    return Code(origin="git", version=version, commit=commit.stdout.strip(), dirty=bool(status.stdout.strip()))
+    return Code(
+        origin="git",
+        version=version,
+        commit=commit.stdout.strip(),
+        dirty=bool(status.stdout.strip()),
+    )
 
 
 def _git(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -210,7 +251,9 @@ def _from_snapshot(path: Path) -> Code:
         value = json.loads(path.read_text(encoding="utf-8"))
         found = _code(value, str(path))
     except (OSError, ValueError) as error:
-        raise InputError(str(path), rule=f"must be JSON ({error})", fix="package the code again") from None
+        raise InputError(
+            str(path), rule=f"must be JSON ({error})", fix="package the code again"
+        ) from None
     return replace(found, origin="snapshot") if found.commit is not None else found
 
 
@@ -222,7 +265,9 @@ def _code(value: Any, where: str) -> Code:
     """
     try:
         commit, dirty, origin = value.get("commit"), value.get("dirty"), value["origin"]
-        if commit is not None and not (isinstance(commit, str) and commit and set(commit) <= set(_COMMIT)):
+        if commit is not None and not (
+            isinstance(commit, str) and commit and set(commit) <= set(_COMMIT)
+        ):
             raise ValueError(f"commit {commit!r}")
         if dirty not in (True, False, None):
             raise ValueError(f"dirty {dirty!r}")
@@ -235,7 +280,9 @@ def _code(value: Any, where: str) -> Code:
         )
     except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
-            where, rule=f"must say where the code comes from ({error})", fix="package the code again"
+            where,
+            rule=f"must say where the code comes from ({error})",
+            fix="package the code again",
         ) from None
 
 
@@ -251,7 +298,8 @@ def _now() -> str:
 
 
 def _append(path: Path, line: str) -> None:
-    """Append a line in one write, on disk when this returns; half a line that a crash left behind ends first."""
+    """Append a line in one write, on disk when this returns; half a line that a crash left behind
+    ends first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:

@@ -1,7 +1,8 @@
-"""Values of dataclass fields, converted by the field's own annotation: from override text, from YAML, and back.
+"""Values of dataclass fields, converted by the field's own annotation: from override text, from
+YAML, and back.
 
-One converter serves ``a.b=c`` on the command line and the resolved YAML of a run, so both accept the same
-values and name the same expected type when they do not fit.
+One converter serves ``a.b=c`` on the command line and the resolved YAML of a run, so both accept
+the same values and name the same expected type when they do not fit.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML reader that refuses a key that is given twice, of which YAML would take the last in silence."""
+    """YAML reader that refuses a key that is given twice, of which YAML would take the last in
+    silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [name.value for name, _ in node.value]
         for (name, _), earlier in zip(node.value, range(len(names)), strict=True):
             if name.value in names[:earlier]:
-                raise yaml.MarkedYAMLError(problem=f"key {name.value} is given twice", problem_mark=name.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {name.value} is given twice", problem_mark=name.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
 def yaml_problem(error: yaml.YAMLError) -> tuple[int | None, str]:
-    """Return the line (from 1) of what `StrictLoader` cannot read, if it says, and what is wrong, in one line."""
+    """Return the line (from 1) of what `StrictLoader` cannot read, if it says, and what is wrong,
+    in one line."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
     return (mark.line + 1 if mark else None), problem
@@ -46,13 +51,15 @@ class MismatchError(Exception):
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Map every field of dataclass ``cls`` to its resolved annotation, in the order of declaration."""
+    """Map every field of dataclass ``cls`` to its resolved annotation, in the order of
+    declaration."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def describe(annotation: Any) -> str:
-    """Return what a reader should type for ``annotation``: ``a whole number``, ``'muon' or 'adam'`` ..."""
+    """Return what a reader should type for ``annotation``: ``a whole number``, ``'muon' or 'adam'``
+    ..."""
     origin = get_origin(annotation)
     if annotation is type(None):
         return "null"
@@ -73,11 +80,13 @@ def describe(annotation: Any) -> str:
 def from_text(text: str, annotation: Any, key: str) -> Any:
     """Convert the right-hand side of ``key=text`` to ``annotation``.
 
-    Integers may carry underscores (``8_192``), floats an exponent (``3e-4``), booleans are ``true``/``false``, absence
-    is ``null``; lists are written ``[a,b]``, ``(a,b)`` or plain ``a,b``.
+    Integers may carry underscores (``8_192``), floats an exponent (``3e-4``), booleans are
+    ``true``/``false``, absence is ``null``; lists are written ``[a,b]``, ``(a,b)`` or plain
+    ``a,b``.
 
     Raises:
-        InputError: the text does not fit; the message names the expected type or the nearest choice.
+        InputError: the text does not fit; the message names the expected type or the nearest
+            choice.
     """
     try:
         return _convert(_Text(text), annotation)
@@ -86,7 +95,8 @@ def from_text(text: str, annotation: Any, key: str) -> Any:
 
 
 def from_plain(value: Any, annotation: Any, key: str) -> Any:
-    """Convert ``value`` as YAML gives it (scalars, lists) to ``annotation``; see :func:`from_text` for errors."""
+    """Convert ``value`` as YAML gives it (scalars, lists) to ``annotation``; see :func:`from_text`
+    for errors."""
     try:
         return _convert(value, annotation)
     except MismatchError as error:
@@ -94,9 +104,12 @@ def from_plain(value: Any, annotation: Any, key: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return ``value`` as YAML-ready scalars, lists and dicts; dataclasses keep the order of their fields."""
+    """Return ``value`` as YAML-ready scalars, lists and dicts; dataclasses keep the order of their
+    fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, (tuple, list)):
         return [to_plain(item) for item in value]
     if isinstance(value, Mapping):
@@ -105,7 +118,8 @@ def to_plain(value: Any) -> Any:
 
 
 class _Text(str):
-    """Text typed by a person: scalars are still to be recognised, unlike a string that YAML has already typed."""
+    """Text typed by a person: scalars are still to be recognised, unlike a string that YAML has
+    already typed."""
 
     __slots__ = ()
 
@@ -136,7 +150,9 @@ def _convert(value: Any, annotation: Any) -> Any:
         if isinstance(value, str):
             return str(value)
         raise MismatchError
-    raise TypeError(f"no conversion for {annotation}")  # a field of ours with an annotation this module cannot read
+    raise TypeError(
+        f"no conversion for {annotation}"
+    )  # a field of ours with an annotation this module cannot read
 
 
 def _convert_int(value: Any) -> int:
@@ -167,7 +183,8 @@ def _convert_choice(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
-    # null first, so that `str | None` reads the text null as absence; then in the order of the annotation
+    # null first, so that `str | None` reads the text null as absence; then in the order of the
+    # annotation
     hints: list[str] = []
     for option in sorted(options, key=lambda option: option is not type(None)):
         try:
@@ -189,7 +206,8 @@ def _convert_tuple(value: Any, items: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _split(text: str) -> list[Any]:
-    """Read ``[a, [b, c]]`` (brackets or parentheses, the outer pair optional) as nested lists of typed-by-hand text."""
+    """Read ``[a, [b, c]]`` (brackets or parentheses, the outer pair optional) as nested lists of
+    typed-by-hand text."""
     listed = text.strip().replace("(", "[").replace(")", "]")
     if not listed.startswith("[") or _closes_early(listed):
         listed = f"[{listed}]"
@@ -202,7 +220,8 @@ def _split(text: str) -> list[Any]:
 
 
 def _closes_early(listed: str) -> bool:
-    """Tell whether the first bracket closes before the end: ``[0,8],[64,16]`` is two items of an unbracketed list."""
+    """Tell whether the first bracket closes before the end: ``[0,8],[64,16]`` is two items of an
+    unbracketed list."""
     depth = 0
     for position, character in enumerate(listed):
         depth += {"[": 1, "]": -1}.get(character, 0)
@@ -221,4 +240,6 @@ def _as_text(nested: Any) -> Any:
 
 def _wrong_type(given: str, annotation: Any, error: MismatchError) -> InputError:
     hint = str(error)
-    return InputError(given, rule=f"must be {describe(annotation)}", fix=hint or f"give {describe(annotation)}")
+    return InputError(
+        given, rule=f"must be {describe(annotation)}", fix=hint or f"give {describe(annotation)}"
+    )

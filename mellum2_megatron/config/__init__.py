@@ -4,7 +4,17 @@ from mellum2_megatron.config.layout import Layout
 from mellum2_megatron.config.optimizer import Loss, Optimizer
 from mellum2_megatron.config.overrides import apply_overrides
 from mellum2_megatron.config.precision import Precision
-from mellum2_megatron.config.run import Backend, Checkpoint, Data, Device, Logging, Run, from_yaml, keys, to_yaml
+from mellum2_megatron.config.run import (
+    Backend,
+    Checkpoint,
+    Data,
+    Device,
+    Logging,
+    Run,
+    from_yaml,
+    keys,
+    to_yaml,
+)
 from mellum2_megatron.config.schedule import Schedule
 from mellum2_megatron.config.stability import Stability
 

@@ -17,12 +17,14 @@ CpCommType = Literal["p2p", "all_gather"]
 class Layout:
     """Ways of each parallelism.
 
-    Attention runs on ``tp * cp * pp * dp`` ranks; the same ranks hold experts as ``etp * ep * pp * expert dp``.
+    Attention runs on ``tp * cp * pp * dp`` ranks; the same ranks hold experts as ``etp * ep * pp *
+    expert dp``.
 
     Attributes:
         tp: tensor parallel ways of attention, embedding and output layer.
-        sp: sequence parallelism, the activations between tensor-parallel regions split along the sequence. Needed with
-            ``tp > 1``: Megatron refuses to train an MoE without it (megatron/core/transformer/moe/moe_layer.py:629,
+        sp: sequence parallelism, the activations between tensor-parallel regions split along the
+            sequence. Needed with ``tp > 1``: Megatron refuses to train an MoE without it
+            (megatron/core/transformer/moe/moe_layer.py:629,
             0.19.2).
         pp: pipeline stages.
         vpp: virtual stages a pipeline rank (interleaved schedule); 1 is the plain schedule.
@@ -50,7 +52,9 @@ class Layout:
         for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"layout.{name}={value}", rule="must be 1 or more", fix=f"set layout.{name}=1")
+                raise InputError(
+                    f"layout.{name}={value}", rule="must be 1 or more", fix=f"set layout.{name}=1"
+                )
         if self.tp > 1 and not self.sp:
             raise InputError(
                 f"layout.tp={self.tp} with layout.sp=false",
@@ -74,7 +78,9 @@ class Layout:
     def smallest_world_size(self) -> int:
         """The fewest ranks this layout can run on."""
         ranks = self.pp * math.lcm(self.tp * self.cp, self.ep * self.etp)
-        return math.lcm(ranks, self.tp * self.cp * self.pp * self.dp) if self.dp is not None else ranks
+        return (
+            math.lcm(ranks, self.tp * self.cp * self.pp * self.dp) if self.dp is not None else ranks
+        )
 
     @property
     def world_size(self) -> int | None:
@@ -82,7 +88,8 @@ class Layout:
         return None if self.dp is None else self.tp * self.cp * self.pp * self.dp
 
     def data_parallel(self, world_size: int) -> int:
-        """Return the data-parallel ways on ``world_size`` ranks: the ranks that see different sequences."""
+        """Return the data-parallel ways on ``world_size`` ranks: the ranks that see different
+        sequences."""
         return world_size // (self.tp * self.cp * self.pp)
 
     def expert_data_parallel(self, world_size: int) -> int:
@@ -92,20 +99,26 @@ class Layout:
     def cp_comm_types(self, architecture: Mellum2Architecture) -> tuple[CpCommType, ...]:
         """Return the context-parallel communication of every layer.
 
-        Sliding layers can only gather: Transformer Engine's p2p has no window, and its a2a needs KV heads divisible by
-        ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and 5688-5694, 2.20.2). Full layers use
-        p2p, which overlaps. Both keep the same zigzag split of the sequence, so they mix. The MTP layer reads the first
-        entry (its layer number is 1), which therefore gathers if either of the two slides.
+        Sliding layers can only gather: Transformer Engine's p2p has no window, and its a2a needs KV
+            heads divisible by
+        ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and 5688-5694, 2.20.2).
+        Full layers use p2p, which overlaps. Both keep the same zigzag split of the sequence, so
+        they mix. The MTP layer reads the first entry (its layer number is 1), which therefore
+        gathers if either of the two slides.
         """
         kinds: list[CpCommType] = [
-            "all_gather" if kind == "sliding_attention" else "p2p" for kind in architecture.layer_types
+            "all_gather" if kind == "sliding_attention" else "p2p"
+            for kind in architecture.layer_types
         ]
         if "sliding_attention" in architecture.mtp_layer_types:
             kinds[0] = "all_gather"
         return tuple(kinds)
 
-    def problems(self, architecture: Mellum2Architecture, *, world_size: int, sequence_length: int) -> list[InputError]:
-        """Return what keeps this layout from running the model, as errors that are not raised, each with what works."""
+    def problems(
+        self, architecture: Mellum2Architecture, *, world_size: int, sequence_length: int
+    ) -> list[InputError]:
+        """Return what keeps this layout from running the model, as errors that are not raised, each
+        with what works."""
         found = [
             *self._model_problems(architecture),
             *self._sequence_problems(sequence_length),
@@ -113,19 +126,24 @@ class Layout:
         ]
         return [problem for problem in found if problem is not None]
 
-    def validate(self, architecture: Mellum2Architecture, *, world_size: int, sequence_length: int) -> None:
+    def validate(
+        self, architecture: Mellum2Architecture, *, world_size: int, sequence_length: int
+    ) -> None:
         """Raise the first of :meth:`problems`.
 
         Raises:
             InputError: the layout does not fit the model, the sequence or the number of ranks.
         """
-        for problem in self.problems(architecture, world_size=world_size, sequence_length=sequence_length):
+        for problem in self.problems(
+            architecture, world_size=world_size, sequence_length=sequence_length
+        ):
             raise problem
 
     def _model_problems(self, architecture: Mellum2Architecture) -> list[InputError | None]:
         layers = {"num_hidden_layers": architecture.num_hidden_layers}
-        # With more ranks than KV heads Megatron replicates them, and Muon stops splitting Q, K and V with no more than
-        # a DEBUG line (megatron/core/optimizer/emerging_optimizers.py:294-324, 0.19.2): refused.
+        # With more ranks than KV heads Megatron replicates them, and Muon stops splitting Q, K and
+        # V with no more than a DEBUG line (megatron/core/optimizer/emerging_optimizers.py:294-324,
+        # 0.19.2): refused.
         heads = {
             "num_attention_heads": architecture.num_attention_heads,
             "num_key_value_heads": architecture.num_key_value_heads,
@@ -134,14 +152,24 @@ class Layout:
         return [
             _divides("tp", self.tp, heads),
             _divides("pp", self.pp, layers),
-            _divides("vpp", self.vpp, {"num_hidden_layers / pp": architecture.num_hidden_layers // self.pp}),
+            _divides(
+                "vpp",
+                self.vpp,
+                {"num_hidden_layers / pp": architecture.num_hidden_layers // self.pp},
+            ),
             _divides("ep", self.ep, {"num_experts": architecture.num_experts}),
-            _divides("etp", self.etp, {"moe_intermediate_size": architecture.moe_intermediate_size}),
+            _divides(
+                "etp", self.etp, {"moe_intermediate_size": architecture.moe_intermediate_size}
+            ),
         ]
 
     def _sequence_problems(self, sequence_length: int) -> list[InputError | None]:
         if self.cp > 1 and sequence_length % (2 * self.cp):
-            working = [cp for cp in range(1, sequence_length + 1) if cp == 1 or sequence_length % (2 * cp) == 0]
+            working = [
+                cp
+                for cp in range(1, sequence_length + 1)
+                if cp == 1 or sequence_length % (2 * cp) == 0
+            ]
             return [
                 InputError(
                     f"layout.cp={self.cp} with data.sequence_length={sequence_length}",
@@ -159,7 +187,9 @@ class Layout:
             ]
         return []
 
-    def _world_problems(self, architecture: Mellum2Architecture, world_size: int) -> list[InputError | None]:
+    def _world_problems(
+        self, architecture: Mellum2Architecture, world_size: int
+    ) -> list[InputError | None]:
         dense, expert = self.tp * self.cp * self.pp, self.ep * self.etp * self.pp
         if world_size % dense:
             return [
@@ -193,15 +223,20 @@ class Layout:
 
 
 def is_hidden_matrix(parameter: Parameter) -> bool:
-    """Whether Muon updates ``parameter``: all matrices but the embedding and the head (report §3)."""
+    """Whether Muon updates ``parameter``: all matrices but the embedding and the head (report
+    §3)."""
     return len(parameter.shape) == 2 and parameter.component not in ("embedding", "output head")
 
 
-def pipeline_stages(parameter: Parameter, architecture: Mellum2Architecture, layout: Layout) -> set[int]:
+def pipeline_stages(
+    parameter: Parameter, architecture: Mellum2Architecture, layout: Layout
+) -> set[int]:
     """Return the pipeline stages that hold ``parameter``; virtual stages are dealt out in turn."""
     last = layout.pp - 1
     if parameter.component == "embedding":
-        return {0, last} if architecture.num_mtp_layers else {0}  # the MTP layer embeds the next token itself
+        return (
+            {0, last} if architecture.num_mtp_layers else {0}
+        )  # the MTP layer embeds the next token itself
     if parameter.mtp or parameter.layer is None:
         return {last}
     return {parameter.layer * layout.pp * layout.vpp // architecture.num_hidden_layers % layout.pp}
@@ -219,7 +254,8 @@ def _divides(name: str, ways: int, sizes: dict[str, int]) -> InputError | None:
 
 
 def _use(name: str, wanted: int, working: Iterable[int]) -> str:
-    """Return ``use layout.ep=4 or 8``: the nearest working values at or below and above the wanted one."""
+    """Return ``use layout.ep=4 or 8``: the nearest working values at or below and above the wanted
+    one."""
     ordered = sorted(working)
     below = [value for value in ordered if value <= wanted][-1:]
     above = [value for value in ordered if value > wanted][:1]

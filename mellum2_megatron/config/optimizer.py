@@ -16,16 +16,19 @@ class Loss:
 
     Attributes:
         aux_loss_coef: load-balancing loss of the router (report §3: 1e-3; §5.1: 1e-4 in SFT).
-        aux_loss_type: which tokens it balances. ``global_aux_loss`` counts those of all ranks and of the step's
-            micro-batches so far (report §3); what it comes to depends on the layout (docs/layouts.md). ``aux_loss``
-            looks at one micro-batch and ``seq_aux_loss`` at one sequence, in every layout alike.
-        aux_loss_gradient: of the global loss. ``megatron`` divides it by the data-parallel ranks once too often
-            (Megatron-LM issue 3672): on 256 of them a coefficient of 1e-3 acts like 4e-6 on one. ``exact`` is the
+        aux_loss_type: which tokens it balances. ``global_aux_loss`` counts those of all ranks and
+            of the step's micro-batches so far (report §3); what it comes to depends on the layout
+            (docs/layouts.md). ``aux_loss`` looks at one micro-batch and ``seq_aux_loss`` at one
+            sequence, in every layout alike.
+        aux_loss_gradient: of the global loss. ``megatron`` divides it by the data-parallel ranks
+            once too often (Megatron-LM issue 3672): on 256 of them a coefficient of 1e-3 acts like
+                4e-6 on one. ``exact`` is the
             gradient of the loss that is logged, on any number of ranks.
         z_loss_coef: z-loss on the router's logits (report §3: 1e-3).
         mtp_factor: weight of the multi-token-prediction loss (report §2: 0.1).
-        per_token: take one mean over all tokens of a step that count, instead of a mean over micro-batches (and
-            context-parallel ranks) of their means. The two differ where masks or documents leave unequal numbers.
+        per_token: take one mean over all tokens of a step that count, instead of a mean over
+            micro-batches (and context-parallel ranks) of their means. The two differ where masks or
+            documents leave unequal numbers.
     """
 
     aux_loss_coef: float = 1e-3
@@ -38,7 +41,11 @@ class Loss:
     def __post_init__(self) -> None:
         for name in ("aux_loss_coef", "z_loss_coef", "mtp_factor"):
             _require(
-                f"loss.{name}", getattr(self, name), getattr(self, name) >= 0, "must not be negative", "use 0 or more"
+                f"loss.{name}",
+                getattr(self, name),
+                getattr(self, name) >= 0,
+                "must not be negative",
+                "use 0 or more",
             )
 
 
@@ -46,9 +53,9 @@ class Loss:
 class Optimizer:
     """Settings of the update; the defaults are the report's (report §3).
 
-    With ``muon`` every two-dimensional weight except embedding and output layer is updated by Muon, the rest by Adam,
-    at one learning rate (megatron/core/optimizer/emerging_optimizers.py:128-130, 0.19.2). State is sharded over the
-    data-parallel ranks in both cases.
+    With ``muon`` every two-dimensional weight except embedding and output layer is updated by Muon,
+    the rest by Adam, at one learning rate (megatron/core/optimizer/emerging_optimizers.py:128-130,
+    0.19.2). State is sharded over the data-parallel ranks in both cases.
 
     Attributes:
         lr, min_lr: peak and final learning rate.
@@ -56,13 +63,16 @@ class Optimizer:
         muon_nesterov: Nesterov momentum; off in Megatron by default.
         muon_ns_steps: Newton-Schulz iterations of the orthogonalisation.
         muon_scale_mode: ``spectral`` multiplies the update by ``sqrt(max(rows, columns))``.
-        muon_extra_scale: further factor; 0.2 matches the RMS of AdamW's updates (Moonlight, arXiv 2502.16982, §2.2).
-        muon_tp_mode: under tensor parallelism orthogonalise each rank's shard (``blockwise``) or the whole matrix.
+        muon_extra_scale: further factor; 0.2 matches the RMS of AdamW's updates (Moonlight, arXiv
+            2502.16982, §2.2).
+        muon_tp_mode: under tensor parallelism orthogonalise each rank's shard (``blockwise``) or
+            the whole matrix.
         muon_split_qkv: orthogonalise Q, K and V separately.
-        muon_split_gate_up: orthogonalise an expert's gate and up projections separately; Megatron takes the two, which
-            it keeps in one weight, as one matrix. The report does not say.
+        muon_split_gate_up: orthogonalise an expert's gate and up projections separately; Megatron
+            takes the two, which it keeps in one weight, as one matrix. The report does not say.
         muon_router: the routers' weights are Muon's, as in Megatron; false gives them to Adam.
-        muon_mtp_projection: likewise the matrix that joins hidden state and embedding in front of the MTP layer.
+        muon_mtp_projection: likewise the matrix that joins hidden state and embedding in front of
+            the MTP layer.
         overlap_grad_reduce, overlap_param_gather: hide communication behind backward and forward.
 
     Raises:
@@ -92,7 +102,11 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _require(
-            "optimizer.lr", self.lr, self.lr > 0, "must be positive", "the report uses 3e-4 (3e-5 from long context on)"
+            "optimizer.lr",
+            self.lr,
+            self.lr > 0,
+            "must be positive",
+            "the report uses 3e-4 (3e-5 from long context on)",
         )
         _require(
             "optimizer.min_lr",
@@ -104,11 +118,21 @@ class Optimizer:
         for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             _require(
-                f"optimizer.{name}", value, 0 <= value < 1, "must be at least 0 and below 1", "use for example 0.95"
+                f"optimizer.{name}",
+                value,
+                0 <= value < 1,
+                "must be at least 0 and below 1",
+                "use for example 0.95",
             )
         for name in ("weight_decay", "clip_grad"):
             value = getattr(self, name)
-            _require(f"optimizer.{name}", value, value >= 0, "must not be negative", "use 0 to switch it off")
+            _require(
+                f"optimizer.{name}",
+                value,
+                value >= 0,
+                "must not be negative",
+                "use 0 to switch it off",
+            )
         for name in ("adam_eps", "muon_extra_scale", "muon_ns_steps"):
             value = getattr(self, name)
             _require(f"optimizer.{name}", value, value > 0, "must be positive", "use the default")
@@ -130,7 +154,11 @@ class Optimizer:
     def uses_muon(self, parameter: Parameter) -> bool:
         """Whether Muon updates ``parameter``; Adam does otherwise."""
         choices = {"router": self.muon_router, "mtp projection": self.muon_mtp_projection}
-        return self.name == "muon" and is_hidden_matrix(parameter) and choices.get(parameter.component, True)
+        return (
+            self.name == "muon"
+            and is_hidden_matrix(parameter)
+            and choices.get(parameter.component, True)
+        )
 
 
 def _require(key: str, value: float, holds: bool, rule: str, fix: str) -> None:

@@ -12,26 +12,28 @@ from mellum2_megatron.common.errors import InputError
 class Precision:
     """How the numbers of a run are kept; masters of the weights are FP32 in every case.
 
-    The report trains in "BF16 + FP8 hybrid, tensorwise recipe, amax most-recent" (report §3). The tensorwise recipe
-    scales by the current amax; Megatron reads ``--fp8-amax-compute-algo`` for the delayed recipe only
-    (megatron/core/fp8_utils.py:733-742, 0.19.2), hence no field for it.
+    The report trains in "BF16 + FP8 hybrid, tensorwise recipe, amax most-recent" (report §3). The
+    tensorwise recipe scales by the current amax; Megatron reads ``--fp8-amax-compute-algo`` for the
+    delayed recipe only (megatron/core/fp8_utils.py:733-742, 0.19.2), hence no field for it.
 
     Attributes:
-        compute: ``bf16``, or ``fp8`` for FP8 inputs of the linear layers' matrix multiplications (GPU and Transformer
-            Engine only). Attention itself stays in BF16.
+        compute: ``bf16``, or ``fp8`` for FP8 inputs of the linear layers' matrix multiplications
+            (GPU and Transformer Engine only). Attention itself stays in BF16.
         fp8_format: ``hybrid`` is E4M3 forward and E5M2 for the gradients of outputs.
-        fp8_recipe: one scale a tensor from its current amax (``tensorwise``) or from history (``delayed``), or scales a
-            block (``blockwise``).
-        fp8_param_gather: all-gather updated weights as FP8 instead of BF16. Refused beside Muon (see ``rules.py``).
-        bf16_first_layers, bf16_last_layers: so many decoder layers at either end stay in BF16 when ``compute`` is
-            ``fp8``. The router computes in FP32 in every case; the MTP layer follows ``compute``
-            (megatron/core/transformer/multi_token_prediction.py:1180, 0.19.2).
-        bf16_mtp_projection: of the MTP layer, the matrix that joins hidden state and embedding stays in BF16 when
-            ``compute`` is ``fp8``.
+        fp8_recipe: one scale a tensor from its current amax (``tensorwise``) or from history
+            (``delayed``), or scales a block (``blockwise``).
+        fp8_param_gather: all-gather updated weights as FP8 instead of BF16. Refused beside Muon
+            (see ``rules.py``).
+        bf16_first_layers, bf16_last_layers: so many decoder layers at either end stay in BF16 when
+            ``compute`` is ``fp8``. The router computes in FP32 in every case; the MTP layer follows
+            ``compute`` (megatron/core/transformer/multi_token_prediction.py:1180, 0.19.2).
+        bf16_mtp_projection: of the MTP layer, the matrix that joins hidden state and embedding
+            stays in BF16 when ``compute`` is ``fp8``.
         grad_reduce_in_fp32: accumulate and reduce gradients in FP32.
 
     Raises:
-        InputError: a setting of FP8 compute without it, or layers in BF16 beside the delayed recipe.
+        InputError: a setting of FP8 compute without it, or layers in BF16 beside the delayed
+            recipe.
     """
 
     compute: Literal["bf16", "fp8"] = "bf16"

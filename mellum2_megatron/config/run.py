@@ -1,4 +1,5 @@
-"""A run: everything that decides what `mellum2 train` computes, as one typed value that round-trips through YAML."""
+"""A run: everything that decides what `mellum2 train` computes, as one typed value that round-trips
+through YAML."""
 
 from __future__ import annotations
 
@@ -37,18 +38,19 @@ class Data:
     """Where the tokens are.
 
     Attributes:
-        path: folder written by ``mellum2 data prepare``: ``train_document.{bin,idx}``, ``valid_document.{bin,idx}``,
-            ``tokenizer/``, ``corpus.json``.
+        path: folder written by ``mellum2 data prepare``: ``train_document.{bin,idx}``,
+            ``valid_document.{bin,idx}``, ``tokenizer/``, ``corpus.json``.
         sequence_length: tokens of one sequence.
         tokenizer: tokenizer folder in Hugging Face format; None means ``path/tokenizer``.
-        train, valid: ``(weight, prefix)`` pairs of Megatron indexed datasets to blend in place of the folder's own two;
-            a prefix is a path without ``.bin``/``.idx``.
+        train, valid: ``(weight, prefix)`` pairs of Megatron indexed datasets to blend in place of
+            the folder's own two; a prefix is a path without ``.bin``/``.idx``.
         seed: of the shuffling; None means the run's seed.
         workers: processes a rank that read data; 0 reads in the rank itself.
-        cache: folder for the shuffling index that Megatron builds once a data set; None means beside the data.
-        first_sample: sample of the training at which these data begin. 0 unless the run continues another one
-            (``checkpoint.continue_from``) on data of its own, as the phases of the report's pre-training do: then the
-            ``schedule.train_samples`` of the run before.
+        cache: folder for the shuffling index that Megatron builds once a data set; None means
+            beside the data.
+        first_sample: sample of the training at which these data begin. 0 unless the run continues
+            another one (``checkpoint.continue_from``) on data of its own, as the phases of the
+            report's pre-training do: then the ``schedule.train_samples`` of the run before.
 
     Raises:
         InputError: a length or weight that is not positive.
@@ -66,16 +68,34 @@ class Data:
 
     def __post_init__(self) -> None:
         _require(
-            "data.sequence_length", self.sequence_length, self.sequence_length > 1, "must be 2 or more", "use 8192"
+            "data.sequence_length",
+            self.sequence_length,
+            self.sequence_length > 1,
+            "must be 2 or more",
+            "use 8192",
         )
         _require(
-            "data.workers", self.workers, self.workers >= 0, "must not be negative", "use 0 to read in the rank itself"
+            "data.workers",
+            self.workers,
+            self.workers >= 0,
+            "must not be negative",
+            "use 0 to read in the rank itself",
         )
-        _require("data.first_sample", self.first_sample, self.first_sample >= 0, "must not be negative", "use 0")
+        _require(
+            "data.first_sample",
+            self.first_sample,
+            self.first_sample >= 0,
+            "must not be negative",
+            "use 0",
+        )
         for name in ("train", "valid"):
             for weight, prefix in getattr(self, name):
                 _require(
-                    f"data.{name}: weight of {prefix}", weight, weight > 0, "must be positive", "drop the set instead"
+                    f"data.{name}: weight of {prefix}",
+                    weight,
+                    weight > 0,
+                    "must be positive",
+                    "drop the set instead",
                 )
 
     @property
@@ -102,7 +122,8 @@ class Logging:
         log_interval: steps between two lines of console and metrics.
         eval_interval: steps between two validations.
         eval_iterations: batches a validation; 0 for none.
-        eval_batch_size: sequences of such a batch; None means the training batch at the end of the run.
+        eval_batch_size: sequences of such a batch; None means the training batch at the end of the
+            run.
         tensorboard: write TensorBoard events.
         wandb_project: write to Weights & Biases under this project; None for not at all.
         wandb_entity, wandb_name: account and display name there.
@@ -120,15 +141,27 @@ class Logging:
     def __post_init__(self) -> None:
         for name in ("log_interval", "eval_interval", "eval_batch_size"):
             value = getattr(self, name)
-            _require(f"logging.{name}", value, value is None or value > 0, "must be positive", "use 1 or more")
+            _require(
+                f"logging.{name}",
+                value,
+                value is None or value > 0,
+                "must be positive",
+                "use 1 or more",
+            )
         _require(
-            "logging.eval_iterations", self.eval_iterations, self.eval_iterations >= 0, "must not be negative", "use 0"
+            "logging.eval_iterations",
+            self.eval_iterations,
+            self.eval_iterations >= 0,
+            "must not be negative",
+            "use 0",
         )
         for name in ("wandb_entity", "wandb_name"):
             value = getattr(self, name)
             if value is not None and self.wandb_project is None:
                 raise InputError(
-                    f"logging.{name}={value}", rule="needs logging.wandb_project", fix="set logging.wandb_project too"
+                    f"logging.{name}={value}",
+                    rule="needs logging.wandb_project",
+                    fix="set logging.wandb_project too",
                 )
 
 
@@ -137,20 +170,25 @@ class Checkpoint:
     """Where the run's state goes and comes from; intervals are in optimizer steps.
 
     Attributes:
-        output: folder of the run. A checkpoint found there is resumed. Given on the command line as ``--output``.
+        output: folder of the run. A checkpoint found there is resumed. Given on the command line as
+            ``--output``.
         save_interval: steps between two checkpoints; one more is written at the end.
-        retain_interval: keep only the newest checkpoints and those at multiples of this; None keeps all.
-        keep_last: how many are the newest that are kept; None means 1 with a ``retain_interval``, else all. With 2 or
-            more there is one to go back to when the newest turns out to be damaged.
-        verify: what is compared with a checkpoint's manifest before anything is loaded from it: every file's ``hash``,
-            its ``size`` only, or nothing (``off``).
+        retain_interval: keep only the newest checkpoints and those at multiples of this; None keeps
+            all.
+        keep_last: how many are the newest that are kept; None means 1 with a ``retain_interval``,
+            else all. With 2 or more there is one to go back to when the newest turns out to be
+            damaged.
+        verify: what is compared with a checkpoint's manifest before anything is loaded from it:
+            every file's ``hash``, its ``size`` only, or nothing (``off``).
         async_save: write checkpoints in the background, while training goes on. On GPUs only.
-        any_layout: store optimizer state so that every layout can resume it. Otherwise only the number of data-parallel
-            ranks may change; saves of an Adam run are then faster, since no rank collects what others hold.
-        load: folder of a checkpoint whose weights the run starts from when ``output`` has none (an imported model, or
-            another run's); its optimizer state and step count are not taken.
-        continue_from: folder of another run's checkpoint that the run goes on from when ``output`` has none, with all
-            of its state: weights, optimizer, step and sample count, random numbers. The next phase of one training.
+        any_layout: store optimizer state so that every layout can resume it. Otherwise only the
+            number of data-parallel ranks may change; saves of an Adam run are then faster, since no
+            rank collects what others hold.
+        load: folder of a checkpoint whose weights the run starts from when ``output`` has none (an
+            imported model, or another run's); its optimizer state and step count are not taken.
+        continue_from: folder of another run's checkpoint that the run goes on from when ``output``
+            has none, with all of its state: weights, optimizer, step and sample count, random
+                numbers. The next phase of one training.
     """
 
     output: str | None = None
@@ -165,7 +203,11 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         _require(
-            "checkpoint.save_interval", self.save_interval, self.save_interval > 0, "must be positive", "use 1 or more"
+            "checkpoint.save_interval",
+            self.save_interval,
+            self.save_interval > 0,
+            "must be positive",
+            "use 1 or more",
         )
         _require(
             "checkpoint.keep_last",
@@ -193,11 +235,15 @@ class Run:
         name: of the recipe it came from.
         description: one line.
         architecture: the model.
-        layout, optimizer, loss, schedule, precision, stability, data, logging, checkpoint: see their classes.
+        layout, optimizer, loss, schedule, precision, stability, data, logging, checkpoint: see
+        their classes.
         seed: of initialisation and, unless ``data.seed`` says otherwise, of shuffling.
-        backend: ``te`` (Transformer Engine), ``torch`` (anywhere), or ``auto``: te on a GPU, torch on a CPU.
-        timeout_minutes: a run in which no micro-batch begins for so long is ended, naming the ranks that hold it up.
-        sources: where values come from, by key (``optimizer.lr``) or by section (``optimizer``); see `source`.
+        backend: ``te`` (Transformer Engine), ``torch`` (anywhere), or ``auto``: te on a GPU, torch
+            on a CPU.
+        timeout_minutes: a run in which no micro-batch begins for so long is ended, naming the ranks
+            that hold it up.
+        sources: where values come from, by key (``optimizer.lr``) or by section (``optimizer``);
+            see `source`.
     """
 
     name: str
@@ -218,7 +264,13 @@ class Run:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require("timeout_minutes", self.timeout_minutes, self.timeout_minutes > 0, "must be positive", "use 10")
+        _require(
+            "timeout_minutes",
+            self.timeout_minutes,
+            self.timeout_minutes > 0,
+            "must be positive",
+            "use 10",
+        )
         if self.data.first_sample >= self.schedule.train_samples:
             raise InputError(
                 f"data.first_sample={self.data.first_sample}",
@@ -228,7 +280,9 @@ class Run:
         known = keys()
         for key in self.sources:
             if key not in known and not any(name.startswith(f"{key}.") for name in known):
-                raise InputError(f"source of {key}", rule="no such key in a run", fix=nearest(key, known))
+                raise InputError(
+                    f"source of {key}", rule="no such key in a run", fix=nearest(key, known)
+                )
 
     def resolved_backend(self, device: Device) -> Backend:
         """Return the backend on ``device``, ``auto`` decided."""
@@ -238,10 +292,13 @@ class Run:
 
     def learning_rate(self, sample: int) -> float:
         """Return the learning rate of the step that starts after ``sample`` samples."""
-        return self.schedule.learning_rate(sample, peak=self.optimizer.lr, minimum=self.optimizer.min_lr)
+        return self.schedule.learning_rate(
+            sample, peak=self.optimizer.lr, minimum=self.optimizer.min_lr
+        )
 
     def source(self, key: str) -> str | None:
-        """Return where the value of ``key`` comes from: its own source, or that of the section it lies in."""
+        """Return where the value of ``key`` comes from: its own source, or that of the section it
+        lies in."""
         while key and key not in self.sources:
             key = key.rpartition(".")[0]
         return self.sources.get(key)
@@ -258,7 +315,8 @@ class Run:
 
 
 def keys() -> tuple[str, ...]:
-    """Return every key that can be set, in full: ``layout.ep``, ``architecture.rope_full_attention.factor`` .."""
+    """Return every key that can be set, in full: ``layout.ep``,
+    ``architecture.rope_full_attention.factor`` .."""
     return tuple(_leaf_keys(Run, ""))
 
 
@@ -276,7 +334,9 @@ def _leaf_keys(cls: type, prefix: str) -> list[str]:
 
 def to_yaml(run: Run) -> str:
     """Return ``run`` as YAML, complete: every value, and the sources."""
-    text: str = yaml.dump(to_plain(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118)
+    text: str = yaml.dump(
+        to_plain(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118
+    )
     return text
 
 
@@ -288,7 +348,9 @@ class _Dumper(yaml.SafeDumper):
     ) -> yaml.SequenceNode:
         return super().represent_sequence(tag, sequence, flow_style=True)
 
-    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+    def represent_mapping(
+        self, tag: str, mapping: Any, flow_style: bool | None = None
+    ) -> yaml.MappingNode:
         return super().represent_mapping(tag, mapping, flow_style=False)
 
 
@@ -296,14 +358,17 @@ def from_yaml(text: str) -> Run:
     """Read what :func:`to_yaml` writes; the result equals the run that was written.
 
     Raises:
-        InputError: not YAML, an unknown or missing key, or a value of another type, each naming the full key.
+        InputError: not YAML, an unknown or missing key, or a value of another type, each naming the
+            full key.
     """
     try:
         values = yaml.load(text, Loader=StrictLoader)
     except yaml.YAMLError as error:
         line, problem = yaml_problem(error)
         where = f"run file, line {line}" if line else "run file"
-        raise InputError(where, rule=f"not YAML ({problem})", fix="give a file that `mellum2 train` wrote") from None
+        raise InputError(
+            where, rule=f"not YAML ({problem})", fix="give a file that `mellum2 train` wrote"
+        ) from None
     run: Run = _build(Run, values, "")
     return run
 
@@ -311,20 +376,31 @@ def from_yaml(text: str) -> Run:
 def _build(cls: type, values: Any, prefix: str) -> Any:
     where = prefix.rstrip(".") or "run file"
     if not isinstance(values, Mapping):
-        raise InputError(f"{where}: {values!r}", rule="must be a mapping of keys to values", fix="see a run.yaml")
+        raise InputError(
+            f"{where}: {values!r}", rule="must be a mapping of keys to values", fix="see a run.yaml"
+        )
     annotations = field_types(cls)
     for name in values:
         if name not in annotations:
             known = keys() if "." in str(name) else [prefix + known for known in annotations]
-            raise InputError(f"{prefix}{name}", rule="no such key in a run", fix=nearest(f"{prefix}{name}", known))
+            raise InputError(
+                f"{prefix}{name}",
+                rule="no such key in a run",
+                fix=nearest(f"{prefix}{name}", known),
+            )
     arguments: dict[str, Any] = {}
     for entry in dataclasses.fields(cls):
         key = prefix + entry.name
         if entry.name not in values:
-            if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-                raise InputError(f"{key} is missing", rule="a run cannot do without it", fix=f"add {key}")
-            # Every value is written, so that a later change of a default cannot change an old run; a file can lack
-            # only keys that are younger than itself.
+            if (
+                entry.default is dataclasses.MISSING
+                and entry.default_factory is dataclasses.MISSING
+            ):
+                raise InputError(
+                    f"{key} is missing", rule="a run cannot do without it", fix=f"add {key}"
+                )
+            # Every value is written, so that a later change of a default cannot change an old run;
+            # a file can lack only keys that are younger than itself.
             logger.warning("the run file is from before %s existed; taking its default", key)
             continue
         value = values[entry.name]

@@ -1,8 +1,10 @@
-"""Learning rate and batch size over a run, counted in samples (packed sequences), as Megatron counts them.
+"""Learning rate and batch size over a run, counted in samples (packed sequences), as Megatron
+counts them.
 
-Counting in samples keeps one meaning for a point of the run while the batch size changes. Megatron's iteration-based
-learning-rate arguments do not: with a batch ramp they are multiplied by ``micro_batch_size * dp`` instead of the real
-batch (megatron/training/arguments.py:684-686 and training.py:1911-1922, 0.19.2).
+Counting in samples keeps one meaning for a point of the run while the batch size changes.
+Megatron's iteration-based learning-rate arguments do not: with a batch ramp they are multiplied by
+``micro_batch_size * dp`` instead of the real batch (megatron/training/arguments.py:684-686 and
+training.py:1911-1922, 0.19.2).
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ class Schedule:
     """Warmup, hold and decay of the learning rate, and the ramp of the batch.
 
     Attributes:
-        style: ``whd`` is linear warmup, hold, linear decay (report §3; Megatron's WSD with linear decay). ``cosine``
-            decays from the end of the warmup to the horizon (report §5.1).
-        train_samples: the run stops here, counted from the first sample ever trained on. Ends on a step.
-        horizon_samples: the learning rate's schedule ends here; None means at ``train_samples``. A run that is one
-            phase of a longer training stops before its horizon.
+        style: ``whd`` is linear warmup, hold, linear decay (report §3; Megatron's WSD with linear
+            decay). ``cosine`` decays from the end of the warmup to the horizon (report §5.1).
+        train_samples: the run stops here, counted from the first sample ever trained on. Ends on a
+            step.
+        horizon_samples: the learning rate's schedule ends here; None means at ``train_samples``. A
+            run that is one phase of a longer training stops before its horizon.
         warmup_samples: linear from 0 to the peak over the first samples.
         decay_samples: length of the ``whd`` decay, which ends at the horizon.
-        batch_schedule: ``(first sample, sequences a step)`` pairs; a single pair is a constant batch. A new size holds
+        batch_schedule: ``(first sample, sequences a step)`` pairs; a single pair is a constant
+            batch. A new size holds
             from the first step that starts at or after its sample.
         micro_batch_size: sequences a rank runs through the model at once.
 
@@ -60,22 +64,30 @@ class Schedule:
         given = f"schedule.batch_schedule={list(map(list, self.batch_schedule))}"
         starts = [start for start, _ in self.batch_schedule]
         if not starts or starts[0] != 0:
-            raise InputError(given, rule="the first batch size starts at sample 0", fix="use [[0, SIZE], ...]")
+            raise InputError(
+                given, rule="the first batch size starts at sample 0", fix="use [[0, SIZE], ...]"
+            )
         if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
             raise InputError(
-                given, rule="first samples must increase", fix=f"sort them, for example {sorted(set(starts))}"
+                given,
+                rule="first samples must increase",
+                fix=f"sort them, for example {sorted(set(starts))}",
             )
         for start, size in self.batch_schedule:
             if size <= 0:
                 raise InputError(
-                    given, rule=f"the batch size from sample {start} on must be positive", fix="use 1 or more"
+                    given,
+                    rule=f"the batch size from sample {start} on must be positive",
+                    fix="use 1 or more",
                 )
 
     def _check_lengths(self) -> None:
         for name in ("warmup_samples", "decay_samples"):
             value = getattr(self, name)
             if value < 0:
-                raise InputError(f"schedule.{name}={value}", rule="must not be negative", fix="use 0 for none")
+                raise InputError(
+                    f"schedule.{name}={value}", rule="must not be negative", fix="use 0 for none"
+                )
         horizon = self.lr_horizon
         if self.train_samples > horizon:
             raise InputError(
@@ -95,7 +107,9 @@ class Schedule:
             raise InputError(
                 f"schedule.warmup_samples={self.warmup_samples}, schedule.decay_samples={self.decay_samples}",
                 rule=f"warmup and decay must fit into the {horizon} samples of the schedule",
-                fix="shorten them, for example schedule.warmup_samples={} schedule.decay_samples={}".format(*shorter),
+                fix="shorten them, for example schedule.warmup_samples={} schedule.decay_samples={}".format(
+                    *shorter
+                ),
             )
 
     @classmethod
@@ -114,8 +128,8 @@ class Schedule:
         Args:
             train_steps: steps of the whole run, warmup and decay included.
             batch_sizes: ``(first step, sequences a step)`` pairs.
-            warmup_steps: first steps; the learning rate is linear in samples, so also in steps unless the batch changes
-                during the warmup.
+            warmup_steps: first steps; the learning rate is linear in samples, so also in steps
+                unless the batch changes during the warmup.
             decay_steps: last steps.
         """
         for name, value in (("train_steps", train_steps), ("first batch", len(batch_sizes))):
@@ -166,7 +180,8 @@ class Schedule:
     def learning_rate(self, sample: int, *, peak: float, minimum: float) -> float:
         """Return the learning rate of the step that starts after ``sample`` samples.
 
-        The arithmetic is that of ``OptimizerParamScheduler.get_lr`` (megatron/core/optimizer_param_scheduler.py,
+        The arithmetic is that of ``OptimizerParamScheduler.get_lr``
+        (megatron/core/optimizer_param_scheduler.py,
         0.19.2), in the same order, so results are equal to the last bit. The first step of a warmup has rate 0.
         """
         if self.warmup_samples > 0 and sample <= self.warmup_samples:
@@ -174,12 +189,16 @@ class Schedule:
         if sample > self.lr_horizon:
             return minimum
         if self.style == "cosine":
-            ratio = float(sample - self.warmup_samples) / float(self.lr_horizon - self.warmup_samples)
+            ratio = float(sample - self.warmup_samples) / float(
+                self.lr_horizon - self.warmup_samples
+            )
             return minimum + 0.5 * (math.cos(math.pi * ratio) + 1.0) * (peak - minimum)
         decay_start = self.lr_horizon - self.decay_samples
         if sample <= decay_start:
             return minimum + 1.0 * (peak - minimum)
-        return minimum + (1.0 - float(sample - decay_start) / float(self.decay_samples)) * (peak - minimum)
+        return minimum + (1.0 - float(sample - decay_start) / float(self.decay_samples)) * (
+            peak - minimum
+        )
 
     def _step_boundaries(self, sample: int) -> tuple[int, int]:
         """Return the last step boundary at or before ``sample`` and the first at or after it."""
@@ -213,7 +232,9 @@ class _Steps:
         for index, (_, size) in enumerate(self.schedule):
             count = steps - taken
             if index + 1 < len(self.schedule):
-                count = min(count, max(0, math.ceil((self.schedule[index + 1][0] - consumed) / size)))
+                count = min(
+                    count, max(0, math.ceil((self.schedule[index + 1][0] - consumed) / size))
+                )
             taken, consumed = taken + count, consumed + count * size
         return consumed
 

@@ -22,8 +22,9 @@ def activate() -> None:
     """Make this process run Megatron-Core on the CPU, for good. Calling it again does nothing.
 
     Raises:
-        InputError: a GPU is usable; megatron or Transformer Engine has been imported already; or an installed version
-            is not one that the patches were written for. Nothing has been changed then.
+        InputError: a GPU is usable; megatron or Transformer Engine has been imported already; or an
+            installed version is not one that the patches were written for. Nothing has been changed
+            then.
     """
     global _active
     if _active:
@@ -37,16 +38,18 @@ def activate() -> None:
             rule="the CPU backend replaces parts of torch.cuda and refuses to do so where a GPU is usable",
             fix="use device=cuda, or hide the GPUs with CUDA_VISIBLE_DEVICES=''",
         )
+    from mellum2_megatron import upstream
     from mellum2_megatron.cpu import compiling, device
     from mellum2_megatron.cpu.patches import PATCHES
-    from mellum2_megatron.upstream import patches as upstream
     from mellum2_megatron.upstream import patching
 
     patching.check_versions(PATCHES)
     upstream.activate()
     for name in HIDDEN:
         sys.modules[name] = None  # type: ignore[assignment]  # `import` then raises, `find_spec` returns None
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # arguments.py:1437 asks for it; a CPU has no such queues
+    os.environ.setdefault(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
+    )  # arguments.py:1437 asks for it; a CPU has no such queues
     device.install()
     compiling.install()
     patching.install(PATCHES)
@@ -55,12 +58,15 @@ def activate() -> None:
 
 
 def _not_about_shared_rng(record: logging.LogRecord) -> bool:
-    """Drop the warning of ``tensor_parallel/random.py:329``: here the device's generator *is* the CPU's."""
+    """Drop the warning of ``tensor_parallel/random.py:329``: here the device's generator *is* the
+    CPU's."""
     return "CPU RNG state changed" not in record.getMessage()
 
 
 def _refuse_late_call() -> None:
-    imported = sorted(name for name in sys.modules if name.startswith("megatron.") or name in HIDDEN)
+    imported = sorted(
+        name for name in sys.modules if name.startswith("megatron.") or name in HIDDEN
+    )
     if imported:
         raise InputError(
             f"cpu.activate() after {imported[0]} was imported",

@@ -1,8 +1,9 @@
 """``torch.compile`` leaves Megatron's functions as they are.
 
 ``megatron/core/jit.py:25`` (0.19.2) fuses some thirty small functions with ``torch.compile`` and
-``megatron/core/transformer/moe/router.py:918`` and ``emerging_optimizers`` decorate theirs directly. On a CPU each
-would call a C++ compiler at its first use, for minutes, to save microseconds. Other libraries keep ``torch.compile``.
+``megatron/core/transformer/moe/router.py:918`` and ``emerging_optimizers`` decorate theirs
+directly. On a CPU each would call a C++ compiler at its first use, for minutes, to save
+microseconds. Other libraries keep ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _UNCOMPILED = ("megatron", "emerging_optimizers")
 
 
 def install() -> None:
-    """Replace ``torch.compile`` by one that passes through what Megatron and emerging_optimizers hand it."""
+    """Replace ``torch.compile`` by one that passes through what Megatron and emerging_optimizers
+    hand it."""
     compile_ = torch.compile
 
     @functools.wraps(compile_)

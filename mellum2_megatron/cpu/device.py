@@ -1,14 +1,16 @@
 """``torch.cuda`` as Megatron uses it, answered by the CPU.
 
-Megatron-Core 0.19.2 calls ``torch.cuda.current_device()`` in 206 places and writes ``device="cuda"`` in some eighty
-more. Two things make those run on a CPU:
+Megatron-Core 0.19.2 calls ``torch.cuda.current_device()`` in 206 places and writes
+``device="cuda"`` in some eighty more. Two things make those run on a CPU:
 
-* the functions and classes of ``torch.cuda`` that Megatron's training path calls get stand-ins (`FACADE`): one
-  device, number 0; streams and events that have nothing to wait for; the CPU's default generator as the device's;
-* the functions that make tensors, and ``Tensor.to``, ``Tensor.cuda`` and friends, read the device ``cuda`` as ``cpu``.
-  Only these are wrapped: some 0.4 microseconds a call, 444 calls in a training step of a two-layer test model, 0.2 % of
-  its time. A ``TorchFunctionMode`` would do it in one place, but adds 1.5 microseconds to every one of the 10,293
-  operations of that step, 11 %.
+* the functions and classes of ``torch.cuda`` that Megatron's training path calls get stand-ins
+  (`FACADE`): one device, number 0; streams and events that have nothing to wait for; the CPU's
+  default generator as the device's;
+* the functions that make tensors, and ``Tensor.to``, ``Tensor.cuda`` and friends, read the device
+  ``cuda`` as ``cpu``. Only these are wrapped: some 0.4 microseconds a call, 444 calls in a training
+      step of a two-layer test model, 0.2 % of
+  its time. A ``TorchFunctionMode`` would do it in one place, but adds 1.5 microseconds to every one
+  of the 10,293 operations of that step, 11 %.
 
 ``torch.cuda.is_available()`` stays false: other libraries ask it, and must not be told otherwise.
 """
@@ -25,7 +27,8 @@ from typing import Any
 import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Streams and events: work on a CPU is done when the call returns, so there is never anything to wait for.
+# Streams and events: work on a CPU is done when the call returns, so there is never anything to
+# wait for.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +120,9 @@ def _capability(device: Any = None) -> tuple[int, int]:
 
 
 def _properties(device: Any = None) -> types.SimpleNamespace:
-    return types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
+    return types.SimpleNamespace(
+        name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1
+    )
 
 
 def _refuse(name: str) -> Callable[..., Any]:
@@ -191,7 +196,9 @@ def _factory(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):
                 kwargs["device"] = _CPU
-            kwargs.pop("pin_memory", None)  # page-locked memory serves copies to a GPU, and asks for a driver
+            kwargs.pop(
+                "pin_memory", None
+            )  # page-locked memory serves copies to a GPU, and asks for a driver
         return original(*args, **kwargs)
 
     return make
@@ -209,8 +216,11 @@ def _tensor_to(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return to
 
 
-def _tensor_cuda(self: torch.Tensor, device: Any = None, non_blocking: bool = False, **_: Any) -> torch.Tensor:
-    """Return the tensor itself, as ``Tensor.cuda`` does for a tensor that is on the device already."""
+def _tensor_cuda(
+    self: torch.Tensor, device: Any = None, non_blocking: bool = False, **_: Any
+) -> torch.Tensor:
+    """Return the tensor itself, as ``Tensor.cuda`` does for a tensor that is on the device
+    already."""
     return self
 
 
@@ -224,10 +234,13 @@ def _pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
 
 
 def _copy(value: Any) -> Any:
-    """A function object of its own: torch._dynamo (trace_rules.py:3119, torch 2.15) refuses one under two names."""
+    """A function object of its own: torch._dynamo (trace_rules.py:3119, torch 2.15) refuses one
+    under two names."""
     if not isinstance(value, types.FunctionType):
         return value
-    copy = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
+    copy = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, value.__defaults__, value.__closure__
+    )
     copy.__kwdefaults__ = value.__kwdefaults__
     return copy
 
@@ -240,8 +253,8 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    # `with torch.device("meta")` recognises factories by identity, in a table that is built at first use: have it
-    # built of the originals, which are what reaches it.
+    # `with torch.device("meta")` recognises factories by identity, in a table that is built at
+    # first use: have it built of the originals, which are what reaches it.
     from torch.utils import _device
 
     _device._device_constructors()

@@ -1,10 +1,12 @@
-"""What Megatron's optimizers expect of Transformer Engine's FusedAdam and of CUDA tensors, on a CPU.
+"""What Megatron's optimizers expect of Transformer Engine's FusedAdam and of CUDA tensors, on a
+CPU.
 
-Without Transformer Engine and apex, ``core/optimizer/__init__.py:33`` (0.19.2) falls back to ``torch.optim.AdamW``,
-which keeps a ``step`` tensor per parameter. `DistributedOptimizer` handles that badly: loading makes all parameters
-share *one* step tensor (distrib_optimizer.py:1028), which then grows by the number of parameters an iteration; saving
-asserts that all steps are equal (:838); and the fully reshardable format raises KeyError('step'). `FusedAdam` below has
-the state layout of the fused optimizers instead, so the code path, and the checkpoint, are those of a GPU.
+Without Transformer Engine and apex, ``core/optimizer/__init__.py:33`` (0.19.2) falls back to
+``torch.optim.AdamW``, which keeps a ``step`` tensor per parameter. `DistributedOptimizer` handles
+that badly: loading makes all parameters share *one* step tensor (distrib_optimizer.py:1028), which
+then grows by the number of parameters an iteration; saving asserts that all steps are equal (:838);
+and the fully reshardable format raises KeyError('step'). `FusedAdam` below has the state layout of
+the fused optimizers instead, so the code path, and the checkpoint, are those of a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam with the interface and state of the fused optimizers: ``step`` in the group, two moments a parameter.
+    """Adam with the interface and state of the fused optimizers: ``step`` in the group, two moments
+    a parameter.
 
     Args:
         params: parameters or groups, as for any torch optimizer; float32.
@@ -43,7 +46,9 @@ class FusedAdam(torch.optim.Optimizer):
         if capturable:
             raise NotImplementedError("optimizer_cuda_graph has no counterpart on a CPU")
         self.adam_w_mode = adam_w_mode
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -85,7 +90,8 @@ class FusedAdam(torch.optim.Optimizer):
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Within it ``tensor.type()`` names the CUDA types: ``torch.cuda.BFloat16Tensor`` for ``torch.BFloat16Tensor``."""
+    """Within it ``tensor.type()`` names the CUDA types: ``torch.cuda.BFloat16Tensor`` for
+    ``torch.BFloat16Tensor``."""
     original = torch.Tensor.type
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

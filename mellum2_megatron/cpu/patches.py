@@ -1,4 +1,5 @@
-"""The table of what Megatron-Core 0.19.2 needs changed to run on a CPU. One entry per upstream object."""
+"""The table of what Megatron-Core 0.19.2 needs changed to run on a CPU. One entry per upstream
+object."""
 
 from __future__ import annotations
 
@@ -40,15 +41,33 @@ def check_arguments(args: Any) -> None:
         InputError: names the first such argument.
     """
     if args.distributed_backend != "gloo":
-        _refuse(f"distributed_backend={args.distributed_backend}", "processes on CPUs talk over gloo", "gloo")
+        _refuse(
+            f"distributed_backend={args.distributed_backend}",
+            "processes on CPUs talk over gloo",
+            "gloo",
+        )
     if args.async_save:
-        _refuse("async_save=True", "asynchronous saving stages through page-locked memory and CUDA streams", "False")
+        _refuse(
+            "async_save=True",
+            "asynchronous saving stages through page-locked memory and CUDA streams",
+            "False",
+        )
     if args.fp8 or args.fp4:
-        _refuse(f"fp8={args.fp8}, fp4={args.fp4}", "8- and 4-bit arithmetic is Transformer Engine's", "bf16 alone")
+        _refuse(
+            f"fp8={args.fp8}, fp4={args.fp4}",
+            "8- and 4-bit arithmetic is Transformer Engine's",
+            "bf16 alone",
+        )
     if args.transformer_impl == "transformer_engine":
-        _refuse(f"transformer_impl={args.transformer_impl}", "Transformer Engine runs on GPUs only", "local")
+        _refuse(
+            f"transformer_impl={args.transformer_impl}",
+            "Transformer Engine runs on GPUs only",
+            "local",
+        )
     if args.cuda_graph_impl != "none":
-        _refuse(f"cuda_graph_impl={args.cuda_graph_impl}", "there are no CUDA graphs on a CPU", "none")
+        _refuse(
+            f"cuda_graph_impl={args.cuda_graph_impl}", "there are no CUDA graphs on a CPU", "none"
+        )
 
 
 def _refuse(value: str, rule: str, instead: str) -> None:
@@ -80,7 +99,9 @@ def _keep_rng_state(original: Any) -> Any:
 
 def _splits_as_numpy(original: Any) -> Any:
     @functools.wraps(original)
-    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     return maybe_move_tensor_to_cpu

@@ -1,4 +1,5 @@
-"""One process as a whole Megatron world: what building, scoring or converting a model in place needs."""
+"""One process as a whole Megatron world: what building, scoring or converting a model in place
+needs."""
 
 from __future__ import annotations
 
@@ -14,15 +15,18 @@ _DEFAULT_SEED = 1234
 
 
 def init_single_process(seed: int = _DEFAULT_SEED) -> bool:
-    """Initialise torch.distributed (gloo, one rank), Megatron's groups and its random number trackers.
+    """Initialise torch.distributed (gloo, one rank), Megatron's groups and its random number
+    trackers.
 
-    The store lives in memory, so no port is taken and any number of such processes run side by side.
+    The store lives in memory, so no port is taken and any number of such processes run side by
+    side.
 
     Args:
         seed: of Megatron's random number trackers and of torch.
 
     Returns:
-        True when this call initialised them; False when they were already, and belong to someone else.
+        True when this call initialised them; False when they were already, and belong to someone
+        else.
 
     Raises:
         InputError: `activate` has not been called.
@@ -59,7 +63,8 @@ def teardown() -> None:
 
 @contextlib.contextmanager
 def single_process(seed: int = _DEFAULT_SEED) -> Iterator[None]:
-    """`init_single_process` for the length of a ``with`` block; leaves an initialised world as it was."""
+    """`init_single_process` for the length of a ``with`` block; leaves an initialised world as it
+    was."""
     mine = init_single_process(seed)
     try:
         yield

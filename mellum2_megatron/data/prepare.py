@@ -1,14 +1,17 @@
-"""Text files to a prepared folder: tokenizer, Megatron indexed datasets, and what they were made of.
+"""Text files to a prepared folder: tokenizer, Megatron indexed datasets, and what they were made
+of.
 
 ::
 
-    PATH/train_document.{bin,idx}   megatron.core.datasets.indexed_dataset; every document ends with eos
-    PATH/valid_document.{bin,idx}
+    PATH/train_document.{bin,idx}   megatron.core.datasets.indexed_dataset; every document ends with
+    eos PATH/valid_document.{bin,idx}
     PATH/tokenizer/                 Hugging Face tokenizer files
     PATH/corpus.json                counts, entropy, sources with licences, seed, hashes
-    PATH/cache/                     written later by Megatron: sample indices of each (seed, sequence length)
+    PATH/cache/                     written later by Megatron: sample indices of each (seed,
+    sequence length)
 
-The folder appears at once, complete, or not at all. Its bytes depend on the inputs and the seed, not on ``workers``.
+The folder appears at once, complete, or not at all. Its bytes depend on the inputs and the seed,
+not on ``workers``.
 """
 
 from __future__ import annotations
@@ -28,7 +31,12 @@ from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.common.files import atomic_directory, check_writable, write_json
 from mellum2_megatron.data.corpus import discovery as corpus
 from mellum2_megatron.data.corpus.discovery import SPLITS, Document, Selection
-from mellum2_megatron.data.prepared_folder import FORMAT, PreparedData, SplitStatistics, load_prepared
+from mellum2_megatron.data.prepared_folder import (
+    FORMAT,
+    PreparedData,
+    SplitStatistics,
+    load_prepared,
+)
 from mellum2_megatron.data.tokens.encode import encode_documents
 from mellum2_megatron.data.tokens.tokenizer import (
     check_vocab_size,
@@ -66,8 +74,10 @@ def prepare(
 
     Args:
         output: the folder to make.
-        inputs: text files, ``.jsonl`` files or folders; none means the Python sources installed on this machine.
-        tokenizer: a Hugging Face tokenizer folder; None trains a byte-level BPE on the training split.
+        inputs: text files, ``.jsonl`` files or folders; none means the Python sources installed on
+            this machine.
+        tokenizer: a Hugging Face tokenizer folder; None trains a byte-level BPE on the training
+            split.
         vocab_size: entries of the trained tokenizer (ignored beside ``tokenizer``).
         workers: processes that read and encode; None means one a core.
         seed: of the sample and the split.
@@ -78,7 +88,8 @@ def prepare(
 
     Raises:
         InputError: bad arguments or input files; nothing has been written.
-        WorkError: a file changed meanwhile, the disk is full, a worker was killed; ``output`` is untouched.
+        WorkError: a file changed meanwhile, the disk is full, a worker was killed; ``output`` is
+            untouched.
     """
     target = Path(output)
     workers = workers if workers is not None else len(os.sched_getaffinity(0))
@@ -105,7 +116,8 @@ def prepare(
                 write_json(folder / "corpus.json", facts)
         except OSError as error:
             raise WorkError(
-                f"writing {target} failed ({error})", fix="free space on that disk or choose another --output"
+                f"writing {target} failed ({error})",
+                fix="free space on that disk or choose another --output",
             ) from error
     return load_prepared(target)
 
@@ -121,13 +133,21 @@ def _check_arguments(
 ) -> None:
     if workers < 1:
         raise InputError(
-            f"workers={workers}", rule="it must be at least 1", fix="use 1, or leave it out for one a core"
+            f"workers={workers}",
+            rule="it must be at least 1",
+            fix="use 1, or leave it out for one a core",
         )
     if not 0 < valid_fraction <= 0.5:
-        raise InputError(f"valid_fraction={valid_fraction}", rule="it must be above 0 and at most 0.5", fix="use 0.02")
+        raise InputError(
+            f"valid_fraction={valid_fraction}",
+            rule="it must be above 0 and at most 0.5",
+            fix="use 0.02",
+        )
     if max_bytes is not None and max_bytes < 1:
         raise InputError(
-            f"max_bytes={max_bytes}", rule="it must be positive", fix=f"use {DEFAULT_MAX_BYTES}, or none for no limit"
+            f"max_bytes={max_bytes}",
+            rule="it must be positive",
+            fix=f"use {DEFAULT_MAX_BYTES}, or none for no limit",
         )
     if tokenizer is None:
         check_vocab_size(vocab_size)
@@ -137,18 +157,25 @@ def _check_arguments(
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not overwrite:
         raise InputError(
-            f"--output {target}", rule="it exists and is not empty", fix="choose another folder, or add --overwrite"
+            f"--output {target}",
+            rule="it exists and is not empty",
+            fix="choose another folder, or add --overwrite",
         )
     if occupied and not (target / "corpus.json").is_file():
         raise InputError(
-            f"--output {target}", rule="only a prepared corpus may be replaced", fix="choose another folder"
+            f"--output {target}",
+            rule="only a prepared corpus may be replaced",
+            fix="choose another folder",
         )
 
 
 def _check_selection(selection: Selection, valid_fraction: float) -> None:
     for split in SPLITS:
         if not selection.of(split):
-            left_out = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items()) or "none"
+            left_out = (
+                ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items())
+                or "none"
+            )
             raise InputError(
                 f"{len(selection.documents)} document(s)",
                 rule=f"the {split} split is empty (valid_fraction={valid_fraction}; documents left out: {left_out})",
@@ -157,7 +184,11 @@ def _check_selection(selection: Selection, valid_fraction: float) -> None:
 
 
 def _make_tokenizer(
-    selection: Selection, folder: Path, given: str | os.PathLike[str] | None, vocab_size: int, bars: _Bars
+    selection: Selection,
+    folder: Path,
+    given: str | os.PathLike[str] | None,
+    vocab_size: int,
+    bars: _Bars,
 ) -> None:
     if given is not None:
         copy_tokenizer(Path(given), folder)
@@ -177,7 +208,8 @@ def _texts(documents: list[Document], advance: Callable[[int], None]) -> Iterato
 
 
 def _encode_splits(selection: Selection, folder: Path, workers: int, bars: _Bars) -> dict[str, Any]:
-    # Imported here: it pulls in torch and all of megatron.core, which nothing else in this module needs.
+    # Imported here: it pulls in torch and all of megatron.core, which nothing else in this module
+    # needs.
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     identifiers = special_ids(folder / "tokenizer")
@@ -192,7 +224,9 @@ def _encode_splits(selection: Selection, folder: Path, workers: int, bars: _Bars
         prefix = folder / f"{split}_document"
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
         tokens, digest = 0, hashlib.sha256()
-        for batch in encode_documents(documents, folder / "tokenizer", eos=identifiers["eos"], workers=workers):
+        for batch in encode_documents(
+            documents, folder / "tokenizer", eos=identifiers["eos"], workers=workers
+        ):
             start = 0
             for length in batch.lengths:
                 builder.add_document(batch.tokens[start : start + length], [length])
@@ -263,7 +297,12 @@ class _Bars:
 
         console = Console(stderr=True)
         if self._wanted and console.is_terminal:
-            columns = (TextColumn("{task.description:<26}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description:<26}"),
+                BarColumn(),
+                DownloadColumn(),
+                TimeElapsedColumn(),
+            )
             self._progress = Progress(*columns, console=console)
             self._context = self._progress
         self._context.__enter__()

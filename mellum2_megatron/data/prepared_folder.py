@@ -20,7 +20,8 @@ _PREPARE_AGAIN = "make it again with `mellum2 data prepare --output PATH --overw
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitStatistics:
-    """Size of one split; ``bytes`` counts the text in UTF-8, ``tokens`` includes one eos a document."""
+    """Size of one split; ``bytes`` counts the text in UTF-8, ``tokens`` includes one eos a
+    document."""
 
     documents: int
     tokens: int
@@ -39,7 +40,8 @@ class PreparedData:
     special_ids: dict[str, int]
     splits: dict[str, SplitStatistics]
     valid_unigram_entropy_nats: float
-    """Entropy of the validation split's token distribution: no predictor blind to context has a lower loss on it."""
+    """Entropy of the validation split's token distribution: no predictor blind to context has a
+    lower loss on it."""
     tokenizer_sha256: str
     seed: int
     corpus: dict[str, Any]
@@ -92,20 +94,26 @@ def load_prepared(path: str | os.PathLike[str]) -> PreparedData:
             corpus=facts,
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'corpus.json'}", rule=f"it is damaged ({error!r})", fix=_PREPARE_AGAIN) from error
+        raise InputError(
+            f"{folder / 'corpus.json'}", rule=f"it is damaged ({error!r})", fix=_PREPARE_AGAIN
+        ) from error
     for split in SPLITS:
         statistics = prepared.splits[split]
         for suffix, size in ((".bin", statistics.bin_bytes), (".idx", statistics.idx_bytes)):
             file = folder / f"{split}_document{suffix}"
             found = file.stat().st_size if file.is_file() else None
             if found != size:
-                rule = f"it should have {size} bytes and " + ("is missing" if found is None else f"has {found}")
+                rule = f"it should have {size} bytes and " + (
+                    "is missing" if found is None else f"has {found}"
+                )
                 raise InputError(str(file), rule=rule, fix=_PREPARE_AGAIN)
     if (
         not (prepared.tokenizer_dir / "tokenizer.json").is_file()
         or tokenizer_hash(prepared.tokenizer_dir) != prepared.tokenizer_sha256
     ):
         raise InputError(
-            str(prepared.tokenizer_dir), rule="it is not the tokenizer this data was encoded with", fix=_PREPARE_AGAIN
+            str(prepared.tokenizer_dir),
+            rule="it is not the tokenizer this data was encoded with",
+            fix=_PREPARE_AGAIN,
         )
     return prepared

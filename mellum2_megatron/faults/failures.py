@@ -1,8 +1,9 @@
 """A run that fails says why in one message and leaves nothing half-written.
 
-Ranks do not print what ended them: several fail at once, most of them only because another one did. Each leaves a
-report (`report_failure`) in the file that torch's elastic agent names for it, and the launcher prints the one that
-tells most (`launchers.local`). A rank that no launcher of ours started prints its own.
+Ranks do not print what ended them: several fail at once, most of them only because another one did.
+Each leaves a report (`report_failure`) in the file that torch's elastic agent names for it, and the
+launcher prints the one that tells most (`launchers.local`). A rank that no launcher of ours started
+prints its own.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ from mellum2_megatron.common.errors import Mellum2Error, WorkError
 from mellum2_megatron.common.files import existing_ancestor
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
-"""Set for every rank by torch's elastic agent (torch/distributed/elastic/agent/server/local_elastic_agent.py, 2.15)."""
+"""Set for every rank by torch's elastic agent
+(torch/distributed/elastic/agent/server/local_elastic_agent.py, 2.15)."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Kind = Literal["explained", "unexpected", "echo"]
 
-# What a rank meets when another one is gone (gloo, NCCL, TCPStore), and a failed save on all ranks but the first
-# (megatron/core/dist_checkpointing/strategies/state_dict_saver.py:258, 0.19.2: only the coordinator gets details).
+# What a rank meets when another one is gone (gloo, NCCL, TCPStore), and a failed save on all ranks
+# but the first (megatron/core/dist_checkpointing/strategies/state_dict_saver.py:258, 0.19.2: only
+# the coordinator gets details).
 _ECHOES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -63,7 +66,8 @@ class RankFailure:
     Attributes:
         rank: its number.
         exit_code: of the process; minus the signal's number if a signal ended it.
-        kind: "explained" has a message for the user; "echo" is the effect of another rank's failure.
+        kind: "explained" has a message for the user; "echo" is the effect of another rank's
+            failure.
         message: one line or a few, without traceback; empty if the process left no report.
         traceback: empty if the process left no report.
         ended: when, in seconds since the epoch.
@@ -77,7 +81,9 @@ class RankFailure:
     ended: int = 0
 
     @classmethod
-    def of(cls, rank: int, exit_code: int, report: Mapping[str, Any], ended: int = 0) -> RankFailure:
+    def of(
+        cls, rank: int, exit_code: int, report: Mapping[str, Any], ended: int = 0
+    ) -> RankFailure:
         """Combine a process's exit code with the report it left, if any (`report_failure`)."""
         message = report.get("message")
         if not isinstance(message, Mapping):
@@ -104,7 +110,11 @@ class RankFailure:
                 "the same command resumes from the last checkpoint",
             )
         last = "\n".join(self.message.strip().splitlines()[-_LAST_LINES:]) or "it left no message"
-        where = f"the whole traceback is in {traceback_file}" if traceback_file else "run with --verbose for more"
+        where = (
+            f"the whole traceback is in {traceback_file}"
+            if traceback_file
+            else "run with --verbose for more"
+        )
         return WorkError(
             f"rank {self.rank} failed with exit code {self.exit_code}: {last}",
             fix=f"{where}; the same command resumes from the last checkpoint",
@@ -120,9 +130,11 @@ class RankError(Mellum2Error):
 
 
 def root_cause(failures: list[RankFailure]) -> RankFailure:
-    """Return the failure that caused the others: an explained one, then a signal, then what is no echo.
+    """Return the failure that caused the others: an explained one, then a signal, then what is no
+    echo.
 
-    SIGTERM comes last: the agent ends the other ranks with it, and with SIGKILL those that are still there 30 s later
+    SIGTERM comes last: the agent ends the other ranks with it, and with SIGKILL those that are
+        still there 30 s later
     (torch/distributed/elastic/multiprocessing/api.py:1023, 2.15).
     """
     begin = min(failure.ended for failure in failures)
@@ -154,15 +166,28 @@ def report_failure(error: BaseException, *, to_launcher: bool, verbose: bool) ->
     Returns:
         Exit code of the process: 2 for bad input, else 1.
     """
-    kind: Kind = "explained" if isinstance(error, Mellum2Error) else "echo" if is_echo(error) else "unexpected"
+    kind: Kind = (
+        "explained"
+        if isinstance(error, Mellum2Error)
+        else "echo"
+        if is_echo(error)
+        else "unexpected"
+    )
     message = str(error) if kind == "explained" else f"{type(error).__name__}: {error}"
-    # str(int()): torch reads both this way (torch/distributed/elastic/multiprocessing/errors/__init__.py, 2.15).
-    extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time())), "kind": kind}
+    # str(int()): torch reads both this way
+    # (torch/distributed/elastic/multiprocessing/errors/__init__.py, 2.15).
+    extra = {
+        "py_callstack": traceback.format_exc(),
+        "timestamp": str(int(time.time())),
+        "kind": kind,
+    }
     file = os.environ.get(ERROR_FILE_VARIABLE) if to_launcher else None
     written = False
     if file:
         with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+            Path(file).write_text(
+                json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8"
+            )
             written = True
     if verbose or (kind == "unexpected" and not written):
         sys.stderr.write(extra["py_callstack"])
@@ -175,11 +200,13 @@ def report_failure(error: BaseException, *, to_launcher: bool, verbose: bool) ->
 def explained(output: Path) -> Iterator[None]:
     """Turn what ends a run into a `WorkError` where it is not ours to debug.
 
-    That is what the system refused (`OSError`), and a checkpoint that could not be written: Megatron collects the
-    ranks' exceptions, which lose their causes on the way, in a `CheckpointException`.
+    That is what the system refused (`OSError`), and a checkpoint that could not be written:
+    Megatron collects the ranks' exceptions, which lose their causes on the way, in a
+    `CheckpointException`.
 
     Args:
-        output: folder of the run. What a failed save has written must still be there: it fills the disk.
+        output: folder of the run. What a failed save has written must still be there: it fills the
+            disk.
 
     Raises:
         WorkError: with the reason and what to do.
@@ -205,9 +232,15 @@ def _explain(error: BaseException, output: Path) -> WorkError | None:
     if is_echo(error) or (system is None and not saving):
         return None
     what = "a checkpoint could not be written" if saving else "the run stopped"
-    reasons = "; ".join(dict.fromkeys(_first_line(cause) for cause in causes if not _is_checkpoint_error(cause)))
+    reasons = "; ".join(
+        dict.fromkeys(_first_line(cause) for cause in causes if not _is_checkpoint_error(cause))
+    )
     full = system is not None and system.errno in DISK_FULL
-    if full or any(os.strerror(code) in reasons for code in DISK_FULL) or (saving and _is_full(output)):
+    if (
+        full
+        or any(os.strerror(code) in reasons for code in DISK_FULL)
+        or (saving and _is_full(output))
+    ):
         return WorkError(
             f"the disk of {output} is full: {what}",
             fix="free space there and give the same command again, which resumes from the last complete checkpoint",
@@ -216,9 +249,12 @@ def _explain(error: BaseException, output: Path) -> WorkError | None:
     return WorkError(f"{what} ({reasons})", fix=fix)
 
 
-# RerunStateMachine.validate_result (megatron/core/rerun_state_machine.py:528, 0.19.2), asked about each micro-batch's
-# loss (train.sum_loss) and each bucket's gradient norm (core/distributed/param_and_grad_buffer.py:339).
-_NOT_FINITE = re.compile(r"Rank (\d+), .*iteration (\d+): Unexpected result (.*) \(message='(.*)'\)", re.DOTALL)
+# RerunStateMachine.validate_result (megatron/core/rerun_state_machine.py:528, 0.19.2), asked about
+# each micro-batch's loss (train.sum_loss) and each bucket's gradient norm
+# (core/distributed/param_and_grad_buffer.py:339).
+_NOT_FINITE = re.compile(
+    r"Rank (\d+), .*iteration (\d+): Unexpected result (.*) \(message='(.*)'\)", re.DOTALL
+)
 
 
 def _not_finite(found: re.Match[str]) -> WorkError:
@@ -241,7 +277,8 @@ def is_echo(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, what it was raised from, and what Megatron's save collected from the ranks."""
+    """Yield an exception, what it was raised from, and what Megatron's save collected from the
+    ranks."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -254,7 +291,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         failures = getattr(cause, "failures", None)
         if isinstance(failures, Mapping):
             # torch.distributed.checkpoint.api.WRAPPED_EXCEPTION: (exception, traceback)
-            waiting += [failure[0] if isinstance(failure, tuple) else failure for failure in failures.values()]
+            waiting += [
+                failure[0] if isinstance(failure, tuple) else failure
+                for failure in failures.values()
+            ]
 
 
 def _first_line(error: BaseException) -> str:
@@ -264,12 +304,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_checkpoint_error(error: BaseException) -> bool:
-    """Whether it is torch.distributed.checkpoint's CheckpointException; importing that takes torch."""
+    """Whether it is torch.distributed.checkpoint's CheckpointException; importing that takes
+    torch."""
     return type(error).__name__ == "CheckpointException"
 
 
 def _is_full(output: Path) -> bool:
-    """Whether a failed save met a full disk: torch's writer says "unexpected pos", and on some ranks nothing at all."""
+    """Whether a failed save met a full disk: torch's writer says "unexpected pos", and on some
+    ranks nothing at all."""
     return shutil.disk_usage(existing_ancestor(output)).free < _FULL_BYTES
 
 
@@ -282,9 +324,10 @@ def _is_full(output: Path) -> bool:
 def only_complete_checkpoints(root: Path) -> Iterator[None]:
     """Remove, on the way out, the checkpoints of ``root`` that were begun inside and not finished.
 
-    Megatron writes into ``iter_*`` in place and names the folder in its tracker once it is complete; a newer folder
-    than that is therefore a fragment. Those that were there before are left alone: someone may have set the tracker
-    back. A tracker that was cut off when the disk filled up (Megatron truncates it first,
+    Megatron writes into ``iter_*`` in place and names the folder in its tracker once it is
+    complete; a newer folder than that is therefore a fragment. Those that were there before are
+    left alone: someone may have set the tracker back. A tracker that was cut off when the disk
+        filled up (Megatron truncates it first,
     megatron/training/checkpointing.py:1011, 0.19.2) names the newest complete checkpoint again.
     """
     before = {folder.name for folder in iteration_folders(root)}
@@ -294,7 +337,11 @@ def only_complete_checkpoints(root: Path) -> Iterator[None]:
     finally:
         last = tracked_iteration(root)
         if last is None and (root / TRACKER_FILE).is_file() and not _is_release(root):
-            finished = [number for number in _new(root, before) if is_complete(root / iteration_folder_name(number))]
+            finished = [
+                number
+                for number in _new(root, before)
+                if is_complete(root / iteration_folder_name(number))
+            ]
             last = max([*finished, *([] if started_from is None else [started_from])], default=None)
             _remove_newer(root, before, last)  # first: it makes the room that the tracker needs
             if last is None:
@@ -305,7 +352,11 @@ def only_complete_checkpoints(root: Path) -> Iterator[None]:
 
 
 def _new(root: Path, before: set[str]) -> list[int]:
-    numbers = [iteration_number(folder.name) for folder in iteration_folders(root) if folder.name not in before]
+    numbers = [
+        iteration_number(folder.name)
+        for folder in iteration_folders(root)
+        if folder.name not in before
+    ]
     return [number for number in numbers if number is not None]
 
 

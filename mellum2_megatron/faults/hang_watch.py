@@ -1,9 +1,10 @@
 """Names the rank that holds up all others.
 
-When a rank hangs, the others wait for it in a collective. Their own time limit tells nobody whom they waited for; with
-NCCL it ends them without even an exception. So each rank has a thread that watches whether micro-batches still begin.
-When they do not, each tells the others through the store where it stands, and what each hears is enough to say who is
-behind: who does not answer, who is not waiting, or who has begun fewer micro-batches.
+When a rank hangs, the others wait for it in a collective. Their own time limit tells nobody whom
+they waited for; with NCCL it ends them without even an exception. So each rank has a thread that
+watches whether micro-batches still begin. When they do not, each tells the others through the store
+where it stands, and what each hears is enough to say who is behind: who does not answer, who is not
+waiting, or who has begun fewer micro-batches.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _WAITING_CALLS = (".wait(", "synchronize(", ".item(", ".tolist(", ".cpu(")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a rank stands: micro-batches begun, the innermost line of its main thread, and whether that is a wait."""
+    """Where a rank stands: micro-batches begun, the innermost line of its main thread, and whether
+    that is a wait."""
 
     beats: int
     line: str
@@ -52,8 +54,8 @@ class Watch:
     Args:
         rank, world_size: of this process.
         timeout: seconds without a new micro-batch.
-        end: called with the error, from the watching thread; ends the process. The flag says that of all ranks that
-            answered this one is the first, and speaks for them.
+        end: called with the error, from the watching thread; ends the process. The flag says that
+            of all ranks that answered this one is the first, and speaks for them.
         step: returns the step in progress.
         store: returns a connection to the store of all ranks, for the watching thread alone.
     """
@@ -119,7 +121,9 @@ class Watch:
         except RuntimeError:  # of torch: the store's own process does not answer
             places = {self.rank: here}
         first = self.rank == min(places)
-        if not first and self._stopped.wait(_ANSWER_SECONDS / 2):  # a rank that ends takes its peers' collectives along
+        if not first and self._stopped.wait(
+            _ANSWER_SECONDS / 2
+        ):  # a rank that ends takes its peers' collectives along
             return
         message = blame(places, self.world_size)
         error = WorkError(
@@ -157,23 +161,34 @@ def blame(places: Mapping[int, Place], world_size: int) -> str:
         culprits, what = silent, "does not answer"
     elif busy and len(busy) < len(places):
         culprits, what = busy, "did not arrive"
-    elif behind:  # later pipeline stages are behind a stage that hangs, but then they wait and it does not
+    elif (
+        behind
+    ):  # later pipeline stages are behind a stage that hangs, but then they wait and it does not
         culprits, what = behind, "is behind"
     else:
         culprits, what = [], ""
-    named = [f"{_ranks(culprits)} {what if len(culprits) == 1 else _PLURAL[what]}"] if culprits else []
+    named = (
+        [f"{_ranks(culprits)} {what if len(culprits) == 1 else _PLURAL[what]}"] if culprits else []
+    )
     lines: dict[str, list[int]] = {}
     for rank in sorted(places, key=lambda rank: (rank not in culprits, rank)):
         lines.setdefault(places[rank].line, []).append(rank)
-    standing = [f"{_ranks(at)} {'is' if len(at) == 1 else 'are'} at {line}" for line, at in lines.items()]
+    standing = [
+        f"{_ranks(at)} {'is' if len(at) == 1 else 'are'} at {line}" for line, at in lines.items()
+    ]
     return "; ".join(named + standing)
 
 
-_PLURAL = {"does not answer": "do not answer", "is behind": "are behind", "did not arrive": "did not arrive"}
+_PLURAL = {
+    "does not answer": "do not answer",
+    "is behind": "are behind",
+    "did not arrive": "did not arrive",
+}
 
 
 def default_store() -> Store:
-    """Return another connection to torch.distributed's store; one that waits no longer than a rank needs to answer."""
+    """Return another connection to torch.distributed's store; one that waits no longer than a rank
+    needs to answer."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     store = _get_default_store().clone()
@@ -185,10 +200,16 @@ def _place(frame: FrameType | None, beats: int) -> Place:
     if frame is None:
         return Place(beats=beats, line="no line of Python", waiting=False)
     file = frame.f_code.co_filename
-    short = file.rpartition("/site-packages/")[2] if "/site-packages/" in file else os.path.relpath(file)
+    short = (
+        file.rpartition("/site-packages/")[2]
+        if "/site-packages/" in file
+        else os.path.relpath(file)
+    )
     line = f"{short}:{frame.f_lineno} in {frame.f_code.co_name}"
     source = linecache.getline(file, frame.f_lineno)
-    waiting = any(part in file for part in _WAITING_FILES) or any(call in source for call in _WAITING_CALLS)
+    waiting = any(part in file for part in _WAITING_FILES) or any(
+        call in source for call in _WAITING_CALLS
+    )
     return Place(beats=beats, line=line, waiting=waiting)
 
 

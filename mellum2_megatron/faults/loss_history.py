@@ -25,9 +25,11 @@ class LossHistory:
         self._losses = deque(losses, maxlen=window)
 
     def add(self, loss: float) -> float | None:
-        """Remember a step's loss, and return the median that it stands out from; None if it does not.
+        """Remember a step's loss, and return the median that it stands out from; None if it does
+        not.
 
-        A spike is remembered too: the median hardly moves, and a loss that stays up becomes the normal one.
+        A spike is remembered too: the median hardly moves, and a loss that stays up becomes the
+            normal one.
         """
         median = statistics.median(self._losses) if len(self._losses) == self.window else None
         self._losses.append(loss)

@@ -1,10 +1,12 @@
-"""Watches the numbers of each training step and keeps updates out that should not happen (`Stability`).
+"""Watches the numbers of each training step and keeps updates out that should not happen
+(`Stability`).
 
-Megatron asks its rerun state machine about every micro-batch's loss and every gradient bucket, before any of it is
-reduced over ranks (megatron/core/distributed/param_and_grad_buffer.py:339, 0.19.2), and the optimizer's `prepare_grads`
-whether the update can happen; where it says no, `step` returns before anything is clipped or changed
-(core/optimizer/optimizer.py:1855). These are the two places used here: what the machine would raise on is noted, and in
-`prepare_grads` all ranks tell each other what they noted, so that all decide alike: one gather of four numbers a rank.
+Megatron asks its rerun state machine about every micro-batch's loss and every gradient bucket,
+before any of it is reduced over ranks (megatron/core/distributed/param_and_grad_buffer.py:339,
+0.19.2), and the optimizer's `prepare_grads` whether the update can happen; where it says no, `step` returns before anything is clipped or changed
+(core/optimizer/optimizer.py:1855). These are the two places used here: what the machine would raise
+on is noted, and in `prepare_grads` all ranks tell each other what they noted, so that all decide
+alike: one gather of four numbers a rank.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from mellum2_megatron.faults.loss_history import LossHistory
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "stability.json"
-"""In a checkpoint's folder: the losses of the last steps and how many updates were skipped one after another."""
+"""In a checkpoint's folder: the losses of the last steps and how many updates were skipped one
+after another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +60,12 @@ class Event:
     @property
     def values(self) -> dict[str, float]:
         """The numbers, for the log."""
-        numbers = {"value": self.value, "samples": self.samples, "batch_size": self.batch_size, "skipped": self.skipped}
+        numbers = {
+            "value": self.value,
+            "samples": self.samples,
+            "batch_size": self.batch_size,
+            "skipped": self.skipped,
+        }
         return {name: float(number) for name, number in numbers.items()} | (
             {} if self.rank is None else {"rank": float(self.rank)}
         )
@@ -80,14 +88,18 @@ class StepGuard:
         self._optimizer: Any = None
         self._stepping = False
         self._skipped = False
-        self._sums: torch.Tensor | None = None  # [loss of all tokens, tokens] of this rank's micro-batches
+        self._sums: torch.Tensor | None = (
+            None  # [loss of all tokens, tokens] of this rank's micro-batches
+        )
         self._not_finite = {"loss": 0.0, "gradient": 0.0}
 
     def install(self, checkpoints: Path) -> None:
-        """Hook into Megatron's loop. Called once Megatron is set up and a checkpoint, if any, is loaded.
+        """Hook into Megatron's loop. Called once Megatron is set up and a checkpoint, if any, is
+        loaded.
 
         Args:
-            checkpoints: folder of the run; where it resumes, its checkpoint has what this guard knew then.
+            checkpoints: folder of the run; where it resumes, its checkpoint has what this guard
+                knew then.
         """
         if not self.settings.is_watching or self._installed:
             return
@@ -116,7 +128,10 @@ class StepGuard:
     def save(self, folder: Path) -> None:
         """Write what a resume needs to know into a checkpoint's folder; one rank calls it."""
         if self.settings.is_watching:
-            write_json(folder / STATE_FILE, {"losses": self._history.losses, "skipped_in_a_row": self._in_a_row})
+            write_json(
+                folder / STATE_FILE,
+                {"losses": self._history.losses, "skipped_in_a_row": self._in_a_row},
+            )
 
     def _load(self, file: Path) -> None:
         if not file.is_file():
@@ -124,7 +139,9 @@ class StepGuard:
         state = json.loads(file.read_text(encoding="utf-8"))
         settings = self.settings
         self._history = LossHistory(
-            window=settings.spike_window, factor=settings.spike_factor, losses=state["losses"][-settings.spike_window :]
+            window=settings.spike_window,
+            factor=settings.spike_factor,
+            losses=state["losses"][-settings.spike_window :],
         )
         self._in_a_row = int(state["skipped_in_a_row"])
 
@@ -136,11 +153,16 @@ class StepGuard:
         return result
 
     def _noting(self, validate_result: Callable[..., None]) -> Callable[..., None]:
-        """Wrap the rerun state machine's `validate_result`: inside a step it notes what it would raise on."""
+        """Wrap the rerun state machine's `validate_result`: inside a step it notes what it would
+        raise on."""
 
         @functools.wraps(validate_result)
         def note(
-            result: torch.Tensor, rejection_func: Callable[..., bool], message: str, *args: Any, **kw: Any
+            result: torch.Tensor,
+            rejection_func: Callable[..., bool],
+            message: str,
+            *args: Any,
+            **kw: Any,
         ) -> None:
             if not self._stepping:  # validation: there is no update to skip
                 return validate_result(result, rejection_func, message, *args, **kw)
@@ -152,12 +174,19 @@ class StepGuard:
         return note
 
     def _guarding(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap Megatron's `train_step`. After a skipped update it leaves the learning rate where it was; here the
-        schedule goes on, so that the rate stays a function of the samples (training.py:2518, 0.19.2)."""
+        """Wrap Megatron's `train_step`. After a skipped update it leaves the learning rate where it
+        was; here the schedule goes on, so that the rate stays a function of the samples
+        (training.py:2518, 0.19.2)."""
 
         @functools.wraps(train_step)
         def step(
-            forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, scheduler: Any, *rest: Any, **named: Any
+            forward_step: Any,
+            data_iterator: Any,
+            model: Any,
+            optimizer: Any,
+            scheduler: Any,
+            *rest: Any,
+            **named: Any,
         ) -> Any:
             if self._optimizer is not optimizer:
                 self._optimizer = optimizer
@@ -165,7 +194,9 @@ class StepGuard:
             self._stepping, self._skipped, self._sums = True, False, None
             self._not_finite = dict.fromkeys(self._not_finite, 0.0)
             try:
-                result = train_step(forward_step, data_iterator, model, optimizer, scheduler, *rest, **named)
+                result = train_step(
+                    forward_step, data_iterator, model, optimizer, scheduler, *rest, **named
+                )
             finally:
                 self._stepping = False
             if self._skipped:
@@ -175,7 +206,8 @@ class StepGuard:
         return step
 
     def _deciding(self, prepare_grads: Callable[[], bool]) -> Callable[[], bool]:
-        """Wrap the optimizer's `prepare_grads`, which says whether there is something that forbids the update."""
+        """Wrap the optimizer's `prepare_grads`, which says whether there is something that forbids
+        the update."""
 
         @functools.wraps(prepare_grads)
         def prepare() -> bool:
@@ -187,7 +219,8 @@ class StepGuard:
         return prepare
 
     def _judge(self) -> bool:
-        """Return whether to skip this step's update. A collective of all ranks, with one result for all.
+        """Return whether to skip this step's update. A collective of all ranks, with one result for
+        all.
 
         Raises:
             WorkError: the run is to stop.
@@ -200,7 +233,9 @@ class StepGuard:
             if bad:
                 value = rows[bad[0]][column]
                 others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-                return self._act("skip", f"the {what} is {value} on rank {bad[0]}{others}", value, bad[0])
+                return self._act(
+                    "skip", f"the {what} is {value} on rank {bad[0]}{others}", value, bad[0]
+                )
         median = self._history.add(loss) if math.isfinite(loss) else None
         if median is None or self.settings.spike == "ignore":
             self._in_a_row = 0
@@ -217,7 +252,9 @@ class StepGuard:
         self._in_a_row = self._in_a_row + 1 if action == "skip" else 0
         too_many = self._in_a_row > settings.max_skips
         ends = action == "stop" or too_many or (action == "skip" and step == 1)
-        done = "the run stops" if ends else "the update is skipped" if action == "skip" else "recorded"
+        done = (
+            "the run stops" if ends else "the update is skipped" if action == "skip" else "recorded"
+        )
         event = Event(
             step=step, note=f"{seen}: {done}", value=value, rank=rank, samples=args.consumed_train_samples + batch_size,
             batch_size=batch_size, skipped=action == "skip" and not ends,
@@ -233,8 +270,11 @@ class StepGuard:
         return event.skipped
 
     def _gather(self) -> list[list[float]]:
-        """Return what every rank saw: its tokens' loss, their number, and the first loss and gradient not finite."""
-        sums = torch.zeros(2, dtype=torch.float64, device="cuda") if self._sums is None else self._sums
+        """Return what every rank saw: its tokens' loss, their number, and the first loss and
+        gradient not finite."""
+        sums = (
+            torch.zeros(2, dtype=torch.float64, device="cuda") if self._sums is None else self._sums
+        )
         noted = torch.tensor(list(self._not_finite.values()), dtype=torch.float64, device="cuda")
         own = torch.cat([sums, noted])
         rows = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]

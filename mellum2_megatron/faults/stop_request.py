@@ -1,7 +1,9 @@
-"""SIGTERM and SIGUSR1 ask a run to stop: it finishes its step, saves, and leaves with an exit code of its own.
+"""SIGTERM and SIGUSR1 ask a run to stop: it finishes its step, saves, and leaves with an exit code
+of its own.
 
-Megatron has the rest: after each step all ranks ask whether one of them was told to stop, and then save and leave
-(megatron/training/training.py:3247, 0.19.2). Its own handler hears one signal; schedulers send either.
+Megatron has the rest: after each step all ranks ask whether one of them was told to stop, and then
+save and leave (megatron/training/training.py:3247, 0.19.2). Its own handler hears one signal;
+schedulers send either.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ class StopRequest:
         self.agreed = False
 
     def listen(self) -> None:
-        """Take the signals from now on; what ends a process without this ends it still before this."""
+        """Take the signals from now on; what ends a process without this ends it still before
+        this."""
         for each in STOP_SIGNALS:
             signal.signal(each, self._hear)
 
     def attach(self) -> None:
-        """Become what Megatron asks. Called when its arguments are there and its loaders' processes are not."""
+        """Become what Megatron asks. Called when its arguments are there and its loaders' processes
+        are not."""
         from megatron.training import get_args, global_vars
 
         get_args().exit_signal_handler = True
@@ -58,7 +62,8 @@ def is_stop(exit_codes: Iterable[int], *, told: bool) -> bool:
     """Whether ranks ended because they were to stop.
 
     Args:
-        exit_codes: of the ranks that did not end with 0; minus a signal's number where one ended the rank.
+        exit_codes: of the ranks that did not end with 0; minus a signal's number where one ended
+            the rank.
         told: the launcher passed a stop signal on, which ends ranks that do not listen yet.
     """
     codes = set(exit_codes)

@@ -1,4 +1,5 @@
-"""What a person sees while a model trains: rows above a progress bar in a terminal, plain lines anywhere else."""
+"""What a person sees while a model trains: rows above a progress bar in a terminal, plain lines
+anywhere else."""
 
 from __future__ import annotations
 
@@ -69,13 +70,20 @@ class TrainingConsole:
     Args:
         title: named in the first line.
         total_steps: steps of the whole run.
-        total_samples: sequences of the whole run; the time left is estimated from them, because batches may grow.
+        total_samples: sequences of the whole run; the time left is estimated from them, because
+            batches may grow.
         resume_step: step of the loaded checkpoint; 0 for a new run.
         file: where to print; standard output by default.
     """
 
     def __init__(
-        self, *, title: str, total_steps: int, total_samples: int, resume_step: int = 0, file: TextIO | None = None
+        self,
+        *,
+        title: str,
+        total_steps: int,
+        total_samples: int,
+        resume_step: int = 0,
+        file: TextIO | None = None,
     ) -> None:
         from rich.console import Console
 
@@ -84,7 +92,9 @@ class TrainingConsole:
         self._total_steps, self._total_samples = total_steps, total_samples
         self._first: tuple[float, float] | None = None
         self._rows = 0
-        self._bar = _bar(self._console, total_steps, resume_step) if self._console.is_terminal else None
+        self._bar = (
+            _bar(self._console, total_steps, resume_step) if self._console.is_terminal else None
+        )
         start = f"resuming after step {resume_step}" if resume_step else "starting"
         self.say(f"{title}: {start}, {total_steps} steps in all")
 
@@ -97,7 +107,8 @@ class TrainingConsole:
             self._file.flush()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Print a training step. Columns without a value are left out of plain lines and blank in rows."""
+        """Print a training step. Columns without a value are left out of plain lines and blank in
+        rows."""
         shown = {**values, "step": float(step)}
         loads = [value for name, value in values.items() if name.endswith("/max_over_mean")]
         if loads:
@@ -105,14 +116,19 @@ class TrainingConsole:
         left = self._seconds_left(values["samples"]) if "samples" in values else None
         if left is not None:
             shown["left"] = left
-        cells = [(column, column.form(shown[column.key]) if column.key in shown else "") for column in _COLUMNS]
+        cells = [
+            (column, column.form(shown[column.key]) if column.key in shown else "")
+            for column in _COLUMNS
+        ]
         if self._bar is None:
             parts = [f"{column.title} {cell}" for column, cell in cells if cell]
             parts[0] = f"step {step}/{self._total_steps}"
             self.say(" | ".join(parts))
             return
         if self._rows % _HEADER_EVERY == 0:
-            self._console.print("  ".join(column.title.rjust(column.width) for column in _COLUMNS), style="bold")
+            self._console.print(
+                "  ".join(column.title.rjust(column.width) for column in _COLUMNS), style="bold"
+            )
         self._rows += 1
         self._console.print("  ".join(cell.rjust(column.width) for column, cell in cells))
         self._bar.update(self._bar.task_ids[0], completed=step)
@@ -141,7 +157,11 @@ def _bar(console: Console, total: int, completed: int) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     bar = Progress(
-        TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("training"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
     )
     bar.add_task("training", total=total, completed=completed)
     bar.start()

@@ -1,13 +1,16 @@
-"""A run's log: ``metrics.jsonl``, TensorBoard, Weights & Biases and the console, fed with the same numbers.
+"""A run's log: ``metrics.jsonl``, TensorBoard, Weights & Biases and the console, fed with the same
+numbers.
 
 ``metrics.jsonl`` holds one JSON object a line::
 
-    {"kind": "train", "step": 10, "lm_loss": 8.3182, "learning_rate": 0.0003, "expert_load/mtp/max_over_mean": 1.7}
-    {"kind": "valid", "step": 10, "lm_loss": 8.2907}
-    {"kind": "event", "step": 11, "note": "the loss is nan on rank 1: the update is skipped", "value": "nan", "rank": 1}
+    {"kind": "train", "step": 10, "lm_loss": 8.3182, "learning_rate": 0.0003,
+    "expert_load/mtp/max_over_mean": 1.7} {"kind": "valid", "step": 10, "lm_loss": 8.2907}
+    {"kind": "event", "step": 11, "note": "the loss is nan on rank 1: the update is skipped",
+    "value": "nan", "rank": 1}
 
-Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from step k the file holds
-every step once: lines of later steps, which the earlier process wrote and the checkpoint does not know of, are dropped.
+Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from
+step k the file holds every step once: lines of later steps, which the earlier process wrote and the
+checkpoint does not know of, are dropped.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ WANDB_ID_FILE = "wandb_run_id.txt"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What was logged at one step: while training, at a validation, or because something happened (with a note)."""
+    """What was logged at one step: while training, at a validation, or because something happened
+    (with a note)."""
 
     kind: Kind
     step: int
@@ -53,8 +57,9 @@ class MetricsLogger:
         total_steps: optimizer steps of the whole run.
         total_samples: sequences of the whole run.
         tensorboard: write TensorBoard events.
-        wandb_project: write to Weights & Biases under this project; None for not at all. Without an API key in the
-            environment the W&B run is kept in ``output_dir/wandb`` (offline mode), for ``wandb sync``.
+        wandb_project: write to Weights & Biases under this project; None for not at all. Without an
+            API key in the environment the W&B run is kept in ``output_dir/wandb`` (offline mode),
+            for ``wandb sync``.
         wandb_entity: account there.
         config: recorded with the W&B run.
         resume_step: step of the checkpoint that was loaded; 0 for a new run.
@@ -100,9 +105,13 @@ class MetricsLogger:
 
                 # Readers forget what an earlier process logged after the checkpoint.
                 purge = resume_step + 1 if resume_step else 0
-                self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
+                self._tensorboard = SummaryWriter(
+                    str(self._folder / "tensorboard"), purge_step=purge
+                )  # type: ignore[no-untyped-call]
             if wandb_project is not None:
-                self._wandb = self._open_wandb(wandb_project, wandb_entity, run_name, dict(config or {}), resume_step)
+                self._wandb = self._open_wandb(
+                    wandb_project, wandb_entity, run_name, dict(config or {}), resume_step
+                )
         except BaseException:
             self._console.close()
             raise
@@ -127,11 +136,17 @@ class MetricsLogger:
             self._console.say(f"step {step}: {note}")
 
     def last_step(self, kind: Kind) -> int | None:
-        """Return the last step of a kind in the file, or None; None too on the ranks that do not write."""
+        """Return the last step of a kind in the file, or None; None too on the ranks that do not
+        write."""
         if not self._active:
             return None
         return max(
-            (record.step for record in read_metrics(self._folder / METRICS_FILE) if record.kind == kind), default=None
+            (
+                record.step
+                for record in read_metrics(self._folder / METRICS_FILE)
+                if record.kind == kind
+            ),
+            default=None,
         )
 
     def close(self) -> None:
@@ -167,9 +182,11 @@ class MetricsLogger:
 
     @contextmanager
     def _without_its_process(self) -> Iterator[None]:
-        """Go on where W&B's own process is gone; the run has more to do than to log, a save above all.
+        """Go on where W&B's own process is gone; the run has more to do than to log, a save above
+        all.
 
-        Slurm's SIGTERM goes to every process of a step, and ends that one (0.31) while ranks still have to save.
+        Slurm's SIGTERM goes to every process of a step, and ends that one (0.31) while ranks still
+        have to save.
         """
         try:
             yield
@@ -177,7 +194,9 @@ class MetricsLogger:
             self._wandb = None
             sys.stderr.write(f"W&B: its process is gone ({error}); metrics.jsonl has all steps\n")
 
-    def _open_wandb(self, project: str, entity: str | None, name: str, config: dict[str, Any], resume_step: int) -> Any:
+    def _open_wandb(
+        self, project: str, entity: str | None, name: str, config: dict[str, Any], resume_step: int
+    ) -> Any:
         try:
             import wandb
         except ImportError as error:
@@ -209,9 +228,9 @@ class MetricsLogger:
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         if run.offline and resume_step:
-            # Each start writes a file of its own; uploaded, it replaces the rows of the earlier ones from the first on
-            # (wandb issue 4624). And a killed process takes along what was logged in its last 15 seconds. So the newest
-            # file is made complete.
+            # Each start writes a file of its own; uploaded, it replaces the rows of the earlier
+            # ones from the first on (wandb issue 4624). And a killed process takes along what was
+            # logged in its last 15 seconds. So the newest file is made complete.
             for record in read_metrics(self._folder / METRICS_FILE):
                 _log_to_wandb(run, record.kind, record.step, record.values)
         return run
@@ -223,7 +242,8 @@ def _log_to_wandb(run: Any, kind: Kind, step: int, values: Mapping[str, float]) 
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
-    """Read a ``metrics.jsonl`` in file order. An unfinished last line, left by a killed process, is ignored.
+    """Read a ``metrics.jsonl`` in file order. An unfinished last line, left by a killed process, is
+    ignored.
 
     Raises:
         InputError: there is no such file, or another line is not a metrics object.
@@ -231,15 +251,25 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
     file = Path(path)
     if not file.is_file():
         raise InputError(
-            str(path), rule="there is no such metrics file", fix="name the metrics.jsonl of a training run"
+            str(path),
+            rule="there is no such metrics file",
+            fix="name the metrics.jsonl of a training run",
         )
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [_parse(line, f"{path} line {number}") for number, line in enumerate(lines[:-1], start=1)]
+    return [
+        _parse(line, f"{path} line {number}") for number, line in enumerate(lines[:-1], start=1)
+    ]
 
 
-def series(records: Iterable[Record], name: str, kind: Kind = "train") -> tuple[list[int], list[float]]:
+def series(
+    records: Iterable[Record], name: str, kind: Kind = "train"
+) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, in file order."""
-    found = [(record.step, record.values[name]) for record in records if record.kind == kind and name in record.values]
+    found = [
+        (record.step, record.values[name])
+        for record in records
+        if record.kind == kind and name in record.values
+    ]
     return [step for step, _ in found], [value for _, value in found]
 
 
@@ -252,11 +282,14 @@ def _parse(line: str, where: str) -> Record:
         values = {name: float(number) for name, number in value.items()}
         return Record(kind=kind, step=step, values=values, note=note)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(where, rule=f"it is not a metrics record ({error})", fix="remove the line") from error
+        raise InputError(
+            where, rule=f"it is not a metrics record ({error})", fix="remove the line"
+        ) from error
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to and including ``step``, atomically; a new run (step 0) begins with an empty file."""
+    """Keep the lines up to and including ``step``, atomically; a new run (step 0) begins with an
+    empty file."""
     if not path.is_file():
         return
     if step == 0:
@@ -264,7 +297,9 @@ def _drop_after(path: Path, step: int) -> None:
     else:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         kept = [
-            line for number, line in enumerate(lines, start=1) if _parse(line, f"{path} line {number}").step <= step
+            line
+            for number, line in enumerate(lines, start=1)
+            if _parse(line, f"{path} line {number}").step <= step
         ]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Pictures of a run's ``metrics.jsonl``: the loss curve, and how evenly each layer's experts are used."""
+"""Pictures of a run's ``metrics.jsonl``: the loss curve, and how evenly each layer's experts are
+used."""
 
 from __future__ import annotations
 
@@ -46,11 +47,21 @@ def plot_loss(
     records = read_metrics(metrics_path)
     steps, losses = series(records, "lm_loss")
     if not steps:
-        raise InputError(str(metrics_path), rule="it holds no lm_loss", fix="name the metrics.jsonl of a training run")
+        raise InputError(
+            str(metrics_path),
+            rule="it holds no lm_loss",
+            fix="name the metrics.jsonl of a training run",
+        )
     figure, axes = _figure(title)
     mtp_steps, mtp_losses = series(records, "mtp_loss")
     if mtp_steps:
-        axes.plot(mtp_steps, mtp_losses, color=_MTP, linewidth=1.4, label="MTP (token after next), training")
+        axes.plot(
+            mtp_steps,
+            mtp_losses,
+            color=_MTP,
+            linewidth=1.4,
+            label="MTP (token after next), training",
+        )
     axes.plot(steps, losses, color=_LM, linewidth=1.8, label="next token, training")
     valid_steps, valid_losses = series(records, "lm_loss", "valid")
     if valid_steps:
@@ -77,7 +88,10 @@ def plot_loss(
             fontweight="bold",
             color=_VALID,
         )
-    for value, label in ((ln_vocab, "uniform guess"), (unigram_entropy, "best without context (unigram entropy)")):
+    for value, label in (
+        (ln_vocab, "uniform guess"),
+        (unigram_entropy, "best without context (unigram entropy)"),
+    ):
         if value is not None:
             _reference_line(axes, value, f"{label}: {value:.2f}")
     axes.set_xlabel("optimizer step")
@@ -95,18 +109,26 @@ def plot_expert_load(
     *,
     title: str = "Load of the busiest expert",
 ) -> None:
-    """Draw, over layers and steps, how many times its even share each layer's busiest expert received.
+    """Draw, over layers and steps, how many times its even share each layer's busiest expert
+    received.
 
     Raises:
         InputError: the file is missing, damaged, or holds no expert loads.
     """
     records = read_metrics(metrics_path)
-    names = sorted({name for record in records for name in record.values if _LOAD.fullmatch(name)}, key=_layer_order)
+    names = sorted(
+        {name for record in records for name in record.values if _LOAD.fullmatch(name)},
+        key=_layer_order,
+    )
     if not names:
         raise InputError(
-            str(metrics_path), rule="it holds no expert_load/*/max_over_mean", fix="name the metrics of an MoE run"
+            str(metrics_path),
+            rule="it holds no expert_load/*/max_over_mean",
+            fix="name the metrics of an MoE run",
         )
-    steps = sorted({record.step for record in records if record.kind == "train" and names[0] in record.values})
+    steps = sorted(
+        {record.step for record in records if record.kind == "train" and names[0] in record.values}
+    )
     column = {step: index for index, step in enumerate(steps)}
     grid = np.full((len(names), len(steps)), np.nan)
     for row, name in enumerate(names):
@@ -117,7 +139,12 @@ def plot_expert_load(
     axes.grid(visible=False)
     edges = _edges(steps)
     mesh = axes.pcolormesh(
-        edges, np.arange(len(names) + 1), grid, cmap="viridis", vmin=1.0, vmax=max(2.0, float(np.nanmax(grid)))
+        edges,
+        np.arange(len(names) + 1),
+        grid,
+        cmap="viridis",
+        vmin=1.0,
+        vmax=max(2.0, float(np.nanmax(grid))),
     )
     axes.set_yticks(np.arange(len(names)) + 0.5, [_layer_label(name) for name in names])
     axes.invert_yaxis()
@@ -163,7 +190,9 @@ def _reference_line(axes: Axes, value: float, label: str) -> None:
 
 
 def _limits(axes: Axes, losses: list[float], references: list[float | None]) -> None:
-    shown = [value for value in [*losses, *references] if value is not None and math.isfinite(value)]
+    shown = [
+        value for value in [*losses, *references] if value is not None and math.isfinite(value)
+    ]
     low, high = min(shown), max(shown)
     margin = 0.08 * max(high - low, 0.1)
     axes.set_ylim(max(0.0, low - 1.6 * margin), high + margin)
@@ -207,7 +236,11 @@ def _layer_order(name: str) -> tuple[bool, str]:
 
 def _layer_label(name: str) -> str:
     layer = name.split("/")[1]
-    return f"layer {int(layer.removeprefix('layer_'))}" if layer.startswith("layer_") else layer.upper()
+    return (
+        f"layer {int(layer.removeprefix('layer_'))}"
+        if layer.startswith("layer_")
+        else layer.upper()
+    )
 
 
 def _save(figure: Figure, png_path: str | os.PathLike[str]) -> None:

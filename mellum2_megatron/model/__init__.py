@@ -1,1 +1,2 @@
-"""Mellum 2 as Megatron-Core modules: layer specs, layer-selective attention, the torch backend's own parts."""
+"""Mellum 2 as Megatron-Core modules: layer specs, layer-selective attention, the torch backend's
+own parts."""

@@ -1,4 +1,5 @@
-"""Layer-selective self-attention: which window, which rotation and which logit scale a layer has."""
+"""Layer-selective self-attention: which window, which rotation and which logit scale a layer
+has."""
 
 from __future__ import annotations
 
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 class Mellum2SelfAttention(SelfAttention):
     """Megatron's self-attention with the window, rotation and softmax scale of its own layer type.
 
-    Megatron knows one rotary embedding a model and picks windowed layers by arithmetic on the layer number, which the
-    MTP layer (always number 1) and a model with another pattern do not follow. Here the architecture decides: the
-    spec hands over the layer types of the stack (decoder or MTP), and `layer_number` only indexes them. It is global
-    under pipeline parallelism (megatron/core/transformer/transformer_layer.py:343-348, 0.19.2), so nothing else is
-    needed for stages.
+    Megatron knows one rotary embedding a model and picks windowed layers by arithmetic on the layer
+    number, which the MTP layer (always number 1) and a model with another pattern do not follow.
+    Here the architecture decides: the spec hands over the layer types of the stack (decoder or
+        MTP), and `layer_number` only indexes them. It is global
+    under pipeline parallelism (megatron/core/transformer/transformer_layer.py:343-348, 0.19.2), so
+    nothing else is needed for stages.
 
     Args:
         config: the model's configuration; refused if it disagrees with `architecture`.
@@ -38,7 +40,8 @@ class Mellum2SelfAttention(SelfAttention):
         layer_types: attention type of every layer of this stack.
 
     Raises:
-        ValueError: `config` describes another model than `architecture`; all differing arguments are named.
+        ValueError: `config` describes another model than `architecture`; all differing arguments
+            are named.
     """
 
     def __init__(
@@ -70,7 +73,8 @@ class Mellum2SelfAttention(SelfAttention):
         )
         super().__init__(config, submodules, layer_number, **kwargs)
         self.layer_type = self_type
-        # Megatron's dynamic-batching inference reads this attribute (megatron/core/transformer/attention.py:1085).
+        # Megatron's dynamic-batching inference reads this attribute
+        # (megatron/core/transformer/attention.py:1085).
         self.softmax_scale = softmax_scale
         self._rotary_table = rotary_table(rope, architecture.head_dim)
 
@@ -88,7 +92,8 @@ class Mellum2SelfAttention(SelfAttention):
         """Attend, with the model's shared angles replaced by those of this layer's type.
 
         Args:
-            hidden_states: `[s, b, h]` (`[s / cp / sp, b, h]` under context and sequence parallelism).
+            hidden_states: `[s, b, h]` (`[s / cp / sp, b, h]` under context and sequence
+                parallelism).
             attention_mask: `[b or 1, 1, s, s]`, true where attention is forbidden, or None.
             rotary_pos_emb: the model's shared angles; only their length is used.
 
@@ -96,8 +101,9 @@ class Mellum2SelfAttention(SelfAttention):
             Output `[s, b, h]` and the projection's bias (None).
 
         Raises:
-            ValueError: the model passes no angles: it was built without `--position-embedding-type rope`, or runs
-                an inference kernel that takes precomputed cos and sin and would bypass the layer's own.
+            ValueError: the model passes no angles: it was built without `--position-embedding-type
+                rope`, or runs an inference kernel that takes precomputed cos and sin and would
+                bypass the layer's own.
         """
         if rotary_pos_emb is None:
             raise ValueError(
@@ -134,16 +140,18 @@ def build_core_attention(
 ) -> torch.nn.Module:
     """Build the backend's core attention for one layer's window and scale.
 
-    The core attention alone sees a copy of the configuration with this layer's window; everything else in the model
-    keeps sharing one configuration, which Megatron mutates during training.
+    The core attention alone sees a copy of the configuration with this layer's window; everything
+    else in the model keeps sharing one configuration, which Megatron mutates during training.
 
     Args:
         builder: the backend's core-attention class.
-        window: keys a query may see, itself included (Hugging Face's `sliding_window`), or None for all. Megatron and
-            Transformer Engine count the keys *before* the query, hence `(window - 1, 0)`.
+        window: keys a query may see, itself included (Hugging Face's `sliding_window`), or None for
+            all. Megatron and Transformer Engine count the keys *before* the query, hence `(window -
+            1, 0)`.
         scale: factor on the attention logits, YaRN's squared attention factor included.
         config: the model's configuration.
-        softmax_scale: the configuration's own scale; `require_matching_config` has made sure that it is None.
+        softmax_scale: the configuration's own scale; `require_matching_config` has made sure that
+            it is None.
     """
     layer_config = copy.copy(config)
     layer_config.window_size = None if window is None else (window - 1, 0)

@@ -1,13 +1,15 @@
-"""Core attention of the torch backend: grouped-query attention with a window, packed documents and context parallelism.
+"""Core attention of the torch backend: grouped-query attention with a window, packed documents and
+context parallelism.
 
-Plain torch on any device, and the reference that Transformer Engine's kernels are compared with. Megatron's own
-`DotProductAttention` overwrites a given mask on windowed layers (megatron/core/fusions/fused_softmax.py:319-327,
+Plain torch on any device, and the reference that Transformer Engine's kernels are compared with.
+Megatron's own `DotProductAttention` overwrites a given mask on windowed layers
+(megatron/core/fusions/fused_softmax.py:319-327,
 0.19.2), repeats keys and values in memory, and refuses packed documents and context parallelism; this one leaves the
 kernel to `torch.nn.functional.scaled_dot_product_attention`.
 
-Queries are worked through in spans: stretches of consecutive positions of one document, at most `BLOCK` of them. A
-span's keys are one stretch too, from the first key its first query may see to its last query's own, so documents need
-no mask, and no mask is larger than `[BLOCK, keys]`.
+Queries are worked through in spans: stretches of consecutive positions of one document, at most
+`BLOCK` of them. A span's keys are one stretch too, from the first key its first query may see to
+its last query's own, so documents need no mask, and no mask is larger than `[BLOCK, keys]`.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ BLOCK = 2048
 
 
 class TorchCoreAttention(MegatronModule):
-    """Causal softmax attention over queries `[sq, b, n, d]` and grouped keys and values `[sk, b, g, d]`.
+    """Causal softmax attention over queries `[sq, b, n, d]` and grouped keys and values `[sk, b, g,
+    d]`.
 
-    Under context parallelism a rank holds two zigzag chunks of each sequence (`zigzag`). Keys and values are gathered
+    Under context parallelism a rank holds two zigzag chunks of each sequence (`zigzag`). Keys and
+    values are gathered
     from all ranks, whatever `cp_comm_type` says; their gradients are summed and scattered back.
 
     Args:
@@ -66,14 +70,20 @@ class TorchCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
-            raise NotImplementedError(f"{attention_type} attention with {attn_mask_type}: only causal self-attention")
+            raise NotImplementedError(
+                f"{attention_type} attention with {attn_mask_type}: only causal self-attention"
+            )
         window_size = config.window_size
         self.window = None if window_size is None else window_size[0] + 1
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group: torch.distributed.ProcessGroup | None = None
         if config.context_parallel_size > 1:
-            self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
+            self.cp_group = (
+                parallel_state.get_context_parallel_group()
+                if pg_collection is None
+                else pg_collection.cp
+            )
 
     def forward(
         self,
@@ -88,22 +98,25 @@ class TorchCoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: `[sq, b, n, d]`, with `sq` this rank's share of the sequence. Without context parallelism query i
-                stands at position `i + sk - sq`. Packed: `[t, n, d]`.
+            query: `[sq, b, n, d]`, with `sq` this rank's share of the sequence. Without context
+                parallelism query i stands at position `i + sk - sq`. Packed: `[t, n, d]`.
             key, value: `[sk, b, g, d]`, g divides n. Packed: `[t, g, d]`.
-            attention_mask: `[b or 1, 1, sq, keys]`, true where attention is forbidden, *in addition* to causality and
-                the window; keys in the order of the whole sequence. None if packed.
-            packed_seq_params: THD format: document i occupies `cu_seqlens_q_padded[i] ... [i + 1]` of the stream, and
-                its first `cu_seqlens_q[i + 1] - cu_seqlens_q[i]` tokens are real. The rest is padding: it attends to
-                nothing, its output is 0 and it has no gradient.
+            attention_mask: `[b or 1, 1, sq, keys]`, true where attention is forbidden, *in
+                addition* to causality and the window; keys in the order of the whole sequence. None
+                if packed.
+            packed_seq_params: THD format: document i occupies `cu_seqlens_q_padded[i] ... [i + 1]`
+                of the stream, and its first `cu_seqlens_q[i + 1] - cu_seqlens_q[i]` tokens are
+                real. The rest is padding: it attends to nothing, its output is 0 and it has no
+                    gradient.
 
         Returns:
             `[sq, b, n * d]`, or `[t, n * d]` if packed.
 
         Raises:
-            NotImplementedError: an attention bias, a mask beside packed documents, or a context-parallel group that
-                changes with the batch.
-            ValueError: document boundaries that contradict each other, the tokens or context parallelism.
+            NotImplementedError: an attention bias, a mask beside packed documents, or a
+                context-parallel group that changes with the batch.
+            ValueError: document boundaries that contradict each other, the tokens or context
+                parallelism.
         """
         if attention_bias is not None:
             raise NotImplementedError("the torch backend takes no attention bias")
@@ -112,7 +125,9 @@ class TorchCoreAttention(MegatronModule):
         if packed:
             assert packed_seq_params is not None
             if attention_mask is not None or packed_seq_params.local_cp_size is not None:
-                raise NotImplementedError("packed documents go without attention mask and with a fixed context group")
+                raise NotImplementedError(
+                    "packed documents go without attention mask and with a fixed context group"
+                )
             boundaries, lengths = document_boundaries(packed_seq_params, query.size(0) * cp, cp)
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         else:
@@ -124,15 +139,20 @@ class TorchCoreAttention(MegatronModule):
         elif packed:
             spans = document_spans(boundaries, lengths)
         else:
-            spans = split(Span(row=0, size=query.size(0), position=key.size(0) - query.size(0), document=0))
+            spans = split(
+                Span(row=0, size=query.size(0), position=key.size(0) - query.size(0), document=0)
+            )
         output = self._attend(query, key, value, attention_mask, spans)
         return output.squeeze(1) if packed else output
 
     def _whole_sequence(
         self, key: torch.Tensor, value: torch.Tensor, boundaries: Sequence[int], cp: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all ranks' keys and values in the stream's order, `[s, b, g, d]` each; one collective for both."""
-        gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp_group)
+        """Return all ranks' keys and values in the stream's order, `[s, b, g, d]` each; one
+        collective for both."""
+        gathered = gather_from_sequence_parallel_region(
+            torch.cat((key, value), dim=-1), group=self.cp_group
+        )
         ordered = gathered.index_select(0, stream_order(boundaries, cp).to(gathered.device))
         whole_key, whole_value = ordered.split((key.size(-1), value.size(-1)), dim=-1)
         return whole_key, whole_value
@@ -145,7 +165,8 @@ class TorchCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         spans: Iterator[Span],
     ) -> torch.Tensor:
-        """Return the attention of each span over its stretch of keys, `[sq, b, n * d]`; rows of no span are 0."""
+        """Return the attention of each span over its stretch of keys, `[sq, b, n * d]`; rows of no
+        span are 0."""
         rows, batch = query.size(0), query.size(1)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         pieces = []
@@ -155,7 +176,11 @@ class TorchCoreAttention(MegatronModule):
             keys = slice(span.document + first, span.document + span.position + span.size)
             count = keys.stop - keys.start
             visible: torch.Tensor | None = None
-            if attention_mask is not None or span.size != count or (self.window is not None and self.window < count):
+            if (
+                attention_mask is not None
+                or span.size != count
+                or (self.window is not None and self.window < count)
+            ):
                 visible = causal_window_mask(span.size, count, self.window, query.device)
                 if attention_mask is not None:
                     visible = visible & ~attention_mask[:, :, span.row : span.row + span.size, keys]
@@ -199,16 +224,21 @@ def split(span: Span) -> Iterator[Span]:
     """Yield a span in pieces of at most `BLOCK` queries."""
     for start in range(0, span.size, BLOCK):
         size = min(BLOCK, span.size - start)
-        yield Span(row=span.row + start, size=size, position=span.position + start, document=span.document)
+        yield Span(
+            row=span.row + start, size=size, position=span.position + start, document=span.document
+        )
 
 
 def document_spans(boundaries: Sequence[int], lengths: Sequence[int]) -> Iterator[Span]:
-    """Yield the spans of whole documents; arguments as `zigzag.document_boundaries` returns them."""
+    """Yield the spans of whole documents; arguments as `zigzag.document_boundaries` returns
+    them."""
     for start, length in zip(boundaries[:-1], lengths, strict=True):
         yield from split(Span(row=start, size=length, position=0, document=start))
 
 
-def zigzag_spans(boundaries: Sequence[int], lengths: Sequence[int], cp: int, rank: int) -> Iterator[Span]:
+def zigzag_spans(
+    boundaries: Sequence[int], lengths: Sequence[int], cp: int, rank: int
+) -> Iterator[Span]:
     """Yield the spans of a rank's two chunks of every document, padding left out."""
     for (start, end), length in zip(itertools.pairwise(boundaries), lengths, strict=True):
         chunk = (end - start) // (2 * cp)
@@ -216,15 +246,23 @@ def zigzag_spans(boundaries: Sequence[int], lengths: Sequence[int], cp: int, ran
             position = number * chunk
             real = min(chunk, length - position)
             if real > 0:
-                yield from split(Span(row=start // cp + half * chunk, size=real, position=position, document=start))
+                yield from split(
+                    Span(
+                        row=start // cp + half * chunk, size=real, position=position, document=start
+                    )
+                )
 
 
 def causal_window_mask(sq: int, sk: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return which keys each query sees: `[sq, sk]`, true iff `0 <= position(query) - position(key) < window`.
+    """Return which keys each query sees: `[sq, sk]`, true iff `0 <= position(query) - position(key)
+    < window`.
 
-    The queries are the last `sq` of `sk` positions. `window` counts the query itself (report §2), None means no limit.
+    The queries are the last `sq` of `sk` positions. `window` counts the query itself (report §2),
+    None means no limit.
     """
-    distance = torch.arange(sk - sq, sk, device=device)[:, None] - torch.arange(sk, device=device)[None, :]
+    distance = (
+        torch.arange(sk - sq, sk, device=device)[:, None] - torch.arange(sk, device=device)[None, :]
+    )
     visible = distance >= 0
     if window is not None:
         visible &= distance < window

@@ -1,16 +1,19 @@
 """Megatron ModuleSpecs of Mellum 2 for two backends with the same checkpoint keys.
 
-- `te`: Transformer Engine layers, fused norm + projection, grouped GEMM, TE attention. The production path.
-- `torch`: plain PyTorch modules, on any device. The reference, and the path of a machine without a GPU.
+- `te`: Transformer Engine layers, fused norm + projection, grouped GEMM, TE attention. The
+  production path.
+- `torch`: plain PyTorch modules, on any device. The reference, and the path of a machine without a
+  GPU.
 
-Besides the functions, this module holds one layer spec for each preset and backend under a plain name, for a stock
-Megatron-LM command line::
+Besides the functions, this module holds one layer spec for each preset and backend under a plain
+name, for a stock Megatron-LM command line::
 
     --spec mellum2_megatron.model.layer_specs mellum2_12b            # te
     --spec mellum2_megatron.model.layer_specs mellum2_12b_torch
     --spec mellum2_megatron.model.layer_specs mellum2_12b_128k       # with layer-selective YaRN
 
-Megatron looks the name up in the module's `vars()` (megatron/core/transformer/spec_utils.py:42-55, 0.19.2).
+Megatron looks the name up in the module's `vars()` (megatron/core/transformer/spec_utils.py:42-55,
+0.19.2).
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
@@ -46,7 +52,9 @@ Backend = Literal["te", "torch"]
 class TorchSpecProvider(LocalSpecProvider):
     """Megatron's local modules with our norm and our core attention."""
 
-    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> type[TorchRMSNorm]:
+    def layer_norm(
+        self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False
+    ) -> type[TorchRMSNorm]:
         """Return the norm of the hidden state, or of one head's queries and keys."""
         return TorchRMSNorm
 
@@ -64,7 +72,11 @@ def spec_provider(backend: Backend) -> BackendSpecProvider:
     if backend == "torch":
         return TorchSpecProvider()
     if backend != "te":
-        raise InputError(f"backend={backend!r}", rule="the backends are 'te' and 'torch'", fix="choose one of them")
+        raise InputError(
+            f"backend={backend!r}",
+            rule="the backends are 'te' and 'torch'",
+            fix="choose one of them",
+        )
     if not HAVE_TE:
         raise InputError(
             "backend='te'",
@@ -77,9 +89,13 @@ def spec_provider(backend: Backend) -> BackendSpecProvider:
 
 
 def layer_spec(
-    architecture: Mellum2Architecture, backend: Backend, *, layer_types: Sequence[LayerType] | None = None
+    architecture: Mellum2Architecture,
+    backend: Backend,
+    *,
+    layer_types: Sequence[LayerType] | None = None,
 ) -> ModuleSpec:
-    """Return the spec of one transformer layer; the layer's number selects its attention type when it is built.
+    """Return the spec of one transformer layer; the layer's number selects its attention type when
+    it is built.
 
     Args:
         architecture: the model's description.
@@ -100,7 +116,9 @@ def layer_spec(
             },
             submodules=SelfAttentionSubmodules(
                 linear_qkv=(
-                    provider.column_parallel_layer_norm_linear() if fused_norm else provider.column_parallel_linear()
+                    provider.column_parallel_layer_norm_linear()
+                    if fused_norm
+                    else provider.column_parallel_linear()
                 ),
                 core_attention=provider.core_attention(),
                 linear_proj=provider.row_parallel_linear(),
@@ -112,20 +130,29 @@ def layer_spec(
         pre_mlp_layernorm=norm,
         mlp=functools.partial(
             MoELayer,
-            submodules=MoESubmodules(router=Mellum2Router, experts=provider.grouped_mlp_modules(True)),
+            submodules=MoESubmodules(
+                router=Mellum2Router, experts=provider.grouped_mlp_modules(True)
+            ),
         ),
         mlp_bda=get_bias_dropout_add,
     )
     if not fused_norm:
         submodules.input_layernorm = norm
-        # Saved under the name that the fused norm of the te backend has. Megatron's local spec renames the pre-MLP
-        # norm too (megatron/core/models/gpt/gpt_layer_specs.py:459-462, 0.19.2), which its te spec does not.
-        submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        # Saved under the name that the fused norm of the te backend has. Megatron's local spec
+        # renames the pre-MLP norm too (megatron/core/models/gpt/gpt_layer_specs.py:459-462,
+        # 0.19.2), which its te spec does not.
+        submodules.sharded_state_dict_keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
+        }
     return ModuleSpec(module=Mellum2TransformerLayer, submodules=submodules)
 
 
 def decoder_block_spec(
-    architecture: Mellum2Architecture, backend: Backend, config: TransformerConfig, *, vp_stage: int | None = None
+    architecture: Mellum2Architecture,
+    backend: Backend,
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the spec of the decoder layers that this pipeline stage holds, with the final norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -136,15 +163,22 @@ def decoder_block_spec(
 
 
 def mtp_block_spec(
-    architecture: Mellum2Architecture, backend: Backend, config: TransformerConfig, *, vp_stage: int | None = None
+    architecture: Mellum2Architecture,
+    backend: Backend,
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the spec of the multi-token-prediction block, or None on a stage (or in a model) without it."""
+    """Return the spec of the multi-token-prediction block, or None on a stage (or in a model)
+    without it."""
     if not architecture.num_mtp_layers:
         return None
     layer = layer_spec(architecture, backend, layer_types=architecture.mtp_layer_types)
     return get_gpt_mtp_block_spec_for_backend(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer]),  # the form in which a subclass of its layer is accepted
+        TransformerBlockSubmodules(
+            layer_specs=[layer]
+        ),  # the form in which a subclass of its layer is accepted
         spec_provider(backend),
         vp_stage=vp_stage,
     )

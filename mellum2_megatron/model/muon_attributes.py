@@ -1,11 +1,12 @@
 """What a model's weights carry so that Megatron's Muon updates them as `optimizer.Optimizer` says.
 
-Nothing of the optimizer is replaced. Megatron decides by attributes of each weight, read before and after
-DistributedDataParallel wraps the model (megatron/core/optimizer/, 0.19.2):
+Nothing of the optimizer is replaced. Megatron decides by attributes of each weight, read before and
+after DistributedDataParallel wraps the model (megatron/core/optimizer/, 0.19.2):
 
 - ``is_embedding_or_output_parameter``: Adam's, whatever its shape (emerging_optimizers.py:128,
   layer_wise_optimizer.py:38);
-- ``is_qkv`` and ``qkv_split_shapes``: blocks of rows that are orthogonalised one by one (emerging_optimizers.py:294).
+- ``is_qkv`` and ``qkv_split_shapes``: blocks of rows that are orthogonalised one by one
+  (emerging_optimizers.py:294).
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ def mark_parameters(model: torch.nn.Module, optimizer: Optimizer) -> None:
 
     Args:
         model: a `GPTModel`, or one pipeline stage of it.
-        optimizer: ``muon_router``, ``muon_mtp_projection`` and ``muon_split_gate_up`` are acted on here.
+        optimizer: ``muon_router``, ``muon_mtp_projection`` and ``muon_split_gate_up`` are acted on
+            here.
     """
     if optimizer.name != "muon":
         return
-    to_adam = [".router."] * (not optimizer.muon_router) + [".eh_proj."] * (not optimizer.muon_mtp_projection)
+    to_adam = [".router."] * (not optimizer.muon_router) + [".eh_proj."] * (
+        not optimizer.muon_mtp_projection
+    )
     for name, parameter in model.named_parameters():
         if any(part in name for part in to_adam):
             parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         elif ".experts." in name and ".linear_fc1." in name and optimizer.muon_split_gate_up:
-            # [gate; up] of this rank, also under expert tensor parallelism (megatron/core/transformer/mlp.py, 0.19.2).
+            # [gate; up] of this rank, also under expert tensor parallelism
+            # (megatron/core/transformer/mlp.py, 0.19.2).
             parameter.is_qkv = True  # type: ignore[attr-defined]
             parameter.qkv_split_shapes = [parameter.shape[0] // 2] * 2  # type: ignore[attr-defined]
 
@@ -47,8 +52,8 @@ def require_muon_matrices(config: Any, model_chunks: Any) -> None:
         model_chunks: the model's chunks.
 
     Raises:
-        InputError: a weight with more than two dimensions, which goes to Adam; or fused Q, K and V that are not whole
-            groups on this rank, which are orthogonalised as one matrix.
+        InputError: a weight with more than two dimensions, which goes to Adam; or fused Q, K and V
+            that are not whole groups on this rank, which are orthogonalised as one matrix.
     """
     from megatron.core.optimizer.emerging_optimizers import _get_qkv_split_shapes
 

@@ -1,4 +1,5 @@
-"""The model itself: Megatron's `GPTModel` with Mellum 2's specs, for `pretrain` and for use alone."""
+"""The model itself: Megatron's `GPTModel` with Mellum 2's specs, for `pretrain` and for use
+alone."""
 
 from __future__ import annotations
 
@@ -83,13 +84,15 @@ def model_provider(
     loss: Loss | None = None,
     precision: Precision | None = None,
 ) -> Callable[..., GPTModel]:
-    """Return the `model_provider` that `megatron.training.pretrain` calls for every (virtual) pipeline stage.
+    """Return the `model_provider` that `megatron.training.pretrain` calls for every (virtual)
+    pipeline stage.
 
     Args:
         architecture: the model's description.
         backend: whose modules: "te" or "torch".
         optimizer: how the weights will be updated; Megatron's own choices if None.
-        loss: the routers' losses, where Megatron's arguments have no word for them; Megatron's own if None.
+        loss: the routers' losses, where Megatron's arguments have no word for them; Megatron's own
+            if None.
         precision: likewise.
     """
 
@@ -129,4 +132,6 @@ def model_provider(
 
 def run_model_provider(run: Run, backend: Backend) -> Callable[..., GPTModel]:
     """Return the `model_provider` of a run's model, with all that its settings say about it."""
-    return model_provider(run.architecture, backend, run.optimizer, loss=run.loss, precision=run.precision)
+    return model_provider(
+        run.architecture, backend, run.optimizer, loss=run.loss, precision=run.precision
+    )

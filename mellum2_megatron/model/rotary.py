@@ -1,7 +1,8 @@
 """Rotary frequencies of one attention layer type, built from Megatron's own embeddings.
 
-Mellum 2 rotates every layer with theta 500,000; the 128K model applies YaRN to its full-attention layers alone
-(report §4). Megatron has one rotary embedding a model, so each layer asks for its own table here instead.
+Mellum 2 rotates every layer with theta 500,000; the 128K model applies YaRN to its full-attention
+layers alone (report §4). Megatron has one rotary embedding a model, so each layer asks for its own
+table here instead.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 class RotaryTable:
     """The rotation angles of one `RopeParameters`, shared by all layers that use it.
 
-    A plain object, not an `nn.Module`: assigned to an attention module it adds no state-dict key. The embedding is
-    built at the first use, so that a model can be constructed on the meta device or without its GPU.
+    A plain object, not an `nn.Module`: assigned to an attention module it adds no state-dict key.
+        The embedding is
+    built at the first use, so that a model can be constructed on the meta device or without its
+    GPU.
 
-    The YaRN attention factor is *not* applied to the angles. All `head_dim` dimensions rotate, hence scaling cos and
-    sin of queries and keys by m equals scaling the attention logits by m²; doing the latter keeps Transformer Engine's
-    fused RoPE kernel, which has no such argument and drops it in THD format
-    (megatron/core/models/common/embeddings/rope_utils.py:318-327, 0.19.2).
+    The YaRN attention factor is *not* applied to the angles. All `head_dim` dimensions rotate,
+    hence scaling cos and sin of queries and keys by m equals scaling the attention logits by m²;
+    doing the latter keeps Transformer Engine's fused RoPE kernel, which has no such argument and
+    drops it in THD format (megatron/core/models/common/embeddings/rope_utils.py:318-327, 0.19.2).
     """
 
     def __init__(self, parameters: RopeParameters, head_dim: int) -> None:
@@ -35,16 +38,21 @@ class RotaryTable:
         self.head_dim = head_dim
         self._embedding: RotaryEmbedding | None = None
 
-    def __call__(self, length: int, *, packed: bool, cp_group: torch.distributed.ProcessGroup | None) -> torch.Tensor:
+    def __call__(
+        self, length: int, *, packed: bool, cp_group: torch.distributed.ProcessGroup | None
+    ) -> torch.Tensor:
         """Return the angles of `length` positions.
 
         Args:
             length: positions of the whole sequence, before context parallelism divides it.
-            packed: the batch is in THD format; the table is then returned whole, the kernel slices each document.
-            cp_group: context-parallel group; unless `packed`, the rank's two zigzag chunks are returned.
+            packed: the batch is in THD format; the table is then returned whole, the kernel slices
+                each document.
+            cp_group: context-parallel group; unless `packed`, the rank's two zigzag chunks are
+                returned.
 
         Returns:
-            Angles in radians, `[length / cp, 1, 1, head_dim]` (`[length, 1, 1, head_dim]` if `packed`), float32.
+            Angles in radians, `[length / cp, 1, 1, head_dim]` (`[length, 1, 1, head_dim]` if
+            `packed`), float32.
         """
         if self._embedding is None:
             self._embedding = self._build()
@@ -55,7 +63,11 @@ class RotaryTable:
 
     def _build(self) -> RotaryEmbedding:
         rope = self.parameters
-        common = {"kv_channels": self.head_dim, "rotary_base": rope.rope_theta, "use_cpu_initialization": True}
+        common = {
+            "kv_channels": self.head_dim,
+            "rotary_base": rope.rope_theta,
+            "use_cpu_initialization": True,
+        }
         if rope.rope_type == "default":
             return RotaryEmbedding(rotary_percent=1.0, **common)
         return YarnRotaryEmbedding(
@@ -70,5 +82,6 @@ class RotaryTable:
 
 @functools.cache
 def rotary_table(parameters: RopeParameters, head_dim: int) -> RotaryTable:
-    """Return the process-wide table of these parameters, so that 28 layers hold two tables and not 28."""
+    """Return the process-wide table of these parameters, so that 28 layers hold two tables and not
+    28."""
     return RotaryTable(parameters, head_dim)

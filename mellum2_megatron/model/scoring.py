@@ -19,15 +19,17 @@ def score_tokens(model: GPTModel, tokens: torch.Tensor) -> tuple[torch.Tensor, t
         tokens: token ids `[b, s]`.
 
     Returns:
-        Main logits `[b, s, v]`, float32, position t predicting token t + 1; and MTP logits of the same shape, position
-        t predicting token t + 2, or None without an MTP head. The last MTP position has no next token to read and is
-        fed token 0 in its place (megatron/core/transformer/multi_token_prediction.py, `roll_tensor`, 0.19.2):
-        comparisons leave it out.
+        Main logits `[b, s, v]`, float32, position t predicting token t + 1; and MTP logits of the
+        same shape, position t predicting token t + 2, or None without an MTP head. The last MTP
+        position has no next token to read and is fed token 0 in its place
+        (megatron/core/transformer/multi_token_prediction.py, `roll_tensor`, 0.19.2): comparisons
+        leave it out.
     """
     captured: list[torch.Tensor] = []
-    # Without labels Megatron computes the MTP logits for a loss that nobody asked for, then the main ones: the head is
-    # called once for each MTP layer and once for the trunk, in that order (`GPTModel._postprocess`). The cross entropy
-    # of that loss then overwrites the MTP logits (megatron/core/tensor_parallel/cross_entropy.py), hence the copy.
+    # Without labels Megatron computes the MTP logits for a loss that nobody asked for, then the
+    # main ones: the head is called once for each MTP layer and once for the trunk, in that order
+    # (`GPTModel._postprocess`). The cross entropy of that loss then overwrites the MTP logits
+    # (megatron/core/tensor_parallel/cross_entropy.py), hence the copy.
     hook = model.output_layer.register_forward_hook(
         lambda _module, _inputs, output: captured.append(output[0].detach().float().clone())
     )

@@ -1,4 +1,5 @@
-"""`TransformerConfig` from the architecture, and the check that a given one describes the same model."""
+"""`TransformerConfig` from the architecture, and the check that a given one describes the same
+model."""
 
 from __future__ import annotations
 
@@ -47,32 +48,40 @@ def transformer_config(architecture: Mellum2Architecture, **overrides: Any) -> T
 
 
 def use_plain_initialization(config: TransformerConfig) -> None:
-    """Initialise output projections like all other matrices: normal with `init_method_std` (report: 0.02).
+    """Initialise output projections like all other matrices: normal with `init_method_std` (report:
+    0.02).
 
     Megatron's default divides their deviation by `sqrt(2 * num_layers)`
-    (megatron/core/transformer/transformer_config.py, `scaled_init_method_normal`, 0.19.2) and has no argument for it.
+    (megatron/core/transformer/transformer_config.py, `scaled_init_method_normal`, 0.19.2) and has
+    no argument for it.
     """
     config.output_layer_init_method = config.init_method
 
 
 def keep_mtp_projection_in_bf16(config: TransformerConfig) -> None:
-    """Exempt the MTP layer's `eh_proj` from FP8: Transformer Engine's module opens a disabled FP8 context for itself.
+    """Exempt the MTP layer's `eh_proj` from FP8: Transformer Engine's module opens a disabled FP8
+    context for itself.
 
     This is Megatron's per-module precision, which its command line reaches through a file
-    (`--te-precision-config-file`; megatron/core/extensions/transformer_engine.py:312-330 and 1065, 0.19.2).
+    (`--te-precision-config-file`; megatron/core/extensions/transformer_engine.py:312-330 and 1065,
+    0.19.2).
     """
     from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
-    recipe = {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": {}}  # no recipe: no FP8
+    recipe = {
+        "transformer_engine_config_type": "TEQuantizationParams",
+        "training_recipe": {},
+    }  # no recipe: no FP8
     config.quant_recipe = RecipeConfig([GlobMatcher("*.eh_proj", "bf16")], {"bf16": recipe})
 
 
 def complete_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
     """Set on `config` what the layer spec decides and the command line left at Megatron's default.
 
-    The configuration is shared by the whole model, so that a stock MTP layer, which Megatron's own builder adds beside
-    our decoder (megatron/training/models/gpt.py:387-414, 0.19.2), slides as well. QK-norm cannot be added that late to
-    such a layer; with MTP it must be on the command line.
+    The configuration is shared by the whole model, so that a stock MTP layer, which Megatron's own
+    builder adds beside our decoder (megatron/training/models/gpt.py:387-414, 0.19.2), slides as
+    well. QK-norm cannot be added that late to such a layer; with MTP it must be on the command
+    line.
     """
     if config.window_size is None and (window := window_size(architecture)) is not None:
         config.window_size = window
@@ -83,7 +92,8 @@ def complete_config(config: TransformerConfig, architecture: Mellum2Architecture
 
 
 def config_differences(config: TransformerConfig, architecture: Mellum2Architecture) -> list[str]:
-    """Return one line for each field of `config` that describes another model than `architecture`."""
+    """Return one line for each field of `config` that describes another model than
+    `architecture`."""
     lines = []
     for field in MEGATRON_FIELDS:
         want, have = field.value(architecture), getattr(config, field.name)
@@ -104,7 +114,8 @@ def config_differences(config: TransformerConfig, architecture: Mellum2Architect
 
 
 def require_matching_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
-    """Raise `InputError` naming every difference if `config` describes another model than `architecture`."""
+    """Raise `InputError` naming every difference if `config` describes another model than
+    `architecture`."""
     differences = config_differences(config, architecture)
     if differences:
         raise InputError(

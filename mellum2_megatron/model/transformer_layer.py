@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 class Mellum2TransformerLayer(TransformerLayer):
-    """`TransformerLayer` whose router leaves the padding between packed documents out of its losses and counts.
+    """`TransformerLayer` whose router leaves the padding between packed documents out of its losses
+    and counts.
 
-    Megatron hands a `padding_mask` down from the model's arguments, on the first pipeline stage only in the form that
-    sequence parallelism needs, and shifts it by one token for MTP (gpt_model.py:352, multi_token_prediction.py:1103,
+    Megatron hands a `padding_mask` down from the model's arguments, on the first pipeline stage
+    only in the form that sequence parallelism needs, and shifts it by one token for MTP
+    (gpt_model.py:352, multi_token_prediction.py:1103,
     0.19.2). What is padding follows from the documents, which every layer is given; so each layer works it out.
     Padding is still routed and computed, like everywhere else in the model.
     """
@@ -38,4 +40,6 @@ class Mellum2TransformerLayer(TransformerLayer):
                 cp_group=self.pg_collection.cp,
                 sp_group=self.tp_group if self.config.sequence_parallel else None,
             )
-        return super()._forward_mlp(hidden_states, inference_context, padding_mask, packed_seq_params)
+        return super()._forward_mlp(
+            hidden_states, inference_context, padding_mask, packed_seq_params
+        )

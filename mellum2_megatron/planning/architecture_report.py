@@ -1,4 +1,5 @@
-"""`mellum2 info`: what a model weighs and costs, as data and as tables. No torch: instant on a login node."""
+"""`mellum2 info`: what a model weighs and costs, as data and as tables. No torch: instant on a
+login node."""
 
 from __future__ import annotations
 
@@ -19,20 +20,26 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def architecture_report(
-    architecture: Mellum2Architecture, *, sequence_length: int | None = None, memory: Memory | None = None
+    architecture: Mellum2Architecture,
+    *,
+    sequence_length: int | None = None,
+    memory: Memory | None = None,
 ) -> dict[str, Any]:
     """Return every figure of ``architecture`` as JSON types.
 
     Args:
-        sequence_length: tokens per sequence that FLOPs are averaged over; ``max_position_embeddings`` when None.
-        memory: estimate for one rank of a layout (`mellum2_megatron.planning.memory.memory_per_rank`), where one is known.
+        sequence_length: tokens per sequence that FLOPs are averaged over;
+            ``max_position_embeddings`` when None.
+        memory: estimate for one rank of a layout
+            (`mellum2_megatron.planning.memory.memory_per_rank`), where one is known.
 
     Returns:
-        ``sequence_length``; ``parameters`` (``total``, ``total_with_mtp``, ``active``, ``active_with_mtp``);
-        ``tensors`` of the released folder (``total``, ``total_with_mtp``); ``bytes`` of the weights with MTP by dtype;
-        ``flops_per_token`` (forward and backward; ``total``, ``total_with_mtp``); ``components``, one row each, the
-        MTP head as one row; ``layers``, one row per layer type; ``misaligned_dimensions``; ``memory_per_rank`` in
-        bytes or None.
+        ``sequence_length``; ``parameters`` (``total``, ``total_with_mtp``, ``active``,
+        ``active_with_mtp``); ``tensors`` of the released folder (``total``, ``total_with_mtp``);
+        ``bytes`` of the weights with MTP by dtype; ``flops_per_token`` (forward and backward;
+        ``total``, ``total_with_mtp``); ``components``, one row each, the MTP head as one row;
+        ``layers``, one row per layer type; ``misaligned_dimensions``; ``memory_per_rank`` in bytes
+        or None.
 
     Raises:
         InputError: ``sequence_length`` is not positive.
@@ -59,12 +66,15 @@ def architecture_report(
         "components": _components(architecture, length),
         "layers": _layers(architecture, length),
         "misaligned_dimensions": architecture.misaligned_dimensions(),
-        "memory_per_rank": None if memory is None else dataclasses.asdict(memory) | {"total": memory.total},
+        "memory_per_rank": None
+        if memory is None
+        else dataclasses.asdict(memory) | {"total": memory.total},
     }
 
 
 def _components(architecture: Mellum2Architecture, length: int) -> list[dict[str, Any]]:
-    """One row per component of the trunk in the order of a forward pass, then the MTP head as a whole."""
+    """One row per component of the trunk in the order of a forward pass, then the MTP head as a
+    whole."""
     trunk = architecture.flops_by_component(length, mtp=False)
     both = architecture.flops_by_component(length, mtp=True)
     names = list(dict.fromkeys(p.component for p in architecture.parameters(mtp=False)))
@@ -72,12 +82,22 @@ def _components(architecture: Mellum2Architecture, length: int) -> list[dict[str
     for name in names:
         order += [name, "attention scores"] if name == "attention" else [name]
     rows: dict[str, dict[str, Any]] = {
-        name: {"component": name, "parameters": 0, "active": 0, "flops_per_token": trunk.get(name, 0) / length}
+        name: {
+            "component": name,
+            "parameters": 0,
+            "active": 0,
+            "flops_per_token": trunk.get(name, 0) / length,
+        }
         for name in order
     }
     if architecture.num_mtp_layers:
         extra = (sum(both.values()) - sum(trunk.values())) / length
-        rows[MTP_ROW] = {"component": MTP_ROW, "parameters": 0, "active": 0, "flops_per_token": extra}
+        rows[MTP_ROW] = {
+            "component": MTP_ROW,
+            "parameters": 0,
+            "active": 0,
+            "flops_per_token": extra,
+        }
     for parameter in architecture.parameters():
         rows[MTP_ROW if parameter.mtp else parameter.component]["parameters"] += parameter.numel
     for parameter in architecture.active_parameters():
@@ -112,12 +132,18 @@ def _layers(architecture: Mellum2Architecture, length: int) -> list[dict[str, An
 
 def render(report: Mapping[str, Any], *, title: str = "Mellum 2") -> RenderableType:
     """Return the report of `architecture_report` as rich tables that fit 80 columns."""
-    parts: list[RenderableType] = [_summary_table(report, title), _component_table(report), _layer_table(report)]
+    parts: list[RenderableType] = [
+        _summary_table(report, title),
+        _component_table(report),
+        _layer_table(report),
+    ]
     if report["memory_per_rank"] is not None:
         parts.append(_memory_table(report["memory_per_rank"]))
     parts = [line for part in parts for line in (part, "")][:-1]
     if report["misaligned_dimensions"]:
-        sizes = ", ".join(f"{name} = {size}" for name, size in report["misaligned_dimensions"].items())
+        sizes = ", ".join(
+            f"{name} = {size}" for name, size in report["misaligned_dimensions"].items()
+        )
         parts.append(f"Not a multiple of 128 (slower and no FP8 on GPUs, report §2): {sizes}")
     return Group(*parts)
 
@@ -126,9 +152,13 @@ def _summary_table(report: Mapping[str, Any], title: str) -> Table:
     table = _table(title, "", "without MTP", "with MTP")
     parameters, flops = report["parameters"], report["flops_per_token"]
     table.add_row("parameters", f"{parameters['total']:,}", f"{parameters['total_with_mtp']:,}")
-    table.add_row("active parameters", f"{parameters['active']:,}", f"{parameters['active_with_mtp']:,}")
     table.add_row(
-        f"FLOPs per token at {report['sequence_length']:,}", _gflop(flops["total"]), _gflop(flops["total_with_mtp"])
+        "active parameters", f"{parameters['active']:,}", f"{parameters['active_with_mtp']:,}"
+    )
+    table.add_row(
+        f"FLOPs per token at {report['sequence_length']:,}",
+        _gflop(flops["total"]),
+        _gflop(flops["total_with_mtp"]),
     )
     for dtype in report["bytes"]:
         sizes = [_BYTES[dtype] * parameters[key] for key in ("total", "total_with_mtp")]
@@ -141,7 +171,12 @@ def _summary_table(report: Mapping[str, Any], title: str) -> Table:
 def _component_table(report: Mapping[str, Any]) -> Table:
     table = _table("By component", "", "parameters", "active", "FLOPs per token")
     for row in report["components"]:
-        table.add_row(row["component"], f"{row['parameters']:,}", f"{row['active']:,}", _gflop(row["flops_per_token"]))
+        table.add_row(
+            row["component"],
+            f"{row['parameters']:,}",
+            f"{row['active']:,}",
+            _gflop(row["flops_per_token"]),
+        )
     return table
 
 
@@ -167,10 +202,19 @@ def _memory_table(memory: Mapping[str, int]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for column in columns:
         text = column in ("", "layers", "RoPE")
-        table.add_column(column, justify="left" if text else "right", no_wrap=column not in ("layers", "RoPE"))
+        table.add_column(
+            column, justify="left" if text else "right", no_wrap=column not in ("layers", "RoPE")
+        )
     return table
 
 
@@ -186,7 +230,10 @@ def _ranges(indices: Sequence[int]) -> str:
     >>> _ranges([3, 7, 11, 15, 19])
     '5: 3 7 .. 19'
     """
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])]
+    runs = [
+        [i for _, i in run]
+        for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
+    ]
     words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     if len(words) > 3:
         words = [*words[:2], "..", words[-1]]

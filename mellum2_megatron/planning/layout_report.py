@@ -1,7 +1,8 @@
-"""What a layout comes to: who talks to whom, what each pipeline stage holds and computes, and what ranks send.
+"""What a layout comes to: who talks to whom, what each pipeline stage holds and computes, and what
+ranks send.
 
-No torch: instant on a login node. Bytes sent follow from the algorithms alone: of a buffer of S bytes that n ranks
-gather or reduce-scatter each rank sends S (n - 1) / n, as in a ring.
+No torch: instant on a login node. Bytes sent follow from the algorithms alone: of a buffer of S
+bytes that n ranks gather or reduce-scatter each rank sends S (n - 1) / n, as in a ring.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
     """Return everything that follows from a run's layout on ``world_size`` ranks, as JSON types.
 
     Returns:
-        ``ways`` of each parallelism; ``groups`` by name, with ``size``, ``count`` and the ranks of the ``first``;
-        ``cp_comm_types``, one for each layer; ``micro_batches`` a step; ``stages``, one row each: its ``layers`` by
-        virtual stage, what ``also`` stands there, ``parameters`` and ``memory`` of a rank (bytes), ``flops_share`` of
+        ``ways`` of each parallelism; ``groups`` by name, with ``size``, ``count`` and the ranks of
+        the ``first``; ``cp_comm_types``, one for each layer; ``micro_batches`` a step; ``stages``,
+        one row each: its ``layers`` by virtual stage, what ``also`` stands there, ``parameters``
+            and ``memory`` of a rank (bytes), ``flops_share`` of
         the model's, and ``sent``, the bytes that a rank sends in a step, by parallelism.
 
     Raises:
@@ -37,7 +39,9 @@ def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
     layout, architecture, length = run.layout, run.architecture, run.data.sequence_length
     layout.validate(architecture, world_size=world_size, sequence_length=length)
     memory = memory_by_stage(run, world_size=world_size, backend=run.resolved_backend("cuda"))
-    micro_batches = run.schedule.final_batch_size // (run.schedule.micro_batch_size * layout.data_parallel(world_size))
+    micro_batches = run.schedule.final_batch_size // (
+        run.schedule.micro_batch_size * layout.data_parallel(world_size)
+    )
     flops = [_stage_flops(architecture, layout, stage, length) for stage in range(layout.pp)]
     return {
         "ways": ways(layout, world_size),
@@ -59,7 +63,9 @@ def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
                 }
                 | {"total": memory[stage].total},
                 "flops_share": flops[stage] / sum(flops),
-                "sent": bytes_sent(run, world_size=world_size, stage=stage, micro_batches=micro_batches),
+                "sent": bytes_sent(
+                    run, world_size=world_size, stage=stage, micro_batches=micro_batches
+                ),
             }
             for stage in range(layout.pp)
         ],
@@ -78,9 +84,9 @@ def ways(layout: Layout, world_size: int) -> dict[str, int]:
 def process_groups(layout: Layout, world_size: int) -> dict[str, list[list[int]]]:
     """Return the ranks of every group, by parallelism.
 
-    Megatron numbers ranks with tensor parallelism fastest, then context, data and pipeline parallelism; for experts
-    expert-tensor, expert, expert-data and pipeline parallelism (``--tp-cp-ep-dp-pp``,
-    megatron/core/parallel_state.py, ``RankGenerator``, 0.19.2).
+    Megatron numbers ranks with tensor parallelism fastest, then context, data and pipeline
+    parallelism; for experts expert-tensor, expert, expert-data and pipeline parallelism
+    (``--tp-cp-ep-dp-pp``, megatron/core/parallel_state.py, ``RankGenerator``, 0.19.2).
     """
     sizes = ways(layout, world_size)
     attention = {name: sizes[name] for name in ("tp", "cp", "dp", "pp")}
@@ -91,17 +97,23 @@ def process_groups(layout: Layout, world_size: int) -> dict[str, list[list[int]]
 
 
 def _groups(sizes: dict[str, int], varying: set[str]) -> list[list[int]]:
-    """Return the ranks that differ in ``varying`` coordinates alone; the first name of ``sizes`` runs fastest."""
+    """Return the ranks that differ in ``varying`` coordinates alone; the first name of ``sizes``
+    runs fastest."""
     found: dict[tuple[int, ...], list[int]] = {}
     names = list(sizes)
-    for rank, reversed_place in enumerate(itertools.product(*(range(sizes[name]) for name in reversed(names)))):
+    for rank, reversed_place in enumerate(
+        itertools.product(*(range(sizes[name]) for name in reversed(names)))
+    ):
         place = dict(zip(reversed(names), reversed_place, strict=True))
-        found.setdefault(tuple(place[name] for name in names if name not in varying), []).append(rank)
+        found.setdefault(tuple(place[name] for name in names if name not in varying), []).append(
+            rank
+        )
     return list(found.values())
 
 
 def stage_layers(architecture: Mellum2Architecture, layout: Layout, stage: int) -> list[list[int]]:
-    """Return the decoder layers of a pipeline stage, from 0, one list for each of its virtual stages."""
+    """Return the decoder layers of a pipeline stage, from 0, one list for each of its virtual
+    stages."""
     each = architecture.num_hidden_layers // (layout.pp * layout.vpp)
     starts = [(part * layout.pp + stage) * each for part in range(layout.vpp)]
     return [list(range(start, start + each)) for start in starts]
@@ -116,12 +128,17 @@ def _extras(architecture: Mellum2Architecture, layout: Layout, stage: int) -> li
 
 def _kinds(architecture: Mellum2Architecture, layout: Layout, stage: int) -> list[LayerType]:
     """Return the attention types of all layers of a stage, MTP included."""
-    kinds = [architecture.layer_types[layer] for part in stage_layers(architecture, layout, stage) for layer in part]
+    kinds = [
+        architecture.layer_types[layer]
+        for part in stage_layers(architecture, layout, stage)
+        for layer in part
+    ]
     return kinds + (list(architecture.mtp_layer_types) if stage == layout.pp - 1 else [])
 
 
 def _stage_flops(architecture: Mellum2Architecture, layout: Layout, stage: int, length: int) -> int:
-    """Return the FLOPs of one sequence, forward and backward, in a stage; counted as `flops_by_component` does."""
+    """Return the FLOPs of one sequence, forward and backward, in a stage; counted as
+    `flops_by_component` does."""
     weights = 0
     for parameter in architecture.active_parameters():
         if len(parameter.shape) != 2 or parameter.component == "embedding":
@@ -129,8 +146,12 @@ def _stage_flops(architecture: Mellum2Architecture, layout: Layout, stage: int, 
         if stage in pipeline_stages(parameter, architecture, layout):
             uses = 1 + architecture.num_mtp_layers if parameter.component == "output head" else 1
             weights += uses * parameter.numel
-    pairs = sum(architecture.visible_pairs(kind, length) for kind in _kinds(architecture, layout, stage))
-    return 6 * length * weights + 12 * architecture.num_attention_heads * architecture.head_dim * pairs
+    pairs = sum(
+        architecture.visible_pairs(kind, length) for kind in _kinds(architecture, layout, stage)
+    )
+    return (
+        6 * length * weights + 12 * architecture.num_attention_heads * architecture.head_dim * pairs
+    )
 
 
 def bytes_sent(
@@ -138,7 +159,8 @@ def bytes_sent(
 ) -> dict[str, int]:
     """Return the bytes that a rank of a pipeline stage sends in one step, by parallelism.
 
-    Experts are taken to be evenly loaded. Left out as small: routing weights, norms, counts and losses.
+    Experts are taken to be evenly loaded. Left out as small: routing weights, norms, counts and
+        losses.
 
     Args:
         micro_batches: of the step, on each data-parallel rank.
@@ -162,33 +184,38 @@ def _of_ring(ranks: int) -> float:
 
 
 def _tensor_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> float:
-    """Return the hidden states ``[tokens, hidden]`` that sequence parallelism gathers and scatters, in their number.
+    """Return the hidden states ``[tokens, hidden]`` that sequence parallelism gathers and scatters,
+    in their number.
 
-    A column-parallel projection gathers its input, and once more for its weight's gradient, and scatters its input's
-    gradient; a row-parallel one scatters its output and gathers that one's gradient
-    (megatron/core/tensor_parallel/layers.py:480-620, 0.19.2).
+    A column-parallel projection gathers its input, and once more for its weight's gradient, and
+    scatters its input's gradient; a row-parallel one scatters its output and gathers that one's
+    gradient (megatron/core/tensor_parallel/layers.py:480-620, 0.19.2).
     """
     column, row = 3, 2
     extras = _extras(model, layout, stage)
     count = (column + row) * len(_kinds(model, layout, stage))
     count += row * ((stage == 0) + ("MTP" in extras))  # the embedding
     count += column * (1 + model.num_mtp_layers) if "output head" in extras else 0
-    # The MTP projection reads two hidden states and gathers its output, which is divided by columns.
+    # The MTP projection reads two hidden states and gathers its output, which is divided by
+    # columns.
     count += 2 * column + 2 if "MTP" in extras else 0
     return count * _of_ring(layout.tp)
 
 
 def _context_parallel(model: Mellum2Architecture, layout: Layout, stage: int, unit: int) -> float:
-    """Return bytes for keys and values: gathered (or passed around) forward, their gradients scattered backward.
+    """Return bytes for keys and values: gathered (or passed around) forward, their gradients
+    scattered backward.
 
-    Transformer Engine fetches them a second time for the backward pass: half as much again, not counted here.
+    Transformer Engine fetches them a second time for the backward pass: half as much again, not
+    counted here.
     """
     width = 2 * model.num_key_value_heads * model.head_dim / layout.tp
     return 2 * len(_kinds(model, layout, stage)) * width * unit * (layout.cp - 1)
 
 
 def _expert_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> float:
-    """Return the hidden states of a rank's tokens that travel to experts and back, forward and backward."""
+    """Return the hidden states of a rank's tokens that travel to experts and back, forward and
+    backward."""
     layers = 4 * len(_kinds(model, layout, stage))
     if layout.dispatcher == "allgather":
         return layers * float(layout.ep * layout.etp - 1)
@@ -197,15 +224,19 @@ def _expert_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> 
 
 
 def _pipeline_parallel(layout: Layout, stage: int) -> float:
-    """Return the hidden states sent to the next stage, and the gradients sent to the one before, per micro-batch."""
+    """Return the hidden states sent to the next stage, and the gradients sent to the one before,
+    per micro-batch."""
     if layout.pp == 1:
         return 0.0
-    ends = (stage == 0) + (stage == layout.pp - 1)  # the first sends no gradient, the last no activation, once each
+    ends = (stage == 0) + (
+        stage == layout.pp - 1
+    )  # the first sends no gradient, the last no activation, once each
     return 2 * layout.vpp - ends
 
 
 def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float:
-    """Return bytes of gradients reduced and weights gathered, once a step; those of Muon with the buffers' padding."""
+    """Return bytes of gradients reduced and weights gathered, once a step; those of Muon with the
+    buffers' padding."""
     layout, model = run.layout, run.architecture
     gradient = gradient_bytes(run.precision)
     backend = run.resolved_backend("cuda")
@@ -213,22 +244,32 @@ def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float
         (ranks, sum(weight.numel for weight in weights))
         for ranks, weights in adam_weights(run, world_size, backend, stage=stage)
     ]
-    parts += [(len(each.owned), each.buffer) for each in ownership(run, world_size, backend, stage=stage)]
+    parts += [
+        (len(each.owned), each.buffer) for each in ownership(run, world_size, backend, stage=stage)
+    ]
     total = sum(elements * (gradient + element) * _of_ring(ranks) for ranks, elements in parts)
     if layout.pp > 1 and "embedding" in _extras(model, layout, stage) and model.num_mtp_layers:
-        total += gradient * model.vocab_size * model.hidden_size / layout.tp  # the first and the last stage share it
+        total += (
+            gradient * model.vocab_size * model.hidden_size / layout.tp
+        )  # the first and the last stage share it
     return total
 
 
 def render_layout(report: dict[str, Any]) -> list[Table]:
     """Return the report of `layout_report` as rich tables that fit 80 columns."""
     tables = [_stage_table(report)]
-    return [*tables, _group_table(report)] if any(group["size"] > 1 for group in report["groups"].values()) else tables
+    return (
+        [*tables, _group_table(report)]
+        if any(group["size"] > 1 for group in report["groups"].values())
+        else tables
+    )
 
 
 def _stage_table(report: dict[str, Any]) -> Table:
     title = f"Pipeline stages, of one rank ({report['micro_batches']} micro-batches a step; GiB, estimates)"
-    table = _table(title, "stage", "layers", "parameters", "memory", "activations", "FLOPs", "sent a step")
+    table = _table(
+        title, "stage", "layers", "parameters", "memory", "activations", "FLOPs", "sent a step"
+    )
     for number, stage in enumerate(report["stages"]):
         parts = [f"{part[0]}-{part[-1]}" for part in stage["layers"]]
         sent = [f"{name} {size / 2**30:,.2f}" for name, size in stage["sent"].items() if size]
@@ -251,14 +292,23 @@ def _group_table(report: dict[str, Any]) -> Table:
             shown = ", ".join(map(str, group["first"][:8])) + (", ..." if group["size"] > 8 else "")
             table.add_row(name, str(group["size"]), str(group["count"]), shown)
     if report["cp_comm_types"]:
-        kinds = [f"{len(list(run))} {kind}" for kind, run in itertools.groupby(report["cp_comm_types"])]
+        kinds = [
+            f"{len(list(run))} {kind}" for kind, run in itertools.groupby(report["cp_comm_types"])
+        ]
         shown = ", ".join(kinds[:4]) + (", ..." if len(kinds) > 4 else "")
         table.caption, table.caption_justify = f"context parallelism by layer: {shown}", "left"
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for column in columns:
         text = column in ("stage", "layers", "sent a step", "parallelism", "the first of them")
         table.add_column(column, justify="left" if text else "right")

@@ -1,7 +1,8 @@
 """What a rank holds in its memory, before it is started. No torch: instant on a login node.
 
-Weights, gradients and the padding of their buffers follow from the layout exactly: they are held against the buffers
-that Megatron makes (tests/planning/test_memory.py). Activations are a rough count.
+Weights, gradients and the padding of their buffers follow from the layout exactly: they are held
+against the buffers that Megatron makes (tests/planning/test_memory.py). Activations are a rough
+count.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ class Memory:
 
     Attributes:
         parameters: number of weights on the rank.
-        weights: BF16 copies, plus the FP8 ones (plain and transposed) that Transformer Engine keeps for FP8 compute.
+        weights: BF16 copies, plus the FP8 ones (plain and transposed) that Transformer Engine keeps
+            for FP8 compute.
         gradients: the accumulation buffers; they are not sharded.
-        padding: of the buffers of weights and gradients: what stays empty because every data-parallel rank's share is
-            as long as the largest (docs/optimizer.md), and what aligns weights and buckets.
+        padding: of the buffers of weights and gradients: what stays empty because every
+            data-parallel rank's share is as long as the largest (docs/optimizer.md), and what
+            aligns weights and buckets.
         optimizer: FP32 masters and states of the rank that has most.
-        activations: what the backward pass needs, without recomputation. A rough count of the tensors kept.
+        activations: what the backward pass needs, without recomputation. A rough count of the
+            tensors kept.
     """
 
     parameters: int
@@ -51,19 +55,25 @@ class Memory:
 
 def memory_per_rank(run: Run, *, world_size: int, backend: Backend = "te") -> Memory:
     """Estimate the memory of the fullest rank: the largest of `memory_by_stage`."""
-    return max(memory_by_stage(run, world_size=world_size, backend=backend), key=lambda estimate: estimate.total)
+    return max(
+        memory_by_stage(run, world_size=world_size, backend=backend),
+        key=lambda estimate: estimate.total,
+    )
 
 
 def memory_by_stage(run: Run, *, world_size: int, backend: Backend = "te") -> list[Memory]:
     """Estimate the memory of a rank of each pipeline stage.
 
-    Muon keeps master and momentum (8 bytes a weight) of whole matrices, each on one of the ranks that hold the same
-    ones; Adam keeps a master and two moments (12 bytes), divided evenly. Weights gathered in FP8 are counted as BF16.
+    Muon keeps master and momentum (8 bytes a weight) of whole matrices, each on one of the ranks
+    that hold the same ones; Adam keeps a master and two moments (12 bytes), divided evenly. Weights
+    gathered in FP8 are counted as BF16.
 
     Raises:
         InputError: the layout does not fit.
     """
-    run.layout.validate(run.architecture, world_size=world_size, sequence_length=run.data.sequence_length)
+    run.layout.validate(
+        run.architecture, world_size=world_size, sequence_length=run.data.sequence_length
+    )
     return [_stage(run, world_size, backend, stage) for stage in range(run.layout.pp)]
 
 
@@ -83,8 +93,11 @@ def _stage(run: Run, world_size: int, backend: Backend, stage: int) -> Memory:
         weights=WEIGHT_BYTES * count + 2 * fp8,
         gradients=gradient * count,
         padding=(WEIGHT_BYTES + gradient) * empty,
-        optimizer=8 * _most_owned(run, world_size, backend, stage) + 12 * _adam_share(run, world_size, backend, stage),
-        activations=_activations(model, layout, stage, run.data.sequence_length * run.schedule.micro_batch_size),
+        optimizer=8 * _most_owned(run, world_size, backend, stage)
+        + 12 * _adam_share(run, world_size, backend, stage),
+        activations=_activations(
+            model, layout, stage, run.data.sequence_length * run.schedule.micro_batch_size
+        ),
     )
 
 
@@ -93,9 +106,16 @@ def gradient_bytes(precision: Precision) -> int:
     return 4 if precision.grad_reduce_in_fp32 else 2
 
 
-def computes_in_fp8(weight: Weight, precision: Precision, architecture: Mellum2Architecture) -> bool:
-    """Whether the weight's products take FP8 inputs, of which Transformer Engine then keeps two copies."""
-    if precision.compute != "fp8" or weight.component not in ("attention", "experts", "mtp projection"):
+def computes_in_fp8(
+    weight: Weight, precision: Precision, architecture: Mellum2Architecture
+) -> bool:
+    """Whether the weight's products take FP8 inputs, of which Transformer Engine then keeps two
+    copies."""
+    if precision.compute != "fp8" or weight.component not in (
+        "attention",
+        "experts",
+        "mtp projection",
+    ):
         return False
     if weight.component == "mtp projection":
         return not precision.bf16_mtp_projection
@@ -110,7 +130,8 @@ def _most_owned(run: Run, world_size: int, backend: Backend, stage: int) -> int:
     """Return the elements of the matrices that Muon updates on the rank that has most of them."""
     layout = run.layout
     owned = {each.group: each.elements for each in ownership(run, world_size, backend, stage=stage)}
-    # Tensor-parallel ranks are neighbours, and so are the ranks with different experts (layout_report.process_groups).
+    # Tensor-parallel ranks are neighbours, and so are the ranks with different experts
+    # (layout_report.process_groups).
     neighbours = {"dense": layout.tp, "experts": layout.etp * layout.ep}
     return max(
         sum(elements[rank // neighbours[group]] for group, elements in owned.items())
@@ -127,16 +148,23 @@ def _adam_share(run: Run, world_size: int, backend: Backend, stage: int) -> int:
 
 
 def _activations(architecture: Mellum2Architecture, layout: Layout, stage: int, tokens: int) -> int:
-    """Return the bytes that the backward pass of ``tokens`` tokens needs on a rank of pipeline stage ``stage``."""
+    """Return the bytes that the backward pass of ``tokens`` tokens needs on a rank of pipeline
+    stage ``stage``."""
     a = architecture
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    attention = 3 * a.hidden_size + 2 * (queries + 2 * keys) + queries  # two norms' inputs, q/k/v before and after RoPE
+    attention = (
+        3 * a.hidden_size + 2 * (queries + 2 * keys) + queries
+    )  # two norms' inputs, q/k/v before and after RoPE
     experts = a.hidden_size + a.num_experts_per_tok * (a.hidden_size + 3 * a.moe_intermediate_size)
     local = tokens // (layout.cp * layout.tp)
     layers = a.num_hidden_layers // layout.pp
-    in_flight = min(layout.pp, layout.pp - stage)  # one-forward-one-backward keeps that many micro-batches
+    in_flight = min(
+        layout.pp, layout.pp - stage
+    )  # one-forward-one-backward keeps that many micro-batches
     kept = 2 * local * (attention + experts) * layers * in_flight
     if stage == layout.pp - 1:
         heads = 1 + a.num_mtp_layers
-        kept += heads * 6 * local * a.vocab_size + a.num_mtp_layers * 2 * local * (attention + experts)  # BF16 and FP32
+        kept += heads * 6 * local * a.vocab_size + a.num_mtp_layers * 2 * local * (
+            attention + experts
+        )  # BF16 and FP32
     return kept

@@ -1,4 +1,5 @@
-"""`mellum2 info --optimizer`: which weight is updated how, and by whom. No torch: instant on a login node."""
+"""`mellum2 info --optimizer`: which weight is updated how, and by whom. No torch: instant on a
+login node."""
 
 from __future__ import annotations
 
@@ -39,15 +40,19 @@ class Matrix:
 
 
 def decayed(weight: Weight) -> bool:
-    """Whether weight decay applies: to matrices only (megatron/core/optimizer/__init__.py:112-116, 0.19.2)."""
+    """Whether weight decay applies: to matrices only (megatron/core/optimizer/__init__.py:112-116,
+    0.19.2)."""
     return len(weight.shape) > 1
 
 
-def matrices(weight: Weight, architecture: Mellum2Architecture, layout: Layout, optimizer: Optimizer) -> list[Matrix]:
+def matrices(
+    weight: Weight, architecture: Mellum2Architecture, layout: Layout, optimizer: Optimizer
+) -> list[Matrix]:
     """Return what Muon orthogonalises of a weight that it updates.
 
-    Queries, keys and values are interleaved by group in one weight; Muon takes the queries of all groups as one matrix,
-    likewise keys and values (megatron/core/optimizer/emerging_optimizers.py:294-330, 0.19.2).
+    Queries, keys and values are interleaved by group in one weight; Muon takes the queries of all
+    groups as one matrix, likewise keys and values
+    (megatron/core/optimizer/emerging_optimizers.py:294-330, 0.19.2).
     """
     rows, columns = weight.shape
     parts = {"weight": rows}
@@ -68,7 +73,8 @@ def matrices(weight: Weight, architecture: Mellum2Architecture, layout: Layout, 
 
 
 def scale(shape: Shape, optimizer: Optimizer) -> float:
-    """Return the factor of a matrix' update (emerging_optimizers/orthogonalized_optimizers/muon.py:136, 0.3.0)."""
+    """Return the factor of a matrix' update
+    (emerging_optimizers/orthogonalized_optimizers/muon.py:136, 0.3.0)."""
     rows, columns = shape
     factor = {
         "spectral": max(rows, columns),
@@ -87,11 +93,12 @@ def optimizer_report(run: Run, *, world_size: int, backend: Backend) -> dict[str
         backend: whose modules the model is made of.
 
     Returns:
-        ``optimizer``, ``lr``, ``weight_decay``, ``world_size``; ``weights``, one row a kind: ``name``, ``count`` over
-        one rank of each pipeline stage, ``shape`` on a rank, ``optimizer``, ``weight_decay``, ``lr``, ``matrices``
-        (``part``, ``shape``, ``scale``); ``owners``, one row for each pipeline stage and group of ranks: ``stage``,
-        ``group``, ``ranks``, ``matrices``, ``matrices_per_rank`` and ``elements_per_rank`` (lists), ``balance`` (most
-        over mean), ``buffer_elements``; ``warnings``.
+        ``optimizer``, ``lr``, ``weight_decay``, ``world_size``; ``weights``, one row a kind:
+        ``name``, ``count`` over one rank of each pipeline stage, ``shape`` on a rank,
+        ``optimizer``, ``weight_decay``, ``lr``, ``matrices`` (``part``, ``shape``, ``scale``);
+        ``owners``, one row for each pipeline stage and group of ranks: ``stage``, ``group``,
+        ``ranks``, ``matrices``, ``matrices_per_rank`` and ``elements_per_rank`` (lists),
+        ``balance`` (most over mean), ``buffer_elements``; ``warnings``.
 
     Raises:
         InputError: the layout does not fit.
@@ -135,7 +142,9 @@ def _weight_rows(weights: Sequence[Weight], run: Run) -> list[dict[str, Any]]:
                 "optimizer": "muon" if muon else "adam",
                 "weight_decay": optimizer.weight_decay if decayed(weight) else 0.0,
                 "lr": optimizer.lr,
-                "matrices": [{"part": m.part, "shape": list(m.shape), "scale": m.scale} for m in found],
+                "matrices": [
+                    {"part": m.part, "shape": list(m.shape), "scale": m.scale} for m in found
+                ],
             },
         )
         row["count"] += 1
@@ -160,15 +169,24 @@ def _owner_row(stage: int, owners: Ownership) -> dict[str, Any]:
 def _warnings(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     optimizer, layout = run.optimizer, run.layout
-    if optimizer.name == "muon" and optimizer.muon_tp_mode == "blockwise" and (layout.tp > 1 or layout.etp > 1):
+    if (
+        optimizer.name == "muon"
+        and optimizer.muon_tp_mode == "blockwise"
+        and (layout.tp > 1 or layout.etp > 1)
+    ):
         found.append(
             f"optimizer.muon_tp_mode=blockwise with layout.tp={layout.tp}, layout.etp={layout.etp}: each rank "
             "orthogonalises its part of a matrix, so the update depends on the layout; duplicated does not"
         )
-    bytes_each = 2 + (4 if run.precision.grad_reduce_in_fp32 else 2)  # weights in BF16, and gradients
+    bytes_each = 2 + (
+        4 if run.precision.grad_reduce_in_fp32 else 2
+    )  # weights in BF16, and gradients
     for row in rows:
         where = f"{row['group']} matrices" + (f" of stage {row['stage']}" if layout.pp > 1 else "")
-        idle, empty = row["matrices_per_rank"].count(0), row["buffer_elements"] - sum(row["elements_per_rank"])
+        idle, empty = (
+            row["matrices_per_rank"].count(0),
+            row["buffer_elements"] - sum(row["elements_per_rank"]),
+        )
         if idle and row["matrices"]:
             found.append(
                 f"{where}: a matrix has one owner, so {idle} of {row['ranks']} ranks update none of the "
@@ -177,14 +195,17 @@ def _warnings(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-# -- as tables --------------------------------------------------------------------------------------------------------
+# -- as tables
+# --------------------------------------------------------------------------------------------------------
 
 
 def render_optimizer(report: Mapping[str, Any], *, title: str) -> RenderableType:
     """Return the report of `optimizer_report` as rich tables."""
     lr, decay = report["lr"], report["weight_decay"]
     parts: list[RenderableType] = [
-        _weight_table(report, f"{title}: peak learning rate {lr:g}, weight decay {decay:g} on matrices")
+        _weight_table(
+            report, f"{title}: peak learning rate {lr:g}, weight decay {decay:g} on matrices"
+        )
     ]
     if report["owners"]:
         parts.append(_owner_table(report["owners"]))
@@ -193,21 +214,36 @@ def render_optimizer(report: Mapping[str, Any], *, title: str) -> RenderableType
 
 
 def _weight_table(report: Mapping[str, Any], title: str) -> Table:
-    columns = {"": "right", "weight": "left", "shape": "right", "by": "left", "matrices": "left", "scale": "right"}
+    columns = {
+        "": "right",
+        "weight": "left",
+        "shape": "right",
+        "by": "left",
+        "matrices": "left",
+        "scale": "right",
+    }
     table = _table(title, columns)
     for name, count, row in _short_rows(report["weights"]):
         parts = row["matrices"]
-        named = [f"{m['part']} {_shape(m['shape'])}" if len(parts) > 1 else _shape(m["shape"]) for m in parts]
+        named = [
+            f"{m['part']} {_shape(m['shape'])}" if len(parts) > 1 else _shape(m["shape"])
+            for m in parts
+        ]
         if not row["weight_decay"]:
             named.append("no decay")
         scales = [f"{m['scale']:.4g}" for m in parts]
-        table.add_row(count, name, _shape(row["shape"]), row["optimizer"], "\n".join(named), "\n".join(scales))
+        table.add_row(
+            count, name, _shape(row["shape"]), row["optimizer"], "\n".join(named), "\n".join(scales)
+        )
     return table
 
 
 def _short_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Return name inside its layer, count (``28 + 1`` with the MTP layer's) and row, for rows that differ otherwise."""
-    inside = re.compile(r"^(decoder|mtp)\.layers\.\*\.|(mtp_model_layer|self_attention|mlp)\.|\.weight\*?$")
+    """Return name inside its layer, count (``28 + 1`` with the MTP layer's) and row, for rows that
+    differ otherwise."""
+    inside = re.compile(
+        r"^(decoder|mtp)\.layers\.\*\.|(mtp_model_layer|self_attention|mlp)\.|\.weight\*?$"
+    )
     found: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
     for row in rows:
         name = inside.sub("", row["name"])
@@ -220,7 +256,10 @@ def _short_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mappi
 
 def _owner_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = ("stage", "group", "ranks", "matrices", "a rank", "most / mean")
-    table = _table("Owners of Muon's matrices", {name: "left" if name == "group" else "right" for name in names})
+    table = _table(
+        "Owners of Muon's matrices",
+        {name: "left" if name == "group" else "right" for name in names},
+    )
     for row in rows:
         counts = row["matrices_per_rank"]
         spread = f"{min(counts)} to {max(counts)}" if min(counts) != max(counts) else str(counts[0])
@@ -240,7 +279,14 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _table(title: str, columns: Mapping[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for column, justify in columns.items():
         table.add_column(column, justify=justify, no_wrap=column != "weight", overflow="fold")
     return table

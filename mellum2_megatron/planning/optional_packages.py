@@ -1,4 +1,5 @@
-"""Which optional packages are here and what their absence costs; for `mellum2 doctor`. Imports none of them."""
+"""Which optional packages are here and what their absence costs; for `mellum2 doctor`. Imports none
+of them."""
 
 from __future__ import annotations
 
@@ -38,9 +39,11 @@ def find_extras() -> tuple[Extra, ...]:
 def find_apex() -> Extra:
     """Look for NVIDIA apex.
 
-    Of its import names Megatron uses ``apex.multi_tensor_apply`` with ``amp_C`` (core/optimizer/clip_grads.py:20-30,
+    Of its import names Megatron uses ``apex.multi_tensor_apply`` with ``amp_C``
+    (core/optimizer/clip_grads.py:20-30,
     0.19.2), ``apex.optimizers`` (core/optimizer/__init__.py:20) and ``fused_weight_gradient_mlp_cuda``
-    (core/tensor_parallel/layers.py:51). The first two only where Transformer Engine is not importable.
+    (core/tensor_parallel/layers.py:51). The first two only where Transformer Engine is not
+    importable.
     """
     if not _found("apex"):
         detail = "not needed beside Transformer Engine; without either, Adam and gradient norms run unfused"
@@ -103,11 +106,14 @@ def find_resiliency() -> Extra:
     if version is None:
         return found
     fix = f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}', or remove it"
-    return Extra(name=found.name, state="wrong", detail=f"Megatron does not import beside {version}: {fix}")
+    return Extra(
+        name=found.name, state="wrong", detail=f"Megatron does not import beside {version}: {fix}"
+    )
 
 
 def too_old_resiliency() -> str | None:
-    """Return the version of NVIDIA's resiliency extension if it is older than `OLDEST_RESILIENCY`."""
+    """Return the version of NVIDIA's resiliency extension if it is older than
+    `OLDEST_RESILIENCY`."""
     try:
         version = importlib.metadata.version("nvidia-resiliency-ext")
     except importlib.metadata.PackageNotFoundError:
@@ -157,8 +163,12 @@ def _find(name: str, *, module: str, distribution: str, used: str, lost: str) ->
 
 
 def _found(module: str) -> bool:
-    """Tell whether ``module`` could be imported; a submodule's parents are imported on the way, it is not."""
+    """Tell whether ``module`` could be imported; a submodule's parents are imported on the way, it
+    is not."""
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent that fails to import; a module hidden as None in sys.modules
+    except (
+        ImportError,
+        ValueError,
+    ):  # a parent that fails to import; a module hidden as None in sys.modules
         return False

@@ -1,6 +1,8 @@
-"""Which weights a rank holds, in Megatron's order, and which data-parallel rank updates each matrix. No torch.
+"""Which weights a rank holds, in Megatron's order, and which data-parallel rank updates each
+matrix. No torch.
 
-Both are held against the model and the optimizer that Megatron builds (tests/planning/test_optimizer_report.py).
+Both are held against the model and the optimizer that Megatron builds
+(tests/planning/test_optimizer_report.py).
 """
 
 from __future__ import annotations
@@ -44,9 +46,15 @@ class Weight:
 
 
 def local_weights(
-    architecture: Mellum2Architecture, layout: Layout, backend: Backend, *, stage: int = 0, chunk: int = 0
+    architecture: Mellum2Architecture,
+    layout: Layout,
+    backend: Backend,
+    *,
+    stage: int = 0,
+    chunk: int = 0,
 ) -> list[Weight]:
-    """Return the weights of virtual stage ``chunk`` on a rank of pipeline stage ``stage``, in Megatron's order."""
+    """Return the weights of virtual stage ``chunk`` on a rank of pipeline stage ``stage``, in
+    Megatron's order."""
     part = chunk * layout.pp + stage
     layers = architecture.num_hidden_layers // (layout.pp * layout.vpp)
     first, last = part == 0, part == layout.pp * layout.vpp - 1
@@ -55,7 +63,12 @@ def local_weights(
     weights: list[Weight] = []
     if first or (last and mtp):  # the MTP layer embeds the next token itself
         weights.append(
-            Weight(name="embedding.word_embeddings.weight", shape=vocabulary, component="embedding", split=0)
+            Weight(
+                name="embedding.word_embeddings.weight",
+                shape=vocabulary,
+                component="embedding",
+                split=0,
+            )
         )
     for layer in range(part * layers, (part + 1) * layers):
         weights += _layer(architecture, layout, backend, f"decoder.layers.{layer}.")
@@ -65,14 +78,22 @@ def local_weights(
             prefix = f"mtp.layers.{layer}."
             weights += [_norm(f"{prefix}{name}.weight", hidden) for name in ("enorm", "hnorm")]
             shape = (hidden // layout.tp, 2 * hidden)
-            weights.append(Weight(name=f"{prefix}eh_proj.weight", shape=shape, component="mtp projection", split=0))
+            weights.append(
+                Weight(
+                    name=f"{prefix}eh_proj.weight", shape=shape, component="mtp projection", split=0
+                )
+            )
             weights += _layer(architecture, layout, backend, f"{prefix}mtp_model_layer.")
             weights.append(_norm(f"{prefix}final_layernorm.weight", hidden))
-        weights.append(Weight(name="output_layer.weight", shape=vocabulary, component="output head", split=0))
+        weights.append(
+            Weight(name="output_layer.weight", shape=vocabulary, component="output head", split=0)
+        )
     return weights
 
 
-def _layer(architecture: Mellum2Architecture, layout: Layout, backend: Backend, prefix: str) -> Iterator[Weight]:
+def _layer(
+    architecture: Mellum2Architecture, layout: Layout, backend: Backend, prefix: str
+) -> Iterator[Weight]:
     a, hidden = architecture, architecture.hidden_size
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     attention = f"{prefix}self_attention."
@@ -87,14 +108,24 @@ def _layer(architecture: Mellum2Architecture, layout: Layout, backend: Backend, 
     for name in ("q_layernorm", "k_layernorm"):
         yield _norm(f"{attention}{name}.weight", a.head_dim)
     yield _norm(f"{prefix}pre_mlp_layernorm.weight", hidden)
-    yield Weight(name=f"{prefix}mlp.router.weight", shape=(a.num_experts, hidden), component="router")
+    yield Weight(
+        name=f"{prefix}mlp.router.weight", shape=(a.num_experts, hidden), component="router"
+    )
     width, count = a.moe_intermediate_size // layout.etp, a.num_experts // layout.ep
     shapes = {"linear_fc1": ((2 * width, hidden), 0), "linear_fc2": ((hidden, width), 1)}
-    order = itertools.product(range(count), shapes) if backend == "torch" else _by_name(shapes, count)
+    order = (
+        itertools.product(range(count), shapes) if backend == "torch" else _by_name(shapes, count)
+    )
     for expert, name in order:
-        inside = f"local_experts.{expert}.{name}.weight" if backend == "torch" else f"{name}.weight{expert}"
+        inside = (
+            f"local_experts.{expert}.{name}.weight"
+            if backend == "torch"
+            else f"{name}.weight{expert}"
+        )
         shape, split = shapes[name]
-        yield Weight(name=f"{prefix}mlp.experts.{inside}", shape=shape, component="experts", split=split)
+        yield Weight(
+            name=f"{prefix}mlp.experts.{inside}", shape=shape, component="experts", split=split
+        )
 
 
 def _by_name(names: Iterable[str], count: int) -> Iterator[tuple[int, str]]:
@@ -112,18 +143,24 @@ def uses_muon(weight: Weight, optimizer: Optimizer) -> bool:
 
 
 _ALIGNMENT = 64
-"""Elements that a matrix' place in the gradient buffer is a multiple of (core/optimizer/param_layout.py:26, 0.19.2)."""
+"""Elements that a matrix' place in the gradient buffer is a multiple of
+(core/optimizer/param_layout.py:26, 0.19.2)."""
 
 _FULL = 0.9
-"""A bucket is closed no earlier than when it fills so much of what its largest matrix makes it take."""
+"""A bucket is closed no earlier than when it fills so much of what its largest matrix makes it
+take."""
 
 
-def assign_owners(sizes: Sequence[int], ranks: int, bucket_size: int | None) -> tuple[list[int], int]:
-    """Return which data-parallel rank holds the state of each matrix and updates it, and the buffer's length.
+def assign_owners(
+    sizes: Sequence[int], ranks: int, bucket_size: int | None
+) -> tuple[list[int], int]:
+    """Return which data-parallel rank holds the state of each matrix and updates it, and the
+    buffer's length.
 
-    Matrices go into buckets in the order of the backward pass; inside one, the largest first, each to the rank with the
-    least so far. In the buffers of weights and gradients, which every rank has in full, each rank's share of a bucket
-    takes as much room as the largest (megatron/core/optimizer/layer_wise_optimizer.py:196-370, 0.19.2).
+    Matrices go into buckets in the order of the backward pass; inside one, the largest first, each
+    to the rank with the least so far. In the buffers of weights and gradients, which every rank has
+    in full, each rank's share of a bucket takes as much room as the largest
+    (megatron/core/optimizer/layer_wise_optimizer.py:196-370, 0.19.2).
 
     Args:
         sizes: elements of each matrix, in the order of the forward pass.
@@ -160,8 +197,11 @@ def assign_owners(sizes: Sequence[int], ranks: int, bucket_size: int | None) -> 
     return owners, buffer
 
 
-def evenly_divided(sizes: Sequence[int], ranks: int, bucket_size: int | None, *, alone: Container[int] = ()) -> int:
-    """Return the length of a buffer of weights whose state the ranks divide element by element, as under Adam.
+def evenly_divided(
+    sizes: Sequence[int], ranks: int, bucket_size: int | None, *, alone: Container[int] = ()
+) -> int:
+    """Return the length of a buffer of weights whose state the ranks divide element by element, as
+    under Adam.
 
     Each weight is aligned, and each bucket's end is a multiple of the ranks
     (megatron/core/optimizer/distrib_optimizer.py:506-585, 0.19.2).
@@ -189,7 +229,8 @@ def _round_up(value: int, unit: int) -> int:
 
 
 def bucket_size(run: Run, world_size: int, *, stage: int, chunk: int) -> int | None:
-    """Return the elements of a gradient bucket (megatron/training/training.py:1552-1568 and 1861-1868, 0.19.2)."""
+    """Return the elements of a gradient bucket (megatron/training/training.py:1552-1568 and
+    1861-1868, 0.19.2)."""
     if not run.optimizer.overlap_grad_reduce or stage or chunk:
         return None
     return max(40_000_000, 1_000_000 * run.layout.data_parallel(world_size) * run.layout.cp)
@@ -223,7 +264,11 @@ def ownership(run: Run, world_size: int, backend: Backend, *, stage: int = 0) ->
         buffer = 0
         for chunk in range(run.layout.vpp):
             size = bucket_size(run, world_size, stage=stage, chunk=chunk)
-            weights = [each for each in _members(run, backend, group, stage, chunk) if uses_muon(each, run.optimizer)]
+            weights = [
+                each
+                for each in _members(run, backend, group, stage, chunk)
+                if uses_muon(each, run.optimizer)
+            ]
             owners, length = assign_owners([weight.numel for weight in weights], count, size)
             buffer += length
             for weight, owner in zip(weights, owners, strict=True):
@@ -232,32 +277,50 @@ def ownership(run: Run, world_size: int, backend: Backend, *, stage: int = 0) ->
     return found
 
 
-def adam_weights(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> list[tuple[int, list[Weight]]]:
-    """Return what Adam updates on pipeline stage ``stage``, by buffer: the ranks that divide it, and its weights."""
+def adam_weights(
+    run: Run, world_size: int, backend: Backend, *, stage: int = 0
+) -> list[tuple[int, list[Weight]]]:
+    """Return what Adam updates on pipeline stage ``stage``, by buffer: the ranks that divide it,
+    and its weights."""
     return [
-        (count, [each for each in _members(run, backend, group, stage, chunk) if not uses_muon(each, run.optimizer)])
+        (
+            count,
+            [
+                each
+                for each in _members(run, backend, group, stage, chunk)
+                if not uses_muon(each, run.optimizer)
+            ],
+        )
         for group, count in _replicas(run.layout, world_size).items()
         for chunk in range(run.layout.vpp)
     ]
 
 
 def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> int:
-    """Return the elements of all buffers of weights on a rank of pipeline stage ``stage``; gradients have as many."""
+    """Return the elements of all buffers of weights on a rank of pipeline stage ``stage``;
+    gradients have as many."""
     layout = run.layout
     total = sum(each.buffer for each in ownership(run, world_size, backend, stage=stage))
     chunks = itertools.cycle(range(layout.vpp))
-    for (ranks, weights), chunk in zip(adam_weights(run, world_size, backend, stage=stage), chunks, strict=False):
+    for (ranks, weights), chunk in zip(
+        adam_weights(run, world_size, backend, stage=stage), chunks, strict=False
+    ):
         # The first and the last stage hold the same embedding (core/models/common/language_module/
         # language_module.py:262-284, 0.19.2); its gradient is summed apart from the others.
         shared = layout.pp > 1 and run.architecture.num_mtp_layers > 0
-        alone = {place for place, weight in enumerate(weights) if shared and weight.component == "embedding"}
+        alone = {
+            place
+            for place, weight in enumerate(weights)
+            if shared and weight.component == "embedding"
+        }
         size = bucket_size(run, world_size, stage=stage, chunk=chunk)
         total += evenly_divided([weight.numel for weight in weights], ranks, size, alone=alone)
     return total
 
 
 def _replicas(layout: Layout, world_size: int) -> dict[str, int]:
-    """Return how many ranks hold the same weights, by group; experts are one if their ranks are not the others'."""
+    """Return how many ranks hold the same weights, by group; experts are one if their ranks are not
+    the others'."""
     ranks = {"dense": layout.data_parallel(world_size) * layout.cp}
     if experts_apart(layout):
         ranks["experts"] = layout.expert_data_parallel(world_size)
@@ -265,7 +328,8 @@ def _replicas(layout: Layout, world_size: int) -> dict[str, int]:
 
 
 def experts_apart(layout: Layout) -> bool:
-    """Whether experts are reduced in groups of their own (core/tensor_parallel/layers.py:961, 0.19.2)."""
+    """Whether experts are reduced in groups of their own (core/tensor_parallel/layers.py:961,
+    0.19.2)."""
     return layout.ep > 1 or layout.etp != layout.tp
 
 

@@ -1,4 +1,5 @@
-"""From a recipe's name or a run file to a resolved run, and the ranks and device it is meant for."""
+"""From a recipe's name or a run file to a resolved run, and the ranks and device it is meant
+for."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from mellum2_megatron.recipes import recipe
 
 
 def plan(run: Run, device: str, nproc: int | None) -> tuple[Device, int]:
-    """Return the device and the ranks that a run is meant for, whether this machine has them or not.
+    """Return the device and the ranks that a run is meant for, whether this machine has them or
+    not.
 
-    "auto" means this machine, unless the run breaks a rule here that it keeps on GPUs (FP8, say): then it means those.
+    "auto" means this machine, unless the run breaks a rule here that it keeps on GPUs (FP8, say):
+    then it means those.
 
     Raises:
         InputError: `device` is none of "auto", "cpu" and "cuda".
@@ -32,11 +35,14 @@ def plan(run: Run, device: str, nproc: int | None) -> tuple[Device, int]:
 
 
 def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = None) -> Run:
-    """Return the run of a recipe or a YAML file with overrides applied and an output folder named."""
+    """Return the run of a recipe or a YAML file with overrides applied and an output folder
+    named."""
     run = read_run(Path(name)) if name.endswith((".yaml", ".yml")) else recipe(name)
     run = apply_overrides(run, overrides)
     folder = output or Path(run.checkpoint.output or Path("runs") / run.name)
-    return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, output=str(folder)))
+    return dataclasses.replace(
+        run, checkpoint=dataclasses.replace(run.checkpoint, output=str(folder))
+    )
 
 
 def resolve_device(device: str) -> Device:
@@ -46,7 +52,9 @@ def resolve_device(device: str) -> Device:
         InputError: another word, or "cuda" without a usable GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {device}", rule="there are auto, cpu and cuda", fix="use one of them")
+        raise InputError(
+            f"--device {device}", rule="there are auto, cpu and cuda", fix="use one of them"
+        )
     if device != "cpu" and _has_driver():
         import torch
 
@@ -58,7 +66,8 @@ def resolve_device(device: str) -> Device:
 
 
 def _has_driver() -> bool:
-    """Whether NVIDIA's driver library loads: without it torch finds no GPU either, and takes seconds to say so."""
+    """Whether NVIDIA's driver library loads: without it torch finds no GPU either, and takes
+    seconds to say so."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -67,7 +76,8 @@ def _has_driver() -> bool:
 
 
 def default_nproc(run: Run, device: Device) -> int:
-    """Return the ranks that `train` starts when not told: every GPU, or the fewest that the layout needs on a CPU."""
+    """Return the ranks that `train` starts when not told: every GPU, or the fewest that the layout
+    needs on a CPU."""
     if device == "cuda":
         import torch
 

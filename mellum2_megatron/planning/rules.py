@@ -1,4 +1,5 @@
-"""Known-bad combinations, found before a process is started: `mellum2 doctor` prints them, `train` refuses on them.
+"""Known-bad combinations, found before a process is started: `mellum2 doctor` prints them, `train`
+refuses on them.
 
 A rule is a small function from a `Situation` to the errors it finds (none is good). To add one::
 
@@ -45,7 +46,8 @@ class Situation:
 
     @property
     def layout_fits(self) -> bool:
-        """Whether the layout divides model, sequence and ranks; what follows from it has no meaning otherwise."""
+        """Whether the layout divides model, sequence and ranks; what follows from it has no meaning
+        otherwise."""
         return not list(layout_fits.find(self))
 
 
@@ -92,7 +94,9 @@ def rule(*, evidence: str, machine: bool = False) -> Callable[[Callable[[Situati
     def register(find: Callable[[Situation], Found]) -> Rule:
         name = find.__name__.replace("_", "-")
         statement = (find.__doc__ or "").strip().partition("\n")[0]
-        RULES.append(Rule(name=name, statement=statement, evidence=evidence, find=find, machine=machine))
+        RULES.append(
+            Rule(name=name, statement=statement, evidence=evidence, find=find, machine=machine)
+        )
         return RULES[-1]
 
     return register
@@ -105,28 +109,47 @@ def check(run: Run, world_size: int, device: Device, *, machine: bool = True) ->
         run: a resolved run.
         world_size: ranks to be started.
         device: what they compute on.
-        machine: also check the files and packages of this machine; False where the run is for another one.
+        machine: also check the files and packages of this machine; False where the run is for
+            another one.
     """
     situation = Situation(run=run, world_size=world_size, device=device)
     return [
-        Violation(name=each.name, value=found.value, rule=found.rule, fix=found.fix, evidence=each.evidence)
+        Violation(
+            name=each.name,
+            value=found.value,
+            rule=found.rule,
+            fix=found.fix,
+            evidence=each.evidence,
+        )
         for each in RULES
         if machine or not each.machine
         for found in each.find(situation)
     ]
 
 
-def enforce(run: Run, world_size: int, device: Device, *, machine: bool = True, without: Collection[str] = ()) -> None:
-    """Refuse a run that breaks a rule; arguments as for `check`, and names of rules that do not matter here.
+def enforce(
+    run: Run,
+    world_size: int,
+    device: Device,
+    *,
+    machine: bool = True,
+    without: Collection[str] = (),
+) -> None:
+    """Refuse a run that breaks a rule; arguments as for `check`, and names of rules that do not
+    matter here.
 
     Raises:
         InputError: with all violations.
     """
-    violations = [each for each in check(run, world_size, device, machine=machine) if each.name not in without]
+    violations = [
+        each for each in check(run, world_size, device, machine=machine) if each.name not in without
+    ]
     if len(violations) == 1:
         raise InputError(violations[0].value, rule=violations[0].rule, fix=violations[0].fix)
     if violations:
-        listed = "".join(f"\n  {number}. {violation}" for number, violation in enumerate(violations, 1))
+        listed = "".join(
+            f"\n  {number}. {violation}" for number, violation in enumerate(violations, 1)
+        )
         raise InputError(
             f"run {run.name} on {world_size} {device} rank{'s' * (world_size != 1)}",
             rule=f"breaks {len(violations)} rules",
@@ -154,15 +177,22 @@ def sequence_in_context(at: Situation) -> Found:
         )
 
 
-@rule(evidence="megatron/core/num_microbatches_calculator.py:580 and training/arguments.py:694 (0.19.2)")
+@rule(
+    evidence="megatron/core/num_microbatches_calculator.py:580 and training/arguments.py:694 (0.19.2)"
+)
 def batches_divide(at: Situation) -> Found:
     """Every batch is whole micro-batches on every data-parallel rank."""
     if not at.layout_fits:
         return
     micro, ranks = at.run.schedule.micro_batch_size, at.data_parallel
-    sizes = {f"schedule.batch_schedule: {size} sequences": size for _, size in at.run.schedule.batch_schedule}
+    sizes = {
+        f"schedule.batch_schedule: {size} sequences": size
+        for _, size in at.run.schedule.batch_schedule
+    }
     if at.run.logging.eval_batch_size is not None:
-        sizes[f"logging.eval_batch_size={at.run.logging.eval_batch_size}"] = at.run.logging.eval_batch_size
+        sizes[f"logging.eval_batch_size={at.run.logging.eval_batch_size}"] = (
+            at.run.logging.eval_batch_size
+        )
     for given, size in sizes.items():
         unit = micro * ranks
         if size % unit:
@@ -201,7 +231,8 @@ def bf16_layers_exist(at: Situation) -> Found:
             yield InputError(
                 f"precision.{name}={value}",
                 rule=f"a pipeline stage has num_hidden_layers / layout.pp = {layers} layers",
-                fix=f"use at most {layers}" + (", or precision.compute=bf16" if at.run.layout.pp == 1 else ""),
+                fix=f"use at most {layers}"
+                + (", or precision.compute=bf16" if at.run.layout.pp == 1 else ""),
             )
 
 
@@ -247,7 +278,9 @@ def bf16_projection_gathers_bf16(at: Situation) -> Found:
         )
 
 
-@rule(evidence="megatron/core/transformer/transformer_config.py: FP8 needs Transformer Engine modules (0.19.2)")
+@rule(
+    evidence="megatron/core/transformer/transformer_config.py: FP8 needs Transformer Engine modules (0.19.2)"
+)
 def fp8_has_kernels(at: Situation) -> Found:
     """FP8 runs on Transformer Engine."""
     if at.run.precision.compute == "fp8" and at.backend != "te":
@@ -268,7 +301,8 @@ def fp8_dimensions(at: Situation) -> Found:
     sizes = {
         "architecture.hidden_size": model.hidden_size,
         "architecture.num_attention_heads * head_dim / layout.tp": queries // layout.tp,
-        "architecture.moe_intermediate_size / layout.etp": model.moe_intermediate_size // layout.etp,
+        "architecture.moe_intermediate_size / layout.etp": model.moe_intermediate_size
+        // layout.etp,
     }
     for what, size in sizes.items():
         if size % 16:
@@ -279,19 +313,25 @@ def fp8_dimensions(at: Situation) -> Found:
             )
 
 
-@rule(evidence="Transformer Engine has no CPU kernels; the flex dispatcher needs DeepEP or HybridEP on GPUs")
+@rule(
+    evidence="Transformer Engine has no CPU kernels; the flex dispatcher needs DeepEP or HybridEP on GPUs"
+)
 def cpu_has_it(at: Situation) -> Found:
     """A CPU run asks only for what exists on a CPU."""
     if at.device != "cpu":
         return
     if at.run.backend == "te":
-        yield InputError("backend=te on cpu", rule="Transformer Engine runs on GPUs only", fix="set backend=auto")
+        yield InputError(
+            "backend=te on cpu", rule="Transformer Engine runs on GPUs only", fix="set backend=auto"
+        )
     if at.run.layout.dispatcher == "flex":
         fix = "set layout.dispatcher=alltoall"
         yield InputError("layout.dispatcher=flex on cpu", rule="its kernels are for GPUs", fix=fix)
 
 
-@rule(evidence="megatron/core/dist_checkpointing/strategies/filesystem_async.py (0.19.2): CUDA streams")
+@rule(
+    evidence="megatron/core/dist_checkpointing/strategies/filesystem_async.py (0.19.2): CUDA streams"
+)
 def async_save_on_gpu(at: Situation) -> Found:
     """Checkpoints are written in the background on GPUs only."""
     if at.device == "cpu" and at.run.checkpoint.async_save:
@@ -305,7 +345,11 @@ def async_save_on_gpu(at: Situation) -> Found:
 @rule(evidence="this machine", machine=True)
 def packages_present(at: Situation) -> Found:
     """The packages that the run asks for are installed."""
-    if at.backend == "te" and at.device == "cuda" and importlib.util.find_spec("transformer_engine") is None:
+    if (
+        at.backend == "te"
+        and at.device == "cuda"
+        and importlib.util.find_spec("transformer_engine") is None
+    ):
         yield InputError(
             f"backend={at.run.backend}, te on a GPU",
             rule="Transformer Engine is not installed here",
@@ -321,8 +365,11 @@ def packages_present(at: Situation) -> Found:
 
 @rule(evidence="this machine", machine=True)
 def data_present(at: Situation) -> Found:
-    """The corpus and its tokenizer are there, the tokens are the model's, and their index has a place."""
-    from mellum2_megatron.data.feed.datasets import check_data  # numpy: not needed to plan a run elsewhere
+    """The corpus and its tokenizer are there, the tokens are the model's, and their index has a
+    place."""
+    from mellum2_megatron.data.feed.datasets import (
+        check_data,
+    )  # numpy: not needed to plan a run elsewhere
 
     cache = Path(at.run.data.cache or Path(at.run.data.path) / "cache")
     try:
@@ -334,7 +381,8 @@ def data_present(at: Situation) -> Found:
 
 
 def _resumed_folder(at: Situation) -> Path | None:
-    """Return the folder whose state the run goes on from; None if it starts anew, or nothing tells what made it."""
+    """Return the folder whose state the run goes on from; None if it starts anew, or nothing tells
+    what made it."""
     checkpoint = at.run.checkpoint
     if checkpoint.output is None:
         return None
@@ -343,7 +391,9 @@ def _resumed_folder(at: Situation) -> Path | None:
 
 
 def _run_of(root: Path) -> Run:
-    from mellum2_megatron.checkpoint import read_run  # reads tokenizers: not needed to plan a run elsewhere
+    from mellum2_megatron.checkpoint import (
+        read_run,
+    )  # reads tokenizers: not needed to plan a run elsewhere
 
     return read_run(root / RUN_FILE)
 
@@ -385,14 +435,19 @@ def resume_fits(at: Situation) -> Found:
 
 
 FROM_CHECKPOINT = {
-    **dict.fromkeys(("lr", "min_lr"), "Megatron finds its parameter groups by their rates, and finds none"),
-    **dict.fromkeys(("muon_router", "muon_mtp_projection"), "the other optimizer has no state for those weights"),
+    **dict.fromkeys(
+        ("lr", "min_lr"), "Megatron finds its parameter groups by their rates, and finds none"
+    ),
+    **dict.fromkeys(
+        ("muon_router", "muon_mtp_projection"), "the other optimizer has no state for those weights"
+    ),
     **dict.fromkeys(
         ("muon_momentum", "adam_beta1", "adam_beta2", "adam_eps"),
         "Megatron goes on with the checkpoint's value without a word",
     ),
 }
-"""Fields of the optimizer that cannot change when its state is loaded, and what happens if they do."""
+"""Fields of the optimizer that cannot change when its state is loaded, and what happens if they
+do."""
 
 
 @rule(

@@ -1,7 +1,7 @@
 """Stages that follow each other: each a run of its own, which goes on from the one before it.
 
-`stage_chain` resolves them together, for a launcher that submits all of them at once; `check_predecessor` looks for
-what a single stage goes on from. No torch: both run on a login node.
+`stage_chain` resolves them together, for a launcher that submits all of them at once;
+`check_predecessor` looks for what a single stage goes on from. No torch: both run on a login node.
 """
 
 from __future__ import annotations
@@ -33,21 +33,26 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
     """Return the stages as runs whose folders lie in ``root``, each going on from the former's.
 
     Args:
-        stages: names of recipes, or runs (with overrides applied), in the order in which they run. All but the first
-            go on from another run (`checkpoint.continue_from` or `checkpoint.load`); which one is set here.
+        stages: names of recipes, or runs (with overrides applied), in the order in which they run.
+            All but the first go on from another run (`checkpoint.continue_from` or
+            `checkpoint.load`); which one is set here.
         root: folder of the runs' folders, which have the runs' names.
 
     Raises:
-        InputError: an unknown recipe, two stages of one name, a stage that starts anew, or two that do not follow:
-            data or schedule that begin elsewhere, another architecture or optimizer.
+        InputError: an unknown recipe, two stages of one name, a stage that starts anew, or two that
+            do not follow: data or schedule that begin elsewhere, another architecture or optimizer.
     """
     runs = [recipe(stage) if isinstance(stage, str) else stage for stage in stages]
     if not runs:
-        raise InputError("no stages", rule="a chain has one or more", fix="name recipes, see `mellum2 recipes`")
+        raise InputError(
+            "no stages", rule="a chain has one or more", fix="name recipes, see `mellum2 recipes`"
+        )
     for number, run in enumerate(runs):
         if run.name in [earlier.name for earlier in runs[:number]]:
             raise InputError(
-                f"stage {run.name}", rule="is in the chain twice, and would find its own folder", fix="name it once"
+                f"stage {run.name}",
+                rule="is in the chain twice, and would find its own folder",
+                fix="name it once",
             )
     chain = [_placed(runs[0], root)]
     for before, after in itertools.pairwise(runs):
@@ -62,7 +67,8 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
 
 
 def check_predecessor(run: Run) -> None:
-    """Check that what a stage goes on from is there and finished. Not for a chain's later stages: it will be.
+    """Check that what a stage goes on from is there and finished. Not for a chain's later stages:
+    it will be.
 
     A run that resumes its own folder needs nothing else.
 
@@ -77,7 +83,9 @@ def check_predecessor(run: Run) -> None:
     if given is None:
         return
     folder, key = Path(given), f"checkpoint.{which}={given}"
-    is_iteration = folder.is_dir() and (folder.name == RELEASE or iteration_number(folder.name) is not None)
+    is_iteration = folder.is_dir() and (
+        folder.name == RELEASE or iteration_number(folder.name) is not None
+    )
     if not (folder / TRACKER_FILE).is_file() and not is_iteration:
         first = f"train {folder.name} first, or " if folder.name in recipe_names() else ""
         raise InputError(
@@ -100,7 +108,9 @@ def _require_finished(run: Run, root: Path, key: str, which: str) -> None:
     if step is None or reached >= wanted:
         return
     instead = (
-        f", or start from it as it is: checkpoint.load={find_checkpoint(root).iteration_dir}" if which == "load" else ""
+        f", or start from it as it is: checkpoint.load={find_checkpoint(root).iteration_dir}"
+        if which == "load"
+        else ""
     )
     raise InputError(
         key,
@@ -110,14 +120,21 @@ def _require_finished(run: Run, root: Path, key: str, which: str) -> None:
 
 
 def _placed(run: Run, root: Path) -> Run:
-    return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, output=str(root / run.name)))
+    return dataclasses.replace(
+        run, checkpoint=dataclasses.replace(run.checkpoint, output=str(root / run.name))
+    )
 
 
 def _require_following(before: Run, after: Run) -> None:
     """Check that ``after`` goes on where ``before`` ends."""
     checkpoint = after.checkpoint
     if checkpoint.continue_from is not None and checkpoint.load is not None:
-        raise _broken(before, after, "names both checkpoint.load and checkpoint.continue_from", "set one to null")
+        raise _broken(
+            before,
+            after,
+            "names both checkpoint.load and checkpoint.continue_from",
+            "set one to null",
+        )
     if checkpoint.continue_from is not None:
         _require_continuation(before, after)
     elif checkpoint.load is not None:
@@ -135,7 +152,12 @@ def _require_following(before: Run, after: Run) -> None:
 def _require_continuation(before: Run, after: Run) -> None:
     if after.architecture != before.architecture:
         names = ", ".join(_differing(before.architecture, after.architecture))
-        raise _broken(before, after, f"has another architecture ({names})", "use one, or checkpoint.load for weights")
+        raise _broken(
+            before,
+            after,
+            f"has another architecture ({names})",
+            "use one, or checkpoint.load for weights",
+        )
     ends, first = before.schedule.train_samples, after.data.first_sample
     if first not in (0, ends):
         raise _broken(
@@ -168,7 +190,9 @@ def _require_continuation(before: Run, after: Run) -> None:
 
 
 def _require_weights(before: Run, after: Run) -> None:
-    names = [name for name in _differing(before.architecture, after.architecture) if name not in ROTATION]
+    names = [
+        name for name in _differing(before.architecture, after.architecture) if name not in ROTATION
+    ]
     if names:
         raise _broken(
             before, after, f"has another architecture ({', '.join(names)})",

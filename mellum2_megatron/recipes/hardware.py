@@ -1,4 +1,5 @@
-"""The machines that recipes are written for, each with its parallel layout and the source of its size."""
+"""The machines that recipes are written for, each with its parallel layout and the source of its
+size."""
 
 from __future__ import annotations
 
@@ -38,10 +39,18 @@ def _h200(gpus: int, source: str, long_source: str) -> Hardware:
     )
 
 
-H200_256 = _h200(256, "report §3: 32 nodes of 8 H200", "ours: the nodes that the report's pre-training began with (§3)")
+H200_256 = _h200(
+    256,
+    "report §3: 32 nodes of 8 H200",
+    "ours: the nodes that the report's pre-training began with (§3)",
+)
 
 
-H200_128 = _h200(128, "report §3: 16 nodes of 8 H200, as later in the training", "report §5.1: 16 nodes of 8 H200")
+H200_128 = _h200(
+    128,
+    "report §3: 16 nodes of 8 H200, as later in the training",
+    "report §5.1: 16 nodes of 8 H200",
+)
 
 
 H200_8 = _h200(8, "ours: the same training on one node", "ours: the same training on one node")

@@ -1,12 +1,14 @@
-"""The report's training of Mellum 2 as runs: three phases of one schedule, then long context, at several sizes.
+"""The report's training of Mellum 2 as runs: three phases of one schedule, then long context, at
+several sizes.
 
-A phase is a run of its own, with its own data and folder, and the same training: it goes on from the former's last
-checkpoint with weights, optimizer state, step and sample count (`checkpoint.continue_from`), so that step 1 is the
-first of phase 1 and step 323,459 the last of phase 3, under one learning-rate schedule. The long-context stage has a
-schedule of its own and takes the weights of phase 3.
+A phase is a run of its own, with its own data and folder, and the same training: it goes on from
+the former's last checkpoint with weights, optimizer state, step and sample count
+(`checkpoint.continue_from`), so that step 1 is the first of phase 1 and step 323,459 the last of
+phase 3, under one learning-rate schedule. The long-context stage has a schedule of its own and
+takes the weights of phase 3.
 
-`Training` is what differs between the 12B, a slice of it that fits one GPU, and a tiny one (tiny.py); the stages of all
-of them are built by the same functions.
+`Training` is what differs between the 12B, a slice of it that fits one GPU, and a tiny one
+(tiny.py); the stages of all of them are built by the same functions.
 """
 
 from __future__ import annotations
@@ -16,11 +18,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.config import Checkpoint, Data, Layout, Logging, Loss, Optimizer, Precision, Run, Schedule
+from mellum2_megatron.config import (
+    Checkpoint,
+    Data,
+    Layout,
+    Logging,
+    Loss,
+    Optimizer,
+    Precision,
+    Run,
+    Schedule,
+)
 from mellum2_megatron.recipes.hardware import H200_1, H200_8, H200_128, H200_256, Hardware
 
 OPERATION = "ours: how the run is operated"
-STABILITY = "ours: report §3.6 tells of spikes and their cause, not of a rule for steps that have one"
+STABILITY = (
+    "ours: report §3.6 tells of spikes and their cause, not of a rule for steps that have one"
+)
 
 SEQUENCE_LENGTH = 8192
 """Tokens a sequence up to the long-context stage (report §2)."""
@@ -34,8 +48,9 @@ TRAIN_STEPS = 323_459
 RAMP_STEPS = 12_128
 """Steps at 2,048 sequences before the batch doubles.
 
-The report gives neither the length nor the shape of the ramp. With one step from 2,048 to 4,096 its two totals leave no
-choice: 323,459 steps see 10.65T tokens (report §3) only if about 12,128 of them were half as large.
+The report gives neither the length nor the shape of the ramp. With one step from 2,048 to 4,096 its
+two totals leave no choice: 323,459 steps see 10.65T tokens (report §3) only if about 12,128 of them
+were half as large.
 """
 
 LONG_SEQUENCES = 256
@@ -48,7 +63,8 @@ class Phase:
 
     Attributes:
         name: the report's.
-        tokens: seen in it (report §3); the three round to 10.66T, 0.01T more than the whole, which ends the last one.
+        tokens: seen in it (report §3); the three round to 10.66T, 0.01T more than the whole, which
+            ends the last one.
         schedule: what the learning rate does.
     """
 
@@ -71,7 +87,8 @@ class Training:
     Attributes:
         name: beginning of the recipes' names.
         title: the same in their descriptions.
-        architecture, long_architecture: the model of the phases, and with the long-context stage's rotation.
+        architecture, long_architecture: the model of the phases, and with the long-context stage's
+            rotation.
         schedule, ends: of the three phases, and the sample after the last one of each.
         tokens: a phase's, for its description.
         long_schedule, long_lr: of the long-context stage.
@@ -140,7 +157,11 @@ def _training_12b() -> Training:
         ends=ends,
         tokens=tuple(f"{phase.tokens / 1e12:g}T tokens at 8K" for phase in PHASES),
         long_schedule=Schedule.from_steps(
-            train_steps=3_500, warmup_steps=100, decay_steps=500, batch_sizes=((0, LONG_SEQUENCES),), micro_batch_size=1
+            train_steps=3_500,
+            warmup_steps=100,
+            decay_steps=500,
+            batch_sizes=((0, LONG_SEQUENCES),),
+            micro_batch_size=1,
         ),
         long_lr=3e-5,
         optimizer=Optimizer(),
@@ -159,7 +180,13 @@ def _training_12b() -> Training:
 
 SCHEDULE_KEYS = tuple(
     f"schedule.{name}"
-    for name in ("train_samples", "horizon_samples", "warmup_samples", "decay_samples", "batch_schedule")
+    for name in (
+        "train_samples",
+        "horizon_samples",
+        "warmup_samples",
+        "decay_samples",
+        "batch_schedule",
+    )
 )
 """What a training with a schedule of its own says other sources for."""
 
@@ -170,7 +197,11 @@ SLICE_SEQUENCE_LENGTH = 32_768
 def _training_4layer() -> Training:
     """The slice: 1,000 steps of the phases, in the report's proportions."""
     whole = Schedule.from_steps(
-        train_steps=1_000, warmup_steps=50, decay_steps=150, batch_sizes=((0, 32), (100, 64)), micro_batch_size=2
+        train_steps=1_000,
+        warmup_steps=50,
+        decay_steps=150,
+        batch_sizes=((0, 32), (100, 64)),
+        micro_batch_size=2,
     )
     steps = (588, 845, 1_000)
     ends = tuple(map(whole.samples, steps))
@@ -180,7 +211,9 @@ def _training_4layer() -> Training:
         "architecture.num_hidden_layers": "ours: one period of the attention pattern",
         "layout": "ours: one GPU",
     }
-    lengths = "report §3: WHD and a batch that doubles; its lengths are ours, in the report's proportions"
+    lengths = (
+        "report §3: WHD and a batch that doubles; its lengths are ours, in the report's proportions"
+    )
     return replace(
         full,
         name="mellum2_4layer",
@@ -194,9 +227,16 @@ def _training_4layer() -> Training:
             for first, end in zip((0, *ends), ends, strict=False)
         ),
         long_schedule=Schedule.from_steps(
-            train_steps=100, warmup_steps=5, decay_steps=15, batch_sizes=((0, 16),), micro_batch_size=1
+            train_steps=100,
+            warmup_steps=5,
+            decay_steps=15,
+            batch_sizes=((0, 16),),
+            micro_batch_size=1,
         ),
-        data=tuple(replace(data, first_sample=first) for data, first in zip(full.data, (0, *ends), strict=False)),
+        data=tuple(
+            replace(data, first_sample=first)
+            for data, first in zip(full.data, (0, *ends), strict=False)
+        ),
         long_data=replace(full.long_data, sequence_length=SLICE_SEQUENCE_LENGTH),
         logging=Logging(log_interval=10, eval_interval=200, eval_iterations=8),
         long_logging=Logging(log_interval=5, eval_interval=50, eval_iterations=4),
@@ -214,10 +254,15 @@ def _training_4layer() -> Training:
 
 
 def pretraining_recipes() -> dict[str, Callable[[], Run]]:
-    """Return every recipe of this module by name; a name without hardware is short for the report's own."""
+    """Return every recipe of this module by name; a name without hardware is short for the report's
+    own."""
     big, slice_ = _training_12b(), _training_4layer()
-    found = stage_recipes(big, phases=_named(H200_256, H200_128, H200_8), long=_named(H200_128, H200_256, H200_8))
-    found |= stage_recipes(slice_, phases={f"_{H200_1.suffix}": H200_1}, long={f"_{H200_1.suffix}": H200_1})
+    found = stage_recipes(
+        big, phases=_named(H200_256, H200_128, H200_8), long=_named(H200_128, H200_256, H200_8)
+    )
+    found |= stage_recipes(
+        slice_, phases={f"_{H200_1.suffix}": H200_1}, long={f"_{H200_1.suffix}": H200_1}
+    )
     found["mellum2_4layer_pretrain_1gpu_h200_fp8"] = _four_layers
     return found
 
@@ -229,14 +274,19 @@ def stage_recipes(
 
     Args:
         training: the four stages.
-        phases, long: where the phases and the long-context stage run, by the ending of the recipe's name.
+        phases, long: where the phases and the long-context stage run, by the ending of the recipe's
+            name.
     """
     found: dict[str, Callable[[], Run]] = {}
     for number in range(1, len(PHASES) + 1):
         for ending, hardware in phases.items():
-            found[training.phase_name(number, ending)] = functools.partial(_phase, training, number, ending, hardware)
+            found[training.phase_name(number, ending)] = functools.partial(
+                _phase, training, number, ending, hardware
+            )
     for ending, hardware in long.items():
-        found[f"{training.name}_long_context{ending}"] = functools.partial(_long_context, training, ending, hardware)
+        found[f"{training.name}_long_context{ending}"] = functools.partial(
+            _long_context, training, ending, hardware
+        )
     return found
 
 
@@ -256,7 +306,9 @@ def _phase(training: Training, number: int, ending: str, hardware: Hardware) -> 
         layout=hardware.layout,
         optimizer=training.optimizer,
         loss=Loss(),
-        schedule=replace(whole, train_samples=training.ends[number - 1], horizon_samples=whole.train_samples),
+        schedule=replace(
+            whole, train_samples=training.ends[number - 1], horizon_samples=whole.train_samples
+        ),
         precision=training.precision,
         data=training.data[number - 1],
         logging=training.logging,
@@ -306,7 +358,8 @@ def _long_context(training: Training, ending: str, hardware: Hardware) -> Run:
         data=training.long_data,
         logging=training.long_logging,
         checkpoint=Checkpoint(
-            save_interval=training.long_save_interval, load=f"runs/{training.phase_name(len(PHASES), ending)}"
+            save_interval=training.long_save_interval,
+            load=f"runs/{training.phase_name(len(PHASES), ending)}",
         ),
         sources=_COMMON
         | {
@@ -336,7 +389,11 @@ def _four_layers() -> Run:
         layout=Layout(dp=1),
         optimizer=Optimizer(),
         schedule=Schedule.from_steps(
-            train_steps=2_000, warmup_steps=100, decay_steps=300, batch_sizes=((0, 32), (200, 64)), micro_batch_size=2
+            train_steps=2_000,
+            warmup_steps=100,
+            decay_steps=300,
+            batch_sizes=((0, 32), (200, 64)),
+            micro_batch_size=2,
         ),
         precision=Precision(compute="fp8"),
         data=Data(path="data/phase1", sequence_length=SEQUENCE_LENGTH),

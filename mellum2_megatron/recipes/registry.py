@@ -16,7 +16,8 @@ _RECIPES: dict[str, Callable[..., Run]] = pretraining_recipes() | tiny_recipes()
 
 
 def register(function: Callable[..., Run]) -> Callable[..., Run]:
-    """Make ``function`` available to `recipe` under its own name; its docstring's first line is the description."""
+    """Make ``function`` available to `recipe` under its own name; its docstring's first line is the
+    description."""
     _RECIPES[function.__name__] = function
     return function
 
@@ -42,21 +43,26 @@ def recipe(name: str, **choices: Any) -> Run:
         InputError: an unknown recipe or choice; the message names the nearest.
     """
     if name not in _RECIPES:
-        raise InputError(f"recipe {name!r}", rule="there is no such recipe", fix=nearest(name, _RECIPES))
+        raise InputError(
+            f"recipe {name!r}", rule="there is no such recipe", fix=nearest(name, _RECIPES)
+        )
     function = _RECIPES[name]
     known = inspect.signature(function).parameters
     for choice in choices:
         if choice not in known:
             rule = f"recipe {name} has no such choice"
             raise InputError(
-                f"{choice}={choices[choice]!r}", rule=rule, fix=nearest(choice, known) if known else "drop it"
+                f"{choice}={choices[choice]!r}",
+                rule=rule,
+                fix=nearest(choice, known) if known else "drop it",
             )
     return function(**choices)
 
 
 @register
 def mellum2_tiny_pretrain() -> Run:
-    """A 4-layer Mellum 2 that learns Python source on two CPU cores in minutes; every part of the 12B is in it."""
+    """A 4-layer Mellum 2 that learns Python source on two CPU cores in minutes; every part of the
+    12B is in it."""
     batch = 16
     return Run(
         name="mellum2_tiny_pretrain",

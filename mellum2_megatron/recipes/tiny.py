@@ -1,4 +1,5 @@
-"""Every stage of the training at a size that two CPU cores run in a minute or two: the same stages, the same functions.
+"""Every stage of the training at a size that two CPU cores run in a minute or two: the same stages,
+the same functions.
 
 mellum2 train mellum2_tiny_pretrain_phase1 && mellum2 train mellum2_tiny_pretrain_phase2 && ..
 """
@@ -38,7 +39,11 @@ def tiny_recipes() -> dict[str, Callable[[], Run]]:
 def _training() -> Training:
     native = Mellum2Architecture.preset("mellum2-tiny")
     whole = Schedule.from_steps(
-        train_steps=100, warmup_steps=8, decay_steps=15, batch_sizes=((0, 4), (8, 8)), micro_batch_size=2
+        train_steps=100,
+        warmup_steps=8,
+        decay_steps=15,
+        batch_sizes=((0, 4), (8, 8)),
+        micro_batch_size=2,
     )
     ends = tuple(map(whole.samples, (59, 84, 100)))
     lengths = "as in the report (report §3) in proportion, in a few minutes on two cores"
@@ -50,7 +55,8 @@ def _training() -> Training:
         schedule=whole,
         ends=ends,
         tokens=tuple(
-            f"{(end - first) * SEQUENCE_LENGTH // 1000}K tokens" for first, end in zip((0, *ends), ends, strict=False)
+            f"{(end - first) * SEQUENCE_LENGTH // 1000}K tokens"
+            for first, end in zip((0, *ends), ends, strict=False)
         ),
         long_schedule=Schedule.from_steps(
             train_steps=20, warmup_steps=2, decay_steps=5, batch_sizes=((0, 2),), micro_batch_size=1
@@ -59,7 +65,13 @@ def _training() -> Training:
         optimizer=Optimizer(lr=2e-3, overlap_grad_reduce=False, overlap_param_gather=False),
         precision=Precision(),
         data=tuple(
-            Data(path=DATA, sequence_length=SEQUENCE_LENGTH, workers=0, first_sample=first, seed=number)
+            Data(
+                path=DATA,
+                sequence_length=SEQUENCE_LENGTH,
+                workers=0,
+                first_sample=first,
+                seed=number,
+            )
             for number, first in enumerate((0, *ends[:-1]), 1)
         ),
         long_data=Data(path=DATA, sequence_length=LONG_SEQUENCE_LENGTH, workers=0),

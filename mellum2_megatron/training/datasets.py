@@ -10,9 +10,12 @@ from mellum2_megatron.config import Run
 
 
 def dataset_provider(run: Run, loaded: Callable[[], None]) -> Any:
-    """Return Megatron's dataset provider; the first of our functions to run after a checkpoint is `loaded`."""
+    """Return Megatron's dataset provider; the first of our functions to run after a checkpoint is
+    `loaded`."""
 
-    def provide(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
+    def provide(
+        samples: tuple[int, int, int], vp_stage: int | None = None
+    ) -> tuple[Any, Any, None]:
         from mellum2_megatron.data.feed.continued_training import ContinuedTraining
         from mellum2_megatron.data.feed.datasets import build_datasets
         from mellum2_megatron.data.feed.fixed_validation import FixedValidation

@@ -1,7 +1,9 @@
-"""What a training step looked like, taken from Megatron where it appears and handed to the run's own log.
+"""What a training step looked like, taken from Megatron where it appears and handed to the run's
+own log.
 
-Megatron reports losses, learning rate and gradient norm to a TensorBoard writer on the last rank, one scalar a call.
-`ScalarCapture` takes the writer's place; a wrapper around `training_log` says when a step's scalars are complete.
+Megatron reports losses, learning rate and gradient norm to a TensorBoard writer on the last rank,
+one scalar a call. `ScalarCapture` takes the writer's place; a wrapper around `training_log` says
+when a step's scalars are complete.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class ScalarCapture:
         self.values: dict[str, float] = {}
         self._on_validation = on_validation
 
-    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None, *_: Any, **__: Any) -> None:
+    def add_scalar(
+        self, tag: str, scalar_value: Any, global_step: int | None = None, *_: Any, **__: Any
+    ) -> None:
         """Keep the value of a known name; a validation loss goes out at once."""
         if tag in NAMES:
             self.values[NAMES[tag]] = float(scalar_value)
@@ -79,13 +83,16 @@ class TrainingMetrics:
         @functools.wraps(provider)
         def provide(*args: Any, **kwargs: Any) -> GPTModel:
             model = provider(*args, **kwargs)
-            self._routers += [module for module in model.modules() if isinstance(module, Mellum2Router)]
+            self._routers += [
+                module for module in model.modules() if isinstance(module, Mellum2Router)
+            ]
             return model
 
         return provide
 
     def start(self) -> None:
-        """Open the log and hook into the loop. Called once Megatron is set up and a checkpoint, if any, is loaded."""
+        """Open the log and hook into the loop. Called once Megatron is set up and a checkpoint, if
+        any, is loaded."""
         if self._log is not None:
             return
         from megatron.training import get_args, global_vars, training
@@ -95,7 +102,9 @@ class TrainingMetrics:
         logging, schedule = self.run.logging, self.run.schedule
         self._log = MetricsLogger(
             args.save,
-            rank=world_size - 1 - rank,  # Megatron has losses on the last pipeline stage, hence on the last rank
+            rank=world_size
+            - 1
+            - rank,  # Megatron has losses on the last pipeline stage, hence on the last rank
             world_size=world_size,
             run_name=logging.wandb_name or self.run.name,
             tensorboard=logging.tensorboard,
@@ -107,7 +116,9 @@ class TrainingMetrics:
             total_samples=schedule.train_samples,
         )
         if self._log.last_step("valid") == args.iteration:
-            self._last_validation = args.iteration  # a finished run started again has nothing to add
+            self._last_validation = (
+                args.iteration
+            )  # a finished run started again has nothing to add
         capture = ScalarCapture(self._validated)
         if rank == world_size - 1:
             global_vars._GLOBAL_TENSORBOARD_WRITER = capture
@@ -123,16 +134,31 @@ class TrainingMetrics:
         assert self._log is not None
         self._log.log_event(event.step, event.note, event.values)
 
-    def _logging_steps(self, training_log: Callable[..., Any], capture: ScalarCapture) -> Callable[..., Any]:
-        """Wrap Megatron's `training_log`: it has no hook for the end of a step (training.py:2568, 0.19.2)."""
+    def _logging_steps(
+        self, training_log: Callable[..., Any], capture: ScalarCapture
+    ) -> Callable[..., Any]:
+        """Wrap Megatron's `training_log`: it has no hook for the end of a step (training.py:2568,
+        0.19.2)."""
 
         @functools.wraps(training_log)
         def log(
-            loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
+            loss_dict: Any,
+            total_loss_dict: Any,
+            learning_rate: Any,
+            iteration: int,
+            *args: Any,
+            **kwargs: Any,
         ) -> Any:
-            capture.values.pop("grad_norm", None)  # a skipped update has none, and an earlier one's would stay
-            result = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-            if iteration % self.run.logging.log_interval == 0 or iteration == self.run.schedule.train_steps:
+            capture.values.pop(
+                "grad_norm", None
+            )  # a skipped update has none, and an earlier one's would stay
+            result = training_log(
+                loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
+            )
+            if (
+                iteration % self.run.logging.log_interval == 0
+                or iteration == self.run.schedule.train_steps
+            ):
                 values = dict(capture.values) | self._expert_load()
                 self._log_step(iteration, values)
             return result
@@ -161,7 +187,8 @@ class TrainingMetrics:
             self._log.log_eval(step, values)
 
     def _expert_load(self) -> dict[str, float]:
-        """Return the busiest and the idlest expert of each layer, as shares of an even load. A collective."""
+        """Return the busiest and the idlest expert of each layer, as shares of an even load. A
+        collective."""
         load: dict[str, float] = {}
         for router in self._routers:
             counts = router.last_global_load
@@ -177,5 +204,7 @@ class TrainingMetrics:
         if stages == 1:
             return load
         parts: list[dict[str, float]] = [{} for _ in range(stages)]
-        torch.distributed.all_gather_object(parts, load, group=parallel_state.get_pipeline_model_parallel_group())
+        torch.distributed.all_gather_object(
+            parts, load, group=parallel_state.get_pipeline_model_parallel_group()
+        )
         return {name: value for part in parts for name, value in part.items()}

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m mellum2_megatron.training runs/tiny/run.yaml --device cpu
 
-`mellum2 train` checks the run, writes the file and starts this; the file is the whole truth of the run.
+`mellum2 train` checks the run, writes the file and starts this; the file is the whole truth of the
+run.
 """
 
 from __future__ import annotations
@@ -34,38 +35,56 @@ from mellum2_megatron.faults.stop_request import STOPPED, StopRequest
 from mellum2_megatron.planning.rules import enforce
 from mellum2_megatron.training.datasets import dataset_provider
 from mellum2_megatron.training.step import forward_step
-from mellum2_megatron.upstream.arguments import environment, megatron_arguments
+from mellum2_megatron.upstream import environment, megatron_arguments
 
 _ECHO_SECONDS = 5.0
-"""A rank that failed because of another one waits so long, so that the other's reason is the one that is reported."""
+"""A rank that failed because of another one waits so long, so that the other's reason is the one
+that is reported."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train the run of a YAML file in this process, one rank of `WORLD_SIZE`.
 
     Returns:
-        0, or `STOPPED` (75) after a signal and a save. A failure ends the process: 2 for bad input, 1 at work
-        (`failures.report_failure` says which).
+        0, or `STOPPED` (75) after a signal and a save. A failure ends the process: 2 for bad input,
+        1 at work (`failures.report_failure` says which).
     """
-    parser = argparse.ArgumentParser(prog="python -m mellum2_megatron.training", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mellum2_megatron.training", description=main.__doc__
+    )
     parser.add_argument("run", type=Path, help="resolved run, as `mellum2 train` writes it")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--verbose", action="store_true", help="keep Megatron's own output, and print tracebacks")
-    parser.add_argument("--to-launcher", action="store_true", help="leave what ended this rank to the launcher to tell")
+    parser.add_argument(
+        "--verbose", action="store_true", help="keep Megatron's own output, and print tracebacks"
+    )
+    parser.add_argument(
+        "--to-launcher",
+        action="store_true",
+        help="leave what ended this rank to the launcher to tell",
+    )
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends a rank at once, even inside a collective
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # an interrupt ends a rank at once, even inside a collective
     try:
         done = train(
-            read_run(options.run), device=options.device, verbose=options.verbose, to_launcher=options.to_launcher
+            read_run(options.run),
+            device=options.device,
+            verbose=options.verbose,
+            to_launcher=options.to_launcher,
         )
         import torch
 
         torch.distributed.destroy_process_group()
         if not done:
-            _end(STOPPED)  # at once: a signal that the launcher still sends would be taken for the reason
+            _end(
+                STOPPED
+            )  # at once: a signal that the launcher still sends would be taken for the reason
     except SystemExit:
         raise
-    except BaseException as error:  # a failed save is no Exception (torch/distributed/checkpoint/api.py, 2.15)
+    except (
+        BaseException
+    ) as error:  # a failed save is no Exception (torch/distributed/checkpoint/api.py, 2.15)
         code = report_failure(error, to_launcher=options.to_launcher, verbose=options.verbose)
         if is_echo(error):
             time.sleep(_ECHO_SECONDS)
@@ -74,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """End this process; not by sys.exit, since at exit threads and process groups may wait for ranks that are gone."""
+    """End this process; not by sys.exit, since at exit threads and process groups may wait for
+    ranks that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -109,11 +129,15 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
         remove_fragments(output)
         write_run_folder(run)
         resumed = tracked_iteration(Path(resume_folder(str(output), run.checkpoint.continue_from)))
-        record(output, event="start", world_size=world_size, from_step=resumed, more={"device": device})
+        record(
+            output, event="start", world_size=world_size, from_step=resumed, more={"device": device}
+        )
     with only_complete_checkpoints(output) if rank == 0 else nullcontext(), explained(output):
         try:
             _pretrain(run, world_size, device, stop, watch)
-        except SystemExit as end:  # the way in which Megatron leaves its loop early (training.py:4155)
+        except (
+            SystemExit
+        ) as end:  # the way in which Megatron leaves its loop early (training.py:4155)
             if end.code or not stop.agreed:
                 raise
             return False
@@ -134,12 +158,15 @@ def _watch(run: Run, rank: int, world_size: int, *, to_launcher: bool) -> Watch:
         return int(get_args().curr_iteration) + 1
 
     timeout = run.timeout_minutes * 60
-    return Watch(rank=rank, world_size=world_size, timeout=timeout, end=end, step=step, store=default_store)
+    return Watch(
+        rank=rank, world_size=world_size, timeout=timeout, end=end, step=step, store=default_store
+    )
 
 
 def _activate(device: Device, verbose: bool) -> None:
-    """Make Megatron importable and runnable on `device`; before this nothing of it may be imported."""
-    from mellum2_megatron.upstream import patches as upstream
+    """Make Megatron importable and runnable on `device`; before this nothing of it may be
+    imported."""
+    from mellum2_megatron import upstream
 
     if not verbose:
         upstream.quiet_upstream()
@@ -164,7 +191,10 @@ def _pretrain(run: Run, world_size: int, device: Device, stop: StopRequest, watc
 
     backend = run.resolved_backend(device)
     words = megatron_arguments(run, world_size=world_size, device=device, backend=backend)
-    sys.argv = [sys.argv[0], *words]  # Megatron has no other way in (megatron/training/arguments.py:parse_args)
+    sys.argv = [
+        sys.argv[0],
+        *words,
+    ]  # Megatron has no other way in (megatron/training/arguments.py:parse_args)
     container = pretrain_cfg_container_from_args(parse_and_validate_args())
     metrics = TrainingMetrics(run)
     guard = StepGuard(run.stability, metrics.event)
@@ -181,8 +211,9 @@ def _pretrain(run: Run, world_size: int, device: Device, stop: StopRequest, watc
             dataset_provider(run, loaded),
             ModelType.encoder_or_decoder,
             watch.beating(guard.watching(forward_step)),
-            # Not through the container: in 0.19.2 that path never lays parameters out for layer-wise Muon
-            # (megatron/training/training.py:2040-2061), which then runs without sharding its state.
+            # Not through the container: in 0.19.2 that path never lays parameters out for
+            # layer-wise Muon (megatron/training/training.py:2040-2061), which then runs without
+            # sharding its state.
             model_provider=metrics.watching(run_model_provider(run, backend)),
         )
     finally:

@@ -1,4 +1,5 @@
-"""One micro-batch: this rank's share of the batch, the model's forward pass, and the sum of the loss."""
+"""One micro-batch: this rank's share of the batch, the model's forward pass, and the sum of the
+loss."""
 
 from __future__ import annotations
 
@@ -22,19 +23,28 @@ def forward_step(
     """Run one micro-batch through this stage of the model (Megatron's `forward_step_func`).
 
     Returns:
-        Per-token loss `[b, s]` on the last pipeline stage (hidden states elsewhere), and the function that sums it.
+        Per-token loss `[b, s]` on the last pipeline stage (hidden states elsewhere), and the
+        function that sums it.
     """
     from megatron.core.utils import get_attr_wrapped_model
 
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
     return output, functools.partial(sum_loss, batch["loss_mask"])
 
 
 def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None = None) -> Batch:
-    """Return this rank's share of the next micro-batch, with None for what its pipeline stage does not read.
+    """Return this rank's share of the next micro-batch, with None for what its pipeline stage does
+    not read.
 
-    Tensor-parallel rank 0 reads, the others receive; context parallelism keeps two zigzag chunks of each sequence.
+    Tensor-parallel rank 0 reads, the others receive; context parallelism keeps two zigzag chunks of
+    each sequence.
 
     Returns:
         `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[b, s / cp]`.
@@ -70,13 +80,18 @@ def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None = None) -> Ba
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=mtp_on_this_rank(
-            layout=None, mtp_num_layers=args.mtp_num_layers, ignore_virtual=vp_stage is None, vp_stage=vp_stage
+            layout=None,
+            mtp_num_layers=args.mtp_num_layers,
+            ignore_virtual=vp_stage is None,
+            vp_stage=vp_stage,
         ),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
     return {name: batch.get(name) for name in _TEXT}
 
 
@@ -86,14 +101,16 @@ def sum_loss(
     """Sum the loss over the tokens that count (Megatron's loss function, its three-value form).
 
     Args:
-        loss_mask: `[b, s]`, 1 where the token counts; None on a stage that has no loss, where this is never called.
+        loss_mask: `[b, s]`, 1 where the token counts; None on a stage that has no loss, where this
+            is never called.
         output: per-token loss `[b, s]`, nats.
 
     Raises:
         RuntimeError: the sum is not finite (`failures.explained` puts it in words).
 
     Returns:
-        The sum, the number of tokens, and for the log `{"lm loss": [sum, number]}`; Megatron divides.
+        The sum, the number of tokens, and for the log `{"lm loss": [sum, number]}`; Megatron
+        divides.
     """
     import torch
     from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -102,7 +119,9 @@ def sum_loss(
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1))
     # As Megatron-LM's pretrain_gpt.py; gradients are checked by its DistributedDataParallel.
     get_rerun_state_machine().validate_result(
-        result=loss.detach(), rejection_func=lambda value: not value.isfinite(), message="loss of a micro-batch"
+        result=loss.detach(),
+        rejection_func=lambda value: not value.isfinite(),
+        message="loss of a micro-batch",
     )
     tokens = loss_mask.sum().to(torch.int)
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}

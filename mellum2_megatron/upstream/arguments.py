@@ -1,8 +1,9 @@
-"""Run -> Megatron-LM command line: the one place, in the one direction, where our terms become Megatron's.
+"""Run -> Megatron-LM command line: the one place, in the one direction, where our terms become
+Megatron's.
 
-All flags are those of ``megatron/training/arguments.py`` 0.19.2. The model's own flags come from ``megatron_fields``.
-YaRN has none: it is applied layer by layer in ``model/attention.py``, and Megatron refuses ``yarn`` beside MTP
-(arguments.py:1863-1868).
+All flags are those of ``megatron/training/arguments.py`` 0.19.2. The model's own flags come from
+``megatron_fields``. YaRN has none: it is applied layer by layer in ``model/attention.py``, and
+Megatron refuses ``yarn`` beside MTP (arguments.py:1863-1868).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Backend, Device, Run
 
 
-def megatron_arguments(run: Run, *, world_size: int, device: Device, backend: Backend | None = None) -> list[str]:
+def megatron_arguments(
+    run: Run, *, world_size: int, device: Device, backend: Backend | None = None
+) -> list[str]:
     """Return the arguments that make ``megatron.training.pretrain`` compute ``run``.
 
     Args:
@@ -29,8 +32,14 @@ def megatron_arguments(run: Run, *, world_size: int, device: Device, backend: Ba
     """
     backend = backend or run.resolved_backend(device)
     if device == "cpu" and backend == "te":
-        raise InputError("backend=te on a CPU", rule="Transformer Engine runs on GPUs only", fix="set backend=torch")
-    run.layout.validate(run.architecture, world_size=world_size, sequence_length=run.data.sequence_length)
+        raise InputError(
+            "backend=te on a CPU",
+            rule="Transformer Engine runs on GPUs only",
+            fix="set backend=torch",
+        )
+    run.layout.validate(
+        run.architecture, world_size=world_size, sequence_length=run.data.sequence_length
+    )
     return [
         *architecture_arguments(run.architecture),
         "--max-position-embeddings",
@@ -52,8 +61,8 @@ def megatron_arguments(run: Run, *, world_size: int, device: Device, backend: Ba
 def environment(run: Run) -> dict[str, str]:
     """Return the environment variables that Megatron asserts for this run.
 
-    With tensor or context parallelism it wants one hardware queue up to Hopper, so that communication is issued in
-    program order (arguments.py:1408-1438).
+    With tensor or context parallelism it wants one hardware queue up to Hopper, so that
+    communication is issued in program order (arguments.py:1408-1438).
     """
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if run.layout.tp > 1 or run.layout.cp > 1 else {}
 
@@ -90,8 +99,8 @@ def _experts(run: Run, backend: Backend) -> list[str]:
     if run.loss.per_token:
         words.append("--calculate-per-token-loss")
     if backend == "te":
-        # All three are Transformer Engine kernels; without it router fusion passes validation and fails at run time
-        # (megatron/core/transformer/moe/moe_utils.py:127-129).
+        # All three are Transformer Engine kernels; without it router fusion passes validation and
+        # fails at run time (megatron/core/transformer/moe/moe_utils.py:127-129).
         words += ["--moe-grouped-gemm", "--moe-router-fusion", "--moe-permute-fusion"]
     return words
 
@@ -99,8 +108,8 @@ def _experts(run: Run, backend: Backend) -> list[str]:
 def _optimizer(run: Run) -> list[str]:
     optimizer = run.optimizer
     words = [
-        # With Muon this turns into the layer-wise optimizer, which hands whole matrices to data-parallel ranks
-        # (arguments.py:1670-1686); with Adam it is the usual sharded one.
+        # With Muon this turns into the layer-wise optimizer, which hands whole matrices to
+        # data-parallel ranks (arguments.py:1670-1686); with Adam it is the usual sharded one.
         *("--optimizer", optimizer.name, "--use-distributed-optimizer"),
         *("--lr", str(optimizer.lr), "--min-lr", str(optimizer.min_lr)),
         *("--weight-decay", str(optimizer.weight_decay), "--clip-grad", str(optimizer.clip_grad)),
@@ -131,9 +140,9 @@ def _schedule(run: Run) -> list[str]:
         *("--train-samples", str(schedule.train_samples)),
         *("--lr-warmup-samples", str(schedule.warmup_samples)),
         *("--lr-decay-samples", str(schedule.lr_horizon)),
-        # The run, not the checkpoint, states the schedule: phases extend `train_samples`, which Megatron stores as the
-        # length of the weight-decay schedule and otherwise asserts to be unchanged
-        # (megatron/core/optimizer_param_scheduler.py:333-341).
+        # The run, not the checkpoint, states the schedule: phases extend `train_samples`, which
+        # Megatron stores as the length of the weight-decay schedule and otherwise asserts to be
+        # unchanged (megatron/core/optimizer_param_scheduler.py:333-341).
         "--override-opt-param-scheduler",
     ]
     if schedule.style == "whd":
@@ -144,8 +153,9 @@ def _schedule(run: Run) -> list[str]:
     if len(schedule.batch_schedule) == 1:
         words += ["--global-batch-size", str(schedule.final_batch_size)]
     else:
-        # --rampup-batch-size is accepted and ignored (megatron/core/num_microbatches_calculator.py:79-110). Thresholds
-        # here are tokens, since Megatron hands the calculator its sequence length (global_vars.py:127-136).
+        # --rampup-batch-size is accepted and ignored
+        # (megatron/core/num_microbatches_calculator.py:79-110). Thresholds here are tokens, since
+        # Megatron hands the calculator its sequence length (global_vars.py:127-136).
         tokens = run.data.sequence_length
         steps = " ".join(f"{start * tokens}:{size}" for start, size in schedule.batch_schedule)
         words += ["--step-batch-size-schedule", steps]
@@ -155,7 +165,11 @@ def _schedule(run: Run) -> list[str]:
 def _precision(run: Run) -> list[str]:
     precision = run.precision
     words = ["--bf16"]
-    words.append("--accumulate-allreduce-grads-in-fp32" if precision.grad_reduce_in_fp32 else "--grad-reduce-in-bf16")
+    words.append(
+        "--accumulate-allreduce-grads-in-fp32"
+        if precision.grad_reduce_in_fp32
+        else "--grad-reduce-in-bf16"
+    )
     if precision.compute == "fp8":
         words += ["--fp8-format", precision.fp8_format, "--fp8-recipe", precision.fp8_recipe]
         words += ["--fp8-param-gather"] if precision.fp8_param_gather else []
@@ -169,15 +183,23 @@ def _precision(run: Run) -> list[str]:
 def _data(run: Run) -> list[str]:
     """Return the data flags.
 
-    Tokens are already ids, so Megatron gets no tokenizer but its size: both vocabulary sizes are given, which leaves
-    nothing to pad (``_set_padded_vocab_size``, megatron/core/tokenizers/utils/build_tokenizer.py:140-143).
+    Tokens are already ids, so Megatron gets no tokenizer but its size: both vocabulary sizes are
+    given, which leaves nothing to pad (``_set_padded_vocab_size``,
+    megatron/core/tokenizers/utils/build_tokenizer.py:140-143).
     """
     vocabulary = str(run.architecture.vocab_size)
     eos = run.architecture.eos_token_id
     eod = eos[0] if isinstance(eos, tuple) else eos
     words = [
         *("--seq-length", str(run.data.sequence_length)),
-        *("--tokenizer-type", "NullTokenizer", "--vocab-size", vocabulary, "--padded-vocab-size", vocabulary),
+        *(
+            "--tokenizer-type",
+            "NullTokenizer",
+            "--vocab-size",
+            vocabulary,
+            "--padded-vocab-size",
+            vocabulary,
+        ),
         *("--train-data-path", *_blend(run.data.train_blend)),
         *("--valid-data-path", *_blend(run.data.valid_blend)),
         *("--num-workers", str(run.data.workers)),
@@ -197,7 +219,8 @@ def _blend(blend: tuple[tuple[float, str], ...]) -> list[str]:
 
 
 def _logging(run: Run) -> list[str]:
-    """Return the logging flags; metrics, TensorBoard and W&B are ours, so Megatron's writers stay off."""
+    """Return the logging flags; metrics, TensorBoard and W&B are ours, so Megatron's writers stay
+    off."""
     return [
         *("--log-interval", str(run.logging.log_interval)),
         *("--eval-interval", str(run.logging.eval_interval)),
@@ -214,17 +237,22 @@ def _checkpoint(run: Run) -> list[str]:
     checkpoint = run.checkpoint
     words = ["--ckpt-format", "torch_dist"]
     if checkpoint.output is not None:
-        words += ["--save", checkpoint.output, "--load", resume_folder(checkpoint.output, checkpoint.continue_from)]
+        words += [
+            "--save",
+            checkpoint.output,
+            "--load",
+            resume_folder(checkpoint.output, checkpoint.continue_from),
+        ]
         words += ["--save-interval", str(checkpoint.save_interval)]
     if checkpoint.any_layout:
         words.append("--dist-ckpt-optim-fully-reshardable")
     if checkpoint.async_save:
-        # Without its own process Megatron switches it off after a warning (arguments.py:1741-1746); the other strategy
-        # is a package of its own, nvidia-resiliency-ext.
+        # Without its own process Megatron switches it off after a warning (arguments.py:1741-1746);
+        # the other strategy is a package of its own, nvidia-resiliency-ext.
         words += ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
     if checkpoint.load is not None:
-        # Read only while --load has no checkpoint yet, and then as weights without optimizer state or step count
-        # (megatron/training/checkpointing.py:2095-2106).
+        # Read only while --load has no checkpoint yet, and then as weights without optimizer state
+        # or step count (megatron/training/checkpointing.py:2095-2106).
         words += ["--pretrained-checkpoint", checkpoint.load]
     return words
 
@@ -233,8 +261,9 @@ def _faults(run: Run) -> list[str]:
     return [
         # Collectives give up after our own watch has named the rank that they wait for (watch.py).
         *("--distributed-timeout-minutes", str(math.ceil(run.timeout_minutes) + 1)),
-        # A result that is not a number ends the run at once. The other modes repeat the step to tell a broken GPU from
-        # a diverging run, save what they have, and wait to be started on another node (core/rerun_state_machine.py).
+        # A result that is not a number ends the run at once. The other modes repeat the step to
+        # tell a broken GPU from a diverging run, save what they have, and wait to be started on
+        # another node (core/rerun_state_machine.py).
         *("--rerun-mode", "disabled"),
     ]
 
@@ -244,7 +273,8 @@ def _backend(backend: Backend) -> list[str]:
         return ["--transformer-impl", "transformer_engine"]
     return [
         *("--transformer-impl", "local"),
-        # Kernels of Transformer Engine and apex, on by default (arguments.py and transformer_config.py:2165-2187).
+        # Kernels of Transformer Engine and apex, on by default (arguments.py and
+        # transformer_config.py:2165-2187).
         "--no-rope-fusion",
         "--no-masked-softmax-fusion",
         "--no-gradient-accumulation-fusion",

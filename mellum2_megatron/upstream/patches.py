@@ -1,9 +1,10 @@
 """What every user of the megatron-core 0.19.2 wheel needs worked around, on a GPU as on a CPU.
 
-`activate` applies the table `PATCHES`; call it before training, in any order with megatron's import. Each entry states
-the upstream fact and the version it was read in, and has a test (``tests/upstream/test_patches.py``) that fails when upstream
-no longer needs it. What a subclass can put right is in ``model/`` instead (the router's load counts in float32, for
-one). `quiet_upstream` is a matter of taste.
+`activate` applies the table `PATCHES`; call it before training, in any order with megatron's
+import. Each entry states the upstream fact and the version it was read in, and has a test
+(``tests/upstream/test_patches.py``) that fails when upstream no longer needs it. What a subclass
+can put right is in ``model/`` instead (the router's load counts in float32, for one).
+`quiet_upstream` is a matter of taste.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ def activate() -> None:
 
     Raises:
         InputError: the installed megatron-core is not the one the table was written for.
-        WorkError: psutil is missing: ``core/dist_checkpointing/strategies/filesystem_async.py:665`` (0.19.2) needs it,
-            does not declare it, and would only say so when it writes the first checkpoint.
+        WorkError: psutil is missing: ``core/dist_checkpointing/strategies/filesystem_async.py:665``
+            (0.19.2) needs it, does not declare it, and would only say so when it writes the first
+            checkpoint.
     """
     if importlib.util.find_spec("psutil") is None:
-        raise WorkError("psutil is not installed, and saving a checkpoint needs it", fix="pip install psutil")
-    # core/package_info.py:20 calls git, and adds the revision of whatever repository site-packages lies in.
+        raise WorkError(
+            "psutil is not installed, and saving a checkpoint needs it", fix="pip install psutil"
+        )
+    # core/package_info.py:20 calls git, and adds the revision of whatever repository site-packages
+    # lies in.
     os.environ.setdefault("NO_VCS_VERSION", "1")
     patching.install(PATCHES)
 
@@ -87,11 +92,14 @@ def require_layer_wise_layout(config: Any, model_chunks: Any) -> None:
         model_chunks: the model's chunks, wrapped in DistributedDataParallel.
 
     Raises:
-        InputError: Muon would run its legacy path: gradients all-reduced instead of reduce-scattered, Adam's parameters
-            inside the layer-wise optimizer, parameters broadcast by an uneven all-gather.
+        InputError: Muon would run its legacy path: gradients all-reduced instead of
+            reduce-scattered, Adam's parameters inside the layer-wise optimizer, parameters
+            broadcast by an uneven all-gather.
     """
     ddp_config = getattr(model_chunks[0], "ddp_config", None)
-    if config.use_layer_wise_distributed_optimizer and not getattr(ddp_config, "use_distributed_optimizer", False):
+    if config.use_layer_wise_distributed_optimizer and not getattr(
+        ddp_config, "use_distributed_optimizer", False
+    ):
         raise InputError(
             f"optimizer={config.optimizer} without the layer-wise parameter layout",
             rule="only megatron.training.training.get_model applies it (training.py:1880, 0.19.2); models built "
@@ -121,7 +129,8 @@ def _without_missing_fusion(original: Callable[..., None]) -> Callable[..., None
         from megatron.core.tensor_parallel import layers
 
         if config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available:
-            # For this module alone: Transformer Engine's layers bring the fusion themselves and keep it.
+            # For this module alone: Transformer Engine's layers bring the fusion themselves and
+            # keep it.
             config = copy.copy(config)
             config.gradient_accumulation_fusion = False
         original(self, *args, config=config, **kwargs)
@@ -134,7 +143,8 @@ def _roll_within_documents(original: Callable[..., Any]) -> Callable[..., Any]:
     def roll(
         tensor: torch.Tensor, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the next token of each position within its document, 0 where there is none, and the sum."""
+        """Return the next token of each position within its document, 0 where there is none, and
+        the sum."""
         from mellum2_megatron.model.context_parallel import document_boundaries, next_tokens
 
         assert shifts == -1, "only the next token"
@@ -162,7 +172,12 @@ def _share_mtp_count(original: Callable[..., Any]) -> Callable[..., Any]:
         import torch
         from megatron.core.transformer.multi_token_prediction import roll_tensor
 
-        if cp_group is not None and cp_group.size() > 1 and labels is not None and config.mtp_num_layers == 1:
+        if (
+            cp_group is not None
+            and cp_group.size() > 1
+            and labels is not None
+            and config.mtp_num_layers == 1
+        ):
             mask = torch.ones_like(labels) if loss_mask is None else loss_mask
             shifted = roll_tensor(mask, cp_group=cp_group, packed_seq_params=packed_seq_params)[1]
             counts = torch.stack((mask.sum(), shifted)).float()
@@ -172,7 +187,9 @@ def _share_mtp_count(original: Callable[..., Any]) -> Callable[..., Any]:
             if config.calculate_per_token_loss:
                 config.mtp_loss_scaling_factor = config.mtp_loss_scaling_factor * counted
                 config.calculate_per_token_loss = False
-            share = shifted.clamp(min=1) / predicted.clamp(min=1e-3)  # upstream divides by this rank's own count
+            share = shifted.clamp(min=1) / predicted.clamp(
+                min=1e-3
+            )  # upstream divides by this rank's own count
             compute_language_model_loss = _scaled(compute_language_model_loss, share)
         return original(
             *args,
@@ -188,7 +205,9 @@ def _share_mtp_count(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_mtp_loss
 
 
-def _scaled(function: Callable[..., torch.Tensor], factor: torch.Tensor) -> Callable[..., torch.Tensor]:
+def _scaled(
+    function: Callable[..., torch.Tensor], factor: torch.Tensor
+) -> Callable[..., torch.Tensor]:
     return lambda *args: function(*args) * factor
 
 
@@ -198,7 +217,9 @@ def _count_padded(original: Callable[..., Any]) -> Callable[..., Any]:
         routing_map: Any, reduce_group: Any, topk: int, with_padding_mask: bool = False
     ) -> tuple[Any, Any, Any]:
         """Return the tokens of each expert, of the average rank and of all ranks in the group."""
-        counts, local, total = original(routing_map, reduce_group, topk=topk, with_padding_mask=with_padding_mask)
+        counts, local, total = original(
+            routing_map, reduce_group, topk=topk, with_padding_mask=with_padding_mask
+        )
         if with_padding_mask:
             total = total.round().long()
             local = total / reduce_group.size()
@@ -302,18 +323,25 @@ _NOISY = ("megatron", "emerging_optimizers")
 
 
 def quiet_upstream() -> None:
-    """Hide what Megatron prints, warns and logs below an error; exceptions and logged errors are shown as before.
+    """Hide what Megatron prints, warns and logs below an error; exceptions and logged errors are
+    shown as before.
 
-    Its printed lines go to this module's logger at DEBUG level instead. For the rest of the process.
+    Its printed lines go to this module's logger at DEBUG level instead. For the rest of the
+    process.
     """
     for name in (*_NOISY, "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # It logs an error of a checkpoint's writer and then raises it (core/dist_checkpointing/strategies, 0.19.2).
-    logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
+    # It logs an error of a checkpoint's writer and then raises it
+    # (core/dist_checkpointing/strategies, 0.19.2).
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(
+        logging.CRITICAL
+    )
     warnings.filterwarnings("ignore", module=rf"(.*/)?({'|'.join(_NOISY)})([./]|$)")
     # Loading a checkpoint with the APIs that Megatron still calls (torch 2.15).
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\.")
-    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+    warnings.filterwarnings(
+        "ignore", message="'pin_memory' argument is set as true but no accelerator"
+    )
     if not hasattr(builtins.print, "__wrapped__"):
         builtins.print = _quiet(builtins.print)
 

@@ -1,9 +1,11 @@
-"""Named, versioned replacements of upstream objects, applied the moment the upstream module has been imported.
+"""Named, versioned replacements of upstream objects, applied the moment the upstream module has
+been imported.
 
-A `Patch` says what is replaced, which upstream fact makes it necessary and for which versions that fact was read.
-`install` takes a table of them. Modules that are imported already are patched at once; the others right after they
-have executed, before any other module can do ``from x import y``. Names that other modules of the same distribution
-bound earlier (import cycles) are rebound, so one entry per upstream object is enough.
+A `Patch` says what is replaced, which upstream fact makes it necessary and for which versions that
+fact was read. `install` takes a table of them. Modules that are imported already are patched at
+once; the others right after they have executed, before any other module can do ``from x import y``.
+Names that other modules of the same distribution bound earlier (import cycles) are rebound, so one
+entry per upstream object is enough.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Patch:
             )
 
     def apply(self) -> None:
-        """Replace the target, whose module must be imported, wherever its distribution has bound it. Idempotent."""
+        """Replace the target, whose module must be imported, wherever its distribution has bound
+        it. Idempotent."""
         if self.name in _applied:
             return
         owner: Any = sys.modules[self.module]
@@ -121,7 +124,8 @@ _after_import = _AfterImport()
 
 
 def check_versions(patches: Iterable[Patch]) -> None:
-    """Raise InputError for the first patch that was not written for the installed version of its distribution."""
+    """Raise InputError for the first patch that was not written for the installed version of its
+    distribution."""
     for patch in patches:
         patch.check_version()
 
@@ -130,7 +134,8 @@ def install(patches: Iterable[Patch]) -> None:
     """Apply every patch now or, where its module is not imported yet, as soon as it is.
 
     Raises:
-        InputError: an installed version is not one the patch was written for. Nothing has been patched then.
+        InputError: an installed version is not one the patch was written for. Nothing has been
+            patched then.
     """
     table = list(patches)
     check_versions(table)

@@ -1,4 +1,5 @@
-"""The description against the report's figures, and against transformers' own Mellum on the meta device."""
+"""The description against the report's figures, and against transformers' own Mellum on the meta
+device."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ RELEASED_CONFIG: dict[str, Any] = {  # config.json of the released 128K checkpoi
 }
 BASE_PRETRAIN_CONFIG = RELEASED_CONFIG | {
     "max_position_embeddings": 8192,
-    "rope_parameters": {kind: {"rope_theta": 500000, "rope_type": "default"} for kind in (FULL, SLIDING)},
+    "rope_parameters": {
+        kind: {"rope_theta": 500000, "rope_type": "default"} for kind in (FULL, SLIDING)
+    },
 }
 
 ODD = TINY.replace(  # nothing a multiple of anything else
@@ -112,7 +115,8 @@ VARIANTS = {
 }
 
 
-# -- the report's figures -------------------------------------------------------------------------------------------
+# -- the report's figures
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["mellum2-12b", "mellum2-12b-128k"])
@@ -151,7 +155,8 @@ def test_presets_follow_the_alignment_rule() -> None:
     }
 
 
-# -- against transformers -------------------------------------------------------------------------------------------
+# -- against transformers
+# -------------------------------------------------------------------------------------------
 
 
 def _hf_models(arch: Mellum2Architecture) -> tuple[Any, Any]:
@@ -168,7 +173,9 @@ def _hf_models(arch: Mellum2Architecture) -> tuple[Any, Any]:
 
 def _mtp_weights(mtp: Any) -> dict[str, tuple[int, ...]]:
     shared = ("embed_tokens.", "shared_head.")
-    return {name: tuple(p.shape) for name, p in mtp.named_parameters() if not name.startswith(shared)}
+    return {
+        name: tuple(p.shape) for name, p in mtp.named_parameters() if not name.startswith(shared)
+    }
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "mellum2-12b"])
@@ -188,12 +195,17 @@ def test_trunk_names_and_shapes_equal_what_transformers_saves(name: str) -> None
     arch = VARIANTS[name].replace(num_mtp_layers=0)
     model, _ = _hf_models(arch)
     saved = revert_weight_conversion(model, model.state_dict())
-    assert {p.name: p.shape for p in arch.parameters()} == {key: tuple(value.shape) for key, value in saved.items()}
+    assert {p.name: p.shape for p in arch.parameters()} == {
+        key: tuple(value.shape) for key, value in saved.items()
+    }
 
 
 @pytest.mark.parametrize("arch", [TINY, ODD], ids=["tiny", "odd"])
-def test_transformers_loads_every_listed_tensor_and_misses_none(arch: Mellum2Architecture, tmp_path: Path) -> None:
-    """The MTP names have no saver in transformers, but its loader is strict: a folder of exactly our list must load."""
+def test_transformers_loads_every_listed_tensor_and_misses_none(
+    arch: Mellum2Architecture, tmp_path: Path
+) -> None:
+    """The MTP names have no saver in transformers, but its loader is strict: a folder of exactly
+    our list must load."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -235,11 +247,13 @@ def test_attention_factor_of_the_long_context_preset() -> None:
     assert unset.resolved_attention_factor == 0.1 * math.log(16) + 1
 
 
-# -- FLOPs by brute force -------------------------------------------------------------------------------------------
+# -- FLOPs by brute force
+# -------------------------------------------------------------------------------------------
 
 
 def _flops_by_enumeration(arch: Mellum2Architecture, length: int, mtp: bool) -> int:
-    """Multiply-adds of one sequence, written out per layer and per (query, key) pair, times 2 FLOPs and 3 passes."""
+    """Multiply-adds of one sequence, written out per layer and per (query, key) pair, times 2 FLOPs
+    and 3 passes."""
     h, d, e = arch.hidden_size, arch.head_dim, arch.moe_intermediate_size
     heads, kv = arch.num_attention_heads, arch.num_key_value_heads
 
@@ -255,7 +269,10 @@ def _flops_by_enumeration(arch: Mellum2Architecture, length: int, mtp: bool) -> 
 
     macs = sum(layer(kind) for kind in arch.layer_types) + length * h * arch.vocab_size
     if mtp:
-        macs += sum(layer(kind) + length * 2 * h * h + length * h * arch.vocab_size for kind in arch.mtp_layer_types)
+        macs += sum(
+            layer(kind) + length * 2 * h * h + length * h * arch.vocab_size
+            for kind in arch.mtp_layer_types
+        )
     return macs * 2 * 3
 
 
@@ -272,11 +289,13 @@ def test_mtp_flag_is_nothing_without_an_mtp_layer() -> None:
     assert arch.flops_per_token(64, mtp=True) == arch.flops_per_token(64, mtp=False)
 
 
-# -- config.json ----------------------------------------------------------------------------------------------------
+# -- config.json
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("config", "preset"), [(BASE_PRETRAIN_CONFIG, "mellum2-12b"), (RELEASED_CONFIG, "mellum2-12b-128k")]
+    ("config", "preset"),
+    [(BASE_PRETRAIN_CONFIG, "mellum2-12b"), (RELEASED_CONFIG, "mellum2-12b-128k")],
 )
 def test_released_configs_are_the_presets_both_ways(config: dict[str, Any], preset: str) -> None:
     assert from_hf_config(config) == PRESETS[preset]
@@ -285,7 +304,8 @@ def test_released_configs_are_the_presets_both_ways(config: dict[str, Any], pres
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_config_round_trip_through_transformers(name: str) -> None:
-    """What transformers writes of our config, aliases and all, reads back as the same architecture."""
+    """What transformers writes of our config, aliases and all, reads back as the same
+    architecture."""
     from transformers import MellumConfig
 
     arch = VARIANTS[name]
@@ -322,7 +342,9 @@ def test_truncate_is_read_where_transformers_reads_it(caplog: pytest.LogCaptureF
     from transformers.models.mellum.modeling_mellum import MellumRotaryEmbedding
 
     def frequencies(rope_parameters: dict[str, Any]) -> list[float]:
-        embedding = MellumRotaryEmbedding(MellumConfig(**RELEASED_CONFIG | {"rope_parameters": rope_parameters}))
+        embedding = MellumRotaryEmbedding(
+            MellumConfig(**RELEASED_CONFIG | {"rope_parameters": rope_parameters})
+        )
         return embedding.full_attention_inv_freq.tolist()
 
     entry = RELEASED_CONFIG["rope_parameters"][FULL]
@@ -341,8 +363,15 @@ def test_truncate_is_read_where_transformers_reads_it(caplog: pytest.LogCaptureF
     assert from_hf_config(to_hf_config(arch)) == arch
 
 
-def test_keys_nobody_reads_are_named_and_known_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:
-    extra = {"transformers_version": "5.23.0", "use_cache": False, "auto_map": {}, "torch_dtype": "float32"}
+def test_keys_nobody_reads_are_named_and_known_ones_are_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    extra = {
+        "transformers_version": "5.23.0",
+        "use_cache": False,
+        "auto_map": {},
+        "torch_dtype": "float32",
+    }
     with caplog.at_level(logging.WARNING):
         from_hf_config(BASE_PRETRAIN_CONFIG | extra)
         assert not caplog.records
@@ -369,7 +398,10 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
         ({"mlp_layer_types": ["sparse"] * 27 + ["dense"]}, "mlp_layer_types[27]='dense'"),
         ({"mtp_mlp_layer_types": ["dense"]}, "mtp_mlp_layer_types[0]='dense'"),
         ({"mlp_layer_types": ["sparse"] * 27}, "mlp_layer_types with 27 entries"),
-        ({"num_nextn_predict_layers": 2, "mtp_layer_types": None, "mtp_mlp_layer_types": None}, "num_mtp_layers=2"),
+        (
+            {"num_nextn_predict_layers": 2, "mtp_layer_types": None, "mtp_mlp_layer_types": None},
+            "num_mtp_layers=2",
+        ),
         ({"num_nextn_predict_layers": True}, "num_mtp_layers=True"),
         ({"mtp_layer_types": []}, "mtp_layer_types with 0 entries"),
         ({"layer_types": [SLIDING] * 27}, "layer_types with 27 entries"),
@@ -386,9 +418,15 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
         ({"rms_norm_eps": 0}, "rms_norm_eps=0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling="),
-        ({"rope_parameters": None, "rope_theta": 1e6}, "rope_theta=1000000.0 without rope_parameters"),
+        (
+            {"rope_parameters": None, "rope_theta": 1e6},
+            "rope_theta=1000000.0 without rope_parameters",
+        ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters="),
-        ({"rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 1e4}}}, f"without '{SLIDING}'"),
+        (
+            {"rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 1e4}}},
+            f"without '{SLIDING}'",
+        ),
         (_rope(FULL, rope_type="llama3"), "rope_type='llama3'"),
         (_rope(FULL, partial_rotary_factor=0.25), "partial_rotary_factor=0.25"),
         (_rope(FULL, original_max_position_embeddings="absent"), "of type yarn"),
@@ -407,7 +445,8 @@ def test_what_mellum2_cannot_express_is_refused(changes: dict[str, Any], named: 
         from_hf_config(RELEASED_CONFIG | changes)
 
 
-# -- our own fields -------------------------------------------------------------------------------------------------
+# -- our own fields
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -421,7 +460,9 @@ def test_architecture_json_is_strict() -> None:
     with pytest.raises(InputError, match=r"architecture\.hiden_size.*did you mean 'hidden_size'"):
         Mellum2Architecture.from_dict(values | {"hiden_size": 1})
     with pytest.raises(InputError, match="did you mean 'rope_theta'"):
-        Mellum2Architecture.from_dict(values | {"rope_full_attention": {"rope_type": "default", "rope_teta": 1.0}})
+        Mellum2Architecture.from_dict(
+            values | {"rope_full_attention": {"rope_type": "default", "rope_teta": 1.0}}
+        )
     del values["hidden_size"]
     with pytest.raises(InputError, match="without hidden_size"):
         Mellum2Architecture.from_dict(values)
@@ -435,7 +476,14 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 
 def test_replace_continues_the_pattern_of_layers() -> None:
-    assert RELEASED.replace(num_hidden_layers=6).layer_types == (SLIDING, SLIDING, SLIDING, FULL, SLIDING, SLIDING)
+    assert RELEASED.replace(num_hidden_layers=6).layer_types == (
+        SLIDING,
+        SLIDING,
+        SLIDING,
+        FULL,
+        SLIDING,
+        SLIDING,
+    )
     assert TINY.replace(num_hidden_layers=8).layer_types == TINY.layer_types * 2
     assert TINY.replace(num_mtp_layers=0).mtp_layer_types == ()
     given = (FULL, SLIDING)
@@ -471,7 +519,12 @@ def test_impossible_values_are_refused(changes: dict[str, Any], named: str) -> N
         ({"rope_type": "yarn", "factor": 2.0}, "rope.original_max_position_embeddings=None"),
         ({"rope_type": "linear"}, "rope_type='linear'"),
         (
-            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_fast": 0.5},
+            {
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 0.5,
+            },
             "rope.beta_fast=0.5",
         ),
     ],
@@ -488,5 +541,7 @@ def test_describing_a_model_imports_no_heavy_library() -> None:
         "print([m for m in ('torch', 'megatron', 'transformers', 'numpy') if m in sys.modules])"
     )
     root = REPOSITORY
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

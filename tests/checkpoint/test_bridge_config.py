@@ -66,14 +66,24 @@ def test_headless_and_irregular_models(tmp_path: Path):
     model = run_config(architecture, "float32")["model"]
     assert model["mtp_num_layers"] is None
     assert model["window_attn_skip_freq"] == [0, 1, 1, 0]
-    assert (model["bf16"], model["fp16"], model["params_dtype"]["_target_"]) == (False, False, "torch.float32")
-    full = PRESETS["mellum2-tiny"].replace(layer_types=("full_attention",) * 4, mtp_layer_types=("full_attention",))
+    assert (model["bf16"], model["fp16"], model["params_dtype"]["_target_"]) == (
+        False,
+        False,
+        "torch.float32",
+    )
+    full = PRESETS["mellum2-tiny"].replace(
+        layer_types=("full_attention",) * 4, mtp_layer_types=("full_attention",)
+    )
     assert "window_size" not in run_config(full)["model"]
 
 
 def test_it_offers_weights_alone():
     checkpoint = run_config(LONG)["checkpoint"]
-    assert (checkpoint["save_optim"], checkpoint["save_rng"], checkpoint["fully_parallel_save"]) == (False, False, True)
+    assert (
+        checkpoint["save_optim"],
+        checkpoint["save_rng"],
+        checkpoint["fully_parallel_save"],
+    ) == (False, False, True)
 
 
 def test_unknown_dtype_is_refused(tmp_path: Path):
@@ -89,20 +99,25 @@ def test_writing_needs_neither_torch_nor_bridge(tmp_path: Path):
         "write_run_config(Path(sys.argv[1]), PRESETS['mellum2-tiny'])\n"
         "import json\nprint(json.dumps(sorted({'torch', 'megatron', 'omegaconf', 'transformers'} & set(sys.modules))))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == []
     assert (tmp_path / RUN_CONFIG_FILE).is_file()
 
 
 def test_import_writes_it_into_the_release(tmp_path: Path):
-    """In the iteration's folder and not beside it, where Bridge would take the whole folder for one iteration."""
+    """In the iteration's folder and not beside it, where Bridge would take the whole folder for one
+    iteration."""
     import torch
 
     from conversion.convert import import_hf
     from tests.conversion.folders import write_folder
 
     import_hf(write_folder(tmp_path / "hf", dtype=torch.float16), tmp_path / "megatron")
-    model = yaml.safe_load((tmp_path / "megatron" / "release" / RUN_CONFIG_FILE).read_text())["model"]
+    model = yaml.safe_load((tmp_path / "megatron" / "release" / RUN_CONFIG_FILE).read_text())[
+        "model"
+    ]
     assert (model["num_layers"], model["mtp_num_layers"], model["fp16"]) == (3, 1, True)
     assert not (tmp_path / "megatron" / RUN_CONFIG_FILE).exists()
 
@@ -119,8 +134,12 @@ def test_a_save_writes_it_before_its_manifest(tmp_path: Path, monkeypatch: pytes
     write_architecture(tmp_path, PRESETS["mellum2-tiny"])
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda parts, own: parts.__setitem__(0, own))
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda parts, own: parts.__setitem__(0, own)
+    )
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     saving._write_manifest(folder)
     assert list(read_manifest(folder) or {}) == [RUN_CONFIG_FILE]
-    assert yaml.safe_load((folder / RUN_CONFIG_FILE).read_text()) == run_config(PRESETS["mellum2-tiny"])
+    assert yaml.safe_load((folder / RUN_CONFIG_FILE).read_text()) == run_config(
+        PRESETS["mellum2-tiny"]
+    )

@@ -1,4 +1,5 @@
-"""Checkpoints: what a resume gets back, on the same layout and on others; manifests; which checkpoints are kept."""
+"""Checkpoints: what a resume gets back, on the same layout and on others; manifests; which
+checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -35,9 +36,12 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Checkpoint, Run, to_yaml
 from mellum2_megatron.data.prepared_folder import PreparedData
 from tests.distributed import run_distributed
-from tests.training.test_train import data, losses, small_run, train  # noqa: F401  (fixture)
+from tests.training.test_train import losses, small_run, train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 TENSORS_OF_OPTIMIZER = ("fp32_param", "momentum_buffer", "exp_avg", "exp_avg_sq")
 
@@ -47,7 +51,9 @@ def state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     reader = FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata
     values: dict[str, Any] = {
-        key: torch.full(entry.size, -1, dtype=entry.properties.dtype) if hasattr(entry, "size") else io.BytesIO()
+        key: torch.full(entry.size, -1, dtype=entry.properties.dtype)
+        if hasattr(entry, "size")
+        else io.BytesIO()
         for key, entry in entries.items()
     }
     load(values, storage_reader=reader, no_dist=True)
@@ -84,9 +90,10 @@ def resume(run: Run, nproc: int, copy: Path) -> Path:
     return copy / iteration_folder_name(3)
 
 
-def test_everything_comes_back(trained: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
-    """On the same layout: what was loaded, what it becomes after three more steps, and what was logged on the way."""
-    run = small_run(data, at_step(trained, tmp_path / "run", 3))
+def test_everything_comes_back(trained: Path, small_data: PreparedData, tmp_path: Path) -> None:
+    """On the same layout: what was loaded, what it becomes after three more steps, and what was
+    logged on the way."""
+    run = small_run(small_data, at_step(trained, tmp_path / "run", 3))
     loaded = resume(run, 2, tmp_path / "copy")
     for expected, found in (
         (trained / "iter_0000003", loaded),
@@ -96,15 +103,28 @@ def test_everything_comes_back(trained: Path, data: PreparedData, tmp_path: Path
         found_tensors, found_objects = state(found)
         assert all(any(name in key for key in tensors) for name in TENSORS_OF_OPTIMIZER)
         assert equal(tensors, found_tensors)
-        common, found_common = objects["common_state/shard_0_1"][0], found_objects["common_state/shard_0_1"][0]
+        common, found_common = (
+            objects["common_state/shard_0_1"][0],
+            found_objects["common_state/shard_0_1"][0],
+        )
         for key in ("iteration", "opt_param_scheduler", "num_floating_point_operations_so_far"):
             assert common[key] == found_common[key], key
-        assert common["args"].consumed_train_samples == found_common["args"].consumed_train_samples > 0
+        assert (
+            common["args"].consumed_train_samples == found_common["args"].consumed_train_samples > 0
+        )
         assert equal(common["optimizer"], found_common["optimizer"])  # steps, rates
         generators = {key for key in objects if key.startswith("rng_state")}
         assert generators
         assert all(equal(objects[key], found_objects[key]) for key in generators)
-    for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "samples"):
+    for name in (
+        "lm_loss",
+        "mtp_loss",
+        "aux_loss",
+        "z_loss",
+        "grad_norm",
+        "learning_rate",
+        "samples",
+    ):
         assert losses(tmp_path / "run", name) == losses(trained, name), name
 
 
@@ -123,23 +143,29 @@ def test_another_layout_gets_all_of_it(
     layout: list[str],
     nproc: int,
     trained: Path,
-    data: PreparedData,  # noqa: F811
+    small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    """Saved by two ranks that share the experts: weights and optimizer to the bit, the next losses to rounding."""
-    require_all_of_it(trained, small_run(data, at_step(trained, tmp_path / "run", 3), *layout), nproc)
+    """Saved by two ranks that share the experts: weights and optimizer to the bit, the next losses
+    to rounding."""
+    require_all_of_it(
+        trained, small_run(small_data, at_step(trained, tmp_path / "run", 3), *layout), nproc
+    )
 
 
 @pytest.fixture(scope="module")
-def of_dp2(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def of_dp2(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps of two ranks that have all experts, each of which sees other sequences."""
     return train(small_run(data, tmp_path_factory.mktemp("dp2") / "run", "layout.ep=1"), nproc=2)
 
 
 @pytest.fixture(scope="module")
-def of_cp2(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def of_cp2(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Likewise, each of which sees half of every sequence."""
-    return train(small_run(data, tmp_path_factory.mktemp("cp2") / "run", "layout.ep=1", "layout.cp=2"), nproc=2)
+    return train(
+        small_run(data, tmp_path_factory.mktemp("cp2") / "run", "layout.ep=1", "layout.cp=2"),
+        nproc=2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,22 +178,28 @@ def test_data_and_context_parallelism_change(
     cp: int,
     nproc: int,
     request: pytest.FixtureRequest,
-    data: PreparedData,  # noqa: F811
+    small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
     saved: Path = request.getfixturevalue(source)
-    run = small_run(data, at_step(saved, tmp_path / "run", 3), "layout.ep=1", f"layout.cp={cp}")
+    run = small_run(
+        small_data, at_step(saved, tmp_path / "run", 3), "layout.ep=1", f"layout.cp={cp}"
+    )
     require_all_of_it(saved, run, nproc)
 
 
 def require_all_of_it(source: Path, run: Run, nproc: int) -> None:
-    """Resume a run of another layout at step 3: it gets the state to the bit, and its losses to rounding."""
+    """Resume a run of another layout at step 3: it gets the state to the bit, and its losses to
+    rounding."""
     output = Path(str(run.checkpoint.output))
     loaded = resume(run, nproc, output.with_name("copy"))
     tensors, objects = state(source / "iter_0000003")
     found, found_objects = state(loaded)
     assert equal(tensors, found)
-    common, found_common = objects["common_state/shard_0_1"][0], found_objects["common_state/shard_0_1"][0]
+    common, found_common = (
+        objects["common_state/shard_0_1"][0],
+        found_objects["common_state/shard_0_1"][0],
+    )
     assert common["opt_param_scheduler"] == found_common["opt_param_scheduler"]
     assert steps(found_common["optimizer"]) == steps(common["optimizer"]) == {3}
     for name in ("lm_loss", "mtp_loss", "grad_norm"):
@@ -176,22 +208,37 @@ def require_all_of_it(source: Path, run: Run, nproc: int) -> None:
         assert seen == pytest.approx(expected, rel=2e-2 if name == "grad_norm" else 3e-3), name
 
 
-def test_expert_tensor_parallelism_begins(of_dp2: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
+def test_expert_tensor_parallelism_begins(
+    of_dp2: Path, small_data: PreparedData, tmp_path: Path
+) -> None:
     """Experts get ranks of their own where they shared those of the other weights."""
-    run = small_run(data, at_step(of_dp2, tmp_path / "run", 3), "layout.ep=1", "layout.etp=2")
+    run = small_run(small_data, at_step(of_dp2, tmp_path / "run", 3), "layout.ep=1", "layout.etp=2")
     require_all_of_it(of_dp2, run, 2)
 
 
-def test_and_back_to_expert_parallelism(trained: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
-    """A checkpoint that one process wrote has one parameter group less than two expert-parallel ranks have."""
-    alone = small_run(data, at_step(trained, tmp_path / "alone", 3), "layout.ep=1", "checkpoint.save_interval=4")
+def test_and_back_to_expert_parallelism(
+    trained: Path, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """A checkpoint that one process wrote has one parameter group less than two expert-parallel
+    ranks have."""
+    alone = small_run(
+        small_data,
+        at_step(trained, tmp_path / "alone", 3),
+        "layout.ep=1",
+        "checkpoint.save_interval=4",
+    )
     resume(alone, 1, tmp_path / "copy")
     wrote = tmp_path / "alone" / "iter_0000004"
-    run = small_run(data, at_step(tmp_path / "alone", tmp_path / "back", 4))
+    run = small_run(small_data, at_step(tmp_path / "alone", tmp_path / "back", 4))
     file = tmp_path / "back" / "requested.yaml"
     file.write_text(to_yaml(run))
-    run_distributed("tests.faults.fault_worker:reload", 2, str(file), str(tmp_path / "again"), timeout=300)
-    groups = [len(muon_groups(state(folder)[1])) for folder in (wrote, tmp_path / "again" / "iter_0000004")]
+    run_distributed(
+        "tests.faults.fault_worker:reload", 2, str(file), str(tmp_path / "again"), timeout=300
+    )
+    groups = [
+        len(muon_groups(state(folder)[1]))
+        for folder in (wrote, tmp_path / "again" / "iter_0000004")
+    ]
     assert groups == [1, 2]
     assert equal(state(wrote)[0], state(tmp_path / "again" / "iter_0000004")[0])
     assert losses(tmp_path / "back") == pytest.approx(losses(trained), rel=3e-3)
@@ -210,7 +257,8 @@ def steps(value: Any) -> set[Any]:
     return set().union(*map(steps, value)) if isinstance(value, list) else set()
 
 
-# -- Manifests --------------------------------------------------------------------------------------------------------
+# -- Manifests
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "in the background"])
@@ -220,11 +268,19 @@ def test_every_rank_hashes_what_it_wrote(later: bool, tmp_path: Path) -> None:
     (folder / "__7_0.distcp").write_text("of an earlier save, by more ranks")
     (folder / MANIFEST_FILE).write_text("{}")
     run_distributed("tests.faults.fault_worker:write_manifest", 2, str(folder), later)
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST_FILE}
-    assert sorted(files) == [".metadata", *(f"__{rank}_{n}.distcp" for rank in (0, 1) for n in (0, 1)), "metadata.json"]
+    files = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST_FILE
+    }
+    assert sorted(files) == [
+        ".metadata",
+        *(f"__{rank}_{n}.distcp" for rank in (0, 1) for n in (0, 1)),
+        "metadata.json",
+    ]
     assert json.loads((folder / MANIFEST_FILE).read_text()) == {
         "algorithm": "sha256",
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
+        "files": {
+            name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
+        },
         "sizes": {name: len(content) for name, content in sorted(files.items())},
     }
 
@@ -268,12 +324,12 @@ def check(run: Run) -> None:
 def test_damage_is_noticed_and_the_previous_checkpoint_offered(
     damage: str,
     trained: Path,
-    data: PreparedData,  # noqa: F811
+    small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
     harm, named = DAMAGE[damage]
     output = Path(shutil.copytree(trained, tmp_path / "run"))
-    run = small_run(data, output)
+    run = small_run(small_data, output)
     check(run)
     harm(output / "iter_0000006" / "__1_0.distcp")
     with pytest.raises(InputError, match=named) as caught:
@@ -288,21 +344,25 @@ def test_damage_is_noticed_and_the_previous_checkpoint_offered(
     assert "there is no earlier one" in caught.value.fix
     # A run that only takes the weights is told as well.
     with pytest.raises(InputError, match=named):
-        check(small_run(data, tmp_path / "new", f"checkpoint.load={output}"))
+        check(small_run(small_data, tmp_path / "new", f"checkpoint.load={output}"))
     with pytest.raises(InputError, match=named):
-        check(small_run(data, tmp_path / "new", f"checkpoint.continue_from={output}"))
+        check(small_run(small_data, tmp_path / "new", f"checkpoint.continue_from={output}"))
 
 
-def test_how_much_is_checked_is_an_option(trained: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
+def test_how_much_is_checked_is_an_option(
+    trained: Path,
+    small_data: PreparedData,
+    tmp_path: Path,
+) -> None:
     output = Path(shutil.copytree(trained, tmp_path / "run"))
     flip(output / "iter_0000006" / "__1_0.distcp")
-    check(small_run(data, output, "checkpoint.verify=size"))
+    check(small_run(small_data, output, "checkpoint.verify=size"))
     with pytest.raises(InputError, match="has changed"):
-        check(small_run(data, output))
+        check(small_run(small_data, output))
     cut(output / "iter_0000006" / "__1_0.distcp")
-    check(small_run(data, output, "checkpoint.verify=off"))
+    check(small_run(small_data, output, "checkpoint.verify=off"))
     with pytest.raises(InputError, match="bytes"):
-        check(small_run(data, output, "checkpoint.verify=size"))
+        check(small_run(small_data, output, "checkpoint.verify=size"))
 
 
 def test_a_damaged_manifest_is_damage(trained: Path, tmp_path: Path) -> None:
@@ -342,7 +402,8 @@ def test_shares_cover_every_file_once(trained: Path, monkeypatch: pytest.MonkeyP
     assert sorted(seen) == sorted(read_manifest(trained / "iter_0000006") or {})
 
 
-# -- Which are there --------------------------------------------------------------------------------------------------
+# -- Which are there
+# --------------------------------------------------------------------------------------------------
 
 
 def checkpoints(root: Path, *numbers: int, tracked: int) -> None:
@@ -368,16 +429,21 @@ def test_old_checkpoints_go(
 ) -> None:
     checkpoints(tmp_path, 1, 2, 3, 4, 5, 6, 9, tracked=6)  # someone has set the tracker back from 9
     remove_old(tmp_path, keep_last=keep_last, retain_interval=retain_interval)
-    assert [folder.name for folder in iteration_folders(tmp_path)] == [iteration_folder_name(n) for n in left]
+    assert [folder.name for folder in iteration_folders(tmp_path)] == [
+        iteration_folder_name(n) for n in left
+    ]
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron saves a step twice when the batch grows there, the second time over the newest checkpoint."""
+    """Megatron saves a step twice when the batch grows there, the second time over the newest
+    checkpoint."""
     calls: list[int] = []
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     settings = Checkpoint(output=str(tmp_path), keep_last=1)
-    save = _with_retention(lambda iteration, *_: calls.append(iteration), settings, contextlib.nullcontext)
+    save = _with_retention(
+        lambda iteration, *_: calls.append(iteration), settings, contextlib.nullcontext
+    )
     checkpoints(tmp_path, 2, 3, tracked=3)
     for iteration in (2, 2, 3):
         save(iteration, "model")
@@ -396,7 +462,9 @@ def test_a_fragment_is_never_taken_and_is_removed_at_the_next_start(
     (fragment / "__0_0.distcp").write_text("half")
     (legacy / "mp_rank_00").mkdir(parents=True)  # complete, in Megatron's older format
     assert find_checkpoint(output).iteration == 6
-    with pytest.raises(InputError, match=r"half a checkpoint.*complete: iter_0000002, iter_0000003, iter_0000006"):
+    with pytest.raises(
+        InputError, match=r"half a checkpoint.*complete: iter_0000002, iter_0000003, iter_0000006"
+    ):
         find_checkpoint(fragment)
     remove_fragments(output)
     assert not fragment.exists()

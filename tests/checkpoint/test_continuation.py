@@ -21,14 +21,14 @@ from mellum2_megatron.data.feed.continued_training import ContinuedTraining
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning.rules import check
 from mellum2_megatron.recipes import recipe
-from tests.training.test_train import data, losses, small_run, train, weights  # noqa: F401  (fixture)
+from tests.training.test_train import losses, small_run, train, weights
 
 FIRST = ["schedule.train_samples=16", "schedule.horizon_samples=40"]
 """Three of the six steps of `small_run`."""
 
 
 @pytest.fixture(scope="module")
-def first_phase(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def first_phase(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(small_run(data, tmp_path_factory.mktemp("phases") / "first", *FIRST), nproc=2)
 
 
@@ -36,11 +36,15 @@ def first_phase(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) ->
 def test_two_runs_are_one_training(
     trained: Path,
     first_phase: Path,
-    data: PreparedData,  # noqa: F811
+    small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    """Steps, rates, losses and weights of an uninterrupted run, to the bit, with the first half in another folder."""
-    second = train(small_run(data, tmp_path / "second", f"checkpoint.continue_from={first_phase}"), nproc=2)
+    """Steps, rates, losses and weights of an uninterrupted run, to the bit, with the first half in
+    another folder."""
+    second = train(
+        small_run(small_data, tmp_path / "second", f"checkpoint.continue_from={first_phase}"),
+        nproc=2,
+    )
     for name in ("learning_rate", "lm_loss", "mtp_loss", "aux_loss", "grad_norm", "samples"):
         whole = losses(trained, name)
         assert losses(first_phase, name) | losses(second, name) == whole, name
@@ -51,18 +55,36 @@ def test_two_runs_are_one_training(
 
 
 @pytest.mark.distributed
-def test_a_phase_starts_its_own_data(first_phase: Path, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
-    """Its first step sees what the first step of a fresh run with the same weights and data sees; then it resumes."""
-    own = ["data.first_sample=16", f"checkpoint.continue_from={first_phase}", "checkpoint.save_interval=1"]
-    phase = train(small_run(data, tmp_path / "phase", "schedule.train_samples=24", *own), nproc=2)
-    fresh = ["schedule.batch_schedule=[[0,8]]", "schedule.train_samples=8", "schedule.warmup_samples=0"]
-    fresh += ["schedule.decay_samples=0", f"checkpoint.load={first_phase}", "logging.eval_iterations=0"]
-    alone = train(small_run(data, tmp_path / "fresh", *fresh), nproc=2)
+def test_a_phase_starts_its_own_data(
+    first_phase: Path, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """Its first step sees what the first step of a fresh run with the same weights and data sees;
+    then it resumes."""
+    own = [
+        "data.first_sample=16",
+        f"checkpoint.continue_from={first_phase}",
+        "checkpoint.save_interval=1",
+    ]
+    phase = train(
+        small_run(small_data, tmp_path / "phase", "schedule.train_samples=24", *own), nproc=2
+    )
+    fresh = [
+        "schedule.batch_schedule=[[0,8]]",
+        "schedule.train_samples=8",
+        "schedule.warmup_samples=0",
+    ]
+    fresh += [
+        "schedule.decay_samples=0",
+        f"checkpoint.load={first_phase}",
+        "logging.eval_iterations=0",
+    ]
+    alone = train(small_run(small_data, tmp_path / "fresh", *fresh), nproc=2)
     assert losses(phase)[4] == losses(alone)[1]
-    # Started again, it resumes its own folder: one more step; the one that was saved is not repeated.
+    # Started again, it resumes its own folder: one more step; the one that was saved is not
+    # repeated.
     saved = phase / iteration_folder_name(4) / LAST_FILE
     written = saved.stat().st_mtime_ns
-    train(small_run(data, phase, "schedule.train_samples=32", *own), nproc=2)
+    train(small_run(small_data, phase, "schedule.train_samples=32", *own), nproc=2)
     assert saved.stat().st_mtime_ns == written
     assert list(losses(phase)) == [4, 5]
     assert losses(phase, "samples") == {4: 24, 5: 32}
@@ -83,7 +105,8 @@ def test_samples_before_the_first_are_never_read() -> None:
         dataset[99]
 
 
-# -- what does not fit ------------------------------------------------------------------------------------------------
+# -- what does not fit
+# ------------------------------------------------------------------------------------------------
 
 
 def folder_of(run: Run, root: Path, *, step: int | None) -> Path:
@@ -109,7 +132,11 @@ def continued(root: Path, output: Path, *overrides: str) -> Run:
 @pytest.mark.parametrize(
     ("step", "overrides", "message"),
     [
-        (100, ["data.first_sample=1600"], r"has reached sample 1440 \(step 100\) only.*schedule\.train_samples=4640"),
+        (
+            100,
+            ["data.first_sample=1600"],
+            r"has reached sample 1440 \(step 100\) only.*schedule\.train_samples=4640",
+        ),
         (300, ["data.first_sample=4641", "schedule.train_samples=4656"], "data.first_sample=4640"),
         (
             100,
@@ -123,7 +150,9 @@ def continued(root: Path, output: Path, *overrides: str) -> Run:
     ],
     ids=str,
 )
-def test_the_state_must_fit(tmp_path: Path, step: int | None, overrides: list[str], message: str | None) -> None:
+def test_the_state_must_fit(
+    tmp_path: Path, step: int | None, overrides: list[str], message: str | None
+) -> None:
     root = folder_of(tiny(), tmp_path / "before", step=step)
     run = continued(root, tmp_path / "new", *overrides)
     if message is None:
@@ -135,7 +164,9 @@ def test_the_state_must_fit(tmp_path: Path, step: int | None, overrides: list[st
 
 def test_an_iteration_inside_a_folder_is_refused(tmp_path: Path) -> None:
     root = folder_of(tiny(), tmp_path / "before", step=100)
-    with pytest.raises(InputError, match=f"checkpoint.continue_from={root}$|continue_from={root}\\."):
+    with pytest.raises(
+        InputError, match=f"checkpoint.continue_from={root}$|continue_from={root}\\."
+    ):
         check_run_folder(continued(root / iteration_folder_name(100), tmp_path / "new"))
 
 
@@ -163,10 +194,15 @@ def test_data_of_a_later_phase_need_the_former(tmp_path: Path) -> None:
         ("optimizer.muon_split_gate_up=True", None),
     ],
 )
-def test_settings_that_come_from_the_checkpoint_stay(tmp_path: Path, where: str, change: str, kept: str | None) -> None:
-    """The first two end in a ValueError, the next in a missing key, momentum and betas are silently the old ones."""
+def test_settings_that_come_from_the_checkpoint_stay(
+    tmp_path: Path, where: str, change: str, kept: str | None
+) -> None:
+    """The first two end in a ValueError, the next in a missing key, momentum and betas are silently
+    the old ones."""
     root = folder_of(tiny(), tmp_path / "before", step=100)
     places = {"checkpoint.output": str(tmp_path / "new")} | {where: str(root)}
     run = tiny(*(f"{key}={value}" for key, value in places.items()), change.lower())
     found = [each for each in check(run, 2, "cpu") if each.name == "resume-keeps-optimizer"]
-    assert [each.value for each in found] == ([f"{change} with a checkpoint of {kept} in {root}"] if kept else [])
+    assert [each.value for each in found] == (
+        [f"{change} with a checkpoint of {kept} in {root}"] if kept else []
+    )

@@ -56,9 +56,19 @@ class Result:
 def mellum2(*words: str | Path) -> Result:
     """Run the command line in this process."""
     out, err = io.StringIO(), io.StringIO()
-    levels = {each: each.level for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)}
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(builtins, "print", builtins.print)  # `quiet_upstream` is for the rest of a process
+    levels = {
+        each: each.level
+        for each in logging.root.manager.loggerDict.values()
+        if isinstance(each, logging.Logger)
+    }
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(
+            builtins, "print", builtins.print
+        )  # `quiet_upstream` is for the rest of a process
         patch.setattr(sys, "argv", ["mellum2", *map(str, words)])
         code = 0
         try:
@@ -76,7 +86,12 @@ def process(*words: str | Path, module: bool = False, **options: Any) -> Result:
     command = [sys.executable, "-m", "mellum2_megatron"] if module else script
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [*command, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300, **options
+        [*command, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        **options,
     )
     return Result(done.returncode, done.stdout, done.stderr)
 
@@ -84,6 +99,8 @@ def process(*words: str | Path, module: bool = False, **options: Any) -> Result:
 def snapshot(folder: Path) -> dict[str, str]:
     """Every path below a folder, with the hash of what it holds."""
     return {
-        str(path.relative_to(folder)): "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): "folder"
+        if path.is_dir()
+        else hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
     }

@@ -1,4 +1,5 @@
-"""What the command line refuses in one message, leaving nothing behind: bad files and taken targets."""
+"""What the command line refuses in one message, leaving nothing behind: bad files and taken
+targets."""
 
 from __future__ import annotations
 
@@ -24,11 +25,16 @@ def _missing(folder: Path) -> None:
 
 
 def _extra(folder: Path) -> None:
-    save_tensors(folder, {**load_tensors(folder), "model.extra.weight": torch.zeros(2, dtype=torch.bfloat16)})
+    save_tensors(
+        folder, {**load_tensors(folder), "model.extra.weight": torch.zeros(2, dtype=torch.bfloat16)}
+    )
 
 
 def _misshapen(folder: Path) -> None:
-    save_tensors(folder, {**load_tensors(folder), "lm_head.weight": torch.zeros(95, 24, dtype=torch.bfloat16)})
+    save_tensors(
+        folder,
+        {**load_tensors(folder), "lm_head.weight": torch.zeros(95, 24, dtype=torch.bfloat16)},
+    )
 
 
 def _truncated(folder: Path) -> None:
@@ -52,7 +58,11 @@ def _other_model(folder: Path) -> None:
     ],
 )
 def test_a_folder_that_is_no_mellum2(
-    damage: Callable[[Path], None], named: list[str], hf_folder: Path, checkpoint: Path, tmp_path: Path
+    damage: Callable[[Path], None],
+    named: list[str],
+    hf_folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     folder = Path(shutil.copytree(hf_folder, tmp_path / "hf"))
     damage(folder)
@@ -62,9 +72,15 @@ def test_a_folder_that_is_no_mellum2(
     mellum2("convert", "import", "--hf-path", folder, *target).refused(*named)
     mellum2("convert", "roundtrip", "--hf-path", folder).refused(*named)
     mellum2("verify", "--megatron-path", checkpoint, "--hf-path", folder).refused(*named)
-    mellum2("score", "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "out.npz", "--hf-path", folder).refused(
-        *named
-    )
+    mellum2(
+        "score",
+        "--tokens",
+        tmp_path / "tokens.npy",
+        "--out",
+        tmp_path / "out.npz",
+        "--hf-path",
+        folder,
+    ).refused(*named)
     assert snapshot(tmp_path) == before
 
 
@@ -74,18 +90,26 @@ def test_checkpoints_of_another_architecture(
     foreign = Path(shutil.copytree(checkpoint, tmp_path / "foreign"))
     (foreign / "architecture.json").write_text(json.dumps(PRESETS["mellum2-tiny"].to_dict()))
     before = snapshot(tmp_path)
-    mellum2("convert", "export", "--megatron-path", foreign, "--hf-path", tmp_path / "hf").refused("architecture.json")
+    mellum2("convert", "export", "--megatron-path", foreign, "--hf-path", tmp_path / "hf").refused(
+        "architecture.json"
+    )
     mellum2("train", *small_run, "architecture.num_experts=8", "--output", run_folder).refused(
         "num_experts: 4 there, 8 here", "--output"
     )
     load = ["--output", tmp_path / "new", f"checkpoint.load={run_folder}"]
-    mellum2("train", *small_run, "architecture.num_experts=8", *load).refused("num_experts: 4 there, 8 here")
-    mellum2("train", *small_run, "optimizer.name=adam", "--output", run_folder).refused("optimizer.name=adam", "muon")
+    mellum2("train", *small_run, "architecture.num_experts=8", *load).refused(
+        "num_experts: 4 there, 8 here"
+    )
+    mellum2("train", *small_run, "optimizer.name=adam", "--output", run_folder).refused(
+        "optimizer.name=adam", "muon"
+    )
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("tracker", ["", "99", "soon"])
-def test_a_tracker_that_points_nowhere(tracker: str, run_folder: Path, small_run: list[str]) -> None:
+def test_a_tracker_that_points_nowhere(
+    tracker: str, run_folder: Path, small_run: list[str]
+) -> None:
     """Megatron would start over without a word."""
     (run_folder / TRACKER_FILE).write_text(tracker)
     before = snapshot(run_folder)
@@ -132,14 +156,18 @@ def test_tokens_that_are_none(hf_folder: Path, checkpoint: Path, tmp_path: Path)
     assert snapshot(tmp_path) == before
 
 
-def test_score_takes_one_checkpoint_and_writes_one_file(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_score_takes_one_checkpoint_and_writes_one_file(
+    hf_folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.ones((1, 4), dtype=np.int64))
     before = snapshot(tmp_path)
     words = ["score", "--tokens", tokens, "--out"]
     one = "give either --megatron-path or --hf-path"
     mellum2(*words, tmp_path / "out.npz").refused(one)
-    mellum2(*words, tmp_path / "out.npz", "--hf-path", hf_folder, "--megatron-path", checkpoint).refused(one)
+    mellum2(
+        *words, tmp_path / "out.npz", "--hf-path", hf_folder, "--megatron-path", checkpoint
+    ).refused(one)
     mellum2(*words, tmp_path, "--hf-path", hf_folder).refused("--out", "is a folder")
     mellum2(*words, tokens / "out.npz", "--hf-path", hf_folder).refused("is a file, not a folder")
     mellum2(*words, tokens, "--hf-path", hf_folder).refused("is the file of tokens")
@@ -150,7 +178,12 @@ def test_score_takes_one_checkpoint_and_writes_one_file(hf_folder: Path, checkpo
 
 
 def test_targets_that_are_taken(
-    hf_folder: Path, checkpoint: Path, texts: Path, small_run: list[str], run_folder: Path, tmp_path: Path
+    hf_folder: Path,
+    checkpoint: Path,
+    texts: Path,
+    small_run: list[str],
+    run_folder: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "file").write_text("kept")
     (tmp_path / "mine").mkdir()
@@ -167,13 +200,21 @@ def test_targets_that_are_taken(
         mellum2(*command, run_folder, "--overwrite").refused("run")
     mellum2(*importing, hf_folder, "--overwrite").refused("source")
     mellum2("train", *small_run, "--output", tmp_path / "file").refused("is a file")
-    mellum2("train", *small_run, "--output", tmp_path / "file" / "inside").refused("is a file, not a folder")
-    mellum2("train", *small_run, "--output", tmp_path / "new", f"data.cache={tmp_path}/file").refused("data.cache")
+    mellum2("train", *small_run, "--output", tmp_path / "file" / "inside").refused(
+        "is a file, not a folder"
+    )
+    mellum2(
+        "train", *small_run, "--output", tmp_path / "new", f"data.cache={tmp_path}/file"
+    ).refused("data.cache")
     assert snapshot(tmp_path) == before
 
 
 def test_a_disk_that_cannot_be_written(
-    mounted: Callable[[str], Path], hf_folder: Path, small_run: list[str], texts: Path, tmp_path: Path
+    mounted: Callable[[str], Path],
+    hf_folder: Path,
+    small_run: list[str],
+    texts: Path,
+    tmp_path: Path,
 ) -> None:
     """A read-only file system, which stops even root."""
     disk = mounted("ro")
@@ -182,6 +223,14 @@ def test_a_disk_that_cannot_be_written(
         ["train", *small_run, "--output", disk / "run"],
         ["convert", "import", "--hf-path", hf_folder, "--megatron-path", disk / "checkpoint"],
         ["data", "prepare", "--input", texts, "--output", disk / "corpus"],
-        ["score", "--tokens", tmp_path / "tokens.npy", "--hf-path", hf_folder, "--out", disk / "out.npz"],
+        [
+            "score",
+            "--tokens",
+            tmp_path / "tokens.npy",
+            "--hf-path",
+            hf_folder,
+            "--out",
+            disk / "out.npz",
+        ],
     ):
         mellum2(*words).refused(str(disk), "not writable")

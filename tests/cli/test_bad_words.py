@@ -26,7 +26,10 @@ def test_the_installed_command_refuses_in_one_line() -> None:
         (["layout.ep=two"], ["layout.ep=two", "whole number"]),
         (["layout.ep"], ["KEY=VALUE"]),
         (["layout.ep=3"], ["layout.ep=3", "num_experts (4)", "layout.ep=2 or 4"]),
-        (["layout.tp=3", "layout.sp=true"], ["layout.tp=3", "num_attention_heads (4)", "layout.tp=2"]),
+        (
+            ["layout.tp=3", "layout.sp=true"],
+            ["layout.tp=3", "num_attention_heads (4)", "layout.tp=2"],
+        ),
         (["layout.cp=3"], ["layout.cp=3", "data.sequence_length=64", "multiple of 6"]),
         (["--nproc", "3"], ["3 ranks", "ep * etp * pp = 2", "start 2 or 4 ranks"]),
         (["data.sequence_length=4096"], ["data.sequence_length=4096", "max_position_embeddings"]),
@@ -39,14 +42,18 @@ def test_the_installed_command_refuses_in_one_line() -> None:
         (["checkpoint.load=nowhere"], ["nowhere", "there is no checkpoint of it"]),
     ],
 )
-def test_a_run_that_cannot_work(words: list[str], named: list[str], small_run: list[str], tmp_path: Path) -> None:
+def test_a_run_that_cannot_work(
+    words: list[str], named: list[str], small_run: list[str], tmp_path: Path
+) -> None:
     mellum2("train", *small_run, "--output", tmp_path / "run", *words).refused(*named)
     assert snapshot(tmp_path) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(small_run: list[str], tmp_path: Path) -> None:
-    mellum2("train", *small_run, "--device", "cuda", "--output", tmp_path / "run").refused("--device cuda", "no GPU")
+    mellum2("train", *small_run, "--device", "cuda", "--output", tmp_path / "run").refused(
+        "--device cuda", "no GPU"
+    )
     assert snapshot(tmp_path) == {}
 
 
@@ -64,7 +71,9 @@ def test_cuda_without_a_gpu(small_run: list[str], tmp_path: Path) -> None:
         (lambda text: '!!python/object/apply:os.mkdir ["owned"]', ["not YAML"]),
     ],
 )
-def test_a_run_file_that_is_none(change: Callable[[str], str], named: list[str], tmp_path: Path) -> None:
+def test_a_run_file_that_is_none(
+    change: Callable[[str], str], named: list[str], tmp_path: Path
+) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(change(mellum2("train", TINY, "--dry-run").out))
     before = snapshot(tmp_path)
@@ -91,15 +100,26 @@ def test_a_run_file_that_cannot_be_read(tmp_path: Path) -> None:
         (["info", BIG, "--nproc", "24"], ["24 ranks", "256"]),
         (["info", "--hf-path", "nowhere"], ["nowhere/config.json"]),
         (["info", "mellum2-tiny", "--sequence-length", "0"], ["sequence_length=0"]),
-        (["verify", "--megatron-path", "nowhere", "--hf-path", "nowhere"], ["nowhere", "checkpoint folder"]),
-        (["convert", "import", "--hf-path", "nowhere", "--megatron-path", "x"], ["nowhere", "must be a folder"]),
+        (
+            ["verify", "--megatron-path", "nowhere", "--hf-path", "nowhere"],
+            ["nowhere", "checkpoint folder"],
+        ),
+        (
+            ["convert", "import", "--hf-path", "nowhere", "--megatron-path", "x"],
+            ["nowhere", "must be a folder"],
+        ),
         (["convert", "roundtrip", "--hf-path", "nowhere"], ["nowhere", "must be a folder"]),
         (["generate", "--hf-path", "nowhere", "--prompt", "x"], ["nowhere", "must be a folder"]),
-        (["data", "prepare", "--output", "x", "--input", "nowhere"], ["--input nowhere", "no such file"]),
+        (
+            ["data", "prepare", "--output", "x", "--input", "nowhere"],
+            ["--input nowhere", "no such file"],
+        ),
         (["data", "prepare", "--output", "x", "--max-megabytes", "inf"], ["--max-megabytes inf"]),
     ],
 )
-def test_names_of_nothing(words: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_nothing(
+    words: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     mellum2(*words).refused(*named)
     assert snapshot(tmp_path) == {}
@@ -112,7 +132,10 @@ def test_usage_errors_end_with_2_and_name_the_option() -> None:
         (["train", TINY, "--nproc", "0"], "--nproc"),
         (["train", TINY, "--outputt", "x"], "--outputt"),
         (["score", "--tokens", "x"], "--out"),
-        (["generate", "--hf-path", "x", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (
+            ["generate", "--hf-path", "x", "--prompt", "x", "--max-new-tokens", "0"],
+            "--max-new-tokens",
+        ),
     ):
         result = mellum2(*words)
         assert (result.code, result.out) == (2, "")

@@ -23,9 +23,23 @@ def test_version_and_help() -> None:
     assert (version.code, version.err) == (0, "")
     assert version.out.startswith("mellum2-megatron 0.")
     assert process("--version", module=True).out == version.out
-    for command in ([], ["train"], ["info"], ["doctor"], ["score"], ["generate"], ["verify"], ["quickstart"]):
+    for command in (
+        [],
+        ["train"],
+        ["info"],
+        ["doctor"],
+        ["score"],
+        ["generate"],
+        ["verify"],
+        ["quickstart"],
+    ):
         assert "Usage: mellum2" in mellum2(*command, "--help").out
-    for command in (["convert", "import"], ["convert", "export"], ["convert", "roundtrip"], ["data", "prepare"]):
+    for command in (
+        ["convert", "import"],
+        ["convert", "export"],
+        ["convert", "roundtrip"],
+        ["data", "prepare"],
+    ):
         shown = mellum2(*command, "--help")
         assert shown.code == 0
         assert shown.err == ""
@@ -46,7 +60,9 @@ for words in (["recipes"], ["info", "mellum2-12b"], ["info", "{TINY}", "layout.e
     heavy = {{"torch", "transformers", "megatron", "tokenizers", "numpy", "safetensors"}} & set(sys.modules)
     assert not heavy, (words, heavy)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -59,7 +75,13 @@ def test_recipes_are_listed() -> None:
 def test_info_of_the_released_model_states_its_exact_counts() -> None:
     shown = mellum2("info", "mellum2-12b")
     assert shown.code == 0
-    for count in ("12,149,923,072", "12,578,294,528", "2,439,060,736", "2,520,615,680", "17.570 GFLOP"):
+    for count in (
+        "12,149,923,072",
+        "12,578,294,528",
+        "2,439,060,736",
+        "2,520,615,680",
+        "17.570 GFLOP",
+    ):
         assert count in shown.out
 
 
@@ -72,21 +94,30 @@ def test_info_agrees_with_itself_whatever_it_is_given(hf_folder: Path) -> None:
     folder = json.loads(mellum2("info", "--hf-path", hf_folder, "--json").out)
     tensors = load_tensors(hf_folder)
     assert folder["tensors"]["total_with_mtp"] == len(tensors)
-    assert folder["parameters"]["total_with_mtp"] == sum(tensor.numel() for tensor in tensors.values())
+    assert folder["parameters"]["total_with_mtp"] == sum(
+        tensor.numel() for tensor in tensors.values()
+    )
 
 
 def test_dry_run_is_a_run_file(small_run: list[str], tmp_path: Path) -> None:
-    """What `--dry-run` prints can be given to `train`, and then means the same run; overrides come anywhere."""
+    """What `--dry-run` prints can be given to `train`, and then means the same run; overrides come
+    anywhere."""
     output = tmp_path / "run"
     shown = mellum2("train", *small_run, "--dry-run", "--output", output, "optimizer.lr=1e-3")
     assert (shown.code, shown.err) == (0, "")
     assert not output.exists()
     run = from_yaml(shown.out)
-    assert (run.optimizer.lr, run.architecture.num_experts, run.checkpoint.output) == (1e-3, 4, str(output))
+    assert (run.optimizer.lr, run.architecture.num_experts, run.checkpoint.output) == (
+        1e-3,
+        4,
+        str(output),
+    )
     file = tmp_path / "run.yaml"
     file.write_text(shown.out)
     assert mellum2("train", file, "--device", "cpu", "--dry-run").out == shown.out
-    changed = mellum2("train", "--dry-run", file, "optimizer.lr=2e-3", "--device", "cpu", "layout.ep=1")
+    changed = mellum2(
+        "train", "--dry-run", file, "optimizer.lr=2e-3", "--device", "cpu", "layout.ep=1"
+    )
     assert (from_yaml(changed.out).optimizer.lr, from_yaml(changed.out).layout.ep) == (2e-3, 1)
     assert "# 1 cpu rank(s)" in changed.out
     assert from_yaml(mellum2("train", TINY, "--dry-run").out).checkpoint.output == f"runs/{TINY}"
@@ -101,7 +132,12 @@ def test_prepare_says_one_line(prepare_result: tuple[Path, Result]) -> None:
 
 def test_conversion_and_scoring_agree(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     """Import, export, round trip, verify and score on a folder that transformers wrote."""
-    assert mellum2("convert", "export", "--megatron-path", checkpoint, "--hf-path", tmp_path / "back").code == 0
+    assert (
+        mellum2(
+            "convert", "export", "--megatron-path", checkpoint, "--hf-path", tmp_path / "back"
+        ).code
+        == 0
+    )
     before, after = load_tensors(hf_folder), load_tensors(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -113,7 +149,10 @@ def test_conversion_and_scoring_agree(hf_folder: Path, checkpoint: Path, tmp_pat
     logits = {}
     for option, folder in (("--megatron-path", checkpoint / "release"), ("--hf-path", hf_folder)):
         out = tmp_path / f"{option.strip('-')}.npz"
-        assert mellum2("score", "--tokens", tmp_path / "tokens.npy", "--out", out, option, folder).code == 0
+        assert (
+            mellum2("score", "--tokens", tmp_path / "tokens.npy", "--out", out, option, folder).code
+            == 0
+        )
         logits[option] = np.load(out)
     for name in ("logits", "mtp_logits"):
         ours, theirs = (logits[option][name] for option in logits)
@@ -122,7 +161,9 @@ def test_conversion_and_scoring_agree(hf_folder: Path, checkpoint: Path, tmp_pat
         np.testing.assert_allclose(ours[:, :-1], theirs[:, :-1], atol=1e-4)
 
 
-def test_verify_ends_with_1_when_logits_differ(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_verify_ends_with_1_when_logits_differ(
+    hf_folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(hf_folder, tmp_path / "other"))
     tensors = load_tensors(other)
     tensors["lm_head.weight"][7] += 0.25

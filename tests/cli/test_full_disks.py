@@ -29,7 +29,18 @@ def test_a_full_disk(
         (1, ["convert", "import", "--hf-path", hf_folder, "--megatron-path", disk / "checkpoint"]),
         (1, ["convert", "export", "--megatron-path", checkpoint, "--hf-path", disk / "hf"]),
         (1, ["data", "prepare", "--input", texts, "--output", disk / "x", *PREPARE]),
-        (1, ["score", "--tokens", tmp_path / "tokens.npy", "--hf-path", hf_folder, "--out", disk / "out.npz"]),
+        (
+            1,
+            [
+                "score",
+                "--tokens",
+                tmp_path / "tokens.npy",
+                "--hf-path",
+                hf_folder,
+                "--out",
+                disk / "out.npz",
+            ],
+        ),
     ):
         mellum2(*words).refused(str(disk), code=code)
         assert snapshot(disk) == before, words
@@ -39,7 +50,8 @@ def test_a_full_disk(
 def test_a_disk_that_fills_up_while_training(
     mounted: Callable[[str], Path], corpus: Path, small_run: list[str], tmp_path: Path
 ) -> None:
-    """Real ranks: the checkpoint that did not fit is gone, the earlier one is whole and is what a resume would load."""
+    """Real ranks: the checkpoint that did not fit is gone, the earlier one is whole and is what a
+    resume would load."""
     disk = mounted("size=5m")  # a checkpoint takes 3.5 MB
     file = tmp_path / "run.yaml"
     file.write_text(mellum2("train", *small_run, "--dry-run", "--output", disk / "run").out)

@@ -9,7 +9,8 @@ from mellum2_megatron.common.errors import InputError, WorkError, nearest
 
 def test_messages_name_value_rule_and_fix():
     assert (
-        str(InputError("layout.ep=3", rule="must divide 8", fix="use 2")) == "layout.ep=3: must divide 8. Fix: use 2."
+        str(InputError("layout.ep=3", rule="must divide 8", fix="use 2"))
+        == "layout.ep=3: must divide 8. Fix: use 2."
     )
     assert str(WorkError("disk full", fix="free space")) == "disk full. Fix: free space."
 

@@ -1,4 +1,5 @@
-"""Which code made a run: Git repositories made here, packager's copies, installed packages, lines of a run folder."""
+"""Which code made a run: Git repositories made here, packager's copies, installed packages, lines
+of a run folder."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ from tests import REPOSITORY
 
 def git(folder: Path, *words: str) -> str:
     identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", "-C", str(folder), *identity, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "-C", str(folder), *identity, *words], capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -89,10 +92,16 @@ def test_a_copy_without_git_says_what_it_is_a_copy_of(checkout: Path, tmp_path: 
         source_code(copy)
 
 
-def test_a_checkout_that_git_does_not_read_has_no_commit(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_that_git_does_not_read_has_no_commit(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     found = source_code(checkout)
-    assert (found.origin, found.commit, found.reason) == ("unknown", None, "git is not installed here")
+    assert (found.origin, found.commit, found.reason) == (
+        "unknown",
+        None,
+        "git is not installed here",
+    )
 
 
 def test_a_repository_without_commits_has_none(tmp_path: Path) -> None:
@@ -103,7 +112,9 @@ def test_a_repository_without_commits_has_none(tmp_path: Path) -> None:
     assert source_code(tmp_path).origin == "unknown"
 
 
-def test_git_variables_of_the_caller_do_not_matter(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_variables_of_the_caller_do_not_matter(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hook runs with GIT_DIR of another repository."""
     monkeypatch.setenv("GIT_DIR", str(REPOSITORY / ".git"))
     found = source_code(checkout)
@@ -112,7 +123,11 @@ def test_git_variables_of_the_caller_do_not_matter(checkout: Path, monkeypatch: 
 
 
 def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"GROUP_WORLD_SIZE": "2", "SLURM_JOB_ID": "47", "SLURM_RESTART_COUNT": "1"}.items():
+    for name, value in {
+        "GROUP_WORLD_SIZE": "2",
+        "SLURM_JOB_ID": "47",
+        "SLURM_RESTART_COUNT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     first = record(tmp_path, event="launch")
     with (tmp_path / RECORDS_FILE).open("a") as file:
@@ -121,7 +136,12 @@ def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert read_records(tmp_path) == [first, second]
     lines = (tmp_path / RECORDS_FILE).read_text().splitlines()
     assert [json.loads(lines[index]) for index in (0, 2)] == [first, second]
-    assert (second["world_size"], second["hosts"], second["from_step"], second["device"]) == (4, 2, 100, "cpu")
+    assert (second["world_size"], second["hosts"], second["from_step"], second["device"]) == (
+        4,
+        2,
+        100,
+        "cpu",
+    )
     assert second["slurm"] == {"SLURM_JOB_ID": "47", "SLURM_RESTART_COUNT": "1"}
     assert second["python"] == ".".join(map(str, sys.version_info[:3]))
     import torch
@@ -132,11 +152,19 @@ def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert second["time"] >= first["time"]
 
 
-def test_a_run_knows_every_state_of_the_code_it_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_knows_every_state_of_the_code_it_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = Code(origin="git", version="1", commit="a" * 40, dirty=False)
     two = Code(origin="git", version="1", commit="b" * 40, dirty=True)
     assert recorded_code(tmp_path) == ()
-    for code, event in ((one, "start"), (one, "start"), (two, "launch"), (two, "start"), (one, "start")):
+    for code, event in (
+        (one, "start"),
+        (one, "start"),
+        (two, "launch"),
+        (two, "start"),
+        (one, "start"),
+    ):
         monkeypatch.setattr(provenance, "source_code", lambda code=code: code)
         record(tmp_path, event=event)  # type: ignore[arg-type]
     assert recorded_code(tmp_path) == (one, two)

@@ -60,7 +60,9 @@ def test_impossible_combinations_cannot_be_made(fields: dict[str, Any], named: s
 def test_problems_agree_with_megatrons_divisibility() -> None:
     """Every layout of up to 16 ranks is accepted exactly when Megatron's assertions hold."""
     accepted = 0
-    for tp, pp, ep, etp, cp in itertools.product((1, 2, 4), (1, 2, 3, 4), (1, 2, 3, 8), (1, 2), (1, 2, 3)):
+    for tp, pp, ep, etp, cp in itertools.product(
+        (1, 2, 4), (1, 2, 3, 4), (1, 2, 3, 8), (1, 2), (1, 2, 3)
+    ):
         layout = Layout(tp=tp, sp=tp > 1, pp=pp, ep=ep, etp=etp, cp=cp)
         for world_size in (1, 2, 4, 8, 12, 16):
             fits = (
@@ -72,7 +74,9 @@ def test_problems_agree_with_megatrons_divisibility() -> None:
                 and TINY.num_experts % ep == 0
                 and (cp == 1 or 256 % (2 * cp) == 0)
             )
-            assert (not layout.problems(TINY, world_size=world_size, sequence_length=256)) == fits, (layout, world_size)
+            assert (
+                not layout.problems(TINY, world_size=world_size, sequence_length=256)
+            ) == fits, (layout, world_size)
             accepted += fits
             if fits:
                 assert world_size % layout.smallest_world_size == 0
@@ -88,6 +92,9 @@ def test_sliding_layers_gather_and_full_layers_pass_on() -> None:
     assert Layout(cp=8).cp_comm_types(BIG) == ("all_gather", "all_gather", "all_gather", "p2p") * 7
     first_full = BIG.replace(layer_types=("full_attention", "sliding_attention") * 14)
     # the MTP layer reads entry 0, and it slides
-    assert Layout(cp=8).cp_comm_types(first_full) == ("all_gather", "all_gather") + ("p2p", "all_gather") * 13
+    assert (
+        Layout(cp=8).cp_comm_types(first_full)
+        == ("all_gather", "all_gather") + ("p2p", "all_gather") * 13
+    )
     without_mtp = first_full.replace(num_mtp_layers=0)
     assert Layout(cp=8).cp_comm_types(without_mtp) == ("p2p", "all_gather") * 14

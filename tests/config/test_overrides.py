@@ -100,9 +100,15 @@ def test_bad_overrides_are_named(override: str, rule: str, fix: str) -> None:
 
 
 def test_values_given_together_are_validated_together() -> None:
-    run = apply_overrides(recipe(TINY), ["layout.tp=2", "layout.sp=true", "optimizer.lr=1", "optimizer.lr=2"])
+    run = apply_overrides(
+        recipe(TINY), ["layout.tp=2", "layout.sp=true", "optimizer.lr=1", "optimizer.lr=2"]
+    )
     assert (run.layout.tp, run.layout.sp, run.optimizer.lr) == (2, True, 2.0)
-    shorter = ["schedule.train_samples=160", "schedule.warmup_samples=16", "schedule.decay_samples=32"]
+    shorter = [
+        "schedule.train_samples=160",
+        "schedule.warmup_samples=16",
+        "schedule.decay_samples=32",
+    ]
     assert apply_overrides(recipe(TINY), shorter).schedule.train_samples == 160
 
 
@@ -113,16 +119,28 @@ def test_layers_continue_or_cut_their_pattern() -> None:
         run = apply_overrides(recipe(TINY), [f"architecture.num_hidden_layers={layers}"])
         assert run.architecture.layer_types == (2 * period)[:layers]
     given = apply_overrides(
-        recipe(TINY), ["architecture.num_hidden_layers=2", f"architecture.layer_types=[{full},{sliding}]"]
+        recipe(TINY),
+        ["architecture.num_hidden_layers=2", f"architecture.layer_types=[{full},{sliding}]"],
     )
     assert given.architecture.layer_types == (full, sliding)
-    assert apply_overrides(recipe(TINY), ["architecture.num_mtp_layers=0"]).architecture.mtp_layer_types == ()
+    assert (
+        apply_overrides(
+            recipe(TINY), ["architecture.num_mtp_layers=0"]
+        ).architecture.mtp_layer_types
+        == ()
+    )
 
 
 def test_a_preset_comes_before_changes_to_its_fields() -> None:
-    overrides = ["architecture.num_hidden_layers=8", "architecture=mellum2-12b-128k", "architecture.num_experts=32"]
+    overrides = [
+        "architecture.num_hidden_layers=8",
+        "architecture=mellum2-12b-128k",
+        "architecture.num_experts=32",
+    ]
     run = apply_overrides(recipe(TINY), overrides)
-    expected = Mellum2Architecture.preset("mellum2-12b-128k").replace(num_hidden_layers=8, num_experts=32)
+    expected = Mellum2Architecture.preset("mellum2-12b-128k").replace(
+        num_hidden_layers=8, num_experts=32
+    )
     assert run.architecture == expected
     assert run.source("architecture.num_experts") == "override architecture.num_experts=32"
     assert run.source("architecture.head_dim") == "override architecture=mellum2-12b-128k"
@@ -131,7 +149,8 @@ def test_a_preset_comes_before_changes_to_its_fields() -> None:
 def test_a_nested_yarn_is_set_as_a_whole() -> None:
     prefix = "architecture.rope_full_attention."
     overrides = [
-        f"{prefix}{change}" for change in ("rope_type=yarn", "factor=2", "original_max_position_embeddings=256")
+        f"{prefix}{change}"
+        for change in ("rope_type=yarn", "factor=2", "original_max_position_embeddings=256")
     ]
     rope = apply_overrides(recipe(TINY), overrides).architecture.rope_full_attention
     assert (rope.rope_type, rope.factor, rope.rope_theta) == ("yarn", 2.0, 500_000.0)

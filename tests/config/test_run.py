@@ -69,7 +69,11 @@ def odd_run() -> Run:
         name="odd: one",
         description="# not a comment, 'quotes' and a line\nbreak",
         architecture=Mellum2Architecture.preset("mellum2-12b-128k").replace(
-            num_hidden_layers=6, norm_topk_prob=False, eos_token_id=(28, 30), pad_token_id=3, num_mtp_layers=0
+            num_hidden_layers=6,
+            norm_topk_prob=False,
+            eos_token_id=(28, 30),
+            pad_token_id=3,
+            num_mtp_layers=0,
         ),
         layout=Layout(tp=2, sp=True, pp=2, vpp=3, ep=4, etp=2, cp=2, dp=8, dispatcher="flex"),
         optimizer=ODD_OPTIMIZER,
@@ -99,7 +103,9 @@ def odd_run() -> Run:
             bf16_mtp_projection=True,
             grad_reduce_in_fp32=False,
         ),
-        stability=Stability(not_finite="skip", spike="ignore", spike_factor=2.0, spike_window=7, max_skips=1),
+        stability=Stability(
+            not_finite="skip", spike="ignore", spike_factor=2.0, spike_window=7, max_skips=1
+        ),
         data=Data(
             path="null",
             sequence_length=64,
@@ -130,7 +136,16 @@ def odd_run() -> Run:
 
 def test_odd_run_leaves_no_default() -> None:
     run = odd_run()
-    own = (run.layout, run.optimizer, run.loss, run.precision, run.stability, run.data, run.logging, run.checkpoint)
+    own = (
+        run.layout,
+        run.optimizer,
+        run.loss,
+        run.precision,
+        run.stability,
+        run.data,
+        run.logging,
+        run.checkpoint,
+    )
     for section in own:
         for field in dataclasses.fields(section):
             assert getattr(section, field.name) != field.default, field.name
@@ -166,13 +181,19 @@ def edited(**paths: Any) -> str:
     return yaml.safe_dump(values)
 
 
-def test_a_file_older_than_a_key_takes_its_default_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_older_than_a_key_takes_its_default_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     run = from_yaml(edited(optimizer__lr=..., loss=...))
     assert (run.optimizer.lr, run.loss) == (Optimizer().lr, Loss())
     assert run == dataclasses.replace(
-        odd_run(), optimizer=dataclasses.replace(odd_run().optimizer, lr=Optimizer().lr), loss=Loss()
+        odd_run(),
+        optimizer=dataclasses.replace(odd_run().optimizer, lr=Optimizer().lr),
+        loss=Loss(),
     )
-    assert {"before optimizer.lr existed" in caplog.text, "before loss existed" in caplog.text} == {True}
+    assert {"before optimizer.lr existed" in caplog.text, "before loss existed" in caplog.text} == {
+        True
+    }
 
 
 @pytest.mark.parametrize(
@@ -186,12 +207,20 @@ def test_a_file_older_than_a_key_takes_its_default_and_says_so(caplog: pytest.Lo
         (edited(optimizer__muon_nesterov="yes"), "optimizer.muon_nesterov='yes'", "true or false"),
         (edited(optimizer__muon_nesterov=1), "optimizer.muon_nesterov=1", "true or false"),
         (edited(backend="tee"), "backend='tee'", "'te'"),
-        (edited(schedule__batch_schedule=[[0, 16, 3]]), "schedule.batch_schedule", "2 values are needed"),
+        (
+            edited(schedule__batch_schedule=[[0, 16, 3]]),
+            "schedule.batch_schedule",
+            "2 values are needed",
+        ),
         (edited(schedule__batch_schedule=16), "schedule.batch_schedule=16", "list of"),
         (edited(data__path=None), "data.path=None", "text"),
         (edited(layout=None), "layout", "mapping"),
         (edited(data__path=...), "data.path is missing", "add data.path"),
-        (edited(architecture__rope_full_attention__fator=2), "architecture.rope_full_attention.fator", "factor"),
+        (
+            edited(architecture__rope_full_attention__fator=2),
+            "architecture.rope_full_attention.fator",
+            "factor",
+        ),
         (edited(sources={"optimizer.rl": "x"}), "source of optimizer.rl", "optimizer.lr"),
         (edited(sources=["x"]), "sources", "{}"),
         (edited(optimizer__min_lr=1.0), "optimizer.min_lr=1.0", "0 to 1e-05"),
@@ -245,7 +274,11 @@ def test_derived_values() -> None:
     assert run.eval_batch_size == 8
     assert dataclasses.replace(run, logging=Logging()).eval_batch_size == 32
     auto = dataclasses.replace(run, backend="auto")
-    assert (auto.resolved_backend("cuda"), auto.resolved_backend("cpu"), run.resolved_backend("cpu")) == (
+    assert (
+        auto.resolved_backend("cuda"),
+        auto.resolved_backend("cpu"),
+        run.resolved_backend("cpu"),
+    ) == (
         "te",
         "torch",
         "te",
@@ -262,12 +295,21 @@ def test_derived_values() -> None:
         (lambda: Optimizer(muon_ns_steps=0), "optimizer.muon_ns_steps=0"),
         (lambda: Optimizer(overlap_grad_reduce=False), "optimizer.overlap_param_gather=true"),
         (lambda: Loss(mtp_factor=-0.1), "loss.mtp_factor=-0.1"),
-        (lambda: Optimizer(muon_split_gate_up=True, muon_split_qkv=False), "optimizer.muon_split_gate_up=true"),
+        (
+            lambda: Optimizer(muon_split_gate_up=True, muon_split_qkv=False),
+            "optimizer.muon_split_gate_up=true",
+        ),
         (lambda: Precision(fp8_param_gather=True), "precision.fp8_param_gather=true"),
         (lambda: Precision(bf16_mtp_projection=True), "precision.bf16_mtp_projection=true"),
-        (lambda: Precision(bf16_first_layers=1), "precision.bf16_first_layers=1 with precision.compute=bf16"),
+        (
+            lambda: Precision(bf16_first_layers=1),
+            "precision.bf16_first_layers=1 with precision.compute=bf16",
+        ),
         (lambda: Precision(compute="fp8", bf16_last_layers=-1), "precision.bf16_last_layers=-1"),
-        (lambda: Precision(compute="fp8", fp8_recipe="delayed", bf16_last_layers=1), "precision.fp8_recipe=delayed"),
+        (
+            lambda: Precision(compute="fp8", fp8_recipe="delayed", bf16_last_layers=1),
+            "precision.fp8_recipe=delayed",
+        ),
         (lambda: Data(path="x", sequence_length=8, first_sample=-1), "data.first_sample=-1"),
         (lambda: Data(path="x", sequence_length=0), "data.sequence_length=0"),
         (lambda: Data(path="x", sequence_length=8, train=((0.0, "a"),)), "data.train"),
@@ -290,12 +332,16 @@ def test_nan_is_refused() -> None:
 def test_planning_a_run_imports_neither_torch_nor_megatron() -> None:
     program = (
         "import sys\n"
-        "from mellum2_megatron import megatron_args, optimizer_report, overrides, recipes, rules\n"
-        "run = overrides.apply_overrides(recipes.recipe('mellum2_12b_pretrain_phase1'), ['layout.ep=4'])\n"
+        "from mellum2_megatron import config, recipes\n"
+        "from mellum2_megatron.planning import optimizer_report, rules\n"
+        "from mellum2_megatron.upstream import arguments\n"
+        "run = config.apply_overrides(recipes.recipe('mellum2_12b_pretrain_phase1'), ['layout.ep=4'])\n"
         "rules.check(run, 256, 'cuda', machine=False)\n"
         "optimizer_report.optimizer_report(run, world_size=256, backend='te')\n"
-        "megatron_args.megatron_arguments(run, world_size=256, device='cuda')\n"
+        "arguments.megatron_arguments(run, world_size=256, device='cuda')\n"
         "print(sorted({'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

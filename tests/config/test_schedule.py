@@ -11,7 +11,9 @@ import pytest
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Schedule
 
-WHD = Schedule(train_samples=640, warmup_samples=64, decay_samples=160, batch_schedule=((0, 8), (320, 16)))
+WHD = Schedule(
+    train_samples=640, warmup_samples=64, decay_samples=160, batch_schedule=((0, 8), (320, 16))
+)
 COSINE = Schedule(style="cosine", train_samples=640, warmup_samples=64, batch_schedule=((0, 8),))
 SCHEDULES = {
     "whd": WHD,
@@ -53,19 +55,32 @@ def test_learning_rate_equals_megatrons(name: str, peak: float, minimum: float) 
     scheduler = megatron_scheduler(schedule, peak, minimum)
     for sample in range(700):
         scheduler.num_steps = sample
-        assert schedule.learning_rate(sample, peak=peak, minimum=minimum) == scheduler.get_lr({}), sample
+        assert schedule.learning_rate(sample, peak=peak, minimum=minimum) == scheduler.get_lr({}), (
+            sample
+        )
 
 
 def test_whd_shape() -> None:
-    rate = {sample: WHD.learning_rate(sample, peak=1.0, minimum=0.0) for sample in (0, 32, 64, 480, 560, 640)}
+    rate = {
+        sample: WHD.learning_rate(sample, peak=1.0, minimum=0.0)
+        for sample in (0, 32, 64, 480, 560, 640)
+    }
     assert rate == {0: 0.0, 32: 0.5, 64: 1.0, 480: 1.0, 560: 0.5, 640: 0.0}
 
 
-RAMPS = [((0, 8),), ((0, 8), (320, 16)), ((0, 8), (100, 16)), ((0, 48), (10, 8), (20, 32)), ((0, 4), (4, 6), (10, 10))]
+RAMPS = [
+    ((0, 8),),
+    ((0, 8), (320, 16)),
+    ((0, 8), (100, 16)),
+    ((0, 48), (10, 8), (20, 32)),
+    ((0, 4), (4, 6), (10, 10)),
+]
 
 
 @pytest.mark.parametrize("ramp", RAMPS)
-def test_batch_size_and_steps_follow_megatrons_calculator(ramp: tuple[tuple[int, int], ...]) -> None:
+def test_batch_size_and_steps_follow_megatrons_calculator(
+    ramp: tuple[tuple[int, int], ...],
+) -> None:
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
     sequence_length = 96
@@ -100,11 +115,16 @@ def bare(ramp: tuple[tuple[int, int], ...]) -> Schedule:
 
 
 def test_from_steps_counts_the_reports_schedule() -> None:
-    constant = Schedule.from_steps(train_steps=323_459, warmup_steps=2000, decay_steps=49_306, batch_sizes=((0, 4096),))
+    constant = Schedule.from_steps(
+        train_steps=323_459, warmup_steps=2000, decay_steps=49_306, batch_sizes=((0, 4096),)
+    )
     assert constant.train_samples == 1_324_888_064
     assert constant.decay_samples == 201_957_376
     ramped = Schedule.from_steps(
-        train_steps=323_459, warmup_steps=2000, decay_steps=49_306, batch_sizes=((0, 2048), (12_128, 4096))
+        train_steps=323_459,
+        warmup_steps=2000,
+        decay_steps=49_306,
+        batch_sizes=((0, 2048), (12_128, 4096)),
     )
     assert ramped.warmup_samples == 4_096_000
     assert ramped.decay_samples == 201_957_376
@@ -121,7 +141,11 @@ def test_from_steps_counts_the_reports_schedule() -> None:
         ({"train_samples": 650}, "schedule.train_samples=650", "640 or 656"),
         ({"train_samples": 0}, "schedule.train_samples=0", "1 or more"),
         ({"warmup_samples": 481}, "schedule.warmup_samples=481", "schedule.warmup_samples=64"),
-        ({"warmup_samples": 640, "decay_samples": 0}, "schedule.warmup_samples=640", "schedule.warmup_samples=64"),
+        (
+            {"warmup_samples": 640, "decay_samples": 0},
+            "schedule.warmup_samples=640",
+            "schedule.warmup_samples=64",
+        ),
         ({"decay_samples": -1}, "schedule.decay_samples=-1", "0"),
         ({"horizon_samples": 320}, "schedule.train_samples=640", "schedule.horizon_samples"),
         ({"style": "cosine"}, "schedule.style=cosine", "schedule.decay_samples=0"),

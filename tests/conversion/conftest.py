@@ -42,7 +42,8 @@ def checkpoint_copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model with a tokenizer, of extended context; without card, licence and chat template."""
+    """A small model with a tokenizer, of extended context; without card, licence and chat
+    template."""
     return write_model(tmp_path_factory.mktemp("chat") / "model")
 
 
@@ -63,11 +64,18 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def released(chat_checkpoint: Path, template: Path, tmp_path_factory: pytest.TempPathFactory) -> ReleaseResult:
+def released(
+    chat_checkpoint: Path, template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ReleaseResult:
     """`chat_checkpoint` released as an instruct model, everything checked and run."""
     folder = tmp_path_factory.mktemp("released")
     text = folder / "text.py"
     text.write_text(python_like(1)[:500])
     return release(
-        chat_checkpoint, folder / "instruct", member="instruct", chat_template=template, text=text, min_acceptance=0.0
+        chat_checkpoint,
+        folder / "instruct",
+        member="instruct",
+        chat_template=template,
+        text=text,
+        min_acceptance=0.0,
     )

@@ -1,4 +1,5 @@
-"""Random Hugging Face folders made by transformers itself, so that their layout owes nothing to the converter."""
+"""Random Hugging Face folders made by transformers itself, so that their layout owes nothing to the
+converter."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def models(changes: dict[str, Any], seed: int = 0) -> tuple[MellumForCausalLM, MtpModel | None]:
-    """Return transformers' model and MTP head with every parameter random (norms included), float32."""
+    """Return transformers' model and MTP head with every parameter random (norms included),
+    float32."""
     config = MellumConfig(**{**SMALL, **changes})
     generator = torch.Generator().manual_seed(seed)
     main = MellumForCausalLM(config).eval()
@@ -79,24 +81,35 @@ def models(changes: dict[str, Any], seed: int = 0) -> tuple[MellumForCausalLM, M
         for module in (main, mtp):
             for name, parameter in [] if module is None else module.named_parameters():
                 scale = 0.3 if parameter.dim() > 1 else 0.2
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) * scale + ("norm" in name)
+                )
     return main, mtp
 
 
 def mtp_tensors(mtp: MtpModel) -> dict[str, torch.Tensor]:
-    """The MTP head under transformers' module names, renamed by hand to the checkpoints' ``mtp.*`` (experts fused)."""
-    top = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "post_norm": "norm"}
+    """The MTP head under transformers' module names, renamed by hand to the checkpoints' ``mtp.*``
+    (experts fused)."""
+    top = {
+        "enorm": "pre_fc_norm_embedding",
+        "hnorm": "pre_fc_norm_hidden",
+        "eh_proj": "fc",
+        "post_norm": "norm",
+    }
     result = {}
     for name, tensor in mtp.state_dict().items():
         if not name.startswith("layers.0."):
             continue  # embedding and head are the trunk's
         first, _, rest = name.removeprefix("layers.0.").partition(".")
-        result[f"mtp.layers.0.{rest}" if first == "mtp_block" else f"mtp.{top[first]}.{rest}"] = tensor
+        result[f"mtp.layers.0.{rest}" if first == "mtp_block" else f"mtp.{top[first]}.{rest}"] = (
+            tensor
+        )
     return result
 
 
 def unfused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts one by one: gate rows first, then up (``MellumExperts.forward`` chunks in that order)."""
+    """Experts one by one: gate rows first, then up (``MellumExperts.forward`` chunks in that
+    order)."""
     result = {}
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):
@@ -122,7 +135,8 @@ def write_folder(
     files: int = 1,
     seed: int = 0,
 ) -> Path:
-    """Write a random model: its tensors in ``files`` safetensors files, its config as transformers writes it."""
+    """Write a random model: its tensors in ``files`` safetensors files, its config as transformers
+    writes it."""
     main, mtp = models(changes or {}, seed)
     tensors = {**main.state_dict(), **(mtp_tensors(mtp) if mtp is not None else {})}
     tensors = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
@@ -145,17 +159,28 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], files: int = 1)
     weight_map = {}
     for number in range(files):
         file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
-        save_file({name: tensors[name] for name in names[number::files]}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in names[number::files]},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         weight_map |= dict.fromkeys(names[number::files], file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the folder's files."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def write_torch_dist(folder: Path, groups: Sequence[Sequence[Chunk]]) -> None:
-    """A ``torch_dist`` checkpoint of ``groups``, without anything of Megatron's in its common state."""
+    """A ``torch_dist`` checkpoint of ``groups``, without anything of Megatron's in its common
+    state."""
     writer = TorchDistWriter(folder, groups, common={})
     writer.finish([writer.write_group(number) for number in range(len(groups))])

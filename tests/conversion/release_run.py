@@ -1,4 +1,5 @@
-"""One step of Megatron's own training loop from an imported release; for `test_training_checkpoint`."""
+"""One step of Megatron's own training loop from an imported release; for
+`test_training_checkpoint`."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ MODEL: dict[str, Any] = {
 
 
 def train_one_step(release: str, save: str, **arguments: Any) -> None:
-    """Load ``release`` with ``--load``, take a step with learning rate 0, save with optimizer state."""
+    """Load ``release`` with ``--load``, take a step with learning rate 0, save with optimizer
+    state."""
     from mellum2_megatron.checkpoint import find_checkpoint
     from mellum2_megatron.model.provider import model_provider
     from tests.cpu import tiny_pretrain
@@ -36,4 +38,6 @@ def train_one_step(release: str, save: str, **arguments: Any) -> None:
         return provide(**{name: value for name, value in positions.items() if name != "config"})
 
     tiny_pretrain.model_provider = provider
-    tiny_pretrain.pretrain(load=release, save=save, train_iters=1, lr=0.0, norm_epsilon=1e-6, **arguments)
+    tiny_pretrain.pretrain(
+        load=release, save=save, train_iters=1, lr=0.0, norm_epsilon=1e-6, **arguments
+    )

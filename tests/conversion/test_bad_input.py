@@ -52,7 +52,9 @@ def _misshape(tensors: Tensors) -> None:
 
 
 def _transpose(tensors: Tensors) -> None:
-    tensors["model.layers.0.self_attn.o_proj.weight"] = tensors["model.layers.0.self_attn.o_proj.weight"].T.contiguous()
+    tensors["model.layers.0.self_attn.o_proj.weight"] = tensors[
+        "model.layers.0.self_attn.o_proj.weight"
+    ].T.contiguous()
 
 
 def _mix(tensors: Tensors) -> None:
@@ -98,25 +100,34 @@ def test_tensors_that_do_not_fit(
 
 def test_config_without_the_mtp_head_its_tensors_have(hf_copy: Path, tmp_path: Path) -> None:
     edit_json(hf_copy / "config.json", num_nextn_predict_layers=0, num_mtp_layers=0)
-    refused(hf_copy, tmp_path, r"mtp\.fc\.weight.* not part of the model.*num_nextn_predict_layers to 1")
+    refused(
+        hf_copy, tmp_path, r"mtp\.fc\.weight.* not part of the model.*num_nextn_predict_layers to 1"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "model_type='qwen3_moe'"),
+        (
+            {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
+            "model_type='qwen3_moe'",
+        ),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
         ({"hidden_size": 32}, r"expected \[\d+, 32\]"),
         ({"num_experts": 4, "num_local_experts": 4}, r"experts\.3\..* missing"),
         ({"num_hidden_layers": "three"}, "num_hidden_layers='three'"),
     ],
 )
-def test_config_of_another_model(changes: dict[str, Any], message: str, hf_copy: Path, tmp_path: Path) -> None:
+def test_config_of_another_model(
+    changes: dict[str, Any], message: str, hf_copy: Path, tmp_path: Path
+) -> None:
     edit_json(hf_copy / "config.json", **changes)
     refused(hf_copy, tmp_path, message)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"model_type": "mellum", "model_type": "qwen2"}', "\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"model_type": "mellum", "model_type": "qwen2"}', "\xff\xfe"]
+)
 def test_config_that_is_not_a_json_object(content: str, hf_copy: Path, tmp_path: Path) -> None:
     (hf_copy / "config.json").write_bytes(content.encode("latin-1"))
     refused(hf_copy, tmp_path, r"config\.json")
@@ -128,7 +139,11 @@ def test_incomplete_folder(missing: str | None, hf_copy: Path, tmp_path: Path) -
         refused(tmp_path / "nowhere", tmp_path, "must be a folder")
         return
     (hf_copy / missing).unlink()
-    refused(hf_copy, tmp_path, r"config\.json is missing" if missing == "config.json" else r"no \*\.safetensors")
+    refused(
+        hf_copy,
+        tmp_path,
+        r"config\.json is missing" if missing == "config.json" else r"no \*\.safetensors",
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1, -4000])
@@ -180,7 +195,10 @@ def test_index_and_files_disagree(tmp_path: Path) -> None:
     refused(folder, tmp_path, r"index\.json: .*must be in the file the index names")
 
     folder, index = damaged("unlisted tensor")
-    edit_json(index, weight_map={name: file for name, file in weight_map.items() if name != "lm_head.weight"})
+    edit_json(
+        index,
+        weight_map={name: file for name, file in weight_map.items() if name != "lm_head.weight"},
+    )
     refused(folder, tmp_path, r"lm_head\.weight not listed")
 
     folder, index = damaged("outside")
@@ -214,7 +232,8 @@ def test_the_layout_of_the_hub_cache_is_read(hf_folder: Path, tmp_path: Path) ->
     assert roundtrip(snapshot).ok
 
 
-# -- Megatron checkpoints ---------------------------------------------------------------------------------------------
+# -- Megatron checkpoints
+# ---------------------------------------------------------------------------------------------
 
 
 def not_exported(folder: Path, target: Path, message: str) -> None:
@@ -227,9 +246,15 @@ def test_checkpoint_of_another_architecture(checkpoint_copy: Path, tmp_path: Pat
     path = checkpoint_copy / "architecture.json"
     original = path.read_text()
     for changes, message in (
-        ({"num_experts": 4}, r"mlp\.experts\.experts\.linear_fc1\.weight .*\(expected \[3, 4, 24, 24\]\)"),
+        (
+            {"num_experts": 4},
+            r"mlp\.experts\.experts\.linear_fc1\.weight .*\(expected \[3, 4, 24, 24\]\)",
+        ),
         ({"num_mtp_layers": 0, "mtp_layer_types": []}, r"mtp\.layers\.0\..* not part of the model"),
-        ({"vocab_size": 97}, r"embedding\.word_embeddings\.weight \[96, 24\] \(expected \[97, 24\]\)"),
+        (
+            {"vocab_size": 97},
+            r"embedding\.word_embeddings\.weight \[96, 24\] \(expected \[97, 24\]\)",
+        ),
         ({"hidden_sise": 3}, "hidden_sise"),
     ):
         path.write_text(json.dumps(json.loads(original) | changes))
@@ -267,7 +292,14 @@ def test_tracker_and_path(checkpoint_copy: Path, tmp_path: Path) -> None:
 
 
 def test_iterations_are_found_in_order(tmp_path: Path) -> None:
-    for name in ("iter_0000100", "iter_0000020", "iter_1000000000", "release", "iter_x", "tokenizer"):
+    for name in (
+        "iter_0000100",
+        "iter_0000020",
+        "iter_1000000000",
+        "release",
+        "iter_x",
+        "tokenizer",
+    ):
         (tmp_path / name).mkdir()
     names = [folder.name for folder in iteration_folders(tmp_path)]
     assert names == ["release", "iter_0000020", "iter_0000100", "iter_1000000000"]

@@ -1,4 +1,5 @@
-"""Each check of a release folder, made to fail; and folders that pass, ours and transformers' own."""
+"""Each check of a release folder, made to fail; and folders that pass, ours and transformers'
+own."""
 
 from __future__ import annotations
 
@@ -97,7 +98,9 @@ def drop_mtp(found: dict[str, torch.Tensor]) -> None:
 
 
 def poison(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda found: found["model.layers.1.mlp.experts.2.up_proj.weight"].view(-1)[7].fill_(value)
+    return lambda found: (
+        found["model.layers.1.mlp.experts.2.up_proj.weight"].view(-1)[7].fill_(value)
+    )
 
 
 def shard_without_file(folder: Path) -> None:
@@ -152,50 +155,115 @@ NO_THOUGHT = TEMPLATE.replace("+ message.reasoning_content +", "+")
         ("config", config(num_experts_per_tok=9), "num_experts_per_tok"),
         ("layer types", config(layer_types=None), "layer_types absent"),
         ("layer types", config(sliding_window=None), "sliding_window absent"),
-        ("rope, context", config(rope_parameters=None), "without full_attention, sliding_attention"),
+        (
+            "rope, context",
+            config(rope_parameters=None),
+            "without full_attention, sliding_attention",
+        ),
         ("config", drop_rope, "sliding_attention"),
         ("rope", rope("full_attention", attention_factor=1.0), r"attention_factor=1\.0.*1\.138629"),
         ("rope", config(max_position_embeddings=32), "set max_position_embeddings to 128"),
         (
             "rope",
-            rope("sliding_attention", rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+            rope(
+                "sliding_attention",
+                rope_type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=32,
+            ),
             "full-attention layers only",
         ),
-        ("context", rope("full_attention", rope_type="default"), "instruct comes after the long-context stage"),
+        (
+            "context",
+            rope("full_attention", rope_type="default"),
+            "instruct comes after the long-context stage",
+        ),
         ("files", remove("model.safetensors"), r"no \*\.safetensors"),
         ("files", shard_without_file, "model-00002-of-00003.safetensors missing"),
         ("files", unlisted, "model.norm.weight not listed"),
-        ("tensors", tensors(lambda found: found.pop("model.norm.weight")), "model.norm.weight missing"),
-        ("tensors", tensors(lambda found: found.update(extra=torch.zeros(2, dtype=torch.bfloat16))), "extra not part"),
+        (
+            "tensors",
+            tensors(lambda found: found.pop("model.norm.weight")),
+            "model.norm.weight missing",
+        ),
+        (
+            "tensors",
+            tensors(lambda found: found.update(extra=torch.zeros(2, dtype=torch.bfloat16))),
+            "extra not part",
+        ),
         ("tensors", tensors(lambda found: found.pop("mtp.fc.weight")), "mtp.fc.weight missing"),
         ("MTP head", tensors(drop_mtp), "num_nextn_predict_layers=1, 0 in the tensors"),
-        ("MTP head", config(num_nextn_predict_layers=0), "num_nextn_predict_layers=0, 1 in the tensors"),
+        (
+            "MTP head",
+            config(num_nextn_predict_layers=0),
+            "num_nextn_predict_layers=0, 1 in the tensors",
+        ),
         (
             "shapes",
-            tensors(lambda found: found.update({"lm_head.weight": torch.zeros(320, 23, dtype=torch.bfloat16)})),
+            tensors(
+                lambda found: found.update(
+                    {"lm_head.weight": torch.zeros(320, 23, dtype=torch.bfloat16)}
+                )
+            ),
             r"lm_head.weight \[320, 23\]",
         ),
         ("dtypes", config(dtype="float32"), "dtype='float32' in config.json, tensors are bfloat16"),
-        ("dtypes", tensors(lambda found: found.update({"model.norm.weight": torch.ones(24)})), "F32"),
+        (
+            "dtypes",
+            tensors(lambda found: found.update({"model.norm.weight": torch.ones(24)})),
+            "F32",
+        ),
         ("finite", tensors(poison(float("nan"))), r"experts\.2\.up_proj\.weight \(1 of 288\)"),
         ("finite", tensors(poison(float("inf"))), r"experts\.2\.up_proj\.weight \(1 of 288\)"),
         ("tokenizer files", remove("tokenizer.json"), "tokenizer.json missing"),
         ("tokenizer files", write("tokenizer.json", "{}"), "not a valid tokenizer"),
-        ("special tokens, chat template", remove("generation_config.json"), "generation_config.json is missing"),
+        (
+            "special tokens, chat template",
+            remove("generation_config.json"),
+            "generation_config.json is missing",
+        ),
         ("special tokens", config(bos_token_id=7), r"bos_token_id: \[7\] in config.json"),
         ("special tokens", config(eos_token_id=5), r"eos_token_id: \[5\] in config.json"),
-        ("special tokens", generation(pad_token_id=9), r"pad_token_id: \[9\] in generation_config.json"),
-        ("special tokens, chat template", generation(eos_token_id=["a", 1, [2]]), "ids are whole numbers"),
+        (
+            "special tokens",
+            generation(pad_token_id=9),
+            r"pad_token_id: \[9\] in generation_config.json",
+        ),
+        (
+            "special tokens, chat template",
+            generation(eos_token_id=["a", 1, [2]]),
+            "ids are whole numbers",
+        ),
         ("special tokens", generation(eos_token_id=[10, 1, 320]), "names id 320"),
         ("special tokens", unmark("<|endoftext|>"), "eos token not marked special"),
-        ("FIM tokens", text("tokenizer.json", "<fim_middle>", "<fim_mittle>"), "fim_middle.* missing"),
+        (
+            "FIM tokens",
+            text("tokenizer.json", "<fim_middle>", "<fim_mittle>"),
+            "fim_middle.* missing",
+        ),
         ("FIM tokens", unmark("<fim_prefix>"), "fim_prefix not marked special"),
         ("chat template", remove("chat_template.jinja"), "no chat_template.jinja"),
         ("chat template", write("chat_template.jinja", "{{ nowhere.at.all }}"), "UndefinedError"),
-        ("chat template", write("chat_template.jinja", NO_TOOLS), "tools: 'multiply_numbers' is not in the text"),
-        ("chat template", write("chat_template.jinja", NO_THOUGHT), r"reasoning \(reasoning_content\)"),
-        ("chat template", text("chat_template.jinja", "<|im_end|>", "<|end|>"), r"<\|end\|>: markers are special"),
-        ("chat template", text("chat_template.jinja", "if add_generation_prompt", "if false"), "add_generation_prompt"),
+        (
+            "chat template",
+            write("chat_template.jinja", NO_TOOLS),
+            "tools: 'multiply_numbers' is not in the text",
+        ),
+        (
+            "chat template",
+            write("chat_template.jinja", NO_THOUGHT),
+            r"reasoning \(reasoning_content\)",
+        ),
+        (
+            "chat template",
+            text("chat_template.jinja", "<|im_end|>", "<|end|>"),
+            r"<\|end\|>: markers are special",
+        ),
+        (
+            "chat template",
+            text("chat_template.jinja", "if add_generation_prompt", "if false"),
+            "add_generation_prompt",
+        ),
         ("chat template", generation(eos_token_id=1), r"an answer ends with token 10.* is \[1\]"),
         ("model card", write("README.md", "# Mellum"), "8 characters"),
         ("model card", remove("README.md"), "0 characters"),
@@ -203,7 +271,9 @@ NO_THOUGHT = TEMPLATE.replace("+ message.reasoning_content +", "+")
         ("licence", write("LICENSE", "All rights reserved."), "another text"),
     ],
 )
-def test_one_damage_fails_its_check_alone(name: str, damage: Damage, message: str, folder: Path) -> None:
+def test_one_damage_fails_its_check_alone(
+    name: str, damage: Damage, message: str, folder: Path
+) -> None:
     damage(folder)
     found = failures(folder)
     assert [check.name for check in found] == name.split(", ")
@@ -221,14 +291,18 @@ def test_a_tokenizer_larger_than_the_vocabulary(folder: Path, tmp_path: Path) ->
     assert "0 to 318" in check.rule
 
 
-def test_a_changed_weight_differs_from_the_manifest(released: ReleaseResult, tmp_path: Path) -> None:
+def test_a_changed_weight_differs_from_the_manifest(
+    released: ReleaseResult, tmp_path: Path
+) -> None:
     path = Path(shutil.copytree(released.path, tmp_path / "copy"))
     tensors(lambda found: found["lm_head.weight"][3, 4].add_(1))(path)
     (check,) = failures(path)
     assert (check.name, check.value) == ("manifest", "lm_head.weight")
 
 
-def test_a_changed_file_differs_from_the_verification_card(released: ReleaseResult, tmp_path: Path) -> None:
+def test_a_changed_file_differs_from_the_verification_card(
+    released: ReleaseResult, tmp_path: Path
+) -> None:
     path = Path(shutil.copytree(released.path, tmp_path / "copy"))
     (path / ".gitattributes").write_text("*.safetensors filter=lfs\n")  # hubs add their own files
     assert failures(path) == []
@@ -240,7 +314,9 @@ def test_a_changed_file_differs_from_the_verification_card(released: ReleaseResu
 def test_what_loads_the_model_is_left_out_after_damage(folder: Path) -> None:
     tensors(poison(float("nan")))(folder)
     report = check_release(folder)
-    running = [check for check in report.checks if check.name in ("loads in transformers", "generates")]
+    running = [
+        check for check in report.checks if check.name in ("loads in transformers", "generates")
+    ]
     assert [check.status for check in running] == ["not applicable"] * 2
     assert "finite" in running[0].value
 
@@ -253,18 +329,23 @@ def test_a_folder_that_transformers_cannot_load(folder: Path) -> None:
 
 def test_a_folder_that_cannot_generate(folder: Path) -> None:
     native = {"rope_type": "default", "rope_theta": 10000.0}
-    config(max_position_embeddings=4, rope_parameters=dict.fromkeys(["full_attention", "sliding_attention"], native))(
-        folder
-    )
+    config(
+        max_position_embeddings=4,
+        rope_parameters=dict.fromkeys(["full_attention", "sliding_attention"], native),
+    )(folder)
     (check,) = failures(folder, skip_run=False, member=None)
     assert check.name == "generates"
     assert "max_position_embeddings=4" in check.rule
 
 
-def test_greedy_text_that_depends_on_the_mtp_head(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_text_that_depends_on_the_mtp_head(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def parting(path: Path, prompt: str, *, use_mtp: bool = False, **options: object) -> Generation:
         ids = (5, 6, 8) if use_mtp else (5, 6, 7)
-        return Generation(prompt=prompt, completion="", prompt_ids=(1,), token_ids=ids, drafted=2, accepted=1)
+        return Generation(
+            prompt=prompt, completion="", prompt_ids=(1,), token_ids=ids, drafted=2, accepted=1
+        )
 
     monkeypatch.setattr(release_runs, "generate", parting)
     (check,) = failures(folder, skip_run=False)
@@ -330,7 +411,9 @@ def test_the_report_as_data_and_as_table(folder: Path) -> None:
     assert all(check.name in shown for check in report.checks)
 
 
-def test_exit_codes_of_the_command(released: ReleaseResult, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_codes_of_the_command(
+    released: ReleaseResult, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*arguments: object) -> object:
         monkeypatch.setattr("sys.argv", ["mellum2", "check-release", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
@@ -344,5 +427,7 @@ def test_exit_codes_of_the_command(released: ReleaseResult, folder: Path, monkey
 
 
 def test_the_command_prints_json(released: ReleaseResult) -> None:
-    result = CliRunner().invoke(cli.app, ["check-release", str(released.path), "--skip-run", "--json"])
+    result = CliRunner().invoke(
+        cli.app, ["check-release", str(released.path), "--skip-run", "--json"]
+    )
     assert (result.exit_code, json.loads(result.stdout)["ok"]) == (0, True)

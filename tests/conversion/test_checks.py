@@ -18,7 +18,8 @@ from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.config import Layout
 from tests.conversion.folders import load_tensors, save_tensors, write_folder
 
-# -- manifests --------------------------------------------------------------------------------------------------------
+# -- manifests
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -37,9 +38,13 @@ def flip(path: Path, position: int) -> None:
 def test_one_bit_in_a_safetensors_file(exported: Path, tmp_path: Path) -> None:
     import_hf(exported, tmp_path / "fine")
     path = exported / "model.safetensors"
-    header = json.loads((content := path.read_bytes())[8 : 8 + (size := int.from_bytes(content[:8], "little"))])
+    header = json.loads(
+        (content := path.read_bytes())[8 : 8 + (size := int.from_bytes(content[:8], "little"))]
+    )
     flip(path, 8 + size + header["model.layers.1.mlp.experts.2.up_proj.weight"]["data_offsets"][0])
-    with pytest.raises(InputError, match=r"'model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight' has SHA-256"):
+    with pytest.raises(
+        InputError, match=r"'model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight' has SHA-256"
+    ):
         import_hf(exported, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "fine"]
     import_hf(exported, tmp_path / "out", checks=Checks(hashes=False))
@@ -49,7 +54,9 @@ def test_one_bit_in_a_megatron_checkpoint(checkpoint_copy: Path, tmp_path: Path)
     path = checkpoint_copy / "release" / "__2_0.distcp"
     rows = load_checkpoint_row(checkpoint_copy)
     flip(path, path.read_bytes().index(rows))
-    with pytest.raises(InputError, match=r"'decoder\.layers\.mlp\.router\.weight\[1\]' has SHA-256"):
+    with pytest.raises(
+        InputError, match=r"'decoder\.layers\.mlp\.router\.weight\[1\]' has SHA-256"
+    ):
         export_hf(checkpoint_copy, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     export_hf(checkpoint_copy, tmp_path / "out", checks=Checks(hashes=False))
@@ -58,7 +65,9 @@ def test_one_bit_in_a_megatron_checkpoint(checkpoint_copy: Path, tmp_path: Path)
 def load_checkpoint_row(checkpoint: Path) -> bytes:
     from conversion.torch_dist.reader import TorchDistReader
 
-    router = TorchDistReader(checkpoint / "release").read("decoder.layers.mlp.router.weight", (1, 0, 0), (1, 3, 24))
+    router = TorchDistReader(checkpoint / "release").read(
+        "decoder.layers.mlp.router.weight", (1, 0, 0), (1, 3, 24)
+    )
     return router.view(torch.uint8).numpy().tobytes()
 
 
@@ -82,13 +91,16 @@ def test_a_manifest_of_other_weights(exported: Path, tmp_path: Path) -> None:
     assert not plan_import(exported, tmp_path / "out").hashes
 
 
-# -- finite values ----------------------------------------------------------------------------------------------------
+# -- finite values
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 1001, -1])
-def test_aminmax_sees_every_value_that_is_not_finite(dtype: torch.dtype, value: float, place: int) -> None:
+def test_aminmax_sees_every_value_that_is_not_finite(
+    dtype: torch.dtype, value: float, place: int
+) -> None:
     """What the check relies on: NaN propagates wherever it is (vector width, tail)."""
     for size in (1, 7, 4099):
         tensor = torch.randn(size).to(dtype)
@@ -102,7 +114,10 @@ def test_overflow_in_a_narrower_dtype(tmp_path: Path) -> None:
     tensors = load_tensors(source)
     tensors["model.norm.weight"][3] = 1e5
     save_tensors(source, tensors)
-    with pytest.raises(InputError, match=r"model\.norm\.weight' has 1 of 24 .* overflow float16.*bfloat16 or float32"):
+    with pytest.raises(
+        InputError,
+        match=r"model\.norm\.weight' has 1 of 24 .* overflow float16.*bfloat16 or float32",
+    ):
         import_hf(source, tmp_path / "out", dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     import_hf(source, tmp_path / "out", dtype="float32")
@@ -111,7 +126,9 @@ def test_overflow_in_a_narrower_dtype(tmp_path: Path) -> None:
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_plans_say_what_happens_and_touch_nothing(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_plans_say_what_happens_and_touch_nothing(
+    hf_folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     plan = plan_import(hf_folder, tmp_path / "deep" / "megatron", dtype="float32", workers=2)
     exporting = plan_export(checkpoint, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
@@ -127,7 +144,10 @@ def test_plans_say_what_happens_and_touch_nothing(hf_folder: Path, checkpoint: P
     assert sum(size for _, size in plan.files) == plan.nbytes
     assert "nothing was written" in str(plan)
     import_hf(hf_folder, tmp_path / "deep" / "megatron", dtype="float32")
-    written = {f"release/{path.name}" for path in (tmp_path / "deep" / "megatron" / "release").glob("*.distcp")}
+    written = {
+        f"release/{path.name}"
+        for path in (tmp_path / "deep" / "megatron" / "release").glob("*.distcp")
+    }
     assert written == {name for name, _ in plan.files}
     with pytest.raises(InputError, match="not empty"):
         plan_import(hf_folder, tmp_path / "deep" / "megatron")
@@ -136,7 +156,10 @@ def test_plans_say_what_happens_and_touch_nothing(hf_folder: Path, checkpoint: P
 
 def test_peak_memory_is_the_largest_tensor_of_each_worker(hf_folder: Path, tmp_path: Path) -> None:
     """Here that is linear_qkv [64, 24] beside its parts, in every layer; never the model."""
-    peaks = [plan_import(hf_folder, tmp_path / "out", workers=workers).peak_memory for workers in (1, 2, 3)]
+    peaks = [
+        plan_import(hf_folder, tmp_path / "out", workers=workers).peak_memory
+        for workers in (1, 2, 3)
+    ]
     assert peaks == [count * 2 * 64 * 24 * 2 for count in (1, 2, 3)]
 
 
@@ -156,30 +179,36 @@ def test_a_layout_the_model_cannot_have(hf_folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "never").exists()
 
 
-# -- progress ---------------------------------------------------------------------------------------------------------
+# -- progress
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     progress = LineProgress("import", 24_000_000_000, done=4_000_000_000, clock=lambda: now)
-    for now in (10.0, 29.0, 40.0, 45.0):  # noqa: B007  (the clock reads it)
+    for now in (10.0, 29.0, 40.0, 45.0):  # noqa: B007
         progress(1_000_000_000)
     assert capsys.readouterr().err == "import: 7.00 GB of 24.00 GB, 75 MB/s, 227 s left\n"
 
 
-def test_disk_errors_name_the_continuation(hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_errors_name_the_continuation(
+    hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("conversion.jobs.importing.write_manifest", broken)
-    with pytest.raises(WorkError, match=r"Input/output error.*\.out\.partial and the same command continues it"):
+    with pytest.raises(
+        WorkError, match=r"Input/output error.*\.out\.partial and the same command continues it"
+    ):
         import_hf(hf_folder, tmp_path / "out")
     monkeypatch.undo()
     import_hf(hf_folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# -- command line -----------------------------------------------------------------------------------------------------
+# -- command line
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_options_reach_the_conversion(hf_copy: Path, tmp_path: Path) -> None:
@@ -191,7 +220,9 @@ def test_options_reach_the_conversion(hf_copy: Path, tmp_path: Path) -> None:
     assert str(refused.exception) == "--ep 2: must divide num_experts (3). Fix: use --ep 1 or 3."
     assert "--workers 0" in str(mellum2(*importing, "--workers", 0).exception)
     assert mellum2(*importing, "--not-strict").exit_code == 2
-    planned = mellum2(*importing, "--dry-run", "--torch-dtype", "float32", "--workers", 1, "--tp", 2)
+    planned = mellum2(
+        *importing, "--dry-run", "--torch-dtype", "float32", "--workers", 1, "--tp", 2
+    )
     assert planned.exit_code == 0
     assert not (tmp_path / "out").exists()
     tensors = load_tensors(hf_copy)
@@ -204,4 +235,6 @@ def test_options_reach_the_conversion(hf_copy: Path, tmp_path: Path) -> None:
     assert mellum2(*exporting, "--allow-nonfinite", "--dry-run").exit_code == 0
     assert mellum2(*exporting, "--allow-nonfinite", "--skip-hashes", "--workers", 1).exit_code == 0
     stitching = ("stitch-mtp", tmp_path / "hf", tmp_path / "hf")
-    assert "only a lost one is put back" in str(mellum2(*stitching, "--output", tmp_path / "stitched").exception)
+    assert "only a lost one is put back" in str(
+        mellum2(*stitching, "--output", tmp_path / "stitched").exception
+    )

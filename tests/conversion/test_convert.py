@@ -39,13 +39,18 @@ from tests.conversion.folders import (
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_round_trip_keeps_every_byte(changes: dict[str, Any], fused: bool, files: int, tmp_path: Path) -> None:
+def test_round_trip_keeps_every_byte(
+    changes: dict[str, Any], fused: bool, files: int, tmp_path: Path
+) -> None:
     source = write_folder(tmp_path / "hf", changes, fused=fused, files=files)
     import_hf(source, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "out")
     before, after = unfused(load_tensors(source)), load_tensors(tmp_path / "out")
     assert after.keys() == before.keys()  # the released layout, whatever came in
-    assert all(torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)) for name in before)
+    assert all(
+        torch.equal(before[name].view(torch.int16), after[name].view(torch.int16))
+        for name in before
+    )
     report = roundtrip(source)
     assert report.ok
     assert report.tensors == len(before)
@@ -55,25 +60,35 @@ def test_round_trip_keeps_every_byte(changes: dict[str, Any], fused: bool, files
 def test_values_that_are_not_numbers_survive_too(dtype: torch.dtype, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", dtype=dtype)
     tensors = load_tensors(source)
-    tensors["lm_head.weight"][0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40]).to(dtype)
+    tensors["lm_head.weight"][0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40]).to(
+        dtype
+    )
     save_tensors(source, tensors)
     for target in ("megatron", "out"):
-        with pytest.raises(InputError, match=r"lm_head\.weight' has 2 of 2304 values NaN or infinite"):
+        with pytest.raises(
+            InputError, match=r"lm_head\.weight' has 2 of 2304 values NaN or infinite"
+        ):
             import_hf(source, tmp_path / target)
     as_it_is = Checks(allow_nonfinite=True)
     import_hf(source, tmp_path / "megatron", checks=as_it_is)
-    with pytest.raises(InputError, match=r"output_layer\.weight' has 2 of 2304 values NaN or infinite"):
+    with pytest.raises(
+        InputError, match=r"output_layer\.weight' has 2 of 2304 values NaN or infinite"
+    ):
         export_hf(tmp_path / "megatron", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
     export_hf(tmp_path / "megatron", tmp_path / "out", checks=as_it_is)
     after = load_tensors(tmp_path / "out")
     for name, tensor in tensors.items():
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(
+        dtype
+    ).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_transformers_loads_the_export_into_the_very_model(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_transformers_loads_the_export_into_the_very_model(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     main, mtp = models(changes)
     import_hf(write_folder(tmp_path / "hf", changes, dtype=torch.float32), tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "out")
@@ -85,7 +100,13 @@ def test_transformers_loads_the_export_into_the_very_model(changes: dict[str, An
     if mtp is not None:
         heads = MtpModel.from_pretrained(loaded).state_dict()
         assert all(torch.equal(value, mtp.state_dict()[name]) for name, value in heads.items())
-    for name in ("layer_types", "sliding_window", "rope_parameters", "mtp_layer_types", "num_mtp_layers"):
+    for name in (
+        "layer_types",
+        "sliding_window",
+        "rope_parameters",
+        "mtp_layer_types",
+        "num_mtp_layers",
+    ):
         assert getattr(loaded.config, name) == getattr(main.config, name), name
 
 
@@ -96,8 +117,12 @@ def test_megatron_layout_of_an_import(hf_folder: Path, checkpoint: Path) -> None
     assert folder.iteration is None
     assert find_checkpoint(checkpoint / "release") == folder
     reader, tensors = TorchDistReader(folder.iteration_dir), load_tensors(hf_folder)
-    gate_up = [tensors[f"model.layers.2.mlp.experts.1.{part}_proj.weight"] for part in ("gate", "up")]
-    fc1 = reader.read("decoder.layers.mlp.experts.experts.linear_fc1.weight", (2, 1, 0, 0), (1, 1, 24, 24))
+    gate_up = [
+        tensors[f"model.layers.2.mlp.experts.1.{part}_proj.weight"] for part in ("gate", "up")
+    ]
+    fc1 = reader.read(
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight", (2, 1, 0, 0), (1, 1, 24, 24)
+    )
     assert torch.equal(fc1[0, 0], torch.cat(gate_up))
     whole = reader.read("decoder.layers.self_attention.linear_proj.weight", (0, 0, 0), (3, 24, 32))
     for layer in range(3):
@@ -106,12 +131,23 @@ def test_megatron_layout_of_an_import(hf_folder: Path, checkpoint: Path) -> None
 
 def test_read_cuts_any_box_out_of_any_chunks(tmp_path: Path) -> None:
     whole = torch.arange(5 * 6 * 4).reshape(5, 6, 4).float()
-    boxes = [((a, b, 0), (size_a, size_b, 4)) for a, size_a in ((0, 2), (2, 3)) for b, size_b in ((0, 1), (1, 5))]
+    boxes = [
+        ((a, b, 0), (size_a, size_b, 4))
+        for a, size_a in ((0, 2), (2, 3))
+        for b, size_b in ((0, 1), (1, 5))
+    ]
 
     def chunk(offset: tuple[int, ...], extent: tuple[int, ...]) -> Chunk:
-        part = whole[tuple(slice(low, low + size) for low, size in zip(offset, extent, strict=True))]
+        part = whole[
+            tuple(slice(low, low + size) for low, size in zip(offset, extent, strict=True))
+        ]
         return Chunk(
-            key="w", global_shape=(5, 6, 4), offset=offset, extent=extent, dtype=torch.float32, produce=lambda: part
+            key="w",
+            global_shape=(5, 6, 4),
+            offset=offset,
+            extent=extent,
+            dtype=torch.float32,
+            produce=lambda: part,
         )
 
     write_torch_dist(tmp_path, [[chunk(*box) for box in boxes[:3]], [chunk(*boxes[3])]])
@@ -125,16 +161,22 @@ def test_large_models_are_cut_into_files_with_an_index(
     hf_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = hf_writer.plan_shards
-    monkeypatch.setattr(safetensors_job, "plan_shards", lambda entries, dtype: plan(entries, dtype, max_bytes=9000))
+    monkeypatch.setattr(
+        safetensors_job, "plan_shards", lambda entries, dtype: plan(entries, dtype, max_bytes=9000)
+    )
     export_hf(checkpoint, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert {name: file.name for file in files for name in load_file(file)} == index["weight_map"]
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in load_tensors(hf_folder).values())
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for t in load_tensors(hf_folder).values()
+    )
     assert all(file.stat().st_size < 9000 + 4000 for file in files)
-    assert all(int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0 for file in files)  # data stays aligned
+    assert all(
+        int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0 for file in files
+    )  # data stays aligned
     with safe_open(files[0], framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     assert roundtrip(tmp_path / "out").ok
@@ -161,9 +203,16 @@ def test_tokenizer_and_generation_config_travel_along(hf_copy: Path, tmp_path: P
     (hf_copy / "generation_config.json").write_text('{"eos_token_id": [1, 28], "temperature": 0.3}')
     (hf_copy / "chat_template.jinja").write_text("{{ messages }}")
     import_hf(hf_copy, tmp_path / "megatron")
-    assert find_checkpoint(tmp_path / "megatron").tokenizer_dir == tmp_path / "megatron" / "tokenizer"
+    assert (
+        find_checkpoint(tmp_path / "megatron").tokenizer_dir == tmp_path / "megatron" / "tokenizer"
+    )
     export_hf(tmp_path / "megatron", tmp_path / "out")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (hf_copy / name).read_bytes()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("w7 w8") == [7, 8]
 
@@ -172,7 +221,9 @@ def test_tokenizer_given_at_export(checkpoint: Path, tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "fits", 96)
     export_hf(checkpoint, tmp_path / "out", tokenizer=tmp_path / "fits")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("w95") == [95]
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1  # derived from the architecture
+    assert (
+        GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 1
+    )  # derived from the architecture
     make_tokenizer(tmp_path / "large", 97)
     for folder, message in (("large", "token id 96"), ("absent", r"tokenizer\.json")):
         with pytest.raises(InputError, match=message):
@@ -181,7 +232,8 @@ def test_tokenizer_given_at_export(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_padded_vocabulary_is_cut_off(checkpoint: Path, hf_folder: Path, tmp_path: Path) -> None:
-    """A tensor-parallel run stores the embedding and the head with rows up to a multiple of 128 x TP."""
+    """A tensor-parallel run stores the embedding and the head with rows up to a multiple of 128 x
+    TP."""
     source = TorchDistReader(checkpoint / "release")
 
     def chunk(key: str) -> Chunk:
@@ -214,18 +266,26 @@ def test_manifests_hold_what_was_written(hf_folder: Path, checkpoint: Path, tmp_
     assert [record["name"] for record in records] == sorted(tensors)
     for record in records:
         tensor = tensors[record["name"]]
-        assert record["sha256"] == hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+        assert (
+            record["sha256"]
+            == hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+        )
         assert (record["shape"], record["dtype"]) == (list(tensor.shape), "bfloat16")
     megatron = json.loads((checkpoint / "release" / "weights_manifest.json").read_text())["weights"]
-    router = next(record for record in megatron if record["name"] == "decoder.layers.mlp.router.weight[1]")
+    router = next(
+        record for record in megatron if record["name"] == "decoder.layers.mlp.router.weight[1]"
+    )
     gate = tensors["model.layers.1.mlp.gate.weight"]
     assert router["sha256"] == hashlib.sha256(gate.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-# -- targets and interruptions ----------------------------------------------------------------------------------------
+# -- targets and interruptions
+# ----------------------------------------------------------------------------------------
 
 
-def test_an_existing_target_needs_overwrite(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_existing_target_needs_overwrite(
+    hf_folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     other = write_folder(tmp_path / "other", seed=1)
     import_hf(other, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "out")
@@ -241,7 +301,9 @@ def test_an_existing_target_needs_overwrite(hf_folder: Path, checkpoint: Path, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "other", "out"]
 
 
-def test_overwrite_replaces_conversions_only(hf_copy: Path, checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_conversions_only(
+    hf_copy: Path, checkpoint_copy: Path, tmp_path: Path
+) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     (checkpoint_copy / "iter_0000010").mkdir()
@@ -261,7 +323,8 @@ def test_overwrite_replaces_conversions_only(hf_copy: Path, checkpoint_copy: Pat
 
 @pytest.mark.parametrize("limit", [3000, 9000, 150_000])
 def test_a_disk_that_fills_up_is_reported_plainly(limit: int, tmp_path: Path) -> None:
-    """A file-size limit fails the write itself, wherever it comes: metadata, mid-archive, mid-tensor."""
+    """A file-size limit fails the write itself, wherever it comes: metadata, mid-archive,
+    mid-tensor."""
     source = write_folder(tmp_path / "hf", {"vocab_size": 4096})
     import_hf(source, tmp_path / "megatron")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

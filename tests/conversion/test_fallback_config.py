@@ -1,4 +1,5 @@
-"""The fallback configuration class against transformers' own, as if transformers did not have it."""
+"""The fallback configuration class against transformers' own, as if transformers did not have
+it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from tests.conversion.folders import SMALL
 
 
 def without_mtp_fields() -> type:
-    """What transformers 5.10 to 5.19 have: the class without its three MTP fields and their alias."""
+    """What transformers 5.10 to 5.19 have: the class without its three MTP fields and their
+    alias."""
 
     class Older(MellumConfig):
         attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012
@@ -29,7 +31,9 @@ def without_mtp_fields() -> type:
 
 
 @pytest.fixture(params=["absent", "without MTP fields"])
-def older_transformers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def older_transformers(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     host = None if request.param == "absent" else without_mtp_fields()
     monkeypatch.setattr(fallback_config, "host_config", lambda: host)
     yield request.param
@@ -45,7 +49,9 @@ def test_it_reads_a_config_as_transformers_does(
     mtp: int | None, older_transformers: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     changes = {"num_mtp_layers": mtp, "mtp_layer_types": None, "mtp_mlp_layer_types": None}
-    MellumConfig(**SMALL | changes, architectures=["MellumForCausalLM"], dtype="bfloat16").save_pretrained(tmp_path)
+    MellumConfig(
+        **SMALL | changes, architectures=["MellumForCausalLM"], dtype="bfloat16"
+    ).save_pretrained(tmp_path)
     expected = AutoConfig.from_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert register_fallback_config()
@@ -55,7 +61,9 @@ def test_it_reads_a_config_as_transformers_does(
     assert plain(found) == plain(expected)
     assert (found.num_mtp_layers, found.num_experts) == (mtp, 3)
     found.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+    assert (tmp_path / "again" / "config.json").read_text() == (
+        tmp_path / "config.json"
+    ).read_text()
 
 
 def test_its_defaults_are_those_of_transformers(older_transformers: str):
@@ -70,7 +78,9 @@ def test_its_defaults_are_those_of_transformers(older_transformers: str):
 
 def test_the_model_class_is_still_found(older_transformers: str):
     register_fallback_config()
-    config = CONFIG_MAPPING["mellum"](**SMALL | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+    config = CONFIG_MAPPING["mellum"](
+        **SMALL | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    )
     assert isinstance(AutoModelForCausalLM.from_config(config), MellumForCausalLM)
 
 

@@ -34,10 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def agreeing(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that continues token i with i + 1, and whose MTP head knows it: its drafts are right every time.
+    """A model that continues token i with i + 1, and whose MTP head knows it: its drafts are right
+    every time.
 
-    Embeddings are one-hot, attention and experts add nothing, and the head reads i as i + 1. The MTP head passes on the
-    embedding of the token it is fed and ignores the hidden state.
+    Embeddings are one-hot, attention and experts add nothing, and the head reads i as i + 1. The
+    MTP head passes on the embedding of the token it is fed and ignores the hidden state.
     """
     path = make_folder(tmp_path_factory.mktemp("agreeing") / "model", hidden_size=VOCAB)
     tensors = load_tensors(path)
@@ -70,7 +71,11 @@ def greedy(folder: Path, ids: list[int], count: int) -> list[int]:
 def test_greedy_text_is_that_of_a_plain_loop(folder: Path, use_mtp: bool) -> None:
     result = generate(folder, PROMPT, use_mtp=use_mtp, max_new_tokens=24)
     plain = greedy(folder, list(result.prompt_ids), 24)
-    expected = plain[: plain.index(1, len(result.prompt_ids)) + 1] if 1 in plain[len(result.prompt_ids) :] else plain
+    expected = (
+        plain[: plain.index(1, len(result.prompt_ids)) + 1]
+        if 1 in plain[len(result.prompt_ids) :]
+        else plain
+    )
     assert [*result.prompt_ids, *result.token_ids] == expected
     assert result.text == PROMPT + result.completion
     assert "<|" not in result.completion
@@ -113,7 +118,9 @@ def test_acceptance_on_text_is_the_share_of_agreeing_positions(folder: Path) -> 
             for t in range(19):  # every position by itself, from a prefix that ends there
                 hidden = main.model(row[None, : t + 1]).last_hidden_state
                 positions = torch.arange(t + 1)[None]
-                drafted = mtp.forward_layer(0, hidden, positions, None, input_ids=row[None, 1 : t + 2])
+                drafted = mtp.forward_layer(
+                    0, hidden, positions, None, input_ids=row[None, 1 : t + 2]
+                )
                 confirmed = main(row[None, : t + 2]).logits[0, -1].argmax()
                 agree += int(main.lm_head(drafted)[0, -1].argmax() == confirmed)
     assert mtp_acceptance(folder, tokens) == pytest.approx(agree / (3 * 19), abs=1e-7)
@@ -131,7 +138,9 @@ def test_a_head_of_a_layer_type_the_trunk_lacks_drafts_too(tmp_path: Path) -> No
 def test_samples_follow_the_seed_and_leave_the_global_generator_alone(folder: Path) -> None:
     before = torch.get_rng_state()
     samples = [
-        generate(folder, PROMPT, max_new_tokens=16, temperature=2.0, seed=seed, use_mtp=mtp).token_ids
+        generate(
+            folder, PROMPT, max_new_tokens=16, temperature=2.0, seed=seed, use_mtp=mtp
+        ).token_ids
         for seed, mtp in ((1, False), (1, False), (2, False), (1, True), (1, True))
     ]
     assert samples[0] == samples[1] != samples[2]
@@ -145,7 +154,10 @@ def test_text_stops_after_the_end_token(agreeing: Path, tmp_path: Path) -> None:
     result = generate(path, "e", max_new_tokens=30)
     (path / "config.json").write_text(json.dumps(config | {"eos_token_id": result.token_ids[6]}))
     for use_mtp in (False, True):
-        assert generate(path, "e", max_new_tokens=30, use_mtp=use_mtp).token_ids == result.token_ids[:7]
+        assert (
+            generate(path, "e", max_new_tokens=30, use_mtp=use_mtp).token_ids
+            == result.token_ids[:7]
+        )
 
 
 def test_special_tokens_are_ids_and_not_text(agreeing: Path) -> None:
@@ -153,7 +165,10 @@ def test_special_tokens_are_ids_and_not_text(agreeing: Path) -> None:
 
     last = Tokenizer.from_file(str(agreeing / "tokenizer.json")).decode([VOCAB - 1])
     result = generate(agreeing, last, max_new_tokens=30)
-    assert (result.prompt_ids, result.token_ids) == ((VOCAB - 1,), (0, 1))  # counting on: start and end of text
+    assert (result.prompt_ids, result.token_ids) == (
+        (VOCAB - 1,),
+        (0, 1),
+    )  # counting on: start and end of text
     assert result.text == last
 
 
@@ -180,6 +195,8 @@ def test_what_cannot_be_generated_from_is_refused(folder: Path, tmp_path: Path) 
 
 
 def test_rates_without_drafts() -> None:
-    empty = Generation(prompt="a", completion="", prompt_ids=(1,), token_ids=(2,), drafted=0, accepted=0)
+    empty = Generation(
+        prompt="a", completion="", prompt_ids=(1,), token_ids=(2,), drafted=0, accepted=0
+    )
     assert empty.acceptance_rate is None
     assert "no token" in empty.acceptance_line()

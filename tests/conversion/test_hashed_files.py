@@ -1,4 +1,5 @@
-"""Files of an imported checkpoint: hashed while they are written, without zip checksums, readable by torch."""
+"""Files of an imported checkpoint: hashed while they are written, without zip checksums, readable
+by torch."""
 
 from __future__ import annotations
 
@@ -47,7 +48,11 @@ def test_checksums_are_left_out_only_inside(tmp_path: Path) -> None:
     def checksums() -> set[int]:
         stream = io.BytesIO()
         torch.save(torch.arange(100), stream)
-        return {info.CRC for info in zipfile.ZipFile(stream).infolist() if info.filename.endswith("data/0")}
+        return {
+            info.CRC
+            for info in zipfile.ZipFile(stream).infolist()
+            if info.filename.endswith("data/0")
+        }
 
     def fail() -> None:
         with without_crc32():
@@ -62,4 +67,6 @@ def test_checksums_are_left_out_only_inside(tmp_path: Path) -> None:
 
 def test_the_manifest_of_an_import_is_that_of_its_files(checkpoint: Path) -> None:
     folder = find_checkpoint(checkpoint).iteration_dir
-    assert read_manifest(folder) == hash_files(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    assert read_manifest(folder) == hash_files(
+        path for path in folder.iterdir() if path.name != MANIFEST_FILE
+    )

@@ -1,4 +1,5 @@
-"""A conversion that stops half-way leaves nothing that looks finished, and the same call finishes it."""
+"""A conversion that stops half-way leaves nothing that looks finished, and the same call finishes
+it."""
 
 from __future__ import annotations
 
@@ -30,14 +31,18 @@ def both(kind: str, hf_folder: Path, checkpoint: Path) -> tuple[Convert, Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file; of `.metadata`, which names the moment of its writing, and its hash only that they are there."""
+    """Every file; of `.metadata`, which names the moment of its writing, and its hash only that
+    they are there."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     moments = (".metadata", MANIFEST_FILE)
-    return {name: b"" if name.endswith(moments) else path.read_bytes() for name, path in files.items()}
+    return {
+        name: b"" if name.endswith(moments) else path.read_bytes() for name, path in files.items()
+    }
 
 
 def hashing(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -> list[str]:
-    """Do ``act`` when the ``at``-th tensor is hashed; return the list that fills with the names of all of them."""
+    """Do ``act`` when the ``at``-th tensor is hashed; return the list that fills with the names of
+    all of them."""
     original, names = WeightRecord.of, []
 
     def counted(name: str, tensor: torch.Tensor) -> WeightRecord:
@@ -51,7 +56,9 @@ def hashing(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -
 
 
 @BOTH
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
+)
 def test_the_same_call_continues(
     error: BaseException,
     kind: str,
@@ -96,7 +103,8 @@ def test_the_same_call_continues(
 def test_a_killed_process_is_continued(
     kind: str, hf_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The partial folder as it was at one moment, with a journal line cut off, as after a power failure."""
+    """The partial folder as it was at one moment, with a journal line cut off, as after a power
+    failure."""
     convert, source = both(kind, hf_folder, checkpoint)
     out, partial, saved = tmp_path / "out", partial_folder(tmp_path / "out"), tmp_path / "saved"
     with monkeypatch.context() as patch:
@@ -163,14 +171,18 @@ def test_a_folder_that_only_has_the_name_is_left_alone(hf_folder: Path, tmp_path
 
 
 @BOTH
-def test_any_number_of_workers_writes_the_same(kind: str, hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_writes_the_same(
+    kind: str, hf_folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     convert, source = both(kind, hf_folder, checkpoint)
     for workers in (1, 2, 7):
         convert(source, tmp_path / str(workers), workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "7")
     if kind == "export":
         expected = load_tensors(hf_folder)
-        assert all(torch.equal(expected[name], t) for name, t in load_tensors(tmp_path / "7").items())
+        assert all(
+            torch.equal(expected[name], t) for name, t in load_tensors(tmp_path / "7").items()
+        )
 
 
 def test_the_first_error_stops_the_other_workers() -> None:

@@ -18,7 +18,11 @@ PLACES = ["embedding", "layer 0", "layer 1", "layer 2", "final norm", "mtp layer
 
 
 def verified(folder: Path, checkpoint: Path) -> VerifyReport:
-    return verify(checkpoint, folder, torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(3)))
+    return verify(
+        checkpoint,
+        folder,
+        torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(3)),
+    )
 
 
 def test_equal_models_agree_at_every_place(hf_folder: Path, checkpoint: Path) -> None:
@@ -27,7 +31,13 @@ def test_equal_models_agree_at_every_place(hf_folder: Path, checkpoint: Path) ->
     assert report.first_departing is None
     assert report.layers[0].max_error == 0.0  # a lookup rounds nothing
     assert all(layer.relative_error < 1e-5 for layer in report.layers)
-    kinds = ["embedding", "sliding_attention", "full_attention", "final norm", "mtp sliding_attention"]
+    kinds = [
+        "embedding",
+        "sliding_attention",
+        "full_attention",
+        "final norm",
+        "mtp sliding_attention",
+    ]
     assert list(type_summary(report.layers)) == kinds
 
 
@@ -73,7 +83,13 @@ def test_errors_are_those_of_the_definition() -> None:
 
 def test_a_nan_is_the_worst_of_its_type() -> None:
     layers = [
-        LayerError(name=f"layer {i}", kind="full_attention", max_error=value, mean_error=value, relative_error=value)
+        LayerError(
+            name=f"layer {i}",
+            kind="full_attention",
+            max_error=value,
+            mean_error=value,
+            relative_error=value,
+        )
         for i, value in enumerate((1e-9, math.nan, 1e-7))
     ]
     assert math.isnan(type_summary(layers)["full_attention"].max_error)

@@ -1,4 +1,5 @@
-"""The table against shapes written out by hand, against transformers' modules, and its transforms against loops."""
+"""The table against shapes written out by hand, against transformers' modules, and its transforms
+against loops."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 
 from conversion import mapping
-from conversion.mapping import GroupedHeads, StackedRows, derive, extra_states, fused_experts, huggingface_shapes
+from conversion.mapping import (
+    GroupedHeads,
+    StackedRows,
+    derive,
+    extra_states,
+    fused_experts,
+    huggingface_shapes,
+)
 from mellum2_megatron.architecture import PRESETS, Mellum2Architecture, from_hf_config
 from tests.conversion.folders import VARIANTS, models, mtp_tensors, unfused
 
@@ -59,12 +67,16 @@ def test_names_and_shapes_are_those_of_transformers_modules(changes: dict[str, A
     expected = {name: tuple(tensor.shape) for name, tensor in unfused(tensors).items()}
     assert huggingface_shapes(derive(architecture_of(changes))) == expected
     fused = {name: part.shape for name, part in fused_experts(architecture_of(changes)).items()}
-    assert fused == {n: tuple(t.shape) for n, t in tensors.items() if n.endswith(("gate_up_proj", "down_proj"))}
+    assert fused == {
+        n: tuple(t.shape) for n, t in tensors.items() if n.endswith(("gate_up_proj", "down_proj"))
+    }
 
 
 def test_names_agree_with_the_architecture() -> None:
     for architecture in PRESETS.values():
-        assert huggingface_shapes(derive(architecture)) == {p.name: p.shape for p in architecture.parameters()}
+        assert huggingface_shapes(derive(architecture)) == {
+            p.name: p.shape for p in architecture.parameters()
+        }
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -72,16 +84,27 @@ def test_entries_cover_every_megatron_tensor_exactly(changes: dict[str, Any]) ->
     covered: dict[str, torch.Tensor] = {}
     for entry in derive(architecture_of(changes)):
         count = covered.setdefault(entry.key, torch.zeros(entry.global_shape))
-        count[tuple(slice(low, low + size) for low, size in zip(entry.offset, entry.extent, strict=True))] += 1
+        count[
+            tuple(
+                slice(low, low + size) for low, size in zip(entry.offset, entry.extent, strict=True)
+            )
+        ] += 1
         assert math.prod(entry.shape) == sum(math.prod(source.shape) for source in entry.sources)
     assert all(bool((count == 1).all()) for count in covered.values())
 
 
-@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(4, 2, 8), (4, 1, 6), (4, 4, 2), (6, 3, 4)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "head_dim"), [(4, 2, 8), (4, 1, 6), (4, 4, 2), (6, 3, 4)]
+)
 def test_query_key_value_interleave_against_a_loop(heads: int, groups: int, head_dim: int) -> None:
     hidden = 5
     architecture = architecture_of(
-        {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head_dim, "hidden_size": hidden}
+        {
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "head_dim": head_dim,
+            "hidden_size": hidden,
+        }
     )
     q, k, v = (torch.randn(n * head_dim, hidden) for n in (heads, groups, groups))
     rows = []
@@ -100,7 +123,10 @@ def test_gate_comes_before_up() -> None:
     gate, up = torch.full((2, 3), 1.0), torch.full((2, 3), 2.0)
     joined = StackedRows().join([gate, up], PRESETS["mellum2-tiny"])
     assert joined[:, 0].tolist() == [1, 1, 2, 2]
-    assert [part[0, 0].item() for part in StackedRows().split(joined, PRESETS["mellum2-tiny"])] == [1, 2]
+    assert [part[0, 0].item() for part in StackedRows().split(joined, PRESETS["mellum2-tiny"])] == [
+        1,
+        2,
+    ]
 
 
 def test_extra_state_keys() -> None:
@@ -108,7 +134,10 @@ def test_extra_state_keys() -> None:
     assert len(keys) == len(set(keys)) == 28 * (5 + 2 * 64) + 1 + (5 + 2 * 64) + 4
     assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_3_28" in keys
     assert "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_3.17_28.64" in keys
-    assert "mtp.layers.0.transformer_layer.mlp.experts.experts.linear_fc2._extra_state/shard_63_64" in keys
+    assert (
+        "mtp.layers.0.transformer_layer.mlp.experts.experts.linear_fc2._extra_state/shard_63_64"
+        in keys
+    )
     assert "mtp.layers.0.eh_proj._extra_state/shard_0_1" in keys
 
 

@@ -1,4 +1,5 @@
-"""Real Megatron on the other side: it loads what import writes, export reads what it saves, the logits agree."""
+"""Real Megatron on the other side: it loads what import writes, export reads what it saves, the
+logits agree."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def test_verify_from_folder_to_report(hf_folder: Path, checkpoint: Path, tmp_pat
 
 
 def test_every_key_megatron_asks_for_is_written(checkpoint: Path) -> None:
-    """``load`` above already fails for a missing one; this names them, and shows that no weight is superfluous."""
+    """``load`` above already fails for a missing one; this names them, and shows that no weight is
+    superfluous."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
     from mellum2_megatron.model.provider import build_model
@@ -126,9 +128,12 @@ def _swap_query_heads(tensors: dict[str, torch.Tensor]) -> None:
     tensors[name] = tensors[name].reshape(4, 8, 24)[[0, 2, 1, 3]].reshape(32, 24)
 
 
-@pytest.mark.parametrize("wrong", [_swap_gate_and_up, _swap_mtp_norms, _swap_experts, _swap_query_heads])
+@pytest.mark.parametrize(
+    "wrong", [_swap_gate_and_up, _swap_mtp_norms, _swap_experts, _swap_query_heads]
+)
 def test_verification_sees_a_wrong_mapping(wrong: Any, tmp_path: Path) -> None:
-    """The checks themselves can fail: one confusion in the weights, and the logits are far apart."""
+    """The checks themselves can fail: one confusion in the weights, and the logits are far
+    apart."""
     from mellum2_megatron.model.scoring import score_tokens
 
     source = write_folder(tmp_path / "hf", dtype=torch.float32)
@@ -146,11 +151,13 @@ def test_verification_sees_a_wrong_mapping(wrong: Any, tmp_path: Path) -> None:
     assert report.mtp.relative_error > 1e-2
 
 
-# -- transformers' side, without Megatron -----------------------------------------------------------------------------
+# -- transformers' side, without Megatron
+# -----------------------------------------------------------------------------
 
 
 def test_scores_are_what_transformers_generation_drafts(tmp_path: Path) -> None:
-    """Position t of the MTP logits is what generation drafts after reading t + 2 tokens (`MtpModel.forward`)."""
+    """Position t of the MTP logits is what generation drafts after reading t + 2 tokens
+    (`MtpModel.forward`)."""
     from transformers.cache_utils import MtpCache
 
     main, mtp = models({})
@@ -178,10 +185,16 @@ def test_mtp_layer_of_a_type_the_trunk_does_not_have(tmp_path: Path) -> None:
     """transformers' own `MtpModel` would fail: it borrows the trunk's rotary embedding."""
     from mellum2_megatron.model.scoring import score_tokens
 
-    source = write_folder(tmp_path / "hf", {"layer_types": ["full_attention"] * 3}, dtype=torch.float32)
+    source = write_folder(
+        tmp_path / "hf", {"layer_types": ["full_attention"] * 3}, dtype=torch.float32
+    )
     import_hf(source, tmp_path / "megatron")
     tokens = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(3))
-    report = compare(*score_tokens(load(tmp_path / "megatron"), tokens), *score_hf(source, tokens), tolerance=1e-5)
+    report = compare(
+        *score_tokens(load(tmp_path / "megatron"), tokens),
+        *score_hf(source, tokens),
+        tolerance=1e-5,
+    )
     assert report.ok, report
     assert report.mtp is not None
 
@@ -203,7 +216,9 @@ def test_tokens_that_cannot_be_scored(tokens: torch.Tensor, message: str, hf_fol
 
 def test_agreement_figures() -> None:
     reference = torch.tensor([[[0.0, 4.0], [1.0, 0.0]]])
-    agreement = Agreement.of(torch.tensor([[[0.0, 3.0], [0.0, 0.0]]]) + torch.tensor([0.0, 0.5]), reference)
+    agreement = Agreement.of(
+        torch.tensor([[[0.0, 3.0], [0.0, 0.0]]]) + torch.tensor([0.0, 0.5]), reference
+    )
     assert agreement == Agreement(max_error=1.0, mean_error=0.5, relative_error=0.25, top1=0.5)
     nan = Agreement.of(torch.full((1, 2, 2), float("nan")), reference)
     assert not dataclasses.replace(compare(reference, None, reference, None), main=nan).ok
@@ -212,6 +227,8 @@ def test_agreement_figures() -> None:
 
 def test_only_differences_that_matter_make_another_model() -> None:
     tiny = PRESETS["mellum2-tiny"]
-    require_same_model(tiny, tiny.replace(initializer_range=0.1, eos_token_id=3, max_position_embeddings=2048))
+    require_same_model(
+        tiny, tiny.replace(initializer_range=0.1, eos_token_id=3, max_position_embeddings=2048)
+    )
     with pytest.raises(InputError, match="sliding_window=64 in the Megatron checkpoint, 65 in"):
         require_same_model(tiny, tiny.replace(sliding_window=65))

@@ -30,7 +30,9 @@ def left_behind(target: Path) -> list[str]:
     return [path.name for path in target.parent.iterdir() if target.name in path.name]
 
 
-def test_a_release_is_complete_and_holds_the_models_weights(released: ReleaseResult, chat_model: Path) -> None:
+def test_a_release_is_complete_and_holds_the_models_weights(
+    released: ReleaseResult, chat_model: Path
+) -> None:
     folder = released.path
     assert sorted(path.name for path in folder.iterdir()) == [
         "LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
@@ -61,7 +63,13 @@ def test_the_verification_card_says_what_was_measured(released: ReleaseResult) -
     assert card["checkpoint"] == {"name": "release", "iteration": None}
     assert 0 < card["logits"]["main"]["max_error"] < 1e-2
     assert card["logits"]["mtp"]["relative_error"] < card["logits"]["tolerance"]
-    kinds = {"embedding", "sliding_attention", "full_attention", "final norm", "mtp sliding_attention"}
+    kinds = {
+        "embedding",
+        "sliding_attention",
+        "full_attention",
+        "final norm",
+        "mtp sliding_attention",
+    }
     assert card["logits"]["layers"].keys() == kinds
     figures = {check["name"]: check["figures"] for check in card["checks"]}
     assert figures["greedy equals use_mtp"]["drafted"] > 0
@@ -100,13 +108,21 @@ def test_the_model_card_is_filled_from_the_run(chat_checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_all_six_members_can_be_released(member: str, chat_checkpoint: Path, template: Path, tmp_path: Path) -> None:
+def test_all_six_members_can_be_released(
+    member: str, chat_checkpoint: Path, template: Path, tmp_path: Path
+) -> None:
     source = shutil.copytree(chat_checkpoint, tmp_path / "source")
     if member == "base-pretrain":
         native = RopeParameters(rope_type="default", rope_theta=10000.0)
         write_architecture(source, read_architecture(source).replace(rope_full_attention=native))
     chat = member not in ("base", "base-pretrain")
-    result = release(source, tmp_path / "out", member=member, chat_template=template if chat else None, skip_run=True)
+    result = release(
+        source,
+        tmp_path / "out",
+        member=member,
+        chat_template=template if chat else None,
+        skip_run=True,
+    )
     assert result.report is not None
     assert result.report.check("context").status == "pass"
     assert (result.path / "chat_template.jinja").exists() == chat
@@ -121,17 +137,23 @@ def test_all_six_members_can_be_released(member: str, chat_checkpoint: Path, tem
         ("thinking", "without a chat template.*--chat-template FILE"),
     ],
 )
-def test_a_member_that_the_checkpoint_is_not(member: str, message: str, chat_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_member_that_the_checkpoint_is_not(
+    member: str, message: str, chat_checkpoint: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message):
         release(chat_checkpoint, tmp_path / "out", member=member)
     assert left_behind(tmp_path / "out") == []
 
 
-def test_a_native_checkpoint_is_base_pretrain_only(chat_checkpoint: Path, template: Path, tmp_path: Path) -> None:
+def test_a_native_checkpoint_is_base_pretrain_only(
+    chat_checkpoint: Path, template: Path, tmp_path: Path
+) -> None:
     source = shutil.copytree(chat_checkpoint, tmp_path / "source")
     native = RopeParameters(rope_type="default", rope_theta=10000.0)
     write_architecture(source, read_architecture(source).replace(rope_full_attention=native))
-    with pytest.raises(InputError, match=r"YaRN in its full-attention layers.*release it as base-pretrain"):
+    with pytest.raises(
+        InputError, match=r"YaRN in its full-attention layers.*release it as base-pretrain"
+    ):
         release(source, tmp_path / "out", member="instruct", chat_template=template)
 
 
@@ -140,8 +162,16 @@ def test_a_native_checkpoint_is_base_pretrain_only(chat_checkpoint: Path, templa
     [
         ("chat_template", "{% for m in messages %}", "chat template, a turn: TemplateSyntaxError"),
         ("chat_template", "{{ messages[0].content }}", "'It is forty-two.' is not in the text"),
-        ("chat_template", "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}", r"<\|turn\|>: markers are"),
-        ("chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}", "opens the assistant's turn"),
+        (
+            "chat_template",
+            "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}",
+            r"<\|turn\|>: markers are",
+        ),
+        (
+            "chat_template",
+            "{% for m in messages %}{{ m.content }}{% endfor %}",
+            "opens the assistant's turn",
+        ),
         ("chat_template", "", "without a chat template"),
         ("evaluation", "{", "must be a JSON file"),
         ("evaluation", "[]", "benchmarks and their scores"),
@@ -161,21 +191,29 @@ def test_ingredients_are_read_before_anything_is_written(
     assert left_behind(tmp_path / "out") == []
 
 
-def test_a_base_member_takes_no_chat_template(chat_checkpoint: Path, template: Path, tmp_path: Path) -> None:
+def test_a_base_member_takes_no_chat_template(
+    chat_checkpoint: Path, template: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="base members continue text"):
         release(chat_checkpoint, tmp_path / "out", member="base", chat_template=template)
 
 
-def test_a_checkpoint_without_tokenizer_needs_one(chat_checkpoint: Path, chat_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_tokenizer_needs_one(
+    chat_checkpoint: Path, chat_model: Path, tmp_path: Path
+) -> None:
     source = shutil.copytree(chat_checkpoint, tmp_path / "source")
     shutil.rmtree(source / "tokenizer")
     with pytest.raises(InputError, match=r"no tokenizer.json.*--tokenizer DIR"):
         release(source, tmp_path / "out", member="base")
     result = release(source, tmp_path / "out", member="base", tokenizer=chat_model, skip_run=True)
-    assert (result.path / "tokenizer.json").read_bytes() == (chat_model / "tokenizer.json").read_bytes()
+    assert (result.path / "tokenizer.json").read_bytes() == (
+        chat_model / "tokenizer.json"
+    ).read_bytes()
 
 
-def test_a_release_that_fails_a_check_does_not_appear(chat_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_release_that_fails_a_check_does_not_appear(
+    chat_checkpoint: Path, tmp_path: Path
+) -> None:
     source = shutil.copytree(chat_checkpoint, tmp_path / "source")
     tokenizer = source / "tokenizer" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("<fim_suffix>", "<fim_other>"))
@@ -188,7 +226,9 @@ def test_a_release_that_fails_a_check_does_not_appear(chat_checkpoint: Path, tmp
     assert "was not verified" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_earlier_release_is_replaced_only_when_asked(chat_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_earlier_release_is_replaced_only_when_asked(
+    chat_checkpoint: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "out"
     release(chat_checkpoint, target, member="base", check=False)
     (target / "README.md").write_text("old")
@@ -229,10 +269,15 @@ def test_weights_that_compute_something_else_are_not_released(
 def test_evaluation_tables(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text('[{"benchmark": "A", "pass@1": 0.25}, {"benchmark": "B", "pass@10": 1}]')
-    assert read_evaluation(path) == ({"benchmark": "A", "pass@1": "0.25"}, {"benchmark": "B", "pass@10": "1"})
+    assert read_evaluation(path) == (
+        {"benchmark": "A", "pass@1": "0.25"},
+        {"benchmark": "B", "pass@10": "1"},
+    )
 
 
-def test_import_of_a_release_is_the_checkpoint_again(released: ReleaseResult, tmp_path: Path) -> None:
+def test_import_of_a_release_is_the_checkpoint_again(
+    released: ReleaseResult, tmp_path: Path
+) -> None:
     import_hf(released.path, tmp_path / "again")
     assert read_architecture(tmp_path / "again") == read_config(released.path)
     assert (tmp_path / "again" / "tokenizer" / "chat_template.jinja").read_text() == TEMPLATE

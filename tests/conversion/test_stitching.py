@@ -18,7 +18,8 @@ from tests.conversion.folders import VARIANTS, load_tensors, save_tensors, unfus
 
 @pytest.fixture
 def lost(hf_folder: Path, tmp_path: Path) -> Path:
-    """What transformers' own save leaves of `hf_folder`: no head, though the config announces one."""
+    """What transformers' own save leaves of `hf_folder`: no head, though the config announces
+    one."""
     folder = tmp_path / "lost"
     MellumForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
@@ -43,12 +44,16 @@ def test_the_head_comes_back(announced: bool, lost: Path, hf_folder: Path, tmp_p
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert report.tensors == len(expected)
     assert {path: path.read_bytes() for path in before} == before
-    head = MtpModel.from_pretrained(MellumForCausalLM.from_pretrained(tmp_path / "out")).state_dict()
+    head = MtpModel.from_pretrained(
+        MellumForCausalLM.from_pretrained(tmp_path / "out")
+    ).state_dict()
     assert torch.equal(head["layers.0.eh_proj.weight"].bfloat16(), expected["mtp.fc.weight"])
     import_hf(tmp_path / "out", tmp_path / "megatron")  # a complete model, manifest included
 
 
-def test_a_float32_trunk_gets_the_head_without_loss(lost: Path, hf_folder: Path, tmp_path: Path) -> None:
+def test_a_float32_trunk_gets_the_head_without_loss(
+    lost: Path, hf_folder: Path, tmp_path: Path
+) -> None:
     save_tensors(lost, {name: tensor.float() for name, tensor in load_tensors(lost).items()})
     stitch_mtp(hf_folder, lost, tmp_path / "out")
     found, head = load_tensors(tmp_path / "out"), load_tensors(hf_folder)
@@ -64,7 +69,9 @@ def test_a_float32_trunk_gets_the_head_without_loss(lost: Path, hf_folder: Path,
         ({"layer_types": ["sliding_attention"] * 3}, r"layer_types=.*full_attention"),
     ],
 )
-def test_a_head_of_another_model(changes: dict[str, Any], message: str, lost: Path, tmp_path: Path) -> None:
+def test_a_head_of_another_model(
+    changes: dict[str, Any], message: str, lost: Path, tmp_path: Path
+) -> None:
     other = write_folder(tmp_path / "other", changes)
     with pytest.raises(InputError, match=message):
         stitch_mtp(other, lost, tmp_path / "out")

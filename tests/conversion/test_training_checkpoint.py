@@ -1,4 +1,5 @@
-"""Import, Megatron's own training loop at several layouts, export: with learning rate 0 every byte must come back."""
+"""Import, Megatron's own training loop at several layouts, export: with learning rate 0 every byte
+must come back."""
 
 from __future__ import annotations
 
@@ -19,13 +20,21 @@ from tests.distributed import run_distributed
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "layout", [{"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=["ep2", "pp2"]
+    "layout",
+    [{"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
+    ids=["ep2", "pp2"],
 )
 def test_release_to_training_checkpoint_to_release(layout: dict[str, Any], tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", MODEL)
     import_hf(source, tmp_path / "release")
     run = tmp_path / "run"
-    run_distributed("tests.conversion.release_run:train_one_step", 2, str(tmp_path / "release"), str(run), **layout)
+    run_distributed(
+        "tests.conversion.release_run:train_one_step",
+        2,
+        str(tmp_path / "release"),
+        str(run),
+        **layout,
+    )
     shutil.copy(tmp_path / "release" / "architecture.json", run)
 
     checkpoint = find_checkpoint(run)

@@ -1,9 +1,10 @@
-"""Is each patch still needed? One probe a patch, run with all the others applied and it left out, and then with it.
+"""Is each patch still needed? One probe a patch, run with all the others applied and it left out,
+and then with it.
 
-`main` prints, as JSON, what each probe did: ``{name: {"without": error or null, "with": error or null}}``.
-Megatron is imported once, unpatched, on the CPU stand-ins for ``torch.cuda``; every probe runs in a fork of that
-process which installs the patches it is meant to see. `ADAM` is left out as a whole too: its four only make sense
-together.
+`main` prints, as JSON, what each probe did: ``{name: {"without": error or null, "with": error or
+null}}``. Megatron is imported once, unpatched, on the CPU stand-ins for ``torch.cuda``; every probe
+runs in a fork of that process which installs the patches it is meant to see. `ADAM` is left out as
+a whole too: its four only make sense together.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ def outcomes() -> dict[str, dict[str, str | None]]:
     """Run `main` in a fresh process, once, and return what it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     # upstream_probes registers its own: those of mellum2_megatron/upstream/patches.py.
-    command = [sys.executable, "-c", "from tests.cpu import patch_probes, upstream_probes; patch_probes.main()"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-c",
+        "from tests.cpu import patch_probes, upstream_probes; patch_probes.main()",
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+    )
     if done.returncode:
         raise AssertionError(done.stdout + done.stderr)
     result: dict[str, dict[str, str | None]] = json.loads(done.stdout.splitlines()[-1])
@@ -45,13 +52,16 @@ def check_still_needed(patch: Patch, without: dict[str, str]) -> None:
     """Without the patch its probe ends as `without` says, with it the probe has nothing to say."""
     outcome = outcomes()[patch.name]
     error = outcome["without"]
-    assert error is not None, f"{patch.target} works as it is: drop the patch {patch.name!r} ({patch.why})"
+    assert error is not None, (
+        f"{patch.target} works as it is: drop the patch {patch.name!r} ({patch.why})"
+    )
     assert error.startswith(without[patch.name]), error
     assert outcome["with"] is None, outcome["with"]
 
 
 def probe(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Register a probe: it raises when the patch ``name`` is missing, and checks what the patch makes right."""
+    """Register a probe: it raises when the patch ``name`` is missing, and checks what the patch
+    makes right."""
 
     def register(function: Callable[[], None]) -> Callable[[], None]:
         PROBES[name] = function
@@ -119,11 +129,14 @@ def _expert_splits() -> None:
 
 
 def _adam_survives_a_checkpoint() -> None:
-    """Build a DistributedOptimizer, step, save, load into a fresh one: saves again, and counts on from there."""
+    """Build a DistributedOptimizer, step, save, load into a fresh one: saves again, and counts on
+    from there."""
     first, second = _distributed_adam(), _distributed_adam()
     _step(*first)
     saved = first[1].state_dict()
-    assert all(group["step"] == 1 for group in saved["optimizer"]["param_groups"]), "a group without its step"
+    assert all(group["step"] == 1 for group in saved["optimizer"]["param_groups"]), (
+        "a group without its step"
+    )
     second[1].load_state_dict(saved)
     assert second[1].state_dict()["optimizer"]["param_groups"] == saved["optimizer"]["param_groups"]
     _step(*second)
@@ -174,7 +187,9 @@ def _write_results() -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
     results = get_write_results_queue()
-    assert isinstance(results, queue.Queue), f"{type(results).__name__}: another process holds the results"
+    assert isinstance(results, queue.Queue), (
+        f"{type(results).__name__}: another process holds the results"
+    )
     assert get_write_results_queue() is results
 
 
@@ -188,10 +203,15 @@ def _thd_partition() -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.distributed, "get_world_size", lambda group: 2)
         patched.setattr(torch.distributed, "get_rank", lambda group: 1)
-        batch = {"cu_seqlens": torch.tensor([[0, 3, 9]]), "cu_seqlens_padded": torch.tensor([[0, 4, 12]])}
+        batch = {
+            "cu_seqlens": torch.tensor([[0, 3, 9]]),
+            "cu_seqlens_padded": torch.tensor([[0, 4, 12]]),
+        }
         batch |= {"tokens": torch.arange(12)[None], "labels": torch.arange(12)[None] + 1}
         utils._get_batch_on_this_cp_rank_per_document_balancing(batch, SimpleNamespace())
-    assert batch["tokens"].tolist() == [[1, 2, 6, 7, 8, 9]]  # the second and third quarter of each document
+    assert batch["tokens"].tolist() == [
+        [1, 2, 6, 7, 8, 9]
+    ]  # the second and third quarter of each document
     assert batch["labels"].tolist() == [[2, 3, 7, 8, 9, 10]]
 
 
@@ -208,7 +228,8 @@ def one_rank() -> None:
 
 
 def on_two_ranks(function: Callable[[], Any]) -> list[Any]:
-    """Call ``function`` in two forks that form a gloo world; return what each returned, as JSON brings it back."""
+    """Call ``function`` in two forks that form a gloo world; return what each returned, as JSON
+    brings it back."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +239,9 @@ def on_two_ranks(function: Callable[[], Any]) -> list[Any]:
             if children[-1] == 0:
                 try:
                     store = torch.distributed.FileStore(f"{folder}/store", 2)
-                    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+                    torch.distributed.init_process_group(
+                        "gloo", store=store, rank=rank, world_size=2
+                    )
                     Path(folder, str(rank)).write_text(json.dumps(function()))
                 finally:
                     os._exit(0)
@@ -248,15 +271,23 @@ def _distributed_adam() -> tuple[Any, Any]:
         one_rank()
         parallel_state.initialize_model_parallel()
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, bf16=True)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True
+    )
     model = DistributedDataParallel(config, ddp_config, torch.nn.Linear(4, 4, dtype=torch.bfloat16))
     settings = OptimizerConfig(
-        optimizer="adam", lr=0.1, bf16=True, use_distributed_optimizer=True, params_dtype=torch.bfloat16
+        optimizer="adam",
+        lr=0.1,
+        bf16=True,
+        use_distributed_optimizer=True,
+        params_dtype=torch.bfloat16,
     )
     optimizer = get_megatron_optimizer(settings, [model])
     inner = optimizer.chained_optimizers[0]
     # A rank that owns nothing of a group still saves the group.
-    inner.optimizer.add_param_group(inner.optimizer.param_groups[0] | {"params": [], "wd_mult": 0.5})
+    inner.optimizer.add_param_group(
+        inner.optimizer.param_groups[0] | {"params": [], "wd_mult": 0.5}
+    )
     return model, inner
 
 
@@ -302,7 +333,7 @@ def main() -> None:
     from mellum2_megatron.cpu import compiling, device
     from mellum2_megatron.cpu.activation import HIDDEN
     from mellum2_megatron.cpu.patches import PATCHES
-    from mellum2_megatron.upstream.patches import PATCHES as UPSTREAM
+    from mellum2_megatron.upstream import PATCHES as UPSTREAM
 
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     for name in HIDDEN:
@@ -323,5 +354,7 @@ def main() -> None:
         for patch in table
         if patch.name in PROBES
     }
-    result["all of Adam's"] = {"without": _fork(ADAM[0], [patch for patch in table if patch.name not in ADAM])}
+    result["all of Adam's"] = {
+        "without": _fork(ADAM[0], [patch for patch in table if patch.name not in ADAM])
+    }
     sys.stdout.write(json.dumps(result) + "\n")

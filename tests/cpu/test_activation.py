@@ -44,7 +44,8 @@ def test_activation_after_megatron_is_refused_and_changes_nothing() -> None:
         sys.modules["megatron.core"] = types.ModuleType("megatron.core")
         import torch
         empty = torch.empty
-        from mellum2_megatron import cpu, errors
+        from mellum2_megatron import cpu
+        from mellum2_megatron.common import errors
         try:
             cpu.activate()
         except errors.InputError as refusal:
@@ -60,7 +61,8 @@ def test_a_usable_gpu_is_refused() -> None:
         import torch
         torch.cuda.is_available = lambda: True
         torch.cuda.get_device_name = lambda: "Some GPU"
-        from mellum2_megatron import cpu, errors
+        from mellum2_megatron import cpu
+        from mellum2_megatron.common import errors
         try:
             cpu.activate()
         except errors.InputError as refusal:
@@ -78,7 +80,8 @@ def test_another_megatron_is_refused_and_changes_nothing() -> None:
         importlib.metadata.version = lambda name: "0.20.0" if name == "megatron-core" else version(name)
         import torch
         empty = torch.empty
-        from mellum2_megatron import cpu, errors
+        from mellum2_megatron import cpu
+        from mellum2_megatron.common import errors
         try:
             cpu.activate()
         except errors.InputError as refusal:
@@ -116,7 +119,8 @@ def test_transformer_engine_and_apex_are_hidden(tmp_path: Path) -> None:
 
 
 def test_patches_reach_names_that_megatron_re_exports() -> None:
-    """Applied as modules are imported: `from x import y` elsewhere in Megatron sees the patched object."""
+    """Applied as modules are imported: `from x import y` elsewhere in Megatron sees the patched
+    object."""
     run("""
         from mellum2_megatron import cpu
         cpu.activate()
@@ -153,7 +157,8 @@ def test_torch_compile_stays_for_everybody_else() -> None:
 
 
 def _module_level_imports(tree: ast.Module) -> list[str]:
-    """Names imported when the module is, also inside `if` and `try`, but not inside functions or TYPE_CHECKING."""
+    """Names imported when the module is, also inside `if` and `try`, but not inside functions or
+    TYPE_CHECKING."""
     names: list[str] = []
     waiting: list[ast.AST] = [tree]
     while waiting:

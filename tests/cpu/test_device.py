@@ -11,7 +11,9 @@ import torch
 from mellum2_megatron import cpu
 from mellum2_megatron.cpu import device
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend refuses beside a GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the CPU backend refuses beside a GPU"
+)
 
 DEVICES = ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0), 0]
 CALLS: dict[str, Callable[[object], torch.Tensor]] = {
@@ -63,7 +65,9 @@ def test_every_wrapped_factory_is_called_below() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_cuda_means_the_cpu(name: str, where: object) -> None:
     if isinstance(where, int) and name == "Module.to":
-        where = torch.device("cuda", where)  # torch's own parser takes the index for an accelerator's
+        where = torch.device(
+            "cuda", where
+        )  # torch's own parser takes the index for an accelerator's
     assert CALLS[name](where).device == torch.device("cpu")
 
 
@@ -106,7 +110,8 @@ def test_the_devices_generator_is_the_cpus() -> None:
 
 
 def test_rng_tracker_keeps_separate_sequences(caplog: pytest.LogCaptureFixture) -> None:
-    """What dropout relies on: a fork continues its own sequence and leaves the outer one alone, without a warning."""
+    """What dropout relies on: a fork continues its own sequence and leaves the outer one alone,
+    without a warning."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     tracker = CudaRNGStatesTracker()

@@ -14,7 +14,11 @@ def reference(
     start: torch.Tensor, gradients: list[torch.Tensor], lr: float, decay: float, decoupled: bool
 ) -> torch.Tensor:
     """Adam(W) with betas (0.9, 0.95) and eps 1e-8, as its papers write it."""
-    value, first, second = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()
+    value, first, second = (
+        start.double(),
+        torch.zeros_like(start).double(),
+        torch.zeros_like(start).double(),
+    )
     for step, gradient in enumerate(gradients, start=1):
         gradient = gradient.double()
         if decoupled:
@@ -31,15 +35,21 @@ def reference(
 def test_updates_are_adams(decoupled: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     starts = [torch.randn(5, 3, generator=generator), torch.randn(7, generator=generator)]
-    gradients = [[torch.randn(start.shape, generator=generator) for _ in range(6)] for start in starts]
+    gradients = [
+        [torch.randn(start.shape, generator=generator) for _ in range(6)] for start in starts
+    ]
     params = [torch.nn.Parameter(start.clone()) for start in starts]
-    optimizer = FusedAdam(params, lr=0.1, betas=(0.9, 0.95), weight_decay=0.2, adam_w_mode=decoupled)
+    optimizer = FusedAdam(
+        params, lr=0.1, betas=(0.9, 0.95), weight_decay=0.2, adam_w_mode=decoupled
+    )
     for step in range(6):
         for param, mine in zip(params, gradients, strict=True):
             param.grad = mine[step].clone()
         optimizer.step()
     for param, start, mine in zip(params, starts, gradients, strict=True):
-        torch.testing.assert_close(param.double(), reference(start, mine, 0.1, 0.2, decoupled), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            param.double(), reference(start, mine, 0.1, 0.2, decoupled), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_state_is_that_of_the_fused_optimizers_and_resumes_exactly() -> None:

@@ -1,4 +1,5 @@
-"""The table of CPU patches: each entry is needed by the installed Megatron, and does what it says."""
+"""The table of CPU patches: each entry is needed by the installed Megatron, and does what it
+says."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from mellum2_megatron.cpu.patches import PATCHES
 from mellum2_megatron.upstream.patching import Patch
 from tests.cpu import patch_probes
 
-# What upstream does without the patch: the start of the probe's error. When a line here no longer holds, upstream has
-# changed, and the patch is to be reconsidered.
+# What upstream does without the patch: the start of the probe's error. When a line here no longer
+# holds, upstream has changed, and the patch is to be reconsidered.
 WITHOUT = {
     "rng-state": "AssertionError: setting the state changed nothing",
     "loader-seed": "AssertionError: making the iterators drew random numbers",
@@ -40,5 +41,9 @@ def test_upstream_fails_without_it_and_is_right_with_it(patch: Patch) -> None:
 
 
 def test_torch_adam_still_loses_count_in_the_distributed_optimizer() -> None:
-    """The reason for all four `fused-adam` patches: after loading, two parameters share one step tensor."""
-    assert patch_probes.outcomes()["all of Adam's"]["without"] == "AssertionError: steps after two updates: {3.0}"
+    """The reason for all four `fused-adam` patches: after loading, two parameters share one step
+    tensor."""
+    assert (
+        patch_probes.outcomes()["all of Adam's"]["without"]
+        == "AssertionError: steps after two updates: {3.0}"
+    )

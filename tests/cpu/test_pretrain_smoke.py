@@ -1,4 +1,5 @@
-"""Stock Megatron, through its own ``pretrain``, on real gloo processes: every layout trains and resumes bit for bit."""
+"""Stock Megatron, through its own ``pretrain``, on real gloo processes: every layout trains and
+resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -21,14 +22,22 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2-reshardable": (2, {"dist_ckpt_optim_fully_reshardable": True}),
     "ep2": (2, {"expert_model_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2-vpp2": (2, {"pipeline_model_parallel_size": 2, "num_layers": 4, "num_virtual_stages_per_pipeline_rank": 2}),
+    "pp2-vpp2": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "num_layers": 4,
+            "num_virtual_stages_per_pipeline_rank": 2,
+        },
+    ),
     "ep2-dp2": (4, {"expert_model_parallel_size": 2}),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """Six iterations at a stretch equal three, a torch_dist checkpoint, and three more: every loss, every weight."""
+    """Six iterations at a stretch equal three, a torch_dist checkpoint, and three more: every loss,
+    every weight."""
     nproc, layout = LAYOUTS[name]
     whole = run_distributed(PRETRAIN, nproc, train_iters=6, **layout)
     save = {"save": str(tmp_path), "save_interval": 3, "exit_interval": 3}
@@ -44,10 +53,12 @@ def test_training_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 def test_two_data_parallel_ranks_train_as_one_process() -> None:
-    """Layer-wise Muon and distributed Adam shard the state, not the arithmetic: weights are equal bit for bit.
+    """Layer-wise Muon and distributed Adam shard the state, not the arithmetic: weights are equal
+    bit for bit.
 
-    One micro-batch a rank, so that gradients are summed in the same order; no clipping, whose norm is summed in
-    another; no auxiliary loss, which Megatron computes against a running count that depends on the layout.
+    One micro-batch a rank, so that gradients are summed in the same order; no clipping, whose norm
+    is summed in another; no auxiliary loss, which Megatron computes against a running count that
+    depends on the layout.
     """
     same: dict[str, Any] = {
         "global_batch_size": 2,
@@ -63,7 +74,11 @@ def test_two_data_parallel_ranks_train_as_one_process() -> None:
 
 
 def test_recomputing_activations_changes_nothing() -> None:
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recompute = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
     assert run_distributed(PRETRAIN, 1, **recompute) == run_distributed(PRETRAIN, 1)
 
 
@@ -71,7 +86,9 @@ def test_dropout_follows_the_tracked_generators_through_a_resume(tmp_path: Path)
     """With dropout the losses depend on every random state that a checkpoint holds."""
     random: dict[str, Any] = {"attention_dropout": 0.1, "hidden_dropout": 0.1, "train_iters": 4}
     (whole,) = run_distributed(PRETRAIN, 1, **random)
-    (before,) = run_distributed(PRETRAIN, 1, save=str(tmp_path), save_interval=2, exit_interval=2, **random)
+    (before,) = run_distributed(
+        PRETRAIN, 1, save=str(tmp_path), save_interval=2, exit_interval=2, **random
+    )
     (after,) = run_distributed(PRETRAIN, 1, load=str(tmp_path), **random)
     assert whole["losses"] == before["losses"] + after["losses"]
     assert whole["losses"] != run_distributed(PRETRAIN, 1, train_iters=4)[0]["losses"]
@@ -81,11 +98,16 @@ def test_dropout_follows_the_tracked_generators_through_a_resume(tmp_path: Path)
     ("change", "named"),
     [
         ({"distributed_backend": "nccl"}, "distributed_backend=nccl"),
-        ({"async_save": True, "use_persistent_ckpt_worker": True, "save": "unused"}, "async_save=True"),
+        (
+            {"async_save": True, "use_persistent_ckpt_worker": True, "save": "unused"},
+            "async_save=True",
+        ),
     ],
     ids=["nccl", "async_save"],
 )
-def test_what_needs_a_gpu_is_refused_before_the_model_is_built(change: dict[str, Any], named: str) -> None:
+def test_what_needs_a_gpu_is_refused_before_the_model_is_built(
+    change: dict[str, Any], named: str
+) -> None:
     with pytest.raises(DistributedError) as failure:
         run_distributed(PRETRAIN, 1, **change)
     assert f"InputError: {named}" in str(failure.value)

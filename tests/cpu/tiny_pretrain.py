@@ -1,6 +1,8 @@
-"""A tiny stock Megatron run through ``megatron.training.pretrain``, for the tests of the CPU backend.
+"""A tiny stock Megatron run through ``megatron.training.pretrain``, for the tests of the CPU
+backend.
 
-Two layers of Megatron's own `local` spec (MoE, sliding window), one MTP layer, Muon, BF16, random tokens.
+Two layers of Megatron's own `local` spec (MoE, sliding window), one MTP layer, Muon, BF16, random
+tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ ARGUMENTS = {
 
 
 def arguments(**changes: Any) -> list[str]:
-    """Return `ARGUMENTS` with ``changes`` (underscores for dashes; None or False removes) as a command line."""
+    """Return `ARGUMENTS` with ``changes`` (underscores for dashes; None or False removes) as a
+    command line."""
     table = ARGUMENTS | {name.replace("_", "-"): value for name, value in changes.items()}
     line: list[str] = []
     for name, value in table.items():
@@ -83,13 +86,18 @@ def model_provider(
 ) -> torch.nn.Module:
     """Stock GPTModel with the local spec."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
     args = get_args()
     config = config or core_transformer_config_from_args(args)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+    )
     mtp_spec = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
     return GPTModel(
         config, spec, vocab_size=args.padded_vocab_size, max_sequence_length=args.max_position_embeddings,
@@ -99,14 +107,18 @@ def model_provider(
     )  # fmt: skip
 
 
-def _loss(losses: list[float], output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def _loss(
+    losses: list[float], output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     total = output.float().sum()
     losses.append(total.item())
     tokens = torch.tensor(output.numel(), dtype=torch.int)
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 
 
-def forward_step(losses: list[float], iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def forward_step(
+    losses: list[float], iterator: Any, model: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
     """One micro-batch; every pipeline stage reads it."""
     batch = next(iterator)
     tokens = batch["tokens"]
@@ -117,7 +129,8 @@ def forward_step(losses: list[float], iterator: Any, model: torch.nn.Module) -> 
 
 
 def pretrain(**changes: Any) -> dict[str, Any]:
-    """Run it in this process and return ``losses`` (one a micro-batch, last stage only) and ``weights`` (hashes)."""
+    """Run it in this process and return ``losses`` (one a micro-batch, last stage only) and
+    ``weights`` (hashes)."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -140,10 +153,15 @@ def pretrain(**changes: Any) -> dict[str, Any]:
     except SystemExit as leaving:  # --exit-interval
         if leaving.code:
             raise
-    return {"losses": losses, "weights": {name: _hash(value) for m in built for name, value in m.state_dict().items()}}
+    return {
+        "losses": losses,
+        "weights": {name: _hash(value) for m in built for name, value in m.state_dict().items()},
+    }
 
 
 def _hash(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return repr(type(value))
-    return hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(
+        value.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()[:16]

@@ -21,10 +21,14 @@ def _compile_helpers() -> None:
 
 @probe("layer-wise-layout")
 def _layer_wise_layout() -> None:
-    """The config-container path must not get as far as training with Muon: without the patch it does."""
+    """The config-container path must not get as far as training with Muon: without the patch it
+    does."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
 
     one_rank()
     args = parse()
@@ -48,19 +52,24 @@ def _batch_ramp() -> None:
     except InputError as refusal:
         outcome = str(refusal)
     else:
-        outcome = f"the ramp is ignored: the first batch has {get_current_global_batch_size()} sequences"
+        outcome = (
+            f"the ramp is ignored: the first batch has {get_current_global_batch_size()} sequences"
+        )
     assert outcome.startswith("--rampup-batch-size 2 2 100"), outcome
 
 
 @probe("fusion-without-apex")
 def _fusion_without_apex() -> None:
-    """The output layer beside Transformer Engine's: built, and its gradient accumulates the ordinary way."""
+    """The output layer beside Transformer Engine's: built, and its gradient accumulates the
+    ordinary way."""
     import torch
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     one_rank()
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True
+    )
     config.gradient_accumulation_fusion = True
     layer = ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.ones_, bias=False)
     layer(torch.ones(3, 1, 8))[0].sum().backward()
@@ -79,14 +88,17 @@ def _muon_experts() -> None:
     optimizer = SimpleNamespace(
         dp_cp=SimpleNamespace(size=lambda: 1),
         expt_dp=SimpleNamespace(size=lambda: 2),
-        _shard_params_from_layout=lambda _optimizers, _layouts, dense, experts: divided.append((dense, experts)),
+        _shard_params_from_layout=lambda _optimizers, _layouts, dense, experts: divided.append(
+            (dense, experts)
+        ),
     )
     LayerWiseDistributedOptimizer.shard_params(optimizer, [], full_param_layouts=[])
     assert divided == [(1, 2)], "every rank owns all experts"
 
 
 def _muon_groups_fit() -> None:
-    """A checkpoint of one parameter group is read by a run whose experts have a group of their own."""
+    """A checkpoint of one parameter group is read by a run whose experts have a group of their
+    own."""
     from types import SimpleNamespace
 
     from megatron.core.dist_checkpointing.dict_utils import merge
@@ -95,7 +107,10 @@ def _muon_groups_fit() -> None:
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
     one_rank()
-    groups = [{"params": [number], "is_expert_parallel": number == 1, "max_lr": 0.1, "lr": 0} for number in range(2)]
+    groups = [
+        {"params": [number], "is_expert_parallel": number == 1, "max_lr": 0.1, "lr": 0}
+        for number in range(2)
+    ]
     asked = [group | {"params": LocalNonpersistentObject(group["params"])} for group in groups]
     loaded: list[dict[str, Any]] = []
     inner = SimpleNamespace(
@@ -104,9 +119,15 @@ def _muon_groups_fit() -> None:
         optimizer=SimpleNamespace(state_dict=lambda: {"param_groups": groups}),
     )
     optimizer = object.__new__(LayerWiseDistributedOptimizer)
-    optimizer.chained_optimizers, optimizer.pg_collection, optimizer.model_chunks = [inner], None, []
+    optimizer.chained_optimizers, optimizer.pg_collection, optimizer.model_chunks = (
+        [inner],
+        None,
+        [],
+    )
     _, local, _ = load_preprocess(optimizer.sharded_state_dict({}, is_loading=True, metadata={}))
-    stored = {"optimizer": {"param_groups": [{"is_expert_parallel": False, "max_lr": 0.1, "lr": 0.05}]}}
+    stored = {
+        "optimizer": {"param_groups": [{"is_expert_parallel": False, "max_lr": 0.1, "lr": 0.05}]}
+    }
     optimizer.load_state_dict(merge(stored, local))
     assert [group["params"] for group in loaded] == [[0], [1]], "groups without their parameters"
     assert loaded == [group | {"lr": 0.05} for group in groups]
@@ -124,17 +145,25 @@ def _packed_mtp() -> None:
     packed = packed_documents([3, 2], [4, 4])
     tokens = torch.tensor([[11, 12, 13, 9, 21, 22, 9, 9]])
     rolled, total = roll_tensor(tokens, packed_seq_params=packed)
-    assert rolled.tolist() == [[12, 13, 0, 0, 22, 0, 0, 0]], f"{rolled.tolist()} after {tokens.tolist()}"
+    assert rolled.tolist() == [[12, 13, 0, 0, 22, 0, 0, 0]], (
+        f"{rolled.tolist()} after {tokens.tolist()}"
+    )
     assert total == 47
 
 
 @probe("context-mtp")
 def _context_mtp() -> None:
-    """Eight tokens on two ranks, seven of them with a next one: each of the seven has the same weight."""
-    for per_token, weight in ((False, 2 / 7), (True, 8 / 7)):  # DDP divides by two ranks, or finalize by eight tokens
+    """Eight tokens on two ranks, seven of them with a next one: each of the seven has the same
+    weight."""
+    for per_token, weight in (
+        (False, 2 / 7),
+        (True, 8 / 7),
+    ):  # DDP divides by two ranks, or finalize by eight tokens
         for rank, found in enumerate(on_two_ranks(functools.partial(_mtp_weights, per_token))):
             has_next = [1, 1, 1, 0] if rank == 0 else [1, 1, 1, 1]
-            assert found == pytest.approx([weight * each for each in has_next]), f"rank {rank} of 2 weighs {found}"
+            assert found == pytest.approx([weight * each for each in has_next]), (
+                f"rank {rank} of 2 weighs {found}"
+            )
 
 
 def _mtp_weights(per_token: bool) -> list[float]:
@@ -151,7 +180,9 @@ def _mtp_weights(per_token: bool) -> list[float]:
         mtp_loss_scaling_factor=1.0,
         calculate_per_token_loss=per_token,
     )
-    hidden = torch.zeros(8, 1, 1, requires_grad=True)  # four tokens of the trunk, four of the MTP layer
+    hidden = torch.zeros(
+        8, 1, 1, requires_grad=True
+    )  # four tokens of the trunk, four of the MTP layer
     mtp.process_mtp_loss(
         hidden_states=hidden,
         labels=torch.zeros(1, 4, dtype=torch.long),
@@ -181,7 +212,9 @@ def _counts() -> list[Any]:
     import torch
     from megatron.core.transformer.moe import router
 
-    sent = [[[1, 1, 0], [0, 0, 0], [0, 0, 0]], [[1, 1, 0], [0, 1, 1], [0, 0, 0]]][torch.distributed.get_rank()]
+    sent = [[[1, 1, 0], [0, 0, 0], [0, 0, 0]], [[1, 1, 0], [0, 1, 1], [0, 0, 0]]][
+        torch.distributed.get_rank()
+    ]
     counts, local, total = router.get_tokens_per_expert_and_token_count(
         torch.tensor(sent).bool(), torch.distributed.group.WORLD, topk=2, with_padding_mask=True
     )

@@ -1,4 +1,5 @@
-"""A small corpus on disk: varied Python-like files plus the awkward ones, and the folder prepared from it."""
+"""A small corpus on disk: varied Python-like files plus the awkward ones, and the folder prepared
+from it."""
 
 from __future__ import annotations
 
@@ -28,12 +29,27 @@ NUL = "before\0after\n\0\0"
 def python_like(seed: int) -> str:
     """A few hundred to a few thousand characters that look like code."""
     rng = random.Random(seed)
-    names = [first + second for first in ("model", "layer", "expert", "router") for second in ("", "_index", "_weight")]
-    names += ["token", "hidden_state", "scale", "sliding_window", "attention_mask", "position", "gradient", "optimizer"]
+    names = [
+        first + second
+        for first in ("model", "layer", "expert", "router")
+        for second in ("", "_index", "_weight")
+    ]
+    names += [
+        "token",
+        "hidden_state",
+        "scale",
+        "sliding_window",
+        "attention_mask",
+        "position",
+        "gradient",
+        "optimizer",
+    ]
     lines = [f"def {rng.choice(names)}_{seed}(self, {rng.choice(names)}):"]
     for _ in range(rng.randrange(5, 60)):
         indent = "    " * rng.randrange(1, 4)
-        lines.append(f"{indent}{rng.choice(names)} = {rng.choice(names)}[{rng.randrange(1000)}] + {rng.random():.4f}")
+        lines.append(
+            f"{indent}{rng.choice(names)} = {rng.choice(names)}[{rng.randrange(1000)}] + {rng.random():.4f}"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -56,4 +72,6 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """The folder prepared from ``text_folder`` with a vocabulary of 360, in this process."""
     output = tmp_path_factory.mktemp("prepared") / "corpus"
-    return prepare(output, inputs=[text_folder], vocab_size=360, workers=1, valid_fraction=0.2, progress=False)
+    return prepare(
+        output, inputs=[text_folder], vocab_size=360, workers=1, valid_fraction=0.2, progress=False
+    )

@@ -22,8 +22,12 @@ from mellum2_megatron.data.corpus.discovery import (
 from tests.data.conftest import HOSTILE, NUL, python_like
 
 
-def take(*paths: Path, seed: int = 1, valid_fraction: float = 0.25, max_bytes: int | None = None) -> Selection:
-    return select(given_sources(paths), seed=seed, valid_fraction=valid_fraction, max_bytes=max_bytes)
+def take(
+    *paths: Path, seed: int = 1, valid_fraction: float = 0.25, max_bytes: int | None = None
+) -> Selection:
+    return select(
+        given_sources(paths), seed=seed, valid_fraction=valid_fraction, max_bytes=max_bytes
+    )
 
 
 def contents(selection: Selection) -> dict[str, str]:
@@ -31,11 +35,17 @@ def contents(selection: Selection) -> dict[str, str]:
 
 
 def test_every_text_of_a_folder_is_taken_exactly(text_folder: Path) -> None:
-    expected = {python_like(seed) for seed in (*range(40), *range(100, 104))} | set(HOSTILE.values()) | {NUL}
+    expected = (
+        {python_like(seed) for seed in (*range(40), *range(100, 104))}
+        | set(HOSTILE.values())
+        | {NUL}
+    )
     selection = take(text_folder)
     assert contents(selection).keys() == expected
     assert selection.left_out == {}
-    assert all(document.size == len(read_document(document).encode()) for document in selection.documents)
+    assert all(
+        document.size == len(read_document(document).encode()) for document in selection.documents
+    )
 
 
 def test_the_split_follows_the_content_and_not_the_name(text_folder: Path, tmp_path: Path) -> None:
@@ -65,7 +75,9 @@ def test_duplicates_are_dropped_across_files_and_lines(tmp_path: Path) -> None:
     assert selection.left_out == {"duplicate": 3}
 
 
-def test_a_byte_limit_takes_the_same_even_sample_wherever_the_files_lie(text_folder: Path, tmp_path: Path) -> None:
+def test_a_byte_limit_takes_the_same_even_sample_wherever_the_files_lie(
+    text_folder: Path, tmp_path: Path
+) -> None:
     limit = 20_000
     sample = take(text_folder, max_bytes=limit)
     sizes = [document.size for document in sample.documents]
@@ -140,7 +152,10 @@ def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path: Path) -> No
     [
         ({"License-Expression": "MIT OR Apache-2.0"}, "MIT OR Apache-2.0"),
         ({"License-Expression": "LicenseRef-NVIDIA-Proprietary"}, None),
-        ({"Classifier": "License :: OSI Approved :: BSD License", "License": "see file"}, "BSD License"),
+        (
+            {"Classifier": "License :: OSI Approved :: BSD License", "License": "see file"},
+            "BSD License",
+        ),
         ({"License": "3-Clause BSD License"}, "3-Clause BSD License"),
         ({"License": "NVIDIA Proprietary Software"}, None),
         ({"License": "All rights reserved, submit a request"}, None),
@@ -167,5 +182,8 @@ def test_installed_sources_hold_the_standard_library_and_licensed_packages() -> 
     assert not set(refused) & set(by_name)
     sample = select(sources, seed=3, valid_fraction=0.1, max_bytes=300_000)
     assert sum(document.size for document in sample.documents) > 200_000
-    hashes = [hashlib.sha256(read_document(document).encode()).hexdigest() for document in sample.documents]
+    hashes = [
+        hashlib.sha256(read_document(document).encode()).hexdigest()
+        for document in sample.documents
+    ]
     assert len(set(hashes)) == len(hashes)

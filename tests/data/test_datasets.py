@@ -24,9 +24,13 @@ from tests.data.test_prepare import read_indexed
 LENGTH = 64
 
 
-def run_of(path: Path, *, seed: int = 5, architecture: dict[str, Any] | None = None, **data: Any) -> Any:
+def run_of(
+    path: Path, *, seed: int = 5, architecture: dict[str, Any] | None = None, **data: Any
+) -> Any:
     tiny = replace(Mellum2Architecture.preset("mellum2-tiny"), **(architecture or {}))
-    return SimpleNamespace(architecture=tiny, seed=seed, data=Data(path=str(path), sequence_length=LENGTH, **data))
+    return SimpleNamespace(
+        architecture=tiny, seed=seed, data=Data(path=str(path), sequence_length=LENGTH, **data)
+    )
 
 
 @pytest.fixture
@@ -50,7 +54,10 @@ def samples(dataset: Any) -> list[tuple[int, ...]]:
 
 def windows(documents: list[list[int]], order: np.ndarray[Any, Any]) -> Counter[tuple[int, ...]]:
     stream = [token for index in order for token in documents[index]]
-    return Counter(tuple(stream[start : start + LENGTH + 1]) for start in range(0, len(stream) - LENGTH, LENGTH))
+    return Counter(
+        tuple(stream[start : start + LENGTH + 1])
+        for start in range(0, len(stream) - LENGTH, LENGTH)
+    )
 
 
 def test_one_epoch_holds_every_document_once_in_windows_of_the_stream(folder: Path) -> None:
@@ -71,7 +78,9 @@ def test_more_samples_than_one_epoch_come_from_further_epochs(folder: Path) -> N
     assert Counter(samples(train)) == windows(documents, train.document_index)
 
 
-def test_the_order_depends_on_the_seed_alone_and_data_seed_overrides_it(folder: Path, tmp_path: Path) -> None:
+def test_the_order_depends_on_the_seed_alone_and_data_seed_overrides_it(
+    folder: Path, tmp_path: Path
+) -> None:
     first = samples(build_datasets(run_of(folder), [40, 5, 0])[0])
     moved = shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("cache"))
     assert samples(build_datasets(run_of(moved), [40, 5, 0])[0]) == first
@@ -81,17 +90,29 @@ def test_the_order_depends_on_the_seed_alone_and_data_seed_overrides_it(folder: 
     assert samples(build_datasets(own_seed, [40, 5, 0])[0]) == first
 
 
-def test_new_data_at_the_same_path_never_meets_old_indices(folder: Path, text_folder: Path, tmp_path: Path) -> None:
+def test_new_data_at_the_same_path_never_meets_old_indices(
+    folder: Path, text_folder: Path, tmp_path: Path
+) -> None:
     build_datasets(run_of(folder), [40, 5, 0])
     kept = shutil.copytree(folder / "cache", tmp_path / "cache")
-    prepare(folder, inputs=[text_folder], vocab_size=340, workers=1, valid_fraction=0.4, overwrite=True, progress=False)
+    prepare(
+        folder,
+        inputs=[text_folder],
+        vocab_size=340,
+        workers=1,
+        valid_fraction=0.4,
+        overwrite=True,
+        progress=False,
+    )
     assert not (folder / "cache").exists()
     fresh = samples(build_datasets(run_of(folder), [40, 5, 0], cache=tmp_path / "other")[0])
     assert samples(build_datasets(run_of(folder), [40, 5, 0], cache=kept)[0]) == fresh
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
-def test_indices_that_a_killed_run_left_incomplete_are_built_again(folder: Path, damage: str) -> None:
+def test_indices_that_a_killed_run_left_incomplete_are_built_again(
+    folder: Path, damage: str
+) -> None:
     expected = samples(build_datasets(run_of(folder), [40, 5, 0])[0])
     (broken,) = (folder / "cache").glob("*-train-shuffle_index.npy")
     if damage == "truncate":
@@ -117,7 +138,9 @@ def test_blends_draw_by_weight(folder: Path, text_folder: Path, tmp_path: Path) 
     assert len(valid) >= 5
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_built(folder: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_built(
+    folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="mellum2 data prepare --output"):
         check_data(run_of(tmp_path / "absent"))
     with pytest.raises(InputError, match=r"360 entries, architecture.vocab_size is 256"):

@@ -33,20 +33,31 @@ def read_indexed(prefix: Path) -> list[list[int]]:
     tokens = np.fromfile(prefix.with_suffix(".bin"), {4: np.int32, 8: np.uint16}[code])
     assert len(tokens) == lengths.sum()
     starts = offsets // tokens.itemsize
-    return [tokens[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
+    return [
+        tokens[start : start + length].tolist()
+        for start, length in zip(starts, lengths, strict=True)
+    ]
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_tokens_equal_a_plain_encoding_of_every_document(prepared: PreparedData, text_folder: Path) -> None:
+def test_tokens_equal_a_plain_encoding_of_every_document(
+    prepared: PreparedData, text_folder: Path
+) -> None:
     from transformers import AutoTokenizer
 
     plain = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, split_special_tokens=True)
     selection = select(given_sources([text_folder]), seed=1234, valid_fraction=0.2, max_bytes=None)
     for split in ("train", "valid"):
-        expected = [[*plain(read_document(document))["input_ids"], 1] for document in selection.of(split)]
+        expected = [
+            [*plain(read_document(document))["input_ids"], 1] for document in selection.of(split)
+        ]
         found = read_indexed(prepared.prefix(split))
         assert found == expected
         statistics = prepared.splits[split]
@@ -58,29 +69,42 @@ def test_megatron_reads_the_same_documents(prepared: PreparedData) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(prepared.prefix("valid")))
-    assert [dataset[index].tolist() for index in range(len(dataset))] == read_indexed(prepared.prefix("valid"))
+    assert [dataset[index].tolist() for index in range(len(dataset))] == read_indexed(
+        prepared.prefix("valid")
+    )
 
 
 def test_entropy_is_that_of_the_validation_tokens(prepared: PreparedData) -> None:
-    counts = Counter(token for document in read_indexed(prepared.prefix("valid")) for token in document)
+    counts = Counter(
+        token for document in read_indexed(prepared.prefix("valid")) for token in document
+    )
     total = sum(counts.values())
     entropy = -sum(count / total * math.log(count / total) for count in counts.values())
     assert prepared.valid_unigram_entropy_nats == pytest.approx(entropy, rel=1e-12)
     assert 0 < entropy < math.log(360)
 
 
-def test_two_workers_write_the_same_bytes_as_one(prepared: PreparedData, text_folder: Path, tmp_path: Path) -> None:
+def test_two_workers_write_the_same_bytes_as_one(
+    prepared: PreparedData, text_folder: Path, tmp_path: Path
+) -> None:
     monkeypatched = pytest.MonkeyPatch()
     with monkeypatched.context() as patch:
         patch.setattr(encode, "_BATCH_BYTES", 2000)  # dozens of batches, more than may be in flight
         again = prepare(
-            tmp_path / "out", inputs=[text_folder], vocab_size=360, workers=2, valid_fraction=0.2, progress=False
+            tmp_path / "out",
+            inputs=[text_folder],
+            vocab_size=360,
+            workers=2,
+            valid_fraction=0.2,
+            progress=False,
         )
     assert files(again.path) == files(prepared.path)
     assert again.corpus["sources"][0]["documents"] == 54
 
 
-def test_a_given_tokenizer_is_used_and_copied(prepared: PreparedData, text_folder: Path, tmp_path: Path) -> None:
+def test_a_given_tokenizer_is_used_and_copied(
+    prepared: PreparedData, text_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "in").mkdir()
     for path in prepared.tokenizer_dir.iterdir():
         shutil.copy(path, tmp_path / "in")
@@ -99,7 +123,9 @@ def test_a_given_tokenizer_is_used_and_copied(prepared: PreparedData, text_folde
     assert out.splits["train"].bytes + out.splits["valid"].bytes <= 30_000
 
 
-def test_wide_vocabularies_are_stored_in_four_bytes(prepared: PreparedData, text_folder: Path, tmp_path: Path) -> None:
+def test_wide_vocabularies_are_stored_in_four_bytes(
+    prepared: PreparedData, text_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(prepared.tokenizer_dir, tmp_path / "wide")
     path = tmp_path / "wide" / "tokenizer.json"
     value = json.loads(path.read_text())
@@ -129,7 +155,12 @@ def test_a_failure_in_the_middle_leaves_nothing(
     def fail(error: type[BaseException], match: str) -> None:
         with pytest.raises(error, match=match):
             prepare(
-                tmp_path / "out", inputs=[text_folder], vocab_size=360, workers=1, valid_fraction=0.2, progress=False
+                tmp_path / "out",
+                inputs=[text_folder],
+                vocab_size=360,
+                workers=1,
+                valid_fraction=0.2,
+                progress=False,
             )
         assert list(tmp_path.iterdir()) == []
 
@@ -162,7 +193,13 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_corp
 
     def again(**options: bool) -> PreparedData:
         return prepare(
-            target, inputs=[text_folder], vocab_size=340, workers=1, valid_fraction=0.2, progress=False, **options
+            target,
+            inputs=[text_folder],
+            vocab_size=340,
+            workers=1,
+            valid_fraction=0.2,
+            progress=False,
+            **options,
         )
 
     with pytest.raises(InputError, match="--overwrite"):
@@ -191,7 +228,12 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_corp
 def test_bad_arguments_are_named_and_nothing_is_written(
     text_folder: Path, tmp_path: Path, options: dict[str, object], named: str
 ) -> None:
-    arguments = {"inputs": [text_folder], "vocab_size": 360, "workers": 1, "valid_fraction": 0.2} | options
+    arguments = {
+        "inputs": [text_folder],
+        "vocab_size": 360,
+        "workers": 1,
+        "valid_fraction": 0.2,
+    } | options
     with pytest.raises(InputError, match=named):
         prepare(tmp_path / "out", progress=False, **arguments)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

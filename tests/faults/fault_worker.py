@@ -1,4 +1,5 @@
-"""What a rank does in the tests of checkpoints and faults: it trains, and something happens to it on the way."""
+"""What a rank does in the tests of checkpoints and faults: it trains, and something happens to it
+on the way."""
 
 from __future__ import annotations
 
@@ -27,10 +28,14 @@ def reload(run_file: str, copy: str) -> bool:
 
     loop = training.train
 
-    def save_and_train(forward_step: Any, model: Any, optimizer: Any, scheduler: Any, *rest: Any, **named: Any) -> Any:
+    def save_and_train(
+        forward_step: Any, model: Any, optimizer: Any, scheduler: Any, *rest: Any, **named: Any
+    ) -> Any:
         args = training.get_args()
         output, args.save = args.save, copy
-        save_checkpoint(args.iteration, model, optimizer, scheduler, args.num_floating_point_operations_so_far)
+        save_checkpoint(
+            args.iteration, model, optimizer, scheduler, args.num_floating_point_operations_so_far
+        )
         args.save = output
         return loop(forward_step, model, optimizer, scheduler, *rest, **named)
 
@@ -50,7 +55,8 @@ def signalled(run_file: str, rank: int, step: int, number: int) -> bool:
 
 
 def killed_in_save(run_file: str, rank: int, step: int) -> bool:
-    """One rank is killed while it writes the checkpoint of a step: after ten tensors, before the eleventh."""
+    """One rank is killed while it writes the checkpoint of a step: after ten tensors, before the
+    eleventh."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     process, write, written = os.getpid(), filesystem_async._write_item, []
@@ -94,7 +100,8 @@ def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
 
 
 def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
-    """In some steps one rank's loss is NaN, or only its gradient is, or its loss is three times what it should be."""
+    """In some steps one rank's loss is NaN, or only its gradient is, or its loss is three times
+    what it should be."""
     from mellum2_megatron.training import rank_main as module
 
     sum_loss = module.sum_loss
@@ -102,7 +109,11 @@ def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
     def spoiled(loss_mask: Any, output: Any) -> Any:
         from megatron.training import get_args
 
-        if int(os.environ["RANK"]) == rank and get_args().curr_iteration + 1 in steps and output.requires_grad:
+        if (
+            int(os.environ["RANK"]) == rank
+            and get_args().curr_iteration + 1 in steps
+            and output.requires_grad
+        ):
             if what == "gradient":
                 output.register_hook(lambda gradient: gradient * float("nan"))
             else:
@@ -131,7 +142,8 @@ def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
 
 
 def write_manifest(folder: str, later: bool) -> None:
-    """Write a file as every rank of a save does, at once or in the background, and the manifest of all."""
+    """Write a file as every rank of a save does, at once or in the background, and the manifest of
+    all."""
     import torch
 
     from mellum2_megatron.checkpoint import saving

@@ -43,7 +43,9 @@ def save(root: Path, iteration: int, *, complete: bool = True, tracked: bool = T
 
 def left(root: Path) -> tuple[list[str], str | None]:
     tracker = root / TRACKER_FILE
-    return sorted(path.name for path in root.glob("iter_*")), tracker.read_text() if tracker.exists() else None
+    return sorted(
+        path.name for path in root.glob("iter_*")
+    ), tracker.read_text() if tracker.exists() else None
 
 
 def test_a_fragment_is_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -115,18 +117,30 @@ def test_torch_still_has_that_exception() -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), "is full: the run stopped"),
         (
-            CheckpointException("write", {1: (OSError(errno.ENOSPC, "No space left on device"), None)}),
+            CheckpointException(
+                "write", {1: (OSError(errno.ENOSPC, "No space left on device"), None)}
+            ),
             "is full: a check",
         ),
         (
-            CheckpointException("write", {1: (RuntimeError("[Errno 28] No space left on device"), None)}),
+            CheckpointException(
+                "write", {1: (RuntimeError("[Errno 28] No space left on device"), None)}
+            ),
             "is full: a check",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "the run stopped (Permission denied: /x/y)"),
-        (CheckpointException("write", {0: (RuntimeError("stale handle"), None)}), "written (stale handle)"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x/y"),
+            "the run stopped (Permission denied: /x/y)",
+        ),
+        (
+            CheckpointException("write", {0: (RuntimeError("stale handle"), None)}),
+            "written (stale handle)",
+        ),
     ],
 )
-def test_what_a_user_can_mend_is_explained(error: BaseException, named: str, tmp_path: Path) -> None:
+def test_what_a_user_can_mend_is_explained(
+    error: BaseException, named: str, tmp_path: Path
+) -> None:
     with pytest.raises(WorkError) as caught, explained(tmp_path):
         raise error
     assert named in str(caught.value)
@@ -177,7 +191,9 @@ def test_the_cause_is_found_among_the_effects() -> None:
     ):
         assert root_cause(failures) is cause
     assert "rank 3 was ended by SIGKILL" in str(killed.error(None))
-    assert "rank 2 failed with exit code 1: ValueError: a bug" in str(bug.error(Path("failure.txt")))
+    assert "rank 2 failed with exit code 1: ValueError: a bug" in str(
+        bug.error(Path("failure.txt"))
+    )
     assert str(told.error(None)) == "the disk is full"
 
 
@@ -200,13 +216,14 @@ def report(raised: Exception, *, to_launcher: bool = False) -> int:
     return code
 
 
-# -- Under torch's agent ----------------------------------------------------------------------------------------------
+# -- Under torch's agent
+# ----------------------------------------------------------------------------------------------
 
 RANK = """
 import os, signal, sys, time
 sys.path.insert(0, {repository!r})
-from mellum2_megatron.errors import InputError, WorkError
-from mellum2_megatron.failures import report_failure
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.faults.failures import report_failure
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 rank = int(os.environ["RANK"])
 try:
@@ -227,7 +244,11 @@ BODIES = {
         1,
         "rank 1 failed with exit code 1: ValueError",
     ),
-    "a signal": ("os.kill(os.getpid(), 9) if rank else time.sleep(60)", 1, "rank 1 was ended by SIGKILL"),
+    "a signal": (
+        "os.kill(os.getpid(), 9) if rank else time.sleep(60)",
+        1,
+        "rank 1 was ended by SIGKILL",
+    ),
 }
 
 
@@ -246,7 +267,9 @@ def write_rank(run_file: Path, body: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", BODIES)
-def test_one_message_for_all_ranks(case: str, run_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_message_for_all_ranks(
+    case: str, run_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     body, code, named = BODIES[case]
     write_rank(run_file, body)
     save(run_file.parent, 1)
@@ -265,12 +288,15 @@ def test_one_message_for_all_ranks(case: str, run_file: Path, capfd: pytest.Capt
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 128 + signal.SIGINT), (signal.SIGTERM, STOPPED), (signal.SIGUSR1, STOPPED)]
+    ("number", "code"),
+    [(signal.SIGINT, 128 + signal.SIGINT), (signal.SIGTERM, STOPPED), (signal.SIGUSR1, STOPPED)],
 )
 def test_a_signal_ends_ranks_that_do_not_listen_yet(
     number: signal.Signals, code: int, run_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_rank(run_file, "open(f'{sys.argv[0]}.{rank}', 'w').write(str(os.getpid())); time.sleep(60)")
+    write_rank(
+        run_file, "open(f'{sys.argv[0]}.{rank}', 'w').write(str(os.getpid())); time.sleep(60)"
+    )
     files = [run_file.parent / f"rank.py.{rank}" for rank in range(2)]
     fragment = run_file.parent / "iter_0000004"
 
@@ -280,7 +306,9 @@ def test_a_signal_ends_ranks_that_do_not_listen_yet(
         fragment.mkdir()
         os.kill(os.getpid(), number)
 
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {
+        each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     threading.Thread(target=interrupt, daemon=True).start()
     assert run_local(run_file, nproc=2, device="cpu") == code
     for file in files:
@@ -294,12 +322,16 @@ def test_a_signal_ends_ranks_that_do_not_listen_yet(
 @pytest.mark.distributed
 def test_all_ranks_succeed(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
-    script.write_text("import os; open(__file__ + os.environ['RANK'], 'w').write(os.environ['WORLD_SIZE'])")
+    script.write_text(
+        "import os; open(__file__ + os.environ['RANK'], 'w').write(os.environ['WORLD_SIZE'])"
+    )
     assert run_ranks([sys.executable, str(script)], nproc=2) == 0
     assert [(tmp_path / f"rank.py{rank}").read_text() for rank in range(2)] == ["2", "2"]
 
 
-def test_the_report_is_one_that_torch_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_is_one_that_torch_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     file = tmp_path / "error.json"

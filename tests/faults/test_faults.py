@@ -1,4 +1,5 @@
-"""What happens to a run: killed, told to stop, stuck, diverging, on a damaged checkpoint. Real ranks, real signals."""
+"""What happens to a run: killed, told to stop, stuck, diverging, on a damaged checkpoint. Real
+ranks, real signals."""
 
 from __future__ import annotations
 
@@ -25,30 +26,40 @@ from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from tests import REPOSITORY
 from tests.checkpoint.test_checkpoints import equal, flip, state
 from tests.distributed import DistributedError, run_distributed
-from tests.training.test_train import data, losses, small_run  # noqa: F401  (fixture)
+from tests.training.test_train import losses, small_run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 
 def ranks(worker: str, run: Run, *args: Any, nproc: int = 2) -> list[Any]:
-    """Train a run on forked ranks, to one of which something happens (`tests/faults/fault_worker.py`)."""
+    """Train a run on forked ranks, to one of which something happens
+    (`tests/faults/fault_worker.py`)."""
     output = Path(str(run.checkpoint.output))
     output.mkdir(parents=True, exist_ok=True)
     file = output / "requested.yaml"
     file.write_text(to_yaml(run))
-    return run_distributed(f"tests.faults.fault_worker:{worker}", nproc, str(file), *args, timeout=120)
+    return run_distributed(
+        f"tests.faults.fault_worker:{worker}", nproc, str(file), *args, timeout=120
+    )
 
 
 def test_nothing_is_lost_but_the_steps_since_the_last_save(
     trained: Path,
-    data: PreparedData,  # noqa: F811
+    small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    """One training that is told to stop, killed in a step and killed in a save equals one that was left alone."""
+    """One training that is told to stop, killed in a step and killed in a save equals one that was
+    left alone."""
     output = tmp_path / "run"
-    run = small_run(data, output, "checkpoint.save_interval=2", "checkpoint.keep_last=2")
+    run = small_run(small_data, output, "checkpoint.save_interval=2", "checkpoint.keep_last=2")
 
-    assert ranks("signalled", run, 1, 1, signal.SIGUSR1) == [False, False]  # one rank hears it, both stop
+    assert ranks("signalled", run, 1, 1, signal.SIGUSR1) == [
+        False,
+        False,
+    ]  # one rank hears it, both stop
     assert saved(output) == [1]
 
     with pytest.raises(DistributedError, match=r"exit codes \[(1|-9), -9\]"):
@@ -59,7 +70,11 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(
         ranks("killed_in_save", run, 0, 4)
     assert saved(output) == [1, 2]
     fragment = output / "iter_0000004"
-    assert 0 < (fragment / "__0_0.distcp").stat().st_size < (output / "iter_0000002" / "__0_0.distcp").stat().st_size
+    assert (
+        0
+        < (fragment / "__0_0.distcp").stat().st_size
+        < (output / "iter_0000002" / "__0_0.distcp").stat().st_size
+    )
     assert not is_complete(fragment)
 
     assert ranks("train", run) == [True, True]
@@ -71,24 +86,42 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(
 
 def saved(output: Path) -> list[int]:
     """The checkpoints of a run that are whole; the tracker must name the newest."""
-    numbers = [find_checkpoint(folder).iteration for folder in iteration_folders(output) if is_complete(folder)]
+    numbers = [
+        find_checkpoint(folder).iteration
+        for folder in iteration_folders(output)
+        if is_complete(folder)
+    ]
     assert numbers[-1] == tracked_iteration(output)
     assert all(read_manifest(folder) for folder in iteration_folders(output) if is_complete(folder))
     return [number for number in numbers if number is not None]
 
 
 def test_the_command_passes_a_signal_on_and_its_exit_code_says_so(
-    data: PreparedData,  # noqa: F811
+    small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "run"
-    steps = ["schedule.train_samples=4000", "schedule.batch_schedule=[[0,4]]", "checkpoint.save_interval=1000"]
-    run = small_run(data, output, *steps, "logging.eval_iterations=0", "data.workers=2")
+    steps = [
+        "schedule.train_samples=4000",
+        "schedule.batch_schedule=[[0,4]]",
+        "checkpoint.save_interval=1000",
+    ]
+    run = small_run(small_data, output, *steps, "logging.eval_iterations=0", "data.workers=2")
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(run))
-    command = [str(Path(sys.executable).with_name("mellum2")), "train", str(file), "--device", "cpu", "--nproc", "2"]
+    command = [
+        str(Path(sys.executable).with_name("mellum2")),
+        "train",
+        str(file),
+        "--device",
+        "cpu",
+        "--nproc",
+        "2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as done:
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as done:
         while done.poll() is None and not _has_begun(output):
             time.sleep(0.1)
         done.send_signal(signal.SIGTERM)
@@ -106,11 +139,17 @@ def _has_begun(output: Path) -> bool:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_loss_that_is_no_number_ends_the_run(where: str, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
+def test_a_loss_that_is_no_number_ends_the_run(
+    where: str,
+    small_data: PreparedData,
+    tmp_path: Path,
+) -> None:
     output = tmp_path / "run"
     with pytest.raises(DistributedError) as caught:
-        ranks("not_a_number", small_run(data, output), 1, 5, where)
-    assert f"the {where} is nan on rank 1 at step 5; nothing was saved after it" in str(caught.value)
+        ranks("not_a_number", small_run(small_data, output), 1, 5, where)
+    assert f"the {where} is nan on rank 1 at step 5; nothing was saved after it" in str(
+        caught.value
+    )
     assert saved(output) == [2, 3]  # at 2 the batch grows
     assert max(losses(output)) == 4
 
@@ -122,10 +161,12 @@ def test_a_loss_that_is_no_number_ends_the_run(where: str, data: PreparedData, t
         ("stopped", "rank 1 does not answer; rank 0 is at "),
     ],
 )
-def test_a_stuck_rank_is_named(how: str, named: str, data: PreparedData, tmp_path: Path) -> None:  # noqa: F811
+def test_a_stuck_rank_is_named(
+    how: str, named: str, small_data: PreparedData, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     with pytest.raises(DistributedError) as caught:
-        ranks("stuck", small_run(data, output, "timeout_minutes=0.15"), 1, 4, how)
+        ranks("stuck", small_run(small_data, output, "timeout_minutes=0.15"), 1, 4, how)
     message = str(caught.value)
     assert f"step 4: no micro-batch has begun for 9 seconds: {named}" in message
     assert message.count("no micro-batch has begun") == 1  # one rank speaks for all
@@ -135,22 +176,25 @@ def test_a_stuck_rank_is_named(how: str, named: str, data: PreparedData, tmp_pat
 
 def test_ranks_refuse_a_damaged_checkpoint_before_they_train(
     trained: Path,
-    data: PreparedData,  # noqa: F811
+    small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
     output = Path(shutil.copytree(trained, tmp_path / "run"))
     for number in range(2):
         flip(output / "iter_0000006" / f"__{number}_0.distcp")
     before = {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
-    with pytest.raises(DistributedError, match=r"InputError: .*iter_0000006/__\d_0.distcp has changed since it was"):
-        ranks("train", small_run(data, output, "schedule.train_samples=48"))
+    with pytest.raises(
+        DistributedError, match=r"InputError: .*iter_0000006/__\d_0.distcp has changed since it was"
+    ):
+        ranks("train", small_run(small_data, output, "schedule.train_samples=48"))
     (output / "requested.yaml").unlink()
     assert {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()} == {
         path: content for path, content in before.items() if path.name != "requested.yaml"
     }
 
 
-# -- Who is to blame --------------------------------------------------------------------------------------------------
+# -- Who is to blame
+# --------------------------------------------------------------------------------------------------
 
 WAITS = Place(beats=7, line="torch/distributed/d.py:1 in all_reduce", waiting=True)
 WORKS = Place(beats=7, line="data/loader.py:3 in read", waiting=False)
@@ -160,8 +204,14 @@ EARLY = Place(beats=6, line="torch/distributed/d.py:1 in all_reduce", waiting=Tr
 @pytest.mark.parametrize(
     ("places", "said"),
     [
-        ({0: WAITS, 2: WAITS}, "rank 1 does not answer; ranks 0, 2 are at torch/distributed/d.py:1 in all_reduce"),
-        ({1: WAITS}, "ranks 0, 2 do not answer; rank 1 is at torch/distributed/d.py:1 in all_reduce"),
+        (
+            {0: WAITS, 2: WAITS},
+            "rank 1 does not answer; ranks 0, 2 are at torch/distributed/d.py:1 in all_reduce",
+        ),
+        (
+            {1: WAITS},
+            "ranks 0, 2 do not answer; rank 1 is at torch/distributed/d.py:1 in all_reduce",
+        ),
         (
             {0: WAITS, 1: WAITS, 2: WORKS},
             "rank 2 did not arrive; rank 2 is at data/loader.py:3 in read; "
@@ -186,7 +236,9 @@ def test_blame(places: dict[int, Place], said: str) -> None:
 
 def test_a_save_takes_as_long_as_it_takes() -> None:
     started = time.monotonic()
-    watch = Watch(rank=0, world_size=1, timeout=60, end=pytest.fail, step=lambda: 1, store=pytest.fail)
+    watch = Watch(
+        rank=0, world_size=1, timeout=60, end=pytest.fail, step=lambda: 1, store=pytest.fail
+    )
     assert not watch.is_overdue(started + 59)
     assert watch.is_overdue(time.monotonic() + 61)
     with watch.paused():

@@ -1,4 +1,5 @@
-"""TensorBoard and W&B over an interruption: one run, and every step of metrics.jsonl with its value."""
+"""TensorBoard and W&B over an interruption: one run, and every step of metrics.jsonl with its
+value."""
 
 from __future__ import annotations
 
@@ -14,14 +15,19 @@ from tests.faults.test_faults import ranks, saved
 from tests.metrics.test_log import wandb_history
 from tests.training.test_train import losses, small_run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 
 def logged(output: Path) -> dict[tuple[str, int], float]:
     """Every number of metrics.jsonl by name (``train/lm_loss``) and step."""
     records = read_metrics(output / METRICS_FILE)
     found = [
-        ((f"{record.kind}/{name}", record.step), value) for record in records for name, value in record.values.items()
+        ((f"{record.kind}/{name}", record.step), value)
+        for record in records
+        for name, value in record.values.items()
     ]
     assert len(dict(found)) == len(found), "every step once"
     return dict(found)
@@ -29,10 +35,13 @@ def logged(output: Path) -> dict[tuple[str, int], float]:
 
 @pytest.fixture(scope="module")
 def interrupted(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps; the rank that writes the logs is killed in the fifth, after the checkpoint of the third."""
+    """Six steps; the rank that writes the logs is killed in the fifth, after the checkpoint of the
+    third."""
     pytest.importorskip("wandb")
     output = tmp_path_factory.mktemp("logs") / "run"
-    run = small_run(small_data, output, "logging.wandb_project=mellum", "logging.wandb_name=interrupted")
+    run = small_run(
+        small_data, output, "logging.wandb_project=mellum", "logging.wandb_name=interrupted"
+    )
     with pytest.MonkeyPatch.context() as environment:
         for name in ("WANDB_API_KEY", "WANDB_MODE"):
             environment.delenv(name, raising=False)
@@ -49,7 +58,11 @@ def test_tensorboard_shows_every_step_once(interrupted: Path) -> None:
     assert len(list((interrupted / "tensorboard").iterdir())) == 2
     events = EventAccumulator(str(interrupted / "tensorboard"), purge_orphaned_data=True)
     events.Reload()
-    shown = [((tag, event.step), event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
+    shown = [
+        ((tag, event.step), event.value)
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    ]
     assert len(dict(shown)) == len(shown)
     expected = logged(interrupted)
     assert dict(shown).keys() == expected.keys()
@@ -57,14 +70,20 @@ def test_tensorboard_shows_every_step_once(interrupted: Path) -> None:
 
 
 def test_wandb_has_one_run_with_every_step(interrupted: Path) -> None:
-    """Without a key it lies in the run folder, one transaction log a start; the newest holds all of the run.
+    """Without a key it lies in the run folder, one transaction log a start; the newest holds all of
+    the run.
 
-    What the killed process had logged in its last seconds is in no log of its own (wandb 0.31 flushes every 15 s).
+    What the killed process had logged in its last seconds is in no log of its own (wandb 0.31
+    flushes every 15 s).
     """
     identity = (interrupted / WANDB_ID_FILE).read_text().strip()
-    files = sorted((interrupted / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.parent.name)
+    files = sorted(
+        (interrupted / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.parent.name
+    )
     assert [file.name for file in files] == [f"run-{identity}.wandb"] * 2
     rows = [row for row in wandb_history(files[-1]) if "step" in row]
-    shown = [((name, row["step"]), value) for row in rows for name, value in row.items() if "/" in name]
+    shown = [
+        ((name, row["step"]), value) for row in rows for name, value in row.items() if "/" in name
+    ]
     assert len(dict(shown)) == len(shown)
     assert dict(shown) == logged(interrupted)

@@ -1,4 +1,5 @@
-"""Steps that go wrong on one of two real ranks: what is skipped, what is recorded, and that nothing else changes."""
+"""Steps that go wrong on one of two real ranks: what is skipped, what is recorded, and that nothing
+else changes."""
 
 from __future__ import annotations
 
@@ -26,8 +27,13 @@ real = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distri
 EVERY_STEP = ["checkpoint.save_interval=1", "logging.eval_iterations=0"]
 SKIP = [*EVERY_STEP, "stability.not_finite=skip"]
 SPIKE = [*EVERY_STEP, "stability.spike_window=3"]
-# An expert on both ranks sees both ranks' gradients. Overlapping, they are looked at during the backward pass.
-ALL_EXPERTS = ["layout.ep=1", "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
+# An expert on both ranks sees both ranks' gradients. Overlapping, they are looked at during the
+# backward pass.
+ALL_EXPERTS = [
+    "layout.ep=1",
+    "optimizer.overlap_grad_reduce=true",
+    "optimizer.overlap_param_gather=true",
+]
 SAMPLES = {1: 4, 2: 8, 3: 16, 4: 24, 5: 32, 6: 40}
 
 
@@ -36,13 +42,18 @@ def events(output: Path) -> list[Record]:
 
 
 def common(output: Path, step: int) -> dict[str, Any]:
-    found: dict[str, Any] = state(output / iteration_folder_name(step))[1]["common_state/shard_0_1"][0]
+    found: dict[str, Any] = state(output / iteration_folder_name(step))[1][
+        "common_state/shard_0_1"
+    ][0]
     return found
 
 
 def require_untouched(output: Path, step: int) -> None:
-    """The checkpoint of a step has the weights and optimizer state of the one before, to the bit; time went on."""
-    before, after = (state(output / iteration_folder_name(number))[0] for number in (step - 1, step))
+    """The checkpoint of a step has the weights and optimizer state of the one before, to the bit;
+    time went on."""
+    before, after = (
+        state(output / iteration_folder_name(number))[0] for number in (step - 1, step)
+    )
     assert any("momentum_buffer" in key for key in before)
     assert any("exp_avg" in key for key in before)
     assert equal(before, after)
@@ -56,7 +67,9 @@ def require_untouched(output: Path, step: int) -> None:
 class TestOnRanks:
     pytestmark = real
 
-    @pytest.mark.parametrize(("what", "settings"), [("loss", []), ("gradient", ALL_EXPERTS)], ids=["loss", "gradient"])
+    @pytest.mark.parametrize(
+        ("what", "settings"), [("loss", []), ("gradient", ALL_EXPERTS)], ids=["loss", "gradient"]
+    )
     def test_an_update_that_is_no_number_is_skipped(
         self,
         what: str,
@@ -86,7 +99,9 @@ class TestOnRanks:
         assert equal(state(output / "iter_0000006")[0], state(again / "iter_0000006")[0])
         for name in ("mtp_loss", "grad_norm", "learning_rate"):
             assert losses(again, name).items() >= {
-                (step, value) for step, value in losses(output, name).items() if math.isfinite(value)
+                (step, value)
+                for step, value in losses(output, name).items()
+                if math.isfinite(value)
             }, name
         assert [event.step for event in events(again)] == [4]
 
@@ -94,23 +109,37 @@ class TestOnRanks:
         """Two in a row are allowed, and the count comes back with a checkpoint."""
         output = tmp_path / "run"
         run = small_run(small_data, output, *SKIP, "stability.max_skips=2")
-        assert ranks("bad_steps", small_run(small_data, output, *SKIP, "schedule.train_samples=24"), 0, [3, 4], "loss")
+        assert ranks(
+            "bad_steps",
+            small_run(small_data, output, *SKIP, "schedule.train_samples=24"),
+            0,
+            [3, 4],
+            "loss",
+        )
         with pytest.raises(DistributedError) as caught:
             ranks("bad_steps", run, 0, [5], "loss")
-        assert "step 5: the loss is nan on rank 0, after 2 skipped updates in a row; nothing was saved" in str(
-            caught.value
+        assert (
+            "step 5: the loss is nan on rank 0, after 2 skipped updates in a row; nothing was saved"
+            in str(caught.value)
         )
         assert saved(output)[-1] == 4
         assert [event.note.partition(": ")[2] for event in events(output)] == [
             "the update is skipped", "the update is skipped", "the run stops",
         ]  # fmt: skip
 
-    def test_there_is_no_state_before_the_first_update(self, small_data: PreparedData, tmp_path: Path) -> None:
-        with pytest.raises(DistributedError, match="step 1: the loss is nan on rank 1; nothing was saved"):
+    def test_there_is_no_state_before_the_first_update(
+        self, small_data: PreparedData, tmp_path: Path
+    ) -> None:
+        with pytest.raises(
+            DistributedError, match="step 1: the loss is nan on rank 1; nothing was saved"
+        ):
             ranks("bad_steps", small_run(small_data, tmp_path / "run", *SKIP), 1, [1], "loss")
 
-    def test_a_spike_is_found_again_after_a_resume(self, small_data: PreparedData, tmp_path: Path) -> None:
-        """What is normal comes back with the checkpoint, so the same step is skipped with the same figures."""
+    def test_a_spike_is_found_again_after_a_resume(
+        self, small_data: PreparedData, tmp_path: Path
+    ) -> None:
+        """What is normal comes back with the checkpoint, so the same step is skipped with the same
+        figures."""
         output = tmp_path / "run"
         run = small_run(small_data, output, *SPIKE, "stability.spike=skip")
         ranks("bad_steps", run, 1, [5], "spike")
@@ -125,25 +154,44 @@ class TestOnRanks:
         require_untouched(output, 5)
 
         again = at_step(output, tmp_path / "again", 4)
-        ranks("bad_steps", small_run(small_data, again, *SPIKE, "stability.spike=skip"), 1, [5], "spike")
+        ranks(
+            "bad_steps",
+            small_run(small_data, again, *SPIKE, "stability.spike=skip"),
+            1,
+            [5],
+            "spike",
+        )
         assert events(again) == [event]
         assert equal(state(output / "iter_0000006")[0], state(again / "iter_0000006")[0])
 
         # On the way recorded only, and the end of the run; from the same checkpoint.
         recorded = at_step(output, tmp_path / "recorded", 4)
         ranks("bad_steps", small_run(small_data, recorded, *SPIKE), 1, [5], "spike")
-        assert [(found.step, found.note.rpartition(": ")[2]) for found in events(recorded)] == [(5, "recorded")]
+        assert [(found.step, found.note.rpartition(": ")[2]) for found in events(recorded)] == [
+            (5, "recorded")
+        ]
         assert not equal(state(recorded / "iter_0000004")[0], state(recorded / "iter_0000005")[0])
         stopped = at_step(output, tmp_path / "stopped", 4)
-        with pytest.raises(DistributedError, match=r"step 5: the loss is .* times the median of 3 steps; nothing was"):
-            ranks("bad_steps", small_run(small_data, stopped, *SPIKE, "stability.spike=stop"), 1, [5], "spike")
+        with pytest.raises(
+            DistributedError,
+            match=r"step 5: the loss is .* times the median of 3 steps; nothing was",
+        ):
+            ranks(
+                "bad_steps",
+                small_run(small_data, stopped, *SPIKE, "stability.spike=stop"),
+                1,
+                [5],
+                "spike",
+            )
         assert saved(stopped)[-1] == 4
         assert [found.note.rpartition(": ")[2] for found in events(stopped)] == ["the run stops"]
 
 
 def test_what_stands_out() -> None:
     history = LossHistory(window=4, factor=1.5)
-    assert [history.add(loss) for loss in (1.0, 100.0, 2.0, 3.0)] == [None] * 4  # not enough to judge
+    assert [history.add(loss) for loss in (1.0, 100.0, 2.0, 3.0)] == [
+        None
+    ] * 4  # not enough to judge
     assert history.add(4.0) == 2.5
     assert history.add(4.5) is None  # 1.5 times the median of 100, 2, 3, 4 is 5.25
     assert history.losses == [2.0, 3.0, 4.0, 4.5]

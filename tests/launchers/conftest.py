@@ -20,6 +20,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 @pytest.fixture
 def run(corpus: PreparedData, tmp_path: Path) -> Run:
     """A run that works on 2, 4, 6, 8 and 16 ranks, CPU or GPU."""
-    schedule = {"batch_schedule": "[[0,48]]", "micro_batch_size": 1, "train_samples": 96, "decay_samples": 48}
+    schedule = {
+        "batch_schedule": "[[0,48]]",
+        "micro_batch_size": 1,
+        "train_samples": 96,
+        "decay_samples": 48,
+    }
     overrides = [f"schedule.{key}={value}" for key, value in schedule.items()]
-    return dataclasses.replace(small_run(corpus, tmp_path / "run", "backend=torch", *overrides), name="small")
+    return dataclasses.replace(
+        small_run(corpus, tmp_path / "run", "backend=torch", *overrides), name="small"
+    )

@@ -1,4 +1,5 @@
-"""The jobs whose scripts are kept in ``golden/``. ``python -m tests.launchers.golden_jobs`` writes them anew."""
+"""The jobs whose scripts are kept in ``golden/``. ``python -m tests.launchers.golden_jobs`` writes
+them anew."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden_jobs() -> dict[str, Job]:
     """File name -> job. None of their files is here."""
     run = recipe("mellum2_tiny_pretrain")
-    lustre = (Mount(source="/lustre", target="/lustre"), Mount(source="/raid/data", target="/data", read_only=True))
+    lustre = (
+        Mount(source="/lustre", target="/lustre"),
+        Mount(source="/raid/data", target="/data", read_only=True),
+    )
     site = Profile(
         name="site",
         account="nlp",
@@ -49,7 +53,9 @@ def golden_jobs() -> dict[str, Job]:
     )
 
     def inside(container: Container) -> Job:
-        return dataclasses.replace(job, profile=dataclasses.replace(site, python=None, container=container))
+        return dataclasses.replace(
+            job, profile=dataclasses.replace(site, python=None, container=container)
+        )
 
     return {
         "bare": job,
@@ -63,13 +69,23 @@ def golden_jobs() -> dict[str, Job]:
         ),
         "apptainer": inside(
             Container(
-                image="/lustre/images/mellum 2.sif", runtime="apptainer", mounts=lustre, arguments=("--cleanenv=false",)
+                image="/lustre/images/mellum 2.sif",
+                runtime="apptainer",
+                mounts=lustre,
+                arguments=("--cleanenv=false",),
             )
         ),
         "enroot": inside(
-            Container(image="/lustre/images/mellum2.sqsh", runtime="enroot", mounts=lustre, arguments=("--rw",))
+            Container(
+                image="/lustre/images/mellum2.sqsh",
+                runtime="enroot",
+                mounts=lustre,
+                arguments=("--rw",),
+            )
         ),
-        "array": dataclasses.replace(job, tasks=(run, run, run), dependency=("afterok:17", "afterany:18")),
+        "array": dataclasses.replace(
+            job, tasks=(run, run, run), dependency=("afterok:17", "afterany:18")
+        ),
         "cpu": Job(
             name="tiny",
             run=run,

@@ -1,4 +1,5 @@
-"""Agents of two nodes, both on this machine, with ranks that do what a test wants instead of training."""
+"""Agents of two nodes, both on this machine, with ranks that do what a test wants instead of
+training."""
 
 from __future__ import annotations
 
@@ -58,7 +59,15 @@ class Nodes:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self.port),
             }
-            words = [str(self.folder / "run.yaml"), "--ranks", "2", "--device", "cpu", "--tries", "0"]
+            words = [
+                str(self.folder / "run.yaml"),
+                "--ranks",
+                "2",
+                "--device",
+                "cpu",
+                "--tries",
+                "0",
+            ]
             self.agents.append(
                 subprocess.Popen(
                     [sys.executable, "-c", AGENT, *words, str(self.folder / "rank.py")],
@@ -116,7 +125,9 @@ time.sleep(200)
         agent.send_signal(signal.SIGUSR1)
     assert nodes.wait() == [75, 75]
     assert nodes.reports() == [("n0", 75), ("n1", 75)]
-    assert [attempt.kind for attempt in read_attempts(nodes.folder)] == [None]  # the batch script ends it
+    assert [attempt.kind for attempt in read_attempts(nodes.folder)] == [
+        None
+    ]  # the batch script ends it
 
 
 def test_a_signal_that_comes_before_the_ranks(nodes: Nodes):
@@ -141,7 +152,8 @@ sys.exit("the other one is gone")
     assert nodes.wait() == [1, 1]
     assert "error: node n1: rank 3 was ended by SIGKILL" in nodes.output[1]
     failed = {
-        report.node: {failure.rank for failure in report.failures} for report in read_reports(nodes.folder, "7", 0)
+        report.node: {failure.rank for failure in report.failures}
+        for report in read_reports(nodes.folder, "7", 0)
     }
     assert 3 in failed["n1"]
     assert failed["n0"] <= {0, 1}
@@ -175,5 +187,7 @@ def test_what_has_failed_too_often_is_not_started(nodes: Nodes, monkeypatch: pyt
     assert nodes.wait() == [1]
     assert "not started: it ended without a word" in nodes.output[0]
     assert nodes.ranks() == []
-    events = [json.loads(line) for line in (nodes.folder / "attempts.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (nodes.folder / "attempts.jsonl").read_text().splitlines()
+    ]
     assert [event["event"] for event in events] == ["begin", "end", "begin", "end", "begin"]

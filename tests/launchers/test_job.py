@@ -38,10 +38,14 @@ def test_nothing_is_written_before_write_job(run: Run, tmp_path: Path):
     assert read_run(job.folder / "run.yaml") == job.run
 
 
-def test_paths_become_absolute(corpus: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_paths_become_absolute(
+    corpus: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     os.symlink(corpus.path, "corpus")
-    run = small_run(corpus, Path("runs/x"), "data.path=corpus", "data.train=[[1.0,corpus/train_document]]")
+    run = small_run(
+        corpus, Path("runs/x"), "data.path=corpus", "data.train=[[1.0,corpus/train_document]]"
+    )
     job = make_job(run, CPU)
     assert job.folder == tmp_path / "runs" / "x"
     assert job.run.checkpoint.output == str(job.folder)
@@ -62,7 +66,13 @@ def test_paths_become_absolute(corpus: PreparedData, tmp_path: Path, monkeypatch
         ({}, {"nodes": 4}, 3, (3, 2)),
     ],
 )
-def test_world(run: Run, layout: dict[str, Any], profile: dict[str, Any], nodes: int | None, world: tuple[int, int]):
+def test_world(
+    run: Run,
+    layout: dict[str, Any],
+    profile: dict[str, Any],
+    nodes: int | None,
+    world: tuple[int, int],
+):
     run = dataclasses.replace(run, layout=Layout(ep=2, **layout))
     job = make_job(run, dataclasses.replace(CPU, **profile), nodes=nodes)
     assert (job.nodes, job.ranks_per_node) == world
@@ -70,8 +80,12 @@ def test_world(run: Run, layout: dict[str, Any], profile: dict[str, Any], nodes:
 
 def test_gpus_of_a_node(run: Run):
     assert make_job(run, GPU).gpus_per_node == 8
-    assert make_job(changed(run, "layout.dp=2"), GPU).gpus_per_node == 2  # a small job leaves the others
-    assert make_job(run, dataclasses.replace(GPU, ranks_per_node=4)).gpus_per_node == 8  # the site wants it so
+    assert (
+        make_job(changed(run, "layout.dp=2"), GPU).gpus_per_node == 2
+    )  # a small job leaves the others
+    assert (
+        make_job(run, dataclasses.replace(GPU, ranks_per_node=4)).gpus_per_node == 8
+    )  # the site wants it so
 
 
 def test_packages_are_the_nodes_not_this_machine_s(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -105,7 +119,9 @@ def refused(run: Run, profile: Profile, **more: Any) -> str:
 
 def test_no_account(run: Run):
     profile = dataclasses.replace(CPU, account=None)
-    assert "profile site names no account: Slurm charges a job to one. Fix: set account" in refused(run, profile)
+    assert "profile site names no account: Slurm charges a job to one. Fix: set account" in refused(
+        run, profile
+    )
     make_job(run, dataclasses.replace(profile, executor="local"))
 
 
@@ -120,7 +136,9 @@ def test_folders(run: Run, tmp_path: Path):
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(changed(run, f"checkpoint.output={tmp_path}/file/run"), CPU)
     for name in ("a\\b", "a\nb"):
-        bad = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, output=str(tmp_path / name)))
+        bad = dataclasses.replace(
+            run, checkpoint=dataclasses.replace(run.checkpoint, output=str(tmp_path / name))
+        )
         assert "a name of Slurm's log files cannot hold" in refused(bad, CPU)
 
 
@@ -150,16 +168,26 @@ def test_container(run: Run, corpus: PreparedData, tmp_path: Path):
     if tmp_path.is_relative_to("/tmp"):
         assert make_job(run, with_container()).python == "python"
         assert make_job(run, with_container(image="registry.site#nvidia/pytorch:25.10-py3"))
-    missing = with_container(image=str(tmp_path / "gone.sqsh"), mounts=(Mount(source="/", target="/"),))
-    assert "there is no such file. Fix: name an image on a disk that the nodes share" in refused(run, missing)
-    message = refused(run, with_container(mounts=(Mount(source=str(tmp_path), target=str(tmp_path)),)))
+    missing = with_container(
+        image=str(tmp_path / "gone.sqsh"), mounts=(Mount(source="/", target="/"),)
+    )
+    assert "there is no such file. Fix: name an image on a disk that the nodes share" in refused(
+        run, missing
+    )
+    message = refused(
+        run, with_container(mounts=(Mount(source=str(tmp_path), target=str(tmp_path)),))
+    )
     assert str(corpus.path) in message
     assert "lies in none of container.mounts" in message
-    assert "--output" in refused(run, with_container(mounts=(Mount(source="/tmp", target="/data"),)))
+    assert "--output" in refused(
+        run, with_container(mounts=(Mount(source="/tmp", target="/data"),))
+    )
 
 
 def test_interpreter(run: Run):
-    assert "there is no such program here" in refused(run, dataclasses.replace(CPU, python="/no/python"))
+    assert "there is no such program here" in refused(
+        run, dataclasses.replace(CPU, python="/no/python")
+    )
     assert make_job(run, dataclasses.replace(CPU, python=sys.executable)).python == sys.executable
 
 

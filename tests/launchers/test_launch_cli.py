@@ -1,4 +1,5 @@
-"""`mellum2 launch` as a user meets it, without NeMo-Run and without a Slurm: what it shows, writes and refuses."""
+"""`mellum2 launch` as a user meets it, without NeMo-Run and without a Slurm: what it shows, writes
+and refuses."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> Path:
 
 @pytest.fixture
 def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    git = subprocess.run(["which", "git"], check=True, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(
+        ["which", "git"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/git").symlink_to(git)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -57,7 +60,9 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def no_nemo_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "nemo_run" else found(name, *rest)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "nemo_run" else found(name, *rest),
     )
 
 
@@ -76,12 +81,19 @@ def refused(run: Run, result: Result, *named: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_shows_everything_and_writes_nothing(run: Run, place: Path, no_slurm: None) -> None:
+def test_a_dry_run_shows_everything_and_writes_nothing(
+    run: Run, place: Path, no_slurm: None
+) -> None:
     before = sorted(place.rglob("*"))
     result = launch("run.yaml", "seed=7", "--profile", "site.yaml", "--nodes", "2", "--dry-run")
     assert result.code == 0, result
     text = result.out
-    job = make_job(apply_overrides(run, ["seed=7"]), read_profile("./site.yaml"), nodes=2, code=place.parent / "code")
+    job = make_job(
+        apply_overrides(run, ["seed=7"]),
+        read_profile("./site.yaml"),
+        nodes=2,
+        code=place.parent / "code",
+    )
     script = render(job)
     assert text.endswith(f"# The script\n{script}\n"), (text, script)
     shown = text[text.index("name: small") : text.index("Pipeline stages")]
@@ -94,25 +106,31 @@ def test_a_dry_run_shows_everything_and_writes_nothing(run: Run, place: Path, no
 
 
 def test_a_dry_run_shows_also_what_would_be_refused(run: Run, place: Path, no_slurm: None) -> None:
-    """A recipe can be looked at before its data are there; what belongs to the run itself is refused all the same."""
+    """A recipe can be looked at before its data are there; what belongs to the run itself is
+    refused all the same."""
     (place.parent / "code/mellum2_megatron/__init__.py").write_text("changed")
     words = ["--profile", "site.yaml", "--dry-run"]
     shown = launch("mellum2_12b_pretrain_phase2", "--profile", "gpu.yaml", "--dry-run")
     shown.refused("gpu.yaml")
-    (place / "gpu.yaml").write_text("account: nlp\ngpus_per_node: 8\ncontainer: {image: /no.sif, runtime: apptainer}\n")
+    (place / "gpu.yaml").write_text(
+        "account: nlp\ngpus_per_node: 8\ncontainer: {image: /no.sif, runtime: apptainer}\n"
+    )
     shown = launch("mellum2_12b_pretrain_phase2", "--profile", "gpu.yaml", "--dry-run")
     assert shown.code == 0, shown
     assert "256 ranks: 32 nodes of 8 cuda ranks" in shown.out
     assert "#SBATCH --nodes=32" in shown.out
     for problem in ("__init__.py", "checkpoint.continue_from=", "/no.sif"):
-        assert problem in "".join(line for line in shown.out.splitlines() if line.startswith("Would be refused now"))
+        assert problem in "".join(
+            line for line in shown.out.splitlines() if line.startswith("Would be refused now")
+        )
     refused(run, launch("run.yaml", "layout.ep=3", *words), "layout.ep=3")
 
 
 def test_the_estimate_follows_from_flops_and_the_named_rate() -> None:
     run = recipe("mellum2_12b_pretrain_phase2")
     found = estimate(run, world_size=256, tflops=350.0)
-    # 17.570 GFLOP a token with windows and MTP; phase 2 has 2.79T tokens and begins where phase 1 ends.
+    # 17.570 GFLOP a token with windows and MTP; phase 2 has 2.79T tokens and begins where phase 1
+    # ends.
     assert found.flops_per_token == pytest.approx(17.570e9, rel=1e-4)
     assert found.tokens_per_second == pytest.approx(256 * 350e12 / 17.570e9, rel=1e-4)
     assert found.tokens == pytest.approx(2.79e12, rel=1e-4)
@@ -132,13 +150,22 @@ def test_the_estimate_says_that_it_is_none_of_a_measurement(place: Path, run: Ru
 
 def test_an_array_is_shown_as_one(place: Path) -> None:
     text = launch(
-        "run.yaml", "--profile", "site.yaml", "--dry-run", "--array", "seed=1", "--array", "seed=2 optimizer.lr=1e-4"
+        "run.yaml",
+        "--profile",
+        "site.yaml",
+        "--dry-run",
+        "--array",
+        "seed=1",
+        "--array",
+        "seed=2 optimizer.lr=1e-4",
     ).out
     assert "#SBATCH --array=0-1" in text
     assert "2 tasks" in text
 
 
-def test_rendering_needs_neither_nemo_run_nor_slurm(run: Run, place: Path, no_slurm: None, no_nemo_run: None) -> None:
+def test_rendering_needs_neither_nemo_run_nor_slurm(
+    run: Run, place: Path, no_slurm: None, no_nemo_run: None
+) -> None:
     result = launch("run.yaml", "--profile", "site.yaml", "--render", "sbatch", "--nodes", "2")
     assert result.code == 0, result
     folder = Path(str(run.checkpoint.output))
@@ -148,7 +175,9 @@ def test_rendering_needs_neither_nemo_run_nor_slurm(run: Run, place: Path, no_sl
     assert (folder / "logs").is_dir()
     assert read_run(folder / "run.yaml").name == run.name
     # What is printed can be piped into a file: with --dry-run nothing is written.
-    other = launch("run.yaml", "--profile", "site.yaml", "--render", "sbatch", "--dry-run", "--output", "other")
+    other = launch(
+        "run.yaml", "--profile", "site.yaml", "--render", "sbatch", "--dry-run", "--output", "other"
+    )
     assert other.err == ""
     assert not (place / "other").exists()
 
@@ -169,7 +198,9 @@ def test_the_code_of_the_git_packager_lies_in_the_run_folder(run: Run, place: Pa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_without_nemo_run_it_says_how_to_get_it(run: Run, no_nemo_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nemo_run_it_says_how_to_get_it(
+    run: Run, no_nemo_run: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("launchers.slurm.require", lambda *_: None)
     fixes = ("make setup-launch", "constraints.txt", "--render sbatch")
     refused(run, launch("run.yaml", "--profile", "site.yaml"), "NeMo-Run", *fixes)
@@ -177,7 +208,12 @@ def test_without_nemo_run_it_says_how_to_get_it(run: Run, no_nemo_run: None, mon
 
 
 def test_without_slurm(run: Run, no_slurm: None) -> None:
-    refused(run, launch("run.yaml", "--profile", "site.yaml"), "sbatch is not on PATH", "--render sbatch")
+    refused(
+        run,
+        launch("run.yaml", "--profile", "site.yaml"),
+        "sbatch is not on PATH",
+        "--render sbatch",
+    )
     launch("status", "12").refused("scontrol is not on PATH")
     launch("cancel", "12").refused("scancel is not on PATH")
 
@@ -207,7 +243,8 @@ def test_bad_input(run: Run, place: Path, text: str, words: list[str], named: li
 
 
 def test_on_this_machine(run: Run, place: Path) -> None:
-    """One machine, with as many ranks as asked for; what does not fit it is refused as everywhere."""
+    """One machine, with as many ranks as asked for; what does not fit it is refused as
+    everywhere."""
     shown = launch("run.yaml", "--executor", "local", "--nproc", "4", "--dry-run")
     assert "4 ranks: 1 node of 4 cpu ranks" in shown.out
     assert "#SBATCH" not in shown.out
@@ -227,7 +264,9 @@ def test_without_a_profile(run: Run, place: Path) -> None:
 
 def test_a_word_that_is_neither_recipe_nor_command() -> None:
     launch("statsu", "runs/x").refused("'statsu'", "did you mean 'status'")
-    launch("mellum2_tiny_pretrian", "--executor", "local").refused("did you mean 'mellum2_tiny_pretrain'")
+    launch("mellum2_tiny_pretrian", "--executor", "local").refused(
+        "did you mean 'mellum2_tiny_pretrain'"
+    )
 
 
 def test_no_recipe_is_called_like_a_command() -> None:
@@ -243,7 +282,12 @@ def test_uncommitted_changes(run: Run, place: Path, packager: str) -> None:
     (place / "site.yaml").write_text(PROFILE + f"packager: {packager}\n")
     changed = place.parent / "code/mellum2_megatron/__init__.py"
     changed.write_text("changed")
-    refused(run, launch("run.yaml", "--profile", "site.yaml"), "mellum2_megatron/__init__.py", "--allow-dirty")
+    refused(
+        run,
+        launch("run.yaml", "--profile", "site.yaml"),
+        "mellum2_megatron/__init__.py",
+        "--allow-dirty",
+    )
     result = launch("run.yaml", "--profile", "site.yaml", "--dry-run", "--allow-dirty")
     assert result.code == 0, result
     assert "uncommitted changes" in result.out
@@ -251,7 +295,11 @@ def test_uncommitted_changes(run: Run, place: Path, packager: str) -> None:
 
 @pytest.mark.parametrize("key", ["load", "continue_from"])
 def test_a_stage_without_its_predecessor(run: Run, key: str) -> None:
-    refused(run, launch("run.yaml", f"checkpoint.{key}=runs/before", "--profile", "site.yaml"), f"checkpoint.{key}=")
+    refused(
+        run,
+        launch("run.yaml", f"checkpoint.{key}=runs/before", "--profile", "site.yaml"),
+        f"checkpoint.{key}=",
+    )
 
 
 def test_logs_of_what_has_none(place: Path) -> None:
@@ -266,7 +314,11 @@ def test_logs_of_what_has_none(place: Path) -> None:
 
 def test_overrides_follow_their_stage() -> None:
     words = ["seed=1", "a", "data.path=x", "b", "c", "seed=2"]
-    assert split_stages(words) == [("a", ("seed=1", "data.path=x")), ("b", ("seed=1",)), ("c", ("seed=1", "seed=2"))]
+    assert split_stages(words) == [
+        ("a", ("seed=1", "data.path=x")),
+        ("b", ("seed=1",)),
+        ("c", ("seed=1", "seed=2")),
+    ]
 
 
 def stages(place: Path, run: Run) -> None:
@@ -274,14 +326,25 @@ def stages(place: Path, run: Run) -> None:
     first = dataclasses.replace(run, name="first", checkpoint=checkpoint)
     start = dataclasses.replace(checkpoint, load="anywhere")
     (place / "first.yaml").write_text(to_yaml(first))
-    (place / "second.yaml").write_text(to_yaml(dataclasses.replace(first, name="second", checkpoint=start)))
+    (place / "second.yaml").write_text(
+        to_yaml(dataclasses.replace(first, name="second", checkpoint=start))
+    )
 
 
 def test_a_pipeline_wires_each_stage_to_the_one_before(
     place: Path, run: Run, no_slurm: None, no_nemo_run: None
 ) -> None:
     stages(place, run)
-    words = ["pipeline", "first.yaml", "second.yaml", "seed=5", "--profile", "site.yaml", "--output", "chain"]
+    words = [
+        "pipeline",
+        "first.yaml",
+        "second.yaml",
+        "seed=5",
+        "--profile",
+        "site.yaml",
+        "--output",
+        "chain",
+    ]
     shown = launch(*words, "--dry-run")
     assert shown.code == 0, shown
     assert not (place / "chain").exists()

@@ -1,4 +1,5 @@
-"""NeMo-Run: what it submits for us, what it says of it, and the facts of its own that ours works around."""
+"""NeMo-Run: what it submits for us, what it says of it, and the facts of its own that ours works
+around."""
 
 from __future__ import annotations
 
@@ -31,14 +32,18 @@ pytestmark = pytest.mark.launch
 
 __all__ = ["fake"]
 
-SITE = Profile(name="site", account="nlp", time="1-00:00:00", ranks_per_node=2, variables={"NAME": "a $b 'c'"})
+SITE = Profile(
+    name="site", account="nlp", time="1-00:00:00", ranks_per_node=2, variables={"NAME": "a $b 'c'"}
+)
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where NeMo-Run keeps experiments; it reads the variable once, on import."""
     if os.environ.get("MELLUM2_REQUIRE_SLURM") != "1":
-        pytest.importorskip("nemo_run", reason="NeMo-Run is not installed; `make setup-launch` installs it")
+        pytest.importorskip(
+            "nemo_run", reason="NeMo-Run is not installed; `make setup-launch` installs it"
+        )
     from nemo_run.config import get_nemorun_home, set_nemorun_home
 
     before, folder = get_nemorun_home(), tmp_path_factory.mktemp("nemo home")
@@ -103,14 +108,21 @@ def containers(folder: Path) -> dict[str, Container | None]:
 def test_the_script_is_ours(
     nemo: ModuleType, run_: ModuleType, run: Run, run_file: str, tmp_path: Path, kind: str
 ) -> None:
-    """One source of truth: what NeMo-Run submits is what `--render sbatch` writes, byte for byte."""
+    """One source of truth: what NeMo-Run submits is what `--render sbatch` writes, byte for
+    byte."""
     profile = dataclasses.replace(SITE, container=containers(tmp_path)[kind])
     code = tmp_path / "code"
     script = dry_script(
-        run_, nemo.task(run_file, overrides=["seed=7"]), nemo.slurm_executor(profile, nodes=2, code=code)
+        run_,
+        nemo.task(run_file, overrides=["seed=7"]),
+        nemo.slurm_executor(profile, nodes=2, code=code),
     )
-    assert script == render(make_job(apply_overrides(run, ["seed=7"]), profile, name="small", nodes=2, code=code))
-    assert not Path(str(run.checkpoint.output)).exists()  # a dry run writes nothing but NeMo-Run's own files
+    assert script == render(
+        make_job(apply_overrides(run, ["seed=7"]), profile, name="small", nodes=2, code=code)
+    )
+    assert not Path(
+        str(run.checkpoint.output)
+    ).exists()  # a dry run writes nothing but NeMo-Run's own files
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -123,7 +135,11 @@ def test_an_array(nemo: ModuleType, run_: ModuleType, run: Run, run_file: str) -
 def test_a_profile_survives_the_way_through_nemo_run(nemo: ModuleType, tmp_path: Path) -> None:
     for container in containers(tmp_path).values():
         profile = dataclasses.replace(
-            SITE, container=container, sbatch={"constraint": "h100", "spread-job": True}, srun=("--mpi=none",), tries=5
+            SITE,
+            container=container,
+            sbatch={"constraint": "h100", "spread-job": True},
+            srun=("--mpi=none",),
+            tries=5,
         )
         assert profile_from_yaml(nemo.profile_text(profile), name="other") == profile
         assert nemo.slurm_executor(profile).clone().profile == profile
@@ -132,10 +148,16 @@ def test_a_profile_survives_the_way_through_nemo_run(nemo: ModuleType, tmp_path:
 def test_submitting_an_experiment(
     nemo: ModuleType, run_: ModuleType, run: Run, run_file: str, fake: Fake, home: Path
 ) -> None:
-    """In somebody's own experiment: submitted, recorded in the run's folder, and NeMo-Run knows how it is."""
+    """In somebody's own experiment: submitted, recorded in the run's folder, and NeMo-Run knows how
+    it is."""
     fake("sbatch", "41\n")
-    fake("scontrol", "JobId=41 JobName=small JobState=RUNNING Reason=None Restarts=2 ExitCode=0:0 NodeList=n1\n")
-    with run_.Experiment("mine", log_level="ERROR", clean_mode=True, enable_goodbye_message=False) as experiment:
+    fake(
+        "scontrol",
+        "JobId=41 JobName=small JobState=RUNNING Reason=None Restarts=2 ExitCode=0:0 NodeList=n1\n",
+    )
+    with run_.Experiment(
+        "mine", log_level="ERROR", clean_mode=True, enable_goodbye_message=False
+    ) as experiment:
         experiment.add(nemo.task(run_file), executor=nemo.slurm_executor(SITE), name="small")
         experiment.run(detach=True)
     folder = Path(str(run.checkpoint.output))
@@ -156,21 +178,41 @@ def test_submitting_an_experiment(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_on_this_machine(nemo: ModuleType, run: Run, run_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_this_machine(
+    nemo: ModuleType, run: Run, run_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = Path(str(run.checkpoint.output))
-    words_ = ["launch", run_file, "layout.ep=1", "--executor", "local", "--nproc", "1", "--allow-dirty"]
+    words_ = [
+        "launch",
+        run_file,
+        "layout.ep=1",
+        "--executor",
+        "local",
+        "--nproc",
+        "1",
+        "--allow-dirty",
+    ]
     result = mellum2(*words_)
     assert result.code == 0, result
     assert tracked_iteration(folder) == 2
     assert "step 2/2" in result.out
     (launch,) = read_launches(folder)
-    assert (launch.executor, launch.nodes, launch.ranks_per_node, launch.script) == ("local", 1, 1, None)
+    assert (launch.executor, launch.nodes, launch.ranks_per_node, launch.script) == (
+        "local",
+        1,
+        1,
+        None,
+    )
     assert launch.experiment
 
     # What fails there fails here, in one message.
     def broken(path: Any, value: Run) -> None:
-        path.write_text(to_yaml(dataclasses.replace(value, data=dataclasses.replace(value.data, path="/nowhere"))))
+        path.write_text(
+            to_yaml(
+                dataclasses.replace(value, data=dataclasses.replace(value.data, path="/nowhere"))
+            )
+        )
 
     monkeypatch.setattr(nemo, "write_run_folder", lambda value: broken(folder / "run.yaml", value))
     failed = mellum2(*words_, "schedule.train_samples=144")
@@ -183,7 +225,9 @@ def test_tasks_that_wait_for_each_other(
     nemo: ModuleType, run_: ModuleType, run: Run, fake: Fake, tmp_path: Path
 ) -> None:
     checkpoint = dataclasses.replace(run.checkpoint, output=None, load="anywhere")
-    first = dataclasses.replace(run, name="first", checkpoint=dataclasses.replace(checkpoint, load=None))
+    first = dataclasses.replace(
+        run, name="first", checkpoint=dataclasses.replace(checkpoint, load=None)
+    )
     second = dataclasses.replace(run, name="second", checkpoint=checkpoint)
     fake("sbatch", "41\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -206,12 +250,15 @@ def _package(*_: Any, **__: Any) -> Any:
 
 
 def test_a_small_job_of_a_large_node_stays_small(nemo: ModuleType, run: Run, fake: Fake) -> None:
-    """What was prepared is what is submitted, also where the layout needs fewer ranks than a node has."""
+    """What was prepared is what is submitted, also where the layout needs fewer ranks than a node
+    has."""
     fake("sbatch", "41\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launchers.submission.package", _package)
         prepared = prepare(
-            apply_overrides(run, ["layout.dp=2"]), dataclasses.replace(SITE, ranks_per_node=8), allow_dirty=True
+            apply_overrides(run, ["layout.dp=2"]),
+            dataclasses.replace(SITE, ranks_per_node=8),
+            allow_dirty=True,
         )
     assert prepared.job.world_size == 2
     nemo.submit("small", [prepared])
@@ -272,7 +319,12 @@ def test_recipes_and_profiles_are_factories(
 
 
 def test_nemo_runs_command_line(
-    nemo: ModuleType, run: Run, run_file: str, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nemo: ModuleType,
+    run: Run,
+    run_file: str,
+    fake: Fake,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`nemo mellum2 launch training=RECIPE executor=PROFILE`, with choices of both."""
     from nemo_run.cli.api import create_cli
@@ -283,10 +335,17 @@ def test_nemo_runs_command_line(
     nemo.register_factories()
     fake("sbatch", "41\n")
     fake("scontrol", "JobId=41 JobName=x JobState=PENDING Reason=None Restarts=0 ExitCode=0:0\n")
-    overrides = [f"data.path={run.data.path}", "data.sequence_length=64", "architecture.vocab_size=384", "seed=3"]
+    overrides = [
+        f"data.path={run.data.path}",
+        "data.sequence_length=64",
+        "architecture.vocab_size=384",
+        "seed=3",
+    ]
     training = f"training=mellum2_tiny_pretrain(overrides='{' '.join(overrides)}', output='{tmp_path}/runs/x')"
     monkeypatch.setattr(
-        sys, "argv", ["nemo", "mellum2", "launch", training, "executor=big(nodes=2)", "name=x", "--yes"]
+        sys,
+        "argv",
+        ["nemo", "mellum2", "launch", training, "executor=big(nodes=2)", "name=x", "--yes"],
     )
     with pytest.raises(SystemExit) as end:
         create_cli()()
@@ -332,7 +391,9 @@ def test_ranks_under_the_fault_tolerance_launcher(
     executor = run_.SlurmExecutor(account="nlp", nodes=2, ntasks_per_node=2, launcher=launcher)
     executor.packager = run_.Packager()
     script = dry_script(run_, nemo.rank_task(run_file, device="cpu"), executor)
-    command = next(line for line in script.splitlines() if "ft_launcher" in line and line.startswith("srun"))
+    command = next(
+        line for line in script.splitlines() if "ft_launcher" in line and line.startswith("srun")
+    )
     assert "--max-restarts 2" in command
     assert "--nproc-per-node 2" in command
     assert f":{launcher.rdzv_port}" in command
@@ -358,10 +419,14 @@ def test_the_fault_tolerance_launcher_where_it_is_not_installed(
 
 def their_script(run_: ModuleType, **settings: Any) -> str:
     executor = run_.SlurmExecutor(account="nlp", nodes=2, packager=run_.Packager(), **settings)
-    return dry_script(run_, run_.Script(path="train.py", entrypoint="python"), executor, name="task")
+    return dry_script(
+        run_, run_.Script(path="train.py", entrypoint="python"), executor, name="task"
+    )
 
 
-def test_upstream_wants_the_very_class_of_an_executor(nemo: ModuleType, run_: ModuleType, run_file: str) -> None:
+def test_upstream_wants_the_very_class_of_an_executor(
+    nemo: ModuleType, run_: ModuleType, run_file: str
+) -> None:
     @dataclasses.dataclass(kw_only=True)
     class Other(run_.SlurmExecutor):  # type: ignore[misc,name-defined]
         pass
@@ -371,7 +436,11 @@ def test_upstream_wants_the_very_class_of_an_executor(nemo: ModuleType, run_: Mo
     with pytest.raises(KeyError):
         get_executor_str(Other(account="x"))
     assert get_executor_str(nemo.slurm_executor(SITE)) == nemo.SCHEDULER
-    for known in ("_PARALLEL_SUPPORTED_EXECUTORS", "_DETACH_SUPPORTED_EXECUTORS", "_DEPENDENCY_SUPPORTED_EXECUTORS"):
+    for known in (
+        "_PARALLEL_SUPPORTED_EXECUTORS",
+        "_DETACH_SUPPORTED_EXECUTORS",
+        "_DEPENDENCY_SUPPORTED_EXECUTORS",
+    ):
         assert nemo.Mellum2SlurmExecutor in getattr(run_.Experiment, known)
         assert run_.SlurmExecutor in getattr(run_.Experiment, known)
 
@@ -394,7 +463,9 @@ def test_upstream_signals_the_steps_and_requeues_failures_only(run_: ModuleType)
     assert script.count("scontrol requeue") == 1
 
 
-def test_upstream_does_not_know_how_an_array_is(run_: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upstream_does_not_know_how_an_array_is(
+    run_: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nemo_run.run.torchx_backend.schedulers import slurm
 
     output = "JobID|JobName|State\n12_0|nlp-nlp.task|COMPLETED\n12_1|nlp-nlp.task|COMPLETED"

@@ -24,14 +24,28 @@ from mellum2_megatron.checkpoint.folder import write_tracker
 from mellum2_megatron.faults.failures import RankFailure
 
 KILLED = RankFailure(rank=1, exit_code=-9, ended=100)
-ECHO = RankFailure(rank=0, exit_code=1, kind="echo", message="RuntimeError: Connection closed by peer", ended=101)
-BAD = RankFailure(rank=0, exit_code=2, kind="explained", message="data.path=x: gone. Fix: bring it back.")
+ECHO = RankFailure(
+    rank=0, exit_code=1, kind="echo", message="RuntimeError: Connection closed by peer", ended=101
+)
+BAD = RankFailure(
+    rank=0, exit_code=2, kind="explained", message="data.path=x: gone. Fix: bring it back."
+)
 
 
 def attempts(*ends: tuple[Kind | None, int]) -> list[Attempt]:
     """Attempts of one job, each by how it ended and at which step."""
     return [
-        Attempt(job="7", restart=number, series="7", began="", begin_step=0, kind=kind, step=step, code=1, ended="")
+        Attempt(
+            job="7",
+            restart=number,
+            series="7",
+            began="",
+            begin_step=0,
+            kind=kind,
+            step=step,
+            code=1,
+            ended="",
+        )
         for number, (kind, step) in enumerate(ends)
     ]
 
@@ -41,36 +55,67 @@ def attempts(*ends: tuple[Kind | None, int]) -> list[Attempt]:
     [
         (0, [], "", ("done", 0)),
         (75, [Report(node="a", code=75), Report(node="b", code=75)], "USR1", ("stopped", 75)),
-        (75, [Report(node="a", code=75), Report(node="b", code=75)], "", ("stopped", 75)),  # by hand: scancel -s
+        (
+            75,
+            [Report(node="a", code=75), Report(node="b", code=75)],
+            "",
+            ("stopped", 75),
+        ),  # by hand: scancel -s
         (138, [], "USR1", ("stopped", 75)),  # before anybody listened
         (138, [Report(node="a", code=75)], "USR1", ("stopped", 75)),
         (138, [], "", ("failed", 1)),
-        (137, [Report(node="a", code=75)], "", ("stopped", 75)),  # srun --wait had enough of the other node
+        (
+            137,
+            [Report(node="a", code=75)],
+            "",
+            ("stopped", 75),
+        ),  # srun --wait had enough of the other node
         (143, [], "TERM", ("ended", 75)),
         (75, [Report(node="a", code=75)], "TERM", ("ended", 75)),
         (137, [], "TERM", ("ended", 75)),
         (
             1,
-            [Report(node="a", code=1, failures=(ECHO,)), Report(node="b", code=1, failures=(KILLED,))],
+            [
+                Report(node="a", code=1, failures=(ECHO,)),
+                Report(node="b", code=1, failures=(KILLED,)),
+            ],
             "",
             ("failed", 1),
         ),
-        (1, [Report(node="a", code=75), Report(node="b", code=1, failures=(KILLED,))], "USR1", ("failed", 1)),
+        (
+            1,
+            [Report(node="a", code=75), Report(node="b", code=1, failures=(KILLED,))],
+            "USR1",
+            ("failed", 1),
+        ),
         (2, [Report(node="a", code=2, failures=(BAD,), message="gone")], "", ("refused", 2)),
         (137, [Report(node="a", code=2, failures=(BAD,), message="gone")], "", ("refused", 2)),
         (2, [Report(node="a", code=2, message="gone")], "TERM", ("refused", 2)),
         (137, [], "", ("failed", 1)),
-        (1, [Report(node="a", code=1, message="the 2 nodes did not meet at a:1")], "", ("failed", 1)),
+        (
+            1,
+            [Report(node="a", code=1, message="the 2 nodes did not meet at a:1")],
+            "",
+            ("failed", 1),
+        ),
     ],
 )
-def test_how_an_attempt_ended(code: int, reports: Sequence[Report], told: str, expected: tuple[str, int]):
+def test_how_an_attempt_ended(
+    code: int, reports: Sequence[Report], told: str, expected: tuple[str, int]
+):
     assert judge(code, reports, told)[:2] == expected
 
 
 def test_the_reason_is_the_cause_on_whatever_node():
-    reports = [Report(node="a", code=1, failures=(ECHO,)), Report(node="b", code=1, failures=(KILLED,))]
+    reports = [
+        Report(node="a", code=1, failures=(ECHO,)),
+        Report(node="b", code=1, failures=(KILLED,)),
+    ]
     assert judge(1, reports, "")[2].startswith("node b: rank 1 was ended by SIGKILL")
-    assert judge(2, [Report(node="a", code=2, failures=(BAD,), message=BAD.message)], "")[2] == BAD.message
+    assert (
+        judge(2, [Report(node="a", code=2, failures=(BAD,), message=BAD.message)], "")[2]
+        == BAD.message
+    )
     assert judge(1, [Report(node="c", code=1, message="no port")], "")[2] == "node c: no port"
     assert "see the log of each node" in judge(137, [], "")[2]
 
@@ -81,14 +126,22 @@ def test_the_reason_is_the_cause_on_whatever_node():
         ([("failed", 4)], 1),
         ([("failed", 4), ("failed", 4)], 2),
         ([("failed", 4), ("failed", 6)], 1),  # it got further
-        ([("failed", 6), ("failed", 4), ("failed", 5)], 3),  # further than the last time, not than ever
-        ([("failed", 4), ("stopped", 4), ("failed", 4)], 2),  # to be told to stop neither counts nor forgives
+        (
+            [("failed", 6), ("failed", 4), ("failed", 5)],
+            3,
+        ),  # further than the last time, not than ever
+        (
+            [("failed", 4), ("stopped", 4), ("failed", 4)],
+            2,
+        ),  # to be told to stop neither counts nor forgives
         ([("failed", 4), ("stopped", 5), ("failed", 5)], 1),
         ([(None, 4), (None, 4)], 2),  # nodes that failed
         ([("ended", 4), ("ended", 4), ("ended", 4), ("ended", 4)], 0),  # preempted without a step
     ],
 )
-def test_failures_count_until_a_new_step_is_reached(ends: list[tuple[Kind | None, int]], count: int):
+def test_failures_count_until_a_new_step_is_reached(
+    ends: list[tuple[Kind | None, int]], count: int
+):
     assert failures_in_place(attempts(*ends)) == count
 
 
@@ -112,8 +165,12 @@ def test_what_follows(ends: list[tuple[Kind | None, int]], tries: int, again: bo
 
 
 def test_messages_say_what_happens():
-    assert "step 4 has not been passed in 1 start: starting again, 1 of 3 tries" in message(("failed", 4))
-    assert "not been passed in 4 starts: not started again (tries in the profile)" in message(*[("failed", 4)] * 4)
+    assert "step 4 has not been passed in 1 start: starting again, 1 of 3 tries" in message(
+        ("failed", 4)
+    )
+    assert "not been passed in 4 starts: not started again (tries in the profile)" in message(
+        *[("failed", 4)] * 4
+    )
     assert "goes on from step 8 when Slurm starts it again" in message(("stopped", 8))
     assert "the same would be refused again" in message(("refused", 0))
 
@@ -122,7 +179,9 @@ def message(*ends: tuple[Kind | None, int]) -> str:
     return decide(attempts(*ends), tries=3).message
 
 
-def start(monkeypatch: pytest.MonkeyPatch, job: int, restart: int = 0, series: int | None = None) -> None:
+def start(
+    monkeypatch: pytest.MonkeyPatch, job: int, restart: int = 0, series: int | None = None
+) -> None:
     """Be in a job."""
     monkeypatch.setenv("SLURM_JOB_ID", str(job))
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
@@ -143,7 +202,9 @@ def test_a_job_from_begin_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert end(tmp_path, code=1, tries=1).again
     start(monkeypatch, 7, restart=1)
     assert begin(tmp_path, tries=1) is None
-    assert not end(tmp_path, code=137, tries=1).again  # its reports are not those of the first attempt
+    assert not end(
+        tmp_path, code=137, tries=1
+    ).again  # its reports are not those of the first attempt
     first, second = read_attempts(tmp_path)
     assert (first.kind, first.begin_step, first.step, first.code) == ("failed", 0, 4, 1)
     assert first.reason.startswith("node b: rank 1 was ended by SIGKILL")
@@ -170,12 +231,19 @@ def test_nodes_that_fail_leave_no_end(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "step 3 has not been passed in 2 starts" in refusal.message
 
 
-def test_a_preempted_attempt_that_was_cut_off_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_preempted_attempt_that_was_cut_off_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for restart in range(4):
         start(monkeypatch, 7, restart=restart)
         assert begin(tmp_path, tries=0) is None
         outcome.write_report(tmp_path, 0, Report(node="a", code=75))
-    assert [each.kind for each in read_attempts(tmp_path)] == ["stopped", "stopped", "stopped", None]
+    assert [each.kind for each in read_attempts(tmp_path)] == [
+        "stopped",
+        "stopped",
+        "stopped",
+        None,
+    ]
 
 
 def test_an_end_without_a_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -220,9 +288,15 @@ def test_long_reasons_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("code", "status"), [(75, 0), (1, 1), (2, 2)])
 def test_the_command(
-    code: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    code: int,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     start(monkeypatch, 7)
     outcome.write_report(tmp_path, 0, Report(node="a", code=code, message="because"))
-    assert outcome.main([str(tmp_path), "--code", str(code), "--told", "", "--tries", "0"]) == status
+    assert (
+        outcome.main([str(tmp_path), "--code", str(code), "--told", "", "--tries", "0"]) == status
+    )
     assert capsys.readouterr().err.startswith("mellum2: ")

@@ -1,4 +1,5 @@
-"""Which code a job runs: refusals, what an archive holds, and that nothing else of the checkout changes."""
+"""Which code a job runs: refusals, what an archive holds, and that nothing else of the checkout
+changes."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def git(root: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", "-C", str(root), *words], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def files(folder: Path) -> set[str]:
@@ -45,7 +48,9 @@ def files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("packager", ["shared", "git"])
 @pytest.mark.parametrize("name", ["mellum2_megatron/value.py", "new file.py"])
-def test_uncommitted_changes_are_refused_and_named(checkout: Path, packager: str, name: str) -> None:
+def test_uncommitted_changes_are_refused_and_named(
+    checkout: Path, packager: str, name: str
+) -> None:
     assert check_code(packager, allow_dirty=False, root=checkout).dirty is False
     (checkout / name).write_text("VALUE = 2\n")
     with pytest.raises(InputError, match="--allow-dirty") as refused:
@@ -76,7 +81,9 @@ def test_an_archive_holds_the_commit_and_says_which(checkout: Path, tmp_path: Pa
     assert (found.origin, found.commit, found.dirty) == ("snapshot", head, False)
 
 
-def test_allowed_changes_of_kept_files_go_along_and_are_said(checkout: Path, tmp_path: Path) -> None:
+def test_allowed_changes_of_kept_files_go_along_and_are_said(
+    checkout: Path, tmp_path: Path
+) -> None:
     (checkout / "mellum2_megatron/value.py").write_text("VALUE = 2\n")
     (checkout / "with blank.txt").unlink()
     (checkout / "launchers/new.py").write_text("")

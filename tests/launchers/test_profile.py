@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from launchers.profile import Container, Mount, Profile, minutes, profile_from_yaml, profile_names, read_profile
+from launchers.profile import (
+    Container,
+    Mount,
+    Profile,
+    minutes,
+    profile_from_yaml,
+    profile_names,
+    read_profile,
+)
 from mellum2_megatron.common.errors import InputError
 from tests import REPOSITORY
 
@@ -73,16 +81,28 @@ def test_a_profile_with_everything():
             "container: {image: a.sif, runtime: apptainer, mount: []}",
             "container.mount: no such key in a profile. Fix: did you mean 'mounts'",
         ),
-        ("account: a\nqos: b\naccount: c", "line 3: not a profile's YAML (key account is given twice)"),
-        ("time: 24:00:00", 'time=86400: YAML has read it as a number. Fix: put it in quotes, like time: "24:00:00"'),
+        (
+            "account: a\nqos: b\naccount: c",
+            "line 3: not a profile's YAML (key account is given twice)",
+        ),
+        (
+            "time: 24:00:00",
+            'time=86400: YAML has read it as a number. Fix: put it in quotes, like time: "24:00:00"',
+        ),
         ("time: soon", 'time: soon: is no time of Slurm. Fix: write it like "1-12:00:00"'),
         ('time: "3"', "time: 3: must be longer than grace_seconds (180)"),
         ("memory: lots", "memory: lots: is a node's memory, a number with K, M, G or T"),
-        ("executor: slrum", "executor='slrum': must be 'slurm' or 'local'. Fix: did you mean 'slurm'"),
+        (
+            "executor: slrum",
+            "executor='slrum': must be 'slurm' or 'local'. Fix: did you mean 'slurm'",
+        ),
         ("gpus_per_node: many", "gpus_per_node='many': must be a whole number"),
         ("gpus_per_node: -1", "gpus_per_node: -1: must be 0 or more"),
         ("device: cuda", "device: cuda without gpus_per_node: ranks need GPUs"),
-        ("{gpus_per_node: 4, ranks_per_node: 8}", "ranks_per_node: 8 with gpus_per_node: 4: each rank has a GPU"),
+        (
+            "{gpus_per_node: 4, ranks_per_node: 8}",
+            "ranks_per_node: 8 with gpus_per_node: 4: each rank has a GPU",
+        ),
         ("sbatch: {time: 5}", "sbatch.time: has a key of its own, time. Fix: set time"),
         ("sbatch: {job-name: x}", "sbatch.job-name: is set by the job itself. Fix: drop it"),
         ("sbatch: {'-C': x}", "sbatch.-C: is no long flag of sbatch"),
@@ -91,13 +111,31 @@ def test_a_profile_with_everything():
         ("environment: A", "environment='A': must be list of text"),
         ("{environment: [A], variables: {A: b}}", "A under environment and variables"),
         ("container: {runtime: pyxis}", "container.image is missing"),
-        ("container: {image: a, runtime: docker}", "container.runtime='docker': must be 'pyxis' or"),
+        (
+            "container: {image: a, runtime: docker}",
+            "container.runtime='docker': must be 'pyxis' or",
+        ),
         ("container: image.sqsh", "container: 'image.sqsh': must be a mapping"),
-        ("container: {image: a, runtime: pyxis, mounts: /a}", "container.mounts: '/a': must be a list"),
-        ("container: {image: a, runtime: pyxis, mounts: ['a:b']}", "mount source a: must be an absolute path"),
-        ("container: {image: a, runtime: pyxis, mounts: ['/a:/b:rx']}", "container.mounts[0]='/a:/b:rx': is no mount"),
-        ("container: {image: a, runtime: pyxis, mounts: ['/a,b']}", "container runtimes separate mounts"),
-        ("container: {image: a, runtime: enroot, workdir: /w}", "container.workdir=/w: enroot has no such option"),
+        (
+            "container: {image: a, runtime: pyxis, mounts: /a}",
+            "container.mounts: '/a': must be a list",
+        ),
+        (
+            "container: {image: a, runtime: pyxis, mounts: ['a:b']}",
+            "mount source a: must be an absolute path",
+        ),
+        (
+            "container: {image: a, runtime: pyxis, mounts: ['/a:/b:rx']}",
+            "container.mounts[0]='/a:/b:rx': is no mount",
+        ),
+        (
+            "container: {image: a, runtime: pyxis, mounts: ['/a,b']}",
+            "container runtimes separate mounts",
+        ),
+        (
+            "container: {image: a, runtime: enroot, workdir: /w}",
+            "container.workdir=/w: enroot has no such option",
+        ),
         ("- a", "profile: ['a']: must be a mapping"),
         ("a: [", "not a profile's YAML"),
     ],
@@ -114,13 +152,22 @@ def test_secrets_are_refused_and_not_repeated(name: str):
         with pytest.raises(InputError) as error:
             read(f"variables: {{{name}: {value}}}")
         assert "hunter2" not in str(error.value)
-    with pytest.raises(InputError, match=rf"Fix: set it in your shell and list its name: environment: \[{name}\]"):
+    with pytest.raises(
+        InputError, match=rf"Fix: set it in your shell and list its name: environment: \[{name}\]"
+    ):
         read(f"variables: {{{name}: x}}")
 
 
 @pytest.mark.parametrize(
     ("time", "expected"),
-    [("90", 90), ("90:30", 90.5), ("4:30:00", 270), ("1-12", 2160), ("1-12:30", 2190), ("2-00:00:30", 2880.5)],
+    [
+        ("90", 90),
+        ("90:30", 90.5),
+        ("4:30:00", 270),
+        ("1-12", 2160),
+        ("1-12:30", 2190),
+        ("2-00:00:30", 2880.5),
+    ],
 )
 def test_time_as_sbatch_reads_it(time: str, expected: float):
     assert minutes(time) == expected
@@ -133,12 +180,16 @@ def test_found_by_name_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for number, folder in enumerate(("profiles", "site", "home/.config/mellum2/profiles")):
         (tmp_path / folder).mkdir(parents=True)
         for name in ("a", "b", "c")[: number + 1]:
-            (tmp_path / folder / f"{name}.yaml").write_text(f"partition: {folder.partition('/')[0]}\naccount: none\n")
+            (tmp_path / folder / f"{name}.yaml").write_text(
+                f"partition: {folder.partition('/')[0]}\naccount: none\n"
+            )
     assert [read_profile(name).partition for name in "abc"] == ["profiles", "site", "home"]
     assert read_profile("site/b.yaml").name == "b"
     assert profile_names() == ("a", "b", "c")
     (tmp_path / "profiles" / "cluster.yaml").write_text("acount: none")
-    with pytest.raises(InputError, match=r"profile 'clustr': there is no such profile in .*did you mean 'cluster'"):
+    with pytest.raises(
+        InputError, match=r"profile 'clustr': there is no such profile in .*did you mean 'cluster'"
+    ):
         read_profile("clustr")
     with pytest.raises(InputError, match=r"^profiles/cluster.yaml: acount: no such key"):
         read_profile("cluster")
@@ -154,14 +205,22 @@ def test_samples_can_be_read(path: Path):
 
 
 def test_samples_are_there():
-    assert {path.stem for path in SAMPLES.glob("*.yaml")} == {"apptainer", "bare", "laptop", "pyxis"}
+    assert {path.stem for path in SAMPLES.glob("*.yaml")} == {
+        "apptainer",
+        "bare",
+        "laptop",
+        "pyxis",
+    }
 
 
 def test_what_a_container_sees():
     container = Container(
         image="a.sif",
         runtime="apptainer",
-        mounts=(Mount(source="/lustre", target="/lustre"), Mount(source="/other", target="/lustre/moved")),
+        mounts=(
+            Mount(source="/lustre", target="/lustre"),
+            Mount(source="/other", target="/lustre/moved"),
+        ),
     )
     assert container.covers("/lustre/runs/x")
     assert not container.covers("/lustre/moved/x")

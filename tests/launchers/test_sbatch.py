@@ -1,5 +1,5 @@
-"""The script: as it was, as bash reads it, and what it does with each end of its step. Slurm's commands are stand-ins
-here that note how they are called; tests/slurm has the real ones."""
+"""The script: as it was, as bash reads it, and what it does with each end of its step. Slurm's
+commands are stand-ins here that note how they are called; tests/slurm has the real ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.launchers.golden_jobs import GOLDEN, golden_jobs
 
 JOBS = golden_jobs()
 
-# Notes its words and variables; ends with what a file NAME.code says, once slept as NAME.sleep says.
+# Notes its words and variables; ends with what a file NAME.code says, once slept as NAME.sleep
+# says.
 STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, sys, time
 folder = pathlib.Path(os.environ["STAND_IN"])
@@ -52,7 +53,8 @@ sys.exit(int(code.read_text()) if code.exists() else 0)
 
 
 class Stage:
-    """A folder with stand-ins for Slurm and for the interpreter (`python`), in which a script can run."""
+    """A folder with stand-ins for Slurm and for the interpreter (`python`), in which a script can
+    run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder, folder / "bin"
@@ -64,8 +66,12 @@ class Stage:
     def start(self, job: Job, **environment: str) -> subprocess.Popen[str]:
         """Start the job's script as Slurm would."""
         if job.profile.container is None:
-            job = dataclasses.replace(job, profile=dataclasses.replace(job.profile, python=str(self.bin / "python")))
-        job = dataclasses.replace(job, profile=dataclasses.replace(job.profile, modules=(), setup=()))
+            job = dataclasses.replace(
+                job, profile=dataclasses.replace(job.profile, python=str(self.bin / "python"))
+            )
+        job = dataclasses.replace(
+            job, profile=dataclasses.replace(job.profile, modules=(), setup=())
+        )
         (self.folder / "script").write_text(render(job))
         variables = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
@@ -155,8 +161,13 @@ def test_every_word_arrives_as_it_was(stage: Stage):
     folder = Path("/runs") / NASTY_NAME
     job = JOBS["bare"]
     variables = {f"GIVEN_{number}": text for number, text in enumerate(NASTY)}
-    profile = dataclasses.replace(job.profile, variables=variables, srun=tuple(f"--x={text}" for text in NASTY))
-    assert stage.run(dataclasses.replace(job, folder=folder, code=folder / "code", profile=profile)) == 0
+    profile = dataclasses.replace(
+        job.profile, variables=variables, srun=tuple(f"--x={text}" for text in NASTY)
+    )
+    assert (
+        stage.run(dataclasses.replace(job, folder=folder, code=folder / "code", profile=profile))
+        == 0
+    )
     words, environment, _ = next(line for line in stage.lines() if line[0][0] == "srun")
     assert [word for word in words if word.startswith("--x=")] == [f"--x={text}" for text in NASTY]
     assert f"--output={str(folder).replace('%', '%%')}/logs/%x-%j-node%n.log" in words
@@ -175,7 +186,10 @@ def test_container_words_arrive_as_they_were(runtime: str, stage: Stage):
     )
     job = JOBS[runtime]
     profile = dataclasses.replace(job.profile, container=container, variables={"GIVEN": NASTY_NAME})
-    assert stage.run(dataclasses.replace(job, profile=profile), WANDB_API_KEY=f"secret {NASTY_NAME}") == 0
+    assert (
+        stage.run(dataclasses.replace(job, profile=profile), WANDB_API_KEY=f"secret {NASTY_NAME}")
+        == 0
+    )
     words, environment, _ = next(line for line in stage.lines() if line[0][0] == "srun")
     assert [word for word in words if word.startswith("--x=")] == [f"--x={text}" for text in NASTY]
     names = "MASTER_ADDR MASTER_PORT MELLUM2_SERIES PYTHONPATH GIVEN WANDB_API_KEY".split()
@@ -218,7 +232,17 @@ def test_a_stop_for_good(outcome: int, code: int, stage: Stage):
     stage.ends(srun=1, python=outcome)
     assert stage.run(JOBS["bare"]) == code
     assert stage.calls("python") == [
-        ["-m", "launchers.outcome", "/lustre/runs/my tiny run", "--tries", "3", "--code", "1", "--told", ""]
+        [
+            "-m",
+            "launchers.outcome",
+            "/lustre/runs/my tiny run",
+            "--tries",
+            "3",
+            "--code",
+            "1",
+            "--told",
+            "",
+        ]
     ]
     assert not stage.calls("sbatch")
     assert not any(words[0] == "requeue" for words in stage.calls("scontrol"))
@@ -274,4 +298,6 @@ def test_signals_reach_the_ranks_and_the_step_is_awaited(number: int, told: str,
     assert next(line for line in stage.lines() if line[0][0] == "srun")[2] == 1
     assert stage.calls("python")[0][-4:] == ["--code", "75", "--told", told]
     requeued = any(words[0] == "requeue" for words in stage.calls("scontrol"))
-    assert requeued == (told == "USR1")  # what Slurm ends itself it also requeues itself, or was cancelled
+    assert requeued == (
+        told == "USR1"
+    )  # what Slurm ends itself it also requeues itself, or was cancelled

@@ -38,7 +38,8 @@ Fake = Callable[..., None]
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Put a program on PATH, which has nothing else, that prints, notes its words in NAME.words and exits."""
+    """Put a program on PATH, which has nothing else, that prints, notes its words in NAME.words and
+    exits."""
     folder = tmp_path / "programs"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -49,7 +50,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         words = shlex.quote(str(folder / f"{name}.words"))
         body = [f'printf "%s\\n" "$@" > {words}']
         body += [f'while IFS= read -r line; do printf "%s\\n" "$line"; done < {folder}/{name}.out']
-        body += [f'while IFS= read -r line; do printf "%s\\n" "$line" >&2; done < {folder}/{name}.err', f"exit {code}"]
+        body += [
+            f'while IFS= read -r line; do printf "%s\\n" "$line" >&2; done < {folder}/{name}.err',
+            f"exit {code}",
+        ]
         (folder / name).write_text("#!/bin/bash\n" + "\n".join(body) + "\n")
         (folder / name).chmod(0o755)
 
@@ -91,7 +95,8 @@ def test_tasks_of_an_array_each_have_a_state(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "tasks"), [("3", (3,)), ("0-2,5%4", (0, 1, 2, 5)), ("0-9:3", (0, 3, 6, 9)), ("0-1%1", (0, 1))]
+    ("text", "tasks"),
+    [("3", (3,)), ("0-2,5%4", (0, 1, 2, 5)), ("0-9:3", (0, 3, 6, 9)), ("0-1%1", (0, 1))],
 )
 def test_expand(text: str, tasks: tuple[int, ...]) -> None:
     assert slurm.expand(text) == tasks
@@ -109,7 +114,10 @@ def test_a_job_that_slurm_has_forgotten(fake: Fake) -> None:
 
 def test_accounting_is_asked_for_what_the_controller_has_forgotten(fake: Fake) -> None:
     fake("scontrol", **UNKNOWN)
-    fake("sacct", "7_0|CANCELLED by 1000|None|sweep|n1|00:03:00|0:15\n7_1|COMPLETED|None|sweep|n2|00:05:00|0:0\n")
+    fake(
+        "sacct",
+        "7_0|CANCELLED by 1000|None|sweep|n1|00:03:00|0:15\n7_1|COMPLETED|None|sweep|n2|00:05:00|0:0\n",
+    )
     found = slurm.states("7")
     assert [(each.job_id, each.state, each.reason, each.exit_code) for each in found] == [
         ("7_0", "CANCELLED", None, 0),
@@ -138,9 +146,18 @@ def test_submitting_returns_the_number(fake: Fake) -> None:
             "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
             "account",
         ),
-        ("sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed", "sinfo -s"),
-        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "sinfo -o"),
-        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", "ping"),
+        (
+            "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed",
+            "sinfo -s",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Requested node configuration is not available",
+            "sinfo -o",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            "ping",
+        ),
         ("sbatch: error: Batch job submission failed: something new", "see what Slurm says"),
     ],
 )
@@ -153,13 +170,21 @@ def test_slurm_refuses_in_its_own_words(fake: Fake, said: str, fix: str) -> None
 
 
 def test_no_slurm_here(fake: Fake) -> None:
-    for call in (lambda: slurm.submit(Path("x")), lambda: slurm.states("1"), lambda: slurm.cancel(["1"])):
+    for call in (
+        lambda: slurm.submit(Path("x")),
+        lambda: slurm.states("1"),
+        lambda: slurm.cancel(["1"]),
+    ):
         with pytest.raises(InputError, match=r"not on PATH.*--render sbatch"):
             call()
 
 
 def test_the_controller_is_down(fake: Fake) -> None:
-    fake("scontrol", err="slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", code=1)
+    fake(
+        "scontrol",
+        err="slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n",
+        code=1,
+    )
     with pytest.raises(WorkError, match="scontrol ping"):
         slurm.states("1")
 
@@ -196,14 +221,29 @@ def launch(folder: Path, job_id: str, **more: object) -> None:
 
 
 def attempt(
-    folder: Path, job_id: str, *, step: int, kind: str | None, restart: int = 0, series: str = "", hour: int = 11
+    folder: Path,
+    job_id: str,
+    *,
+    step: int,
+    kind: str | None,
+    restart: int = 0,
+    series: str = "",
+    hour: int = 11,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    start = {"event": "begin", "job": job_id, "restart": restart, "series": series or job_id, "step": 0}
+    start = {
+        "event": "begin",
+        "job": job_id,
+        "restart": restart,
+        "series": series or job_id,
+        "step": 0,
+    }
     start["time"] = f"2026-05-04T{hour:02}:00:00+00:00"
     lines = [start]
     if kind is not None:
-        lines += [{**start, "event": "end", "step": step, "code": 0, "kind": kind, "reason": f"it {kind}"}]
+        lines += [
+            {**start, "event": "end", "step": step, "code": 0, "kind": kind, "reason": f"it {kind}"}
+        ]
     with (folder / "attempts.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     (folder / "latest_checkpointed_iteration.txt").write_text(str(step))
@@ -215,7 +255,13 @@ def test_records_answer_where_slurm_has_forgotten(fake: Fake, tmp_path: Path) ->
     attempt(tmp_path / "run", "12", step=4, kind="stopped")
     attempt(tmp_path / "run", "12", step=9, kind="done", restart=1)
     (found,) = watching.status(*watching.find(str(tmp_path / "run")))
-    assert (found.job_id, found.state, found.source, found.step, found.attempts) == ("12", "COMPLETED", "records", 9, 2)
+    assert (found.job_id, found.state, found.source, found.step, found.attempts) == (
+        "12",
+        "COMPLETED",
+        "records",
+        9,
+        2,
+    )
 
 
 def test_nobody_knows(fake: Fake, tmp_path: Path) -> None:
@@ -232,12 +278,17 @@ def test_every_task_of_an_array_has_its_own_records(fake: Fake, tmp_path: Path) 
     attempt(tmp_path / "run" / "0", "12", step=3, kind="done")
     attempt(tmp_path / "run" / "1", "13", step=2, kind="failed", series="13")
     found = watching.status(*watching.find(str(tmp_path / "run")))
-    assert [(each.job_id, each.state, each.step) for each in found] == [("12_0", "COMPLETED", 3), ("12_1", "FAILED", 2)]
+    assert [(each.job_id, each.state, each.step) for each in found] == [
+        ("12_0", "COMPLETED", 3),
+        ("12_1", "FAILED", 2),
+    ]
     assert watching.find(str(tmp_path / "run" / "1")) == (tmp_path / "run", "12_1")
     assert watching.status(*watching.find(str(tmp_path / "run" / "1"))) == found[1:]
 
 
-def test_a_folder_names_its_job_also_when_another_one_continues_it(fake: Fake, tmp_path: Path) -> None:
+def test_a_folder_names_its_job_also_when_another_one_continues_it(
+    fake: Fake, tmp_path: Path
+) -> None:
     launch(tmp_path / "run", "12")
     assert watching.find(str(tmp_path / "run")) == (tmp_path / "run", "12")
     attempt(tmp_path / "run", "12", step=4, kind="stopped")
@@ -290,7 +341,13 @@ def test_logs_by_node_and_rank(tmp_path: Path) -> None:
     launch(tmp_path, "12")
     logs = tmp_path / "logs"
     logs.mkdir()
-    for name in ("x-12-12.log", "x-12-12-node0.log", "x-12-12-node1.log", "x-12-120.log", "x-12-120-node0.log"):
+    for name in (
+        "x-12-12.log",
+        "x-12-12-node0.log",
+        "x-12-12-node1.log",
+        "x-12-120.log",
+        "x-12-120-node0.log",
+    ):
         (logs / name).write_text(name)
     script, nodes = watching.log_files(tmp_path, "12")
     assert script == logs / "x-12-12.log"
@@ -303,10 +360,13 @@ def test_logs_by_node_and_rank(tmp_path: Path) -> None:
         watching.rank_log(tmp_path, "12", 8)
 
 
-def test_following_shows_each_line_once_and_ends_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_shows_each_line_once_and_ends_with_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watching, "POLL_SECONDS", 0.0)
     log = tmp_path / "log"
-    # What has been written before each look: nothing, no file, a line and a half, the rest without an end of line.
+    # What has been written before each look: nothing, no file, a line and a half, the rest without
+    # an end of line.
     chapters = iter([None, "", "one\ntw", "one\ntwo\nthr", "one\ntwo\nthree"])
     left = [4]
 

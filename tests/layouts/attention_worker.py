@@ -1,4 +1,5 @@
-"""What a rank does in the attention tests: its share of one attention, forward and backward, for every problem."""
+"""What a rank does in the attention tests: its share of one attention, forward and backward, for
+every problem."""
 
 from __future__ import annotations
 
@@ -35,17 +36,23 @@ class Problem:
 
 
 def inputs(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """Return query, key, value and the output's gradient of the whole stream, `[s, b, heads, d]`, float64."""
+    """Return query, key, value and the output's gradient of the whole stream, `[s, b, heads, d]`,
+    float64."""
     generator = torch.Generator().manual_seed(3)
     shape = (sum(problem.rooms), problem.batch)
     sizes = (HEADS, GROUPS, GROUPS, HEADS)
-    return tuple(torch.randn(*shape, n, DIMENSION, dtype=torch.float64, generator=generator) for n in sizes)
+    return tuple(
+        torch.randn(*shape, n, DIMENSION, dtype=torch.float64, generator=generator) for n in sizes
+    )
 
 
 def held(problem: Problem, cp: int, rank: int) -> list[int]:
-    """Return the places of the stream that a rank holds, in its order: its two chunks of every document."""
+    """Return the places of the stream that a rank holds, in its order: its two chunks of every
+    document."""
     places = []
-    for start, room in zip(itertools.accumulate(problem.rooms, initial=0), problem.rooms, strict=False):
+    for start, room in zip(
+        itertools.accumulate(problem.rooms, initial=0), problem.rooms, strict=False
+    ):
         chunk = room // (2 * cp)
         for number in sorted({rank, 2 * cp - 1 - rank}):
             places += range(start + number * chunk, start + (number + 1) * chunk)
@@ -53,7 +60,8 @@ def held(problem: Problem, cp: int, rank: int) -> list[int]:
 
 
 def attend(problems: list[Problem]) -> list[tuple[torch.Tensor, ...]]:
-    """Return output and gradients of query, key and value of this rank's tokens, for each problem."""
+    """Return output and gradients of query, key and value of this rank's tokens, for each
+    problem."""
     from megatron.core import parallel_state as mpu
 
     cp = torch.distributed.get_world_size()
@@ -71,7 +79,9 @@ def _attend(problem: Problem, cp: int, rank: int) -> tuple[torch.Tensor, ...]:
     core_attention.BLOCK = problem.block
     config = transformer_config(ARCHITECTURE, context_parallel_size=cp)
     config.window_size = None if problem.window is None else (problem.window - 1, 0)
-    attention = core_attention.TorchCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=SCALE)
+    attention = core_attention.TorchCoreAttention(
+        config, 1, AttnMaskType.causal, "self", softmax_scale=SCALE
+    )
     places = held(problem, cp, rank)
     query, key, value, weight = (tensor[places] for tensor in inputs(problem))
     packed = None if problem.lengths is None else packed_documents(problem.lengths, problem.rooms)

@@ -1,4 +1,5 @@
-"""What a rank does in the tests of the router's losses: one router, its share of the tokens, one backward pass."""
+"""What a rank does in the tests of the router's losses: one router, its share of the tokens, one
+backward pass."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def losses(kind: str, cp: int, exact: bool, padded: bool) -> tuple[torch.Tensor,
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    from mellum2_megatron import upstream
     from mellum2_megatron.model.router import Mellum2Router
-    from mellum2_megatron.upstream import patches as upstream
 
     upstream.activate()
     mpu.initialize_model_parallel(context_parallel_size=cp)
@@ -54,7 +55,9 @@ def losses(kind: str, cp: int, exact: bool, padded: bool) -> tuple[torch.Tensor,
     router.exact_gradient = exact
     router.weight.data = weight()
     rank = torch.distributed.get_rank()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(float(cp)))  # as the schedule does for one micro-batch
+    MoEAuxLossAutoScaler.set_loss_scale(
+        torch.tensor(float(cp))
+    )  # as the schedule does for one micro-batch
     probabilities, _ = router(tokens(rank), padding(rank) if padded else None)
     (probabilities.sum() * 0).backward()
     assert router.weight.grad is not None

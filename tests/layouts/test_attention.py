@@ -1,4 +1,5 @@
-"""The torch backend's core attention: windows, packed documents and context parallelism against a plain formula."""
+"""The torch backend's core attention: windows, packed documents and context parallelism against a
+plain formula."""
 
 from __future__ import annotations
 
@@ -33,15 +34,20 @@ PROBLEMS = [
 
 
 def plain(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """Return output, and gradients of query, key and value, of the whole stream: softmax attention written out."""
+    """Return output, and gradients of query, key and value, of the whole stream: softmax attention
+    written out."""
     query, key, value, weight = inputs(problem)
     leaves = tuple(tensor.requires_grad_() for tensor in (query, key, value))
     places = torch.arange(len(query))
-    document = torch.repeat_interleave(torch.arange(len(problem.rooms)), torch.tensor(problem.rooms))
+    document = torch.repeat_interleave(
+        torch.arange(len(problem.rooms)), torch.tensor(problem.rooms)
+    )
     starts = torch.tensor([0, *itertools.accumulate(problem.rooms)])[document]
     real = places - starts < torch.tensor(problem.lengths or problem.rooms)[document]
     distance = places[:, None] - places[None, :]
-    visible = (distance >= 0) & (document[:, None] == document[None, :]) & real[:, None] & real[None, :]
+    visible = (
+        (distance >= 0) & (document[:, None] == document[None, :]) & real[:, None] & real[None, :]
+    )
     if problem.window is not None:
         visible &= distance < problem.window
     group = torch.arange(query.size(2)) // (query.size(2) // key.size(2))
@@ -59,20 +65,27 @@ def test_attention_is_the_plain_formula(cp: int):
         expected = plain(problem)
         for rank in range(cp):
             places = held(problem, cp, rank)
-            for name, mine, whole in zip(("output", "dq", "dk", "dv"), outcomes[rank][number], expected, strict=True):
+            for name, mine, whole in zip(
+                ("output", "dq", "dk", "dv"), outcomes[rank][number], expected, strict=True
+            ):
                 share = whole[places] if problem.lengths is None else whole[places].squeeze(1)
                 assert mine.shape == share.shape
                 error = (mine - share).abs().max().item()
-                assert error < TOLERANCE, f"{name} of {problem} on rank {rank} of {cp}: off by {error:.1e}"
+                assert error < TOLERANCE, (
+                    f"{name} of {problem} on rank {rank} of {cp}: off by {error:.1e}"
+                )
 
 
 def test_padding_attends_to_nothing():
-    """What the formula above says of padding, in words: output 0, and nothing sees it or changes with it."""
+    """What the formula above says of padding, in words: output 0, and nothing sees it or changes
+    with it."""
     problem = Problem(window=None, rooms=(8,), lengths=(5,))
     output, *gradients = plain(problem)
     assert torch.count_nonzero(output[5:]) == 0
     assert all(torch.count_nonzero(gradient[5:]) == 0 for gradient in gradients)
-    assert all(torch.count_nonzero(tensor[:5]) == tensor[:5].numel() for tensor in (output, gradients[2]))
+    assert all(
+        torch.count_nonzero(tensor[:5]) == tensor[:5].numel() for tensor in (output, gradients[2])
+    )
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4])
@@ -86,14 +99,19 @@ def test_partition_by_definition(cp: int):
 
 
 def test_a_document_that_does_not_divide_is_named():
-    with pytest.raises(ValueError, match=r"a document of 6 tokens at 8: .* pad it to a multiple of 4"):
+    with pytest.raises(
+        ValueError, match=r"a document of 6 tokens at 8: .* pad it to a multiple of 4"
+    ):
         partition_indices([0, 8, 14], 2, 0)
 
 
 def test_contradictory_documents_are_refused():
     good = packed_documents((5, 8), (8, 8))
     assert document_boundaries(good, 16, 2) == ([0, 8, 16], [5, 8])
-    assert document_boundaries(good, 20, 1) == ([0, 8, 16], [5, 8])  # without a partition, padding may follow
+    assert document_boundaries(good, 20, 1) == (
+        [0, 8, 16],
+        [5, 8],
+    )  # without a partition, padding may follow
     with pytest.raises(ValueError, match="a stream of 20 tokens over 2"):
         document_boundaries(good, 20, 2)
     with pytest.raises(ValueError, match="a stream of 12 tokens over 1"):

@@ -1,7 +1,9 @@
-"""Every parallel layout trains the same model: one process is the reference, float32, real gradient reductions.
+"""Every parallel layout trains the same model: one process is the reference, float32, real gradient
+reductions.
 
-One test body for all layouts, on gloo and, where there are enough GPUs, on NCCL. Compared are the logits of both heads,
-every loss term, and the gradient of every parameter on every rank that holds a part of it.
+One test body for all layouts, on gloo and, where there are enough GPUs, on NCCL. Compared are the
+logits of both heads, every loss term, and the gradient of every parameter on every rank that holds
+a part of it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ TOLERANCE = 1e-5
 
 DOCUMENTS = (5, 13, 3)
 BALANCED = ("aux_loss", 0.5)
-UNEVEN = (*range(10), 25, *range(27, 32))  # at cp 2 rank 0 has one counting token, rank 1 has fifteen
+UNEVEN = (
+    *range(10),
+    25,
+    *range(27, 32),
+)  # at cp 2 rank 0 has one counting token, rank 1 has fifteen
 
 LAYOUTS: dict[str, tuple[int, Case]] = {
     "dp 2": (2, Case()),
@@ -44,7 +50,10 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     "documents, tp 2": (2, Case(tp=2, documents=DOCUMENTS, per_token=True)),
     "documents, cp 2": (2, Case(cp=2, documents=DOCUMENTS, per_token=True)),
     "documents, cp 4": (4, Case(cp=4, documents=DOCUMENTS, per_token=True)),
-    "documents, aux_loss, tp 2 cp 2": (4, Case(tp=2, cp=2, documents=DOCUMENTS, per_token=True, balance=BALANCED)),
+    "documents, aux_loss, tp 2 cp 2": (
+        4,
+        Case(tp=2, cp=2, documents=DOCUMENTS, per_token=True, balance=BALANCED),
+    ),
     # Where ranks count different numbers of tokens, only one mean over all tokens knows no layout.
     "uneven mask, cp 2": (2, Case(cp=2, mask=UNEVEN, per_token=True)),
     "uneven mask, tp 2 dp 2": (4, Case(tp=2, mask=UNEVEN, per_token=True)),
@@ -65,12 +74,14 @@ def data_ranks(ranks: int, case: Case) -> int:
 def reference_of(ranks: int, case: Case) -> Case:
     """Return the step of one process that does the same as `case` on `ranks` ranks.
 
-    For Megatron's global load-balancing loss that is not the same step on the same micro-batches. It counts tokens over
-    all ranks, so one process must put what `dp` ranks see at a time into one micro-batch; and its gradient is `dp`
-    times too small, since every rank divides its part by the tokens of all and DDP then averages (Megatron-LM issue
-    3672), unless it is asked to be exact.
+    For Megatron's global load-balancing loss that is not the same step on the same micro-batches.
+    It counts tokens over all ranks, so one process must put what `dp` ranks see at a time into one
+    micro-batch; and its gradient is `dp` times too small, since every rank divides its part by the
+    tokens of all and DDP then averages (Megatron-LM issue 3672), unless it is asked to be exact.
     """
-    one = Case(balance=case.balance, per_token=case.per_token, documents=case.documents, mask=case.mask)
+    one = Case(
+        balance=case.balance, per_token=case.per_token, documents=case.documents, mask=case.mask
+    )
     if case.balance[0] != "global_aux_loss":
         return one
     data = data_ranks(ranks, case)
@@ -100,7 +111,8 @@ def test_layout_is_one_process(layout: str, backend: str):
 
 
 def compare(outcomes: list[Outcome], case: Case, expected: Outcome) -> None:
-    """Compare every rank's part with its share of the reference; together they must be all of it."""
+    """Compare every rank's part with its share of the reference; together they must be all of
+    it."""
     seen = {"gradients": set(), "logits": set(), "losses": set()}
     for outcome in outcomes:
         where = str(outcome.ranks)
@@ -109,10 +121,17 @@ def compare(outcomes: list[Outcome], case: Case, expected: Outcome) -> None:
         seen["losses"] |= outcome.losses.keys()
         for name, gradient in outcome.gradients.items():
             whole = expected.gradients[name]
-            close(gradient, shard(name, whole, case, outcome.ranks), whole, f"gradient of {name} at {where}")
+            close(
+                gradient,
+                shard(name, whole, case, outcome.ranks),
+                whole,
+                f"gradient of {name} at {where}",
+            )
         for key, logits in outcome.logits.items():
             whole = expected.logits[key]
-            mine = whole[held(case, outcome.ranks["cp"])].chunk(case.tp, dim=-1)[outcome.ranks["tp"]]
+            mine = whole[held(case, outcome.ranks["cp"])].chunk(case.tp, dim=-1)[
+                outcome.ranks["tp"]
+            ]
             close(logits, mine, whole, f"logits {key} at {where}")
         for name, loss in outcome.losses.items():
             close(loss, expected.losses[name], expected.losses[name], f"{name} loss at {where}")
@@ -135,7 +154,8 @@ def held(case: Case, rank: int) -> list[int]:
     positions = []
     for start, room in zip(itertools.accumulate(rooms, initial=0), rooms, strict=False):
         chunks = [
-            list(range(start + i, start + i + room // (2 * case.cp))) for i in range(0, room, room // (2 * case.cp))
+            list(range(start + i, start + i + room // (2 * case.cp)))
+            for i in range(0, room, room // (2 * case.cp))
         ]
         positions += chunks[rank] + chunks[2 * case.cp - 1 - rank]
     return positions if case.cp > 1 else sorted(positions)
@@ -144,9 +164,13 @@ def held(case: Case, rank: int) -> list[int]:
 @pytest.mark.parametrize("balance", ["global_aux_loss", "aux_loss", "seq_aux_loss"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_padding_between_documents_changes_nothing(balance: str, per_token: bool):
-    """All losses, counts included, and gradients are those of the same documents in a shorter stream without it."""
+    """All losses, counts included, and gradients are those of the same documents in a shorter
+    stream without it."""
     padded = Case(documents=DOCUMENTS, balance=(balance, 0.5), per_token=per_token)
-    found, wanted = reference(padded, "gloo"), reference(dataclasses.replace(padded, tight=True), "gloo")
+    found, wanted = (
+        reference(padded, "gloo"),
+        reference(dataclasses.replace(padded, tight=True), "gloo"),
+    )
     assert found.losses.keys() == {"lm", "mtp", "aux", "z"}
     for name, loss in found.losses.items():
         close(loss, wanted.losses[name], wanted.losses[name], f"{name} loss")
@@ -157,6 +181,12 @@ def test_padding_between_documents_changes_nothing(balance: str, per_token: bool
 def test_the_reference_has_every_parameter_and_both_losses():
     """The comparison covers the whole model, as the architecture counts it."""
     outcome = reference(reference_of(1, Case()), "gloo")
-    assert sum(gradient.numel() for gradient in outcome.gradients.values()) == ARCHITECTURE.num_parameters(mtp=True)
-    assert outcome.losses["aux"].shape == outcome.losses["z"].shape == (ARCHITECTURE.num_hidden_layers + 1,)
+    assert sum(
+        gradient.numel() for gradient in outcome.gradients.values()
+    ) == ARCHITECTURE.num_parameters(mtp=True)
+    assert (
+        outcome.losses["aux"].shape
+        == outcome.losses["z"].shape
+        == (ARCHITECTURE.num_hidden_layers + 1,)
+    )
     assert outcome.losses["lm"] != outcome.losses["mtp"]

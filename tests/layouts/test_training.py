@@ -1,7 +1,9 @@
-"""Twenty optimizer steps in training precision: the layout changes the loss no more than the rounding of BF16 does.
+"""Twenty optimizer steps in training precision: the layout changes the loss no more than the
+rounding of BF16 does.
 
-The yardstick is one process that groups the same sequences into other micro-batches, which rounds every weight's
-gradient elsewhere. Their order alone is none: it changes sums in float32, and nothing of that survives in BF16 weights.
+The yardstick is one process that groups the same sequences into other micro-batches, which rounds
+every weight's gradient elsewhere. Their order alone is none: it changes sums in float32, and
+nothing of that survives in BF16 weights.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ Run20 = tuple[PreparedData, Path]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Run20:
-    """The corpus, and weights that every layout loads; a layout draws its own initial ones otherwise."""
+    """The corpus, and weights that every layout loads; a layout draws its own initial ones
+    otherwise."""
     folder = tmp_path_factory.mktemp("start")
     data = small_corpus(folder)
     fresh = train(small_run(data, folder / "fresh", *SETTINGS, "schedule.train_samples=8"), nproc=1)
@@ -50,9 +53,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Run20:
     return data, folder / "start"
 
 
-def curve(start: Run20, folder: Path, *overrides: str, nproc: int = 1, order: list[int] | None = None) -> list[float]:
+def curve(
+    start: Run20, folder: Path, *overrides: str, nproc: int = 1, order: list[int] | None = None
+) -> list[float]:
     data, load = start
-    run = small_run(data, folder, *SETTINGS, "schedule.train_samples=80", f"checkpoint.load={load}", *overrides)
+    run = small_run(
+        data, folder, *SETTINGS, "schedule.train_samples=80", f"checkpoint.load={load}", *overrides
+    )
     steps = losses(train(run, nproc=nproc, order=order))
     assert list(steps) == list(range(1, 21))
     return list(steps.values())
@@ -67,9 +74,12 @@ def reference(start: Run20, tmp_path_factory: pytest.TempPathFactory) -> list[fl
 
 @pytest.fixture(scope="module")
 def noise(start: Run20, reference: list[float], tmp_path_factory: pytest.TempPathFactory) -> float:
-    """How far the same step rounds from itself: the largest difference of the loss over all steps, in nats."""
+    """How far the same step rounds from itself: the largest difference of the loss over all steps,
+    in nats."""
     folder = tmp_path_factory.mktemp("noise")
-    regrouped = [curve(start, folder / str(size), f"schedule.micro_batch_size={size}") for size in (2, 4)]
+    regrouped = [
+        curve(start, folder / str(size), f"schedule.micro_batch_size={size}") for size in (2, 4)
+    ]
     return max(distance(other, reference) for other in regrouped)
 
 
@@ -78,26 +88,38 @@ def distance(one: list[float], other: list[float]) -> float:
 
 
 def test_order_of_micro_batches_is_no_noise(start: Run20, reference: list[float], tmp_path: Path):
-    assert distance(curve(start, tmp_path / "run", order=[2, 3, 0, 1]), reference) < 2e-6  # how the losses are summed
+    assert (
+        distance(curve(start, tmp_path / "run", order=[2, 3, 0, 1]), reference) < 2e-6
+    )  # how the losses are summed
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_trains_alike(layout: str, start: Run20, reference: list[float], noise: float, tmp_path: Path):
+def test_layout_trains_alike(
+    layout: str, start: Run20, reference: list[float], noise: float, tmp_path: Path
+):
     found = curve(start, tmp_path / "run", *LAYOUTS[layout], nproc=2)
     assert distance(found, reference) < 2 * noise
 
 
-def test_blockwise_muon_is_another_update(start: Run20, reference: list[float], noise: float, tmp_path: Path):
-    """Megatron's default under tensor parallelism orthogonalises each rank's part of a matrix for itself."""
-    found = curve(start, tmp_path / "run", *LAYOUTS["tp 2"], "optimizer.muon_tp_mode=blockwise", nproc=2)
+def test_blockwise_muon_is_another_update(
+    start: Run20, reference: list[float], noise: float, tmp_path: Path
+):
+    """Megatron's default under tensor parallelism orthogonalises each rank's part of a matrix for
+    itself."""
+    found = curve(
+        start, tmp_path / "run", *LAYOUTS["tp 2"], "optimizer.muon_tp_mode=blockwise", nproc=2
+    )
     assert distance(found, reference) > 4 * noise
 
 
 def test_the_exact_global_loss_knows_no_ranks(start: Run20, noise: float, tmp_path: Path):
-    """One process that sees as many sequences at a time as two ranks do, at a coefficient at which the loss matters."""
+    """One process that sees as many sequences at a time as two ranks do, at a coefficient at which
+    the loss matters."""
     balance = ["loss.aux_loss_type=global_aux_loss", "loss.aux_loss_coef=1.0"]
     exact = "loss.aux_loss_gradient=exact"
     one = curve(start, tmp_path / "one", *balance, "schedule.micro_batch_size=2")
     two = curve(start, tmp_path / "two", *balance, exact, nproc=2)
     assert distance(two, one) < 2 * noise
-    assert distance(curve(start, tmp_path / "half", *balance, nproc=2), one) > 4 * noise  # half the gradient
+    assert (
+        distance(curve(start, tmp_path / "half", *balance, nproc=2), one) > 4 * noise
+    )  # half the gradient

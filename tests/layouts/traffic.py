@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 SMALL = 512
-"""Floats of a tensor below which it is a statistic (losses, norms' gradients, masks) and not counted."""
+"""Floats of a tensor below which it is a statistic (losses, norms' gradients, masks) and not
+counted."""
 
 COLLECTIVES = (
     "all_gather_into_tensor",
@@ -35,7 +36,9 @@ def counting() -> Iterator[dict[str, float]]:
         replaced.append((module, "dist_all_gather_func", counter.all_gather_into_tensor))
         replaced.append((module, "dist_reduce_scatter_func", counter.reduce_scatter_tensor))
     for name in ("_p2p_ops", "_batched_p2p_ops"):
-        replaced.append((p2p_communication, name, counter.to_neighbours(getattr(p2p_communication, name))))
+        replaced.append(
+            (p2p_communication, name, counter.to_neighbours(getattr(p2p_communication, name)))
+        )
     with contextlib.ExitStack() as stack:
         for module, name, replacement in replaced:
             stack.callback(setattr, module, name, getattr(module, name))
@@ -66,25 +69,35 @@ class Counter:
         )
         self.names = {id(group): name for name, group in groups}
         self.sent: dict[str, float] = defaultdict(float)
-        self.original: dict[str, Any] = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
+        self.original: dict[str, Any] = {
+            name: getattr(torch.distributed, name) for name in COLLECTIVES
+        }
 
     def note(self, group: Any, tensor: torch.Tensor, factor: float) -> None:
         if tensor.is_floating_point() and tensor.numel() >= SMALL and id(group) in self.names:
             self.sent[self.names[id(group)]] += tensor.nbytes * factor
 
-    def all_gather_into_tensor(self, output: torch.Tensor, given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
+    def all_gather_into_tensor(
+        self, output: torch.Tensor, given: torch.Tensor, group: Any = None, **rest: Any
+    ) -> Any:
         self.note(group, output, ring(group))
         return self.original["all_gather_into_tensor"](output, given, group=group, **rest)
 
-    def reduce_scatter_tensor(self, output: torch.Tensor, given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
+    def reduce_scatter_tensor(
+        self, output: torch.Tensor, given: torch.Tensor, group: Any = None, **rest: Any
+    ) -> Any:
         self.note(group, given, ring(group))
         return self.original["reduce_scatter_tensor"](output, given, group=group, **rest)
 
-    def all_gather(self, outputs: list[torch.Tensor], given: torch.Tensor, group: Any = None, **rest: Any) -> Any:
+    def all_gather(
+        self, outputs: list[torch.Tensor], given: torch.Tensor, group: Any = None, **rest: Any
+    ) -> Any:
         self.note(group, given, group.size() - 1)
         return self.original["all_gather"](outputs, given, group=group, **rest)
 
-    def reduce_scatter(self, output: torch.Tensor, given: list[torch.Tensor], group: Any = None, **rest: Any) -> Any:
+    def reduce_scatter(
+        self, output: torch.Tensor, given: list[torch.Tensor], group: Any = None, **rest: Any
+    ) -> Any:
         for rank, tensor in enumerate(given):
             self.note(group, tensor, float(rank != group.rank()))
         return self.original["reduce_scatter"](output, given, group=group, **rest)
@@ -93,7 +106,9 @@ class Counter:
         self, output: torch.Tensor, given: torch.Tensor, *args: Any, group: Any = None, **rest: Any
     ) -> Any:
         splits = rest.get("input_split_sizes", args[1] if len(args) > 1 else None)
-        kept = 1 / group.size() if splits is None else int(splits[group.rank()]) / max(1, len(given))
+        kept = (
+            1 / group.size() if splits is None else int(splits[group.rank()]) / max(1, len(given))
+        )
         self.note(group, given, 1 - kept)
         return self.original["all_to_all_single"](output, given, *args, group=group, **rest)
 
@@ -103,7 +118,8 @@ class Counter:
         return self.original["all_reduce"](tensor, *args, group=group, **rest)
 
     def to_neighbours(self, send: Any) -> Any:
-        """Wrap one of Megatron's functions that send to the next and the previous pipeline stage."""
+        """Wrap one of Megatron's functions that send to the next and the previous pipeline
+        stage."""
 
         def wrapped(**tensors: Any) -> Any:
             for name in ("tensor_send_prev", "tensor_send_next"):

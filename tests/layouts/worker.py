@@ -1,8 +1,10 @@
-"""What one rank does in the layout tests: a whole training step without an optimizer, and what came of it.
+"""What one rank does in the layout tests: a whole training step without an optimizer, and what came
+of it.
 
-Megatron's own machinery runs: `initialize_model_parallel`, the real model provider, `DistributedDataParallel`,
-`forward_backward_func` and `finalize_model_grads`. Weights are functions of their names, tokens of a seed, so every
-layout starts from the same model and sees the same batch.
+Megatron's own machinery runs: `initialize_model_parallel`, the real model provider,
+`DistributedDataParallel`, `forward_backward_func` and `finalize_model_grads`. Weights are functions
+of their names, tokens of a seed, so every layout starts from the same model and sees the same
+batch.
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ class Case:
         tp, pp, vpp, ep, etp, cp: the layout; tensor parallelism comes with sequence parallelism.
         micro_batch: sequences of a micro-batch.
         balance: which load-balancing loss, at which coefficient.
-        per_token: Megatron's `calculate_per_token_loss`: one mean over all tokens, not a mean of micro-batch means.
-        documents: real lengths of the documents that each sequence is packed from, each padded to a multiple of 8;
-            empty: one document, not packed.
+        per_token: Megatron's `calculate_per_token_loss`: one mean over all tokens, not a mean of
+            micro-batch means.
+        documents: real lengths of the documents that each sequence is packed from, each padded to a
+            multiple of 8; empty: one document, not packed.
         mask: positions that do not count in the loss.
         tight: the documents without their padding.
         exact: our `loss.aux_loss_gradient`.
@@ -99,7 +102,8 @@ class Outcome:
     Attributes:
         ranks: its coordinate in each parallelism.
         gradients: of the parameters it holds, by global name, after all reductions.
-        logits: by (sequence, head), `[s / cp, vocabulary / tp]`; empty off the last stage. Head 0 is the main one.
+        logits: by (sequence, head), `[s / cp, vocabulary / tp]`; empty off the last stage. Head 0
+            is the main one.
         losses: totals of the whole batch, the same on every rank that has them.
         sent: bytes that this rank sent, by parallelism.
     """
@@ -129,11 +133,15 @@ def shard(name: str, full: torch.Tensor, case: Case, ranks: dict[str, int]) -> t
         return full
     ways, rank = getattr(case, axis), ranks[axis]
     if name.endswith("linear_fc1.weight"):  # gate and up, each divided
-        return torch.cat([half.chunk(ways, dimension)[rank] for half in full.chunk(2, dimension)], dimension)
+        return torch.cat(
+            [half.chunk(ways, dimension)[rank] for half in full.chunk(2, dimension)], dimension
+        )
     return full.chunk(ways, dimension)[rank]
 
 
-def initial_value(name: str, local: torch.Tensor, case: Case, ranks: dict[str, int]) -> torch.Tensor:
+def initial_value(
+    name: str, local: torch.Tensor, case: Case, ranks: dict[str, int]
+) -> torch.Tensor:
     """Return this rank's part of a tensor that depends on its global name and shape alone."""
     shape = list(local.shape)
     for end, (dimension, axis) in SHARDED.items():
@@ -149,9 +157,14 @@ def initial_value(name: str, local: torch.Tensor, case: Case, ranks: dict[str, i
     return shard(name, value, case, ranks)
 
 
-def global_names(chunk: torch.nn.Module, case: Case, ranks: dict[str, int]) -> dict[str, torch.nn.Parameter]:
+def global_names(
+    chunk: torch.nn.Module, case: Case, ranks: dict[str, int]
+) -> dict[str, torch.nn.Parameter]:
     """Return the chunk's parameters under the names that one process would give them."""
-    layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+    layers = {
+        f"decoder.layers.{i}.": layer.layer_number - 1
+        for i, layer in enumerate(chunk.decoder.layers)
+    }
     local_experts = ARCHITECTURE.num_experts // case.ep
     named = {}
     for name, parameter in chunk.named_parameters():
@@ -170,7 +183,11 @@ def global_names(chunk: torch.nn.Module, case: Case, ranks: dict[str, int]) -> d
 def step(case: Case, device: str = "cpu") -> Outcome:
     """Run one forward and backward pass over the batch on this rank and return what it saw."""
     from megatron.core import parallel_state as mpu
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -200,7 +217,9 @@ def step(case: Case, device: str = "cpu") -> Outcome:
                 parameter.copy_(initial_value(name, parameter, case, ranks))
         config = chunk.config
         wrapped.append(
-            DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk).train()
+            DistributedDataParallel(
+                config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk
+            ).train()
         )
     config.finalize_model_grads_func = finalize_model_grads
     data_ranks = mpu.get_data_parallel_world_size()
@@ -244,7 +263,8 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
         expert_model_parallel_size=case.ep,
         expert_tensor_parallel_size=case.etp,
         pipeline_dtype=torch.float32,
-        # As Megatron's arguments set it: two ranks that send both ways at once need a group for each way.
+        # As Megatron's arguments set it: two ranks that send both ways at once need a group for
+        # each way.
         overlap_p2p_comm=case.vpp > 1,
         batch_p2p_comm=case.vpp == 1,
         use_cpu_initialization=device == "cpu",
@@ -259,7 +279,10 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
     provide = model_provider(ARCHITECTURE, "torch", loss=loss)
     chunks = []
     for stage in range(case.vpp):
-        where: dict[str, Any] = {"ignore_virtual": case.vpp == 1, "vp_stage": stage if case.vpp > 1 else None}
+        where: dict[str, Any] = {
+            "ignore_virtual": case.vpp == 1,
+            "vp_stage": stage if case.vpp > 1 else None,
+        }
         chunk = provide(
             pre_process=mpu.is_pipeline_first_stage(**where),
             post_process=mpu.is_pipeline_last_stage(**where),
@@ -272,14 +295,23 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
 
 def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str, Any]]:
     """Yield this data-parallel rank's micro-batches, whole: Megatron's order, rank after rank."""
-    text = torch.randint(0, ARCHITECTURE.vocab_size, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(7))
+    text = torch.randint(
+        0,
+        ARCHITECTURE.vocab_size,
+        (BATCH, SEQUENCE + 1),
+        generator=torch.Generator().manual_seed(7),
+    )
     mask = torch.ones(BATCH, SEQUENCE)
     mask[:, list(case.mask)] = 0.0
     places = list(range(SEQUENCE))
     if case.documents:
         spread = dataclasses.replace(case, tight=False).rooms
         starts = list(itertools.accumulate(spread, initial=0))
-        real = {start + i for start, length in zip(starts, case.documents, strict=False) for i in range(length)}
+        real = {
+            start + i
+            for start, length in zip(starts, case.documents, strict=False)
+            for i in range(length)
+        }
         mask[:, [place for place in places if place not in real]] = 0.0
         places = sorted(real) if case.tight else places
     text, targets, mask = text[:, :-1][:, places], text[:, 1:][:, places], mask[:, places]
@@ -295,12 +327,17 @@ def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str
         }
         if case.documents:
             for name, each in (("cu_seqlens", case.documents), ("cu_seqlens_padded", case.rooms)):
-                batch[name] = torch.tensor([list(itertools.accumulate(each, initial=0))] * size, dtype=torch.int32)
+                batch[name] = torch.tensor(
+                    [list(itertools.accumulate(each, initial=0))] * size, dtype=torch.int32
+                )
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def forward_step(
-    logits: dict[tuple[int, str], torch.Tensor], case: Case, iterator: Iterator[dict[str, Any]], model: torch.nn.Module
+    logits: dict[tuple[int, str], torch.Tensor],
+    case: Case,
+    iterator: Iterator[dict[str, Any]],
+    model: torch.nn.Module,
 ) -> tuple[torch.Tensor, Any]:
     """Run one micro-batch, keeping the logits of every head."""
     from megatron.core import parallel_state as mpu
@@ -310,13 +347,23 @@ def forward_step(
 
     batch = next(iterator)
     rows = batch.pop("rows").tolist()
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
     heads: list[torch.Tensor] = []
     post_process = get_attr_wrapped_model(model, "post_process")
-    if post_process:  # the head runs for MTP first, then for the trunk; the cross entropy overwrites its input
+    if (
+        post_process
+    ):  # the head runs for MTP first, then for the trunk; the cross entropy overwrites its input
         head = get_attr_wrapped_model(model, "output_layer")
-        hook = head.register_forward_hook(lambda _module, _inputs, out: heads.append(out[0].detach().cpu().clone()))
-    packed = packed_documents(case.documents, case.rooms, batch["tokens"].device) if case.documents else None
+        hook = head.register_forward_hook(
+            lambda _module, _inputs, out: heads.append(out[0].detach().cpu().clone())
+        )
+    packed = (
+        packed_documents(case.documents, case.rooms, batch["tokens"].device)
+        if case.documents
+        else None
+    )
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -332,8 +379,11 @@ def forward_step(
     return output, functools.partial(sum_loss, batch["loss_mask"])
 
 
-def losses(case: Case, reported: list[dict[str, torch.Tensor]], microbatches: int) -> dict[str, torch.Tensor]:
-    """Return lm, MTP, auxiliary and z loss as the training loop would log them; the latter two for each layer."""
+def losses(
+    case: Case, reported: list[dict[str, torch.Tensor]], microbatches: int
+) -> dict[str, torch.Tensor]:
+    """Return lm, MTP, auxiliary and z loss as the training loop would log them; the latter two for
+    each layer."""
     from megatron.core import parallel_state as mpu
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -341,7 +391,9 @@ def losses(case: Case, reported: list[dict[str, torch.Tensor]], microbatches: in
     found: dict[str, torch.Tensor] = {}
     if mpu.is_pipeline_last_stage(ignore_virtual=True):
         total = torch.stack([report["lm loss"] for report in reported]).sum(0)
-        torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        torch.distributed.all_reduce(
+            total, group=mpu.get_data_parallel_group(with_context_parallel=True)
+        )
         found["lm"] = (total[0] / total[1]).cpu()
         MTPLossLoggingHelper.reduce_metrics_in_tracker()
         found["mtp"] = MTPLossLoggingHelper.tracker["loss_values"].cpu() / microbatches

@@ -1,4 +1,5 @@
-"""The run's log read back by independent readers: json, TensorBoard's accumulator, W&B's own record reader."""
+"""The run's log read back by independent readers: json, TensorBoard's accumulator, W&B's own record
+reader."""
 
 from __future__ import annotations
 
@@ -40,7 +41,11 @@ def loss_at(step: int) -> float:
 
 def train(log: MetricsLogger, steps: range, offset: float = 0.0) -> None:
     for step in steps:
-        values = {"lm_loss": loss_at(step) + offset, "expert_load/layer_03/max_over_mean": 1.5, "samples": 32.0 * step}
+        values = {
+            "lm_loss": loss_at(step) + offset,
+            "expert_load/layer_03/max_over_mean": 1.5,
+            "samples": 32.0 * step,
+        }
         log.log_step(step, values)
         if step % 2 == 0:
             log.log_eval(step, {"lm_loss": loss_at(step) + offset + 0.5})
@@ -67,7 +72,9 @@ def test_every_number_comes_back_exactly(tmp_path: Path) -> None:
 def test_an_event_has_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = logger(tmp_path, tensorboard=True)
     log.log_step(1, {"lm_loss": 1.0})
-    log.log_event(2, "the loss is nan on rank 3: the update is skipped", {"value": math.nan, "rank": 3.0})
+    log.log_event(
+        2, "the loss is nan on rank 3: the update is skipped", {"value": math.nan, "rank": 3.0}
+    )
     log.close()
     raw = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
     note = "the loss is nan on rank 3: the update is skipped"
@@ -77,8 +84,14 @@ def test_an_event_has_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     assert records[0].note == ""
     assert series(records, "rank") == ([], [])
     assert f"step 2: {note}" in capsys.readouterr().out
-    train(logger(tmp_path, resume_step=1), range(2, 3))  # what the checkpoint does not know of is dropped
-    assert [record.kind for record in read_metrics(tmp_path / "metrics.jsonl")] == ["train", "train", "valid"]
+    train(
+        logger(tmp_path, resume_step=1), range(2, 3)
+    )  # what the checkpoint does not know of is dropped
+    assert [record.kind for record in read_metrics(tmp_path / "metrics.jsonl")] == [
+        "train",
+        "train",
+        "valid",
+    ]
 
 
 def test_numbers_that_json_lacks_survive_as_valid_json(tmp_path: Path) -> None:
@@ -129,7 +142,14 @@ def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"kind": "train"}', '{"kind": "test", "step": 1}', '{"kind": "train", "step": 1, "x": "y"}']
+    "line",
+    [
+        "{",
+        "[]",
+        '{"kind": "train"}',
+        '{"kind": "test", "step": 1}',
+        '{"kind": "train", "step": 1, "x": "y"}',
+    ],
 )
 def test_a_damaged_file_is_named_by_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -164,7 +184,8 @@ def test_tensorboard_reads_the_same_series_across_a_resume(tmp_path: Path) -> No
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """Records of a LevelDB log with W&B's 7-byte file header: 32 KiB blocks of parts (checksum, length, type, data)."""
+    """Records of a LevelDB log with W&B's 7-byte file header: 32 KiB blocks of parts (checksum,
+    length, type, data)."""
     position, parts = 7, b""
     while position < len(data):
         room = 32768 - position % 32768
@@ -188,7 +209,12 @@ def wandb_history(file: Path) -> list[dict[str, Any]]:
         record = wandb_internal_pb2.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            rows.append(
+                {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
+            )
     return rows
 
 
@@ -204,13 +230,17 @@ def test_wandb_without_a_key_keeps_the_series_in_the_run_folder(
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert file.name == f"run-{first_id}.wandb"
     rows = [row for row in wandb_history(file) if "train/lm_loss" in row]
-    assert [(row["step"], row["train/lm_loss"]) for row in rows] == [(step, loss_at(step)) for step in (1, 2, 3)]
+    assert [(row["step"], row["train/lm_loss"]) for row in rows] == [
+        (step, loss_at(step)) for step in (1, 2, 3)
+    ]
     assert rows[0]["train/expert_load/layer_03/max_over_mean"] == 1.5
     (valid,) = [row for row in wandb_history(file) if "valid/lm_loss" in row]
     assert (valid["step"], valid["valid/lm_loss"]) == (2, loss_at(2) + 0.5)
 
     train(logger(tmp_path, wandb_project="mellum", resume_step=3), range(4, 6))
-    assert {file.name for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb")} == {f"run-{first_id}.wandb"}
+    assert {file.name for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb")} == {
+        f"run-{first_id}.wandb"
+    }
     train(logger(tmp_path, wandb_project="mellum"), range(1, 2))  # a new run in the old folder
     assert (tmp_path / "wandb_run_id.txt").read_text().strip() != first_id
 
@@ -233,11 +263,15 @@ os._exit(75)  # as a rank does that has saved
 """
 
 
-def test_a_run_outlives_the_process_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_outlives_the_process_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Slurm's SIGTERM goes to every process of a step; ranks save after it."""
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    done = subprocess.run([sys.executable, "-c", OUTLIVES, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", OUTLIVES, str(tmp_path)], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 75, done.stderr
     assert [record.step for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert "W&B: its process is gone" in done.stderr
@@ -274,7 +308,9 @@ class Terminal(io.StringIO):
 def show(file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     clock = iter([100.0, 110.0])
     monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    shown = TrainingConsole(title="tiny on 2 processes", total_steps=30, total_samples=960, file=file)
+    shown = TrainingConsole(
+        title="tiny on 2 processes", total_steps=30, total_samples=960, file=file
+    )
     shown.step(10, VALUES | {"samples": 320.0})
     shown.step(20, VALUES)
     shown.validation(20, {"lm_loss": 6.25})

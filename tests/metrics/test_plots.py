@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 def log(tmp_path: Path) -> Path:
     lines = []
     for step in (10, 20, 30):
-        loads = {f"expert_load/{layer}/max_over_mean": step / 10 + len(layer) for layer in ("layer_00", "mtp")}
+        loads = {
+            f"expert_load/{layer}/max_over_mean": step / 10 + len(layer)
+            for layer in ("layer_00", "mtp")
+        }
         values = {"lm_loss": 8 - step / 10, "mtp_loss": 9 - step / 10, "tokens": step * 1000}
         lines.append({"kind": "train", "step": step, **values, **loads})
     lines.append({"kind": "valid", "step": 20, "lm_loss": 6.5})
@@ -48,7 +51,9 @@ def test_loss_curve(log: Path, tmp_path: Path, figures: list[Figure]) -> None:
     plot_loss(log, tmp_path / "loss.png", unigram_entropy=6.25, ln_vocab=math.log(4096))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
     (axes,) = figures[0].axes
-    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    curves = {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
+    }
     assert curves["next token, training"] == ([10, 20, 30], [7.0, 6.0, 5.0])
     assert curves["MTP (token after next), training"] == ([10, 20, 30], [8.0, 7.0, 6.0])
     assert curves["next token, validation"] == ([20], [6.5])
@@ -62,7 +67,9 @@ def test_loss_curve(log: Path, tmp_path: Path, figures: list[Figure]) -> None:
 
 def test_a_loss_that_diverged_is_drawn_where_it_is_finite(log: Path, tmp_path: Path) -> None:
     with log.open("a") as file:
-        file.write('{"kind": "train", "step": 40, "lm_loss": "nan"}\n{"kind": "train", "step": 50, "lm_loss": "inf"}\n')
+        file.write(
+            '{"kind": "train", "step": 40, "lm_loss": "nan"}\n{"kind": "train", "step": 50, "lm_loss": "inf"}\n'
+        )
     plot_loss(log, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
 

@@ -1,6 +1,8 @@
-"""The independent side of the parity tests: transformers' Mellum with random weights, copied by hand into Megatron's.
+"""The independent side of the parity tests: transformers' Mellum with random weights, copied by
+hand into Megatron's.
 
-Nothing of the project's converter is used here, so that a mistake in it cannot hide one in the model.
+Nothing of the project's converter is used here, so that a mistake in it cannot hide one in the
+model.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ SMALL = Mellum2Architecture(
     num_mtp_layers=1,
     mtp_layer_types=("sliding_attention",),
 )
-"""Small enough for gradients of every parameter in well under a second; odd vocabulary on purpose."""
+"""Small enough for gradients of every parameter in well under a second; odd vocabulary on
+purpose."""
 
 
 @dataclass
@@ -47,14 +50,18 @@ class Reference:
     def logits(
         self, tokens: torch.Tensor, *, mtp_from_pre_norm: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return main logits `[b, s, v]` and MTP logits `[b, s - 1, v]`: position t predicts token t + 2.
+        """Return main logits `[b, s, v]` and MTP logits `[b, s - 1, v]`: position t predicts token
+        t + 2.
 
         Args:
             tokens: `[b, s]`.
-            mtp_from_pre_norm: the wrong reading that feeds MTP the hidden state before the final norm.
+            mtp_from_pre_norm: the wrong reading that feeds MTP the hidden state before the final
+                norm.
         """
         captured: list[torch.Tensor] = []
-        hook = self.trunk.model.norm.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+        hook = self.trunk.model.norm.register_forward_pre_hook(
+            lambda _, args: captured.append(args[0])
+        )
         hidden = self.trunk.model(tokens, use_cache=False).last_hidden_state
         hook.remove()
         logits = self.trunk.lm_head(hidden)
@@ -62,11 +69,14 @@ class Reference:
             return logits, None
         source = captured[0] if mtp_from_pre_norm else hidden
         positions = torch.arange(tokens.shape[1] - 1)[None]
-        mtp_hidden = self.mtp.forward_layer(0, source[:, :-1], positions, None, input_ids=tokens[:, 1:])
+        mtp_hidden = self.mtp.forward_layer(
+            0, source[:, :-1], positions, None, input_ids=tokens[:, 1:]
+        )
         return logits, self.trunk.lm_head(mtp_hidden)
 
     def loss(self, tokens: torch.Tensor, mtp_weight: float) -> torch.Tensor:
-        """Cross entropy of the next token plus `mtp_weight` times that of the token after it; `tokens` is `[b, s]`."""
+        """Cross entropy of the next token plus `mtp_weight` times that of the token after it;
+        `tokens` is `[b, s]`."""
         logits, mtp_logits = self.logits(tokens[:, :-1])
         entropy = torch.nn.functional.cross_entropy
         total = entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -83,7 +93,9 @@ class Reference:
         return named
 
 
-def make_reference(architecture: Mellum2Architecture, seed: int = 0, dtype: torch.dtype = torch.float32) -> Reference:
+def make_reference(
+    architecture: Mellum2Architecture, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Reference:
     """Build transformers' model of `architecture`, every parameter random, norms included."""
     config = MellumConfig(**to_hf_config(architecture, torch_dtype="float32"))
     config._attn_implementation = "eager"
@@ -113,7 +125,10 @@ def megatron_name_pairs(architecture: Mellum2Architecture) -> list[tuple[str, st
         ("decoder.final_layernorm.weight", "model.norm.weight"),
         ("output_layer.weight", "lm_head.weight"),
     ]
-    stacks = [(f"decoder.layers.{i}.", f"model.layers.{i}.") for i in range(architecture.num_hidden_layers)]
+    stacks = [
+        (f"decoder.layers.{i}.", f"model.layers.{i}.")
+        for i in range(architecture.num_hidden_layers)
+    ]
     if architecture.num_mtp_layers:
         stacks.append(("mtp.layers.0.mtp_model_layer.", "mtp.layers.0.mtp_block."))
         pairs += [
@@ -137,10 +152,16 @@ def megatron_name_pairs(architecture: Mellum2Architecture) -> list[tuple[str, st
     return pairs
 
 
-def to_megatron(architecture: Mellum2Architecture, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename and regroup transformers' tensors (weights, or their gradients) to the torch backend's names."""
+def to_megatron(
+    architecture: Mellum2Architecture, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Rename and regroup transformers' tensors (weights, or their gradients) to the torch backend's
+    names."""
     result = {ours: tensors[theirs] for ours, theirs in megatron_name_pairs(architecture)}
-    stacks = [(f"decoder.layers.{i}.", f"model.layers.{i}.") for i in range(architecture.num_hidden_layers)]
+    stacks = [
+        (f"decoder.layers.{i}.", f"model.layers.{i}.")
+        for i in range(architecture.num_hidden_layers)
+    ]
     if architecture.num_mtp_layers:
         stacks.append(("mtp.layers.0.mtp_model_layer.", "mtp.layers.0.mtp_block."))
     per_group = architecture.num_attention_heads // architecture.num_key_value_heads
@@ -154,6 +175,8 @@ def to_megatron(architecture: Mellum2Architecture, tensors: dict[str, torch.Tens
         result[f"{ours}self_attention.linear_qkv.weight"] = torch.cat(rows)
         for expert in range(architecture.num_experts):
             name = f"{ours}mlp.experts.local_experts.{expert}"
-            result[f"{name}.linear_fc1.weight"] = tensors[f"{theirs}mlp.experts.gate_up_proj"][expert]
+            result[f"{name}.linear_fc1.weight"] = tensors[f"{theirs}mlp.experts.gate_up_proj"][
+                expert
+            ]
             result[f"{name}.linear_fc2.weight"] = tensors[f"{theirs}mlp.experts.down_proj"][expert]
     return result

@@ -1,7 +1,8 @@
-"""What a rank does in the optimizer tests: Megatron's own model, wrapper and optimizer, with gradients made by name.
+"""What a rank does in the optimizer tests: Megatron's own model, wrapper and optimizer, with
+gradients made by name.
 
-Weights and gradients are functions of a parameter's global name, so every layout starts from the same model and is
-handed the same gradients; nothing but the optimizer runs.
+Weights and gradients are functions of a parameter's global name, so every layout starts from the
+same model and is handed the same gradients; nothing but the optimizer runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from mellum2_megatron.config import Run
-from mellum2_megatron.upstream.arguments import megatron_arguments
+from mellum2_megatron.upstream import megatron_arguments
 from tests.layouts.traffic import counting
 
 GRADIENT = 1e-3
@@ -27,7 +28,8 @@ class Part:
     """What a rank's optimizer holds of one weight.
 
     Attributes:
-        start: first element of the flattened weight; 0 for a matrix under Muon, which has one owner.
+        start: first element of the flattened weight; 0 for a matrix under Muon, which has one
+            owner.
         optimizer: class that updates it.
         group: learning rate and weight decay.
         values: FP32 master and states, by name, flat.
@@ -80,7 +82,8 @@ def update(run: Run, *, steps: int, precision: str = "medium") -> Outcome:
     Args:
         run: a resolved run.
         steps: how many.
-        precision: of Newton-Schulz; torch's word for FP32 products, by which "medium", Megatron's default, is BF16.
+        precision: of Newton-Schulz; torch's word for FP32 products, by which "medium", Megatron's
+            default, is BF16.
     """
     chunks, optimizer = _set_up(run, precision)
     named = [(name, parameter) for chunk in chunks for name, parameter in _global_names(chunk, run)]
@@ -95,8 +98,15 @@ def update(run: Run, *, steps: int, precision: str = "medium") -> Outcome:
     return Outcome(
         weights={name: parameter.detach().clone() for name, parameter in named},
         parts=_parts(optimizer, dict(named)),
-        names=[(name, tuple(parameter.shape)) for chunk in chunks for name, parameter in _local_names(chunk)],
-        owned=_owned(optimizer, {parameter: name for chunk in chunks for name, parameter in _local_names(chunk)}),
+        names=[
+            (name, tuple(parameter.shape))
+            for chunk in chunks
+            for name, parameter in _local_names(chunk)
+        ],
+        owned=_owned(
+            optimizer,
+            {parameter: name for chunk in chunks for name, parameter in _local_names(chunk)},
+        ),
         buffers=_buffers(chunks),
     )
 
@@ -112,11 +122,15 @@ def _set_up(run: Run, precision: str) -> tuple[list[Any], Any]:
 
     world_size = torch.distributed.get_world_size()
     sys.argv = ["train", *megatron_arguments(run, world_size=world_size, device="cpu")]
-    sys.argv.append("--no-check-for-nan-in-loss-and-grad")  # it reports to the forward pass, and there is none
+    sys.argv.append(
+        "--no-check-for-nan-in-loss-and-grad"
+    )  # it reports to the forward pass, and there is none
     parse_and_validate_args()
     initialize_megatron()
     get_args().iteration = 0
-    get_args().muon_fp32_matmul_prec = precision  # "highest" is not among the command line's choices
+    get_args().muon_fp32_matmul_prec = (
+        precision  # "highest" is not among the command line's choices
+    )
     build = model_provider(run.architecture, "torch", run.optimizer)
 
     def provide(*args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -131,14 +145,21 @@ def _set_up(run: Run, precision: str) -> tuple[list[Any], Any]:
 
 
 def _local_names(chunk: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name.replace("module.", ""), parameter) for name, parameter in chunk.named_parameters()]
+    return [
+        (name.replace("module.", ""), parameter) for name, parameter in chunk.named_parameters()
+    ]
 
 
 def _global_names(chunk: torch.nn.Module, run: Run) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a model without pipeline stages, under the names that one process gives them."""
+    """The parameters of a model without pipeline stages, under the names that one process gives
+    them."""
     from megatron.core import parallel_state
 
-    first = parallel_state.get_expert_model_parallel_rank() * run.architecture.num_experts // run.layout.ep
+    first = (
+        parallel_state.get_expert_model_parallel_rank()
+        * run.architecture.num_experts
+        // run.layout.ep
+    )
     pattern = re.compile(r"local_experts\.(\d+)\.")
     return [
         (pattern.sub(lambda match: f"local_experts.{first + int(match[1])}.", name), parameter)
@@ -159,17 +180,26 @@ def _parts(optimizer: Any, named: dict[str, torch.nn.Parameter]) -> dict[str, Pa
         sharded = hasattr(leaf, "shard_fp32_from_float16_groups")
         models = leaf.model_float16_groups if sharded else leaf.float16_groups
         masters = leaf.shard_fp32_from_float16_groups if sharded else leaf.fp32_from_float16_groups
-        for model, master, settings in zip(models, masters, leaf.optimizer.param_groups, strict=True):
+        for model, master, settings in zip(
+            models, masters, leaf.optimizer.param_groups, strict=True
+        ):
             for parameter, value in zip(model, master, strict=True):
                 if value is None:
                     continue
                 start = leaf._get_model_param_range_map(parameter)["param"].start if sharded else 0
-                state = {key: each for key, each in leaf.optimizer.state[value].items() if torch.is_tensor(each)}
+                state = {
+                    key: each
+                    for key, each in leaf.optimizer.state[value].items()
+                    if torch.is_tensor(each)
+                }
                 found[names[parameter]] = Part(
                     start=start,
                     optimizer=type(leaf.optimizer).__name__,
                     group={key: settings[key] for key in ("lr", "weight_decay")},
-                    values={key: each.detach().flatten().clone() for key, each in {"master": value, **state}.items()},
+                    values={
+                        key: each.detach().flatten().clone()
+                        for key, each in {"master": value, **state}.items()
+                    },
                 )
     return found
 
@@ -208,9 +238,12 @@ def bytes_of_a_step(run: Run) -> float:
 
 
 def buffer_bytes(run: Run) -> tuple[int, int]:
-    """Return a rank's weights, and the bytes of all buffers that Megatron makes for them and their gradients."""
+    """Return a rank's weights, and the bytes of all buffers that Megatron makes for them and their
+    gradients."""
     chunks, _ = _set_up(run, "medium")
-    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    buffers = [
+        buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+    ]
     held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     return held, sum(buffer.param_data.nbytes + buffer.grad_data.nbytes for buffer in buffers)
 
@@ -218,7 +251,10 @@ def buffer_bytes(run: Run) -> tuple[int, int]:
 def _buffers(chunks: list[Any]) -> dict[str, int]:
     found: dict[str, int] = {}
     for chunk in chunks:
-        for group, buffers in (("dense", chunk.buffers), ("experts", chunk.expert_parallel_buffers)):
+        for group, buffers in (
+            ("dense", chunk.buffers),
+            ("experts", chunk.expert_parallel_buffers),
+        ):
             for buffer in buffers:
                 if buffer.params[0].is_managed_by_layer_wise_optimizer:
                     found[group] = found.get(group, 0) + buffer.numel

@@ -10,7 +10,8 @@ import torch
 
 
 def packed_documents(lengths: Sequence[int], rooms: Sequence[int], device: Any = "cpu") -> Any:
-    """Return `PackedSeqParams` of documents with so many real tokens, each in so many places of the stream."""
+    """Return `PackedSeqParams` of documents with so many real tokens, each in so many places of the
+    stream."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     real, padded = (

@@ -1,4 +1,5 @@
-"""Packed documents are the documents: the whole model on a packed stream equals the model on each of them alone."""
+"""Packed documents are the documents: the whole model on a packed stream equals the model on each
+of them alone."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from mellum2_megatron import upstream
 from mellum2_megatron.model.provider import build_model
-from mellum2_megatron.upstream import patches as upstream
 from tests.layouts.worker import ARCHITECTURE
 from tests.model.packing import packed_documents
 
@@ -30,13 +31,19 @@ def model():
     return model
 
 
-def heads(model: torch.nn.Module, tokens: torch.Tensor, packed: PackedSeqParams | None) -> list[torch.Tensor]:
+def heads(
+    model: torch.nn.Module, tokens: torch.Tensor, packed: PackedSeqParams | None
+) -> list[torch.Tensor]:
     """Return MTP and main logits `[s, v]` of one sequence, with their graph."""
     found: list[torch.Tensor] = []
 
-    def keep(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, None]) -> tuple[torch.Tensor, None]:
+    def keep(
+        _module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, None]
+    ) -> tuple[torch.Tensor, None]:
         found.append(output[0][:, 0])
-        return output[0].detach().clone(), None  # for the loss that nobody asked for, which overwrites its logits
+        return output[
+            0
+        ].detach().clone(), None  # for the loss that nobody asked for, which overwrites its logits
 
     hook = model.output_layer.register_forward_hook(keep)
     model(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packed)
@@ -46,8 +53,13 @@ def heads(model: torch.nn.Module, tokens: torch.Tensor, packed: PackedSeqParams 
 
 def test_packing_changes_nothing(model):
     generator = torch.Generator().manual_seed(1)
-    documents = [torch.randint(1, ARCHITECTURE.vocab_size, (length,), generator=generator) for length in LENGTHS]
-    weights = [torch.randn(2, length, ARCHITECTURE.vocab_size, generator=generator) for length in LENGTHS]
+    documents = [
+        torch.randint(1, ARCHITECTURE.vocab_size, (length,), generator=generator)
+        for length in LENGTHS
+    ]
+    weights = [
+        torch.randn(2, length, ARCHITECTURE.vocab_size, generator=generator) for length in LENGTHS
+    ]
     starts = list(itertools.accumulate(ROOMS, initial=0))
     stream = torch.full((sum(ROOMS),), 3)
     for start, document in zip(starts, documents, strict=False):
@@ -55,12 +67,16 @@ def test_packing_changes_nothing(model):
     packed = packed_documents(LENGTHS, ROOMS)
     alone = [torch.stack(heads(model, document, None)) for document in documents]
     whole = torch.stack(heads(model, stream, packed))
-    together = [whole[:, start : start + length] for start, length in zip(starts, LENGTHS, strict=False)]
+    together = [
+        whole[:, start : start + length] for start, length in zip(starts, LENGTHS, strict=False)
+    ]
     gradients = []
     for logits in (alone, together):
         model.zero_grad()
         sum((each * weight).sum() for each, weight in zip(logits, weights, strict=True)).backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        gradients.append(
+            {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        )
     for each, ours in zip(alone, together, strict=True):
         torch.testing.assert_close(ours, each, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients[0].items():

@@ -1,4 +1,5 @@
-"""The update of Megatron's distributed Muon, against the formula in float64 and against one process."""
+"""The update of Megatron's distributed Muon, against the formula in float64 and against one
+process."""
 
 from __future__ import annotations
 
@@ -40,11 +41,16 @@ def run_of(*overrides: str) -> Run:
 def updated(nproc: int, *overrides: str, precision: str = "medium") -> list[Outcome]:
     """Every rank's outcome of `STEPS` steps."""
     return run_distributed(
-        "tests.model.optimizer_worker:update", nproc, run_of(*overrides), steps=STEPS, precision=precision
+        "tests.model.optimizer_worker:update",
+        nproc,
+        run_of(*overrides),
+        steps=STEPS,
+        precision=precision,
     )
 
 
-# -- against the formula ----------------------------------------------------------------------------------------------
+# -- against the formula
+# ----------------------------------------------------------------------------------------------
 
 QUINTIC = (  # of emerging_optimizers/orthogonalized_optimizers/muon_utils.py:42 (0.3.0), by their author
     (4.0848, -6.8946, 2.9270),
@@ -56,7 +62,8 @@ QUINTIC = (  # of emerging_optimizers/orthogonalized_optimizers/muon_utils.py:42
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """Five quintic Newton-Schulz steps in float64, times Moonlight's 0.2 sqrt(max) (arXiv 2502.16982, §2.2)."""
+    """Five quintic Newton-Schulz steps in float64, times Moonlight's 0.2 sqrt(max) (arXiv
+    2502.16982, §2.2)."""
     x = matrix.double() / matrix.double().norm()
     for a, b, c in QUINTIC:
         if x.shape[0] <= x.shape[1]:
@@ -69,10 +76,14 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(name: str, rows: int, *, gate_up: bool) -> list[list[int]]:
-    """Rows of a weight that make one matrix. SMALL has 2 groups of 4 query heads, a key and a value, of 16 rows."""
+    """Rows of a weight that make one matrix. SMALL has 2 groups of 4 query heads, a key and a
+    value, of 16 rows."""
     if "linear_qkv" in name:
         groups = [list(range(start, start + 96)) for start in (0, 96)]
-        return [[row for group in groups for row in group[part]] for part in (slice(64), slice(64, 80), slice(80, 96))]
+        return [
+            [row for group in groups for row in group[part]]
+            for part in (slice(64), slice(64, 80), slice(80, 96))
+        ]
     if "linear_fc1" in name and gate_up:
         return [list(range(32)), list(range(32, 64))]
     return [list(range(rows))]
@@ -116,7 +127,8 @@ def error(outcome: Outcome, name: str, expected: torch.Tensor) -> float:
 
 
 def test_every_weight_follows_its_formula_in_fp32() -> None:
-    """With Newton-Schulz in FP32 only rounding is left, which five steps amplify by up to 4.08 * 3.95 .. = 493."""
+    """With Newton-Schulz in FP32 only rounding is left, which five steps amplify by up to 4.08 *
+    3.95 .. = 493."""
     (outcome,) = updated(1, precision="highest")
     used = {"TensorParallelMuon": muon_formula, "FusedAdam": adam_formula}
     assert {part.optimizer for part in outcome.parts.values()} == set(used)
@@ -127,7 +139,8 @@ def test_every_weight_follows_its_formula_in_fp32() -> None:
 
 
 def test_bf16_newton_schulz_stays_near_the_formula() -> None:
-    """As it runs by default: BF16 rounds a value by up to 2**-9, some three times in each of five steps."""
+    """As it runs by default: BF16 rounds a value by up to 2**-9, some three times in each of five
+    steps."""
     (outcome,) = updated(1)
     errors = {
         name: error(outcome, name, muon_formula(name, outcome.weights[name].shape))
@@ -142,23 +155,39 @@ def test_clipping_scales_every_gradient_by_one_norm() -> None:
     (free,), (clipped,) = updated(1), updated(1, "optimizer.clip_grad=0.01")
     shapes = {name: weight.shape for name, weight in free.weights.items()}
     norms = {
-        step: math.sqrt(sum(gradient(name, shape, step).double().square().sum() for name, shape in shapes.items()))
+        step: math.sqrt(
+            sum(
+                gradient(name, shape, step).double().square().sum()
+                for name, shape in shapes.items()
+            )
+        )
         for step in range(1, STEPS + 1)
     }
-    assert all(0.01 < norm < 1 for norm in norms.values()), "GRADIENT must lie between the two limits"
-    for name in ("decoder.layers.0.self_attention.linear_qkv.weight", "mtp.layers.0.eh_proj.weight"):
+    assert all(0.01 < norm < 1 for norm in norms.values()), (
+        "GRADIENT must lie between the two limits"
+    )
+    for name in (
+        "decoder.layers.0.self_attention.linear_qkv.weight",
+        "mtp.layers.0.eh_proj.weight",
+    ):
         for outcome, limit in ((free, 1.0), (clipped, 0.01)):
             momentum = torch.zeros(shapes[name], dtype=torch.float64)
             for step, norm in norms.items():
                 factor = min(1.0, limit / (norm + 1e-6))
-                momentum = 0.95 * momentum + 0.05 * factor * gradient(name, shapes[name], step).double()
+                momentum = (
+                    0.95 * momentum + 0.05 * factor * gradient(name, shapes[name], step).double()
+                )
             found = outcome.parts[name].values["momentum_buffer"].view_as(momentum).double()
             assert (found - momentum).norm() < 1e-6 * momentum.norm()
 
 
 def test_options_reach_the_update() -> None:
     """Gate and up as two matrices; router and MTP projection by Adam."""
-    chosen = ["optimizer.muon_split_gate_up=true", "optimizer.muon_router=false", "optimizer.muon_mtp_projection=false"]
+    chosen = [
+        "optimizer.muon_split_gate_up=true",
+        "optimizer.muon_router=false",
+        "optimizer.muon_mtp_projection=false",
+    ]
     (outcome,) = updated(1, *chosen, precision="highest")
     (plain,) = updated(1, precision="highest")
     for name, weight in outcome.weights.items():
@@ -166,13 +195,18 @@ def test_options_reach_the_update() -> None:
             assert outcome.parts[name].optimizer == "FusedAdam"
             assert error(outcome, name, adam_formula(name, weight.shape)) < 493 * 2**-24, name
         elif "linear_fc1" in name:
-            assert error(outcome, name, muon_formula(name, weight.shape, gate_up=True)) < 493 * 2**-24, name
-            assert error(outcome, name, muon_formula(name, weight.shape)) > 0.1, "split or not must differ"
+            assert (
+                error(outcome, name, muon_formula(name, weight.shape, gate_up=True)) < 493 * 2**-24
+            ), name
+            assert error(outcome, name, muon_formula(name, weight.shape)) > 0.1, (
+                "split or not must differ"
+            )
         else:
             assert torch.equal(weight, plain.weights[name]), name
 
 
-# -- against one process ----------------------------------------------------------------------------------------------
+# -- against one process
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,14 +214,23 @@ def test_options_reach_the_update() -> None:
     [
         (2, ()),
         (2, ("layout.ep=2",)),
-        (2, ("layout.ep=2", "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")),
+        (
+            2,
+            (
+                "layout.ep=2",
+                "optimizer.overlap_grad_reduce=true",
+                "optimizer.overlap_param_gather=true",
+            ),
+        ),
         (4, ("layout.ep=2", "optimizer.muon_split_gate_up=true", "optimizer.muon_router=false")),
     ],
     ids=["dp 2", "ep 2", "ep 2 overlapped", "dp 2 x ep 2, options"],
 )
 def test_distributed_update_is_that_of_one_process(nproc: int, overrides: tuple[str, ...]) -> None:
     """Weights, masters and states, Muon's and Adam's, to the bit."""
-    (alone,) = updated(1, *(word for word in overrides if "layout" not in word and "overlap" not in word))
+    (alone,) = updated(
+        1, *(word for word in overrides if "layout" not in word and "overlap" not in word)
+    )
     seen: dict[tuple[str, str], torch.Tensor] = {}
     for outcome in updated(nproc, *overrides):
         for name, weight in outcome.weights.items():

@@ -1,4 +1,5 @@
-"""The torch backend against transformers: logits, MTP logits and gradients, and every wrong reading of the report."""
+"""The torch backend against transformers: logits, MTP logits and gradients, and every wrong reading
+of the report."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ from tests.model.hf_reference import DEFAULT_ROPE, SMALL, Reference, make_refere
 pytestmark = pytest.mark.usefixtures("megatron_world")
 
 YARN = RopeParameters(
-    rope_type="yarn", rope_theta=500_000.0, factor=4.0, original_max_position_embeddings=16, beta_fast=32, beta_slow=1
+    rope_type="yarn",
+    rope_theta=500_000.0,
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=32,
+    beta_slow=1,
 )
 S, F = "sliding_attention", "full_attention"
 CASES: dict[str, tuple[Mellum2Architecture, int]] = {
@@ -41,10 +47,15 @@ CASES: dict[str, tuple[Mellum2Architecture, int]] = {
         40,
     ),
     "another theta on sliding layers": (
-        SMALL.replace(rope_sliding_attention=RopeParameters(rope_type="default", rope_theta=10_000.0)),
+        SMALL.replace(
+            rope_sliding_attention=RopeParameters(rope_type="default", rope_theta=10_000.0)
+        ),
         30,
     ),
-    "seven layers of period three": (SMALL.replace(num_hidden_layers=7, layer_types=(S, S, F, S, S, F, S)), 20),
+    "seven layers of period three": (
+        SMALL.replace(num_hidden_layers=7, layer_types=(S, S, F, S, S, F, S)),
+        20,
+    ),
     "no period, full first": (SMALL.replace(layer_types=(F, F, S, F)), 20),
     "full-attention mtp": (SMALL.replace(mtp_layer_types=(F,), rope_full_attention=YARN), 40),
     "five experts, top three": (SMALL.replace(num_experts=5, num_experts_per_tok=3), 20),
@@ -65,9 +76,12 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def twin(architecture: Mellum2Architecture, reference: Reference, **overrides):
-    """Build the torch backend with the reference's weights, strictly: no parameter left over on either side."""
+    """Build the torch backend with the reference's weights, strictly: no parameter left over on
+    either side."""
     model = build_model(architecture, backend="torch", parallel_output=True, **overrides)
-    weights = to_megatron(architecture, {n: p.detach() for n, p in reference.named_parameters().items()})
+    weights = to_megatron(
+        architecture, {n: p.detach() for n, p in reference.named_parameters().items()}
+    )
     assert set(weights) == {name for name, _ in model.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -76,7 +90,9 @@ def twin(architecture: Mellum2Architecture, reference: Reference, **overrides):
 
 
 def tokens_of(architecture: Mellum2Architecture, length: int, batch: int = 2) -> torch.Tensor:
-    return torch.randint(0, architecture.vocab_size, (batch, length), generator=torch.Generator().manual_seed(7))
+    return torch.randint(
+        0, architecture.vocab_size, (batch, length), generator=torch.Generator().manual_seed(7)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,10 +133,18 @@ def test_gradients_equal_transformers(case):
     MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     positions = torch.arange(length).expand_as(inputs)
-    loss = model(inputs, positions, None, labels=labels, loss_mask=torch.ones_like(labels, dtype=torch.float32))
+    loss = model(
+        inputs,
+        positions,
+        None,
+        labels=labels,
+        loss_mask=torch.ones_like(labels, dtype=torch.float32),
+    )
     loss.mean().backward()
     errors = {name: relative_error(p.grad, want[name]) for name, p in model.named_parameters()}
-    assert max(errors.values()) < 1e-4, {name: error for name, error in errors.items() if error >= 1e-4}
+    assert max(errors.values()) < 1e-4, {
+        name: error for name, error in errors.items() if error >= 1e-4
+    }
 
 
 WRONG_READINGS = {
@@ -154,7 +178,8 @@ WRONG_READINGS = {
 
 @pytest.mark.parametrize("wrong", [*WRONG_READINGS, "mtp fed the state before the final norm"])
 def test_wrong_reading_would_be_caught(wrong):
-    """Against a reference with one thing misread, the comparison above fails by far more than its tolerance."""
+    """Against a reference with one thing misread, the comparison above fails by far more than its
+    tolerance."""
     architecture = SMALL.replace(rope_full_attention=YARN)
     misread = WRONG_READINGS.get(wrong, lambda a: a)(architecture)
     tokens = tokens_of(architecture, 50)

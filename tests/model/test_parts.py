@@ -56,7 +56,9 @@ def test_core_attention_is_plain_attention(window: int | None, documents: bool, 
     config.window_size = None if window is None else (window - 1, 0)
     attention = TorchCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=0.3)
     query = torch.randn(queries, b, n, d, dtype=torch.float64, requires_grad=True)
-    key, value = (torch.randn(s, b, g, d, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    key, value = (
+        torch.randn(s, b, g, d, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
     given = None
     visible = causal_window_mask(queries, s, window, torch.device("cpu")).expand(b, queries, s)
     if documents:  # a boundary after position 6 in the second sequence only
@@ -86,7 +88,13 @@ def test_core_attention_refuses_what_it_does_not_do():
         attention(tensor, tensor, tensor, None, attention_bias=torch.zeros(4, 4))
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
     with pytest.raises(NotImplementedError, match="without attention mask"):
-        attention(tensor[:, 0], tensor[:, 0], tensor[:, 0], torch.zeros(1, 1, 4, 4).bool(), packed_seq_params=packed)
+        attention(
+            tensor[:, 0],
+            tensor[:, 0],
+            tensor[:, 0],
+            torch.zeros(1, 1, 4, 4).bool(),
+            packed_seq_params=packed,
+        )
 
 
 def test_norm_is_plain_rmsnorm_and_tagged_for_sequence_parallelism():
@@ -96,7 +104,9 @@ def test_norm_is_plain_rmsnorm_and_tagged_for_sequence_parallelism():
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, 16))
     x = torch.randn(3, 5, 16)
-    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight)
+    torch.testing.assert_close(
+        norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+    )
     assert norm.weight.sequence_parallel is True
     config.normalization = "LayerNorm"
     with pytest.raises(ValueError, match="--normalization RMSNorm"):
@@ -127,16 +137,23 @@ def test_router_losses_are_the_formulas():
     torch.testing.assert_close(picked, (top / top.sum(-1, keepdim=True)).to(picked.dtype))
     share = chosen.float().sum(0) / (12 * SMALL.num_experts_per_tok)
     logits = hidden.view(12, -1) @ router.weight.T
-    recorded = {name: entry.values[0].item() for name, entry in get_moe_metrics_tracker()._metrics.items()}
+    recorded = {
+        name: entry.values[0].item() for name, entry in get_moe_metrics_tracker()._metrics.items()
+    }
     balance = SMALL.num_experts * (share * scores.mean(0)).sum()
     assert recorded["global_load_balancing_loss"] == pytest.approx(balance.item(), rel=1e-5)
-    assert recorded["z_loss"] == pytest.approx(logits.logsumexp(-1).square().mean().item(), rel=1e-5)
+    assert recorded["z_loss"] == pytest.approx(
+        logits.logsumexp(-1).square().mean().item(), rel=1e-5
+    )
     get_moe_metrics_tracker().clear()
 
 
-@pytest.mark.parametrize(("kind", "exact"), [(Mellum2Router, True), (TopKRouter, False)], ids=["ours", "upstream"])
+@pytest.mark.parametrize(
+    ("kind", "exact"), [(Mellum2Router, True), (TopKRouter, False)], ids=["ours", "upstream"]
+)
 def test_load_counts_stay_exact_in_bf16(kind: type[TopKRouter], exact: bool):
-    """300 micro-batches: BF16 counters stick at 256. Fails for `upstream` once Megatron keeps them in float32."""
+    """300 micro-batches: BF16 counters stick at 256. Fails for `upstream` once Megatron keeps them
+    in float32."""
     router = make_router(kind).bfloat16()
     hidden = torch.randn(7, 1, SMALL.hidden_size, dtype=torch.bfloat16)
     for _ in range(300):
@@ -153,10 +170,13 @@ def test_load_counts_stay_exact_in_bf16(kind: type[TopKRouter], exact: bool):
 
 
 def test_every_matrix_is_initialised_alike():
-    """Normal with deviation `initializer_range`, output projections too (Megatron's default shrinks those)."""
+    """Normal with deviation `initializer_range`, output projections too (Megatron's default shrinks
+    those)."""
     torch.manual_seed(0)
     model = build_model(SMALL.replace(initializer_range=0.03, num_experts=8), backend="torch")
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and p.numel() >= 1000}
+    matrices = {
+        name: p for name, p in model.named_parameters() if p.dim() == 2 and p.numel() >= 1000
+    }
     assert {"linear_proj", "linear_fc2"} <= {name.split(".")[-2] for name in matrices}
     for name, parameter in matrices.items():
         spread = 0.03 * (1 + 4 / math.sqrt(2 * parameter.numel()))

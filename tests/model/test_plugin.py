@@ -1,4 +1,5 @@
-"""The layer spec on its own: a stock Megatron-LM command line with `--spec` builds the same model."""
+"""The layer spec on its own: a stock Megatron-LM command line with `--spec` builds the same
+model."""
 
 from __future__ import annotations
 
@@ -27,10 +28,20 @@ STOCK = (
 ).split()
 
 
-def stock_model(monkeypatch, architecture: Mellum2Architecture, words: list[str], spec: tuple[str, str]):
-    """Build a model the way Megatron-LM's own entry point does: parser, validation, spec import, builder."""
-    vocabulary = ["--vocab-size", str(architecture.vocab_size), "--padded-vocab-size", str(architecture.vocab_size)]
-    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *STOCK, *vocabulary, *words, "--spec", *spec])
+def stock_model(
+    monkeypatch, architecture: Mellum2Architecture, words: list[str], spec: tuple[str, str]
+):
+    """Build a model the way Megatron-LM's own entry point does: parser, validation, spec import,
+    builder."""
+    vocabulary = [
+        "--vocab-size",
+        str(architecture.vocab_size),
+        "--padded-vocab-size",
+        str(architecture.vocab_size),
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["pretrain_gpt.py", *STOCK, *vocabulary, *words, "--spec", *spec]
+    )
     args = parse_args()
     validate_args(args)
     config = gpt_config_from_args(args)
@@ -48,14 +59,18 @@ def without(words: list[str], *flags: str) -> list[str]:
     return kept
 
 
-@pytest.mark.parametrize("window_given", [True, False], ids=["window on the command line", "window from the spec"])
+@pytest.mark.parametrize(
+    "window_given", [True, False], ids=["window on the command line", "window from the spec"]
+)
 def test_stock_builder_computes_the_same_logits(monkeypatch, window_given):
     words = architecture_arguments(ARCHITECTURE)
     if not window_given:
         words = without(words, "--window-size", "--window-attn-skip-freq")
     model = stock_model(monkeypatch, ARCHITECTURE, words, ("tests.model.own_specs", "SPEC"))
     reference = make_reference(ARCHITECTURE)
-    weights = to_megatron(ARCHITECTURE, {n: p.detach() for n, p in reference.named_parameters().items()})
+    weights = to_megatron(
+        ARCHITECTURE, {n: p.detach() for n, p in reference.named_parameters().items()}
+    )
     model.load_state_dict(weights, strict=False)
     assert {name for name, _ in model.named_parameters()} == set(weights)
     tokens = tokens_of(ARCHITECTURE, 50)
@@ -69,10 +84,13 @@ def test_stock_builder_computes_the_same_logits(monkeypatch, window_given):
 def test_qk_norm_comes_with_the_spec_where_there_is_no_mtp_layer(monkeypatch):
     words = without(architecture_arguments(ARCHITECTURE), "--qk-layernorm", "--mtp-num-layers")
     monkeypatch.setattr(
-        "tests.model.own_specs.SPEC", layer_specs.layer_spec(ARCHITECTURE.replace(num_mtp_layers=0), "torch")
+        "tests.model.own_specs.SPEC",
+        layer_specs.layer_spec(ARCHITECTURE.replace(num_mtp_layers=0), "torch"),
     )
     model = stock_model(monkeypatch, ARCHITECTURE, words, ("tests.model.own_specs", "SPEC"))
-    assert model.decoder.layers[0].self_attention.q_layernorm.weight.shape == (ARCHITECTURE.head_dim,)
+    assert model.decoder.layers[0].self_attention.q_layernorm.weight.shape == (
+        ARCHITECTURE.head_dim,
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +116,8 @@ def test_every_preset_has_a_spec_under_its_name():
     for preset, architecture in PRESETS.items():
         spec = vars(layer_specs)[f"{preset.replace('-', '_')}_torch"]
         assert spec.submodules.self_attention.params["architecture"] is architecture
-    yarn = vars(layer_specs)["mellum2_12b_128k_torch"].submodules.self_attention.params["architecture"]
+    yarn = vars(layer_specs)["mellum2_12b_128k_torch"].submodules.self_attention.params[
+        "architecture"
+    ]
     assert yarn.rope_full_attention.rope_type == "yarn"
     assert yarn.rope_sliding_attention.rope_type == "default"

@@ -1,4 +1,5 @@
-"""`mellum2 info`'s data adds up to the architecture's own figures, and its rendering keeps every number whole."""
+"""`mellum2 info`'s data adds up to the architecture's own figures, and its rendering keeps every
+number whole."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.planning.architecture_report import architecture_report, render
 from mellum2_megatron.planning.memory import Memory
 
-MEMORY = Memory(parameters=10, weights=3 * 2**30, gradients=2**30, padding=2**27, optimizer=2**29, activations=2**28)
+MEMORY = Memory(
+    parameters=10,
+    weights=3 * 2**30,
+    gradients=2**30,
+    padding=2**27,
+    optimizer=2**29,
+    activations=2**28,
+)
 
 
 def _text(report: dict[str, object], width: int = 80) -> str:
@@ -29,9 +37,15 @@ def test_components_add_up(preset: str, mtp_layers: int) -> None:
     arch = PRESETS[preset].replace(num_mtp_layers=mtp_layers)
     report = architecture_report(arch, sequence_length=512)
     rows = report["components"]
-    assert sum(row["parameters"] for row in rows) == report["parameters"]["total_with_mtp"] == arch.num_parameters()
+    assert (
+        sum(row["parameters"] for row in rows)
+        == report["parameters"]["total_with_mtp"]
+        == arch.num_parameters()
+    )
     assert sum(row["active"] for row in rows) == report["parameters"]["active_with_mtp"]
-    assert sum(row["flops_per_token"] for row in rows) == pytest.approx(arch.flops_per_token(512), rel=1e-12)
+    assert sum(row["flops_per_token"] for row in rows) == pytest.approx(
+        arch.flops_per_token(512), rel=1e-12
+    )
     assert ("MTP head" in [row["component"] for row in rows]) == bool(mtp_layers)
     assert json.loads(json.dumps(report)) == report
 
@@ -56,13 +70,22 @@ def test_released_figures_are_printed_exactly() -> None:
 def test_layer_rows_carry_window_and_rope() -> None:
     report = architecture_report(PRESETS["mellum2-12b-128k"])
     sliding, full = report["layers"]
-    assert (len(sliding["layers"]), sliding["window"], sliding["rope_type"], sliding["mtp_layers"]) == (
+    assert (
+        len(sliding["layers"]),
+        sliding["window"],
+        sliding["rope_type"],
+        sliding["mtp_layers"],
+    ) == (
         21,
         1024,
         "default",
         1,
     )
-    assert (full["layers"], full["window"], full["rope_type"]) == ([3, 7, 11, 15, 19, 23, 27], None, "yarn")
+    assert (full["layers"], full["window"], full["rope_type"]) == (
+        [3, 7, 11, 15, 19, 23, 27],
+        None,
+        "yarn",
+    )
     assert full["keys_per_query"] == (131072 + 1) / 2
     text = _text(report)
     assert "YaRN x16" in text

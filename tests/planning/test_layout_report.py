@@ -1,4 +1,5 @@
-"""What a layout is said to come to, against what Megatron does: groups, weights on a rank, bytes on the wire."""
+"""What a layout is said to come to, against what Megatron does: groups, weights on a rank, bytes on
+the wire."""
 
 from __future__ import annotations
 
@@ -32,16 +33,21 @@ MEASURED: dict[str, tuple[int, Case]] = {
 
 
 def run_of(case: Case) -> Run:
-    """Return a run that has the layout tests' model, batch and `case`'s layout, and gradients without padding."""
+    """Return a run that has the layout tests' model, batch and `case`'s layout, and gradients
+    without padding."""
     run = recipe(TINY)
-    ways = {name: getattr(case, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dispatcher")}
+    ways = {
+        name: getattr(case, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dispatcher")
+    }
     return dataclasses.replace(
         run,
         architecture=ARCHITECTURE,
         optimizer=dataclasses.replace(run.optimizer, name="adam"),
         layout=Layout(sp=case.tp > 1, **ways),
         data=dataclasses.replace(run.data, sequence_length=SEQUENCE),
-        schedule=dataclasses.replace(run.schedule, micro_batch_size=1, batch_schedule=((0, BATCH),)),
+        schedule=dataclasses.replace(
+            run.schedule, micro_batch_size=1, batch_schedule=((0, BATCH),)
+        ),
     )
 
 
@@ -64,14 +70,17 @@ def test_parameters_are_those_of_the_modules(name: str):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", MEASURED)
 def test_bytes_are_those_on_the_wire(name: str):
-    """In float32, as the layout tests run: exact, but for experts, whose load is uneven and weighted besides."""
+    """In float32, as the layout tests run: exact, but for experts, whose load is uneven and
+    weighted besides."""
     ranks, case = MEASURED[name]
     run = run_of(case)
     micro_batches = BATCH // run.layout.data_parallel(ranks)
     measured: dict[str, list[float]] = {}
     expected: dict[str, list[float]] = {}
     for outcome in outcomes(name):
-        said = bytes_sent(run, world_size=ranks, stage=outcome.ranks["pp"], micro_batches=micro_batches, element=4)
+        said = bytes_sent(
+            run, world_size=ranks, stage=outcome.ranks["pp"], micro_batches=micro_batches, element=4
+        )
         for axis, size in said.items():
             measured.setdefault(axis, []).append(outcome.sent.get(axis, 0.0))
             expected.setdefault(axis, []).append(size)
@@ -86,16 +95,30 @@ def test_bytes_are_those_on_the_wire(name: str):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("nproc", "overrides"),
-    [(2, ()), (4, ("layout.ep=2", "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"))],
+    [
+        (2, ()),
+        (
+            4,
+            (
+                "layout.ep=2",
+                "optimizer.overlap_grad_reduce=true",
+                "optimizer.overlap_param_gather=true",
+            ),
+        ),
+    ],
     ids=str,
 )
 def test_muon_sends_the_padding_of_its_buffers_too(nproc: int, overrides: tuple[str, ...]):
-    run = muon_run("backend=torch", *overrides)  # the order of weights, and so who owns what, is the backend's
+    run = muon_run(
+        "backend=torch", *overrides
+    )  # the order of weights, and so who owns what, is the backend's
     said = bytes_sent(run, world_size=nproc, stage=0, micro_batches=1)["dp"]
     owned = ownership(run, nproc, "torch")
     ((dense, adams), *_) = adam_weights(run, nproc, "torch")
     small = buffer_elements(run, nproc, "torch") - sum(each.buffer for each in owned)
-    small -= sum(weight.numel for weight in adams)  # what aligns Adam's weights, left out of the report
+    small -= sum(
+        weight.numel for weight in adams
+    )  # what aligns Adam's weights, left out of the report
     for sent in run_distributed("tests.model.optimizer_worker:bytes_of_a_step", nproc, run):
         assert sent == said + 6 * small * (dense - 1) / dense
     assert sum(each.buffer - sum(each.elements) for each in owned) > 0
@@ -147,7 +170,10 @@ def test_virtual_stages_are_dealt_out_in_turn():
     from mellum2_megatron.planning.layout_report import stage_layers
 
     layout = Layout(pp=2, vpp=2)
-    assert [stage_layers(ARCHITECTURE, layout, stage) for stage in range(2)] == [[[0], [2]], [[1], [3]]]
+    assert [stage_layers(ARCHITECTURE, layout, stage) for stage in range(2)] == [
+        [[0], [2]],
+        [[1], [3]],
+    ]
 
 
 def test_the_table_names_what_matters():
@@ -155,7 +181,9 @@ def test_the_table_names_what_matters():
 
     from mellum2_megatron.planning.layout_report import render_layout
 
-    run = apply_overrides(recipe("mellum2_12b_pretrain_phase1"), ["layout.dp=null", "layout.pp=4", "layout.cp=2"])
+    run = apply_overrides(
+        recipe("mellum2_12b_pretrain_phase1"), ["layout.dp=null", "layout.pp=4", "layout.cp=2"]
+    )
     console = Console(width=80, record=True, file=io.StringIO())
     for table in render_layout(layout_report(run, world_size=64)):
         console.print(table)

@@ -1,4 +1,5 @@
-"""Memory of a rank: its buffers against those that Megatron makes, and figures that follow by hand."""
+"""Memory of a rank: its buffers against those that Megatron makes, and figures that follow by
+hand."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ TP = ("layout.tp=2", "layout.sp=true")
         (2, ("layout.pp=2", "layout.vpp=2")),
         (2, ("layout.etp=2", "optimizer.muon_router=false")),
         (4, (*TP, "layout.ep=2")),
-        (4, ("layout.pp=2", "layout.ep=2", "architecture.vocab_size=97")),  # the shared embedding makes a difference
+        (
+            4,
+            ("layout.pp=2", "layout.ep=2", "architecture.vocab_size=97"),
+        ),  # the shared embedding makes a difference
         (4, ("layout.cp=2", "optimizer.name=adam", "layout.ep=2")),
     ],
     ids=str,
@@ -41,16 +45,25 @@ def test_buffers_are_those_that_megatron_makes(nproc: int, overrides: tuple[str,
     ranks = run_distributed("tests.model.optimizer_worker:buffer_bytes", nproc, run)
     for rank, (parameters, size) in enumerate(ranks):
         estimate = stages[rank * run.layout.pp // nproc]
-        assert (estimate.parameters, estimate.weights + estimate.gradients + estimate.padding) == (parameters, size)
+        assert (estimate.parameters, estimate.weights + estimate.gradients + estimate.padding) == (
+            parameters,
+            size,
+        )
 
 
-def memory(architecture: Mellum2Architecture, layout: Layout, world_size: int, *overrides: str) -> Memory:
+def memory(
+    architecture: Mellum2Architecture, layout: Layout, world_size: int, *overrides: str
+) -> Memory:
     return memory_per_rank(run_with(architecture, layout, *overrides), world_size=world_size)
 
 
 def run_with(architecture: Mellum2Architecture, layout: Layout, *overrides: str) -> Any:
-    run = dataclasses.replace(recipe("mellum2_tiny_pretrain"), architecture=architecture, layout=layout)
-    return apply_overrides(run, ["data.sequence_length=256", "schedule.micro_batch_size=1", *overrides])
+    run = dataclasses.replace(
+        recipe("mellum2_tiny_pretrain"), architecture=architecture, layout=layout
+    )
+    return apply_overrides(
+        run, ["data.sequence_length=256", "schedule.micro_batch_size=1", *overrides]
+    )
 
 
 def test_memory_of_one_rank_is_the_whole_model() -> None:
@@ -68,7 +81,8 @@ def test_memory_of_one_rank_is_the_whole_model() -> None:
 
 
 def test_memory_divides_what_the_layout_divides() -> None:
-    # EP 8 leaves 8 of 64 experts, which is also what a token activates: the report's 2.52B active parameters
+    # EP 8 leaves 8 of 64 experts, which is also what a token activates: the report's 2.52B active
+    # parameters
     shared = memory(BIG, Layout(ep=8), 256)
     assert shared.parameters == 2_520_615_680
     expert_matrices = 29 * 8 * 3 * 896 * 2304
@@ -77,30 +91,43 @@ def test_memory_divides_what_the_layout_divides() -> None:
     assert halves[0].parameters < halves[1].parameters
     tensor = memory(BIG, Layout(tp=2, sp=True), 2)
     qkv_and_output = 29 * 2304 * (2 * 4096 + 2 * 512)
-    assert tensor.parameters == 12_578_294_528 - (qkv_and_output + 2 * 226_492_416 + 2304 * 4608) // 2
+    assert (
+        tensor.parameters == 12_578_294_528 - (qkv_and_output + 2 * 226_492_416 + 2304 * 4608) // 2
+    )
     plain, fp8 = memory(BIG, Layout(ep=8), 8), memory(BIG, Layout(ep=8), 8, "precision.compute=fp8")
     in_fp8 = expert_matrices + dense_matrices - 29 * 64 * 2304
     assert fp8.weights - plain.weights == 2 * in_fp8
-    ends = ["precision.compute=fp8", "precision.bf16_first_layers=1", "precision.bf16_last_layers=2"]
+    ends = [
+        "precision.compute=fp8",
+        "precision.bf16_first_layers=1",
+        "precision.bf16_last_layers=2",
+    ]
     layer = (in_fp8 - 2304 * 4608) // 29
     assert memory(BIG, Layout(ep=8), 8, *ends).weights - plain.weights == 2 * (in_fp8 - 3 * layer)
-    projection = memory(BIG, Layout(ep=8), 8, "precision.compute=fp8", "precision.bf16_mtp_projection=true")
+    projection = memory(
+        BIG, Layout(ep=8), 8, "precision.compute=fp8", "precision.bf16_mtp_projection=true"
+    )
     assert fp8.weights - projection.weights == 2 * 2304 * 4608
 
 
 def test_at_256_ranks_most_of_the_dense_buffer_is_empty() -> None:
-    """88 dense matrices on 256 ranks: every rank's share is as long as the largest matrix, the fused QKV."""
+    """88 dense matrices on 256 ranks: every rank's share is as long as the largest matrix, the
+    fused QKV."""
     found = memory_per_rank(recipe("mellum2_12b_pretrain_phase1"), world_size=256)
     dense = 29 * (2304 * (4096 + 2 * 512) + 4096 * 2304 + 64 * 2304) + 2304 * 4608
     empty = 256 * 5120 * 2304 - dense
-    experts, largest = 29 * 8 * 3 * 896 * 2304, 47_480_832  # of 32 ranks the fullest owns as much as 23 matrices fc2
+    experts, largest = (
+        29 * 8 * 3 * 896 * 2304,
+        47_480_832,
+    )  # of 32 ranks the fullest owns as much as 23 matrices fc2
     assert largest == 23 * 896 * 2304
     assert found.padding == 6 * (empty + 32 * largest - experts)
     assert found.optimizer < 8 * (largest + 5120 * 2304) + 12 * (2 * 226_492_416 + 200_000) / 256
 
 
 def test_the_fullest_rank_owns_matrices_of_both_groups() -> None:
-    """Dense and expert shares of one rank are added up where its two places meet, not the largest of each."""
+    """Dense and expert shares of one rank are added up where its two places meet, not the largest
+    of each."""
     from mellum2_megatron.planning.memory import _most_owned
     from mellum2_megatron.planning.rank_weights import ownership
 
@@ -114,7 +141,8 @@ def test_the_fullest_rank_owns_matrices_of_both_groups() -> None:
 
 
 def test_memory_of_a_pipeline_covers_every_parameter() -> None:
-    """Summed over the stages, every weight is there once, and the embedding twice for the MTP layer."""
+    """Summed over the stages, every weight is there once, and the embedding twice for the MTP
+    layer."""
     for layout in (Layout(pp=2), Layout(pp=4), Layout(pp=2, vpp=2)):
         stages = memory_by_stage(run_with(TINY, layout), world_size=layout.pp)
         held = sum(stage.parameters for stage in stages)

@@ -1,4 +1,5 @@
-"""The report on the optimizer: against the model and the optimizer that Megatron builds, and Megatron's own layout."""
+"""The report on the optimizer: against the model and the optimizer that Megatron builds, and
+Megatron's own layout."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in found["weights"]}
 
 
-# -- against Megatron -------------------------------------------------------------------------------------------------
+# -- against Megatron
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
@@ -46,10 +48,15 @@ def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     ],
     ids=str,
 )
-def test_the_real_optimizer_does_what_the_report_says(nproc: int, overrides: tuple[str, ...]) -> None:
-    """Names, shapes and order; which optimizer; decay and rate; every rank's matrices; the buffers' lengths."""
+def test_the_real_optimizer_does_what_the_report_says(
+    nproc: int, overrides: tuple[str, ...]
+) -> None:
+    """Names, shapes and order; which optimizer; decay and rate; every rank's matrices; the buffers'
+    lengths."""
     run = run_of(*overrides)
-    outcomes: list[Outcome] = run_distributed("tests.model.optimizer_worker:update", nproc, run, steps=0)
+    outcomes: list[Outcome] = run_distributed(
+        "tests.model.optimizer_worker:update", nproc, run, steps=0
+    )
     weights = local_weights(run.architecture, run.layout, "torch")
     kinds = {weight.name: weight.kind for weight in weights}
     said = rows(report(run, nproc, backend="torch"))
@@ -62,10 +69,15 @@ def test_the_real_optimizer_does_what_the_report_says(nproc: int, overrides: tup
             assert [sorted(names) for names in ranks] == expected, rank
         for name, part in outcome.parts.items():
             row = said[kinds[local_name(name, run, rank)]]
-            assert row["optimizer"] == {"TensorParallelMuon": "muon", "FusedAdam": "adam"}[part.optimizer], name
+            assert (
+                row["optimizer"]
+                == {"TensorParallelMuon": "muon", "FusedAdam": "adam"}[part.optimizer]
+            ), name
             assert part.group == {"lr": row["lr"], "weight_decay": row["weight_decay"]}, name
     seen = {name for outcome in outcomes for name in outcome.parts}
-    assert len(seen) == len(weights) + (run.layout.ep - 1) * sum(w.component == "experts" for w in weights)
+    assert len(seen) == len(weights) + (run.layout.ep - 1) * sum(
+        w.component == "experts" for w in weights
+    )
 
 
 def local_name(name: str, run: Run, rank: int) -> str:
@@ -77,7 +89,8 @@ def local_name(name: str, run: Run, rank: int) -> str:
 
 
 def test_pipeline_stages_hold_the_whole_model_once() -> None:
-    """Every weight of the released layout, fused as Megatron has it, on one stage and chunk; the embedding on two."""
+    """Every weight of the released layout, fused as Megatron has it, on one stage and chunk; the
+    embedding on two."""
     run = apply_overrides(recipe(BIG), ["layout.pp=2", "layout.vpp=7", "layout.dp=128"])
     parts = [
         local_weights(run.architecture, run.layout, backend, stage=stage, chunk=chunk)
@@ -89,8 +102,13 @@ def test_pipeline_stages_hold_the_whole_model_once() -> None:
     experts = sum(p.numel for p in run.architecture.parameters() if p.component == "experts")
     total = run.architecture.num_parameters() - experts + experts // 8 + embedding
     assert sum(weight.numel for part in parts for weight in part) == 2 * total
-    assert [any("embedding" in weight.name for weight in part) for part in parts[:14]] == [True] + [False] * 12 + [True]
-    assert len({weight.name for part in parts[:14] for weight in part}) == sum(map(len, parts[:14])) - 1
+    assert [any("embedding" in weight.name for weight in part) for part in parts[:14]] == [True] + [
+        False
+    ] * 12 + [True]
+    assert (
+        len({weight.name for part in parts[:14] for weight in part})
+        == sum(map(len, parts[:14])) - 1
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 32, 256])
@@ -104,7 +122,9 @@ def test_owners_are_megatrons(ranks: int, bucket: int | None) -> None:
     shuffled = random.Random(ranks)
     for sizes in (real, [shuffled.randrange(1, 90_000_000) for _ in range(200)]):
         # All that the function reads of a parameter.
-        params = [SimpleNamespace(data=SimpleNamespace(nelement=lambda size=size: size)) for size in sizes]
+        params = [
+            SimpleNamespace(data=SimpleNamespace(nelement=lambda size=size: size)) for size in sizes
+        ]
         stubs = [_Hashable(param) for param in params]
         layout = LayerWiseDistributedOptimizer._compute_per_buffer_param_layout(
             stubs, bucket, ranks, SimpleNamespace(pad_buckets_for_high_nccl_busbw=False)
@@ -122,14 +142,20 @@ class _Hashable:
         self.data = namespace.data
 
 
-# -- what it says -----------------------------------------------------------------------------------------------------
+# -- what it says
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_the_12b_as_the_report_trains_it() -> None:
     found = report(recipe(BIG), 256)
     said = rows(found)
     qkv = said["decoder.layers.*.self_attention.linear_qkv.weight"]
-    assert (qkv["count"], qkv["optimizer"], qkv["weight_decay"], qkv["lr"]) == (28, "muon", 0.1, 3e-4)
+    assert (qkv["count"], qkv["optimizer"], qkv["weight_decay"], qkv["lr"]) == (
+        28,
+        "muon",
+        0.1,
+        3e-4,
+    )
     assert [(m["part"], m["shape"]) for m in qkv["matrices"]] == [
         ("query", [4096, 2304]),
         ("key", [512, 2304]),
@@ -138,11 +164,19 @@ def test_the_12b_as_the_report_trains_it() -> None:
     assert [m["scale"] for m in qkv["matrices"]] == [0.2 * math.sqrt(4096), 0.2 * 48, 0.2 * 48]
     up = said["decoder.layers.*.mlp.experts.linear_fc1.weight*"]
     assert (up["count"], [m["shape"] for m in up["matrices"]]) == (28 * 8, [[1792, 2304]])
-    assert said["output_layer.weight"]["optimizer"] == said["embedding.word_embeddings.weight"]["optimizer"] == "adam"
+    assert (
+        said["output_layer.weight"]["optimizer"]
+        == said["embedding.word_embeddings.weight"]["optimizer"]
+        == "adam"
+    )
     norm = said["decoder.layers.*.pre_mlp_layernorm.weight"]
     assert (norm["optimizer"], norm["weight_decay"], norm["matrices"]) == ("adam", 0.0, [])
     dense, experts = found["owners"]
-    assert (dense["ranks"], dense["matrices"], dense["matrices_per_rank"].count(0)) == (256, 88, 168)
+    assert (dense["ranks"], dense["matrices"], dense["matrices_per_rank"].count(0)) == (
+        256,
+        88,
+        168,
+    )
     assert (experts["ranks"], experts["matrices"]) == (32, 29 * 8 * 2)
     assert experts["balance"] < 1.1
     (warning,) = found["warnings"]
@@ -164,9 +198,15 @@ def test_options_show() -> None:
 def test_tensor_parallelism_divides_matrices_unless_they_are_gathered() -> None:
     changes = ["layout.tp=2", "layout.sp=true", "layout.etp=2", "layout.dp=null"]
     blockwise = report(apply_overrides(recipe(BIG), changes), 256)
-    gathered = report(apply_overrides(recipe(BIG), [*changes, "optimizer.muon_tp_mode=duplicated"]), 256)
+    gathered = report(
+        apply_overrides(recipe(BIG), [*changes, "optimizer.muon_tp_mode=duplicated"]), 256
+    )
     shapes = {
-        "decoder.layers.*.self_attention.linear_qkv.weight": [[2048, 2304], [256, 2304], [256, 2304]],
+        "decoder.layers.*.self_attention.linear_qkv.weight": [
+            [2048, 2304],
+            [256, 2304],
+            [256, 2304],
+        ],
         "decoder.layers.*.self_attention.linear_proj.weight": [[2304, 2048]],
         "decoder.layers.*.mlp.router.weight": [[64, 2304]],
         "mtp.layers.*.eh_proj.weight": [[1152, 4608]],
@@ -187,7 +227,8 @@ def test_adam_has_no_owners_of_matrices() -> None:
 
 
 def test_layouts_that_upstream_would_train_another_way_are_refused() -> None:
-    """With more ranks than key-value heads Megatron stops splitting Q, K and V, with a DEBUG line."""
+    """With more ranks than key-value heads Megatron stops splitting Q, K and V, with a DEBUG
+    line."""
     run = apply_overrides(recipe(BIG), ["layout.tp=8", "layout.sp=true", "layout.dp=null"])
     with pytest.raises(InputError, match=r"layout\.tp=8.*num_key_value_heads \(4\)"):
         report(run, 256)
@@ -198,14 +239,19 @@ def test_tables_name_every_kind_in_80_columns() -> None:
     console.print(render_optimizer(report(recipe(BIG), 256), title="big"))
     text = console.export_text()
     lines = [line.split() for line in text.splitlines()]
-    for start in ("28 + 1 linear_qkv 5120 x 2304 muon", "224 + 8 experts.linear_fc2", "1 MTP eh_proj"):
+    for start in (
+        "28 + 1 linear_qkv 5120 x 2304 muon",
+        "224 + 8 experts.linear_fc2",
+        "1 MTP eh_proj",
+    ):
         assert any(line[: len(start.split())] == start.split() for line in lines), start
     assert sum(word in line for line in lines for word in ("adam", "muon")) == 16
     assert "query 4096 x 2304" in text
     assert "168 of 256 ranks" in text
 
 
-# -- what is refused when the optimizer is built ----------------------------------------------------------------------
+# -- what is refused when the optimizer is built
+# ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,14 +264,18 @@ def test_tables_name_every_kind_in_80_columns() -> None:
     ],
     ids=str,
 )
-def test_what_megatron_would_skip_is_refused(name: str, shape: tuple[int, ...], message: str | None) -> None:
+def test_what_megatron_would_skip_is_refused(
+    name: str, shape: tuple[int, ...], message: str | None
+) -> None:
     import torch
 
     from mellum2_megatron.model.muon_attributes import require_muon_matrices
 
     config = SimpleNamespace(optimizer="muon", muon_split_qkv=True)
     model = SimpleNamespace(num_attention_heads=8, num_query_groups=2, kv_channels=4)
-    chunk = SimpleNamespace(config=model, named_parameters=lambda: [(name, torch.nn.Parameter(torch.zeros(shape)))])
+    chunk = SimpleNamespace(
+        config=model, named_parameters=lambda: [(name, torch.nn.Parameter(torch.zeros(shape)))]
+    )
     if message is None:
         require_muon_matrices(config, [chunk])
     else:

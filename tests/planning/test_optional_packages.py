@@ -1,4 +1,5 @@
-"""Optional packages are told apart by what they hold, apex above all: another project owns its name on PyPI."""
+"""Optional packages are told apart by what they hold, apex above all: another project owns its name
+on PyPI."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from mellum2_megatron.planning.optional_packages import find_apex, find_extras, 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An importable folder. The CPU backend hides apex from Megatron; here it is visible, and forgotten afterwards."""
+    """An importable folder. The CPU backend hides apex from Megatron; here it is visible, and
+    forgotten afterwards."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -47,7 +49,9 @@ def test_nvidia_apex_without_and_with_its_kernels(site: Path) -> None:
     assert "amp_C" in find_apex().detail
 
 
-@pytest.mark.parametrize(("version", "state"), [("0.4.1", "wrong"), ("0.6.0", "present"), ("0.10.0", "present")])
+@pytest.mark.parametrize(
+    ("version", "state"), [("0.4.1", "wrong"), ("0.6.0", "present"), ("0.10.0", "present")]
+)
 def test_an_old_resiliency_extension_is_recognised(version: str, state: str, site: Path) -> None:
     assert find_resiliency().state == "absent"
     _package(site / "nvidia_resiliency_ext")
@@ -69,4 +73,6 @@ def test_every_extra_is_reported_and_none_imported() -> None:
         "Megatron-Bridge",
         "Weights & Biases",
     ]
-    assert not {"transformer_engine", "nemo_run", "wandb", "flash_attn"} & (set(sys.modules) - before)
+    assert not {"transformer_engine", "nemo_run", "wandb", "flash_attn"} & (
+        set(sys.modules) - before
+    )

@@ -1,4 +1,5 @@
-"""Rules: each fires on its own bad combination, names the values, and is silent once its fix is applied."""
+"""Rules: each fires on its own bad combination, names the values, and is silent once its fix is
+applied."""
 
 from __future__ import annotations
 
@@ -16,9 +17,18 @@ from mellum2_megatron.recipes import recipe
 
 TINY, BIG = "mellum2_tiny_pretrain", "mellum2_12b_pretrain_phase1"
 
-# recipe, device, ranks, overrides that break the rule, the rule, what must be named, overrides that apply its fix
+# recipe, device, ranks, overrides that break the rule, the rule, what must be named, overrides that
+# apply its fix
 CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
-    (TINY, "cpu", 3, [], "layout-fits", "layout.ep=2", ["layout.ep=1", "schedule.micro_batch_size=1"]),
+    (
+        TINY,
+        "cpu",
+        3,
+        [],
+        "layout-fits",
+        "layout.ep=2",
+        ["layout.ep=1", "schedule.micro_batch_size=1"],
+    ),
     (TINY, "cpu", 2, ["layout.ep=3"], "layout-fits", "layout.ep=3", ["layout.ep=2"]),
     (
         TINY,
@@ -87,13 +97,33 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         BIG,
         "cuda",
         256,
-        ["optimizer.name=adam", "precision.fp8_param_gather=true", "precision.bf16_mtp_projection=true"],
+        [
+            "optimizer.name=adam",
+            "precision.fp8_param_gather=true",
+            "precision.bf16_mtp_projection=true",
+        ],
         "bf16-projection-gathers-bf16",
         "precision.bf16_mtp_projection=true",
         ["precision.bf16_mtp_projection=false"],
     ),
-    (BIG, "cuda", 256, ["backend=torch"], "fp8-has-kernels", "backend=torch", ["precision.compute=bf16"]),
-    (TINY, "cpu", 2, ["precision.compute=fp8"], "fp8-has-kernels", "backend=torch", ["precision.compute=bf16"]),
+    (
+        BIG,
+        "cuda",
+        256,
+        ["backend=torch"],
+        "fp8-has-kernels",
+        "backend=torch",
+        ["precision.compute=bf16"],
+    ),
+    (
+        TINY,
+        "cpu",
+        2,
+        ["precision.compute=fp8"],
+        "fp8-has-kernels",
+        "backend=torch",
+        ["precision.compute=bf16"],
+    ),
     (
         BIG,
         "cuda",
@@ -104,7 +134,15 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         ["architecture.moe_intermediate_size=896"],
     ),
     (TINY, "cpu", 2, ["backend=te"], "cpu-has-it", "backend=te", ["backend=auto"]),
-    (TINY, "cpu", 2, ["layout.dispatcher=flex"], "cpu-has-it", "flex", ["layout.dispatcher=alltoall"]),
+    (
+        TINY,
+        "cpu",
+        2,
+        ["layout.dispatcher=flex"],
+        "cpu-has-it",
+        "flex",
+        ["layout.dispatcher=alltoall"],
+    ),
     (
         TINY,
         "cpu",
@@ -144,7 +182,9 @@ def test_every_rule_has_a_case_here() -> None:
 
 
 def test_enforce_reports_all_at_once() -> None:
-    run = apply_overrides(recipe(BIG), ["layout.ep=6", "precision.fp8_param_gather=true", "data.sequence_length=9000"])
+    run = apply_overrides(
+        recipe(BIG), ["layout.ep=6", "precision.fp8_param_gather=true", "data.sequence_length=9000"]
+    )
     with pytest.raises(InputError) as error:
         enforce(run, 256, "cuda", machine=False)
     for key in ("layout.ep=6", "precision.fp8_param_gather=true", "data.sequence_length=9000"):
@@ -190,8 +230,16 @@ def test_packages_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         (["optimizer.name=adam"], ["layout.ep=4"], None),
         (["optimizer.name=adam", "layout.ep=1"], ["layout.etp=2"], "layout.etp=2"),
         (["optimizer.name=adam", "layout.ep=1", "layout.etp=2"], ["layout.etp=1"], "layout.etp=1"),
-        (["optimizer.name=adam", "layout.ep=1", "layout.etp=2"], ["layout.etp=1", "layout.ep=2"], None),
-        (["optimizer.name=adam", "layout.ep=1", "layout.etp=2"], ["layout.tp=2", "layout.sp=true"], "layout.tp=2"),
+        (
+            ["optimizer.name=adam", "layout.ep=1", "layout.etp=2"],
+            ["layout.etp=1", "layout.ep=2"],
+            None,
+        ),
+        (
+            ["optimizer.name=adam", "layout.ep=1", "layout.etp=2"],
+            ["layout.tp=2", "layout.sp=true"],
+            "layout.tp=2",
+        ),
         ([], ["optimizer.name=adam"], "optimizer.name=adam"),
         ([], ["layout.ep=4"], None),
         ([], ["layout.ep=1"], None),
@@ -200,11 +248,17 @@ def test_packages_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_optimizer_state_must_be_readable_on_resume(
-    saved: list[str], change: list[str], named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: list[str],
+    change: list[str],
+    named: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = apply_overrides(recipe(TINY), ["schedule.micro_batch_size=2", *saved])
     before = with_data(
-        dataclasses.replace(before, checkpoint=dataclasses.replace(before.checkpoint, output=str(tmp_path))),
+        dataclasses.replace(
+            before, checkpoint=dataclasses.replace(before.checkpoint, output=str(tmp_path))
+        ),
         monkeypatch,
     )
     (tmp_path / RUN_FILE).write_text(to_yaml(before))

@@ -1,4 +1,5 @@
-"""Stages that follow each other: chains that fit and chains that do not, and the tiny ones run one after another."""
+"""Stages that follow each other: chains that fit and chains that do not, and the tiny ones run one
+after another."""
 
 from __future__ import annotations
 
@@ -62,7 +63,10 @@ def test_every_recipes_stages_follow(names: tuple[str, ...], tmp_path: Path) -> 
 
 def test_a_chain_begins_where_its_first_stage_does(tmp_path: Path) -> None:
     (run,) = stage_chain([changed(TINY[1], "checkpoint.continue_from=/elsewhere")], root=tmp_path)
-    assert (run.checkpoint.continue_from, run.checkpoint.output) == ("/elsewhere", str(tmp_path / TINY[1]))
+    assert (run.checkpoint.continue_from, run.checkpoint.output) == (
+        "/elsewhere",
+        str(tmp_path / TINY[1]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,21 +75,42 @@ def test_a_chain_begins_where_its_first_stage_does(tmp_path: Path) -> None:
         ([], "no stages"),
         (["mellum2_tiny_pretrain_phase9"], "there is no such recipe"),
         ([TINY[0], TINY[0]], f"stage {TINY[0]}: is in the chain twice"),
-        ([TINY[0], "mellum2_tiny_pretrain"], "starts anew.*checkpoint.continue_from=mellum2_tiny_pretrain_phase1"),
-        ([TINY[0], TINY[2]], f"stage {TINY[2]} after {TINY[0]}: has data that begin at sample 640; .* at 440"),
-        ([TINY[1], TINY[0]], "starts anew"),
-        ([TINY[0], changed(TINY[1], "schedule.warmup_samples=8")], r"has schedule.warmup_samples=8; the former has 32"),
         (
-            [changed(TINY[0], "schedule.horizon_samples=null", "schedule.decay_samples=0"), TINY[1]],
+            [TINY[0], "mellum2_tiny_pretrain"],
+            "starts anew.*checkpoint.continue_from=mellum2_tiny_pretrain_phase1",
+        ),
+        (
+            [TINY[0], TINY[2]],
+            f"stage {TINY[2]} after {TINY[0]}: has data that begin at sample 640; .* at 440",
+        ),
+        ([TINY[1], TINY[0]], "starts anew"),
+        (
+            [TINY[0], changed(TINY[1], "schedule.warmup_samples=8")],
+            r"has schedule.warmup_samples=8; the former has 32",
+        ),
+        (
+            [
+                changed(TINY[0], "schedule.horizon_samples=null", "schedule.decay_samples=0"),
+                TINY[1],
+            ],
             "has schedule.horizon_samples=768; the former has 440.*before schedule.horizon_samples=768",
         ),
         (
             [TINY[0], changed(TINY[1], "schedule.batch_schedule=[[0,4],[16,8]]")],
             r"has schedule.batch_schedule=\[\[0, 4\], \[16, 8\]\]; the former has \[\[0, 4\], \[32, 8\]\]",
         ),
-        ([TINY[0], changed(TINY[1], "optimizer.lr=1e-3")], r"has optimizer.lr=0.001; the former has 0.002"),
-        ([TINY[0], changed(TINY[1], "optimizer.name=adam")], "has optimizer.name=adam; the former has muon"),
-        ([TINY[0], changed(TINY[1], "architecture.num_experts=4")], r"has another architecture \(num_experts\)"),
+        (
+            [TINY[0], changed(TINY[1], "optimizer.lr=1e-3")],
+            r"has optimizer.lr=0.001; the former has 0.002",
+        ),
+        (
+            [TINY[0], changed(TINY[1], "optimizer.name=adam")],
+            "has optimizer.name=adam; the former has muon",
+        ),
+        (
+            [TINY[0], changed(TINY[1], "architecture.num_experts=4")],
+            r"has another architecture \(num_experts\)",
+        ),
         (
             [TINY[0], changed(TINY[1], "data.first_sample=0", "schedule.train_samples=440")],
             "ends at sample 440; the former ends at 440",
@@ -94,9 +119,15 @@ def test_a_chain_begins_where_its_first_stage_does(tmp_path: Path) -> None:
             [TINY[2], changed(TINY[3], "architecture.num_experts=4")],
             r"has another architecture \(num_experts\).*differ in max_position_embeddings, rope_full_attention",
         ),
-        ([TINY[2], changed(TINY[3], "data.first_sample=4")], "takes weights only, and has data.first_sample=4"),
+        (
+            [TINY[2], changed(TINY[3], "data.first_sample=4")],
+            "takes weights only, and has data.first_sample=4",
+        ),
         ([TINY[0], changed(TINY[1], "checkpoint.load=/a")], "names both"),
-        (["mellum2_12b_pretrain_phase1", TINY[1]], r"stage mellum2_tiny_pretrain_phase2 after mellum2_12b.*vocab_size"),
+        (
+            ["mellum2_12b_pretrain_phase1", TINY[1]],
+            r"stage mellum2_tiny_pretrain_phase2 after mellum2_12b.*vocab_size",
+        ),
     ],
     ids=str,
 )
@@ -109,10 +140,15 @@ def test_stages_that_do_not_follow(stages: list[str | Run], message: str, tmp_pa
 def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
     phase1, phase2, _, long_context = stage_chain(TINY, root=tmp_path)
     check_predecessor(phase1)
-    with pytest.raises(InputError, match=f"there is no checkpoint of it. Fix: train {TINY[0]} first"):
+    with pytest.raises(
+        InputError, match=f"there is no checkpoint of it. Fix: train {TINY[0]} first"
+    ):
         check_predecessor(phase2)
     root = folder_of(phase1, tmp_path / TINY[0], step=40)
-    with pytest.raises(InputError, match=rf"{TINY[0]} is at step 40 of 59.*let it go on to the end, with the command"):
+    with pytest.raises(
+        InputError,
+        match=rf"{TINY[0]} is at step 40 of 59.*let it go on to the end, with the command",
+    ):
         check_predecessor(phase2)
     (root / "latest_checkpointed_iteration.txt").write_text("59")
     (root / iteration_folder_name(59)).mkdir()
@@ -120,22 +156,34 @@ def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
     check_predecessor(phase2)
 
     root = folder_of(changed(TINY[2]), tmp_path / TINY[2], step=80)
-    with pytest.raises(InputError, match=rf"is at step 80 of 100.*checkpoint.load={root}/iter_0000080"):
+    with pytest.raises(
+        InputError, match=rf"is at step 80 of 100.*checkpoint.load={root}/iter_0000080"
+    ):
         check_predecessor(long_context)
     check_predecessor(apply_overrides(long_context, [f"checkpoint.load={root}/iter_0000080"]))
-    folder_of(long_context, tmp_path / TINY[3], step=10)  # its own: what it started from may be gone
+    folder_of(
+        long_context, tmp_path / TINY[3], step=10
+    )  # its own: what it started from may be gone
     check_predecessor(long_context)
     with pytest.raises(InputError, match=r"name the folder where it is: checkpoint.load=DIR"):
-        check_predecessor(changed(TINY[3], f"checkpoint.load={tmp_path}/none", f"checkpoint.output={tmp_path}/out"))
+        check_predecessor(
+            changed(
+                TINY[3], f"checkpoint.load={tmp_path}/none", f"checkpoint.output={tmp_path}/out"
+            )
+        )
 
 
 def test_weights_may_get_another_rotation(tmp_path: Path) -> None:
-    """`checkpoint.load` takes phase 3's weights into the model with YaRN; state goes on in the same model only."""
+    """`checkpoint.load` takes phase 3's weights into the model with YaRN; state goes on in the same
+    model only."""
     root = folder_of(changed(TINY[2]), tmp_path / "phase3", step=100)
     output = f"checkpoint.output={tmp_path}/out"
     check_run_folder(changed(TINY[3], f"checkpoint.load={root}", output, "checkpoint.verify=off"))
     state_too = ["checkpoint.load=null", f"checkpoint.continue_from={root}", output]
-    with pytest.raises(InputError, match=r"holds another architecture .*max_position_embeddings: 512 there, 2048 here"):
+    with pytest.raises(
+        InputError,
+        match=r"holds another architecture .*max_position_embeddings: 512 there, 2048 here",
+    ):
         check_run_folder(changed(TINY[3], *state_too))
 
 
@@ -158,7 +206,8 @@ LONG = [
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_tiny_stages_run_one_after_another(small_data: PreparedData, tmp_path: Path) -> None:
-    """Steps, samples and rates are those of one schedule over the phases; then long context with their weights."""
+    """Steps, samples and rates are those of one schedule over the phases; then long context with
+    their weights."""
     own = [*SMALL, f"data.path={small_data.path}"]
     runs = stage_chain(
         [
@@ -175,16 +224,30 @@ def test_the_tiny_stages_run_one_after_another(small_data: PreparedData, tmp_pat
         (output / "run.yaml").write_text(to_yaml(run))
         check_predecessor(run)
         worker = ("reload", str(copy)) if run.checkpoint.continue_from else ("train",)
-        run_distributed(f"tests.faults.fault_worker:{worker[0]}", 2, str(output / "run.yaml"), *worker[1:], timeout=300)
+        run_distributed(
+            f"tests.faults.fault_worker:{worker[0]}",
+            2,
+            str(output / "run.yaml"),
+            *worker[1:],
+            timeout=300,
+        )
 
     folders = [Path(str(run.checkpoint.output)) for run in runs]
     assert [list(losses(folder)) for folder in folders] == [[1, 2, 3], [4], [5, 6], [1, 2]]
-    samples = {step: sample for folder in folders[:3] for step, sample in losses(folder, "samples").items()}
+    samples = {
+        step: sample for folder in folders[:3] for step, sample in losses(folder, "samples").items()
+    }
     assert samples == {1: 4, 2: 8, 3: 16, 4: 24, 5: 32, 6: 40}
-    rates = {step: rate for folder in folders[:3] for step, rate in losses(folder, "learning_rate").items()}
+    rates = {
+        step: rate
+        for folder in folders[:3]
+        for step, rate in losses(folder, "learning_rate").items()
+    }
     whole = runs[2].schedule  # each logs the rate of the step that follows
     for step, sample in samples.items():
-        assert rates[step] == pytest.approx(whole.learning_rate(sample, peak=2e-3, minimum=0.0), rel=1e-6), step
+        assert rates[step] == pytest.approx(
+            whole.learning_rate(sample, peak=2e-3, minimum=0.0), rel=1e-6
+        ), step
     assert (rates[3], rates[6]) == (pytest.approx(2e-3), 0.0)
     assert losses(folders[3], "learning_rate") == {1: pytest.approx(2e-4), 2: 0.0}
     assert [read_records(folder)[0]["from_step"] for folder in folders] == [None, 3, 4, None]

@@ -1,4 +1,5 @@
-"""The report's pre-training as recipes: one schedule over three phases, accepted by Megatron where it runs."""
+"""The report's pre-training as recipes: one schedule over three phases, accepted by Megatron where
+it runs."""
 
 from __future__ import annotations
 
@@ -25,9 +26,15 @@ def world_size(run: Run) -> int:
 
 def test_phases_end_where_the_reports_tokens_do() -> None:
     ends = phase_ends()
-    assert [round(end * 8192 / 1e12, 2) for end in ends] == [6.18, 8.97, 10.65]  # 6.18, + 2.79, and the whole
+    assert [round(end * 8192 / 1e12, 2) for end in ends] == [
+        6.18,
+        8.97,
+        10.65,
+    ]  # 6.18, + 2.79, and the whole
     whole = whole_schedule()
-    assert [whole.samples(whole.steps(end)) for end in ends] == list(ends), "phases end on whole steps"
+    assert [whole.samples(whole.steps(end)) for end in ends] == list(ends), (
+        "phases end on whole steps"
+    )
     assert whole.steps(ends[-1]) == 323_459
     # The decay, the report's mark of phase 3, lies in it; rounding leaves 762 steps of hold before.
     assert whole.steps(ends[1]) + 762 == 323_459 - 49_306
@@ -35,7 +42,8 @@ def test_phases_end_where_the_reports_tokens_do() -> None:
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_phases_are_one_training(ending: str) -> None:
-    """Each begins, in data and state, where the former ends; nothing else of the training changes on the way."""
+    """Each begins, in data and state, where the former ends; nothing else of the training changes
+    on the way."""
     runs = [recipe(name + ending) for name in PHASES]
     whole = whole_schedule()
     assert runs[0].data.first_sample == 0
@@ -46,9 +54,22 @@ def test_phases_are_one_training(ending: str) -> None:
         assert after.checkpoint.load is None
         assert after.data.path != before.data.path
     for run in runs:
-        for field in ("architecture", "layout", "optimizer", "loss", "precision", "seed", "backend"):
+        for field in (
+            "architecture",
+            "layout",
+            "optimizer",
+            "loss",
+            "precision",
+            "seed",
+            "backend",
+        ):
             assert getattr(run, field) == getattr(runs[0], field), field
-        assert dataclasses.replace(run.schedule, train_samples=whole.train_samples, horizon_samples=None) == whole
+        assert (
+            dataclasses.replace(
+                run.schedule, train_samples=whole.train_samples, horizon_samples=None
+            )
+            == whole
+        )
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -56,7 +77,16 @@ def test_rates_at_the_boundaries_are_the_schedules(number: int) -> None:
     run, whole = recipe(PHASES[number]), whole_schedule()
     first, end = run.data.first_sample, run.schedule.train_samples
     decay = whole.train_samples - whole.decay_samples
-    samples = [first, first + 1, whole.warmup_samples, decay, decay + 4096, end - 4096, end, (first + end) // 2]
+    samples = [
+        first,
+        first + 1,
+        whole.warmup_samples,
+        decay,
+        decay + 4096,
+        end - 4096,
+        end,
+        (first + end) // 2,
+    ]
     for sample in samples:
         assert run.learning_rate(sample) == whole.learning_rate(sample, peak=3e-4, minimum=0.0)
     expected = [(0.0, 3e-4), (3e-4, 3e-4), (3e-4, 0.0)][number]
@@ -64,7 +94,8 @@ def test_rates_at_the_boundaries_are_the_schedules(number: int) -> None:
 
 
 def test_megatrons_scheduler_carries_on_over_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own scheduler, built from each phase's arguments and loaded with the state the former saved."""
+    """Its own scheduler, built from each phase's arguments and loaded with the state the former
+    saved."""
     whole, state = whole_schedule(), None
     for name in PHASES:
         run = recipe(name)
@@ -87,7 +118,9 @@ def test_megatrons_scheduler_carries_on_over_the_phases(monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron runs through the CPU backend here")
 @pytest.mark.parametrize("name", sorted(pretraining_recipes()))
-def test_megatron_accepts_every_recipe_at_its_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatron_accepts_every_recipe_at_its_size(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = recipe(name)
     args = validated(run, monkeypatch, world_size=world_size(run), device="cuda")
     assert (args.world_size, args.expert_model_parallel_size) == (world_size(run), run.layout.ep)
@@ -113,7 +146,9 @@ def test_a_short_name_is_the_reports_hardware(base: str) -> None:
     short, long = recipe(base), recipe(full)
     same = dataclasses.replace(long, name=short.name, checkpoint=short.checkpoint)
     assert short == same
-    assert long.checkpoint.load == (short.checkpoint.load and short.checkpoint.load + full.removeprefix(base))
+    assert long.checkpoint.load == (
+        short.checkpoint.load and short.checkpoint.load + full.removeprefix(base)
+    )
 
 
 def test_long_context_is_the_reports() -> None:
@@ -148,7 +183,10 @@ def test_the_slice_is_the_12b_but_for_depth(name: str, of: str) -> None:
 
 
 def test_the_slices_long_context_is_shorter() -> None:
-    run, big = recipe("mellum2_4layer_long_context_1gpu_h200_fp8"), recipe("mellum2_12b_long_context")
+    run, big = (
+        recipe("mellum2_4layer_long_context_1gpu_h200_fp8"),
+        recipe("mellum2_12b_long_context"),
+    )
     assert run.architecture == big.architecture.replace(num_hidden_layers=4)
     assert (run.optimizer, run.precision, run.loss) == (big.optimizer, big.precision, big.loss)
     assert run.data.sequence_length == big.data.sequence_length // 4
@@ -156,15 +194,26 @@ def test_the_slices_long_context_is_shorter() -> None:
 
 @pytest.mark.parametrize("training", ["mellum2_4layer_{}_1gpu_h200_fp8", "mellum2_tiny_{}"])
 def test_small_trainings_are_one_in_the_reports_proportions(training: str) -> None:
-    """The report's shares of the steps: 59, 26 and 15 of a hundred, the decay in the last of them."""
+    """The report's shares of the steps: 59, 26 and 15 of a hundred, the decay in the last of
+    them."""
     runs = [recipe(training.format(f"pretrain_phase{number}")) for number in (1, 2, 3)]
     horizon = runs[-1].schedule.train_samples
     steps = [run.schedule.steps(run.schedule.train_samples) for run in runs]
     reported = [whole_schedule().steps(end) for end in phase_ends()]
-    assert [step / steps[-1] for step in steps] == pytest.approx([each / reported[-1] for each in reported], abs=0.01)
+    assert [step / steps[-1] for step in steps] == pytest.approx(
+        [each / reported[-1] for each in reported], abs=0.01
+    )
     for before, after in itertools.pairwise(runs):
         assert after.data.first_sample == before.schedule.train_samples
-        for field in ("architecture", "layout", "optimizer", "loss", "precision", "seed", "backend"):
+        for field in (
+            "architecture",
+            "layout",
+            "optimizer",
+            "loss",
+            "precision",
+            "seed",
+            "backend",
+        ):
             assert getattr(after, field) == getattr(before, field), field
     for run in runs:
         assert run.schedule.horizon_samples == horizon
@@ -179,12 +228,19 @@ def test_the_tiny_long_context_is_the_released_one_at_another_size() -> None:
     rope, theirs = run.architecture.rope_full_attention, big.architecture.rope_full_attention
     assert (rope.rope_type, rope.rope_theta) == (theirs.rope_type, theirs.rope_theta)
     assert (rope.beta_fast, rope.beta_slow) == (theirs.beta_fast, theirs.beta_slow)
-    assert rope.factor * rope.original_max_position_embeddings == run.architecture.max_position_embeddings
+    assert (
+        rope.factor * rope.original_max_position_embeddings
+        == run.architecture.max_position_embeddings
+    )
     assert rope.original_max_position_embeddings == phase.architecture.max_position_embeddings
     assert run.architecture.rope_sliding_attention.rope_type == "default"
-    assert run.optimizer.lr / phase.optimizer.lr == pytest.approx(big.optimizer.lr / recipe(PHASES[2]).optimizer.lr)
+    assert run.optimizer.lr / phase.optimizer.lr == pytest.approx(
+        big.optimizer.lr / recipe(PHASES[2]).optimizer.lr
+    )
     assert (run.layout.ep, run.layout.cp) == (2, 2)
-    extension = run.architecture.max_position_embeddings // phase.architecture.max_position_embeddings
+    extension = (
+        run.architecture.max_position_embeddings // phase.architecture.max_position_embeddings
+    )
     assert run.data.sequence_length == extension * phase.data.sequence_length
     assert run.data.sequence_length > phase.architecture.max_position_embeddings
 

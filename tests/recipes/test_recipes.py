@@ -15,15 +15,31 @@ HARDWARE: dict[str, tuple[int, Device]] = {
     **{
         f"mellum2_12b_pretrain_phase{number}{ending}": (gpus, "cuda")
         for number in (1, 2, 3)
-        for ending, gpus in {"": 256, "_256gpu_h200_fp8": 256, "_128gpu_h200_fp8": 128, "_8gpu_h200_fp8": 8}.items()
+        for ending, gpus in {
+            "": 256,
+            "_256gpu_h200_fp8": 256,
+            "_128gpu_h200_fp8": 128,
+            "_8gpu_h200_fp8": 8,
+        }.items()
     },
     **{
         f"mellum2_12b_long_context{ending}": (gpus, "cuda")
-        for ending, gpus in {"": 128, "_256gpu_h200_fp8": 256, "_128gpu_h200_fp8": 128, "_8gpu_h200_fp8": 8}.items()
+        for ending, gpus in {
+            "": 128,
+            "_256gpu_h200_fp8": 256,
+            "_128gpu_h200_fp8": 128,
+            "_8gpu_h200_fp8": 8,
+        }.items()
     },
     **{
         f"mellum2_4layer_{stage}_1gpu_h200_fp8": (1, "cuda")
-        for stage in ("pretrain", "pretrain_phase1", "pretrain_phase2", "pretrain_phase3", "long_context")
+        for stage in (
+            "pretrain",
+            "pretrain_phase1",
+            "pretrain_phase2",
+            "pretrain_phase3",
+            "long_context",
+        )
     },
     **{
         f"mellum2_tiny_{stage}": (2, "cpu")
@@ -47,7 +63,9 @@ def test_a_recipe_is_complete_and_breaks_no_rule(name: str) -> None:
     assert world_size % run.layout.smallest_world_size == 0
     if device == "cuda":
         assert run.layout.world_size == world_size
-    unsourced = [key for key in keys() if key not in ("name", "description") and not run.source(key)]
+    unsourced = [
+        key for key in keys() if key not in ("name", "description") and not run.source(key)
+    ]
     assert unsourced == []
 
 
@@ -79,7 +97,11 @@ def test_phase1_is_the_reports() -> None:
     optimizer = run.optimizer
     assert (optimizer.name, optimizer.lr, optimizer.min_lr) == ("muon", 3e-4, 0.0)
     assert (optimizer.weight_decay, optimizer.clip_grad) == (0.1, 1.0)
-    assert (optimizer.muon_momentum, optimizer.muon_nesterov, optimizer.muon_ns_steps) == (0.95, True, 5)
+    assert (optimizer.muon_momentum, optimizer.muon_nesterov, optimizer.muon_ns_steps) == (
+        0.95,
+        True,
+        5,
+    )
     assert (optimizer.muon_scale_mode, optimizer.muon_extra_scale, optimizer.muon_tp_mode) == (
         "spectral",
         0.2,
@@ -90,7 +112,11 @@ def test_phase1_is_the_reports() -> None:
     assert optimizer.overlap_param_gather
     assert (run.loss.aux_loss_coef, run.loss.z_loss_coef, run.loss.mtp_factor) == (1e-3, 1e-3, 0.1)
     precision = run.precision
-    assert (precision.compute, precision.fp8_format, precision.fp8_recipe) == ("fp8", "hybrid", "tensorwise")
+    assert (precision.compute, precision.fp8_format, precision.fp8_recipe) == (
+        "fp8",
+        "hybrid",
+        "tensorwise",
+    )
     assert precision.grad_reduce_in_fp32
     assert (run.data.sequence_length, run.schedule.micro_batch_size) == (8192, 2)
 
@@ -125,4 +151,9 @@ def test_the_quickstart_is_the_same_kind_of_run() -> None:
     assert tiny.data.path == "data/quickstart"
     # every phase of the schedule is there
     schedule = tiny.schedule
-    assert 0 < schedule.warmup_samples < schedule.train_samples - schedule.decay_samples < schedule.train_samples
+    assert (
+        0
+        < schedule.warmup_samples
+        < schedule.train_samples - schedule.decay_samples
+        < schedule.train_samples
+    )

@@ -1,4 +1,5 @@
-"""A Slurm of one's own on this machine: munged, slurmctld and two slurmd, all in a temporary folder."""
+"""A Slurm of one's own on this machine: munged, slurmctld and two slurmd, all in a temporary
+folder."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ CPUS = 32
 """Of a node, whatever the machine has."""
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 
-# What makes one machine look like a cluster: two names and ports of the same host, processes followed without cgroups,
-# more CPUs than there are. `cred_expire` is how long a requeued job waits before it may start again (120 s otherwise).
+# What makes one machine look like a cluster: two names and ports of the same host, processes
+# followed without cgroups, more CPUs than there are. `cred_expire` is how long a requeued job waits
+# before it may start again (120 s otherwise).
 _CONFIGURATION = """
 ClusterName=mellum2
 SlurmctldHost={host}(127.0.0.1)
@@ -63,14 +65,19 @@ PartitionName=spare Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEU
 
 
 class Cluster:
-    """The daemons; commands of Slurm run with `run`. Use it as a context manager, which leaves no process behind."""
+    """The daemons; commands of Slurm run with `run`. Use it as a context manager, which leaves no
+    process behind."""
 
     def __init__(self, folder: Path, *, kill_wait: int = 120) -> None:
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._kill_wait = kill_wait
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM_", "SBATCH_"))
+            },
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": _PATH,
         }
@@ -104,7 +111,8 @@ class Cluster:
                 kill_wait=self._kill_wait,
             )
         )
-        # One seat a node, without a device behind it: jobs that want it preempt each other and nobody else.
+        # One seat a node, without a device behind it: jobs that want it preempt each other and
+        # nobody else.
         (self.folder / "gres.conf").write_text("Name=seat Count=1\n")
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
@@ -115,14 +123,20 @@ class Cluster:
         }
         # --force: the folder's owner may be root, or its group may write.
         self._daemon(
-            "munged", "munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items())
+            "munged",
+            "munged",
+            "--foreground",
+            "--force",
+            *(f"--{name}={path}" for name, path in files.items()),
         )
         wait_for(lambda: files["socket"].exists(), 30, "munged", self.log)
         self._daemon("slurmctld", "slurmctld", "-D", "-i")
         for name in NODES:
             (self.folder / f"spool.{name}").mkdir()
             self.start_node(name)
-        wait_for(lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, "all nodes idle", self.log)
+        wait_for(
+            lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, "all nodes idle", self.log
+        )
 
     def start_node(self, name: str) -> None:
         """Start the slurmd of a node."""
@@ -138,22 +152,34 @@ class Cluster:
 
     def states(self) -> dict[str, str]:
         """Name and state of every node."""
-        output = self.run("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N %t", check=False)
+        output = self.run(
+            "sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N %t", check=False
+        )
         return dict(line.split() for line in output.splitlines())
 
-    def run(self, *command: str, check: bool = True, environment: dict[str, str] | None = None) -> str:
+    def run(
+        self, *command: str, check: bool = True, environment: dict[str, str] | None = None
+    ) -> str:
         """Run a command of Slurm and return what it prints."""
         done = subprocess.run(
-            command, env={**self.environment, **(environment or {})}, capture_output=True, text=True, timeout=120
+            command,
+            env={**self.environment, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+            raise AssertionError(
+                f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done.stdout
 
     def log(self) -> str:
         """The ends of all daemons' logs."""
         files = sorted(self.folder.glob("*.log"))
-        return "\n".join(f"--- {file.name} ---\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+        return "\n".join(
+            f"--- {file.name} ---\n{file.read_text(errors='replace')[-3000:]}" for file in files
+        )
 
     def stop(self) -> None:
         """End every job and daemon."""
@@ -172,7 +198,11 @@ class Cluster:
     def _daemon(self, name: str, program: str, *arguments: str) -> None:
         with (self.folder / f"{name}.out.log").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                [program, *arguments], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [program, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     def _processes(self, node: str | None = None) -> list[psutil.Process]:

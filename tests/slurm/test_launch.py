@@ -1,4 +1,5 @@
-"""`mellum2 launch` on a real Slurm, through NeMo-Run: a chain, an array, a preempted run; status, logs and cancel.
+"""`mellum2 launch` on a real Slurm, through NeMo-Run: a chain, an array, a preempted run; status,
+logs and cancel.
 
 As in test_scenarios.py all jobs are submitted at the start and train side by side.
 """
@@ -46,7 +47,8 @@ PROFILE: dict[str, Any] = {
     "grace_seconds": 60,
     "tries": 1,
 }
-"""Of one node with both ranks; PYTHONPATH lets a test hold a run in front of a step (`faults/sitecustomize.py`)."""
+"""Of one node with both ranks; PYTHONPATH lets a test hold a run in front of a step
+(`faults/sitecustomize.py`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +75,19 @@ class Site:
 
     def wait(self, folder: Path, *states: str) -> None:
         """Wait until the jobs of a folder have these states."""
-        wait_for(lambda: self.states(folder) == list(states), LONG, f"{folder.name} {states}", lambda: self.log(folder))
+        wait_for(
+            lambda: self.states(folder) == list(states),
+            LONG,
+            f"{folder.name} {states}",
+            lambda: self.log(folder),
+        )
 
     def log(self, folder: Path) -> str:
         """All that there is to be said when it goes wrong."""
-        logs = [f"--- {path.name} ---\n{path.read_text()}" for path in sorted((folder / "logs").glob("*.log"))]
+        logs = [
+            f"--- {path.name} ---\n{path.read_text()}"
+            for path in sorted((folder / "logs").glob("*.log"))
+        ]
         return "\n".join([*logs, self.slurm.run("squeue"), self.slurm.log()])
 
 
@@ -85,12 +95,18 @@ class Site:
 def site(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Launch everything."""
     if os.environ.get("MELLUM2_REQUIRE_SLURM") != "1":
-        pytest.importorskip("nemo_run", reason="NeMo-Run is not installed; `make setup-launch` installs it")
+        pytest.importorskip(
+            "nemo_run", reason="NeMo-Run is not installed; `make setup-launch` installs it"
+        )
     folder = tmp_path_factory.mktemp("launch site")
     corpus = small_corpus(tmp_path_factory.mktemp("launch data"))
     one = apply_overrides(small_run(corpus, folder / "x"), SHORT)
-    one = dataclasses.replace(one, name="one", checkpoint=dataclasses.replace(one.checkpoint, output=None))
-    two = dataclasses.replace(one, name="two", checkpoint=dataclasses.replace(one.checkpoint, load="of one"))
+    one = dataclasses.replace(
+        one, name="one", checkpoint=dataclasses.replace(one.checkpoint, output=None)
+    )
+    two = dataclasses.replace(
+        one, name="two", checkpoint=dataclasses.replace(one.checkpoint, load="of one")
+    )
     with pytest.MonkeyPatch.context() as patch, Path(os.devnull).open() as nothing:
         for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
             patch.delenv(name)
@@ -112,7 +128,13 @@ def site(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def _write(folder: Path, one: Run, two: Run) -> None:
     for run in (one, two):
         (folder / f"{run.name}.yaml").write_text(to_yaml(run))
-    spare = {**PROFILE, "partition": "spare", "sbatch": {"gres": "seat:1"}, "ranks_per_node": 1, "nodes": 2}
+    spare = {
+        **PROFILE,
+        "partition": "spare",
+        "sbatch": {"gres": "seat:1"},
+        "ranks_per_node": 1,
+        "nodes": 2,
+    }
     # JSON is YAML.
     (folder / "site.yaml").write_text(json.dumps(PROFILE))
     (folder / "spare.yaml").write_text(json.dumps(spare))
@@ -124,7 +146,16 @@ def _launch(site: Site) -> None:
         (site.folder / name / "gate").write_text("3 hold")
     dirty = "--allow-dirty"  # whoever works on the project tests it too
     site.launch("one.yaml", "--profile", "./spare.yaml", "--output", "runs/preempted", dirty)
-    site.launch("pipeline", "one.yaml", "two.yaml", "--profile", "./site.yaml", "--output", "runs/chain", dirty)
+    site.launch(
+        "pipeline",
+        "one.yaml",
+        "two.yaml",
+        "--profile",
+        "./site.yaml",
+        "--output",
+        "runs/chain",
+        dirty,
+    )
     tasks = ["--array", "seed=1", "--array", "seed=2 optimizer.lr=1e-4"]
     site.launch("one.yaml", "--profile", "./site.yaml", "--output", "runs/array", *tasks, dirty)
 
@@ -133,20 +164,42 @@ def losses(folder: Path) -> list[tuple[float, ...]]:
     """Losses, gradient norm and learning rate of every step."""
     names = ("step", "lm_loss", "mtp_loss", "grad_norm", "learning_rate")
     records = [record for record in read_metrics(folder / METRICS_FILE) if record.kind == "train"]
-    return [tuple(record.step if name == "step" else record.values[name] for name in names) for record in records]
+    return [
+        tuple(record.step if name == "step" else record.values[name] for name in names)
+        for record in records
+    ]
 
 
 def test_a_preempted_run_goes_on_by_itself(site: Site) -> None:
     folder = site.folder / "runs/preempted"
     at_gate = [folder / f"arrived.{rank}" for rank in range(2)]
-    wait_for(lambda: all(file.is_file() for file in at_gate), LONG, "at the gate", lambda: site.log(folder))
+    wait_for(
+        lambda: all(file.is_file() for file in at_gate),
+        LONG,
+        "at the gate",
+        lambda: site.log(folder),
+    )
     (before,) = site.status("runs/preempted")
-    assert (before["state"], before["source"], before["step"], before["attempts"]) == ("RUNNING", "slurm", 2, 1)
+    assert (before["state"], before["source"], before["step"], before["attempts"]) == (
+        "RUNNING",
+        "slurm",
+        2,
+        1,
+    )
     assert before["nodes"] == "n[1-2]"
 
-    urgent = ["sbatch", "--parsable", "--nodes=2", "--gres=seat:1", "--output=/dev/null", "--wrap=sleep 1"]
+    urgent = [
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        "--gres=seat:1",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    ]
     site.slurm.run(*urgent)
-    wait_for(lambda: len(read_attempts(folder)) > 1, LONG, "started again", lambda: site.log(folder))
+    wait_for(
+        lambda: len(read_attempts(folder)) > 1, LONG, "started again", lambda: site.log(folder)
+    )
     (folder / "gate").unlink()
     site.wait(folder, "COMPLETED")
     (after,) = site.status("runs/preempted")
@@ -179,7 +232,9 @@ def test_tasks_of_an_array_are_watched_and_cancelled_one_by_one(site: Site) -> N
     number = read_launches(folder)[0].job_id
     held = folder / "1" / "arrived.0"
     wait_for(held.is_file, LONG, "at the gate", lambda: site.log(folder))
-    wait_for(lambda: site.states(folder)[0] == "COMPLETED", LONG, "first task", lambda: site.log(folder))
+    wait_for(
+        lambda: site.states(folder)[0] == "COMPLETED", LONG, "first task", lambda: site.log(folder)
+    )
     assert [each["job_id"] for each in site.status(number)] == [f"{number}_0", f"{number}_1"]
     assert site.states(folder / "1") == ["RUNNING"]
     mellum2("launch", "logs", "runs/array").refused("2 tasks", f"{number}_0")
@@ -205,6 +260,8 @@ def test_logs(site: Site) -> None:
     assert second in everything
     assert f"step {STEPS}/{STEPS}" in second  # the last rank has the losses
     mellum2("launch", "logs", number, "--rank", "2").refused("ranks 0 to 1")
-    followed = site.launch("logs", folder, "--follow").out  # of a job that has ended: what there is, and how it ended
+    followed = site.launch(
+        "logs", folder, "--follow"
+    ).out  # of a job that has ended: what there is, and how it ended
     assert second.rstrip("\n") in followed
     assert "COMPLETED" in followed

@@ -1,7 +1,8 @@
-"""What happens to a job on a real Slurm: it ends, is preempted, killed, cancelled, loses a node, fails.
+"""What happens to a job on a real Slurm: it ends, is preempted, killed, cancelled, loses a node,
+fails.
 
-Jobs of several tests train side by side; those to which something happens wait for it in front of a step
-(`faults/sitecustomize.py`). Every test drives one of them and compares what it leaves.
+Jobs of several tests train side by side; those to which something happens wait for it in front of a
+step (`faults/sitecustomize.py`). Every test drives one of them and compares what it leaves.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from tests.slurm.cluster import Cluster, wait_for
 from tests.training.test_train import STEPS, small_corpus, small_run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(2000)]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.timeout(2000),
+]
 
 FAULTS = Path(__file__).parent / "faults"
 LONG = 900.0
@@ -73,7 +79,12 @@ class Submitted:
     def arrived(self) -> list[int]:
         """Wait until both ranks stand in front of the gate; return their process numbers."""
         files = [self.folder / f"arrived.{rank}" for rank in range(2)]
-        wait_for(lambda: all(file.is_file() and file.read_text() for file in files), LONG, "at the gate", self.log)
+        wait_for(
+            lambda: all(file.is_file() and file.read_text() for file in files),
+            LONG,
+            "at the gate",
+            self.log,
+        )
         return [int(file.read_text()) for file in files]
 
     def open_gate(self) -> None:
@@ -82,7 +93,10 @@ class Submitted:
 
     def log(self) -> str:
         """All that the job and the daemons have said."""
-        logs = [f"--- {path.name} ---\n{path.read_text()}" for path in sorted((self.job.folder / "logs").glob("*.log"))]
+        logs = [
+            f"--- {path.name} ---\n{path.read_text()}"
+            for path in sorted((self.job.folder / "logs").glob("*.log"))
+        ]
         return "\n".join([*logs, self.slurm.run("squeue"), self.slurm.log()])
 
     def kinds(self) -> list[str | None]:
@@ -96,11 +110,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 
 class Jobs:
-    """The jobs of the tests that were selected, in their order: those of the next tests start while one is driven."""
+    """The jobs of the tests that were selected, in their order: those of the next tests start while
+    one is driven."""
 
     AHEAD = 2
 
-    def __init__(self, slurm: Cluster, corpus: PreparedData, folder: Path, wanted: set[str]) -> None:
+    def __init__(
+        self, slurm: Cluster, corpus: PreparedData, folder: Path, wanted: set[str]
+    ) -> None:
         self.slurm, self.corpus, self.folder = slurm, corpus, folder
         self._names = [name for name in SCENARIOS if name in wanted or name == "success"]
         self._submitted: dict[str, Submitted] = {}
@@ -114,11 +131,22 @@ class Jobs:
     def run(self, name: str, *overrides: str) -> Run:
         """A run of six steps that saves every second."""
         # No watch: a rank may stand in front of a step for as long as the jobs before it take.
-        more = ["logging.tensorboard=false", "checkpoint.save_interval=2", "timeout_minutes=600", *overrides]
+        more = [
+            "logging.tensorboard=false",
+            "checkpoint.save_interval=2",
+            "timeout_minutes=600",
+            *overrides,
+        ]
         return small_run(self.corpus, self.folder / name, *more)
 
     def _submit(
-        self, name: str, folder: str = "", flags: tuple[str, ...] = (), gate: str = "", file: str = "", **more: Any
+        self,
+        name: str,
+        folder: str = "",
+        flags: tuple[str, ...] = (),
+        gate: str = "",
+        file: str = "",
+        **more: Any,
     ) -> Submitted:
         job = make_job(self.run(folder or name), PROFILE, name=name, code=FAULTS, **more)
         script = write_job(job)
@@ -143,14 +171,22 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "chain": {"gate": "4 hold", "flags": ("--no-requeue",)},
     "lost_node": {"gate": "4 hold"},
 }
-"""Test -> how its job is submitted. Of a job whose gate holds, the ranks wait until the test has come to it."""
+"""Test -> how its job is submitted. Of a job whose gate holds, the ranks wait until the test has
+come to it."""
 
 
 @pytest.fixture(scope="session")
 def jobs(
-    slurm: Cluster, corpus: PreparedData, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    slurm: Cluster,
+    corpus: PreparedData,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Jobs:
-    wanted = {item.name.removeprefix("test_") for item in request.session.items if item.path == Path(__file__)}
+    wanted = {
+        item.name.removeprefix("test_")
+        for item in request.session.items
+        if item.path == Path(__file__)
+    }
     return Jobs(slurm, corpus, tmp_path_factory.mktemp("slurm runs"), wanted)
 
 
@@ -178,14 +214,20 @@ def test_success(jobs: Jobs):
     assert tracked_iteration(job.folder) == STEPS
     assert job.kinds() == ["done"]
     assert len(losses(job.folder)) == STEPS
-    assert f"step {STEPS}/{STEPS}" in (job.folder / "logs" / f"success-{job.number}-node1.log").read_text()
+    assert (
+        f"step {STEPS}/{STEPS}"
+        in (job.folder / "logs" / f"success-{job.number}-node1.log").read_text()
+    )
 
 
 def test_time_limit(jobs: Jobs, slurm: Cluster):
-    """Before the limit the batch script hears SIGUSR1: all is saved, the job requeues itself, and the run goes on."""
+    """Before the limit the batch script hears SIGUSR1: all is saved, the job requeues itself, and
+    the run goes on."""
     job = jobs["time_limit"]
     wait_for(lambda: job.kinds()[:1] == ["stopped"], LONG, "told to stop", job.log)
-    slurm.run("scontrol", "update", f"jobid={job.number}", "TimeLimit=30")  # as a busy machine may need
+    slurm.run(
+        "scontrol", "update", f"jobid={job.number}", "TimeLimit=30"
+    )  # as a busy machine may need
     job.open_gate()
     job.wait("COMPLETED", *ENDED_BADLY)
     kinds = job.kinds()
@@ -194,10 +236,13 @@ def test_time_limit(jobs: Jobs, slurm: Cluster):
 
 
 def test_preemption(jobs: Jobs, slurm: Cluster):
-    """A job of higher priority takes the nodes: all is saved, Slurm requeues, and the run goes on."""
+    """A job of higher priority takes the nodes: all is saved, Slurm requeues, and the run goes
+    on."""
     job = jobs["preemption"]
     job.arrived()
-    urgent = slurm.run("sbatch", "--parsable", "--nodes=2", "--gres=seat:1", "--output=/dev/null", "--wrap=sleep 1")
+    urgent = slurm.run(
+        "sbatch", "--parsable", "--nodes=2", "--gres=seat:1", "--output=/dev/null", "--wrap=sleep 1"
+    )
     wait_for(lambda: job.kinds() == ["ended"], LONG, "preempted", job.log)
     job.open_gate()
     goes_on(job, jobs["success"], ["ended", "done"])
@@ -205,7 +250,8 @@ def test_preemption(jobs: Jobs, slurm: Cluster):
 
 
 def test_killed_rank(jobs: Jobs):
-    """A rank dies: the job is requeued and starts from the last checkpoint; the record names the node."""
+    """A rank dies: the job is requeued and starts from the last checkpoint; the record names the
+    node."""
     job = jobs["killed_rank"]
     pids = job.arrived()
     os.kill(pids[1], signal.SIGKILL)
@@ -259,11 +305,18 @@ def test_array(jobs: Jobs):
 
 
 def test_chain(jobs: Jobs, slurm: Cluster):
-    """A stage waits for the one before it, also where that one may not be requeued and goes on as another job."""
+    """A stage waits for the one before it, also where that one may not be requeued and goes on as
+    another job."""
     job = jobs["chain"]
     stage = jobs.run("second", f"checkpoint.load={job.folder}")
-    second = make_job(stage, PROFILE, name="second", dependency=[f"afterok:{job.number}"], before=job.folder)
-    after = Submitted(job=second, number=slurm.run("sbatch", "--parsable", str(write_job(second))).strip(), slurm=slurm)
+    second = make_job(
+        stage, PROFILE, name="second", dependency=[f"afterok:{job.number}"], before=job.folder
+    )
+    after = Submitted(
+        job=second,
+        number=slurm.run("sbatch", "--parsable", str(write_job(second))).strip(),
+        slurm=slurm,
+    )
     job.arrived()
     slurm.run("scancel", "--batch", "--signal=USR1", job.number)
     job.wait(*ENDED_BADLY)
@@ -276,7 +329,9 @@ def test_chain(jobs: Jobs, slurm: Cluster):
     assert first.series == continuation.series == first.job == job.number
     assert continuation.job != first.job
     assert losses(job.folder) == losses(jobs["success"].folder)
-    assert losses(after.folder)[1] < losses(job.folder)[1]  # it starts from what the first has learnt
+    assert (
+        losses(after.folder)[1] < losses(job.folder)[1]
+    )  # it starts from what the first has learnt
 
 
 def test_lost_node(jobs: Jobs, slurm: Cluster):

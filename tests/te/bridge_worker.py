@@ -1,6 +1,8 @@
-"""What the tests of the Megatron-Bridge integration do in processes of their own: Bridge, Transformer Engine, no GPU.
+"""What the tests of the Megatron-Bridge integration do in processes of their own: Bridge,
+Transformer Engine, no GPU.
 
-Each function takes the folder that the test has prepared, leaves files there and returns what becomes JSON.
+Each function takes the folder that the test has prepared, leaves files there and returns what
+becomes JSON.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ ARGUMENT = {
     "moe_z_loss_coeff",
     "cp_comm_type",
 }
-"""Fields about a run or a machine, which the arguments resolve or set and the provider leaves to Bridge's recipes."""
+"""Fields about a run or a machine, which the arguments resolve or set and the provider leaves to
+Bridge's recipes."""
 
 
 def round_trips(root: Path) -> None:
-    """For each model in ``hf/``: load, save as Megatron and as Hugging Face; read our import, save as Hugging Face."""
+    """For each model in ``hf/``: load, save as Megatron and as Hugging Face; read our import, save
+    as Hugging Face."""
     for folder in sorted((root / "hf").iterdir()):
         bridge = AutoBridge.from_hf_pretrained(folder)
         model = bridge.to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
@@ -48,19 +52,26 @@ def round_trips(root: Path) -> None:
 
 
 def configurations(root: Path) -> dict[str, list[str]]:
-    """Differences between the provider's configuration, ours from Megatron's arguments, and those read from files."""
+    """Differences between the provider's configuration, ours from Megatron's arguments, and those
+    read from files."""
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.model_load_save import load_model_config
     from megatron.bridge.utils.instantiate_utils import InstantiationMode
-    from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+    from megatron.training.arguments import (
+        core_transformer_config_from_args,
+        parse_args,
+        validate_args,
+    )
 
     from conversion.bridge.register import Mellum2ModelProvider
     from mellum2_megatron.config import Layout, Precision
     from mellum2_megatron.model.transformer_config import use_plain_initialization
     from mellum2_megatron.recipes import recipe
-    from mellum2_megatron.upstream.arguments import megatron_arguments
+    from mellum2_megatron.upstream import megatron_arguments
 
-    run = dataclasses.replace(recipe("mellum2_tiny_pretrain"), layout=Layout(), precision=Precision(compute="bf16"))
+    run = dataclasses.replace(
+        recipe("mellum2_tiny_pretrain"), layout=Layout(), precision=Precision(compute="bf16")
+    )
     provider = Mellum2ModelProvider.from_architecture(run.architecture)
     provider.finalize()
     sys.argv = ["pretrain", *megatron_arguments(run, world_size=1, device="cuda", backend="te")]
@@ -70,9 +81,13 @@ def configurations(root: Path) -> dict[str, list[str]]:
     use_plain_initialization(ours)
 
     small = root / "imported" / "small" / "release"
-    from_folder = AutoBridge.from_hf_pretrained(root / "hf" / "small").to_megatron_provider(load_weights=False)
+    from_folder = AutoBridge.from_hf_pretrained(root / "hf" / "small").to_megatron_provider(
+        load_weights=False
+    )
     from_file, _ = load_model_config(str(small))
-    from_container = ConfigContainer.from_yaml(str(small / "run_config.yaml"), mode=InstantiationMode.STRICT).model
+    from_container = ConfigContainer.from_yaml(
+        str(small / "run_config.yaml"), mode=InstantiationMode.STRICT
+    ).model
     for each in (from_folder, from_file, from_container):
         each.finalize()
     return {
@@ -83,7 +98,8 @@ def configurations(root: Path) -> dict[str, list[str]]:
 
 
 def differences(expected: Any, found: Any, *, besides: set[str]) -> list[str]:
-    """Name the dataclass fields of `expected` that `found` has otherwise; functions compare by their names."""
+    """Name the dataclass fields of `expected` that `found` has otherwise; functions compare by
+    their names."""
 
     def comparable(value: Any) -> Any:
         if callable(value):
@@ -92,7 +108,10 @@ def differences(expected: Any, found: Any, *, besides: set[str]) -> list[str]:
         return value
 
     names = [field.name for field in dataclasses.fields(expected) if field.name not in besides]
-    pairs = [(name, comparable(getattr(expected, name)), comparable(getattr(found, name))) for name in names]
+    pairs = [
+        (name, comparable(getattr(expected, name)), comparable(getattr(found, name)))
+        for name in names
+    ]
     return [f"{name}: {want!r}, {have!r}" for name, want, have in pairs if want != have]
 
 
@@ -104,7 +123,9 @@ def refusals(root: Path) -> dict[str, str]:
     from mellum2_megatron.architecture import PRESETS
 
     def load(name: str) -> None:
-        AutoBridge.from_hf_pretrained(root / name).to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
+        AutoBridge.from_hf_pretrained(root / name).to_megatron_model(
+            wrap_with_ddp=False, use_cpu_initialization=True
+        )
 
     def another_model() -> None:
         provider = Mellum2ModelProvider.from_architecture(PRESETS["mellum2-tiny"])
@@ -145,14 +166,20 @@ def without_head(root: Path) -> dict[str, Any]:
     model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
     return {
         "parameters": [name for name, _ in model[0].named_parameters() if "mtp" in name],
-        "exported": sorted(name for name, _ in bridge.export_hf_weights(model, cpu=True, show_progress=False)),
-        "config": bridge._model_bridge.megatron_to_hf_config(provider).get("num_nextn_predict_layers"),
+        "exported": sorted(
+            name for name, _ in bridge.export_hf_weights(model, cpu=True, show_progress=False)
+        ),
+        "config": bridge._model_bridge.megatron_to_hf_config(provider).get(
+            "num_nextn_predict_layers"
+        ),
     }
 
 
 def synthesized(root: Path) -> dict[str, Any]:
     """The config that Bridge makes from our import's run_config.yaml alone."""
-    bridge = AutoBridge.from_auto_config(str(root / "imported" / "small" / "release"), str(root / "hf" / "small"))
+    bridge = AutoBridge.from_auto_config(
+        str(root / "imported" / "small" / "release"), str(root / "hf" / "small")
+    )
     return bridge.hf_pretrained.to_diff_dict()
 
 
@@ -162,11 +189,16 @@ def known_before(root: Path) -> bool:
 
 
 def split(root: Path) -> None:
-    """On two ranks: load and export the model with each way of splitting it, all ranks taking part."""
+    """On two ranks: load and export the model with each way of splitting it, all ranks taking
+    part."""
     from megatron.core import parallel_state
 
     torch.distributed.init_process_group("gloo")
-    for way in ("pipeline_model_parallel_size", "expert_model_parallel_size", "tensor_model_parallel_size"):
+    for way in (
+        "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "tensor_model_parallel_size",
+    ):
         bridge = AutoBridge.from_hf_pretrained(root / "hf" / "even")
         provider = bridge.to_megatron_provider()
         setattr(provider, way, 2)
@@ -174,7 +206,10 @@ def split(root: Path) -> None:
         provider.finalize()
         provider.initialize_model_parallel(seed=0)
         model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        weights = {n: w.contiguous() for n, w in bridge.export_hf_weights(model, cpu=True, show_progress=False)}
+        weights = {
+            n: w.contiguous()
+            for n, w in bridge.export_hf_weights(model, cpu=True, show_progress=False)
+        }
         if torch.distributed.get_rank() == 0:
             save_file(weights, root / f"{way}.safetensors")
         torch.distributed.barrier()

@@ -1,4 +1,5 @@
-"""Mellum 2 through Megatron-Bridge against our own converter, byte by byte; its modules are built, not run."""
+"""Mellum 2 through Megatron-Bridge against our own converter, byte by byte; its modules are built,
+not run."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ from tests import REPOSITORY
 from tests.conversion.folders import VARIANTS, load_tensors, write_folder
 from tests.conversion.releases import write_model
 
-EVEN = {"num_experts": 4, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+EVEN = {
+    "num_experts": 4,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "small": {},
     "even": EVEN,
@@ -30,7 +35,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def bridge_is_installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("transformer_engine", "megatron.bridge", "modelopt"))
+    return all(
+        importlib.util.find_spec(name)
+        for name in ("transformer_engine", "megatron.bridge", "modelopt")
+    )
 
 
 pytestmark = [
@@ -44,7 +52,11 @@ pytestmark = [
 
 def run_worker(root: Path, *functions: str, ranks: int = 1) -> dict[str, Any]:
     """Call functions of `tests.te.bridge_worker` on a folder, in one process or in several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "tests.te.bridge_worker", str(root), *functions],
         cwd=REPOSITORY,
@@ -80,7 +92,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def done(root: Path) -> dict[str, Any]:
     """What everything that needs one process came to."""
-    functions = ("known_before", "round_trips", "configurations", "refusals", "without_head", "synthesized")
+    functions = (
+        "known_before",
+        "round_trips",
+        "configurations",
+        "refusals",
+        "without_head",
+        "synthesized",
+    )
     return run_worker(root, *functions)
 
 
@@ -95,12 +114,15 @@ def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
     reader = TorchDistReader(folder)
     whole = {key: (0,) * len(info.shape) for key, info in reader.tensors.items()}
-    return {key: reader.read(key, offset, reader.tensors[key].shape) for key, offset in whole.items()}
+    return {
+        key: reader.read(key, offset, reader.tensors[key].shape) for key, offset in whole.items()
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bridge_loads_what_our_importer_writes(name: str, root: Path, done: dict[str, Any]):
-    """Every tensor of the model that AutoBridge filled, saved by Bridge, has our import's key and bytes."""
+    """Every tensor of the model that AutoBridge filled, saved by Bridge, has our import's key and
+    bytes."""
     ours = checkpoint_tensors(root / "imported" / name / "release")
     assert any(key.startswith("mtp.") for key in ours) is (name != "no-mtp")
     require_same(checkpoint_tensors(root / "bridge_megatron" / name / "iter_0000000"), ours)
@@ -114,7 +136,9 @@ def test_bridge_exports_what_it_was_given(name: str, root: Path, done: dict[str,
     require_same(load_tensors(root / "read_back" / name), original)
     export_hf(root / "imported" / name, root / "exported" / name)
     require_same(load_tensors(root / "exported" / name), original)
-    assert (root / "bridge_hf" / name / "config.json").read_text() == (root / "hf" / name / "config.json").read_text()
+    assert (root / "bridge_hf" / name / "config.json").read_text() == (
+        root / "hf" / name / "config.json"
+    ).read_text()
 
 
 @pytest.mark.distributed
@@ -122,7 +146,10 @@ def test_bridge_splits_the_model(root: Path):
     """Pipeline, expert and tensor parallelism on two ranks: the gathered export is the original."""
     run_worker(root, "split", ranks=2)
     for way in ("pipeline", "expert", "tensor"):
-        require_same(load_file(root / f"{way}_model_parallel_size.safetensors"), load_tensors(root / "hf" / "even"))
+        require_same(
+            load_file(root / f"{way}_model_parallel_size.safetensors"),
+            load_tensors(root / "hf" / "even"),
+        )
 
 
 def test_provider_is_configured_as_our_training_is(done: dict[str, Any]):
@@ -130,7 +157,8 @@ def test_provider_is_configured_as_our_training_is(done: dict[str, Any]):
 
 
 def test_bridge_reads_the_run_config(done: dict[str, Any], root: Path):
-    """The provider from the file equals the one from the Hugging Face folder, read leniently and strictly."""
+    """The provider from the file equals the one from the Hugging Face folder, read leniently and
+    strictly."""
     assert done["configurations"]["load_model_config"] == []
     assert done["configurations"]["ConfigContainer"] == []
     config = json.loads((root / "hf" / "small" / "config.json").read_text())

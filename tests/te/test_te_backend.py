@@ -1,4 +1,5 @@
-"""The te backend without a GPU: its modules are built, not run. Same checkpoint keys as the torch backend's."""
+"""The te backend without a GPU: its modules are built, not run. Same checkpoint keys as the torch
+backend's."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ def transformer_engine_imports() -> bool:
 
 pytestmark = [
     pytest.mark.te,
-    pytest.mark.skipif(not transformer_engine_imports(), reason="Transformer Engine is not installed (make setup-te)"),
+    pytest.mark.skipif(
+        not transformer_engine_imports(),
+        reason="Transformer Engine is not installed (make setup-te)",
+    ),
 ]
 
 
@@ -56,17 +60,24 @@ def test_both_backends_have_the_same_checkpoint_keys(tiny: dict[str, Any]):
 
 
 def test_te_layers_attend_by_their_type(tiny: dict[str, Any]):
-    """Window 64 on the three sliding layers and MTP, none on the full one, which alone has YaRN's factor squared."""
+    """Window 64 on the three sliding layers and MTP, none on the full one, which alone has YaRN's
+    factor squared."""
     assert tiny["windows"][:3] == [[63, 0]] * 3
     assert tiny["windows"][4] == [63, 0]
     assert tiny["windows"][3] in ([], [-1, 0], [-1, -1])
     plain = 1 / math.sqrt(64)
     factor = 0.1 * math.log(16) + 1
-    assert tiny["scales"] == pytest.approx([plain, plain, plain, plain * factor**2, plain], rel=1e-12)
+    assert tiny["scales"] == pytest.approx(
+        [plain, plain, plain, plain * factor**2, plain], rel=1e-12
+    )
 
 
 def test_te_modules_are_fused_and_grouped(tiny: dict[str, Any]):
-    expected = {"TELayerNormColumnParallelLinear", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"}
+    expected = {
+        "TELayerNormColumnParallelLinear",
+        "TEColumnParallelGroupedLinear",
+        "TERowParallelGroupedLinear",
+    }
     assert expected <= set(tiny["modules"])
     assert tiny["routers_are_ours"]
 
@@ -77,7 +88,8 @@ def test_the_mtp_projection_alone_leaves_fp8():
 
 
 def production_stages() -> list[tuple[str, int]]:
-    """Return (recipe, pipeline stage) for every production recipe that differs from the others in what is built."""
+    """Return (recipe, pipeline stage) for every production recipe that differs from the others in
+    what is built."""
     kinds: dict[Any, list[tuple[str, int]]] = {}
     for name in recipe_names():
         run = recipe(name)
@@ -89,7 +101,8 @@ def production_stages() -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("name", "stage"), production_stages())
 def test_production_recipe_is_built_at_its_true_size(name: str, stage: int):
-    """Megatron's own validation and configuration at the real world size, the model's real dimensions, one rank."""
+    """Megatron's own validation and configuration at the real world size, the model's real
+    dimensions, one rank."""
     built, run = run_worker("recipe_model", name, str(stage)), recipe(name)
     assert built["world"] == run.layout.world_size
     assert built["parameters"] == built["expected"]
@@ -98,4 +111,6 @@ def test_production_recipe_is_built_at_its_true_size(name: str, stage: int):
     assert built["fp8"] == ("hybrid" if run.precision.compute == "fp8" else None)
     assert built["router_fusion"]
     assert built["grouped"]
-    assert {"TEDotProductAttention", "TEGroupedMLP", "TELayerNormColumnParallelLinear"} <= set(built["modules"])
+    assert {"TEDotProductAttention", "TEGroupedMLP", "TELayerNormColumnParallelLinear"} <= set(
+        built["modules"]
+    )

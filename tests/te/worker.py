@@ -1,4 +1,5 @@
-"""What the tests of the te backend do in a process of their own: Transformer Engine visible, no GPU.
+"""What the tests of the te backend do in a process of their own: Transformer Engine visible, no
+GPU.
 
 Its modules can be built without a driver, not run. Each function prints one JSON value.
 """
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 import transformer_engine.pytorch  # before megatron, which looks for it when it is imported
 
+from mellum2_megatron import upstream
 from mellum2_megatron.cpu import activation, compiling, device
 from mellum2_megatron.cpu.patches import PATCHES
-from mellum2_megatron.upstream import patches as upstream
 from mellum2_megatron.upstream import patching
 
 
@@ -26,7 +27,8 @@ def activate_beside_transformer_engine() -> None:
     device.install()
     compiling.install()
     patching.install(PATCHES)
-    # Its modules refuse to be built otherwise (transformer_engine/pytorch/module/base.py:896, 2.20.2).
+    # Its modules refuse to be built otherwise (transformer_engine/pytorch/module/base.py:896,
+    # 2.20.2).
     torch.cuda.is_available = lambda: True
     activation._active = True
 
@@ -54,12 +56,15 @@ def sharded_tensors(model: Any) -> dict[str, list[int]]:
 
 
 def tiny_models() -> dict[str, Any]:
-    """Build the tiny model with both backends: checkpoint keys, and what each te layer attends with."""
+    """Build the tiny model with both backends: checkpoint keys, and what each te layer attends
+    with."""
     from mellum2_megatron.architecture import PRESETS
     from mellum2_megatron.architecture.mellum2 import RopeParameters
     from mellum2_megatron.model.provider import build_model
 
-    yarn = RopeParameters(rope_type="yarn", rope_theta=500_000.0, factor=16.0, original_max_position_embeddings=32)
+    yarn = RopeParameters(
+        rope_type="yarn", rope_theta=500_000.0, factor=16.0, original_max_position_embeddings=32
+    )
     architecture = PRESETS["mellum2-tiny"].replace(rope_full_attention=yarn)
     te = build_model(
         architecture,
@@ -82,12 +87,15 @@ def tiny_models() -> dict[str, Any]:
         "windows": [list(attention.core_attention.window_size or ()) for attention in attentions],
         "scales": [attention.core_attention.softmax_scale for attention in attentions],
         "modules": sorted({type(module).__name__ for module in te.modules()}),
-        "routers_are_ours": all(type(layer.mlp.router).__name__ == "Mellum2Router" for layer in te.decoder.layers),
+        "routers_are_ours": all(
+            type(layer.mlp.router).__name__ == "Mellum2Router" for layer in te.decoder.layers
+        ),
     }
 
 
 def projection_contexts() -> list[dict[str, bool]]:
-    """Which of the MTP layer's linear modules see FP8, without and with `precision.bf16_mtp_projection`."""
+    """Which of the MTP layer's linear modules see FP8, without and with
+    `precision.bf16_mtp_projection`."""
     from transformer_engine.pytorch import quantization
 
     quantization.get_device_compute_capability = lambda: (9, 0)
@@ -95,7 +103,8 @@ def projection_contexts() -> list[dict[str, bool]]:
 
 
 def _fp8_seen(choice: bool) -> dict[str, bool]:
-    """Run Megatron's forward functions in its FP8 context, Transformer Engine's kernels left out: they need a GPU."""
+    """Run Megatron's forward functions in its FP8 context, Transformer Engine's kernels left out:
+    they need a GPU."""
     from megatron.core import fp8_utils
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
@@ -114,7 +123,9 @@ def _fp8_seen(choice: bool) -> dict[str, bool]:
         fp8="hybrid",
         fp8_recipe="tensorwise",
     )
-    provide = model_provider(architecture, "te", precision=Precision(compute="fp8", bf16_mtp_projection=choice))
+    provide = model_provider(
+        architecture, "te", precision=Precision(compute="fp8", bf16_mtp_projection=choice)
+    )
     layer = provide(config=config).train().mtp.layers[0]
     seen: dict[str, bool] = {}
     names = {module: name.rpartition(".")[2] for name, module in layer.named_modules()}
@@ -133,24 +144,31 @@ def _fp8_seen(choice: bool) -> dict[str, bool]:
 
 
 def recipe_model(name: str, stage: str) -> dict[str, Any]:
-    """Take a recipe through Megatron's own validation at its world size, and build one rank of it on the meta device.
+    """Take a recipe through Megatron's own validation at its world size, and build one rank of it
+    on the meta device.
 
     The process group is torch's fake one: it has the world's size and moves nothing.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from mellum2_megatron.recipes import recipe
-    from mellum2_megatron.upstream.arguments import environment, megatron_arguments
+    from mellum2_megatron.upstream import environment, megatron_arguments
 
     run = recipe(name)
     world = run.layout.world_size
     assert world is not None
     rank = int(stage) * world // run.layout.pp
-    os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": "0"} | environment(run)
+    os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": "0"} | environment(
+        run
+    )
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+    from megatron.training.arguments import (
+        core_transformer_config_from_args,
+        parse_args,
+        validate_args,
+    )
 
     sys.argv = ["pretrain", *megatron_arguments(run, world_size=world, device="cuda")]
     args = parse_args()
@@ -197,7 +215,8 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
 
 
 def padding_bytes(model: torch.nn.Module, args: Any) -> int:
-    """Return what Megatron's own layout of the buffers leaves empty, of BF16 weights and FP32 gradients.
+    """Return what Megatron's own layout of the buffers leaves empty, of BF16 weights and FP32
+    gradients.
 
     As `get_model` asks for it (megatron/training/training.py:1838-1893, 0.19.2); no buffer is made.
     """
@@ -209,7 +228,9 @@ def padding_bytes(model: torch.nn.Module, args: Any) -> int:
     )
     from megatron.training.training import resolve_ddp_bucket_size
 
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32
+    )
     parameters = list(model.parameters())
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     bucket = resolve_ddp_bucket_size(config, group, args.overlap_grad_reduce, None)

@@ -1,4 +1,5 @@
-"""Real training on real ranks: Megatron's own loop over gloo, its checkpoints, and what a resume continues with."""
+"""Real training on real ranks: Megatron's own loop over gloo, its checkpoints, and what a resume
+continues with."""
 
 from __future__ import annotations
 
@@ -43,13 +44,14 @@ def small_corpus(folder: Path) -> PreparedData:
     texts.mkdir()
     for seed in range(30):
         (texts / f"module_{seed}.py").write_text(python_like(seed))
-    return prepare(folder / "corpus", inputs=[texts], vocab_size=360, workers=1, valid_fraction=0.2, progress=False)
-
-
-@pytest.fixture(scope="module")
-def data(small_data: PreparedData) -> PreparedData:
-    """The corpus that all tests of real runs share."""
-    return small_data
+    return prepare(
+        folder / "corpus",
+        inputs=[texts],
+        vocab_size=360,
+        workers=1,
+        valid_fraction=0.2,
+        progress=False,
+    )
 
 
 def small_run(data: PreparedData, output: Path, *overrides: str) -> Run:
@@ -62,18 +64,30 @@ def train(run: Run, nproc: int, *, order: list[int] | None = None) -> Path:
     output = Path(str(run.checkpoint.output))
     output.mkdir(parents=True, exist_ok=True)
     (output / "requested.yaml").write_text(to_yaml(run))
-    run_distributed("tests.training.train_worker:train", nproc, str(output / "requested.yaml"), order, timeout=300)
+    run_distributed(
+        "tests.training.train_worker:train",
+        nproc,
+        str(output / "requested.yaml"),
+        order,
+        timeout=300,
+    )
     return output
 
 
 def losses(output: Path, name: str = "lm_loss", kind: str = "train") -> dict[int, float]:
     records = read_metrics(output / METRICS_FILE)
-    return {record.step: record.values[name] for record in records if record.kind == kind and name in record.values}
+    return {
+        record.step: record.values[name]
+        for record in records
+        if record.kind == kind and name in record.values
+    }
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
     reader = open_checkpoint(find_checkpoint(output))
-    return {key: reader.read(key, (0,) * len(t.shape), t.shape) for key, t in reader.tensors.items()}
+    return {
+        key: reader.read(key, (0,) * len(t.shape), t.shape) for key, t in reader.tensors.items()
+    }
 
 
 def test_training_logs_every_quantity(trained: Path):
@@ -89,34 +103,43 @@ def test_training_logs_every_quantity(trained: Path):
     layers = [f"expert_load/{layer}/max_over_mean" for layer in ("layer_00", "layer_03", "mtp")]
     assert all(last[name] >= 1.0 for name in layers)
     assert [record.step for record in records if record.kind == "valid"] == [3, 6]
-    # A fresh model guesses uniformly; the first logged loss is before any update, up to initialisation's spread.
+    # A fresh model guesses uniformly; the first logged loss is before any update, up to
+    # initialisation's spread.
     assert abs(losses(trained)[1] - math.log(384)) < 0.1
     assert losses(trained)[STEPS] < losses(trained)[1]
 
 
-def test_learning_rate_is_the_schedules(trained: Path, data: PreparedData):
+def test_learning_rate_is_the_schedules(trained: Path, small_data: PreparedData):
     run = read_run(trained / "run.yaml")
-    consumed = [4, 8, 16, 24, 32, 40]  # after each step; Megatron logs the rate of the step that follows
+    consumed = [
+        4,
+        8,
+        16,
+        24,
+        32,
+        40,
+    ]  # after each step; Megatron logs the rate of the step that follows
     for step, sample in enumerate(consumed, 1):
         logged = losses(trained, "learning_rate")[step]
         assert logged == pytest.approx(run.learning_rate(sample), rel=1e-6), step
 
 
-def test_run_folder_states_the_run(trained: Path, data: PreparedData):
-    assert read_run(trained / "run.yaml") == small_run(data, trained)
-    assert find_checkpoint(trained).architecture == small_run(data, trained).architecture
+def test_run_folder_states_the_run(trained: Path, small_data: PreparedData):
+    assert read_run(trained / "run.yaml") == small_run(small_data, trained)
+    assert find_checkpoint(trained).architecture == small_run(small_data, trained).architecture
     assert (trained / "tokenizer" / "tokenizer.json").read_bytes() == (
-        data.tokenizer_dir / "tokenizer.json"
+        small_data.tokenizer_dir / "tokenizer.json"
     ).read_bytes()
 
 
-def test_resume_is_bitwise(trained: Path, data: PreparedData, tmp_path: Path):
-    """Three steps, then a new set of processes for the rest: the same losses and the same weights, to the bit."""
+def test_resume_is_bitwise(trained: Path, small_data: PreparedData, tmp_path: Path):
+    """Three steps, then a new set of processes for the rest: the same losses and the same weights,
+    to the bit."""
     resumed = tmp_path / "resumed"
     shutil.copytree(trained, resumed)
     shutil.rmtree(resumed / "iter_0000006")
     write_tracker(resumed, 3)
-    train(small_run(data, resumed), nproc=2)
+    train(small_run(small_data, resumed), nproc=2)
     for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss", "grad_norm"):
         assert losses(resumed, name) == losses(trained, name), name
     assert losses(resumed, kind="valid") == losses(trained, kind="valid")
@@ -125,10 +148,12 @@ def test_resume_is_bitwise(trained: Path, data: PreparedData, tmp_path: Path):
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_a_finished_run_started_again_adds_nothing(trained: Path, data: PreparedData, tmp_path: Path):
+def test_a_finished_run_started_again_adds_nothing(
+    trained: Path, small_data: PreparedData, tmp_path: Path
+):
     again = tmp_path / "again"
     shutil.copytree(trained, again)
-    train(small_run(data, again), nproc=2)
+    train(small_run(small_data, again), nproc=2)
     assert (again / METRICS_FILE).read_bytes() == (trained / METRICS_FILE).read_bytes()
     assert find_checkpoint(again).iteration == STEPS
 
@@ -153,7 +178,12 @@ def start(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first_step(start: Path, data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps from there, on two ranks with the experts divided between them."""
-    return train(small_run(data, tmp_path_factory.mktemp("first") / "ep2", *FIRST_STEP, f"checkpoint.load={start}"), 2)
+    return train(
+        small_run(
+            data, tmp_path_factory.mktemp("first") / "ep2", *FIRST_STEP, f"checkpoint.load={start}"
+        ),
+        2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,10 +200,18 @@ def first_step(start: Path, data: PreparedData, tmp_path_factory: pytest.TempPat
     ids=["one process", "dp 2", "pp 2", "vpp 2", "tp 2", "etp 2", "cp 2"],
 )
 def test_layouts_see_the_same_model(
-    start: Path, first_step: Path, data: PreparedData, tmp_path: Path, layout: list[str], nproc: int
+    start: Path,
+    first_step: Path,
+    small_data: PreparedData,
+    tmp_path: Path,
+    layout: list[str],
+    nproc: int,
 ):
-    """From the same weights every layout computes the same losses: exactly routed, apart in BF16 rounding only."""
-    run = small_run(data, tmp_path / "other", *FIRST_STEP, f"checkpoint.load={start}", *layout)
+    """From the same weights every layout computes the same losses: exactly routed, apart in BF16
+    rounding only."""
+    run = small_run(
+        small_data, tmp_path / "other", *FIRST_STEP, f"checkpoint.load={start}", *layout
+    )
     other = train(run, nproc=nproc)
     for name in ("lm_loss", "mtp_loss", "grad_norm"):
         assert losses(other, name)[1] == pytest.approx(losses(first_step, name)[1], rel=3e-3), name
@@ -188,12 +226,14 @@ def test_trained_checkpoint_is_what_transformers_loads(trained: Path, tmp_path: 
     assert report.mtp is not None
 
 
-def test_checkpoint_of_another_architecture_is_refused(trained: Path, data: PreparedData, tmp_path: Path):
+def test_checkpoint_of_another_architecture_is_refused(
+    trained: Path, small_data: PreparedData, tmp_path: Path
+):
     from mellum2_megatron.checkpoint import check_run_folder
     from mellum2_megatron.common.errors import InputError
 
     before = sorted(path.name for path in trained.iterdir())
-    run = small_run(data, trained, "architecture.num_experts=8")
+    run = small_run(small_data, trained, "architecture.num_experts=8")
     with pytest.raises(InputError, match="num_experts: 4 there, 8 here"):
         check_run_folder(run)
     elsewhere = dataclasses.replace(run.checkpoint, output=str(tmp_path / "new"), load=str(trained))

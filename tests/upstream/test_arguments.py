@@ -1,4 +1,5 @@
-"""The command line of a run, taken through Megatron's own parser, validation, config and schedule code."""
+"""The command line of a run, taken through Megatron's own parser, validation, config and schedule
+code."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ import torch
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides
 from mellum2_megatron.recipes import recipe
-from mellum2_megatron.upstream.arguments import environment, megatron_arguments
+from mellum2_megatron.upstream import environment, megatron_arguments
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron runs through the CPU backend here")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Megatron runs through the CPU backend here"
+)
 
 TINY, BIG = "mellum2_tiny_pretrain", "mellum2_12b_pretrain_phase1"
 
@@ -44,7 +47,9 @@ def validated(run: Run, monkeypatch: pytest.MonkeyPatch, *, world_size: int, dev
     return args
 
 
-def on_cpu(overrides: list[str], monkeypatch: pytest.MonkeyPatch, *, world_size: int = 2) -> tuple[Run, Any]:
+def on_cpu(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, *, world_size: int = 2
+) -> tuple[Run, Any]:
     run = apply_overrides(recipe(TINY), overrides)
     return run, validated(run, monkeypatch, world_size=world_size, device="cpu")
 
@@ -53,7 +58,11 @@ ARCHITECTURES: list[list[str]] = [
     [],
     ["architecture.num_hidden_layers=6", "architecture.sliding_window=32"],
     ["architecture.num_hidden_layers=3", "architecture.num_mtp_layers=0"],
-    ["architecture.norm_topk_prob=false", "architecture.num_key_value_heads=1", "architecture.num_experts=6"],
+    [
+        "architecture.norm_topk_prob=false",
+        "architecture.num_key_value_heads=1",
+        "architecture.num_experts=6",
+    ],
     [
         "architecture.num_hidden_layers=4",
         "architecture.layer_types=full_attention,sliding_attention,full_attention,sliding_attention",
@@ -65,7 +74,9 @@ ARCHITECTURES: list[list[str]] = [
 
 
 @pytest.mark.parametrize("overrides", ARCHITECTURES, ids=str)
-def test_megatrons_config_describes_the_architecture(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatrons_config_describes_the_architecture(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron.core.transformer.utils import is_layer_window_attention
     from megatron.training.arguments import core_transformer_config_from_args
 
@@ -118,16 +129,25 @@ def test_megatrons_config_describes_the_architecture(overrides: list[str], monke
 
 @pytest.mark.parametrize("kind", ["global_aux_loss", "aux_loss", "seq_aux_loss"])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_loss_settings_reach_the_config(kind: str, per_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_settings_reach_the_config(
+    kind: str, per_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron.training.arguments import core_transformer_config_from_args
 
     overrides = [f"loss.aux_loss_type={kind}", f"loss.per_token={str(per_token).lower()}"]
     config = core_transformer_config_from_args(on_cpu(overrides, monkeypatch)[1])
-    assert (config.moe_router_load_balancing_type, config.calculate_per_token_loss) == (kind, per_token)
+    assert (config.moe_router_load_balancing_type, config.calculate_per_token_loss) == (
+        kind,
+        per_token,
+    )
 
 
-@pytest.mark.parametrize(("vocabulary", "layout"), [(4096, []), (4099, []), (5000, ["layout.pp=2", "layout.ep=1"])])
-def test_the_vocabulary_is_not_padded(vocabulary: int, layout: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("vocabulary", "layout"), [(4096, []), (4099, []), (5000, ["layout.pp=2", "layout.ep=1"])]
+)
+def test_the_vocabulary_is_not_padded(
+    vocabulary: int, layout: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     run, args = on_cpu([f"architecture.vocab_size={vocabulary}", *layout], monkeypatch)
@@ -173,16 +193,34 @@ def test_the_optimizer_is_layer_wise_muon(monkeypatch: pytest.MonkeyPatch) -> No
 def test_adam_is_sharded_and_settings_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.training.training import get_megatron_optimizer_config
 
-    changes = ["optimizer.name=adam", "optimizer.adam_beta1=0.5", "optimizer.adam_eps=1e-6", "optimizer.clip_grad=0"]
+    changes = [
+        "optimizer.name=adam",
+        "optimizer.adam_beta1=0.5",
+        "optimizer.adam_eps=1e-6",
+        "optimizer.clip_grad=0",
+    ]
     _, args = on_cpu([*changes, "precision.grad_reduce_in_fp32=false"], monkeypatch)
     config, _ = get_megatron_optimizer_config(args)
-    assert (config.optimizer, config.adam_beta1, config.adam_eps, config.clip_grad) == ("adam", 0.5, 1e-6, 0.0)
+    assert (config.optimizer, config.adam_beta1, config.adam_eps, config.clip_grad) == (
+        "adam",
+        0.5,
+        1e-6,
+        0.0,
+    )
     assert args.use_distributed_optimizer
     assert not args.accumulate_allreduce_grads_in_fp32
-    muon = ["optimizer.muon_nesterov=false", "optimizer.muon_split_qkv=false", "optimizer.muon_ns_steps=3"]
+    muon = [
+        "optimizer.muon_nesterov=false",
+        "optimizer.muon_split_qkv=false",
+        "optimizer.muon_ns_steps=3",
+    ]
     _, args = on_cpu(muon, monkeypatch)
     config, _ = get_megatron_optimizer_config(args)
-    assert (config.muon_nesterov, config.muon_split_qkv, config.muon_num_ns_steps) == (False, False, 3)
+    assert (config.muon_nesterov, config.muon_split_qkv, config.muon_num_ns_steps) == (
+        False,
+        False,
+        3,
+    )
 
 
 def test_the_12b_is_accepted_as_the_report_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,18 +249,27 @@ def test_the_12b_is_accepted_as_the_report_trains_it(monkeypatch: pytest.MonkeyP
     assert {name: getattr(args, name) for name in facts} == facts
 
 
-@pytest.mark.parametrize(("first", "last", "given"), [(0, 0, False), (2, 0, True), (0, 1, True), (3, 2, True)])
-def test_layers_stay_in_bf16(first: int, last: int, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("first", "last", "given"), [(0, 0, False), (2, 0, True), (0, 1, True), (3, 2, True)]
+)
+def test_layers_stay_in_bf16(
+    first: int, last: int, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = [f"precision.bf16_first_layers={first}", f"precision.bf16_last_layers={last}"]
-    args = validated(apply_overrides(recipe(BIG), changes), monkeypatch, world_size=256, device="cuda")
+    args = validated(
+        apply_overrides(recipe(BIG), changes), monkeypatch, world_size=256, device="cuda"
+    )
     assert args.first_last_layers_bf16 == given
     if given:
         assert (args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16) == (first, last)
 
 
 @contextlib.contextmanager
-def megatron_scheduler(args: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, dict[str, Any], Any]]:
-    """Yield Megatron's scheduler, the parameter group that it sets, and its batch calculator, as `pretrain` does."""
+def megatron_scheduler(
+    args: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Any, dict[str, Any], Any]]:
+    """Yield Megatron's scheduler, the parameter group that it sets, and its batch calculator, as
+    `pretrain` does."""
     from megatron.core import num_microbatches_calculator as calculator
     from megatron.training import training
 
@@ -237,7 +284,11 @@ def megatron_scheduler(args: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
     )
     try:
         group: dict[str, Any] = {}
-        yield training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[group])), group, calculator
+        yield (
+            training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[group])),
+            group,
+            calculator,
+        )
     finally:
         calculator.destroy_num_microbatches_calculator()
 
@@ -246,14 +297,21 @@ def megatron_scheduler(args: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
     "overrides",
     [
         [],
-        ["schedule.batch_schedule=[[0,16]]", "schedule.train_samples=1600", "schedule.decay_samples=400"],
+        [
+            "schedule.batch_schedule=[[0,16]]",
+            "schedule.train_samples=1600",
+            "schedule.decay_samples=400",
+        ],
         ["schedule.style=cosine", "schedule.decay_samples=0", "optimizer.min_lr=1e-5"],
         ["schedule.horizon_samples=9280", "schedule.warmup_samples=0"],
     ],
     ids=str,
 )
-def test_megatron_walks_the_runs_schedule(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step's batch and learning rate, from Megatron's calculator and scheduler as `pretrain` sets them up."""
+def test_megatron_walks_the_runs_schedule(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step's batch and learning rate, from Megatron's calculator and scheduler as `pretrain`
+    sets them up."""
     run, args = on_cpu(overrides, monkeypatch)
     with megatron_scheduler(args, monkeypatch) as (scheduler, group, calculator):
         assert args.train_iters == run.schedule.train_steps
@@ -269,9 +327,18 @@ def test_megatron_walks_the_runs_schedule(overrides: list[str], monkeypatch: pyt
 
 
 def test_layout_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = ["layout.dp=null", "layout.tp=2", "layout.sp=true", "layout.pp=2", "layout.vpp=2", "layout.cp=2"]
+    changes = [
+        "layout.dp=null",
+        "layout.tp=2",
+        "layout.sp=true",
+        "layout.pp=2",
+        "layout.vpp=2",
+        "layout.cp=2",
+    ]
     changes += ["layout.ep=4", "layout.etp=2", "layout.dispatcher=flex"]
-    run = apply_overrides(recipe(BIG), [*changes, "architecture.num_hidden_layers=8", "precision.compute=bf16"])
+    run = apply_overrides(
+        recipe(BIG), [*changes, "architecture.num_hidden_layers=8", "precision.compute=bf16"]
+    )
     args = validated(run, monkeypatch, world_size=32, device="cuda")
     facts = {
         "tensor_model_parallel_size": 2,
@@ -309,9 +376,13 @@ def test_what_the_layout_refuses_megatron_refuses_too(
     run = apply_overrides(recipe(TINY), ["layout.ep=1", *changes])
     with pytest.raises(InputError):
         megatron_arguments(run, world_size=world_size, device="cpu")
-    monkeypatch.setattr("mellum2_megatron.config.layout.Layout.validate", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        "mellum2_megatron.config.layout.Layout.validate", lambda *args, **kwargs: None
+    )
     with pytest.raises((AssertionError, ValueError)):
-        core_transformer_config_from_args(validated(run, monkeypatch, world_size=world_size, device="cpu"))
+        core_transformer_config_from_args(
+            validated(run, monkeypatch, world_size=world_size, device="cpu")
+        )
 
 
 def test_checkpoint_folders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,9 +415,15 @@ def test_data_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     _, args = on_cpu([], monkeypatch)
     assert get_blend_and_blend_per_split(args) == (
         None,
-        [(["data/quickstart/train_document"], None), (["data/quickstart/valid_document"], None), None],
+        [
+            (["data/quickstart/train_document"], None),
+            (["data/quickstart/valid_document"], None),
+            None,
+        ],
     )
-    _, args = on_cpu(["data.train=[[0.7,a],[0.3,b]]", "data.cache=/c", "data.workers=3", "seed=5"], monkeypatch)
+    _, args = on_cpu(
+        ["data.train=[[0.7,a],[0.3,b]]", "data.cache=/c", "data.workers=3", "seed=5"], monkeypatch
+    )
     assert get_blend_and_blend_per_split(args)[1][0] == (["a", "b"], [0.7, 0.3])
     assert (args.data_cache_path, args.num_workers, args.seed) == ("/c", 3, 5)
     assert not args.create_attention_mask_in_dataloader
@@ -354,7 +431,11 @@ def test_data_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_word_is_megatrons_option_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run = recipe(TINY)
-    flags = [word for word in megatron_arguments(run, world_size=2, device="cpu") if word.startswith("--")]
+    flags = [
+        word
+        for word in megatron_arguments(run, world_size=2, device="cpu")
+        if word.startswith("--")
+    ]
     assert len(flags) == len(set(flags))
     assert "--rampup-batch-size" not in flags
     assert "--tensorboard-dir" not in flags

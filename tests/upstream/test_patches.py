@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from mellum2_megatron.common.errors import InputError, WorkError
-from mellum2_megatron.upstream import patches as upstream
-from mellum2_megatron.upstream.patches import PATCHES
+from mellum2_megatron.upstream import PATCHES, patches
 from mellum2_megatron.upstream.patching import Patch
 from tests import REPOSITORY
 from tests.cpu import patch_probes, upstream_probes
 
-# What upstream does without the patch: when a line here no longer holds, the patch is to be reconsidered.
+# What upstream does without the patch: when a line here no longer holds, the patch is to be
+# reconsidered.
 WITHOUT = {
     "compile-helpers": "SystemExit: 1",
     "layer-wise-layout": "AssertionError: Muon was set up without the layer-wise layout",
@@ -44,29 +44,32 @@ def test_upstream_fails_without_it_and_is_right_with_it(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sharded", "layer_wise", "refused"), [(False, True, True), (True, True, False), (False, False, False)]
+    ("sharded", "layer_wise", "refused"),
+    [(False, True, True), (True, True, False), (False, False, False)],
 )
 def test_layer_wise_muon_needs_its_layout(sharded: bool, layer_wise: bool, refused: bool) -> None:
     config = SimpleNamespace(optimizer="muon", use_layer_wise_distributed_optimizer=layer_wise)
     chunk = SimpleNamespace(ddp_config=SimpleNamespace(use_distributed_optimizer=sharded))
     if not refused:
-        upstream.require_layer_wise_layout(config, [chunk])
+        patches.require_layer_wise_layout(config, [chunk])
         return
     with pytest.raises(InputError, match=r"pass model_provider= to megatron\.training\.pretrain"):
-        upstream.require_layer_wise_layout(config, [chunk])
+        patches.require_layer_wise_layout(config, [chunk])
 
 
 def test_missing_psutil_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "psutil" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "psutil" else find_spec(name)
+    )
     with pytest.raises(WorkError, match="pip install psutil"):
-        upstream.activate()
+        patches.activate()
 
 
 def test_broken_dataset_helpers_are_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
     with pytest.raises(WorkError, match=r"use Python 3\.12"):
-        upstream._import_helpers(lambda: None)()
+        patches._import_helpers(lambda: None)()
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

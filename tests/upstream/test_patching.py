@@ -17,7 +17,8 @@ from mellum2_megatron.upstream.patching import Patch
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A package `hostpkg`: `base.greet`, re-exported by `user` and, through an import cycle, by `early`."""
+    """A package `hostpkg`: `base.greet`, re-exported by `user` and, through an import cycle, by
+    `early`."""
     package = tmp_path / "hostpkg"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -85,7 +86,11 @@ def test_methods_and_flags(host: str) -> None:
     patching.install(
         [
             make("init", "hostpkg.base:Thing.__init__", made_otherwise),
-            make("kind", "hostpkg.base:Thing.kind", lambda kind: classmethod(lambda cls: kind.__func__(cls) * 2)),
+            make(
+                "kind",
+                "hostpkg.base:Thing.kind",
+                lambda kind: classmethod(lambda cls: kind.__func__(cls) * 2),
+            ),
             make("flag", "hostpkg.base:FLAG", lambda original: not original),
         ]
     )
@@ -94,14 +99,18 @@ def test_methods_and_flags(host: str) -> None:
     assert base.Thing.kind() == "ThingThing"
     assert base.FLAG is True
     assert importlib.import_module("hostpkg.user").FLAG is True
-    assert sys.modules["hostpkg.early"].FLAG is False, "a constant of the same name elsewhere is not this one"
+    assert sys.modules["hostpkg.early"].FLAG is False, (
+        "a constant of the same name elsewhere is not this one"
+    )
 
 
 def test_unknown_version_is_refused_before_anything_is_patched(host: str) -> None:
     base = importlib.import_module("hostpkg.base")
     good = make("greet", "hostpkg.base:greet", louder)
     bad = make("flag", "hostpkg.base:FLAG", lambda _: True, versions="==0.0.1")
-    with pytest.raises(InputError, match=r"'flag' was written for pytest ==0.0.1.*install pytest==0.0.1"):
+    with pytest.raises(
+        InputError, match=r"'flag' was written for pytest ==0.0.1.*install pytest==0.0.1"
+    ):
         patching.install([good, bad])
     assert base.greet() == "hello"
 

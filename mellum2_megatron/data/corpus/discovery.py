@@ -1,10 +1,12 @@
 """Which documents a corpus holds: real source code found on any machine, or files the user names.
 
-Nothing here keeps a text in memory. ``select`` reads every candidate once, drops exact duplicates by content hash,
-decides the split from that hash, and returns references (:class:`Document`) that a worker process can read by itself.
+Nothing here keeps a text in memory. ``select`` reads every candidate once, drops exact duplicates
+by content hash, decides the split from that hash, and returns references (:class:`Document`) that a
+worker process can read by itself.
 
-Everything is deterministic: the same files and the same seed give the same documents in the same order with the same
-split, wherever the packages are installed and however many processes read them later.
+Everything is deterministic: the same files and the same seed give the same documents in the same
+order with the same split, wherever the packages are installed and however many processes read them
+later.
 """
 
 from __future__ import annotations
@@ -32,34 +34,41 @@ SPLITS: tuple[Split, ...] = ("train", "valid")
 
 # A licence field that is free text counts as open source only when it names one of these.
 _OPEN_LICENCE = re.compile(
-    r"\b(apache|bsd|mit|isc|psf|python software foundation|mpl|zlib|unlicense|hpnd)\b", re.IGNORECASE
+    r"\b(apache|bsd|mit|isc|psf|python software foundation|mpl|zlib|unlicense|hpnd)\b",
+    re.IGNORECASE,
 )
 # Python's own tests are not shipped by every distributor, and hold deliberately broken files.
-_STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+_STDLIB_LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+)
 # Longer files of an installed package are nearly always generated tables.
 INSTALLED_FILE_LIMIT = 256 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A named origin of documents: an installed package, the standard library, or a path the user gave."""
+    """A named origin of documents: an installed package, the standard library, or a path the user
+    gave."""
 
     name: str
     key: str
-    """Stands for the source in the sampling hash: not a path, so that moving the files does not change the sample."""
+    """Stands for the source in the sampling hash: not a path, so that moving the files does not
+    change the sample."""
     version: str | None
     licence: str
     root: Path
     files: tuple[Path, ...]
     given: bool
-    """A file the user named must be readable text; one met while walking is left out and counted when it is not."""
+    """A file the user named must be readable text; one met while walking is left out and counted
+    when it is not."""
     file_limit: int | None = None
     """Longest file taken, in bytes; longer ones are left out and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A reference to one document: a whole file (``line`` 0), or one line of a ``.jsonl`` file (counted from 1)."""
+    """A reference to one document: a whole file (``line`` 0), or one line of a ``.jsonl`` file
+    (counted from 1)."""
 
     source: int
     path: str
@@ -75,7 +84,8 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """The documents of a corpus, in source, path and line order, and what was left out on the way, by reason."""
+    """The documents of a corpus, in source, path and line order, and what was left out on the way,
+    by reason."""
 
     sources: tuple[Source, ...]
     documents: tuple[Document, ...]
@@ -97,10 +107,12 @@ class _Candidate:
 
 
 def installed_sources() -> tuple[list[Source], list[str]]:
-    """Python files of the standard library and of every installed distribution under an open-source licence.
+    """Python files of the standard library and of every installed distribution under an open-source
+    licence.
 
     Returns:
-        The sources sorted by name, and the names of the distributions left out because they state no such licence.
+        The sources sorted by name, and the names of the distributions left out because they state
+        no such licence.
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     version = ".".join(map(str, sys.version_info[:3]))
@@ -111,7 +123,9 @@ def installed_sources() -> tuple[list[Source], list[str]]:
             version=version,
             licence="PSF-2.0",
             root=stdlib,
-            files=tuple(path for path in _walk(stdlib, skip=_STDLIB_LEFT_OUT) if path.suffix == ".py"),
+            files=tuple(
+                path for path in _walk(stdlib, skip=_STDLIB_LEFT_OUT) if path.suffix == ".py"
+            ),
             given=False,
             file_limit=INSTALLED_FILE_LIMIT,
         )
@@ -124,7 +138,11 @@ def installed_sources() -> tuple[list[Source], list[str]]:
             continue
         seen.add(name)
         root = Path(str(distribution.locate_file("")))
-        listed = [str(file) for file in distribution.files or () if file.suffix == ".py" and file.parts[0] != ".."]
+        listed = [
+            str(file)
+            for file in distribution.files or ()
+            if file.suffix == ".py" and file.parts[0] != ".."
+        ]
         files = tuple(path for path in (root / file for file in sorted(listed)) if path.is_file())
         if not files:
             continue
@@ -148,12 +166,17 @@ def installed_sources() -> tuple[list[Source], list[str]]:
 
 
 def open_licence(metadata: importlib.metadata.PackageMetadata) -> str | None:
-    """The open-source licence that a distribution's metadata states, or None when it states none."""
+    """The open-source licence that a distribution's metadata states, or None when it states
+    none."""
     expression = (metadata.get("License-Expression") or "").strip()
     if expression:
         return None if "LicenseRef" in expression else expression
     prefix = "License :: OSI Approved :: "
-    approved = [item.removeprefix(prefix) for item in metadata.get_all("Classifier") or () if item.startswith(prefix)]
+    approved = [
+        item.removeprefix(prefix)
+        for item in metadata.get_all("Classifier") or ()
+        if item.startswith(prefix)
+    ]
     if approved:
         return " / ".join(approved)
     lines = (metadata.get("License") or "").strip().splitlines()
@@ -161,7 +184,8 @@ def open_licence(metadata: importlib.metadata.PackageMetadata) -> str | None:
 
 
 def given_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Sources for files and folders the user names: text files whole, ``.jsonl`` one document a line (key ``text``).
+    """Sources for files and folders the user names: text files whole, ``.jsonl`` one document a
+    line (key ``text``).
 
     Raises:
         InputError: a path does not exist, is named twice, or is a folder without files.
@@ -178,10 +202,14 @@ def given_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
         files = tuple(_walk(path)) if path.is_dir() else (path,)
         if not files:
             raise InputError(
-                f"--input {given}", rule="the folder holds no files", fix="name a folder with text or .jsonl files"
+                f"--input {given}",
+                rule="the folder holds no files",
+                fix="name a folder with text or .jsonl files",
             )
         if any(source.root.resolve() == path.resolve() for source in sources):
-            raise InputError(f"--input {given}", rule="each input may be named once", fix="remove the repetition")
+            raise InputError(
+                f"--input {given}", rule="each input may be named once", fix="remove the repetition"
+            )
         sources.append(
             Source(
                 name=str(given),
@@ -204,10 +232,13 @@ def select(
     max_bytes: int | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Selection:
-    """Read every candidate once and decide which documents the corpus holds and which split each belongs to.
+    """Read every candidate once and decide which documents the corpus holds and which split each
+    belongs to.
 
-    With ``max_bytes`` the candidates are visited in the order of a hash of (seed, source, relative path, line) until
-    the next one would not fit: an even sample over everything offered, the same on every machine with the same files.
+    With ``max_bytes`` the candidates are visited in the order of a hash of (seed, source, relative
+    path, line) until
+    the next one would not fit: an even sample over everything offered, the same on every machine
+        with the same files.
 
     Args:
         sources: where to look.
@@ -219,7 +250,11 @@ def select(
     Raises:
         InputError: a named file is not text, or a ``.jsonl`` line is not ``{"text": ...}``.
     """
-    candidates = [candidate for index, source in enumerate(sources) for candidate in _candidates(index, source, seed)]
+    candidates = [
+        candidate
+        for index, source in enumerate(sources)
+        for candidate in _candidates(index, source, seed)
+    ]
     if max_bytes is not None:
         candidates.sort(key=lambda candidate: candidate.key)
     left_out: Counter[str] = Counter()
@@ -254,7 +289,9 @@ def select(
             )
         )
     documents.sort(key=lambda document: (document.source, document.path, document.line))
-    return Selection(sources=tuple(sources), documents=tuple(documents), left_out=dict(sorted(left_out.items())))
+    return Selection(
+        sources=tuple(sources), documents=tuple(documents), left_out=dict(sorted(left_out.items()))
+    )
 
 
 def read_document(document: Document) -> str:
@@ -274,14 +311,17 @@ def read_document(document: Document) -> str:
 
 
 def _walk(root: Path, *, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Files under ``root`` in sorted order, without hidden files and folders and without following folder links."""
+    """Files under ``root`` in sorted order, without hidden files and folders and without following
+    folder links."""
 
     def refuse(error: OSError) -> None:
         rule = f"the folder cannot be listed ({error.strerror})"
         raise InputError(str(error.filename), rule=rule, fix="make it readable or leave it out")
 
     for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if name not in skip and not name.startswith(".")
+        )
         for name in sorted(names):
             path = Path(folder, name)
             if not name.startswith(".") and path.is_file():
@@ -304,7 +344,14 @@ def _candidates(index: int, source: Source, seed: int) -> Iterator[_Candidate]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     key = _hash(label + str(number).encode())
-                    yield _Candidate(key=key, source=index, path=path, line=number, offset=offset, length=len(line))
+                    yield _Candidate(
+                        key=key,
+                        source=index,
+                        path=path,
+                        line=number,
+                        offset=offset,
+                        length=len(line),
+                    )
                 offset += len(line)
 
 
@@ -328,7 +375,9 @@ def _read_candidate(candidate: _Candidate, source: Source) -> tuple[str | None, 
                 if jsonl
                 else "it must be text in UTF-8"
             )
-            raise InputError(where, rule=f"{rule} ({error})", fix="convert it or leave it out") from error
+            raise InputError(
+                where, rule=f"{rule} ({error})", fix="convert it or leave it out"
+            ) from error
         return None, "not_utf8"
     if not must_work and "\0" in text:
         return None, "binary"
@@ -336,7 +385,9 @@ def _read_candidate(candidate: _Candidate, source: Source) -> tuple[str | None, 
 
 
 def _unreadable(where: str, error: OSError) -> InputError:
-    return InputError(where, rule=f"it cannot be read ({error.strerror})", fix="make it readable or leave it out")
+    return InputError(
+        where, rule=f"it cannot be read ({error.strerror})", fix="make it readable or leave it out"
+    )
 
 
 def _read_text(path: Path, line: int, offset: int, length: int) -> str:
@@ -360,4 +411,9 @@ def _hash(data: bytes) -> bytes:
 
 def _fraction(digest: bytes, seed: int) -> float:
     """A number in [0, 1) from a content hash and the seed."""
-    return int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=str(seed).encode()).digest(), "big") / 2**64
+    return (
+        int.from_bytes(
+            hashlib.blake2b(digest, digest_size=8, key=str(seed).encode()).digest(), "big"
+        )
+        / 2**64
+    )

@@ -14,7 +14,8 @@ class ContinuedTraining(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """A training set whose first sample is sample `first` of the training.
 
     Megatron's sampler counts the samples of the whole training and asks for them by that number
-    (megatron/training/training.py:4569, 0.19.2). A phase with data of its own has drawn none of them before.
+    (megatron/training/training.py:4569, 0.19.2). A phase with data of its own has drawn none of
+    them before.
 
     Args:
         dataset: the samples from `first` on.

@@ -1,7 +1,8 @@
 """Megatron's own GPT datasets over a prepared folder, for ``megatron.training.pretrain``.
 
-What ``pretrain_gpt.py`` does in a Megatron-LM checkout (the wheel does not ship it): ``BlendedMegatronDatasetBuilder``
-with ``GPTDataset``, one indexed dataset a split. Samples are drawn by greedy concatenation of shuffled documents.
+What ``pretrain_gpt.py`` does in a Megatron-LM checkout (the wheel does not ship it):
+``BlendedMegatronDatasetBuilder`` with ``GPTDataset``, one indexed dataset a split. Samples are
+drawn by greedy concatenation of shuffled documents.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ Blend = tuple[tuple[float, str], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetTokenizer:
-    """The few facts about a tokenizer that Megatron's datasets ask for; no text is encoded while training.
+    """The few facts about a tokenizer that Megatron's datasets ask for; no text is encoded while
+    training.
 
-    ``pad`` is -1: complete samples hold no padding, and the filling of a short last sample must not look like a real
+    ``pad`` is -1: complete samples hold no padding, and the filling of a short last sample must not
+        look like a real
     token. ``GPTDataset`` masks ``labels == pad`` and embeds such positions as token 0
     (``megatron/core/datasets/gpt_dataset.py:274-279`` (0.19.2)).
     """
@@ -47,11 +50,12 @@ class DatasetTokenizer:
 
 
 def check_data(run: Run) -> DatasetTokenizer:
-    """Check what can be known about a run's data without torch: files, sizes, tokenizer, architecture.
+    """Check what can be known about a run's data without torch: files, sizes, tokenizer,
+    architecture.
 
     Raises:
-        InputError: the prepared folder or a dataset is missing or truncated, or the tokenizer does not fit
-            ``run.architecture``.
+        InputError: the prepared folder or a dataset is missing or truncated, or the tokenizer does
+            not fit ``run.architecture``.
     """
     identity: dict[str, Any] = {}
     if not (run.data.train and run.data.valid):
@@ -89,33 +93,40 @@ def build_datasets(
     is_built_on_rank: Callable[[], bool] | None = None,
     cache: Path | None = None,
 ) -> tuple[GPTDataset | None, GPTDataset | None, None]:
-    """Training and validation datasets, and None for the test split. A collective: call it on every rank.
+    """Training and validation datasets, and None for the test split. A collective: call it on every
+    rank.
 
-    Items are dictionaries of ``tokens``, ``labels``, ``loss_mask``, ``position_ids``, each ``[sequence_length]``,
-    without an attention mask (causal and window masks are the attention's own).
+    Items are dictionaries of ``tokens``, ``labels``, ``loss_mask``, ``position_ids``, each
+    ``[sequence_length]``, without an attention mask (causal and window masks are the attention's
+    own).
 
-    Hand it to ``pretrain`` as a function of the sample counts (and ``vp_stage``) with ``is_distributed = True`` on it;
-    otherwise only the first rank of each tensor-parallel group calls it, and the barriers inside hang
-    (``megatron/training/training.py:4547`` (0.19.2)).
+    Hand it to ``pretrain`` as a function of the sample counts (and ``vp_stage``) with
+    ``is_distributed = True`` on it; otherwise only the first rank of each tensor-parallel group
+    calls it, and the barriers inside hang (``megatron/training/training.py:4547`` (0.19.2)).
 
     Args:
         run: reads ``run.data``, ``run.seed`` and ``run.architecture``.
-        train_val_test_num_samples: samples needed a split, as ``pretrain`` passes them; None means one epoch. The test
-            split is not built.
+        train_val_test_num_samples: samples needed a split, as ``pretrain`` passes them; None means
+            one epoch. The test split is not built.
         vp_stage: virtual pipeline stage, when there is one.
-        is_built_on_rank: which ranks read data; by default those that Megatron's batch code reads on
-            (first tensor-parallel rank of the first and last pipeline stage). Must be true on global rank 0.
+        is_built_on_rank: which ranks read data; by default those that Megatron's batch code reads
+            on (first tensor-parallel rank of the first and last pipeline stage). Must be true on
+            global rank 0.
         cache: folder for the sample indices; by default ``cache/`` in the prepared folder.
 
     Raises:
         InputError: see :func:`check_data`.
     """
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
     tokenizer = check_data(run)
     train_samples, valid_samples = train_val_test_num_samples[:2]
-    config = _dataset_config(run, tokenizer, train_samples, valid_samples, cache or Path(run.data.path) / "cache")
+    config = _dataset_config(
+        run, tokenizer, train_samples, valid_samples, cache or Path(run.data.path) / "cache"
+    )
     _drop_broken_indices(Path(str(config.path_to_cache)))
     built = is_built_on_rank or (lambda: _reads_data(vp_stage))
     train, valid, _ = BlendedMegatronDatasetBuilder(
@@ -125,7 +136,11 @@ def build_datasets(
 
 
 def _dataset_config(
-    run: Run, tokenizer: DatasetTokenizer, train_samples: int | None, valid_samples: int | None, cache: Path
+    run: Run,
+    tokenizer: DatasetTokenizer,
+    train_samples: int | None,
+    valid_samples: int | None,
+    cache: Path,
 ) -> GPTDatasetConfig:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
@@ -148,9 +163,12 @@ def _dataset_config(
 
 
 def _blend(blend: Blend, samples: int | None) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights; Megatron wants no weights for a single set or for one epoch of everything."""
+    """Prefixes and weights; Megatron wants no weights for a single set or for one epoch of
+    everything."""
     prefixes = [prefix for _, prefix in blend]
-    return prefixes, None if len(prefixes) == 1 or samples is None else [weight for weight, _ in blend]
+    return prefixes, None if len(prefixes) == 1 or samples is None else [
+        weight for weight, _ in blend
+    ]
 
 
 def _check_architecture(run: Run, tokenizer: DatasetTokenizer) -> None:
@@ -185,18 +203,24 @@ def _reads_data(vp_stage: int | None) -> bool:
 def _drop_broken_indices(cache: Path) -> None:
     """Delete index files that a killed run left incomplete.
 
-    Megatron writes them in place, and later loads whatever is there (``gpt_dataset.py:557-571`` (0.19.2)).
+    Megatron writes them in place, and later loads whatever is there (``gpt_dataset.py:557-571``
+    (0.19.2)).
     """
     import torch.distributed
 
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return  # rank 0 builds first, the others wait for it in the builder's barrier
-    groups = {file.name.rsplit("-", 1)[0] for file in cache.glob("*.npy")} if cache.is_dir() else set()
+    groups = (
+        {file.name.rsplit("-", 1)[0] for file in cache.glob("*.npy")} if cache.is_dir() else set()
+    )
     for group in sorted(groups):
         try:
             for kind in ("document_index", "sample_index", "shuffle_index"):
                 np.load(cache / f"{group}-{kind}.npy", mmap_mode="r")
         except (OSError, ValueError, EOFError):
-            logger.warning("sample indices %s were left incomplete by an earlier run; building them again", group)
+            logger.warning(
+                "sample indices %s were left incomplete by an earlier run; building them again",
+                group,
+            )
             for file in cache.glob(f"{group}-*"):
                 file.unlink()

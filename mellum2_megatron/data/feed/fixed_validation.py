@@ -14,7 +14,8 @@ class FixedValidation(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """A validation set that starts over after `period` samples.
 
     Megatron's sampler moves on: each validation of a run reads the next samples
-    (megatron/training/training.py:4553, 0.19.2), so two losses differ by the data as much as by the model.
+    (megatron/training/training.py:4553, 0.19.2), so two losses differ by the data as much as by the
+    model.
 
     Args:
         dataset: at least `period` samples.
@@ -26,7 +27,9 @@ class FixedValidation(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.dataset = dataset
         self.period = period
         self.length = length
-        self.index_split = dataset.index_split  # by which Megatron takes the validation's own batch size
+        self.index_split = (
+            dataset.index_split
+        )  # by which Megatron takes the validation's own batch size
 
     def __len__(self) -> int:
         return self.length

@@ -1,7 +1,7 @@
 """Documents to token arrays, in worker processes; the result does not depend on how many there are.
 
-Workers are spawned, not forked: a forked tokenizer may deadlock on its thread pool. They import neither torch nor
-megatron.
+Workers are spawned, not forked: a forked tokenizer may deadlock on its thread pool. They import
+neither torch nor megatron.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def encode_documents(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_initialise_worker, initargs=(str(tokenizer_folder), eos)
+        workers,
+        mp_context=context,
+        initializer=_initialise_worker,
+        initargs=(str(tokenizer_folder), eos),
     ) as pool:
         waiting: deque[Future[EncodedBatch]] = deque()
         try:
@@ -70,7 +73,9 @@ def encode_documents(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise WorkError("a tokenizer worker was killed", fix="free memory or use fewer --workers") from error
+            raise WorkError(
+                "a tokenizer worker was killed", fix="free memory or use fewer --workers"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

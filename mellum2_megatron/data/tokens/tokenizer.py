@@ -1,7 +1,9 @@
-"""The tokenizer of a corpus: a byte-level BPE trained here, or any fast Hugging Face tokenizer folder.
+"""The tokenizer of a corpus: a byte-level BPE trained here, or any fast Hugging Face tokenizer
+folder.
 
-A document's text may itself spell a special token (the sources of ``transformers`` are full of ``<|endoftext|>``). Such
-text is encoded as ordinary characters: only this package places document ends and fill-in-the-middle sentinels.
+A document's text may itself spell a special token (the sources of ``transformers`` are full of
+``<|endoftext|>``). Such text is encoded as ordinary characters: only this package places document
+ends and fill-in-the-middle sentinels.
 """
 
 from __future__ import annotations
@@ -19,14 +21,30 @@ from mellum2_megatron.common.files import write_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Ids follow this order. bos 0 and eos 1 are the architecture's bos_token_id and eos_token_id in mellum2-tiny.
+# Ids follow this order. bos 0 and eos 1 are the architecture's bos_token_id and eos_token_id in
+# mellum2-tiny.
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
-FIM_SENTINELS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")  # spelt as in JetBrains' first Mellum
-RESERVED_TOKENS = (BOS, EOS, PAD, *FIM_SENTINELS, "<fim_pad>", "<reponame>", "<filename>", "<|im_start|>", "<|im_end|>")
+FIM_SENTINELS = (
+    "<fim_prefix>",
+    "<fim_middle>",
+    "<fim_suffix>",
+)  # spelt as in JetBrains' first Mellum
+RESERVED_TOKENS = (
+    BOS,
+    EOS,
+    PAD,
+    *FIM_SENTINELS,
+    "<fim_pad>",
+    "<reponame>",
+    "<filename>",
+    "<|im_start|>",
+    "<|im_end|>",
+)
 SMALLEST_VOCAB = len(RESERVED_TOKENS) + 256
 
-# Words with their leading space or punctuation, single digits, runs of punctuation, line ends, runs of blanks but the
-# last (so that `    return` is a run of three and ` return`). Every character falls into one of the branches.
+# Words with their leading space or punctuation, single digits, runs of punctuation, line ends, runs
+# of blanks but the last (so that `    return` is a run of three and ` return`). Every character
+# falls into one of the branches.
 _PRE_TOKENISE = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # A sentinel may be spelt in either of the two ways in use (StarCoder and Mellum; Qwen).
@@ -44,14 +62,15 @@ _TOKENIZER_FILES = (
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> None:
-    """Train a byte-level BPE with exactly ``vocab_size`` entries and write it to ``folder`` in Hugging Face format.
+    """Train a byte-level BPE with exactly ``vocab_size`` entries and write it to ``folder`` in
+    Hugging Face format.
 
-    Lossless on any text (no normaliser, all 256 bytes in the alphabet) and deterministic in ``texts``. Digits are
-    single tokens.
+    Lossless on any text (no normaliser, all 256 bytes in the alphabet) and deterministic in
+    ``texts``. Digits are single tokens.
 
     Raises:
-        InputError: ``vocab_size`` is below 256 bytes + the reserved tokens, or the texts have too few repeated pairs
-            to reach it.
+        InputError: ``vocab_size`` is below 256 bytes + the reserved tokens, or the texts have too
+            few repeated pairs to reach it.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -95,7 +114,8 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, set to encode plain text: no truncation, padding or special tokens.
+    """The tokenizer of a Hugging Face folder, set to encode plain text: no truncation, padding or
+    special tokens.
 
     Raises:
         InputError: the folder has no readable ``tokenizer.json``.
@@ -113,7 +133,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for malformed files
         raise InputError(
-            str(path), rule=f"it is not a valid tokenizer file ({error})", fix="fetch or write the file again"
+            str(path),
+            rule=f"it is not a valid tokenizer file ({error})",
+            fix="fetch or write the file again",
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -137,11 +159,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def special_ids(folder: Path) -> dict[str, int]:
     """Ids of the special tokens a tokenizer folder has.
 
-    Keys: ``bos``, ``eos``, ``pad``, ``fim_prefix``, ``fim_middle``, ``fim_suffix``; all but ``eos`` only where the
+    Keys: ``bos``, ``eos``, ``pad``, ``fim_prefix``, ``fim_middle``, ``fim_suffix``; all but ``eos``
+        only where the
     folder defines them.
 
     Raises:
-        InputError: a configured token is not in the vocabulary, or there is no end-of-document (eos) token.
+        InputError: a configured token is not in the vocabulary, or there is no end-of-document
+            (eos) token.
     """
     tokenizer = load_tokenizer(folder)
     found = {}
@@ -202,7 +226,9 @@ def _configured(folder: Path, key: str) -> str | None:
         try:
             value = json.loads(path.read_text(encoding="utf-8")).get(key)
         except (ValueError, AttributeError) as error:
-            raise InputError(str(path), rule="it must be a JSON object", fix="fetch or write the file again") from error
+            raise InputError(
+                str(path), rule="it must be a JSON object", fix="fetch or write the file again"
+            ) from error
         if isinstance(value, dict):  # an AddedToken written out
             value = value.get("content")
         if isinstance(value, str):

@@ -1,8 +1,9 @@
-"""Put first on a job's PYTHONPATH: lets a test stop a rank in front of a step, and do something to it there.
+"""Put first on a job's PYTHONPATH: lets a test stop a rank in front of a step, and do something to
+it there.
 
-A file ``gate`` in the run's folder holds a number and a word. Before the first micro-batch of that optimizer step each
-rank leaves its process number in ``arrived.RANK`` and then, for ``hold``, waits until the file is gone or the rank is
-told to stop; for ``fail`` it raises.
+A file ``gate`` in the run's folder holds a number and a word. Before the first micro-batch of that
+optimizer step each rank leaves its process number in ``arrived.RANK`` and then, for ``hold``, waits
+until the file is gone or the rank is told to stop; for ``fail`` it raises.
 """
 
 from __future__ import annotations
