@@ -10,9 +10,9 @@ run.
 Each step is a process of its own, so that its peak memory is its own. Every step ends with its
 bytes on the disk (fsync). The page cache is warm for all alike: the source was just written. Needs
 five times the model's size on the disk of --folder, and its size in memory twice for transformers
-and Megatron-Bridge (--skip-transformers and
---skip-bridge leave them out). Bridge takes part where it is importable beside Transformer Engine
-(scripts/setup_bridge.sh), on a CPU by the same means as its tests.
+and Megatron-Bridge (--skip-transformers and --skip-bridge leave them out). Bridge takes part where
+it is importable beside Transformer Engine (scripts/setup_bridge.sh), on a CPU by the same means as
+its tests.
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@ users could run it.
 
 ::
 
-    python -m benchmarks.train_step                    # one GPU; without one, the small mode
-    python -m benchmarks.train_step --tune             # and variants of recompute, fusions,
-    cross-entropy, dispatcher python -m benchmarks.train_step --arms te-bf16-muon-mtp
-    transformers-bf16-adam te-bf16-muon-mtp python -m benchmarks.train_step --small            #
-    tiny model on a CPU: does it run at all
+    python -m benchmarks.train_step              # all arms on one GPU; without one, --small
+    python -m benchmarks.train_step --tune       # and recompute, fusions, cross-entropy, dispatcher
+    python -m benchmarks.train_step --arms te-bf16-muon-mtp transformers-bf16-adam
+    python -m benchmarks.train_step --small      # a tiny model on a CPU: does it run at all
 
 Every arm is a process of its own, so that its memory and its kernels' state are its own. The first
 arm runs again in the middle and at the end: what it differs by is drift. A large matrix product,

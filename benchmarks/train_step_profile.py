@@ -100,8 +100,8 @@ def profiled(step: Callable[[], Any], *, cuda: bool, largest: int = 10) -> dict[
 
     Returns:
         ``unit``: what was added up, kernels on the GPU or operators on the CPU; ``seconds``, their
-            sum; ``share`` of
-        every part in it; ``top``, the ``largest`` operators or kernels with their shares.
+        sum; ``share`` of every part in it; ``top``, the ``largest`` operators or kernels with their
+        shares.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if cuda:

@@ -8,9 +8,8 @@ walk that list, so a weight can be neither forgotten nor converted twice.
 
 Sources of the layouts:
   Megatron keys: ``sharded_state_dict`` of ``GPTModel`` (megatron-core 0.19.2). All layers share one
-      tensor with a
-  leading layer axis (``transformer_block.py:760-785``), experts follow with an expert axis
-  (``moe/experts.py:912-954``), the MTP layer's ``mtp_model_layer`` is saved as
+  tensor with a leading layer axis (``transformer_block.py:760-785``), experts follow with an expert
+  axis (``moe/experts.py:912-954``), the MTP layer's ``mtp_model_layer`` is saved as
   ``transformer_layer`` (``multi_token_prediction.py:1551-1558``).
   Hugging Face names: the released checkpoints; fused experts are transformers' in-memory layout
   (``transformers/models/mellum/modeling_mellum.py:278-284``, 5.23).
@@ -289,8 +288,7 @@ def derive(architecture: Mellum2Architecture) -> list[Entry]:
     """Expand the table for ``architecture``.
 
     Returns entries in the order a model is laid out: embedding, layers, final norm and head, MTP.
-        Together they cover
-    every Megatron tensor exactly and name every Hugging Face tensor once.
+    Together they cover every Megatron tensor exactly and name every Hugging Face tensor once.
 
     Raises:
         ValueError: the table itself is inconsistent (a name twice, a Megatron slice twice); a

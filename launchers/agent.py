@@ -1,7 +1,6 @@
 """What Slurm starts once on every node: the node's ranks, under torch's elastic agent.
 
-    srun --ntasks-per-node=1 python -m launchers.agent runs/x/run.yaml --ranks 8 --device cuda
-    --tries 3
+    srun --ntasks-per-node=1 python -m launchers.agent RUN.yaml --ranks 8 --device cuda --tries 3
 
 Slurm's environment says which node this is; ``MASTER_ADDR`` and ``MASTER_PORT`` say where all of
 them meet. Nothing is started again here: the batch script decides that, for all nodes

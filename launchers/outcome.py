@@ -3,9 +3,10 @@
 A job that is requeued keeps its number and its run folder. Each start of it is an attempt, with a
 line in ``attempts.jsonl`` when it begins and one when it ends::
 
-    {"event": "begin", "job": "17", "restart": 0, "series": "17", "time":
-    "2026-11-22T10:00:00+00:00", "step": 0} {"event": "end", "job": "17", "restart": 0, "time":
-    "..", "step": 40, "code": 75, "kind": "stopped", "reason": ".."}
+    {"event": "begin", "job": "17", "restart": 0, "series": "17",
+     "time": "2026-11-22T10:00:00+00:00", "step": 0}
+    {"event": "end", "job": "17", "restart": 0, "time": "..", "step": 40, "code": 75,
+     "kind": "stopped", "reason": ".."}
 
 The batch script asks ``python -m launchers.outcome`` when an attempt has not ended well; its exit
 code is 0 if the job is to be started again, else the exit code of the job.

@@ -245,7 +245,7 @@ def _call(command: Sequence[str]) -> int:
     """Run a command to its end and return its exit code.
 
     An interrupt from the keyboard reaches the command too: it is given the time to end its own
-        processes.
+    processes.
     """
     process = subprocess.Popen(command)
     try:

@@ -127,8 +127,7 @@ def prepare(
     """Return one run (or an array of it) as it would be submitted, checked. Writes nothing.
 
     With ``show_only`` what is amiss with this machine's files (no data yet, no image, uncommitted
-    changes) does not
-    raise: it becomes the submission's ``problems``.
+    changes) does not raise: it becomes the submission's ``problems``.
 
     Raises:
         InputError: see `launchers.job.make_job`; uncommitted changes; a stage without its

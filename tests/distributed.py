@@ -42,7 +42,8 @@ def run_distributed(
 
     Args:
         function: ``module:name``, importable from the repository root. Called as ``function(*args,
-            **kwargs)``, after ``torch.distributed`` is initialised; ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set.
+            **kwargs)``, after ``torch.distributed`` is initialised; ``RANK``, ``WORLD_SIZE`` and
+            ``LOCAL_RANK`` are set.
         nproc: number of processes.
         timeout: seconds after which all processes are killed.
         environment: variables for the children, on top of their own.

@@ -85,8 +85,7 @@ def generate(
         seed: of the samples.
 
     Runs on the CPU in float32: in bfloat16 the two-token steps of drafting round differently from
-        one-token steps, and
-    greedy texts with and without MTP may part.
+    one-token steps, and greedy texts with and without MTP may part.
 
     Raises:
         InputError: the folder is not a complete Mellum 2 model with tokenizer, has no MTP head
@@ -155,7 +154,7 @@ def mtp_acceptance(hf_path: str | os.PathLike[str], tokens: torch.Tensor) -> flo
     next, given true text.
 
     For every t in [0, s - 2]: the head at t, fed the true token t + 1, against the model at t + 1.
-        Both predict t + 2.
+    Both predict t + 2.
 
     Args:
         hf_path: Hugging Face folder with an MTP head.

@@ -35,8 +35,8 @@ def score_hf(
         Float32 main logits `[b, s, v]` (position t predicts token t + 1), and MTP logits of the
         same shape or None (position t predicts token t + 2, from the trunk's normed hidden state at
         t and the embedding of token t + 1). The last MTP position has no next token; as in Megatron
-        (``multi_token_prediction.py:roll_tensor``, 0.19.2) it
-        is fed token 0 and means nothing: comparisons leave it out.
+        (``multi_token_prediction.py:roll_tensor``, 0.19.2) it is fed token 0 and means nothing:
+        comparisons leave it out.
 
         The MTP layer runs at positions 1..s, as transformers' generation runs it
         (``MTPCandidateGenerator``); Megatron runs it at 0..s-1. RoPE depends on differences of

@@ -74,8 +74,7 @@ def create_shard(folder: Path, shard: Shard, dtype: torch.dtype) -> dict[str, in
     bytes belong.
 
     ``safetensors.torch.save_file`` would need the whole file's tensors in memory at once. A file
-    that exists already,
-    from an earlier attempt, is kept.
+    that exists already, from an earlier attempt, is kept.
     """
     header, begins, size = _header(shard, dtype)
     path = folder / shard.file

@@ -258,8 +258,7 @@ def render_template(folder: Path, template: str) -> list[str]:
 
     Returns:
         What was rendered: always a conversation with and without a generation prompt; tools and the
-            reasoning field
-        where the template reads them.
+        reasoning field where the template reads them.
 
     Raises:
         InputError: a rendering fails, leaves out what it was given, or writes markers that are no

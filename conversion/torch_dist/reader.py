@@ -4,12 +4,12 @@ a process group.
 On disk (megatron-core 0.19.2, ``core/dist_checkpointing/strategies/torch.py``) such a folder is a
 ``torch.distributed.checkpoint`` of whole tensors cut into chunks:
 
-  ``.metadata``        pickled ``Metadata``: per key whole shape, dtype and chunks, per chunk (file,
-      offset, length)
+  ``.metadata``        pickled ``Metadata``: per key whole shape, dtype and chunks; per chunk file,
+                       offset and length
   ``__R_N.distcp``     the chunks, each its own ``torch.save`` archive
   ``metadata.json``    ``{"sharded_backend": "torch_dist", "sharded_backend_version": 1}``
   ``common.pt``        older versions only; 0.19.2 stores the common state as the object
-  ``common_state/shard_0_1``
+                       ``common_state/shard_0_1``
 
 Keys carry no ``model.`` prefix, whatever the pipeline layout: the state dict's ``model`` /
 ``model0`` levels do not reach the tensors' own keys (``core/dist_checkpointing/mapping.py``,

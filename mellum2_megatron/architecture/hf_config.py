@@ -248,7 +248,7 @@ def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
 
     ``truncate`` is read beside the entries and not inside them, because that is where transformers
     looks for it (``modeling_rope_utils.py``: ``config.rope_parameters.get("truncate", True)``,
-        5.23).
+    5.23).
     """
     given = values.get("rope_parameters")
     given = _DEFAULT_ROPE if given is None else given

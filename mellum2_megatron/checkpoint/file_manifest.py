@@ -2,9 +2,9 @@
 anything is loaded.
 
 It is Megatron's own ``integrity.json`` (megatron/core/dist_checkpointing/validation.py:512,
-0.19.2), which its ``--verify-integrity`` reads too, with the sizes beside the hashes. Megatron's first rank hashes the files of all; here
-each rank hashes what it has written (`saving.py`), and checks its share of the files before it
-loads (`train.py`).
+0.19.2), which its ``--verify-integrity`` reads too, with the sizes beside the hashes. Megatron's
+first rank hashes the files of all; here each rank hashes what it has written (`saving.py`), and
+checks its share of the files before it loads (`train.py`).
 """
 
 from __future__ import annotations

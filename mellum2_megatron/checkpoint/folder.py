@@ -3,8 +3,9 @@ read.
 
 ::
 
-    DIR/latest_checkpointed_iteration.txt     "release" for an import, else the iteration
-    (Megatron's tracker) DIR/release/ or DIR/iter_0000100/         Megatron torch_dist checkpoint
+    DIR/latest_checkpointed_iteration.txt     Megatron's tracker: the iteration, or "release" for an
+                                              import
+    DIR/release/ or DIR/iter_0000100/         Megatron torch_dist checkpoint
     DIR/*/run_config.yaml                     inside it: what Megatron-Bridge builds (bridge_config)
     DIR/architecture.json                     Mellum2Architecture.to_dict()
     DIR/run.yaml                              resolved run (training only)

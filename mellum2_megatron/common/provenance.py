@@ -2,11 +2,10 @@
 
 Each start of a run appends one line to ``DIR/provenance.jsonl``::
 
-    {"event": "start", "time": "2026-05-04T10:11:12+00:00", "code": {"origin": "git", "commit":
-    "0f3c...",
-     "dirty": false, "version": "0.1.0"}, "python": "3.12.3", "packages": {"torch": "2.15.0", ...},
-     "host": "node-1", "hosts": 32, "world_size": 256, "from_step": 12000, "slurm": {"SLURM_JOB_ID":
-     "4711"}}
+    {"event": "start", "time": "2026-05-04T10:11:12+00:00",
+     "code": {"origin": "git", "commit": "0f3c...", "dirty": false, "version": "0.1.0"},
+     "python": "3.12.3", "packages": {"torch": "2.15.0", ...}, "host": "node-1", "hosts": 32,
+     "world_size": 256, "from_step": 12000, "slurm": {"SLURM_JOB_ID": "4711"}}
 
 A copy of the code without its Git repository (a packager's archive) says where it came from in
 `SNAPSHOT_FILE` at its root. What neither Git nor that file tells is not known, and is recorded as

@@ -24,8 +24,7 @@ class Layout:
         tp: tensor parallel ways of attention, embedding and output layer.
         sp: sequence parallelism, the activations between tensor-parallel regions split along the
             sequence. Needed with ``tp > 1``: Megatron refuses to train an MoE without it
-            (megatron/core/transformer/moe/moe_layer.py:629,
-            0.19.2).
+            (megatron/core/transformer/moe/moe_layer.py:629, 0.19.2).
         pp: pipeline stages.
         vpp: virtual stages a pipeline rank (interleaved schedule); 1 is the plain schedule.
         ep: expert parallel ways, the experts of a layer are divided among them.
@@ -100,11 +99,10 @@ class Layout:
         """Return the context-parallel communication of every layer.
 
         Sliding layers can only gather: Transformer Engine's p2p has no window, and its a2a needs KV
-            heads divisible by
-        ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and 5688-5694, 2.20.2).
-        Full layers use p2p, which overlaps. Both keep the same zigzag split of the sequence, so
-        they mix. The MTP layer reads the first entry (its layer number is 1), which therefore
-        gathers if either of the two slides.
+        heads divisible by ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and
+        5688-5694, 2.20.2). Full layers use p2p, which overlaps. Both keep the same zigzag split of
+        the sequence, so they mix. The MTP layer reads the first entry (its layer number is 1),
+        which therefore gathers if either of the two slides.
         """
         kinds: list[CpCommType] = [
             "all_gather" if kind == "sliding_attention" else "p2p"

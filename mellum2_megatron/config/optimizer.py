@@ -22,8 +22,8 @@ class Loss:
             sequence, in every layout alike.
         aux_loss_gradient: of the global loss. ``megatron`` divides it by the data-parallel ranks
             once too often (Megatron-LM issue 3672): on 256 of them a coefficient of 1e-3 acts like
-                4e-6 on one. ``exact`` is the
-            gradient of the loss that is logged, on any number of ranks.
+            4e-6 on one. ``exact`` is the gradient of the loss that is logged, on any number of
+            ranks.
         z_loss_coef: z-loss on the router's logits (report §3: 1e-3).
         mtp_factor: weight of the multi-token-prediction loss (report §2: 0.1).
         per_token: take one mean over all tokens of a step that count, instead of a mean over

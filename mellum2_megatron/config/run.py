@@ -188,7 +188,7 @@ class Checkpoint:
             imported model, or another run's); its optimizer state and step count are not taken.
         continue_from: folder of another run's checkpoint that the run goes on from when ``output``
             has none, with all of its state: weights, optimizer, step and sample count, random
-                numbers. The next phase of one training.
+            numbers. The next phase of one training.
     """
 
     output: str | None = None
@@ -236,7 +236,7 @@ class Run:
         description: one line.
         architecture: the model.
         layout, optimizer, loss, schedule, precision, stability, data, logging, checkpoint: see
-        their classes.
+            their classes.
         seed: of initialisation and, unless ``data.seed`` says otherwise, of shuffling.
         backend: ``te`` (Transformer Engine), ``torch`` (anywhere), or ``auto``: te on a GPU, torch
             on a CPU.

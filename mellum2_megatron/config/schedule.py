@@ -31,8 +31,7 @@ class Schedule:
         warmup_samples: linear from 0 to the peak over the first samples.
         decay_samples: length of the ``whd`` decay, which ends at the horizon.
         batch_schedule: ``(first sample, sequences a step)`` pairs; a single pair is a constant
-            batch. A new size holds
-            from the first step that starts at or after its sample.
+            batch. A new size holds from the first step that starts at or after its sample.
         micro_batch_size: sequences a rank runs through the model at once.
 
     Raises:
@@ -181,8 +180,8 @@ class Schedule:
         """Return the learning rate of the step that starts after ``sample`` samples.
 
         The arithmetic is that of ``OptimizerParamScheduler.get_lr``
-        (megatron/core/optimizer_param_scheduler.py,
-        0.19.2), in the same order, so results are equal to the last bit. The first step of a warmup has rate 0.
+        (megatron/core/optimizer_param_scheduler.py, 0.19.2), in the same order, so results are
+        equal to the last bit. The first step of a warmup has rate 0.
         """
         if self.warmup_samples > 0 and sample <= self.warmup_samples:
             return peak * float(sample) / float(self.warmup_samples)

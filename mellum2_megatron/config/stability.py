@@ -15,7 +15,7 @@ class Stability:
 
     A skipped update leaves weights and optimizer state as they were, on every rank. The step counts
     all the same: its samples are not seen again, and the learning rate's schedule goes on over
-        them.
+    them.
 
     Attributes:
         not_finite: when a loss or a gradient is NaN or infinite on any rank: ``stop`` ends the run
@@ -23,8 +23,7 @@ class Stability:
             is no optimizer state yet.
         spike: when the loss of a step is more than ``spike_factor`` times the median of the
             ``spike_window`` steps before it: ``record`` writes it down and goes on, ``skip`` skips
-                the update, ``stop`` ends the run,
-            ``ignore`` does not look.
+            the update, ``stop`` ends the run, ``ignore`` does not look.
         spike_factor: see there; above 1.
         spike_window: see there. Nothing is a spike until so many steps are known; they come back
             with a checkpoint, and are forgotten where a run continues another one, whose data may

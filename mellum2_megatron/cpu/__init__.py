@@ -6,9 +6,9 @@ level, so a process that trains on GPUs never sees it. What ``activate`` does, i
 
 1. refuses beside a usable GPU, and after megatron or Transformer Engine have been imported;
 2. hides Transformer Engine and apex from ``import`` (their kernels would be picked up and cannot
-  run);
+   run);
 3. lets ``torch.cuda`` answer for the CPU (`device.py`), and ``torch.compile`` leave Megatron alone
-  (`compiling.py`);
+   (`compiling.py`);
 4. arranges for the named patches (`patches.py`) to be applied as Megatron's modules are imported.
 """
 

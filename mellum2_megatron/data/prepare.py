@@ -3,12 +3,13 @@ of.
 
 ::
 
-    PATH/train_document.{bin,idx}   megatron.core.datasets.indexed_dataset; every document ends with
-    eos PATH/valid_document.{bin,idx}
+    PATH/train_document.{bin,idx}   megatron.core.datasets.indexed_dataset; every document ends
+                                    with eos
+    PATH/valid_document.{bin,idx}
     PATH/tokenizer/                 Hugging Face tokenizer files
     PATH/corpus.json                counts, entropy, sources with licences, seed, hashes
-    PATH/cache/                     written later by Megatron: sample indices of each (seed,
-    sequence length)
+    PATH/cache/                     written later by Megatron: sample indices of each
+                                    (seed, sequence length)
 
 The folder appears at once, complete, or not at all. Its bytes depend on the inputs and the seed,
 not on ``workers``.

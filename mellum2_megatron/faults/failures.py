@@ -134,8 +134,7 @@ def root_cause(failures: list[RankFailure]) -> RankFailure:
     echo.
 
     SIGTERM comes last: the agent ends the other ranks with it, and with SIGKILL those that are
-        still there 30 s later
-    (torch/distributed/elastic/multiprocessing/api.py:1023, 2.15).
+    still there 30 s later (torch/distributed/elastic/multiprocessing/api.py:1023, 2.15).
     """
     begin = min(failure.ended for failure in failures)
 
@@ -327,8 +326,8 @@ def only_complete_checkpoints(root: Path) -> Iterator[None]:
     Megatron writes into ``iter_*`` in place and names the folder in its tracker once it is
     complete; a newer folder than that is therefore a fragment. Those that were there before are
     left alone: someone may have set the tracker back. A tracker that was cut off when the disk
-        filled up (Megatron truncates it first,
-    megatron/training/checkpointing.py:1011, 0.19.2) names the newest complete checkpoint again.
+    filled up (Megatron truncates it first, megatron/training/checkpointing.py:1011, 0.19.2) names
+    the newest complete checkpoint again.
     """
     before = {folder.name for folder in iteration_folders(root)}
     started_from = tracked_iteration(root)

@@ -29,7 +29,7 @@ class LossHistory:
         not.
 
         A spike is remembered too: the median hardly moves, and a loss that stays up becomes the
-            normal one.
+        normal one.
         """
         median = statistics.median(self._losses) if len(self._losses) == self.window else None
         self._losses.append(loss)

@@ -3,10 +3,10 @@
 
 Megatron asks its rerun state machine about every micro-batch's loss and every gradient bucket,
 before any of it is reduced over ranks (megatron/core/distributed/param_and_grad_buffer.py:339,
-0.19.2), and the optimizer's `prepare_grads` whether the update can happen; where it says no, `step` returns before anything is clipped or changed
-(core/optimizer/optimizer.py:1855). These are the two places used here: what the machine would raise
-on is noted, and in `prepare_grads` all ranks tell each other what they noted, so that all decide
-alike: one gather of four numbers a rank.
+0.19.2), and the optimizer's `prepare_grads` whether the update can happen; where it says no, `step`
+returns before anything is clipped or changed (core/optimizer/optimizer.py:1855). These are the two
+places used here: what the machine would raise on is noted, and in `prepare_grads` all ranks tell
+each other what they noted, so that all decide alike: one gather of four numbers a rank.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@ numbers.
 
 ``metrics.jsonl`` holds one JSON object a line::
 
-    {"kind": "train", "step": 10, "lm_loss": 8.3182, "learning_rate": 0.0003,
-    "expert_load/mtp/max_over_mean": 1.7} {"kind": "valid", "step": 10, "lm_loss": 8.2907}
+    {"kind": "train", "step": 10, "lm_loss": 8.3182, "learning_rate": 0.0003, ...}
+    {"kind": "valid", "step": 10, "lm_loss": 8.2907}
     {"kind": "event", "step": 11, "note": "the loss is nan on rank 1: the update is skipped",
-    "value": "nan", "rank": 1}
+     "value": "nan", "rank": 1}
 
 Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from
 step k the file holds every step once: lines of later steps, which the earlier process wrote and the

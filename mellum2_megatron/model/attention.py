@@ -28,9 +28,9 @@ class Mellum2SelfAttention(SelfAttention):
     Megatron knows one rotary embedding a model and picks windowed layers by arithmetic on the layer
     number, which the MTP layer (always number 1) and a model with another pattern do not follow.
     Here the architecture decides: the spec hands over the layer types of the stack (decoder or
-        MTP), and `layer_number` only indexes them. It is global
-    under pipeline parallelism (megatron/core/transformer/transformer_layer.py:343-348, 0.19.2), so
-    nothing else is needed for stages.
+    MTP), and `layer_number` only indexes them. It is global under pipeline parallelism
+    (megatron/core/transformer/transformer_layer.py:343-348, 0.19.2), so nothing else is needed for
+    stages.
 
     Args:
         config: the model's configuration; refused if it disagrees with `architecture`.

@@ -3,9 +3,9 @@ context parallelism.
 
 Plain torch on any device, and the reference that Transformer Engine's kernels are compared with.
 Megatron's own `DotProductAttention` overwrites a given mask on windowed layers
-(megatron/core/fusions/fused_softmax.py:319-327,
-0.19.2), repeats keys and values in memory, and refuses packed documents and context parallelism; this one leaves the
-kernel to `torch.nn.functional.scaled_dot_product_attention`.
+(megatron/core/fusions/fused_softmax.py:319-327, 0.19.2), repeats keys and values in memory, and
+refuses packed documents and context parallelism; this one leaves the kernel to
+`torch.nn.functional.scaled_dot_product_attention`.
 
 Queries are worked through in spans: stretches of consecutive positions of one document, at most
 `BLOCK` of them. A span's keys are one stretch too, from the first key its first query may see to
@@ -40,8 +40,8 @@ class TorchCoreAttention(MegatronModule):
     d]`.
 
     Under context parallelism a rank holds two zigzag chunks of each sequence (`zigzag`). Keys and
-    values are gathered
-    from all ranks, whatever `cp_comm_type` says; their gradients are summed and scattered back.
+    values are gathered from all ranks, whatever `cp_comm_type` says; their gradients are summed and
+    scattered back.
 
     Args:
         config: the layer's configuration: `window_size` is `(keys before the query, 0)` or None.
@@ -107,7 +107,7 @@ class TorchCoreAttention(MegatronModule):
             packed_seq_params: THD format: document i occupies `cu_seqlens_q_padded[i] ... [i + 1]`
                 of the stream, and its first `cu_seqlens_q[i + 1] - cu_seqlens_q[i]` tokens are
                 real. The rest is padding: it attends to nothing, its output is 0 and it has no
-                    gradient.
+                gradient.
 
         Returns:
             `[sq, b, n * d]`, or `[t, n * d]` if packed.

@@ -14,9 +14,9 @@ class TorchRMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` built the way Megatron's specs build norms.
 
     Megatron's wrapper for torch norms refuses sequence parallelism
-    (megatron/core/transformer/torch_norm.py:49,
-    0.19.2). All it takes is the tag by which Megatron sums the weight's gradient over tensor-parallel ranks, each of
-    which normalises its own share of the sequence.
+    (megatron/core/transformer/torch_norm.py:49, 0.19.2). All it takes is the tag by which Megatron
+    sums the weight's gradient over tensor-parallel ranks, each of which normalises its own share of
+    the sequence.
 
     Args:
         config: the model's configuration; must ask for RMSNorm.

@@ -23,9 +23,8 @@ class RotaryTable:
     """The rotation angles of one `RopeParameters`, shared by all layers that use it.
 
     A plain object, not an `nn.Module`: assigned to an attention module it adds no state-dict key.
-        The embedding is
-    built at the first use, so that a model can be constructed on the meta device or without its
-    GPU.
+    The embedding is built at the first use, so that a model can be constructed on the meta device
+    or without its GPU.
 
     The YaRN attention factor is *not* applied to the angles. All `head_dim` dimensions rotate,
     hence scaling cos and sin of queries and keys by m equals scaling the attention logits by m²;

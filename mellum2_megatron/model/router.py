@@ -60,9 +60,8 @@ class Mellum2Router(TopKRouter):
 
         The global loss is a sum over the data-parallel ranks, of which each differentiates its own
         part: divided by the tokens of all ranks when it is computed, and by the ranks when DDP
-            averages gradients
-        (router.py:494-524, 0.19.2; Megatron-LM issue 3672). The value is right, the gradient that
-        many times too small.
+        averages gradients (router.py:494-524, 0.19.2; Megatron-LM issue 3672). The value is right,
+        the gradient that many times too small.
         """
         name = args[0] if args else kwargs["aux_loss_name"]
         if self.exact_gradient and name == "global_load_balancing_loss":
@@ -80,8 +79,8 @@ class Mellum2Router(TopKRouter):
         true, does not count.
 
         With padding upstream takes the mean of the ranks' means, whatever number of tokens each has
-        (router.py:621-645,
-        0.19.2); this is the mean over the tokens of all context- and sequence-parallel ranks.
+        (router.py:621-645, 0.19.2); this is the mean over the tokens of all context- and
+        sequence-parallel ranks.
         """
         coefficient = self.config.moe_z_loss_coeff
         if (

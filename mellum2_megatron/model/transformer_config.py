@@ -26,7 +26,8 @@ def transformer_config(architecture: Mellum2Architecture, **overrides: Any) -> T
 
     Args:
         architecture: the model's description.
-        **overrides: further fields of `TransformerConfig` (parallel sizes, precision, dispatcher, losses).
+        **overrides: further fields of `TransformerConfig` (parallel sizes, precision, dispatcher,
+            losses).
     """
     fields: dict[str, Any] = {field.name: field.value(architecture) for field in MEGATRON_FIELDS}
     fields |= {

@@ -18,9 +18,9 @@ class Mellum2TransformerLayer(TransformerLayer):
 
     Megatron hands a `padding_mask` down from the model's arguments, on the first pipeline stage
     only in the form that sequence parallelism needs, and shifts it by one token for MTP
-    (gpt_model.py:352, multi_token_prediction.py:1103,
-    0.19.2). What is padding follows from the documents, which every layer is given; so each layer works it out.
-    Padding is still routed and computed, like everywhere else in the model.
+    (gpt_model.py:352, multi_token_prediction.py:1103, 0.19.2). What is padding follows from the
+    documents, which every layer is given; so each layer works it out. Padding is still routed and
+    computed, like everywhere else in the model.
     """
 
     def _forward_mlp(

@@ -30,8 +30,8 @@ def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
         ``ways`` of each parallelism; ``groups`` by name, with ``size``, ``count`` and the ranks of
         the ``first``; ``cp_comm_types``, one for each layer; ``micro_batches`` a step; ``stages``,
         one row each: its ``layers`` by virtual stage, what ``also`` stands there, ``parameters``
-            and ``memory`` of a rank (bytes), ``flops_share`` of
-        the model's, and ``sent``, the bytes that a rank sends in a step, by parallelism.
+        and ``memory`` of a rank (bytes), ``flops_share`` of the model's, and ``sent``, the bytes
+        that a rank sends in a step, by parallelism.
 
     Raises:
         InputError: the layout does not fit.
@@ -160,7 +160,7 @@ def bytes_sent(
     """Return the bytes that a rank of a pipeline stage sends in one step, by parallelism.
 
     Experts are taken to be evenly loaded. Left out as small: routing weights, norms, counts and
-        losses.
+    losses.
 
     Args:
         micro_batches: of the step, on each data-parallel rank.

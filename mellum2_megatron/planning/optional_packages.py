@@ -40,8 +40,8 @@ def find_apex() -> Extra:
     """Look for NVIDIA apex.
 
     Of its import names Megatron uses ``apex.multi_tensor_apply`` with ``amp_C``
-    (core/optimizer/clip_grads.py:20-30,
-    0.19.2), ``apex.optimizers`` (core/optimizer/__init__.py:20) and ``fused_weight_gradient_mlp_cuda``
+    (core/optimizer/clip_grads.py:20-30, 0.19.2), ``apex.optimizers``
+    (core/optimizer/__init__.py:20) and ``fused_weight_gradient_mlp_cuda``
     (core/tensor_parallel/layers.py:51). The first two only where Transformer Engine is not
     importable.
     """

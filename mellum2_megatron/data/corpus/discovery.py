@@ -236,9 +236,8 @@ def select(
     belongs to.
 
     With ``max_bytes`` the candidates are visited in the order of a hash of (seed, source, relative
-    path, line) until
-    the next one would not fit: an even sample over everything offered, the same on every machine
-        with the same files.
+    path, line) until the next one would not fit: an even sample over everything offered, the same
+    on every machine with the same files.
 
     Args:
         sources: where to look.

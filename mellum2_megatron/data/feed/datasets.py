@@ -35,9 +35,8 @@ class DatasetTokenizer:
     training.
 
     ``pad`` is -1: complete samples hold no padding, and the filling of a short last sample must not
-        look like a real
-    token. ``GPTDataset`` masks ``labels == pad`` and embeds such positions as token 0
-    (``megatron/core/datasets/gpt_dataset.py:274-279`` (0.19.2)).
+    look like a real token. ``GPTDataset`` masks ``labels == pad`` and embeds such positions as
+    token 0 (``megatron/core/datasets/gpt_dataset.py:274-279`` (0.19.2)).
     """
 
     vocab_size: int

@@ -160,8 +160,7 @@ def special_ids(folder: Path) -> dict[str, int]:
     """Ids of the special tokens a tokenizer folder has.
 
     Keys: ``bos``, ``eos``, ``pad``, ``fim_prefix``, ``fim_middle``, ``fim_suffix``; all but ``eos``
-        only where the
-    folder defines them.
+    only where the folder defines them.
 
     Raises:
         InputError: a configured token is not in the vocabulary, or there is no end-of-document
