@@ -365,8 +365,7 @@ def packages_present(at: Situation) -> Found:
 
 @rule(evidence="this machine", machine=True)
 def data_present(at: Situation) -> Found:
-    """The corpus and its tokenizer are there, the tokens are the model's, and their index has a
-    place."""
+    """The corpus, its tokenizer and a place for its index exist; the tokens are the model's."""
     from mellum2_megatron.data.feed.datasets import (
         check_data,
     )  # numpy: not needed to plan a run elsewhere
