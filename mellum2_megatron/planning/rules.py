@@ -89,11 +89,11 @@ RULES: list[Rule] = []
 
 
 def rule(*, evidence: str, machine: bool = False) -> Callable[[Callable[[Situation], Found]], Rule]:
-    """Register a function as a rule; the first line of its docstring is the statement."""
+    """Register a function as a rule; the first paragraph of its docstring is the statement."""
 
     def register(find: Callable[[Situation], Found]) -> Rule:
         name = find.__name__.replace("_", "-")
-        statement = (find.__doc__ or "").strip().partition("\n")[0]
+        statement = " ".join((find.__doc__ or "").partition("\n\n")[0].split())
         RULES.append(
             Rule(name=name, statement=statement, evidence=evidence, find=find, machine=machine)
         )

@@ -1,4 +1,4 @@
-"""Recipes: functions that return a complete `Run`, every value of theirs with its source."""
+"""The table of recipes: functions by name, each returning a complete `Run`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,29 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError, nearest
-from mellum2_megatron.config import Checkpoint, Data, Layout, Logging, Optimizer, Run, Schedule
-from mellum2_megatron.recipes.pretraining import OPERATION, STABILITY, pretraining_recipes
-from mellum2_megatron.recipes.tiny import tiny_recipes
+from mellum2_megatron.config import Run
+from mellum2_megatron.recipes.four_layers import FOUR_LAYERS, four_layer_pretraining
+from mellum2_megatron.recipes.long_context import LONG_CONTEXT
+from mellum2_megatron.recipes.pretraining import PRETRAINING
+from mellum2_megatron.recipes.stage import StageFamily, stage_recipes
+from mellum2_megatron.recipes.tiny import TINY, quickstart
 
-_RECIPES: dict[str, Callable[..., Run]] = pretraining_recipes() | tiny_recipes()
+MELLUM2_12B = StageFamily(
+    name="mellum2_12b", title="Mellum 2 12B", stages=(*PRETRAINING, LONG_CONTEXT)
+)
+
+_RECIPES: dict[str, Callable[..., Run]] = {
+    **stage_recipes(MELLUM2_12B),
+    **stage_recipes(FOUR_LAYERS),
+    "mellum2_4layer_pretrain_1gpu_h200_fp8": four_layer_pretraining,
+    **stage_recipes(TINY),
+    "mellum2_tiny_pretrain": quickstart,
+}
 
 
 def register(function: Callable[..., Run]) -> Callable[..., Run]:
-    """Make ``function`` available to `recipe` under its own name; its docstring's first line is the
-    description."""
+    """Add ``function`` to the recipes under its own name; for code outside this package."""
     _RECIPES[function.__name__] = function
     return function
 
@@ -28,7 +39,7 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def describe_recipes() -> dict[str, str]:
-    """Return ``name -> one line`` for every recipe, sorted by name."""
+    """Return every recipe's description (one line) by name, sorted by name."""
     return {name: recipe(name).description for name in recipe_names()}
 
 
@@ -48,58 +59,11 @@ def recipe(name: str, **choices: Any) -> Run:
         )
     function = _RECIPES[name]
     known = inspect.signature(function).parameters
-    for choice in choices:
+    for choice, value in choices.items():
         if choice not in known:
-            rule = f"recipe {name} has no such choice"
             raise InputError(
-                f"{choice}={choices[choice]!r}",
-                rule=rule,
+                f"{choice}={value!r}",
+                rule=f"recipe {name} has no such choice",
                 fix=nearest(choice, known) if known else "drop it",
             )
     return function(**choices)
-
-
-@register
-def mellum2_tiny_pretrain() -> Run:
-    """A 4-layer Mellum 2 that learns Python source on two CPU cores in minutes; every part of the
-    12B is in it."""
-    batch = 16
-    return Run(
-        name="mellum2_tiny_pretrain",
-        description=_description(mellum2_tiny_pretrain),
-        architecture=Mellum2Architecture.preset("mellum2-tiny"),
-        layout=Layout(ep=2),
-        optimizer=Optimizer(lr=2e-3, overlap_grad_reduce=False, overlap_param_gather=False),
-        schedule=Schedule.from_steps(
-            train_steps=300,
-            warmup_steps=20,
-            decay_steps=100,
-            batch_sizes=((0, batch // 2), (20, batch)),
-            micro_batch_size=4,
-        ),
-        data=Data(path="data/quickstart", sequence_length=256, workers=0),
-        logging=Logging(log_interval=5, eval_interval=50, eval_iterations=4),
-        checkpoint=Checkpoint(save_interval=100),
-        sources={
-            "architecture": "preset mellum2-tiny: the report's proportions at a size two CPU cores can train",
-            "layout": "two ranks share the experts, as eight do in the report (report §3)",
-            "optimizer": "report §3",
-            "optimizer.lr": "tuned at this size and batch; the report's 3e-4 is for the 12B",
-            "optimizer.overlap_grad_reduce": "nothing to hide behind on a CPU",
-            "optimizer.overlap_param_gather": "nothing to hide behind on a CPU",
-            "loss": "report §2, §3",
-            "schedule": "WHD and a batch that doubles, as in the report (report §3), in ten minutes on two cores",
-            "precision": "BF16: FP8 needs a GPU",
-            "stability": STABILITY,
-            "data": OPERATION,
-            "logging": OPERATION,
-            "checkpoint": OPERATION,
-            "seed": OPERATION,
-            "backend": OPERATION,
-            "timeout_minutes": OPERATION,
-        },
-    )
-
-
-def _description(function: Callable[..., Run]) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]

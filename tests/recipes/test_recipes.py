@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mellum2_megatron.architecture import Mellum2Architecture
@@ -9,6 +11,7 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, from_yaml, keys, to_yaml
 from mellum2_megatron.planning.rules import check
 from mellum2_megatron.recipes import describe_recipes, recipe, recipe_names
+from tests.recipes.golden_recipes import GOLDEN, digests
 
 HARDWARE: dict[str, tuple[int, Device]] = {
     "mellum2_tiny_pretrain": (2, "cpu"),
@@ -53,6 +56,11 @@ def test_every_recipe_is_covered_here() -> None:
     assert list(recipe_names()) == sorted(recipe_names())
 
 
+def test_no_recipe_changed_unnoticed() -> None:
+    """After a change that is meant: python -m tests.recipes.golden_recipes."""
+    assert digests().splitlines() == GOLDEN.read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.parametrize("name", HARDWARE)
 def test_a_recipe_is_complete_and_breaks_no_rule(name: str) -> None:
     run = recipe(name)
@@ -76,6 +84,19 @@ def test_descriptions_are_one_line_each() -> None:
         assert recipe(name).description == description
         assert 20 < len(description) <= 120
         assert "\n" not in description
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in HARDWARE if "_pretrain_phase" in name or "long" in name]
+)
+def test_descriptions_give_the_tokens_of_the_stage(name: str) -> None:
+    run = recipe(name)
+    stated = re.search(r"([\d.]+)([KMBT]) tokens", run.description)
+    assert stated is not None
+    unit = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[stated[2]]
+    tokens = (run.schedule.train_samples - run.data.first_sample) * run.data.sequence_length
+    # Two digits; the report's figures are rounded too, and a phase ends on a whole step.
+    assert float(stated[1]) * unit == pytest.approx(tokens, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["mellum2_tiny_pretrian", "mellum2-tiny-pretrain"])

@@ -1,0 +1,71 @@
+"""Long context: 3,500 steps at 131,072 tokens from the weights of phase 3 (report §4).
+
+The stage has a schedule of its own. Its model is phase 3's with YaRN on the full-attention layers.
+"""
+
+from __future__ import annotations
+
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.config import Data, Logging, Optimizer, Precision, Schedule
+from mellum2_megatron.recipes.hardware import h200_nodes
+from mellum2_megatron.recipes.stage import Stage
+
+SEQUENCE_LENGTH = 131_072
+"""Tokens a sequence (report §4)."""
+
+SEQUENCES = 256
+"""Sequences a step: 117B tokens in 3,500 steps (report §4)."""
+
+CP = 8
+"""Context-parallel ways: the report's for its SFT at the same length (report §5.1)."""
+
+_H200_128 = h200_nodes(128, cp=CP, source="report §5.1: 16 nodes of 8 H200")
+
+LONG_CONTEXT = Stage(
+    name="long_context",
+    summary="long context (117B tokens at 128K, layer-selective YaRN)",
+    architecture=Mellum2Architecture.preset("mellum2-12b-128k"),
+    optimizer=Optimizer(lr=3e-5),
+    schedule=Schedule.from_steps(
+        train_steps=3_500,
+        warmup_steps=100,
+        decay_steps=500,
+        batch_sizes=((0, SEQUENCES),),
+        micro_batch_size=1,
+    ),
+    precision=Precision(compute="fp8"),
+    data=Data(path="data/long_context", sequence_length=SEQUENCE_LENGTH),
+    logging=Logging(log_interval=10, eval_interval=500, eval_iterations=4),
+    save_interval=500,
+    start="weights",
+    hardware={
+        "": _H200_128,
+        "_128gpu_h200_fp8": _H200_128,
+        "_256gpu_h200_fp8": h200_nodes(
+            256, cp=CP, source="ours: the nodes that the report's pre-training began with (§3)"
+        ),
+        "_8gpu_h200_fp8": h200_nodes(8, cp=CP, source="ours: the same training on one node"),
+    },
+    sources={
+        "architecture.max_position_embeddings": "report §4: 131,072",
+        "architecture.rope_full_attention": (
+            "report §4: YaRN on the full-attention layers only; released config"
+        ),
+        "layout": (
+            "EP 8 and CP 8 as in the report's SFT at the same length (report §5.1); §4 gives none"
+        ),
+        "layout.dp": "report §5.1: 16 nodes of 8 H200",
+        "optimizer.lr": "report §4",
+        "schedule": "report §4: WHD of 3,500 steps with 500 of decay",
+        "schedule.warmup_samples": (
+            "ours: 100 steps, as in the report's SFT (§5.1); §4 gives none"
+        ),
+        "schedule.batch_schedule": (
+            "report §4: 117B tokens in 3,500 steps of 131,072 tokens make 256 sequences"
+        ),
+        "schedule.micro_batch_size": "ours: one sequence is eight ranks' work",
+        "data.sequence_length": "report §4",
+        "checkpoint.load": "ours: weights only, since the stage has a schedule of its own",
+    },
+)
+"""The long-context stage of the 12B."""
