@@ -17,8 +17,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
-from rich.console import Console
 
+from mellum2_megatron.common.console import console
 from mellum2_megatron.common.files import write_text
 from mellum2_megatron.config import Device
 from mellum2_megatron.faults.failures import RankFailure, only_complete_checkpoints, root_cause
@@ -105,7 +105,7 @@ def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = Fal
         outcome = run_ranks(
             rank_command(run_file, device=device, verbose=verbose), nproc=nproc, verbose=verbose
         )
-    Console().show_cursor()  # the progress bar of a rank that was killed has left it hidden
+    console.show_cursor()  # the progress bar of a rank that was killed has left it hidden
     if isinstance(outcome, int):
         return outcome
     cause = root_cause(outcome)

@@ -1,5 +1,8 @@
-"""`mellum2`: one file a command, and the only package here that may import conversion and
-launchers."""
+"""`mellum2`: a file per command, and the only package here that imports conversion and launchers.
+
+`mellum2 recipes` loads every file of this package. The files therefore import a command's library
+inside the function that runs it: torch alone takes seconds.
+"""
 
 
 def main() -> None:

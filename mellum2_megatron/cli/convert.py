@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from mellum2_megatron.cli.options import MegatronPath, Overwrite, TokenizerPath
+from mellum2_megatron.common.console import print_line
 from mellum2_megatron.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,13 +20,8 @@ if TYPE_CHECKING:
 convert_app = typer.Typer(
     help="Convert checkpoints between Megatron and Hugging Face.", no_args_is_help=True
 )
-console = Console()
 
-MegatronPath = Annotated[
-    Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")
-]
 HfPath = Annotated[Path, typer.Option("--hf-path", "--hf-model", help="Hugging Face folder")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 TorchDtype = Annotated[
     str | None,
     typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: as it is"),
@@ -63,10 +59,11 @@ def convert_import(
 ) -> None:
     """Hugging Face folder to Megatron checkpoint (torch_dist, any layout). Again after a failure,
     it continues."""
-    _quiet()
     from conversion.convert import import_hf, plan_import
     from mellum2_megatron.config import Layout
+    from mellum2_megatron.upstream import quiet_upstream
 
+    quiet_upstream()
     with _layout_by_option():
         result = (plan_import if dry_run else import_hf)(
             hf_path,
@@ -77,7 +74,7 @@ def convert_import(
             layout=Layout(tp=tp, sp=tp > 1, pp=pp, ep=ep, etp=etp),
             checks=_checks(skip_hashes, allow_nonfinite),
         )
-    console.print(str(result), soft_wrap=True, highlight=False)
+    print_line(str(result))
 
 
 @convert_app.command("export")
@@ -85,9 +82,7 @@ def convert_export(
     megatron_path: MegatronPath,
     hf_path: HfPath,
     torch_dtype: TorchDtype = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="take tokenizer files from here")
-    ] = None,
+    tokenizer: TokenizerPath = None,
     workers: Workers = None,
     skip_hashes: SkipHashes = False,
     allow_nonfinite: AllowNonfinite = False,
@@ -96,9 +91,10 @@ def convert_export(
 ) -> None:
     """Megatron checkpoint to Hugging Face folder in the released layout. Again after a failure, it
     continues."""
-    _quiet()
     from conversion.convert import export_hf, plan_export
+    from mellum2_megatron.upstream import quiet_upstream
 
+    quiet_upstream()
     result = (plan_export if dry_run else export_hf)(
         megatron_path,
         hf_path,
@@ -108,17 +104,18 @@ def convert_export(
         workers=workers,
         checks=_checks(skip_hashes, allow_nonfinite),
     )
-    console.print(str(result), soft_wrap=True, highlight=False)
+    print_line(str(result))
 
 
 @convert_app.command("roundtrip")
 def convert_roundtrip(hf_path: HfPath, workers: Workers = None) -> None:
     """Import and export again, and compare every byte."""
-    _quiet()
     from conversion.convert import roundtrip
+    from mellum2_megatron.upstream import quiet_upstream
 
+    quiet_upstream()
     report = roundtrip(hf_path, workers=workers)
-    console.print(str(report), soft_wrap=True, highlight=False)
+    print_line(str(report))
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -138,9 +135,10 @@ def convert_stitch_mtp(
 ) -> None:
     """Put the MTP head of SRC back on DST, which an RL stack or save_pretrained took it from, in a
     new folder."""
-    _quiet()
     from conversion.convert import stitch_mtp
+    from mellum2_megatron.upstream import quiet_upstream
 
+    quiet_upstream()
     report = stitch_mtp(
         source,
         target,
@@ -149,7 +147,7 @@ def convert_stitch_mtp(
         workers=workers,
         checks=_checks(skip_hashes, allow_nonfinite),
     )
-    console.print(str(report), soft_wrap=True, highlight=False)
+    print_line(str(report))
 
 
 @contextmanager
@@ -169,9 +167,3 @@ def _checks(skip_hashes: bool, allow_nonfinite: bool) -> Checks:
     from conversion.jobs.job import Checks
 
     return Checks(hashes=not skip_hashes, allow_nonfinite=allow_nonfinite)
-
-
-def _quiet() -> None:
-    from mellum2_megatron.upstream import quiet_upstream
-
-    quiet_upstream()

@@ -1,4 +1,4 @@
-"""`mellum2 doctor`: what this machine has, what its gaps cost, and what a run would trip over."""
+"""`mellum2 doctor`: packages and hardware of this machine, and the rules a run would break."""
 
 from __future__ import annotations
 
@@ -8,54 +8,61 @@ import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import typer
 
+from mellum2_megatron.cli.options import DeviceChoice, Nproc, Overrides
+from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.planning.optional_packages import find_extras
-from mellum2_megatron.planning.resolve import plan, resolve_run
-from mellum2_megatron.planning.rules import check
 
 _PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "transformers")
 
 
-def examine(
-    console: Console,
-    recipe: str | None,
-    overrides: Sequence[str],
-    *,
-    nproc: int | None,
-    device: str,
-) -> bool:
-    """Print the state of the machine, and every rule that a run breaks.
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe or resolved run to check too"),
+    ] = None,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    device: DeviceChoice = "auto",
+) -> None:
+    """Report what this machine lacks and which rules a run breaks.
+
+    Each broken rule comes with its fix and its evidence. Exit code 2 if the run breaks any.
+    """
+    _print_machine()
+    if recipe is not None and not diagnose(recipe, overrides or [], nproc=nproc, device=device):
+        raise typer.Exit(2)
+
+
+def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device: str) -> bool:
+    """Print every rule that a run breaks; return True if it breaks none.
 
     Args:
-        console: where the tables go.
-        recipe: recipe or resolved run to check, or None for the machine alone.
-        overrides: `key=value` words for it.
-        nproc, device: as for `train`.
+        recipe: name of a recipe, or path of a resolved run.
+        overrides: `key=value` words.
+        nproc, device: as for `mellum2 train`.
 
-    Returns:
-        Whether nothing is broken.
+    Raises:
+        InputError: `device` is none of "auto", "cpu" and "cuda".
     """
-    _machine(console)
-    if recipe is None:
-        return True
+    from mellum2_megatron.planning.resolve import plan, resolve_run
+    from mellum2_megatron.planning.rules import check
+
     try:
         run = resolve_run(recipe, overrides)
     except InputError as error:
-        console.print(f"[red]refused[/]  {error}", soft_wrap=True, highlight=False)
+        print_line(f"refused  {error}")
         return False
     where, ranks = plan(run, device, nproc)
     violations = check(run, ranks, where)
-    table = Table(
-        title=f"{run.name} on {ranks} {where} rank(s)",
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    title = f"{run.name} on {ranks} {where} rank(s)"
+    if not violations:
+        print_line(f"{title}: breaks no rule")
+        return True
+    table = plain_table(title=title)
     for column in ("rule", "what is wrong", "fix", "evidence"):
         table.add_column(column, overflow="fold")
     for violation in violations:
@@ -65,25 +72,21 @@ def examine(
             violation.fix,
             violation.evidence,
         )
-    if violations:
-        console.print(table)
-    else:
-        console.print(f"{run.name} on {ranks} {where} rank(s): breaks no rule", highlight=False)
-    return not violations
+    console.print(table)
+    return False
 
 
-def _machine(console: Console) -> None:
-    table = Table(
-        title="This machine",
-        title_justify="left",
-        box=None,
-        show_header=False,
-        padding=(0, 2, 0, 0),
-    )
+def _print_machine() -> None:
+    from rich.markup import escape
+
+    from mellum2_megatron.planning.optional_packages import find_extras
+
+    table = plain_table(title="This machine", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
+    # The cores this process may use: a container or a Slurm job often has fewer than the machine.
     table.add_row("cores, free disk here", f"{len(os.sched_getaffinity(0))}, {free:,.0f} GiB")
     table.add_row("GPU", _gpus())
     for package in _PACKAGES:
@@ -97,6 +100,9 @@ def _gpus() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "none: everything but speed runs on the CPU backend (--device cpu); no FP8, no te backend"
+        return (
+            "none: everything but speed runs on the CPU backend (--device cpu); "
+            "no FP8, no te backend"
+        )
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""`mellum2 info`: what is asked about, and the report on it."""
+"""`mellum2 info`: figures of a recipe, a preset or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,25 +6,67 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
+import typer
 
-from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
+from mellum2_megatron.cli.options import AsJson, Overrides
+from mellum2_megatron.common.console import console
 from mellum2_megatron.common.errors import InputError, nearest
-from mellum2_megatron.config import Run
-from mellum2_megatron.planning.architecture_report import architecture_report, render
-from mellum2_megatron.planning.layout_report import layout_report, render_layout
-from mellum2_megatron.planning.memory import memory_per_rank
-from mellum2_megatron.planning.optimizer_report import optimizer_report, render_optimizer
-from mellum2_megatron.planning.resolve import resolve_run
-from mellum2_megatron.recipes import recipe_names
+
+if TYPE_CHECKING:
+    from mellum2_megatron.architecture import Mellum2Architecture
+    from mellum2_megatron.config import Run
+
+
+def info(
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE|RUN.yaml|PRESET",
+            help="recipe, resolved run file or architecture preset",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    hf_path: Annotated[
+        Path | None, typer.Option("--hf-path", help="describe this Hugging Face folder instead")
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, help="world size in ranks; default: the recipe's own"),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            help="tokens per sequence, for the FLOPs; default: the recipe's, or the model's longest"
+        ),
+    ] = None,
+    optimizer: Annotated[
+        bool,
+        typer.Option("--optimizer", help="show how each weight of a recipe's model is updated"),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print parameters, FLOPs per token and, for a recipe, memory per rank."""
+    if optimizer:
+        describe_optimizer(
+            subject, overrides or [], hf_path=hf_path, world_size=nproc, as_json=as_json
+        )
+    else:
+        describe(
+            subject,
+            overrides or [],
+            hf_path=hf_path,
+            world_size=nproc,
+            sequence_length=sequence_length,
+            as_json=as_json,
+        )
 
 
 def describe(
-    console: Console,
-    *,
     subject: str | None,
     overrides: Sequence[str],
+    *,
     hf_path: Path | None,
     world_size: int | None,
     sequence_length: int | None,
@@ -33,18 +75,20 @@ def describe(
     """Print the figures of a recipe, a preset or a Hugging Face folder.
 
     Args:
-        console: where tables go.
-        subject: recipe (or resolved run file) or preset.
+        subject: recipe, resolved run file or preset; None beside `hf_path`.
         overrides: `key=value` words for a recipe.
         hf_path: Hugging Face folder, in place of `subject`.
-        world_size: ranks, for the memory of one; those the recipe asks for if None.
-        sequence_length: for the FLOPs; the recipe's or the model's longest if None.
+        world_size: ranks, for the memory of one; None for the recipe's own.
+        sequence_length: tokens, for the FLOPs; None for the recipe's or the model's longest.
         as_json: print JSON instead of tables.
 
     Raises:
-        InputError: nothing or two things asked about, an unknown name, or a layout that does not
-            fit.
+        InputError: no subject or two, an unknown name, or a layout that does not fit.
     """
+    from mellum2_megatron.planning.architecture_report import architecture_report, render
+    from mellum2_megatron.planning.layout_report import layout_report, render_layout
+    from mellum2_megatron.planning.memory import memory_per_rank
+
     if (subject is None) == (hf_path is None):
         raise InputError(
             "info", rule="describes one thing", fix="give a recipe, a preset, or --hf-path DIR"
@@ -56,57 +100,52 @@ def describe(
         architecture, title = read_config(hf_path), str(hf_path)
     else:
         assert subject is not None
+        run, architecture = _read_subject(subject, overrides)
         title = subject
-        named = _run_or_architecture(subject, overrides)
-        if isinstance(named, Run):
-            architecture = named.architecture
-            sequence_length = sequence_length or named.data.sequence_length
-            ranks = world_size or named.layout.world_size or named.layout.smallest_world_size
-            memory = memory_per_rank(
-                named, world_size=ranks, backend=named.resolved_backend("cuda")
-            )
-            layout = layout_report(named, world_size=ranks)
+        if run is not None:
+            sequence_length = sequence_length or run.data.sequence_length
+            ranks = world_size or run.layout.world_size or run.layout.smallest_world_size
+            # Recipes are for GPUs, so the report is too, on any machine.
+            backend = run.resolved_backend("cuda")
+            memory = memory_per_rank(run, world_size=ranks, backend=backend)
+            layout = layout_report(run, world_size=ranks)
             title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
-        else:
-            architecture = named
-    report = architecture_report(architecture, sequence_length=sequence_length, memory=memory) | {
-        "layout": layout
-    }
+    report = architecture_report(architecture, sequence_length=sequence_length, memory=memory)
+    report |= {"layout": layout}
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    else:
-        console.print(render(report, title=title))
-        for table in render_layout(layout) if layout is not None else ():
-            console.print()
-            console.print(table)
+        return
+    console.print(render(report, title=title))
+    for table in render_layout(layout) if layout is not None else ():
+        console.print()
+        console.print(table)
 
 
 def describe_optimizer(
-    console: Console,
-    *,
     subject: str | None,
     overrides: Sequence[str],
+    *,
     hf_path: Path | None,
     world_size: int | None,
     as_json: bool,
 ) -> None:
     """Print how each weight of a recipe's model is updated; arguments as for `describe`.
 
-    Weights have the names that Transformer Engine's modules give them, unless the run says
+    Weights have the names that Transformer Engine's modules give them, unless the run sets
     `backend=torch`.
 
     Raises:
         InputError: not a recipe, an unknown name, or a layout that does not fit.
     """
-    run = (
-        None if subject is None or hf_path is not None else _run_or_architecture(subject, overrides)
-    )
-    if not isinstance(run, Run):
-        given = (
-            f"--hf-path {hf_path}"
-            if hf_path is not None
-            else f"info --optimizer {subject or ''}".rstrip()
-        )
+    from mellum2_megatron.planning.optimizer_report import optimizer_report, render_optimizer
+
+    run = None
+    if subject is not None and hf_path is None:
+        run, _ = _read_subject(subject, overrides)
+    if run is None:
+        given = "info --optimizer" if subject is None else f"info --optimizer {subject}"
+        if hf_path is not None:
+            given = f"--hf-path {hf_path}"
         raise InputError(
             given, rule="an optimizer is part of a run", fix="name one of `mellum2 recipes`"
         )
@@ -114,13 +153,17 @@ def describe_optimizer(
     report = optimizer_report(run, world_size=ranks, backend=run.resolved_backend("cuda"))
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    else:
-        console.print(
-            render_optimizer(report, title=f"{subject} on {ranks} rank{'s' * (ranks > 1)}")
-        )
+        return
+    title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
+    console.print(render_optimizer(report, title=title))
 
 
-def _run_or_architecture(subject: str, overrides: Sequence[str]) -> Run | Mellum2Architecture:
+def _read_subject(subject: str, overrides: Sequence[str]) -> tuple[Run | None, Mellum2Architecture]:
+    """Return a recipe's run and its architecture; a preset has no run."""
+    from mellum2_megatron.architecture import PRESETS
+    from mellum2_megatron.planning.resolve import resolve_run
+    from mellum2_megatron.recipes import recipe_names
+
     if subject in PRESETS:
         if overrides:
             raise InputError(
@@ -128,11 +171,12 @@ def _run_or_architecture(subject: str, overrides: Sequence[str]) -> Run | Mellum
                 rule="overrides change a recipe",
                 fix="name a recipe instead of a preset",
             )
-        return PRESETS[subject]
-    if subject in recipe_names() or subject.endswith((".yaml", ".yml")):
-        return resolve_run(subject, overrides)
-    raise InputError(
-        f"{subject!r}",
-        rule="is neither a recipe nor a preset",
-        fix=nearest(subject, [*recipe_names(), *PRESETS]),
-    )
+        return None, PRESETS[subject]
+    if subject not in recipe_names() and not subject.endswith((".yaml", ".yml")):
+        raise InputError(
+            f"{subject!r}",
+            rule="is neither a recipe nor a preset",
+            fix=nearest(subject, [*recipe_names(), *PRESETS]),
+        )
+    run = resolve_run(subject, overrides)
+    return run, run.architecture

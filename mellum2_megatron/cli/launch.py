@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
+from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError, WorkError
 
 if TYPE_CHECKING:
@@ -38,8 +37,6 @@ launch_app = typer.Typer(
     no_args_is_help=True,
     epilog="`mellum2 launch RECIPE --help` lists the options of a launch.",
 )
-console = Console()
-
 Profile = Annotated[
     str | None, typer.Option("--profile", help="site profile, name or file (docs/launching.md)")
 ]
@@ -271,7 +268,7 @@ def launch_cancel(
     slurm.require("scancel")
     jobs = [find(word)[1] for word in which]
     slurm.cancel(jobs)
-    console.print(f"cancelled {', '.join(jobs)}", highlight=False)
+    print_line(f"cancelled {', '.join(jobs)}")
 
 
 def _check_render(render: str | None) -> None:
@@ -328,7 +325,7 @@ def _submit(title: str, prepared: Sequence[Submission]) -> list[str]:
 
     lines = [line for each in prepared for line in (*each.package.notes, *warnings(each.job))]
     for line in dict.fromkeys(lines):  # a chain's stages have the same to say
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(line)
     for each in prepared:
         each.write_code()
     nemo.submit(title, prepared)
@@ -338,12 +335,8 @@ def _submit(title: str, prepared: Sequence[Submission]) -> list[str]:
         numbers.append(launch.job_id)
         tasks = f", {launch.tasks} tasks" if launch.tasks else ""
         waits = f", after {', '.join(each.after)}" if each.after else ""
-        console.print(
-            f"job {launch.job_id}{tasks}{waits}: {each.job.name} in {each.job.folder}",
-            soft_wrap=True,
-            highlight=False,
-        )
-    console.print(
+        print_line(f"job {launch.job_id}{tasks}{waits}: {each.job.name} in {each.job.folder}")
+    print_line(
         f"`mellum2 launch status {numbers[0]}`, `logs` and `cancel` take the number or the folder"
     )
     return numbers
@@ -376,7 +369,7 @@ def _follow(folder: Path, job: str, rank: int | None) -> int:
 
 
 def _print_status(found: Sequence[Status]) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table()
     for column in ("job", "state", "step", "starts", "elapsed", "nodes", "run"):
         table.add_column(
             column,
@@ -396,9 +389,7 @@ def _print_status(found: Sequence[Status]) -> None:
     console.print(table)
     for each in found:
         if each.reason:
-            console.print(
-                f"{each.job_id}: {each.reason}", soft_wrap=True, highlight=False, markup=False
-            )
+            print_line(f"{each.job_id}: {each.reason}")
 
 
 def _on_slurm(folder: Path) -> bool:

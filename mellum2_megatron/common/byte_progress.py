@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mellum2_megatron.common.console import error_console
 from mellum2_megatron.common.files import size_text
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -31,8 +31,7 @@ def byte_progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[
     Args:
         done: bytes that an earlier attempt has done.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not error_console.is_terminal:
         yield LineProgress(what, total, done)
         return
     columns = (
@@ -42,7 +41,7 @@ def byte_progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=error_console) as progress:
         task = progress.add_task(what, total=total, completed=done)
         yield lambda nbytes: progress.advance(task, nbytes)
 

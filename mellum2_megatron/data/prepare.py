@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mellum2_megatron.common.console import error_console
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.common.files import atomic_directory, check_writable, write_json
 from mellum2_megatron.data.corpus import discovery as corpus
@@ -293,18 +294,16 @@ class _Bars:
         self._context: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> _Bars:
-        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-        console = Console(stderr=True)
-        if self._wanted and console.is_terminal:
+        if self._wanted and error_console.is_terminal:
             columns = (
                 TextColumn("{task.description:<26}"),
                 BarColumn(),
                 DownloadColumn(),
                 TimeElapsedColumn(),
             )
-            self._progress = Progress(*columns, console=console)
+            self._progress = Progress(*columns, console=error_console)
             self._context = self._progress
         self._context.__enter__()
         return self

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from mellum2_megatron.architecture import LayerType, Mellum2Architecture
+from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.common.files import size_text
 from mellum2_megatron.planning.memory import Memory
 
@@ -202,14 +203,7 @@ def _memory_table(memory: Mapping[str, int]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    table = plain_table(title=title)
     for column in columns:
         text = column in ("", "layers", "RoPE")
         table.add_column(

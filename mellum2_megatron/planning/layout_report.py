@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from mellum2_megatron.architecture import LayerType, Mellum2Architecture
+from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.config import Layout, Run
 from mellum2_megatron.config.layout import pipeline_stages
 from mellum2_megatron.planning.memory import gradient_bytes, memory_by_stage
@@ -301,14 +302,7 @@ def _group_table(report: dict[str, Any]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    table = plain_table(title=title)
     for column in columns:
         text = column in ("stage", "layers", "sent a step", "parallelism", "the first of them")
         table.add_column(column, justify="left" if text else "right")

@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.config import Backend, Layout, Optimizer, Run
 from mellum2_megatron.planning.rank_weights import (
     Ownership,
@@ -279,14 +280,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _table(title: str, columns: Mapping[str, Any]) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    table = plain_table(title=title)
     for column, justify in columns.items():
         table.add_column(column, justify=justify, no_wrap=column != "weight", overflow="fold")
     return table

@@ -1,0 +1,43 @@
+"""`mellum2 train`: train on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mellum2_megatron.cli.options import DeviceChoice, Nproc, Overrides, RecipeOrRun
+
+
+def train(
+    recipe: RecipeOrRun,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    device: DeviceChoice = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="folder of the run; default: runs/RECIPE")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="print the resolved run and Megatron's arguments, and stop"),
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show Megatron's own output")] = False,
+) -> None:
+    """Train on this machine, or resume the run in the output folder.
+
+    The same command resumes from the last checkpoint of its output folder. Exit code 75 after
+    SIGTERM or SIGUSR1: the run has saved a checkpoint and stopped.
+    """
+    from launchers.start import start_local
+
+    code = start_local(
+        recipe,
+        overrides or [],
+        nproc=nproc,
+        device=device,
+        output=output,
+        dry_run=dry_run,
+        verbose=verbose,
+    )
+    raise typer.Exit(code)
