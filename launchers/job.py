@@ -1,5 +1,4 @@
-"""A job: a run with everything that a scheduler must know of it, checked before anything is
-submitted."""
+"""A cluster job: a run with all that a scheduler needs, checked before anything is submitted."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.profile import Profile
+from launchers.profile import Container, Profile
 from mellum2_megatron.checkpoint import check_run_folder, output_folder
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides
@@ -22,19 +21,19 @@ LOGS_FOLDER = "logs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What is submitted.
+class ClusterJob:
+    """One submission to a scheduler, or one launch on this machine.
 
     Attributes:
-        name: as the scheduler shows it.
-        run: what is trained; of an array, what its tasks have in common.
-        folder: of the run, absolute. The tasks of an array have the folders ``folder/0``,
-            ``folder/1`` ..
-        nodes, ranks_per_node: the world.
-        device: what ranks compute on.
-        profile: of the site.
-        code: put first on ``PYTHONPATH``; None runs what is installed.
-        tasks: runs of an array's tasks, 0 and on; empty if the job is none.
+        name: job name in the scheduler.
+        run: resolved run with absolute paths; for an array, the part that its tasks share.
+        folder: run folder, absolute. Tasks of an array have ``folder/0``, ``folder/1`` ..
+        nodes: number of nodes.
+        ranks_per_node: ranks on each node.
+        device: device of the ranks.
+        profile: site profile.
+        code: folder put first on ``PYTHONPATH``; None runs the installed packages.
+        tasks: runs of an array's tasks in order; empty for an ordinary job.
         dependency: Slurm's conditions, such as ``afterok:123``.
     """
 
@@ -51,18 +50,20 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
     @property
     def array(self) -> str | None:
-        """Slurm's ``--array``, or None."""
+        """Value of Slurm's ``--array``; None for an ordinary job."""
         return f"0-{len(self.tasks) - 1}" if self.tasks else None
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs to ask for: the profile's, or fewer where the run needs fewer ranks than the profile
-        has."""
+        """GPUs to request on each node.
+
+        The profile's number, or one per rank if the run needs fewer ranks than a node has.
+        """
         if self.device == "cpu":
             return 0
         fewer = self.ranks_per_node < self.profile.resolved_ranks_per_node
@@ -70,61 +71,15 @@ class Job:
 
     @property
     def python(self) -> str:
-        """The interpreter of its commands."""
+        """Interpreter of the job's commands."""
         return self.profile.python or (
             sys.executable if self.profile.container is None else "python"
         )
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """The run, or those of the array's tasks."""
+        """Runs of the array's tasks, or the one run of an ordinary job."""
         return self.tasks or (self.run,)
-
-
-def make_job(
-    run: Run,
-    profile: Profile,
-    *,
-    name: str | None = None,
-    nodes: int | None = None,
-    time: str | None = None,
-    code: Path | None = None,
-    sweep: Sequence[Sequence[str]] = (),
-    dependency: Sequence[str] = (),
-    before: Path | None = None,
-) -> Job:
-    """Return the job of a run, checked as far as that is possible before it is submitted. Writes
-    nothing.
-
-    Args:
-        run: a resolved run. Its relative paths are taken from the current folder; its output folder
-            is ``profile.runs/NAME`` if it names none.
-        profile: of the site.
-        name: of the job; the run's if None.
-        nodes: instead of what layout and profile say.
-        time: limit, instead of the profile's.
-        code: folder put first on ``PYTHONPATH``.
-        sweep: overrides of each task of an array; an ordinary job if empty.
-        dependency: Slurm's conditions.
-        before: run folder of a job that this one waits for; its checkpoint need not be there yet.
-
-    Raises:
-        InputError: no account, a layout that does not fit the ranks, an output folder that cannot
-            be used, data or a checkpoint that is not there, a missing image, a path that the
-            container does not see, or whatever else the run's rules say.
-    """
-    job = plan_job(
-        run,
-        profile,
-        name=name,
-        nodes=nodes,
-        time=time,
-        code=code,
-        sweep=sweep,
-        dependency=dependency,
-    )
-    check_place(job, before=before)
-    return job
 
 
 def plan_job(
@@ -137,57 +92,122 @@ def plan_job(
     code: Path | None = None,
     sweep: Sequence[Sequence[str]] = (),
     dependency: Sequence[str] = (),
-) -> Job:
-    """Return the job of a run, checked without a look at this machine's files; arguments as for
-    `make_job`.
+) -> ClusterJob:
+    """Return the job of a run, checked by the run's rules alone: no file of this machine is read.
+
+    `check_files` checks the rest.
+
+    Args:
+        run: resolved run. Relative paths start from the current folder; without an output folder
+            it gets ``profile.runs/NAME``.
+        profile: site profile.
+        name: job name, default the run's name.
+        nodes: number of nodes, default from layout and profile.
+        time: time limit as sbatch takes it, default the profile's.
+        code: folder put first on ``PYTHONPATH``; None runs the installed packages.
+        sweep: ``key=value`` overrides of each task of an array; empty for an ordinary job.
+        dependency: Slurm's conditions, such as ``afterok:123``.
 
     Raises:
-        InputError: no account, a layout that does not fit the ranks, or what else the run's own
-            rules say.
+        InputError: no account, a folder that Slurm cannot write in a log's name, a layout that does
+            not fit the ranks, or a broken rule of the run.
     """
     if time is not None:
         profile = dataclasses.replace(profile, time=time)
     run = with_absolute_paths(run, profile)
-    size, ranks = _world(run, profile, nodes)
-    job = Job(
-        name=_job_name(name or run.name),
+    folder = output_folder(run)
+    tasks = []
+    for number, overrides in enumerate(sweep):
+        task = apply_overrides(run, overrides)
+        # An override may move the task's folder, so the number goes below the task's own.
+        output = str(output_folder(task) / str(number))
+        checkpoint = dataclasses.replace(task.checkpoint, output=output)
+        tasks.append(dataclasses.replace(task, checkpoint=checkpoint))
+    if profile.executor == "slurm" and profile.account is None:
+        raise InputError(
+            f"profile {profile.name} names no account",
+            rule="Slurm charges a job to one",
+            fix="set account (`sacctmgr show associations user=$USER` lists yours), "
+            "or `account: none` where there are none",
+        )
+    forbidden = re.search(r"[\\\x00-\x1f\x7f]", str(folder))
+    if forbidden:
+        raise InputError(
+            f"--output {str(folder)!r}",
+            rule=f"a name of Slurm's log files cannot hold {forbidden.group()!r}",
+            fix="choose a folder without it",
+        )
+    node_count, ranks_per_node = _world(run, profile, nodes)
+    job = ClusterJob(
+        # Slurm puts the name into the names of the logs (%x).
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", name or run.name).strip("-") or "mellum2",
         run=run,
-        folder=output_folder(run),
-        nodes=size,
-        ranks_per_node=ranks,
+        folder=folder,
+        nodes=node_count,
+        ranks_per_node=ranks_per_node,
         device=profile.resolved_device,
         profile=profile,
         code=None if code is None else Path(os.path.abspath(code)),
-        tasks=tuple(_task(run, number, overrides) for number, overrides in enumerate(sweep)),
+        tasks=tuple(tasks),
         dependency=tuple(dependency),
     )
-    _check_account(job)
-    _check_folder_name(job.folder)
-    for each in job.runs:
-        enforce(each, world_size=job.world_size, device=job.device, machine=False)
+    for task in job.runs:
+        enforce(task, world_size=job.world_size, device=job.device, machine=False)
     return job
 
 
-def check_place(job: Job, *, before: Path | None = None) -> None:
-    """Check that what a job needs is on this machine's disks; ``before`` as for `make_job`.
+def check_files(job: ClusterJob, *, before: Path | None = None) -> None:
+    """Check that the files a job needs are on this machine's disks.
+
+    Args:
+        job: planned job.
+        before: run folder of a job that this one waits for. Its checkpoint may not exist yet.
 
     Raises:
-        InputError: it is not.
+        InputError: no such interpreter or image, a path outside the container's mounts, an output
+            folder that cannot be used, or missing data or a missing checkpoint.
     """
-    _check_python(job)
-    _check_container(job)
-    for each in job.runs:
-        _check_run(each, job, before)
+    python, container = job.profile.python, job.profile.container
+    # A bare name is looked up on the nodes' PATH, and a container has its own interpreter.
+    if (
+        container is None
+        and python is not None
+        and "/" in python
+        and not os.access(python, os.X_OK)
+    ):
+        raise InputError(
+            f"python: {python}",
+            rule="there is no such program here",
+            fix="name an interpreter on a disk that the nodes share, "
+            "or leave it out for the one that submits",
+        )
+    if container is not None:
+        _check_container(job, container)
+    for run in job.runs:
+        # Packages are the nodes' or the image's; this machine only submits.
+        enforce(run, world_size=job.world_size, device=job.device, without=("packages-present",))
+        start = run.checkpoint.load or run.checkpoint.continue_from
+        if (
+            before is not None
+            and start is not None
+            and Path(start).is_relative_to(os.path.abspath(before))
+        ):
+            # The checkpoint does not exist yet: the job checks it before its first step.
+            run = dataclasses.replace(
+                run,
+                checkpoint=dataclasses.replace(run.checkpoint, load=None, continue_from=None),
+                data=dataclasses.replace(run.data, first_sample=0),
+            )
+        check_run_folder(run)
 
 
 def missing_variables(profile: Profile) -> tuple[str, ...]:
-    """Return the variables that the profile's jobs take from the submitting shell and that are not
-    set in it."""
+    """Return the variables of ``profile.environment`` that are not set in this shell."""
     return tuple(name for name in profile.environment if name not in os.environ)
 
 
 def with_absolute_paths(run: Run, profile: Profile) -> Run:
-    """Return the run with an output folder, and every path of it absolute: jobs start elsewhere."""
+    """Return the run with an output folder and absolute paths: a job starts in another folder."""
 
     def absolute(path: str | None) -> str | None:
         return None if path is None else os.path.abspath(os.path.expanduser(path))
@@ -214,7 +234,7 @@ def with_absolute_paths(run: Run, profile: Profile) -> Run:
 
 
 def _world(run: Run, profile: Profile, nodes: int | None) -> tuple[int, int]:
-    """Return nodes and ranks a node; that they fit the layout is for the rules to say."""
+    """Return nodes and ranks per node; the run's rules check that they fit the layout."""
     ranks, wanted = profile.resolved_ranks_per_node, run.layout.world_size
     if nodes is not None:
         return nodes, ranks
@@ -225,95 +245,29 @@ def _world(run: Run, profile: Profile, nodes: int | None) -> tuple[int, int]:
     return math.ceil((wanted or run.layout.smallest_world_size) / ranks), ranks
 
 
-def _task(run: Run, number: int, overrides: Sequence[str]) -> Run:
-    run = apply_overrides(run, overrides)
-    folder = str(output_folder(run) / str(number))
-    return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, output=folder))
-
-
-def _job_name(name: str) -> str:
-    """Return a name that log files can have: Slurm puts it into theirs."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "mellum2"
-
-
-def _check_account(job: Job) -> None:
-    if job.profile.executor == "slurm" and job.profile.account is None:
-        raise InputError(
-            f"profile {job.profile.name} names no account",
-            rule="Slurm charges a job to one",
-            fix="set account (`sacctmgr show associations user=$USER` lists yours), or `account: none` where there are "
-            "none",
-        )
-
-
-def _check_folder_name(folder: Path) -> None:
-    bad = re.search(r"[\\\x00-\x1f\x7f]", str(folder))
-    if bad:
-        raise InputError(
-            f"--output {str(folder)!r}",
-            rule=f"a name of Slurm's log files cannot hold {bad.group()!r}",
-            fix="choose a folder without it",
-        )
-
-
-def _check_python(job: Job) -> None:
-    python = job.profile.python
-    if (
-        job.profile.container is None
-        and python is not None
-        and "/" in python
-        and not os.access(python, os.X_OK)
-    ):
-        raise InputError(
-            f"python: {python}",
-            rule="there is no such program here",
-            fix="name an interpreter on a disk that the nodes share, or leave it out for the one that submits",
-        )
-
-
-def _check_container(job: Job) -> None:
-    container = job.profile.container
-    if container is None:
-        return
+def _check_container(job: ClusterJob, container: Container) -> None:
     image = container.image_file
     if image is not None and not image.exists():
         raise InputError(
             f"container.image={container.image}",
             rule="there is no such file",
-            fix="name an image on a disk that the nodes share, or a registry's reference (docker://..)",
+            fix="name an image on a disk that the nodes share, "
+            "or a registry's reference (docker://..)",
         )
     paths = {"--output": job.folder, "the code": job.code}
     for run in job.runs:
-        prefixes = [prefix for _, prefix in (*run.data.train_blend, *run.data.valid_blend)]
-        paths |= {f"data {prefix}": Path(prefix) for prefix in prefixes}
-        paths |= {"the tokenizer": Path(run.data.tokenizer_folder)}
+        for _, prefix in (*run.data.train_blend, *run.data.valid_blend):
+            paths[f"data {prefix}"] = Path(prefix)
+        paths["the tokenizer"] = Path(run.data.tokenizer_folder)
         for key in ("load", "continue_from"):
             value = getattr(run.checkpoint, key)
-            paths |= {} if value is None else {f"checkpoint.{key}": Path(value)}
-    for what, path in paths.items():
+            if value is not None:
+                paths[f"checkpoint.{key}"] = Path(value)
+    for label, path in paths.items():
         if path is not None and not container.covers(path):
+            disk = Path(*path.parts[:2])
             raise InputError(
-                f"{what} {path}",
+                f"{label} {path}",
                 rule="lies in none of container.mounts, or under another name inside",
-                fix=f"add its disk to container.mounts under its own name, like {Path(*path.parts[:2])}",
+                fix=f"add its disk to container.mounts under its own name, like {disk}",
             )
-
-
-def _check_run(run: Run, job: Job, before: Path | None) -> None:
-    # Packages are the nodes' or the image's; this machine only submits.
-    enforce(run, world_size=job.world_size, device=job.device, without=("packages-present",))
-    if before is None or not _starts_from(run, before):
-        check_run_folder(run)
-        return
-    # What it starts from is not there yet. The job checks again, before its first step.
-    checkpoint = dataclasses.replace(run.checkpoint, load=None, continue_from=None)
-    check_run_folder(
-        dataclasses.replace(
-            run, checkpoint=checkpoint, data=dataclasses.replace(run.data, first_sample=0)
-        )
-    )
-
-
-def _starts_from(run: Run, folder: Path) -> bool:
-    start = run.checkpoint.load or run.checkpoint.continue_from
-    return start is not None and Path(start).is_relative_to(os.path.abspath(folder))

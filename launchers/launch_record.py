@@ -1,4 +1,4 @@
-"""What was submitted for a run: one entry in its folder's `launch.json` for each time."""
+"""Record of a run's submissions: one entry in the run folder's `launch.json` for each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launchers.job import Job
+from launchers.job import ClusterJob
 from launchers.packaging import Packager
+from mellum2_megatron.checkpoint import output_folder
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
-from mellum2_megatron.common.provenance import Code, record, source_code
+from mellum2_megatron.common.provenance import record, source_code
 
 LAUNCH_FILE = "launch.json"
 
@@ -25,18 +26,18 @@ class Launch:
     """One submission.
 
     Attributes:
-        time: of it, UTC.
+        time: time of submission, ISO 8601, UTC.
         executor: ``slurm`` or ``local``.
-        job_id: Slurm's number; of a local run the name NeMo-Run gives it.
-        tasks: of the array; 0 if it is none.
-        experiment: NeMo-Run's id, for ``nemo experiment``; None without it.
-        profile: its name.
-        nodes, ranks_per_node, device: the world.
-        script: the batch script; None of a local run.
-        dependency: what it waits for.
-        code: see `mellum2_megatron.common.provenance.Code`.
-        packager: how the code came there.
-        command: words that submitted it.
+        job_id: Slurm's job number; NeMo-Run's name of a local run.
+        tasks: number of tasks of an array; 0 for an ordinary job.
+        experiment: NeMo-Run's experiment id, for ``nemo experiment``; None without NeMo-Run.
+        profile: name of the site profile.
+        nodes, ranks_per_node, device: size and device of the job.
+        script: batch script; None for a local run.
+        dependency: Slurm's conditions.
+        code: version, commit and state of the code, see `mellum2_megatron.common.provenance.Code`.
+        packager: ``shared`` or ``git``, see `launchers.packaging`.
+        command: command line that submitted the job.
     """
 
     time: str
@@ -56,15 +57,19 @@ class Launch:
 
 
 def record_launch(
-    job: Job,
+    job: ClusterJob,
     *,
     job_id: str,
     experiment: str | None,
     script: Path | None,
     dependency: Sequence[str] = (),
 ) -> Launch:
-    """Append a submission to `LAUNCH_FILE` of the job's folder and a line to its runs'
-    ``provenance.jsonl``."""
+    """Append a submission to the job's `LAUNCH_FILE` and to its runs' ``provenance.jsonl``.
+
+    Args:
+        job: submitted job.
+        job_id, experiment, script, dependency: see `Launch`.
+    """
     launch = Launch(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         executor=job.profile.executor,
@@ -77,47 +82,41 @@ def record_launch(
         device=job.device,
         script=None if script is None else str(script),
         dependency=tuple(dependency),
-        code=asdict(job_code(job)),
+        code=asdict(source_code(job.code)),
         packager=job.profile.packager,
         command=tuple(sys.argv),
     )
     write_json(
         job.folder / LAUNCH_FILE,
-        {"launches": [asdict(each) for each in (*read_launches(job.folder), launch)]},
+        {"launches": [asdict(entry) for entry in (*read_launches(job.folder), launch)]},
     )
+    more = {"job": job_id, "profile": job.profile.name, "experiment": experiment}
     for run in job.runs:
-        assert run.checkpoint.output is not None
-        more = {"job": job_id, "profile": job.profile.name, "experiment": experiment}
-        record(Path(run.checkpoint.output), event="launch", world_size=job.world_size, more=more)
+        record(output_folder(run), event="launch", world_size=job.world_size, more=more)
     return launch
 
 
 def read_launches(folder: Path) -> tuple[Launch, ...]:
-    """Return what was submitted for a run, oldest first; nothing if it never was.
+    """Return the submissions of a run, oldest first.
 
     Raises:
-        InputError: the file is not what `record_launch` writes.
+        InputError: the file was not written by `record_launch`.
     """
     path = folder / LAUNCH_FILE
     if not path.is_file():
         return ()
+    known = {field.name for field in dataclasses.fields(Launch)}
+    launches = []
     try:
-        return tuple(map(_launch, json.loads(path.read_text(encoding="utf-8"))["launches"]))
+        for entry in json.loads(path.read_text(encoding="utf-8"))["launches"]:
+            # Keys of a later version are left out, so that an older one still reads the file.
+            values = {key: value for key, value in entry.items() if key in known}
+            lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+            launches.append(Launch(**(values | lists)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             str(path),
             rule=f"is not what a launch writes ({error})",
             fix="move the file away; nothing else needs it",
         ) from None
-
-
-def _launch(entry: dict[str, Any]) -> Launch:
-    known = {field.name for field in dataclasses.fields(Launch)}
-    values: dict[str, Any] = {key: value for key, value in entry.items() if key in known}
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Launch(**(values | lists))
-
-
-def job_code(job: Job) -> Code:
-    """Return where a job's code comes from."""
-    return source_code(job.code)
+    return tuple(launches)

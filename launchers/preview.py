@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from launchers.job import Job, missing_variables
+from launchers.job import ClusterJob, missing_variables
 from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.planning.layout_report import layout_report, render_layout
 
@@ -57,7 +57,7 @@ def estimate(run: Run, *, world_size: int, tflops: float) -> Estimate:
     )
 
 
-def estimate_text(job: Job, tflops: float | None) -> str:
+def estimate_text(job: ClusterJob, tflops: float | None) -> str:
     """Return the estimate in words; ``tflops`` None assumes a rate for GPUs and none for CPUs."""
     if tflops is None and job.device == "cpu":
         return (
@@ -85,7 +85,7 @@ def _duration(days: float) -> str:
 
 def show(
     console: Console,
-    job: Job,
+    job: ClusterJob,
     script: str | None,
     *,
     tflops: float | None,
@@ -109,7 +109,7 @@ def show(
         console.out(script, highlight=False)
 
 
-def warnings(job: Job) -> list[str]:
+def warnings(job: ClusterJob) -> list[str]:
     """Return what is no error and yet worth knowing before a job is submitted."""
     missing = missing_variables(job.profile)
     if not missing:
@@ -119,7 +119,7 @@ def warnings(job: Job) -> list[str]:
     ]
 
 
-def _table(job: Job) -> Table:
+def _table(job: ClusterJob) -> Table:
     table = Table(
         title="Job",
         title_justify="left",

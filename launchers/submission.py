@@ -1,5 +1,4 @@
-"""From the words of `mellum2 launch` to jobs that have been checked: what would be submitted, and
-in which order."""
+"""From the words of `mellum2 launch` to checked jobs in the order of their submission."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.job import Job, check_place, plan_job
+from launchers.job import ClusterJob, check_files, plan_job
 from launchers.packaging import Package, check_code, package
 from launchers.profile import Profile, profile_names, read_profile
 from mellum2_megatron.checkpoint import read_run
@@ -26,20 +25,20 @@ COMMANDS = ("run", "status", "logs", "cancel", "pipeline")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """A job, and what is not part of it.
+    """A job with its code and its place among other jobs.
 
     Attributes:
-        job: as it would be submitted.
-        package: its code.
-        allow_dirty: whether uncommitted changes may go along.
-        nodes: as asked for; None leaves them to layout and profile.
+        job: job as it would be submitted.
+        package: code of the job.
+        allow_dirty: accept uncommitted changes.
+        nodes: number of nodes on the command line; None leaves it to layout and profile.
         sweep: overrides of each task of an array.
-        before: run folder of the job before it in a chain.
-        after: names of the jobs that it waits for.
-        problems: why it would be refused now, if it is to be shown only.
+        before: run folder of the preceding job in a chain.
+        after: names of the jobs that this one waits for.
+        problems: reasons for a refusal, collected instead of raised for a dry run.
     """
 
-    job: Job
+    job: ClusterJob
     package: Package
     allow_dirty: bool
     nodes: int | None = None
@@ -49,40 +48,49 @@ class Submission:
     problems: tuple[str, ...] = ()
 
     def write_code(self) -> None:
-        """Put the code into the run's folder, if the packager does so."""
+        """Write the packaged code into the run folder; nothing with ``packager: shared``."""
         package(self.job.folder, self.job.profile.packager, allow_dirty=self.allow_dirty)
 
 
-def resolve(name: str, overrides: Sequence[str], output: str | os.PathLike[str] | None) -> Run:
-    """Return the run of a recipe or a YAML file, with overrides; without a folder if none is named.
+def run_to_launch(
+    name: str, overrides: Sequence[str], output: str | os.PathLike[str] | None
+) -> Run:
+    """Return the run of a recipe or a YAML file with its overrides.
+
+    Unlike `planning.resolve.resolve_run`, a run may be left without an output folder here: the
+    profile then chooses one.
 
     Raises:
         InputError: neither a recipe nor a file, or a bad override.
     """
     if name.endswith((".yaml", ".yml")):
-        found = read_run(Path(name))
+        run = read_run(Path(name))
     elif name in recipe_names():
-        found = recipe(name)
+        run = recipe(name)
     else:
-        known = [*recipe_names(), *COMMANDS]
         raise InputError(
             f"{name!r}",
             rule="is no recipe, run file or command of launch",
-            fix=nearest(name, known),
+            fix=nearest(name, [*recipe_names(), *COMMANDS]),
         )
-    found = apply_overrides(found, overrides)
+    run = apply_overrides(run, overrides)
     if output is None:
-        return found
+        return run
     return dataclasses.replace(
-        found, checkpoint=dataclasses.replace(found.checkpoint, output=os.fspath(output))
+        run, checkpoint=dataclasses.replace(run.checkpoint, output=os.fspath(output))
     )
 
 
 def choose_profile(executor: str | None, name: str | None) -> Profile:
     """Return the site profile that the options name, or one for this machine.
 
+    Args:
+        executor: ``local``, ``slurm`` or None for the profile's.
+        name: name or file of a profile; None is allowed with ``local`` only.
+
     Raises:
-        InputError: neither or no such option, an unknown profile, or one of the other kind.
+        InputError: neither option, an unknown executor or profile, or a profile for another
+            executor.
     """
     if executor not in (None, "local", "slurm"):
         raise InputError(
@@ -92,16 +100,16 @@ def choose_profile(executor: str | None, name: str | None) -> Profile:
         if executor == "local":
             return Profile(name="local", executor="local")
         known = profile_names()
-        given = "launch" if executor is None else f"--executor {executor}"
+        if known:
+            fix = f"add --profile ({', '.join(known)})"
+        else:
+            fix = "write one (docs/launching.md), add --profile FILE"
+        if executor is None:
+            fix += ", or --executor local for this machine"
         raise InputError(
-            given,
+            "launch" if executor is None else f"--executor {executor}",
             rule="a cluster's jobs need its profile",
-            fix=(
-                f"add --profile ({', '.join(known)})"
-                if known
-                else "write one (docs/launching.md), add --profile FILE"
-            )
-            + ("" if executor else ", or --executor local for this machine"),
+            fix=fix,
         )
     profile = read_profile(name)
     if executor is not None and profile.executor != executor:
@@ -124,35 +132,49 @@ def prepare(
     allow_dirty: bool = False,
     show_only: bool = False,
 ) -> Submission:
-    """Return one run (or an array of it) as it would be submitted, checked. Writes nothing.
+    """Return one run, or an array of it, as a checked submission. Writes nothing.
 
-    With ``show_only`` what is amiss with this machine's files (no data yet, no image, uncommitted
-    changes) does not raise: it becomes the submission's ``problems``.
+    Args:
+        run: resolved run.
+        profile: site profile, or one for this machine.
+        nodes, time, sweep: see `launchers.job.plan_job`.
+        nproc: ranks on this machine, with an ``executor: local`` profile only.
+        allow_dirty: accept uncommitted changes.
+        show_only: collect what is wrong with this machine's files (data, image, uncommitted
+            changes) in ``problems`` instead of raising it.
 
     Raises:
-        InputError: see `launchers.job.make_job`; uncommitted changes; a stage without its
-            predecessor's checkpoint.
+        InputError: see `launchers.job.plan_job` and `launchers.job.check_files`; uncommitted
+            changes; a stage without its predecessor's checkpoint.
     """
     if profile.executor == "local":
-        profile = _here(profile, run, nproc)
         for option, value in {"--array": sweep, "--nodes": nodes, "--time": time}.items():
             if value:
                 raise InputError(
                     option, rule="is for jobs on a cluster", fix="drop it, or use --executor slurm"
                 )
+        device = resolve_device(profile.device)
+        ranks = nproc or profile.ranks_per_node or default_nproc(run, device)
+        profile = dataclasses.replace(
+            profile,
+            device=device,
+            ranks_per_node=ranks,
+            # A profile must not have more ranks than GPUs, and may not say how many there are.
+            gpus_per_node=max(ranks, profile.gpus_per_node) if device == "cuda" else 0,
+        )
         nodes = 1
     elif nproc is not None:
         raise InputError(
             f"--nproc {nproc}", rule="is for this machine", fix="set ranks_per_node in the profile"
         )
-    given = Submission(
+    planned = Submission(
         job=plan_job(run, profile, nodes=nodes, time=time, sweep=sweep),
         package=_package(run, profile),
         allow_dirty=allow_dirty,
         nodes=nodes,
         sweep=tuple(map(tuple, sweep)),
     )
-    return _checked(given, show_only=show_only)
+    return _checked(planned, show_only=show_only)
 
 
 def prepare_chain(
@@ -165,7 +187,12 @@ def prepare_chain(
     allow_dirty: bool = False,
     show_only: bool = False,
 ) -> tuple[Submission, ...]:
-    """Return stages that follow each other as they would be submitted, checked. Writes nothing.
+    """Return the stages of a pipeline as checked submissions. Writes nothing.
+
+    Args:
+        stages: runs in order; each starts from the one before it.
+        root: folder of the stages' run folders.
+        profile, nodes, time, allow_dirty, show_only: see `prepare`.
 
     Raises:
         InputError: see `prepare` and `mellum2_megatron.planning.stage_chain.stage_chain`.
@@ -176,24 +203,25 @@ def prepare_chain(
             rule="chains are Slurm's",
             fix="launch one stage after the other",
         )
-    found: list[Submission] = []
+    submissions: list[Submission] = []
     for run in stage_chain(stages, root=root.absolute()):
-        before = found[-1].job if found else None
-        given = Submission(
+        previous = submissions[-1].job if submissions else None
+        planned = Submission(
             job=plan_job(run, profile, nodes=nodes, time=time),
             package=_package(run, profile),
             allow_dirty=allow_dirty,
             nodes=nodes,
-            before=None if before is None else before.folder,
-            after=() if before is None else (before.name,),
+            before=None if previous is None else previous.folder,
+            after=() if previous is None else (previous.name,),
         )
-        found.append(_checked(given, show_only=show_only))
-    return tuple(found)
+        submissions.append(_checked(planned, show_only=show_only))
+    return tuple(submissions)
 
 
 def split_stages(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the stages of a command line with their overrides: those before the first stage are
-    everybody's.
+    """Return the stages of a command line with their overrides.
+
+    Overrides before the first stage apply to all stages.
 
     >>> split_stages(["seed=1", "a", "data.path=x", "b"])
     [('a', ('seed=1', 'data.path=x')), ('b', ('seed=1',))]
@@ -209,34 +237,45 @@ def split_stages(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def require_nemo_run() -> None:
-    """Check that NeMo-Run is installed, without importing it.
+    """Check that NeMo-Run is installed.
 
     Raises:
-        InputError: it is not; the message says how to get it.
+        InputError: it is not.
     """
+    # Found, not imported: the import takes seconds.
     if importlib.util.find_spec("nemo_run") is None:
         raise InputError(
             "mellum2 launch",
             rule="NeMo-Run submits and it is not installed",
-            fix="`make setup-launch`, or pip install -c constraints.txt 'mellum2-megatron[launch]'; without it "
-            "`--render sbatch` writes a script that sbatch takes",
+            fix="`make setup-launch`, or pip install -c constraints.txt "
+            "'mellum2-megatron[launch]'; "
+            "without it `--render sbatch` writes a script that sbatch takes",
         )
 
 
 def _package(run: Run, profile: Profile) -> Package:
-    """Return a job's code; whether it may have changes is for `_checked` to say."""
     folder = Path(run.checkpoint.output or Path(profile.runs) / run.name).expanduser()
+    # Uncommitted changes are refused later, by `_checked`, or shown as a problem.
     return package(folder, profile.packager, allow_dirty=True, write=False)
 
 
-def _checked(given: Submission, *, show_only: bool) -> Submission:
-    """Return the submission with its code in the job, or with what is wrong with it."""
-    code = given.package.folder if _on_path(given.package) else None
-    job = dataclasses.replace(given.job, code=None if code is None else Path(os.path.abspath(code)))
+def _checked(planned: Submission, *, show_only: bool) -> Submission:
+    """Return the submission with its code in the job and its problems, if any, collected."""
+    code = planned.package
+    # An installed package is importable as it is, on the nodes too.
+    path = None if code.code.origin == "package" else Path(os.path.abspath(code.folder))
+    job = dataclasses.replace(planned.job, code=path)
+
+    def check_predecessors() -> None:
+        # In a chain the predecessor's checkpoint does not exist yet.
+        if planned.before is None:
+            for run in job.runs:
+                check_predecessor(run)
+
     checks: list[Callable[[], object]] = [
-        lambda: check_code(job.profile.packager, allow_dirty=given.allow_dirty),
-        lambda: _check_predecessors(() if given.before else job.runs),
-        lambda: check_place(job, before=given.before),
+        lambda: check_code(job.profile.packager, allow_dirty=planned.allow_dirty),
+        check_predecessors,
+        lambda: check_files(job, before=planned.before),
     ]
     problems = []
     for check in checks:
@@ -246,24 +285,4 @@ def _checked(given: Submission, *, show_only: bool) -> Submission:
             if not show_only:
                 raise
             problems.append(str(error))
-    return dataclasses.replace(given, job=job, problems=tuple(problems))
-
-
-def _check_predecessors(runs: Sequence[Run]) -> None:
-    """Check what each run goes on from; see
-    `mellum2_megatron.planning.stage_chain.check_predecessor`."""
-    for run in runs:
-        check_predecessor(run)
-
-
-def _on_path(code: Package) -> bool:
-    """Whether the code must be put on the path: not where it is installed as a package."""
-    return code.code.origin != "package"
-
-
-def _here(profile: Profile, run: Run, nproc: int | None) -> Profile:
-    """Return the profile with this machine's device and ranks."""
-    device = resolve_device(profile.device)
-    ranks = nproc or profile.ranks_per_node or default_nproc(run, device)
-    gpus = max(ranks, profile.gpus_per_node) if device == "cuda" else 0
-    return dataclasses.replace(profile, device=device, ranks_per_node=ranks, gpus_per_node=gpus)
+    return dataclasses.replace(planned, job=job, problems=tuple(problems))

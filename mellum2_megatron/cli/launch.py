@@ -103,7 +103,7 @@ def launch_run(
     assumed_tflops: AssumedTflops = None,
 ) -> None:
     """Submit a run. The word `run` can be left out: `mellum2 launch RECIPE ...`."""
-    from launchers.submission import choose_profile, prepare, resolve
+    from launchers.submission import choose_profile, prepare, run_to_launch
 
     _check_render(render)
     if follow and array:
@@ -112,7 +112,7 @@ def launch_run(
             rule="one log is followed",
             fix="drop it; see `mellum2 launch logs`",
         )
-    run = resolve(recipe, overrides or [], output)
+    run = run_to_launch(recipe, overrides or [], output)
     chosen = choose_profile(executor, profile)
     prepared = prepare(
         run,
@@ -157,10 +157,10 @@ def launch_pipeline(
 ) -> None:
     """Submit stages at once, each starting from the former's last checkpoint when that has come to
     its end."""
-    from launchers.submission import choose_profile, prepare_chain, resolve, split_stages
+    from launchers.submission import choose_profile, prepare_chain, run_to_launch, split_stages
 
     _check_render(render)
-    runs = [resolve(name, overrides, None) for name, overrides in split_stages(stages)]
+    runs = [run_to_launch(name, overrides, None) for name, overrides in split_stages(stages)]
     chosen = choose_profile("slurm", profile)
     prepared = prepare_chain(
         runs,

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from launchers.job import Job
+from launchers.job import ClusterJob
 from launchers.profile import Container, Mount, Profile
 from launchers.sbatch import render
 from mellum2_megatron.recipes import recipe
@@ -15,7 +15,7 @@ from mellum2_megatron.recipes import recipe
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def golden_jobs() -> dict[str, Job]:
+def golden_jobs() -> dict[str, ClusterJob]:
     """File name -> job. None of their files is here."""
     run = recipe("mellum2_tiny_pretrain")
     lustre = (
@@ -41,7 +41,7 @@ def golden_jobs() -> dict[str, Job]:
         python="/lustre/venv/bin/python",
         grace_seconds=300,
     )
-    job = Job(
+    job = ClusterJob(
         name="tiny",
         run=run,
         folder=Path("/lustre/runs/my tiny run"),
@@ -52,7 +52,7 @@ def golden_jobs() -> dict[str, Job]:
         code=Path("/lustre/runs/my tiny run/code"),
     )
 
-    def inside(container: Container) -> Job:
+    def inside(container: Container) -> ClusterJob:
         return dataclasses.replace(
             job, profile=dataclasses.replace(site, python=None, container=container)
         )
@@ -86,7 +86,7 @@ def golden_jobs() -> dict[str, Job]:
         "array": dataclasses.replace(
             job, tasks=(run, run, run), dependency=("afterok:17", "afterany:18")
         ),
-        "cpu": Job(
+        "cpu": ClusterJob(
             name="tiny",
             run=run,
             folder=Path("/home/me/runs/tiny"),

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from launchers.batch_job import write_job
-from launchers.job import make_job, missing_variables
+from launchers.job import missing_variables
 from launchers.profile import Container, Mount, Profile
 from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Layout, Run, apply_overrides
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning.rules import enforce
+from tests.launchers.jobs import make_job
 from tests.training.test_train import small_run
 
 CPU = Profile(name="site", account="none", ranks_per_node=2)

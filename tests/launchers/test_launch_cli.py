@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from launchers import packaging
-from launchers.job import make_job
 from launchers.preview import estimate
 from launchers.profile import read_profile
 from launchers.sbatch import render
@@ -20,6 +19,7 @@ from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.config import Run, apply_overrides, from_yaml, to_yaml
 from mellum2_megatron.recipes import recipe, recipe_names
 from tests.cli.runner import Result, mellum2
+from tests.launchers.jobs import make_job
 
 PROFILE = "account: none\nranks_per_node: 2\n"
 

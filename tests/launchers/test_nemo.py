@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from launchers.job import make_job
 from launchers.launch_record import read_launches
 from launchers.profile import Container, Mount, Profile, profile_from_yaml
 from launchers.sbatch import render
@@ -26,6 +25,7 @@ from mellum2_megatron.checkpoint.folder import tracked_iteration
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run, apply_overrides, from_yaml, to_yaml
 from tests.cli.runner import mellum2
+from tests.launchers.jobs import make_job
 from tests.launchers.test_slurm_commands import Fake, fake, words
 
 pytestmark = pytest.mark.launch
@@ -214,7 +214,9 @@ def test_on_this_machine(
             )
         )
 
-    monkeypatch.setattr(nemo, "write_run_folder", lambda value: broken(folder / "run.yaml", value))
+    monkeypatch.setattr(
+        nemo.experiments, "write_run_folder", lambda value: broken(folder / "run.yaml", value)
+    )
     failed = mellum2(*words_, "schedule.train_samples=144")
     assert failed.code == 1
     assert "/nowhere" in failed.out
@@ -312,7 +314,7 @@ def test_recipes_and_profiles_are_factories(
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles/big.yaml").write_text("account: nlp\ngpus_per_node: 8\n")
     monkeypatch.chdir(tmp_path)
-    nemo.register_factories()
+    nemo.registration.register_factories()
     executor = run_.config.fdl.build(resolve_factory(run_.Executor, "big")(nodes=4))
     assert isinstance(executor, nemo.Mellum2SlurmExecutor)
     assert (executor.nodes, executor.profile.gpus_per_node) == (4, 8)
@@ -332,7 +334,7 @@ def test_nemo_runs_command_line(
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles/big.yaml").write_text("account: none\n")
     monkeypatch.chdir(tmp_path)
-    nemo.register_factories()
+    nemo.registration.register_factories()
     fake("sbatch", "41\n")
     fake("scontrol", "JobId=41 JobName=x JobState=PENDING Reason=None Restarts=0 ExitCode=0:0\n")
     overrides = [
@@ -378,7 +380,7 @@ def resiliency(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nemo: ModuleType
     (tmp_path / "bin/ft_launcher").write_text("#!/bin/sh\n")
     (tmp_path / "bin/ft_launcher").chmod(0o755)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.setattr(nemo, "_PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(nemo.tasks, "_PATH", str(tmp_path / "bin"))
     monkeypatch.delitem(sys.modules, "nvidia_resiliency_ext", raising=False)
     return tmp_path
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.job import Job
+from launchers.job import ClusterJob
 from launchers.profile import Container, Mount
 from launchers.sbatch import render
 from tests.launchers.golden_jobs import GOLDEN, golden_jobs
@@ -63,7 +63,7 @@ class Stage:
             (self.bin / name).write_text(STAND_IN)
             (self.bin / name).chmod(0o755)
 
-    def start(self, job: Job, **environment: str) -> subprocess.Popen[str]:
+    def start(self, job: ClusterJob, **environment: str) -> subprocess.Popen[str]:
         """Start the job's script as Slurm would."""
         if job.profile.container is None:
             job = dataclasses.replace(
@@ -88,7 +88,7 @@ class Stage:
             text=True,
         )
 
-    def run(self, job: Job, **environment: str) -> int:
+    def run(self, job: ClusterJob, **environment: str) -> int:
         """Run the job's script to its end; return its exit code."""
         process = self.start(job, **environment)
         self.output = process.communicate(timeout=60)[0]

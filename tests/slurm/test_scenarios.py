@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from launchers.batch_job import write_job
-from launchers.job import Job, make_job
+from launchers.job import ClusterJob
 from launchers.outcome import read_attempts
 from launchers.profile import Profile
 from mellum2_megatron.checkpoint.folder import tracked_iteration
 from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
+from tests.launchers.jobs import make_job
 from tests.slurm.cluster import Cluster, wait_for
 from tests.training.test_train import STEPS, small_corpus, small_run
 
@@ -55,7 +56,7 @@ PROFILE = Profile(
 class Submitted:
     """A job that Slurm has, and its number."""
 
-    job: Job
+    job: ClusterJob
     number: str
     slurm: Cluster
 
