@@ -1,5 +1,16 @@
-"""Layer-selective self-attention: which window, which rotation and which logit scale a layer
-has."""
+"""Layer-selective self-attention: each layer has its own window, rotation and logit scale.
+
+====================== ================================ ===================================
+layer type             window                           rotation and scale of the logits
+====================== ================================ ===================================
+`sliding_attention`    `sliding_window` keys (1,024)    plain RoPE, `1 / sqrt(d)`
+`full_attention`       all keys                         YaRN in the 128K model, which also
+                                                        multiplies the scale (report §4)
+====================== ================================ ===================================
+
+Megatron has one rotary embedding a model, and picks windowed layers by arithmetic on the layer
+number, which the MTP layer (always number 1) and a model with another pattern do not follow.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +36,14 @@ if TYPE_CHECKING:
 class Mellum2SelfAttention(SelfAttention):
     """Megatron's self-attention with the window, rotation and softmax scale of its own layer type.
 
-    Megatron knows one rotary embedding a model and picks windowed layers by arithmetic on the layer
-    number, which the MTP layer (always number 1) and a model with another pattern do not follow.
-    Here the architecture decides: the spec hands over the layer types of the stack (decoder or
-    MTP), and `layer_number` only indexes them. It is global under pipeline parallelism
-    (megatron/core/transformer/transformer_layer.py:343-348, 0.19.2), so nothing else is needed for
-    stages.
-
     Args:
         config: the model's configuration; refused if it disagrees with `architecture`.
         submodules: projections, norms and core attention of the backend.
-        layer_number: 1-based number within the decoder, or within the MTP block.
+        layer_number: 1-based number within the decoder, or within the MTP block. It is global under
+            pipeline parallelism (megatron/core/transformer/transformer_layer.py:343-348, 0.19.2).
         architecture: the model's description.
-        layer_types: attention type of every layer of this stack.
+        layer_types: attention type of every layer of the stack, decoder or MTP, whatever part of
+            it this pipeline stage holds.
 
     Raises:
         ValueError: `config` describes another model than `architecture`; all differing arguments
@@ -58,23 +64,22 @@ class Mellum2SelfAttention(SelfAttention):
         try:
             require_matching_config(config, architecture)
         except InputError as error:
-            # Megatron re-raises what a module's constructor raised as `type(error)(one string)`
-            # (megatron/core/transformer/spec_utils.py:118-127, 0.19.2).
+            # Megatron re-raises a constructor's error as `type(error)(one string)`, which
+            # InputError does not take (megatron/core/transformer/spec_utils.py:118-127, 0.19.2).
             raise ValueError(str(error)) from None
-        self_type = layer_types[layer_number - 1]
-        rope = architecture.rope(self_type)
-        window = architecture.sliding_window if self_type == "sliding_attention" else None
+        layer_type = layer_types[layer_number - 1]
+        rope = architecture.rope(layer_type)
+        window = architecture.sliding_window if layer_type == "sliding_attention" else None
+        # YaRN scales queries and keys by the attention factor, so their products by its square.
         softmax_scale = rope.resolved_attention_factor**2 / architecture.head_dim**0.5
-        submodules = dataclasses.replace(
-            submodules,
-            core_attention=functools.partial(
-                build_core_attention, submodules.core_attention, window=window, scale=softmax_scale
-            ),
+        core_attention = functools.partial(
+            build_core_attention, submodules.core_attention, window=window, scale=softmax_scale
         )
+        submodules = dataclasses.replace(submodules, core_attention=core_attention)
         super().__init__(config, submodules, layer_number, **kwargs)
-        self.layer_type = self_type
-        # Megatron's dynamic-batching inference reads this attribute
-        # (megatron/core/transformer/attention.py:1085).
+        self.layer_type = layer_type
+        # Megatron's dynamic-batching inference bypasses the core attention and reads this
+        # (megatron/core/transformer/attention.py:1085, 0.19.2).
         self.softmax_scale = softmax_scale
         self._rotary_table = rotary_table(rope, architecture.head_dim)
 
@@ -95,7 +100,7 @@ class Mellum2SelfAttention(SelfAttention):
             hidden_states: `[s, b, h]` (`[s / cp / sp, b, h]` under context and sequence
                 parallelism).
             attention_mask: `[b or 1, 1, s, s]`, true where attention is forbidden, or None.
-            rotary_pos_emb: the model's shared angles; only their length is used.
+            rotary_pos_emb: the model's shared angles `[s, 1, 1, d]`; only their length is used.
 
         Returns:
             Output `[s, b, h]` and the projection's bias (None).
@@ -107,21 +112,22 @@ class Mellum2SelfAttention(SelfAttention):
         """
         if rotary_pos_emb is None:
             raise ValueError(
-                "Mellum 2 rotates every layer, but the model passed no rotary angles: build it with "
-                "--position-embedding-type rope, and without flash_decode or FlashInfer's fused RoPE"
+                "Mellum 2 rotates every layer, but the model passed no rotary angles: build it "
+                "with --position-embedding-type rope, and without flash_decode or FlashInfer's "
+                "fused RoPE"
             )
         shared = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         cp_group = self.pg_collection.cp
-        # THD angles come whole, BSHD angles already cut to the rank's share of the sequence.
+        # Megatron passes angles of packed documents whole, all others cut to the rank's share.
         length = shared.size(0) if packed or cp_group is None else shared.size(0) * cp_group.size()
-        own = self._rotary_table(length, packed=packed, cp_group=cp_group)
+        own_angles = self._rotary_table(length, packed=packed, cp_group=cp_group)
         output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
             hidden_states,
             attention_mask,
             key_value_states,
             inference_context,
-            own,
+            own_angles,
             *args,
             packed_seq_params=packed_seq_params,
             **kwargs,
@@ -140,20 +146,20 @@ def build_core_attention(
 ) -> torch.nn.Module:
     """Build the backend's core attention for one layer's window and scale.
 
-    The core attention alone sees a copy of the configuration with this layer's window; everything
-    else in the model keeps sharing one configuration, which Megatron mutates during training.
-
     Args:
         builder: the backend's core-attention class.
-        window: keys a query may see, itself included (Hugging Face's `sliding_window`), or None for
-            all. Megatron and Transformer Engine count the keys *before* the query, hence `(window -
-            1, 0)`.
+        window: keys that a query may see, its own included (Hugging Face's `sliding_window`), or
+            None for all.
         scale: factor on the attention logits, YaRN's squared attention factor included.
         config: the model's configuration.
-        softmax_scale: the configuration's own scale; `require_matching_config` has made sure that
-            it is None.
+        softmax_scale: the configuration's own scale; always None, because
+            `require_matching_config` accepts no other.
+        **kwargs: further arguments of `builder`, from Megatron.
     """
+    # A copy for the core attention alone: Megatron changes the shared one during training, and
+    # every other module has to see that.
     layer_config = copy.copy(config)
+    # Megatron and Transformer Engine count the keys *before* the query.
     layer_config.window_size = None if window is None else (window - 1, 0)
     layer_config.window_attn_skip_freq = None
     return builder(config=layer_config, softmax_scale=scale, **kwargs)

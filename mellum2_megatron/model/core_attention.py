@@ -1,15 +1,16 @@
-"""Core attention of the torch backend: grouped-query attention with a window, packed documents and
+"""Core attention of the torch backend: grouped queries, sliding window, packed documents and
 context parallelism.
 
 Plain torch on any device, and the reference that Transformer Engine's kernels are compared with.
 Megatron's own `DotProductAttention` overwrites a given mask on windowed layers
 (megatron/core/fusions/fused_softmax.py:319-327, 0.19.2), repeats keys and values in memory, and
-refuses packed documents and context parallelism; this one leaves the kernel to
+refuses packed documents and context parallelism. Here the kernel is
 `torch.nn.functional.scaled_dot_product_attention`.
 
-Queries are worked through in spans: stretches of consecutive positions of one document, at most
-`BLOCK` of them. A span's keys are one stretch too, from the first key its first query may see to
-its last query's own, so documents need no mask, and no mask is larger than `[BLOCK, keys]`.
+A rank's queries are cut into spans: consecutive positions of one document, at most `BLOCK` of them.
+The keys of a span are consecutive too, from the first key that its first query may see to the
+position of its last query. Documents therefore need no mask, and a mask never exceeds
+`[BLOCK, j]`. The letters of shapes are in `mellum2_megatron/model/__init__.py`.
 """
 
 from __future__ import annotations
@@ -25,26 +26,25 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from mellum2_megatron.model.context_parallel import document_boundaries, stream_order
+from mellum2_megatron.model.context_parallel import chunk_order, document_boundaries
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 BLOCK = 2048
-"""Queries that attend in one call."""
+"""Largest number of queries in one call of the kernel; bounds the memory of its mask."""
 
 
 class TorchCoreAttention(MegatronModule):
-    """Causal softmax attention over queries `[sq, b, n, d]` and grouped keys and values `[sk, b, g,
-    d]`.
+    """Causal softmax attention of queries `[s, b, n, d]` over keys and values `[s, b, g, d]`.
 
-    Under context parallelism a rank holds two zigzag chunks of each sequence (`zigzag`). Keys and
-    values are gathered from all ranks, whatever `cp_comm_type` says; their gradients are summed and
-    scattered back.
+    Under context parallelism a rank holds two zigzag chunks of each sequence (`context_parallel`).
+    Keys and values are gathered from all ranks, whatever `cp_comm_type` is; their gradients are
+    summed and scattered back.
 
     Args:
-        config: the layer's configuration: `window_size` is `(keys before the query, 0)` or None.
+        config: the layer's configuration; `window_size` is `(keys before the query, 0)` or None.
         layer_number: 1-based layer number, unused.
         attn_mask_type: must be causal.
         attention_type: must be "self".
@@ -73,6 +73,7 @@ class TorchCoreAttention(MegatronModule):
             raise NotImplementedError(
                 f"{attention_type} attention with {attn_mask_type}: only causal self-attention"
             )
+        # Megatron counts the keys before the query, report §2 counts the query's own too.
         window_size = config.window_size
         self.window = None if window_size is None else window_size[0] + 1
         self.softmax_scale = softmax_scale
@@ -98,19 +99,19 @@ class TorchCoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: `[sq, b, n, d]`, with `sq` this rank's share of the sequence. Without context
-                parallelism query i stands at position `i + sk - sq`. Packed: `[t, n, d]`.
-            key, value: `[sk, b, g, d]`, g divides n. Packed: `[t, g, d]`.
-            attention_mask: `[b or 1, 1, sq, keys]`, true where attention is forbidden, *in
+            query: `[s / cp, b, n, d]`; packed: `[t / cp, n, d]`. There may be fewer queries than
+                keys without documents and context parallelism: they are then the last positions.
+            key, value: `[s / cp, b, g, d]`, g divides n; packed: `[t / cp, g, d]`.
+            attention_mask: `[b or 1, 1, s / cp, s]`, true where attention is forbidden, *in
                 addition* to causality and the window; keys in the order of the whole sequence. None
                 if packed.
-            packed_seq_params: THD format: document i occupies `cu_seqlens_q_padded[i] ... [i + 1]`
+            packed_seq_params: THD format. Document i occupies `cu_seqlens_q_padded[i] ... [i + 1]`
                 of the stream, and its first `cu_seqlens_q[i + 1] - cu_seqlens_q[i]` tokens are
                 real. The rest is padding: it attends to nothing, its output is 0 and it has no
                 gradient.
 
         Returns:
-            `[sq, b, n * d]`, or `[t, n * d]` if packed.
+            `[s / cp, b, n * d]`, or `[t / cp, n * d]` if packed.
 
         Raises:
             NotImplementedError: an attention bias, a mask beside packed documents, or a
@@ -120,87 +121,106 @@ class TorchCoreAttention(MegatronModule):
         """
         if attention_bias is not None:
             raise NotImplementedError("the torch backend takes no attention bias")
-        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        cp = 1 if self.cp_group is None else self.cp_group.size()
-        if packed:
-            assert packed_seq_params is not None
-            if attention_mask is not None or packed_seq_params.local_cp_size is not None:
+        cp, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
+        thd = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        documents = packed_seq_params if thd else None
+        if documents is not None:
+            if attention_mask is not None or documents.local_cp_size is not None:
                 raise NotImplementedError(
                     "packed documents go without attention mask and with a fixed context group"
                 )
-            boundaries, lengths = document_boundaries(packed_seq_params, query.size(0) * cp, cp)
+            boundaries, lengths = document_boundaries(documents, query.size(0) * cp, cp)
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         else:
-            boundaries = [0, key.size(0) * cp]
-            lengths = boundaries[1:]
+            boundaries, lengths = [0, key.size(0) * cp], [key.size(0) * cp]
         if self.cp_group is not None and cp > 1:
-            key, value = self._whole_sequence(key, value, boundaries, cp)
-            spans = zigzag_spans(boundaries, lengths, cp, self.cp_group.rank())
-        elif packed:
-            spans = document_spans(boundaries, lengths)
+            key, value = _gather_keys_and_values(key, value, boundaries, self.cp_group)
+        spans: Iterator[Span | Gap]
+        if documents is not None or cp > 1:
+            spans = document_spans(boundaries, lengths, query.size(0), cp, rank)
         else:
-            spans = split(
-                Span(row=0, size=query.size(0), position=key.size(0) - query.size(0), document=0)
+            sequence = Span(
+                query_start=0,
+                size=query.size(0),
+                # A generation's cache holds keys of earlier positions, without their queries.
+                position_in_document=key.size(0) - query.size(0),
+                document_start=0,
             )
-        output = self._attend(query, key, value, attention_mask, spans)
-        return output.squeeze(1) if packed else output
+            spans = split_into_blocks(sequence)
 
-    def _whole_sequence(
-        self, key: torch.Tensor, value: torch.Tensor, boundaries: Sequence[int], cp: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all ranks' keys and values in the stream's order, `[s, b, g, d]` each; one
-        collective for both."""
-        gathered = gather_from_sequence_parallel_region(
-            torch.cat((key, value), dim=-1), group=self.cp_group
+        # The kernel wants heads before positions; these are views.
+        query_bnsd, key_bgsd, value_bgsd = (
+            tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)
         )
-        ordered = gathered.index_select(0, stream_order(boundaries, cp).to(gathered.device))
-        whole_key, whole_value = ordered.split((key.size(-1), value.size(-1)), dim=-1)
-        return whole_key, whole_value
+        pieces = [
+            query.new_zeros(span.size, query.size(1), query.size(2) * query.size(3))
+            if isinstance(span, Gap)
+            else self._attend(query_bnsd, key_bgsd, value_bgsd, attention_mask, span)
+            for span in spans
+        ]
+        output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return output if documents is None else output.squeeze(1)
 
     def _attend(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        spans: Iterator[Span],
+        query_bnsd: torch.Tensor,
+        key_bgsd: torch.Tensor,
+        value_bgsd: torch.Tensor,
+        mask_b1ss: torch.Tensor | None,
+        span: Span,
     ) -> torch.Tensor:
-        """Return the attention of each span over its stretch of keys, `[sq, b, n * d]`; rows of no
-        span are 0."""
-        rows, batch = query.size(0), query.size(1)
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        pieces = []
-        done = 0
-        for span in spans:
-            first = 0 if self.window is None else max(0, span.position - self.window + 1)
-            keys = slice(span.document + first, span.document + span.position + span.size)
-            count = keys.stop - keys.start
-            visible: torch.Tensor | None = None
-            if (
-                attention_mask is not None
-                or span.size != count
-                or (self.window is not None and self.window < count)
-            ):
-                visible = causal_window_mask(span.size, count, self.window, query.device)
-                if attention_mask is not None:
-                    visible = visible & ~attention_mask[:, :, span.row : span.row + span.size, keys]
-            context = torch.nn.functional.scaled_dot_product_attention(
-                q[:, :, span.row : span.row + span.size],
-                k[:, :, keys],
-                v[:, :, keys],
-                attn_mask=visible,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=visible is None,
-                scale=self.softmax_scale,
-                enable_gqa=True,
-            )
-            if span.row > done:
-                pieces.append(q.new_zeros(span.row - done, batch, query.size(2) * query.size(3)))
-            pieces.append(context.permute(2, 0, 1, 3).reshape(span.size, batch, -1))
-            done = span.row + span.size
-        if done < rows:
-            pieces.append(q.new_zeros(rows - done, batch, query.size(2) * query.size(3)))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        """Return the attention of one span over its keys, `[i, b, n * d]`."""
+        queries, keys = span.queries(), span.keys(self.window)
+        count = keys.stop - keys.start
+        visible: torch.Tensor | None = None
+        # Without a mask the kernel may take its fast causal path. That path aligns queries and
+        # keys at their first positions, so it is right only for equally many of both.
+        if (
+            mask_b1ss is not None
+            or span.size != count
+            or (self.window is not None and self.window < count)
+        ):
+            visible = causal_window_mask(span.size, count, self.window, query_bnsd.device)
+            if mask_b1ss is not None:
+                visible = visible & ~mask_b1ss[:, :, queries, keys]
+        output_bnid = torch.nn.functional.scaled_dot_product_attention(
+            query_bnsd[:, :, queries],
+            key_bgsd[:, :, keys],
+            value_bgsd[:, :, keys],
+            attn_mask=visible,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=visible is None,
+            scale=self.softmax_scale,
+            enable_gqa=True,  # the kernel shares a group's keys instead of repeating them
+        )
+        return output_bnid.permute(2, 0, 1, 3).reshape(span.size, query_bnsd.size(0), -1)
+
+
+def _gather_keys_and_values(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: Sequence[int],
+    group: torch.distributed.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all ranks' keys and values in the order of the stream.
+
+    Args:
+        key, value: keys and values of this rank's tokens, `[s / cp, b, g, d]`.
+        boundaries: document boundaries in the stream.
+        group: context-parallel group.
+
+    Returns:
+        Keys and values, `[s, b, g, d]` each.
+    """
+    # One collective for both. Despite its name it gathers over any group, and its backward pass
+    # is the reduce-scatter that keys seen by several ranks need
+    # (megatron/core/tensor_parallel/mappings.py:522, 0.19.2).
+    gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=group)
+    order = chunk_order(boundaries, group.size()).to(gathered.device)
+    all_keys, all_values = gathered.index_select(0, order).split(
+        (key.size(-1), value.size(-1)), dim=-1
+    )
+    return all_keys, all_values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,62 +228,100 @@ class Span:
     """Consecutive queries of one document.
 
     Attributes:
-        row: where they start among this rank's queries.
-        size: their number.
-        position: where the first of them stands in its document.
-        document: where the document starts among the keys.
+        query_start: index of the first query among this rank's queries.
+        size: number of queries.
+        position_in_document: position of the first query in its document.
+        document_start: index of the document's first token among the keys.
     """
 
-    row: int
+    query_start: int
     size: int
-    position: int
-    document: int
+    position_in_document: int
+    document_start: int
+
+    def queries(self) -> slice:
+        """Return the place of the span among this rank's queries."""
+        return slice(self.query_start, self.query_start + self.size)
+
+    def keys(self, window: int | None) -> slice:
+        """Return the keys that any query of the span may see, its own document's alone."""
+        first = 0 if window is None else max(0, self.position_in_document - window + 1)
+        end = self.position_in_document + self.size
+        return slice(self.document_start + first, self.document_start + end)
 
 
-def split(span: Span) -> Iterator[Span]:
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Consecutive queries that attend to nothing, because they are padding.
+
+    Attributes:
+        size: number of queries.
+    """
+
+    size: int
+
+
+def split_into_blocks(span: Span) -> Iterator[Span]:
     """Yield a span in pieces of at most `BLOCK` queries."""
     for start in range(0, span.size, BLOCK):
-        size = min(BLOCK, span.size - start)
         yield Span(
-            row=span.row + start, size=size, position=span.position + start, document=span.document
+            query_start=span.query_start + start,
+            size=min(BLOCK, span.size - start),
+            position_in_document=span.position_in_document + start,
+            document_start=span.document_start,
         )
 
 
-def document_spans(boundaries: Sequence[int], lengths: Sequence[int]) -> Iterator[Span]:
-    """Yield the spans of whole documents; arguments as `zigzag.document_boundaries` returns
-    them."""
-    for start, length in zip(boundaries[:-1], lengths, strict=True):
-        yield from split(Span(row=start, size=length, position=0, document=start))
+def document_spans(
+    boundaries: Sequence[int], lengths: Sequence[int], tokens: int, cp: int, rank: int
+) -> Iterator[Span | Gap]:
+    """Yield the spans of a rank's queries in order, and the gaps that fill the rest.
 
-
-def zigzag_spans(
-    boundaries: Sequence[int], lengths: Sequence[int], cp: int, rank: int
-) -> Iterator[Span]:
-    """Yield the spans of a rank's two chunks of every document, padding left out."""
-    for (start, end), length in zip(itertools.pairwise(boundaries), lengths, strict=True):
-        chunk = (end - start) // (2 * cp)
-        for half, number in enumerate((rank, 2 * cp - 1 - rank)):
-            position = number * chunk
-            real = min(chunk, length - position)
-            if real > 0:
-                yield from split(
-                    Span(
-                        row=start // cp + half * chunk, size=real, position=position, document=start
-                    )
-                )
-
-
-def causal_window_mask(sq: int, sk: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return which keys each query sees: `[sq, sk]`, true iff `0 <= position(query) - position(key)
-    < window`.
-
-    The queries are the last `sq` of `sk` positions. `window` counts the query itself (report §2),
-    None means no limit.
+    Args:
+        boundaries: document boundaries in the stream, from `context_parallel.document_boundaries`.
+        lengths: real tokens of each document, from there too.
+        tokens: number of this rank's queries.
+        cp: context-parallel ranks.
+        rank: this rank among them.
     """
-    distance = (
-        torch.arange(sk - sq, sk, device=device)[:, None] - torch.arange(sk, device=device)[None, :]
-    )
-    visible = distance >= 0
+    # One rank holds each document as one chunk: halves would be two calls of the kernel.
+    chunks, numbers = (1, (0,)) if cp == 1 else (2 * cp, (rank, 2 * cp - 1 - rank))
+    query_start = 0
+    for (start, end), length in zip(itertools.pairwise(boundaries), lengths, strict=True):
+        chunk = (end - start) // chunks
+        for number in numbers:
+            real = min(chunk, max(0, length - number * chunk))
+            yield from split_into_blocks(
+                Span(
+                    query_start=query_start,
+                    size=real,
+                    position_in_document=number * chunk,
+                    document_start=start,
+                )
+            )
+            if real < chunk:
+                yield Gap(chunk - real)
+            query_start += chunk
+    # Without context parallelism the stream may end in tokens of no document.
+    if query_start < tokens:
+        yield Gap(tokens - query_start)
+
+
+def causal_window_mask(
+    queries: int, keys: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """Return `[i, j]`, true iff `0 <= position(query) - position(key) < window`.
+
+    Args:
+        queries: number of queries; they are the last of the positions.
+        keys: number of positions.
+        window: keys that a query sees, its own included (report §2); None for all before it.
+        device: device of the result.
+    """
+    position_i = torch.arange(keys - queries, keys, device=device)
+    position_j = torch.arange(keys, device=device)
+    distance_ij = position_i[:, None] - position_j[None, :]
+    visible_ij = distance_ij >= 0
     if window is not None:
-        visible &= distance < window
-    return visible
+        visible_ij &= distance_ij < window
+    return visible_ij

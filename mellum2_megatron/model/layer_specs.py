@@ -1,26 +1,26 @@
 """Megatron ModuleSpecs of Mellum 2 for two backends with the same checkpoint keys.
 
-- `te`: Transformer Engine layers, fused norm + projection, grouped GEMM, TE attention. The
-  production path.
-- `torch`: plain PyTorch modules, on any device. The reference, and the path of a machine without a
-  GPU.
+- `te`: Transformer Engine's layers, with fused norm and projection, grouped GEMM and its attention.
+  For production.
+- `torch`: plain PyTorch modules on any device. The reference, and the backend of a machine without
+  a GPU.
 
-Besides the functions, this module holds one layer spec for each preset and backend under a plain
-name, for a stock Megatron-LM command line::
+At the end of this module stands one layer spec for each preset and backend under a plain name, for
+a stock Megatron-LM command line::
 
     --spec mellum2_megatron.model.layer_specs mellum2_12b            # te
     --spec mellum2_megatron.model.layer_specs mellum2_12b_torch
     --spec mellum2_megatron.model.layer_specs mellum2_12b_128k       # with layer-selective YaRN
 
-Megatron looks the name up in the module's `vars()` (megatron/core/transformer/spec_utils.py:42-55,
-0.19.2).
+Modules take and return hidden states `[s, b, h]`; the letters of shapes are in
+`mellum2_megatron/model/__init__.py`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -46,7 +46,8 @@ from mellum2_megatron.model.norm import TorchRMSNorm
 from mellum2_megatron.model.router import Mellum2Router
 from mellum2_megatron.model.transformer_layer import Mellum2TransformerLayer
 
-Backend = Literal["te", "torch"]
+if TYPE_CHECKING:
+    from mellum2_megatron.config import Backend
 
 
 class TorchSpecProvider(LocalSpecProvider):
@@ -55,16 +56,16 @@ class TorchSpecProvider(LocalSpecProvider):
     def layer_norm(
         self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False
     ) -> type[TorchRMSNorm]:
-        """Return the norm of the hidden state, or of one head's queries and keys."""
+        """Return the norm of hidden states `[s, b, h]` and of queries and keys `[s, b, n, d]`."""
         return TorchRMSNorm
 
     def core_attention(self) -> type[TorchCoreAttention]:
-        """Return the attention with window, mask and grouped keys."""
+        """Return the attention with window, documents and grouped keys."""
         return TorchCoreAttention
 
 
 def spec_provider(backend: Backend) -> BackendSpecProvider:
-    """Return the provider of a backend's modules.
+    """Return the provider of a backend's module classes.
 
     Raises:
         InputError: unknown backend, or `te` where Transformer Engine cannot be imported.
@@ -81,7 +82,8 @@ def spec_provider(backend: Backend) -> BackendSpecProvider:
         raise InputError(
             "backend='te'",
             rule="Transformer Engine cannot be imported here",
-            fix="install the 'te' extra on a machine with a GPU (docs/install.md), or choose backend=torch",
+            fix="install the 'te' extra on a machine with a GPU (docs/install.md), "
+            "or choose backend=torch",
         )
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -94,17 +96,20 @@ def layer_spec(
     *,
     layer_types: Sequence[LayerType] | None = None,
 ) -> ModuleSpec:
-    """Return the spec of one transformer layer; the layer's number selects its attention type when
-    it is built.
+    """Return the spec of one transformer layer, the same for every layer of its stack.
+
+    The attention type is chosen when a layer is built, by its number.
 
     Args:
         architecture: the model's description.
-        backend: whose modules.
-        layer_types: attention types of the stack that the layer stands in; the decoder's if None.
+        backend: "te" for Transformer Engine's modules, "torch" for plain ones.
+        layer_types: attention types of the layer's stack; the decoder's if None.
     """
     provider = spec_provider(backend)
     fused_norm = provider.fuse_layernorm_and_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
+    # Transformer Engine fuses the norm of the hidden state into the projection, not the norms of
+    # the heads' queries and keys.
     qk_norm = provider.layer_norm(rms_norm=True, for_qk=True)
     submodules = TransformerLayerSubmodules(
         self_attention=ModuleSpec(
@@ -138,9 +143,9 @@ def layer_spec(
     )
     if not fused_norm:
         submodules.input_layernorm = norm
-        # Saved under the name that the fused norm of the te backend has. Megatron's local spec
-        # renames the pre-MLP norm too (megatron/core/models/gpt/gpt_layer_specs.py:459-462,
-        # 0.19.2), which its te spec does not.
+        # Saved under the name of the te backend's fused norm. Megatron's local spec renames the
+        # pre-MLP norm too (megatron/core/models/gpt/gpt_layer_specs.py:459-462, 0.19.2), though
+        # the te spec with experts does not fuse that norm.
         submodules.sharded_state_dict_keys_map = {
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
         }
@@ -154,7 +159,14 @@ def decoder_block_spec(
     *,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Return the spec of the decoder layers that this pipeline stage holds, with the final norm."""
+    """Return the spec of this pipeline stage's decoder layers and of the final norm.
+
+    Args:
+        architecture: the model's description.
+        backend: "te" for Transformer Engine's modules, "torch" for plain ones.
+        config: the model's configuration, for its pipeline layout.
+        vp_stage: virtual pipeline stage, or None without virtual stages.
+    """
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(architecture, backend)] * layers,
@@ -169,29 +181,30 @@ def mtp_block_spec(
     *,
     vp_stage: int | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the spec of the multi-token-prediction block, or None on a stage (or in a model)
-    without it."""
+    """Return the spec of the multi-token-prediction block; None on a stage or in a model without
+    it.
+
+    The arguments are those of `decoder_block_spec`.
+    """
     if not architecture.num_mtp_layers:
         return None
     layer = layer_spec(architecture, backend, layer_types=architecture.mtp_layer_types)
     return get_gpt_mtp_block_spec_for_backend(
         config,
-        TransformerBlockSubmodules(
-            layer_specs=[layer]
-        ),  # the form in which a subclass of its layer is accepted
+        # A bare spec is accepted for Megatron's own layer class only, a block for any
+        # (megatron/core/models/gpt/gpt_layer_specs.py:767-773, 0.19.2).
+        TransformerBlockSubmodules(layer_specs=[layer]),
         spec_provider(backend),
         vp_stage=vp_stage,
     )
 
 
-def _named_specs() -> dict[str, ModuleSpec]:
-    specs = {}
-    for preset, architecture in PRESETS.items():
-        name = preset.replace("-", "_")
-        specs[f"{name}_torch"] = layer_spec(architecture, "torch")
-        if HAVE_TE:
-            specs[name] = layer_spec(architecture, "te")
-    return specs
-
-
-globals().update(_named_specs())
+# For Megatron-LM's `--spec`, which looks the name up in the module's `vars()`
+# (megatron/core/transformer/spec_utils.py:42-55, 0.19.2): a module `__getattr__` would not do.
+mellum2_12b_torch = layer_spec(PRESETS["mellum2-12b"], "torch")
+mellum2_12b_128k_torch = layer_spec(PRESETS["mellum2-12b-128k"], "torch")
+mellum2_tiny_torch = layer_spec(PRESETS["mellum2-tiny"], "torch")
+if HAVE_TE:
+    mellum2_12b = layer_spec(PRESETS["mellum2-12b"], "te")
+    mellum2_12b_128k = layer_spec(PRESETS["mellum2-12b-128k"], "te")
+    mellum2_tiny = layer_spec(PRESETS["mellum2-tiny"], "te")

@@ -1,12 +1,14 @@
-"""What a model's weights carry so that Megatron's Muon updates them as `optimizer.Optimizer` says.
+"""Attributes of a model's weights that Megatron's Muon reads.
 
 Nothing of the optimizer is replaced. Megatron decides by attributes of each weight, read before and
 after DistributedDataParallel wraps the model (megatron/core/optimizer/, 0.19.2):
 
-- ``is_embedding_or_output_parameter``: Adam's, whatever its shape (emerging_optimizers.py:128,
-  layer_wise_optimizer.py:38);
+- ``is_embedding_or_output_parameter``: Adam updates the weight, whatever its shape
+  (emerging_optimizers.py:128, layer_wise_optimizer.py:38);
 - ``is_qkv`` and ``qkv_split_shapes``: blocks of rows that are orthogonalised one by one
   (emerging_optimizers.py:294).
+
+Shapes of weights are `[out, in]`, as `torch.nn.Linear` stores them.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ def mark_parameters(model: torch.nn.Module, optimizer: Optimizer) -> None:
 
     Args:
         model: a `GPTModel`, or one pipeline stage of it.
-        optimizer: ``muon_router``, ``muon_mtp_projection`` and ``muon_split_gate_up`` are acted on
-            here.
+        optimizer: optimizer settings; ``muon_router``, ``muon_mtp_projection`` and
+            ``muon_split_gate_up`` take effect here.
     """
     if optimizer.name != "muon":
         return
@@ -38,22 +40,24 @@ def mark_parameters(model: torch.nn.Module, optimizer: Optimizer) -> None:
         if any(part in name for part in to_adam):
             parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         elif ".experts." in name and ".linear_fc1." in name and optimizer.muon_split_gate_up:
-            # [gate; up] of this rank, also under expert tensor parallelism
-            # (megatron/core/transformer/mlp.py, 0.19.2).
+            # The rows are [gate; up] of this rank, also under expert tensor parallelism
+            # (megatron/core/transformer/mlp.py, 0.19.2). Megatron has one mechanism for blocks of
+            # rows, and it is named after attention.
             parameter.is_qkv = True  # type: ignore[attr-defined]
             parameter.qkv_split_shapes = [parameter.shape[0] // 2] * 2  # type: ignore[attr-defined]
 
 
 def require_muon_matrices(config: Any, model_chunks: Any) -> None:
-    """Refuse weights that Megatron would update in another way without a word.
+    """Refuse weights that Megatron would silently update in another way.
 
     Args:
         config: Megatron's OptimizerConfig.
-        model_chunks: the model's chunks.
+        model_chunks: the model's chunks on this rank.
 
     Raises:
-        InputError: a weight with more than two dimensions, which goes to Adam; or fused Q, K and V
-            that are not whole groups on this rank, which are orthogonalised as one matrix.
+        InputError: a weight with more than two dimensions, which Adam would update; or fused Q, K
+            and V that are not whole groups on this rank, which would be orthogonalised as one
+            matrix.
     """
     from megatron.core.optimizer.emerging_optimizers import _get_qkv_split_shapes
 
@@ -67,11 +71,13 @@ def require_muon_matrices(config: Any, model_chunks: Any) -> None:
                     fix="keep one weight an expert: no --moe-single-grouped-weight",
                 )
             if "linear_qkv.weight" in name and config.muon_split_qkv:
+                # Rows of one group: its n / g query heads, then its key head and its value head.
                 group = sum(_get_qkv_split_shapes(chunk.config))
                 if parameter.shape[0] % group:
                     raise InputError(
                         f"{name} {list(parameter.shape)} with optimizer={config.optimizer}",
-                        rule=f"a rank holds whole groups of {group} rows of queries, keys and values; Megatron would "
-                        "orthogonalise these rows as one matrix (core/optimizer/__init__.py:788, 0.19.2)",
+                        rule=f"a rank holds whole groups of {group} rows of queries, keys and "
+                        "values; Megatron would orthogonalise these rows as one matrix "
+                        "(core/optimizer/__init__.py:788, 0.19.2)",
                         fix="use no more tensor-parallel ranks than the model has key-value heads",
                     )

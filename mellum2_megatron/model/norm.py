@@ -13,21 +13,27 @@ if TYPE_CHECKING:
 class TorchRMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` built the way Megatron's specs build norms.
 
-    Megatron's wrapper for torch norms refuses sequence parallelism
-    (megatron/core/transformer/torch_norm.py:49, 0.19.2). All it takes is the tag by which Megatron
-    sums the weight's gradient over tensor-parallel ranks, each of which normalises its own share of
-    the sequence.
+    It normalises the last dimension: hidden states `[s, b, h]`, or the queries `[s, b, n, d]` and
+    keys `[s, b, g, d]` of each head. Megatron's wrapper for torch norms refuses sequence
+    parallelism (megatron/core/transformer/torch_norm.py:49, 0.19.2).
 
     Args:
         config: the model's configuration; must ask for RMSNorm.
-        hidden_size: size of the normalised, last dimension.
+        hidden_size: size of the normalised, last dimension: h or d.
         eps: added to the mean square.
+
+    Raises:
+        ValueError: the configuration asks for another norm.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         if config.normalization != "RMSNorm":
             raise ValueError(
-                f"normalization={config.normalization!r}: Mellum 2 has RMSNorm; use --normalization RMSNorm"
+                f"normalization={config.normalization!r}: Mellum 2 has RMSNorm; "
+                "use --normalization RMSNorm"
             )
         super().__init__(hidden_size, eps=eps)
+        # Each tensor-parallel rank normalises its share of the sequence. By this tag Megatron sums
+        # the weight's gradient over them (megatron/core/distributed/finalize_model_grads.py:452,
+        # 0.19.2).
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

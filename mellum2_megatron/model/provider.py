@@ -1,5 +1,4 @@
-"""The model itself: Megatron's `GPTModel` with Mellum 2's specs, for `pretrain` and for use
-alone."""
+"""The model itself: Megatron's `GPTModel` with Mellum 2's specs, for `pretrain` or on its own."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from mellum2_megatron.model.layer_specs import Backend, decoder_block_spec, mtp_block_spec
+from mellum2_megatron.model.layer_specs import decoder_block_spec, mtp_block_spec
 from mellum2_megatron.model.muon_attributes import mark_parameters
 from mellum2_megatron.model.router import configure_routers
 from mellum2_megatron.model.transformer_config import (
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mellum2_megatron.architecture import Mellum2Architecture
-    from mellum2_megatron.config import Loss, Optimizer, Precision, Run
+    from mellum2_megatron.config import Backend, Loss, Optimizer, Precision, Run
 
 
 def build_model(
@@ -39,20 +38,23 @@ def build_model(
 ) -> GPTModel:
     """Build Mellum 2, or this rank's part of it.
 
-    Torch distributed and Megatron's parallel state must be initialised.
+    Torch distributed and Megatron's parallel state must be initialised. The model's forward pass
+    takes token ids and positions `[b, s]` and returns logits `[b, s, v]`, or with labels `[b, s]`
+    the loss of each token `[b, s]`.
 
     Args:
         architecture: the model's description.
-        backend: whose modules: "te" or "torch".
+        backend: "te" for Transformer Engine's modules, "torch" for plain ones.
         config: Megatron's configuration; derived from the architecture if None.
-        pre_process, post_process: whether this pipeline stage holds the embedding, and the head.
-        parallel_output: leave the logits split over tensor-parallel ranks.
-        vp_stage: virtual pipeline stage.
+        pre_process, post_process: true if this pipeline stage holds the embedding, and the head.
+        parallel_output: leave the logits split over tensor-parallel ranks, `[b, s, v / tp]`.
+        vp_stage: virtual pipeline stage, or None without virtual stages.
         pg_collection: process groups; Megatron's global ones if None.
         **config_overrides: fields for the derived configuration.
 
     Raises:
-        InputError: `config` describes another model, or the backend cannot be had.
+        InputError: `config` describes another model, or the backend is not installed.
+        TypeError: overrides beside a `config`.
     """
     if config is None:
         config = transformer_config(architecture, **config_overrides)
@@ -70,6 +72,7 @@ def build_model(
         parallel_output=parallel_output,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
+        # Each layer replaces these angles by its own and reads only their number.
         rotary_base=int(architecture.rope_sliding_attention.rope_theta),
         vp_stage=vp_stage,
         pg_collection=pg_collection,
@@ -89,11 +92,11 @@ def model_provider(
 
     Args:
         architecture: the model's description.
-        backend: whose modules: "te" or "torch".
-        optimizer: how the weights will be updated; Megatron's own choices if None.
-        loss: the routers' losses, where Megatron's arguments have no word for them; Megatron's own
-            if None.
-        precision: likewise.
+        backend: "te" for Transformer Engine's modules, "torch" for plain ones.
+        optimizer: optimizer settings, for the weights that Muon or Adam updates; Megatron's own
+            choice if None.
+        loss: loss settings, for those that Megatron has no argument for; Megatron's own if None.
+        precision: precision settings, likewise.
     """
 
     def provide(
@@ -108,6 +111,7 @@ def model_provider(
             from megatron.training.arguments import core_transformer_config_from_args
 
             config = core_transformer_config_from_args(get_args())
+        # Both change the configuration, so they come before the modules read it.
         use_plain_initialization(config)
         if precision is not None and precision.bf16_mtp_projection:
             keep_mtp_projection_in_bf16(config)
@@ -117,7 +121,7 @@ def model_provider(
             config=config,
             pre_process=pre_process,
             post_process=post_process,
-            parallel_output=True,
+            parallel_output=True,  # Megatron's cross entropy takes logits `[s, b, v / tp]`
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
@@ -131,7 +135,7 @@ def model_provider(
 
 
 def run_model_provider(run: Run, backend: Backend) -> Callable[..., GPTModel]:
-    """Return the `model_provider` of a run's model, with all that its settings say about it."""
+    """Return the `model_provider` of a run's model, with its optimizer, loss and precision."""
     return model_provider(
         run.architecture, backend, run.optimizer, loss=run.loss, precision=run.precision
     )

@@ -1,4 +1,4 @@
-"""Rotary frequencies of one attention layer type, built from Megatron's own embeddings.
+"""Rotary angles of one attention layer type, built from Megatron's own embeddings.
 
 Mellum 2 rotates every layer with theta 500,000; the 128K model applies YaRN to its full-attention
 layers alone (report §4). Megatron has one rotary embedding a model, so each layer asks for its own
@@ -23,19 +23,20 @@ class RotaryTable:
     """The rotation angles of one `RopeParameters`, shared by all layers that use it.
 
     A plain object, not an `nn.Module`: assigned to an attention module it adds no state-dict key.
-    The embedding is built at the first use, so that a model can be constructed on the meta device
-    or without its GPU.
 
-    The YaRN attention factor is *not* applied to the angles. All `head_dim` dimensions rotate,
-    hence scaling cos and sin of queries and keys by m equals scaling the attention logits by m²;
-    doing the latter keeps Transformer Engine's fused RoPE kernel, which has no such argument and
-    drops it in THD format (megatron/core/models/common/embeddings/rope_utils.py:318-327, 0.19.2).
+    The YaRN attention factor is *not* applied to the angles. All `d` dimensions rotate, hence
+    scaling cos and sin of queries and keys by m equals scaling the attention logits by m². The
+    latter keeps Transformer Engine's fused RoPE kernel, which has no such argument, and drops the
+    factor in THD format (megatron/core/models/common/embeddings/rope_utils.py:318-327, 0.19.2).
+
+    Args:
+        parameters: rotary parameters of the layer type.
+        head_dim: head dimension d.
     """
 
     def __init__(self, parameters: RopeParameters, head_dim: int) -> None:
         self.parameters = parameters
         self.head_dim = head_dim
-        self._embedding: RotaryEmbedding | None = None
 
     def __call__(
         self, length: int, *, packed: bool, cp_group: torch.distributed.ProcessGroup | None
@@ -44,23 +45,23 @@ class RotaryTable:
 
         Args:
             length: positions of the whole sequence, before context parallelism divides it.
-            packed: the batch is in THD format; the table is then returned whole, the kernel slices
-                each document.
+            packed: the batch is in THD format. The table is then returned whole, because the
+                rotation looks up each document's positions itself.
             cp_group: context-parallel group; unless `packed`, the rank's two zigzag chunks are
                 returned.
 
         Returns:
-            Angles in radians, `[length / cp, 1, 1, head_dim]` (`[length, 1, 1, head_dim]` if
-            `packed`), float32.
+            Angles in radians, `[s / cp, 1, 1, d]` (`[s, 1, 1, d]` if `packed`), float32.
         """
-        if self._embedding is None:
-            self._embedding = self._build()
         table: Any = self._embedding(length, packed_seq=packed, cp_group=cp_group)
         # YaRN's embedding returns its own attention factor beside the angles.
-        angles: torch.Tensor = table[0] if isinstance(table, tuple) else table
-        return angles
+        angles_s11d: torch.Tensor = table[0] if isinstance(table, tuple) else table
+        return angles_s11d
 
-    def _build(self) -> RotaryEmbedding:
+    # Built at the first use, so that a model can be constructed on the meta device or before its
+    # GPU is chosen.
+    @functools.cached_property
+    def _embedding(self) -> RotaryEmbedding:
         rope = self.parameters
         common = {
             "kv_channels": self.head_dim,
@@ -81,6 +82,5 @@ class RotaryTable:
 
 @functools.cache
 def rotary_table(parameters: RopeParameters, head_dim: int) -> RotaryTable:
-    """Return the process-wide table of these parameters, so that 28 layers hold two tables and not
-    28."""
+    """Return the process-wide table of these parameters: 28 layers share two tables."""
     return RotaryTable(parameters, head_dim)

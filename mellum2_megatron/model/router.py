@@ -1,5 +1,5 @@
-"""Mellum 2's router: Megatron's, with load counts that stay exact and losses that know padding and
-layouts."""
+"""Mellum 2's router: Megatron's with exact load counts, and losses that depend neither on padding
+nor on the parallel layout."""
 
 from __future__ import annotations
 
@@ -15,35 +15,41 @@ if TYPE_CHECKING:
 
 
 class Mellum2Router(TopKRouter):
-    """`TopKRouter` whose global load-balancing counts stay in float32 and can be read after the
-    step.
+    """`TopKRouter` of hidden states `[s, b, h]` to k of e experts, with three differences.
 
-    Its z-loss is the mean over real tokens where there is padding, and the gradient of the global
-    load-balancing loss can be had without the factor that upstream loses (`exact_gradient`).
+    - The global load-balancing counts stay in float32 and can be read after the step.
+    - With `exact_gradient` the balancing loss gets its true gradient; upstream divides by the
+      data-parallel size once too often.
+    - With padding the z-loss is the mean over all real tokens.
 
-    `Float16Module` casts all floating buffers to BF16; upstream restores `expert_bias` only
-    (megatron/core/transformer/moe/router.py:259-275, 0.19.2). In BF16 the token counts lose all but
-    8 bits and the micro-batch counter sticks at 256. Overriding the same upstream hook keeps both
-    in float32.
+    Attributes:
+        last_global_load: tokens sent to each expert over the last whole batch, all ranks together:
+            `[e]`, float32; None before the first batch ends.
+        exact_gradient: give the global load-balancing loss the gradient of its value
+            (`config.Loss.aux_loss_gradient`); false by default.
     """
 
     last_global_load: torch.Tensor | None = None
-    """Tokens sent to each expert over the last whole batch, all ranks together: `[experts]`,
-    float32."""
-
     exact_gradient = False
-    """Whether the global load-balancing loss has the gradient of its value
-    (`optimizer.Loss.aux_loss_gradient`)."""
 
     def _maintain_float32_expert_bias(self) -> None:
+        """Undo the cast of `Float16Module`, which turns all floating buffers to BF16.
+
+        In BF16 the token counts lose all but 8 bits and the micro-batch counter sticks at 256.
+        Upstream calls this in each forward pass and restores `expert_bias` only
+        (megatron/core/transformer/moe/router.py:259-275, 0.19.2).
+        """
         super()._maintain_float32_expert_bias()
         for buffer in (self.global_tokens_per_expert, self.ga_steps):
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.to(torch.float32)
 
     def reset_global_aux_loss_tracker(self) -> None:
-        """Zero the running counts (Megatron calls this at the end of each batch), keeping a copy
-        for the log."""
+        """Zero the running counts, keeping a copy for the log.
+
+        Megatron calls this when it finalises the gradients of a batch
+        (megatron/core/distributed/finalize_model_grads.py:328, 0.19.2).
+        """
         if self.global_tokens_per_expert is not None:
             self.last_global_load = self.global_tokens_per_expert.detach().float().clone()
         super().reset_global_aux_loss_tracker()
@@ -58,13 +64,17 @@ class Mellum2Router(TopKRouter):
     ) -> torch.Tensor:
         """Attach the loss to `activation`, so that it is differentiated with it, and log it.
 
-        The global loss is a sum over the data-parallel ranks, of which each differentiates its own
-        part: divided by the tokens of all ranks when it is computed, and by the ranks when DDP
-        averages gradients (router.py:494-524, 0.19.2; Megatron-LM issue 3672). The value is right,
-        the gradient that many times too small.
+        Args:
+            activation: routing probabilities `[t, e]`.
+            aux_loss_coeff: coefficient that `aux_loss` holds already.
+            aux_loss: the balancing loss, a scalar.
         """
         name = args[0] if args else kwargs["aux_loss_name"]
         if self.exact_gradient and name == "global_load_balancing_loss":
+            # Each data-parallel rank differentiates its own part of a sum over the ranks. The part
+            # is divided by the tokens of all ranks here, and by the ranks again when DDP averages
+            # gradients (router.py:494-524, 0.19.2; Megatron-LM issue 3672). The value is right, so
+            # only its gradient is multiplied.
             ranks = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
             aux_loss = aux_loss.detach() + ranks * (aux_loss - aux_loss.detach())
         result: torch.Tensor = super().attach_and_log_load_balancing_loss(
@@ -75,12 +85,19 @@ class Mellum2Router(TopKRouter):
     def apply_z_loss(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attach the z-loss to the logits `[t, experts]` and log it; padding `[t]`, where it is
-        true, does not count.
+        """Attach the z-loss to the logits and log it.
 
-        With padding upstream takes the mean of the ranks' means, whatever number of tokens each has
-        (router.py:621-645, 0.19.2); this is the mean over the tokens of all context- and
-        sequence-parallel ranks.
+        With padding upstream takes the mean of the ranks' means, however many tokens each of them
+        has (router.py:621-645, 0.19.2). Here it is the mean over the real tokens of all context-
+        and sequence-parallel ranks.
+
+        Args:
+            logits: router logits `[t, e]`.
+            padding_mask: `[t]`, true at padding (upstream's docstring says the reverse, its code
+                does not); None without padding.
+
+        Returns:
+            The logits `[t, e]`.
         """
         coefficient = self.config.moe_z_loss_coeff
         if (
@@ -92,17 +109,19 @@ class Mellum2Router(TopKRouter):
             return unpadded
         tokens = (~padding_mask).sum()
         torch.distributed.all_reduce(tokens, group=self.tp_cp_group)
-        total = torch.logsumexp(logits, dim=-1).square().masked_fill(padding_mask, 0.0).sum()
+        squares_t = torch.logsumexp(logits, dim=-1).square()
+        total = squares_t.masked_fill(padding_mask, 0.0).sum()
         mean = total / tokens.clamp(min=1)
-        # Gradients that are to be averaged over tokens are divided by their number at the end of
-        # the step.
+        # With a loss per token Megatron divides all gradients by the tokens of the step at its
+        # end, so nothing is divided here.
         loss = coefficient * (total if self.calculate_per_token_loss else mean)
         attached: torch.Tensor = MoEAuxLossAutoScaler.apply(logits, loss)
         layers = self.config.num_layers
         get_moe_metrics_tracker().record(
             "z_loss",
-            mean * self.tp_cp_group.size(),  # which is then averaged over the ranks
-            self.layer_number + layers * self.is_mtp_layer,
+            # Each rank has its part of the mean: the tracker's average has to be their sum.
+            mean * self.tp_cp_group.size(),
+            self.layer_number + layers * self.is_mtp_layer,  # MTP layers follow the decoder's
             layers + (self.config.mtp_num_layers or 0),
             avg_group=self.tp_dp_cp_group,
         )
@@ -110,8 +129,12 @@ class Mellum2Router(TopKRouter):
 
 
 def configure_routers(model: torch.nn.Module, loss: Loss) -> None:
-    """Make the routers of a model compute ``loss`` as it says; what Megatron's arguments state is
-    left to them."""
+    """Set on a model's routers the loss settings that have no Megatron argument.
+
+    Args:
+        model: a `GPTModel`, or one pipeline stage of it.
+        loss: loss settings; ``aux_loss_gradient`` takes effect here.
+    """
     for module in model.modules():
         if isinstance(module, Mellum2Router):
             module.exact_gradient = loss.aux_loss_gradient == "exact"

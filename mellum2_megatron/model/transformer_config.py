@@ -1,5 +1,4 @@
-"""`TransformerConfig` from the architecture, and the check that a given one describes the same
-model."""
+"""Megatron's `TransformerConfig` of an architecture, and the check that a given one matches it."""
 
 from __future__ import annotations
 
@@ -26,10 +25,11 @@ def transformer_config(architecture: Mellum2Architecture, **overrides: Any) -> T
 
     Args:
         architecture: the model's description.
-        **overrides: further fields of `TransformerConfig` (parallel sizes, precision, dispatcher,
-            losses).
+        **overrides: further fields of `TransformerConfig`, such as parallel sizes, precision,
+            dispatcher or losses.
     """
     fields: dict[str, Any] = {field.name: field.value(architecture) for field in MEGATRON_FIELDS}
+    # Fused kernels are off, because they need Transformer Engine, Apex or a GPU.
     fields |= {
         "activation_func": torch.nn.functional.silu,
         "attention_dropout": 0.0,
@@ -49,56 +49,54 @@ def transformer_config(architecture: Mellum2Architecture, **overrides: Any) -> T
 
 
 def use_plain_initialization(config: TransformerConfig) -> None:
-    """Initialise output projections like all other matrices: normal with `init_method_std` (report:
-    0.02).
+    """Initialise output projections like all other matrices: normal with `init_method_std`.
 
-    Megatron's default divides their deviation by `sqrt(2 * num_layers)`
-    (megatron/core/transformer/transformer_config.py, `scaled_init_method_normal`, 0.19.2) and has
-    no argument for it.
+    Megatron divides their deviation by `sqrt(2 * num_layers)` and has no argument against it
+    (megatron/core/transformer/transformer_config.py, `scaled_init_method_normal`, 0.19.2). The
+    released `config.json` has one deviation, `initializer_range` 0.02.
     """
     config.output_layer_init_method = config.init_method
 
 
 def keep_mtp_projection_in_bf16(config: TransformerConfig) -> None:
-    """Exempt the MTP layer's `eh_proj` from FP8: Transformer Engine's module opens a disabled FP8
-    context for itself.
+    """Exempt the MTP layer's `eh_proj` `[h, 2 h]` from FP8.
 
-    This is Megatron's per-module precision, which its command line reaches through a file
-    (`--te-precision-config-file`; megatron/core/extensions/transformer_engine.py:312-330 and 1065,
-    0.19.2).
+    This is Megatron's per-module precision: the module's linear layer opens a disabled FP8 context
+    (megatron/core/extensions/transformer_engine.py:312-330 and 1065, 0.19.2). Megatron's command
+    line reaches it through a file only (`--te-precision-config-file`).
     """
     from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
-    recipe = {
-        "transformer_engine_config_type": "TEQuantizationParams",
-        "training_recipe": {},
-    }  # no recipe: no FP8
+    # An empty recipe means no FP8.
+    recipe = {"transformer_engine_config_type": "TEQuantizationParams", "training_recipe": {}}
     config.quant_recipe = RecipeConfig([GlobMatcher("*.eh_proj", "bf16")], {"bf16": recipe})
 
 
 def complete_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
-    """Set on `config` what the layer spec decides and the command line left at Megatron's default.
+    """Set the window and QK-norm on `config` where the command line left Megatron's default.
 
-    The configuration is shared by the whole model, so that a stock MTP layer, which Megatron's own
-    builder adds beside our decoder (megatron/training/models/gpt.py:387-414, 0.19.2), slides as
-    well. QK-norm cannot be added that late to such a layer; with MTP it must be on the command
-    line.
+    The configuration is shared by the whole model. A stock MTP layer, which Megatron's own builder
+    adds beside our decoder (megatron/training/models/gpt.py:387-414, 0.19.2), therefore slides too.
     """
     if config.window_size is None and (window := window_size(architecture)) is not None:
         config.window_size = window
         pattern = window_pattern(architecture)
         config.window_attn_skip_freq = int(pattern) if pattern.isdigit() else json.loads(pattern)
+    # A stock MTP layer chose its norms before this call: with MTP the command line must give
+    # --qk-layernorm, and `config_differences` names it.
     if not config.mtp_num_layers:
         config.qk_layernorm = True
 
 
 def config_differences(config: TransformerConfig, architecture: Mellum2Architecture) -> list[str]:
-    """Return one line for each field of `config` that describes another model than
-    `architecture`."""
+    """Return a line for each field of `config` that contradicts `architecture`: name, value, fix.
+
+    A window that the command line leaves out is no difference: `complete_config` sets it.
+    """
     lines = []
     for field in MEGATRON_FIELDS:
         want, have = field.value(architecture), getattr(config, field.name)
-        if (have or None) != (want or None):
+        if (have or None) != (want or None):  # None, 0 and False mean the same
             words = " ".join(field.arguments(architecture)) or f"no {field.flag}"
             lines.append(f"{field.name} is {have!r}, needs {want!r} ({words})")
     for name, want in FIXED_FIELDS.items():
@@ -115,12 +113,15 @@ def config_differences(config: TransformerConfig, architecture: Mellum2Architect
 
 
 def require_matching_config(config: TransformerConfig, architecture: Mellum2Architecture) -> None:
-    """Raise `InputError` naming every difference if `config` describes another model than
-    `architecture`."""
+    """Refuse a `config` that describes another model than `architecture`.
+
+    Raises:
+        InputError: they differ; all differing fields are named.
+    """
     differences = config_differences(config, architecture)
     if differences:
         raise InputError(
             "Megatron's arguments",
             rule="must describe the layer spec's model; " + "; ".join(differences),
-            fix="give the arguments named, or take the layer spec of the model that you mean",
+            fix="give the arguments named, or choose the layer spec of the intended model",
         )

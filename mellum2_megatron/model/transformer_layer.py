@@ -1,4 +1,4 @@
-"""Megatron's transformer layer, which tells its router what is padding."""
+"""Megatron's transformer layer, with the padding of packed documents kept from its router."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ if TYPE_CHECKING:
 
 
 class Mellum2TransformerLayer(TransformerLayer):
-    """`TransformerLayer` whose router leaves the padding between packed documents out of its losses
-    and counts.
+    """`TransformerLayer` whose router leaves padding between packed documents out of its losses and
+    counts.
 
-    Megatron hands a `padding_mask` down from the model's arguments, on the first pipeline stage
-    only in the form that sequence parallelism needs, and shifts it by one token for MTP
-    (gpt_model.py:352, multi_token_prediction.py:1103, 0.19.2). What is padding follows from the
-    documents, which every layer is given; so each layer works it out. Padding is still routed and
-    computed, like everywhere else in the model.
+    Megatron's `padding_mask` is wrong after the first stage (not split for sequence parallelism:
+    megatron/core/models/gpt/gpt_model.py:352, 0.19.2) and shifted by one token for MTP
+    (megatron/core/transformer/multi_token_prediction.py:1103); each layer therefore derives it from
+    `cu_seqlens`. Padding is still routed and computed, as in the rest of the model.
     """
 
     def _forward_mlp(
@@ -30,12 +29,19 @@ class Mellum2TransformerLayer(TransformerLayer):
         padding_mask: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Any:
-        """Run the experts on `[s, b, h]`; documents decide on the mask where they have padding."""
-        packed = packed_seq_params
-        padded = None if packed is None else packed.cu_seqlens_q_padded
-        if self.training and padded is not None and padded is not packed.cu_seqlens_q:
+        """Run the experts, with the mask of the documents in place of the given one.
+
+        Args:
+            hidden_states: `[s, b, h]`, divided by context and sequence parallelism; b is 1 for
+                packed documents.
+            padding_mask: Megatron's mask `[b, s]`, true at padding; used without packed documents.
+            packed_seq_params: THD format of the batch, or None.
+        """
+        padded = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q_padded
+        # Without padding both boundaries are one tensor; inference has no losses to protect.
+        if self.training and padded is not None and padded is not packed_seq_params.cu_seqlens_q:
             padding_mask = document_padding(
-                packed,
+                packed_seq_params,
                 hidden_states.size(0),
                 cp_group=self.pg_collection.cp,
                 sp_group=self.tp_group if self.config.sequence_parallel else None,

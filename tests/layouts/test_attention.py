@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mellum2_megatron.model.context_parallel import (
+    chunk_order,
     document_boundaries,
     partition_indices,
-    stream_order,
 )
 from tests.distributed import run_distributed
 from tests.layouts.attention_worker import SCALE, Problem, held, inputs
@@ -95,7 +95,7 @@ def test_partition_by_definition(cp: int):
     parts = [partition_indices(boundaries, cp, rank) for rank in range(cp)]
     problem = Problem(window=None, rooms=tuple(rooms), lengths=None)
     assert [part.tolist() for part in parts] == [held(problem, cp, rank) for rank in range(cp)]
-    assert torch.cat(parts)[stream_order(boundaries, cp)].tolist() == list(range(boundaries[-1]))
+    assert torch.cat(parts)[chunk_order(boundaries, cp)].tolist() == list(range(boundaries[-1]))
 
 
 def test_a_document_that_does_not_divide_is_named():

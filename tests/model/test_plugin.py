@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
@@ -113,11 +114,18 @@ def test_command_line_of_another_model_is_refused(monkeypatch, flag, value, name
 
 
 def test_every_preset_has_a_spec_under_its_name():
-    for preset, architecture in PRESETS.items():
-        spec = vars(layer_specs)[f"{preset.replace('-', '_')}_torch"]
-        assert spec.submodules.self_attention.params["architecture"] is architecture
-    yarn = vars(layer_specs)["mellum2_12b_128k_torch"].submodules.self_attention.params[
-        "architecture"
-    ]
+    backends = ("torch", "te") if layer_specs.HAVE_TE else ("torch",)
+    expected = {
+        preset.replace("-", "_") + ("_torch" if backend == "torch" else ""): architecture
+        for preset, architecture in PRESETS.items()
+        for backend in backends
+    }
+    specs = {
+        name: value for name, value in vars(layer_specs).items() if isinstance(value, ModuleSpec)
+    }
+    assert specs.keys() == expected.keys()
+    for name, architecture in expected.items():
+        assert specs[name].submodules.self_attention.params["architecture"] is architecture
+    yarn = specs["mellum2_12b_128k_torch"].submodules.self_attention.params["architecture"]
     assert yarn.rope_full_attention.rope_type == "yarn"
     assert yarn.rope_sliding_attention.rope_type == "default"
