@@ -1,9 +1,8 @@
-"""What a save of this project does beyond Megatron's: an empty folder first, a manifest last, old
-checkpoints removed.
+"""Additions of a training run to Megatron's saves: an empty folder, a manifest, pruning.
 
-Megatron writes into ``iter_*`` in place, whatever is there, and moves its tracker when all ranks
-are done. In between, before the tracker moves, each rank hashes the files that it has just written,
-which the system still holds in memory.
+Megatron writes into ``iter_*`` in place, whatever is there, and moves its tracker once all ranks
+are done. Before the tracker moves, each rank hashes the files that it has just written: they are
+still in the page cache. ``training/hooks.py`` puts the wrappers in place.
 """
 
 from __future__ import annotations
@@ -39,54 +38,28 @@ from mellum2_megatron.config import Checkpoint
 logger = logging.getLogger(__name__)
 
 
-def install(
-    settings: Checkpoint,
-    paused: Callable[[], AbstractContextManager[None]],
-    also: Callable[[Path], None],
-) -> None:
-    """Make Megatron's saves do so for the rest of the process.
+def remove_partial_checkpoints(root: Path) -> None:
+    """Delete and log half-written checkpoints of a killed run; one rank calls it.
 
-    Args:
-        settings: of the run.
-        paused: entered around each save, which has no micro-batches.
-        also: called by one rank with each new checkpoint's folder, to put something of its own
-            there.
-    """
-    import torch
-    from megatron.core import dist_checkpointing
-    from megatron.training import training
-
-    # torch.save's own checksum costs several times what writing does, and torch.load never looks at
-    # it; the manifest has a SHA-256 of every file.
-    torch.serialization.set_crc32_options(False)
-    dist_checkpointing.save = _with_manifest(dist_checkpointing.save, also)
-    training.save_checkpoint = _with_retention(training.save_checkpoint, settings, paused)
-
-
-def remove_fragments(root: Path) -> None:
-    """Remove checkpoints of which a run that was killed has left a part, and say so. One rank calls
-    it.
-
-    A part has no `LAST_FILE` and holds nothing but files; folders inside are another format's.
+    Half-written: no completeness mark (`is_complete`), and nothing but files. A folder with folders
+    inside is in Megatron's older format.
     """
     for folder in iteration_folders(root):
-        is_training = iteration_number(folder.name) is not None and not folder.is_symlink()
-        if (
-            is_training
-            and not is_complete(folder)
-            and all(entry.is_file() for entry in folder.iterdir())
-        ):
+        if iteration_number(folder.name) is None or folder.is_symlink() or is_complete(folder):
+            continue
+        if all(entry.is_file() for entry in folder.iterdir()):
             remove_directory(folder)
             logger.warning("removed %s: its save was interrupted", folder)
 
 
 def remove_old(root: Path, *, keep_last: int | None, retain_interval: int | None) -> None:
-    """Remove checkpoints that a run does not keep; nothing from the tracked one on counts as old.
+    """Remove the checkpoints that a run does not keep. The tracked one and newer ones stay.
 
     Args:
-        root: folder of the run.
-        keep_last: how many of the newest stay; None means 1 with a ``retain_interval``, else all.
-        retain_interval: multiples of this stay too.
+        root: output folder of the run.
+        keep_last: number of newest checkpoints to keep; None: 1 with a ``retain_interval``, else
+            all.
+        retain_interval: keep multiples of this number of steps too.
     """
     newest = tracked_iteration(root)
     if newest is None or (keep_last is None and retain_interval is None):
@@ -96,39 +69,90 @@ def remove_old(root: Path, *, keep_last: int | None, retain_interval: int | None
         for folder in iteration_folders(root)
         if not folder.is_symlink()
     ]
+    # Newer than the tracked one: left by a tracker that was set back by hand; not ours to remove.
     saved = sorted(number for number in numbers if number is not None and number <= newest)
     for number in saved[: -(keep_last or 1)]:
         if retain_interval is None or number % retain_interval:
             remove_directory(root / iteration_folder_name(number))
 
 
-def _with_manifest(
-    save: Callable[..., Any], also: Callable[[Path], None] | None = None
+def with_manifest(
+    save: Callable[..., Any], *, extra_save: Callable[[Path], None]
 ) -> Callable[..., Any]:
-    """Wrap `dist_checkpointing.save`, which every rank calls; asynchronous, it returns what it will
-    do at its end."""
+    """Wrap `dist_checkpointing.save`: empty the folder first, write a manifest last.
+
+    Args:
+        save: called by every rank with state and folder. It returns None or, when asynchronous, a
+            request with a list of functions to call at its end.
+        extra_save: called on rank 0 with the empty folder, to add a file to the checkpoint.
+    """
     import torch
 
     @functools.wraps(save)
     def save_with_manifest(state: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
+        path = Path(folder)
         if torch.distributed.get_rank() == 0:
-            _empty(Path(folder))
-            if also is not None:
-                also(Path(folder))
+            _empty(path)
+            extra_save(path)
         torch.distributed.barrier()
         request = save(state, folder, *args, **kwargs)
         if request is None:
-            _write_manifest(Path(folder))
+            _write_manifest(path)
         else:
-            request.finalize_fns.append(functools.partial(_write_manifest, Path(folder)))
+            request.finalize_fns.append(functools.partial(_write_manifest, path))
         return request
 
     return save_with_manifest
 
 
+def with_retention(
+    save_checkpoint: Callable[..., None],
+    *,
+    settings: Checkpoint,
+    paused: Callable[[], AbstractContextManager[None]],
+) -> Callable[..., None]:
+    """Wrap `megatron.training.checkpointing.save_checkpoint`: save a step once, then prune.
+
+    Megatron saves some steps twice, as one at which the batch grows (training.py:3772, 0.19.2). The
+    second save would overwrite the newest checkpoint, and a crash in it would cost all steps since
+    the one before.
+
+    Args:
+        save_checkpoint: called by every rank, with the iteration first.
+        settings: checkpoint settings of the run.
+        paused: context manager for the time of a save, in which no micro-batch starts.
+    """
+    import torch
+
+    saved: set[int] = set()
+
+    @functools.wraps(save_checkpoint)
+    def save_and_prune(iteration: int, *args: Any, **kwargs: Any) -> None:
+        if iteration in saved:
+            return
+        with paused():
+            save_checkpoint(iteration, *args, **kwargs)
+            saved.add(iteration)
+            if torch.distributed.get_rank() != 0 or settings.output is None:
+                return
+            try:
+                remove_old(
+                    Path(settings.output),
+                    keep_last=settings.keep_last,
+                    retain_interval=settings.retain_interval,
+                )
+            except OSError as error:  # no reason to end a run
+                logger.warning("an old checkpoint could not be removed: %s", error)
+
+    return save_and_prune
+
+
 def _empty(folder: Path) -> None:
-    """Empty a folder, its completeness mark first: an earlier save's files must not count as this
-    one's."""
+    """Empty a folder.
+
+    The ``.json`` files go first, among them the completeness mark: an interruption in between must
+    not leave a checkpoint that counts as complete.
+    """
     for entry in sorted(folder.iterdir(), key=lambda entry: not entry.name.endswith(".json")):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -137,15 +161,22 @@ def _empty(folder: Path) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    """Hash this rank's files and write the manifest of all of them. A collective of all ranks."""
+    """Hash this rank's files and write the manifest of all ranks' files. A collective.
+
+    Raises:
+        WorkError: a rank could not read its files; raised on every rank.
+    """
     import torch
 
     rank = torch.distributed.get_rank()
+    own: dict[str, FileRecord] | str
+    try:
+        own = hash_files(sorted(folder.glob(f"__{rank}_*")))
+    except OSError as error:
+        own = str(error)  # raised below by all ranks: one alone would leave the others waiting
     parts: list[dict[str, FileRecord] | str] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, _own_records(folder, f"__{rank}_"))
-    failed = [
-        f"rank {number}: {part}" for number, part in enumerate(parts) if isinstance(part, str)
-    ]
+    torch.distributed.all_gather_object(parts, own)
+    failed = [f"rank {index}: {part}" for index, part in enumerate(parts) if isinstance(part, str)]
     if failed:
         raise WorkError(
             f"{folder} could not be hashed ({'; '.join(failed)})", fix="check that disk"
@@ -153,12 +184,11 @@ def _write_manifest(folder: Path) -> None:
     if rank == 0:
         if (folder.parent / ARCHITECTURE_FILE).is_file():
             write_run_config(folder, read_architecture(folder.parent))
-        records = {
-            name: record
-            for part in parts
-            if isinstance(part, dict)
-            for name, record in part.items()
-        }
+        records: dict[str, FileRecord] = {}
+        for part in parts:
+            assert not isinstance(part, str)
+            records |= part
+        # Files of no rank: Megatron's common state and metadata, the guard's state, run_config.
         others = [
             file
             for file in folder.iterdir()
@@ -166,47 +196,3 @@ def _write_manifest(folder: Path) -> None:
         ]
         write_manifest(folder, records | hash_files(others))
     torch.distributed.barrier()
-
-
-def _own_records(folder: Path, prefix: str) -> dict[str, FileRecord] | str:
-    """Return the records of this rank's files (``__RANK_N.distcp``), or why they could not be
-    read."""
-    try:
-        return hash_files(sorted(folder.glob(f"{prefix}*")))
-    except OSError as error:
-        return str(error)
-
-
-def _with_retention(
-    save_checkpoint: Callable[..., None],
-    settings: Checkpoint,
-    paused: Callable[[], AbstractContextManager[None]],
-) -> Callable[..., None]:
-    """Wrap `megatron.training.checkpointing.save_checkpoint`, which every rank calls.
-
-    A step is saved once. Megatron saves some twice, as a step at which the batch grows
-    (training.py:3772, 0.19.2): the second save would overwrite the newest checkpoint, and a crash
-    in it would cost more than the steps since.
-    """
-    import torch
-
-    saved: set[int] = set()
-
-    @functools.wraps(save_checkpoint)
-    def save_and_remove(iteration: int, *args: Any, **kwargs: Any) -> None:
-        if iteration in saved:
-            return
-        with paused():
-            save_checkpoint(iteration, *args, **kwargs)
-            saved.add(iteration)
-            if torch.distributed.get_rank() == 0 and settings.output is not None:
-                _remove_old(Path(settings.output), settings)
-
-    return save_and_remove
-
-
-def _remove_old(root: Path, settings: Checkpoint) -> None:
-    try:
-        remove_old(root, keep_last=settings.keep_last, retain_interval=settings.retain_interval)
-    except OSError as error:  # no reason to end a run
-        logger.warning("an old checkpoint could not be removed: %s", error)

@@ -258,14 +258,26 @@ _NOT_FINITE = re.compile(
 
 def _not_finite(found: re.Match[str]) -> WorkError:
     rank, iteration, value, message = found.groups()
+    kind = "gradient" if is_gradient_check(message) else "loss"
     number = re.search(r"-?(inf|nan)", value)
     # The machine counts a step when it begins (:303), and its message adds one more.
     return WorkError(
-        f"the {'gradient' if 'grad' in message else 'loss'} is {number.group() if number else value} on rank {rank} at "
+        f"the {kind} is {number.group() if number else value} on rank {rank} at "
         f"step {int(iteration) - 1}; nothing was saved after it",
-        fix="look at the metrics before that step; go on from an earlier checkpoint with a lower optimizer.lr or a "
-        "smaller optimizer.clip_grad",
+        fix="look at the metrics before that step; resume from an earlier checkpoint with a lower "
+        "optimizer.lr or a smaller optimizer.clip_grad",
     )
+
+
+_GRADIENT_WORD = "grad"
+"""Part of each message of Megatron's checks on gradients, as in "found NaN in local grad norm for
+bucket #0" (core/distributed/param_and_grad_buffer.py:349-369, 0.19.2); not of
+`training.step.LOSS_CHECK`."""
+
+
+def is_gradient_check(message: str) -> bool:
+    """Return True if a `validate_result` message is about a gradient, False if about a loss."""
+    return _GRADIENT_WORD in message
 
 
 def is_echo(error: BaseException) -> bool:

@@ -48,7 +48,7 @@ class Store(Protocol):
     def check(self, keys: list[str]) -> bool: ...
 
 
-class Watch:
+class HangWatch:
     """Watches one rank's main thread.
 
     Args:
@@ -77,7 +77,7 @@ class Watch:
         self._main = threading.get_ident()
         self._thread: threading.Thread | None = None
 
-    def beating(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    def count_micro_batches(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a `forward_step` that tells the watch when it begins; the first one starts it."""
 
         @functools.wraps(forward_step)

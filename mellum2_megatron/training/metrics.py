@@ -1,9 +1,8 @@
-"""What a training step looked like, taken from Megatron where it appears and handed to the run's
-own log.
+"""Metrics of each step, taken from Megatron as it reports them and written to the run's log.
 
-Megatron reports losses, learning rate and gradient norm to a TensorBoard writer on the last rank,
-one scalar a call. `ScalarCapture` takes the writer's place; a wrapper around `training_log` says
-when a step's scalars are complete.
+On the last rank Megatron reports losses, learning rate and gradient norm to a TensorBoard writer,
+one scalar a call. `ScalarCapture` takes the writer's place. `training_log`, which reports them, is
+wrapped (``hooks.hooks``): when it returns, a step's scalars are complete.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.training import get_args
 
 from mellum2_megatron.common.values import to_plain
 from mellum2_megatron.metrics.log import MetricsLogger
@@ -36,13 +37,18 @@ NAMES = {
     "batch-size": "batch_size",
     "iteration-time": "seconds_per_step",
 }
-"""Megatron's names of the scalars that are kept, and ours."""
+"""Megatron's name of each scalar that is kept -> its name in the log."""
 
 VALIDATION_NAMES = {"lm loss validation": "lm_loss"}
+"""The same for the scalars of a validation."""
 
 
 class ScalarCapture:
-    """Stands where Megatron expects a `SummaryWriter` and keeps the latest scalars by name."""
+    """Stands where Megatron expects a `SummaryWriter`, and keeps the latest scalars by name.
+
+    Args:
+        on_validation: called with step and values when a validation loss arrives.
+    """
 
     def __init__(self, on_validation: Callable[[int, dict[str, float]], None]) -> None:
         self.values: dict[str, float] = {}
@@ -51,7 +57,7 @@ class ScalarCapture:
     def add_scalar(
         self, tag: str, scalar_value: Any, global_step: int | None = None, *_: Any, **__: Any
     ) -> None:
-        """Keep the value of a known name; a validation loss goes out at once."""
+        """Keep the value of a known name; hand on a validation loss at once."""
         if tag in NAMES:
             self.values[NAMES[tag]] = float(scalar_value)
         elif tag in VALIDATION_NAMES and global_step is not None:
@@ -65,10 +71,10 @@ class ScalarCapture:
 
 
 class TrainingMetrics:
-    """The run's log, fed by Megatron's training loop.
+    """Log of the run, fed by Megatron's training loop.
 
     Args:
-        run: the resolved run.
+        run: a resolved run.
     """
 
     def __init__(self, run: Run) -> None:
@@ -76,9 +82,16 @@ class TrainingMetrics:
         self._routers: list[Mellum2Router] = []
         self._log: MetricsLogger | None = None
         self._last_validation = -1
+        self._capture = ScalarCapture(self._log_validation)
 
-    def watching(self, provider: Callable[..., GPTModel]) -> Callable[..., GPTModel]:
-        """Return `provider`, remembering the routers of every model part it builds."""
+    @property
+    def log(self) -> MetricsLogger:
+        """The log; there is one once `open` was called."""
+        assert self._log is not None
+        return self._log
+
+    def wrap_provider(self, provider: Callable[..., GPTModel]) -> Callable[..., GPTModel]:
+        """Wrap a model provider: collect the routers of every model part that it builds."""
 
         @functools.wraps(provider)
         def provide(*args: Any, **kwargs: Any) -> GPTModel:
@@ -90,21 +103,16 @@ class TrainingMetrics:
 
         return provide
 
-    def start(self) -> None:
-        """Open the log and hook into the loop. Called once Megatron is set up and a checkpoint, if
-        any, is loaded."""
-        if self._log is not None:
-            return
-        from megatron.training import get_args, global_vars, training
-
+    def open(self) -> None:
+        """Open the log; call it once a checkpoint, if any, is restored (its step is needed)."""
         args = get_args()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         logging, schedule = self.run.logging, self.run.schedule
         self._log = MetricsLogger(
             args.save,
-            rank=world_size
-            - 1
-            - rank,  # Megatron has losses on the last pipeline stage, hence on the last rank
+            # The log's rank 0 writes. Megatron has losses on the last pipeline stage only, hence
+            # on the last rank.
+            rank=world_size - 1 - rank,
             world_size=world_size,
             run_name=logging.wandb_name or self.run.name,
             tensorboard=logging.tensorboard,
@@ -116,32 +124,28 @@ class TrainingMetrics:
             total_samples=schedule.train_samples,
         )
         if self._log.last_step("valid") == args.iteration:
-            self._last_validation = (
-                args.iteration
-            )  # a finished run started again has nothing to add
-        capture = ScalarCapture(self._validated)
-        if rank == world_size - 1:
-            global_vars._GLOBAL_TENSORBOARD_WRITER = capture
-        training.training_log = self._logging_steps(training.training_log, capture)
+            # Megatron validates a finished run again when it is started again.
+            self._last_validation = args.iteration
 
     def close(self) -> None:
-        """Finish the log."""
+        """Close the log, if it was opened."""
         if self._log is not None:
             self._log.close()
 
-    def event(self, event: Event) -> None:
-        """Log what went wrong in a step, and what was done about it."""
-        assert self._log is not None
-        self._log.log_event(event.step, event.note, event.values)
+    def log_event(self, event: Event) -> None:
+        """Log a step that went wrong, and the action taken."""
+        self.log.log_event(event.step, event.note, event.values)
 
-    def _logging_steps(
-        self, training_log: Callable[..., Any], capture: ScalarCapture
-    ) -> Callable[..., Any]:
-        """Wrap Megatron's `training_log`: it has no hook for the end of a step (training.py:2568,
-        0.19.2)."""
+    def replace_writer(self, writer: object | None) -> object | None:
+        """Return the capture on the last rank, whose writer alone Megatron uses; else `writer`."""
+        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        return self._capture if is_last else writer
+
+    def wrap_training_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap Megatron's `training_log`, which it calls at the end of each step on every rank."""
 
         @functools.wraps(training_log)
-        def log(
+        def log_step(
             loss_dict: Any,
             total_loss_dict: Any,
             learning_rate: Any,
@@ -149,46 +153,40 @@ class TrainingMetrics:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
-            capture.values.pop(
-                "grad_norm", None
-            )  # a skipped update has none, and an earlier one's would stay
+            # A skipped update reports no gradient norm; an earlier step's would be logged again.
+            self._capture.values.pop("grad_norm", None)
             result = training_log(
                 loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
             )
-            if (
-                iteration % self.run.logging.log_interval == 0
-                or iteration == self.run.schedule.train_steps
-            ):
-                values = dict(capture.values) | self._expert_load()
-                self._log_step(iteration, values)
+            run = self.run
+            is_last = iteration == run.schedule.train_steps
+            if iteration % run.logging.log_interval and not is_last:
+                return result
+            values = self._capture.values | self._expert_load()
+            values["samples"] = float(get_args().consumed_train_samples)
+            values["tokens"] = values["samples"] * run.data.sequence_length
+            seconds = values.get("seconds_per_step")
+            if seconds:
+                rate = values["batch_size"] * run.data.sequence_length / seconds
+                flops = run.architecture.flops_per_token(run.data.sequence_length)
+                values["tokens_per_second"] = rate
+                values["model_tflops_per_second"] = rate * flops / 1e12
+            self.log.log_step(iteration, values)
             return result
 
-        return log
+        return log_step
 
-    def _log_step(self, step: int, values: dict[str, float]) -> None:
-        assert self._log is not None
-        from megatron.training import get_args
-
-        run = self.run
-        values["samples"] = float(get_args().consumed_train_samples)
-        values["tokens"] = values["samples"] * run.data.sequence_length
-        seconds = values.get("seconds_per_step")
-        if seconds:
-            rate = values["batch_size"] * run.data.sequence_length / seconds
-            flops = run.architecture.flops_per_token(run.data.sequence_length)
-            values["tokens_per_second"] = rate
-            values["model_tflops_per_second"] = rate * flops / 1e12
-        self._log.log_step(step, values)
-
-    def _validated(self, step: int, values: dict[str, float]) -> None:
-        assert self._log is not None
-        if step != self._last_validation:  # Megatron validates once more after the last step
+    def _log_validation(self, step: int, values: dict[str, float]) -> None:
+        """Log a validation, once: Megatron validates again after the last step."""
+        if step != self._last_validation:
             self._last_validation = step
-            self._log.log_eval(step, values)
+            self.log.log_eval(step, values)
 
     def _expert_load(self) -> dict[str, float]:
-        """Return the busiest and the idlest expert of each layer, as shares of an even load. A
-        collective."""
+        """Return load of the busiest and idlest expert of each layer, relative to an even load.
+
+        A collective of the pipeline stages, each of which has its own layers.
+        """
         load: dict[str, float] = {}
         for router in self._routers:
             counts = router.last_global_load
@@ -198,8 +196,6 @@ class TrainingMetrics:
             shares = counts / counts.mean()
             load[f"expert_load/{layer}/max_over_mean"] = shares.max().item()
             load[f"expert_load/{layer}/min_over_mean"] = shares.min().item()
-        from megatron.core import parallel_state
-
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         if stages == 1:
             return load

@@ -1,9 +1,12 @@
-"""The main of every rank: a resolved run becomes Megatron's own `pretrain`.
+"""The main of every rank: checks a resolved run and trains it with Megatron's own `pretrain`.
 
     torchrun --nproc-per-node 2 -m mellum2_megatron.training runs/tiny/run.yaml --device cpu
 
-`mellum2 train` checks the run, writes the file and starts this; the file is the whole truth of the
-run.
+`mellum2 train` writes the YAML file and starts this; the file alone defines the run.
+
+Nothing that imports torch or Megatron is imported at the top of this module. Our changes to
+Megatron (`_activate`) must be in place before it is first imported, and bad input is refused in
+less time than torch takes to load.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+from mellum2_megatron import upstream
 from mellum2_megatron.checkpoint import check_run_folder, output_folder, read_run, write_run_folder
 from mellum2_megatron.checkpoint.folder import resume_folder, tracked_iteration
 from mellum2_megatron.checkpoint.run_folder import check_share
-from mellum2_megatron.checkpoint.saving import remove_fragments
+from mellum2_megatron.checkpoint.saving import remove_partial_checkpoints
 from mellum2_megatron.common.errors import WorkError
 from mellum2_megatron.common.provenance import record
 from mellum2_megatron.config import Device, Run
@@ -30,16 +34,13 @@ from mellum2_megatron.faults.failures import (
     only_complete_checkpoints,
     report_failure,
 )
-from mellum2_megatron.faults.hang_watch import Watch, default_store
+from mellum2_megatron.faults.hang_watch import HangWatch, default_store
 from mellum2_megatron.faults.stop_request import STOPPED, StopRequest
 from mellum2_megatron.planning.rules import enforce
-from mellum2_megatron.training.datasets import dataset_provider
-from mellum2_megatron.training.step import forward_step
-from mellum2_megatron.upstream import environment, megatron_arguments
 
 _ECHO_SECONDS = 5.0
-"""A rank that failed because of another one waits so long, so that the other's reason is the one
-that is reported."""
+"""Seconds to wait before exiting when this rank failed only because another did; the first cause is
+then reported first."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0, or `STOPPED` (75) after a signal and a save. A failure ends the process: 2 for bad input,
-        1 at work (`failures.report_failure` says which).
+        else 1 (`failures.report_failure`).
     """
     parser = argparse.ArgumentParser(
         prog="python -m mellum2_megatron.training", description=main.__doc__
@@ -60,14 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--to-launcher",
         action="store_true",
-        help="leave what ended this rank to the launcher to tell",
+        help="write a failure to the launcher's report file, not to stderr",
     )
     options = parser.parse_args(argv)
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # an interrupt ends a rank at once, even inside a collective
+    # An interrupt ends a rank at once: Python's own handler waits while a collective runs.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        done = train(
+        finished = train(
             read_run(options.run),
             device=options.device,
             verbose=options.verbose,
@@ -76,15 +76,13 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         torch.distributed.destroy_process_group()
-        if not done:
-            _end(
-                STOPPED
-            )  # at once: a signal that the launcher still sends would be taken for the reason
+        if not finished:
+            # At once: a signal that the launcher still sends would be taken for the reason.
+            _end(STOPPED)
     except SystemExit:
         raise
-    except (
-        BaseException
-    ) as error:  # a failed save is no Exception (torch/distributed/checkpoint/api.py, 2.15)
+    # A failed save is no Exception (torch/distributed/checkpoint/api.py, 2.15).
+    except BaseException as error:
         code = report_failure(error, to_launcher=options.to_launcher, verbose=options.verbose)
         if is_echo(error):
             time.sleep(_ECHO_SECONDS)
@@ -93,24 +91,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """End this process; not by sys.exit, since at exit threads and process groups may wait for
-    ranks that are gone."""
+    """End this process at once. In sys.exit, threads and process groups may wait for lost ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool = False) -> bool:
-    """Train `run` in this process; torchrun's environment says which rank it is.
+    """Train `run` in this process; torchrun's environment names the rank.
 
     Args:
         run: a resolved run.
         device: what to compute on; "cpu" activates the CPU backend.
-        verbose: let Megatron print what it prints.
+        verbose: keep Megatron's own output.
         to_launcher: see `failures.report_failure`.
 
     Returns:
-        Whether the run has ended; False if it was told to stop, and has saved what there is.
+        True if the run has ended, False if it was stopped by a signal and has saved.
 
     Raises:
         InputError: the run cannot work as it is.
@@ -120,24 +117,38 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     enforce(run, world_size=world_size, device=device)
     check_run_folder(run)
     check_share(run, rank=rank, world_size=world_size)
-    os.environ.update(environment(run))
-    _activate(device, verbose)
+    os.environ.update(upstream.environment(run))
+    _activate(device, verbose=verbose)
     output, stop = output_folder(run), StopRequest()
     stop.listen()
-    watch = _watch(run, rank, world_size, to_launcher=to_launcher)
+
+    def end_hung_rank(error: WorkError, first: bool) -> None:
+        # A launcher picks one of all ranks' reports; without one the first rank speaks for all.
+        if first or to_launcher:
+            report_failure(error, to_launcher=to_launcher, verbose=False)
+        _end(error.exit_code)
+
+    watch = HangWatch(
+        rank=rank,
+        world_size=world_size,
+        timeout=run.timeout_minutes * 60,
+        end=end_hung_rank,
+        step=_current_step,
+        store=default_store,
+    )
     if rank == 0:
-        remove_fragments(output)
+        remove_partial_checkpoints(output)
         write_run_folder(run)
         resumed = tracked_iteration(Path(resume_folder(str(output), run.checkpoint.continue_from)))
         record(
             output, event="start", world_size=world_size, from_step=resumed, more={"device": device}
         )
     with only_complete_checkpoints(output) if rank == 0 else nullcontext(), explained(output):
+        from mellum2_megatron.training.loop import run_loop
+
         try:
-            _pretrain(run, world_size, device, stop, watch)
-        except (
-            SystemExit
-        ) as end:  # the way in which Megatron leaves its loop early (training.py:4155)
+            run_loop(run, world_size=world_size, device=device, stop=stop, watch=watch)
+        except SystemExit as end:  # Megatron's way to leave its loop early
             if end.code or not stop.agreed:
                 raise
             return False
@@ -146,28 +157,8 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     return True
 
 
-def _watch(run: Run, rank: int, world_size: int, *, to_launcher: bool) -> Watch:
-    def end(error: WorkError, first: bool) -> None:
-        if first or to_launcher:
-            report_failure(error, to_launcher=to_launcher, verbose=False)
-        _end(error.exit_code)
-
-    def step() -> int:
-        from megatron.training import get_args
-
-        return int(get_args().curr_iteration) + 1
-
-    timeout = run.timeout_minutes * 60
-    return Watch(
-        rank=rank, world_size=world_size, timeout=timeout, end=end, step=step, store=default_store
-    )
-
-
-def _activate(device: Device, verbose: bool) -> None:
-    """Make Megatron importable and runnable on `device`; before this nothing of it may be
-    imported."""
-    from mellum2_megatron import upstream
-
+def _activate(device: Device, *, verbose: bool) -> None:
+    """Make Megatron importable and runnable on `device`; nothing may have imported it before."""
     if not verbose:
         upstream.quiet_upstream()
     if device == "cpu":
@@ -178,43 +169,7 @@ def _activate(device: Device, verbose: bool) -> None:
         upstream.activate()
 
 
-def _pretrain(run: Run, world_size: int, device: Device, stop: StopRequest, watch: Watch) -> None:
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+def _current_step() -> int:
+    from megatron.training import get_args
 
-    from mellum2_megatron.checkpoint import saving
-    from mellum2_megatron.faults.step_guard import StepGuard
-    from mellum2_megatron.model.provider import run_model_provider
-    from mellum2_megatron.training.metrics import TrainingMetrics
-
-    backend = run.resolved_backend(device)
-    words = megatron_arguments(run, world_size=world_size, device=device, backend=backend)
-    sys.argv = [
-        sys.argv[0],
-        *words,
-    ]  # Megatron has no other way in (megatron/training/arguments.py:parse_args)
-    container = pretrain_cfg_container_from_args(parse_and_validate_args())
-    metrics = TrainingMetrics(run)
-    guard = StepGuard(run.stability, metrics.event)
-    saving.install(run.checkpoint, watch.paused, also=guard.save)
-
-    def loaded() -> None:
-        metrics.start()
-        guard.install(output_folder(run))
-        stop.attach()
-
-    try:
-        pretrain(
-            container,
-            dataset_provider(run, loaded),
-            ModelType.encoder_or_decoder,
-            watch.beating(guard.watching(forward_step)),
-            # Not through the container: in 0.19.2 that path never lays parameters out for
-            # layer-wise Muon (megatron/training/training.py:2040-2061), which then runs without
-            # sharding its state.
-            model_provider=metrics.watching(run_model_provider(run, backend)),
-        )
-    finally:
-        metrics.close()
+    return int(get_args().curr_iteration) + 1

@@ -18,7 +18,7 @@ from typing import Any
 _FLAG = "is_expert_parallel"
 
 
-def ask_without_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+def omit_param_groups_from_request(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `LayerWiseDistributedOptimizer.sharded_state_dict`."""
 
     @functools.wraps(original)
@@ -32,7 +32,7 @@ def ask_without_groups(original: Callable[..., Any]) -> Callable[..., Any]:
     return sharded_state_dict
 
 
-def load_into_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+def restore_param_groups(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `LayerWiseDistributedOptimizer.load_state_dict`."""
 
     @functools.wraps(original)

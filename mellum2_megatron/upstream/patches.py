@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.upstream import patching
-from mellum2_megatron.upstream.muon_groups import ask_without_groups, load_into_groups
+from mellum2_megatron.upstream.muon_groups import (
+    omit_param_groups_from_request,
+    restore_param_groups,
+)
 from mellum2_megatron.upstream.patching import Patch
 
 if TYPE_CHECKING:
@@ -271,14 +274,14 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="muon-groups-asked",
         target="megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.sharded_state_dict",
-        replacement=ask_without_groups,
+        replacement=omit_param_groups_from_request,
         why="core/dist_checkpointing/dict_utils.py:227 merges parameter groups by position; layer-wise Muon has one "
         "more with expert parallelism: a checkpoint of ep=1 cannot be resumed on ep>1, nor the other way round",
     ),
     Patch(
         name="muon-groups-loaded",
         target="megatron.core.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.load_state_dict",
-        replacement=load_into_groups,
+        replacement=restore_param_groups,
         why="the other half of muon-groups-asked: core/optimizer/optimizer.py:637 wants as many groups as the run has",
     ),
     Patch(

@@ -31,7 +31,11 @@ from mellum2_megatron.checkpoint.folder import (
     write_tracker,
 )
 from mellum2_megatron.checkpoint.run_folder import check_share
-from mellum2_megatron.checkpoint.saving import _with_retention, remove_fragments, remove_old
+from mellum2_megatron.checkpoint.saving import (
+    remove_old,
+    remove_partial_checkpoints,
+    with_retention,
+)
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Checkpoint, Run, to_yaml
 from mellum2_megatron.data.prepared_folder import PreparedData
@@ -441,8 +445,10 @@ def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     calls: list[int] = []
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     settings = Checkpoint(output=str(tmp_path), keep_last=1)
-    save = _with_retention(
-        lambda iteration, *_: calls.append(iteration), settings, contextlib.nullcontext
+    save = with_retention(
+        lambda iteration, *_: calls.append(iteration),
+        settings=settings,
+        paused=contextlib.nullcontext,
     )
     checkpoints(tmp_path, 2, 3, tracked=3)
     for iteration in (2, 2, 3):
@@ -466,7 +472,7 @@ def test_a_fragment_is_never_taken_and_is_removed_at_the_next_start(
         InputError, match=r"half a checkpoint.*complete: iter_0000002, iter_0000003, iter_0000006"
     ):
         find_checkpoint(fragment)
-    remove_fragments(output)
+    remove_partial_checkpoints(output)
     assert not fragment.exists()
     assert legacy.exists()
     assert all(is_complete(output / iteration_folder_name(number)) for number in (3, 6))

@@ -102,7 +102,7 @@ def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
 def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
     """In some steps one rank's loss is NaN, or only its gradient is, or its loss is three times
     what it should be."""
-    from mellum2_megatron.training import rank_main as module
+    from mellum2_megatron.training import step as module
 
     sum_loss = module.sum_loss
 
@@ -162,7 +162,7 @@ def write_manifest(folder: str, later: bool) -> None:
             return write()
         return SimpleNamespace(finalize_fns=[write, torch.distributed.barrier])
 
-    request = saving._with_manifest(save)({}, folder)
+    request = saving.with_manifest(save, extra_save=lambda _: None)({}, folder)
     assert Path(folder, saving.MANIFEST_FILE).exists() is not later
     for finalize in request.finalize_fns if later else ():
         finalize()
@@ -170,7 +170,7 @@ def write_manifest(folder: str, later: bool) -> None:
 
 def _on_batch(rank: int, step: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Let something happen to the first micro-batch of a step, on one rank."""
-    from mellum2_megatron.training import rank_main as module
+    from mellum2_megatron.training import step as module
 
     get_batch, done = module.get_batch, []
 

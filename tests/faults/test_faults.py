@@ -20,7 +20,7 @@ from mellum2_megatron.checkpoint.folder import is_complete, iteration_folders, t
 from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.faults.failures import RankFailure, root_cause
-from mellum2_megatron.faults.hang_watch import Place, Watch, blame
+from mellum2_megatron.faults.hang_watch import HangWatch, Place, blame
 from mellum2_megatron.faults.stop_request import STOPPED, is_stop
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from tests import REPOSITORY
@@ -236,7 +236,7 @@ def test_blame(places: dict[int, Place], said: str) -> None:
 
 def test_a_save_takes_as_long_as_it_takes() -> None:
     started = time.monotonic()
-    watch = Watch(
+    watch = HangWatch(
         rank=0, world_size=1, timeout=60, end=pytest.fail, step=lambda: 1, store=pytest.fail
     )
     assert not watch.is_overdue(started + 59)
@@ -245,7 +245,7 @@ def test_a_save_takes_as_long_as_it_takes() -> None:
         assert not watch.is_overdue(started + 3600)
         began = time.monotonic()
     assert not watch.is_overdue(began + 59)
-    assert watch.beating(lambda value: value + 1)(1) == 2
+    assert watch.count_micro_batches(lambda value: value + 1)(1) == 2
     watch.stop()
 
 

@@ -15,11 +15,11 @@ def train(run_file: str, order: Sequence[int] | None = None) -> None:
         order: take the micro-batches of each step in this order; one index for each of them.
     """
     from mellum2_megatron.checkpoint import read_run
-    from mellum2_megatron.training import rank_main as training
+    from mellum2_megatron.training import loop, rank_main
 
     if order is not None:
-        training.forward_step = _reordering(training.forward_step, order)
-    training.train(read_run(Path(run_file)), device="cpu")
+        loop.forward_step = _reordering(loop.forward_step, order)
+    rank_main.train(read_run(Path(run_file)), device="cpu")
 
 
 def _reordering(forward_step: Any, order: Sequence[int]) -> Any:

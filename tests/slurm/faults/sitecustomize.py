@@ -16,24 +16,24 @@ from typing import Any
 
 
 def _install() -> None:
-    from mellum2_megatron.faults.hang_watch import Watch
+    from mellum2_megatron.faults.hang_watch import HangWatch
     from mellum2_megatron.faults.stop_request import StopRequest
 
     folder, heard = Path(sys.orig_argv[3]).parent, []
-    hear, beating = StopRequest._hear, Watch.beating
+    on_signal, count = StopRequest._on_signal, HangWatch.count_micro_batches
 
-    def hear_and_tell(self: Any, *args: Any) -> None:
+    def note_signal(self: Any, *args: Any) -> None:
         heard.append(args)
-        hear(self, *args)
+        on_signal(self, *args)
 
     def gated(self: Any, forward_step: Any) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
             _wait(folder / "gate", heard)
             return forward_step(*args, **kwargs)
 
-        return beating(self, step)
+        return count(self, step)
 
-    StopRequest._hear, Watch.beating = hear_and_tell, gated  # type: ignore[method-assign]
+    StopRequest._on_signal, HangWatch.count_micro_batches = note_signal, gated  # type: ignore[method-assign]
 
 
 def _wait(gate: Path, heard: list[Any]) -> None:

@@ -1,0 +1,131 @@
+"""Everything that a training run replaces in Megatron's loop, in one table.
+
+Megatron offers a run four hooks of its own: model provider, dataset provider, `forward_step` and
+loss function (`loop.run_loop` passes them). The rest of what we need from its loop stands here, as
+`Patch`es in the form of ``upstream.patches.PATCHES``: target, upstream fact, version. The code that
+does the work stays with its subject (`saving`, `step_guard`, `metrics`, `stop_request`). Each entry
+has a test in ``tests/training/test_hooks.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mellum2_megatron.checkpoint.saving import with_manifest, with_retention
+from mellum2_megatron.upstream import patching
+from mellum2_megatron.upstream.patching import Patch
+
+if TYPE_CHECKING:
+    from mellum2_megatron.config import Checkpoint
+    from mellum2_megatron.faults.step_guard import StepGuard
+    from mellum2_megatron.faults.stop_request import StopRequest
+    from mellum2_megatron.training.metrics import TrainingMetrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopParts:
+    """The objects of one run that take part in Megatron's loop.
+
+    Attributes:
+        checkpoint: checkpoint settings of the run.
+        metrics: log of the run.
+        guard: judges each step's losses and gradients.
+        stop: stop signals that this rank got.
+        pause_watch: context manager in which the hang watch is off.
+    """
+
+    checkpoint: Checkpoint
+    metrics: TrainingMetrics
+    guard: StepGuard
+    stop: StopRequest
+    pause_watch: Callable[[], AbstractContextManager[None]]
+
+
+def hooks(parts: LoopParts) -> tuple[Patch, ...]:
+    """Return the table, bound to the objects of one run."""
+    return (
+        Patch(
+            name="scalars",
+            target="megatron.training.global_vars:_GLOBAL_TENSORBOARD_WRITER",
+            replacement=parts.metrics.replace_writer,
+            why="training/training.py:2588 gives a step's losses, rate and gradient norm to a "
+            "TensorBoard writer and to nobody else",
+        ),
+        Patch(
+            name="end-of-step",
+            target="megatron.training.training:training_log",
+            replacement=parts.metrics.wrap_training_log,
+            why="training/training.py:3985 has no callback at the end of a step; this function is "
+            "called after every step on every rank",
+        ),
+        Patch(
+            name="step",
+            target="megatron.training.training:train_step",
+            replacement=parts.guard.wrap_train_step,
+            why="training/training.py:3856 has no callback around a step, and :2518 holds the "
+            "learning-rate schedule back when an update was skipped",
+        ),
+        Patch(
+            name="bad-value",
+            target="megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
+            replacement=parts.guard.wrap_validate_result,
+            why="core/rerun_state_machine.py:534 raises on the rank that saw a non-finite loss or "
+            "gradient, before the ranks could decide together to skip the update",
+        ),
+        Patch(
+            name="update-or-skip",
+            target="megatron.core.optimizer.optimizer:ChainedOptimizer.prepare_grads",
+            replacement=parts.guard.wrap_prepare_grads,
+            why="core/optimizer/optimizer.py:1862 is the last point before anything is clipped or "
+            "changed; where it returns True, `step` returns without an update",
+        ),
+        Patch(
+            name="save-files",
+            target="megatron.core.dist_checkpointing.serialization:save",
+            replacement=functools.partial(with_manifest, extra_save=parts.guard.save),
+            why="training/checkpointing.py:827 writes into the folder whatever is there, and "
+            "records no digest of what was written",
+        ),
+        Patch(
+            name="save-checkpoint",
+            target="megatron.training.checkpointing:save_checkpoint",
+            replacement=functools.partial(
+                with_retention, settings=parts.checkpoint, paused=parts.pause_watch
+            ),
+            why="training/training.py:3086 keeps every checkpoint, and :3772 saves a step twice "
+            "where the batch grows",
+        ),
+        Patch(
+            name="stop-signal",
+            target="megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER",
+            replacement=lambda _: parts.stop,
+            why="training/dist_signal_handler.py:49 listens to one signal, once Megatron is set "
+            "up; schedulers send either of two, at any time",
+        ),
+    )
+
+
+def install_hooks(parts: LoopParts) -> None:
+    """Apply the table for the rest of the process; call it once Megatron is set up.
+
+    Not earlier: Megatron asserts that its two globals are None when it sets them
+    (training/global_vars.py:83, 0.19.2).
+
+    Raises:
+        InputError: the installed megatron-core is not the version of an entry. Ranks notice before
+            this, in ``upstream.activate``.
+    """
+    import torch
+    from megatron.training import get_args
+
+    # torch.save's own checksum costs several times what writing does, and torch.load never reads
+    # it; the manifest has a SHA-256 of every file.
+    torch.serialization.set_crc32_options(False)
+    patching.install(hooks(parts))
+    # Makes the loop ask the handler after each step (training.py:3247). As an argument from the
+    # start it would make Megatron install its own handler over ours.
+    get_args().exit_signal_handler = True

@@ -1,0 +1,84 @@
+"""Wires one run into Megatron's `pretrain`. Imported once Megatron may be (see `rank_main`).
+
+Order in which Megatron 0.19.2 calls us, on every rank:
+
+1. the model provider, once for each part of the model on this rank;
+2. having restored a checkpoint, if any: the dataset provider. Its first call (`after_load`) opens
+   the log, restores the guard and installs ``hooks.hooks``;
+3. for each step, `train_step`: `forward_step` and `sum_loss` for each micro-batch, `prepare_grads`
+   once, then `training_log`;
+4. where a save is due, `save_checkpoint`; where a rank was told to stop, that and `SystemExit`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+from megatron.core.enums import ModelType
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+
+from mellum2_megatron.checkpoint import output_folder
+from mellum2_megatron.config import Device, Run
+from mellum2_megatron.faults.hang_watch import HangWatch
+from mellum2_megatron.faults.step_guard import StepGuard
+from mellum2_megatron.faults.stop_request import StopRequest
+from mellum2_megatron.model.provider import run_model_provider
+from mellum2_megatron.training.datasets import dataset_provider
+from mellum2_megatron.training.hooks import LoopParts, install_hooks
+from mellum2_megatron.training.metrics import TrainingMetrics
+from mellum2_megatron.training.step import forward_step
+from mellum2_megatron.upstream import megatron_arguments
+
+
+def run_loop(
+    run: Run, *, world_size: int, device: Device, stop: StopRequest, watch: HangWatch
+) -> None:
+    """Train `run` with Megatron's loop; return at its end.
+
+    Args:
+        run: a resolved run, checked.
+        world_size: number of ranks.
+        device: what to compute on.
+        stop: listens already.
+        watch: started by the first micro-batch.
+
+    Raises:
+        SystemExit: Megatron's way to leave the loop early, after a stop request and a save
+            (training.py:4155, 0.19.2).
+    """
+    backend = run.resolved_backend(device)
+    # Megatron reads its arguments from nowhere else (training/arguments.py:parse_args, 0.19.2).
+    sys.argv[1:] = megatron_arguments(run, world_size=world_size, device=device, backend=backend)
+    container = pretrain_cfg_container_from_args(parse_and_validate_args())
+    metrics = TrainingMetrics(run)
+    guard = StepGuard(run.stability, on_event=metrics.log_event)
+    parts = LoopParts(
+        checkpoint=run.checkpoint,
+        metrics=metrics,
+        guard=guard,
+        stop=stop,
+        pause_watch=watch.paused,
+    )
+
+    @functools.cache  # the provider is called once for each virtual pipeline stage
+    def after_load() -> None:
+        metrics.open()
+        guard.load(output_folder(run), iteration=get_args().iteration)
+        install_hooks(parts)
+
+    try:
+        pretrain(
+            container,
+            dataset_provider(run, after_load),
+            ModelType.encoder_or_decoder,
+            watch.count_micro_batches(guard.wrap_forward_step(forward_step)),
+            # Not through the container: in 0.19.2 that path never lays parameters out for
+            # layer-wise Muon (megatron/training/training.py:2040-2061), which then runs without
+            # sharding its state.
+            model_provider=metrics.wrap_provider(run_model_provider(run, backend)),
+        )
+    finally:
+        metrics.close()
