@@ -158,16 +158,18 @@ def test_another_layout_gets_all_of_it(
 
 
 @pytest.fixture(scope="module")
-def of_dp2(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_dp2(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps of two ranks that have all experts, each of which sees other sequences."""
-    return train(small_run(data, tmp_path_factory.mktemp("dp2") / "run", "layout.ep=1"), nproc=2)
+    return train(
+        small_run(small_data, tmp_path_factory.mktemp("dp2") / "run", "layout.ep=1"), nproc=2
+    )
 
 
 @pytest.fixture(scope="module")
-def of_cp2(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_cp2(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Likewise, each of which sees half of every sequence."""
     return train(
-        small_run(data, tmp_path_factory.mktemp("cp2") / "run", "layout.ep=1", "layout.cp=2"),
+        small_run(small_data, tmp_path_factory.mktemp("cp2") / "run", "layout.ep=1", "layout.cp=2"),
         nproc=2,
     )
 

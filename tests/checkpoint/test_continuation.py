@@ -28,8 +28,10 @@ FIRST = ["schedule.train_samples=16", "schedule.horizon_samples=40"]
 
 
 @pytest.fixture(scope="module")
-def first_phase(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(small_run(data, tmp_path_factory.mktemp("phases") / "first", *FIRST), nproc=2)
+def first_phase(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(
+        small_run(small_data, tmp_path_factory.mktemp("phases") / "first", *FIRST), nproc=2
+    )
 
 
 @pytest.mark.distributed

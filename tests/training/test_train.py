@@ -176,11 +176,16 @@ def start(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first_step(start: Path, data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first_step(
+    start: Path, small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run of two steps from there, on two ranks with the experts divided between them."""
     return train(
         small_run(
-            data, tmp_path_factory.mktemp("first") / "ep2", *FIRST_STEP, f"checkpoint.load={start}"
+            small_data,
+            tmp_path_factory.mktemp("first") / "ep2",
+            *FIRST_STEP,
+            f"checkpoint.load={start}",
         ),
         2,
     )
