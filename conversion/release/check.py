@@ -1,13 +1,30 @@
-"""The outcome of one check of a release folder, and the report of all of them."""
+"""One check of a release folder, its outcome, and the report of all of them.
+
+A check is a function that returns the value it found, or raises InputError with value, rule and
+fix. `named_check` gives it the name under which the report lists it:
+
+    >>> @named_check("parity")
+    ... def parity(number: int) -> str:
+    ...     if number % 2:
+    ...         raise InputError(f"{number}", rule="it must be even", fix="add 1")
+    ...     return f"{number} is even"
+    >>> parity(4).status, parity(4).value
+    ('pass', '4 is even')
+    >>> parity(3).status, parity(3).fix
+    ('fail', 'add 1')
+    >>> parity.left_out("no number").status
+    'not applicable'
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from mellum2_megatron.common.errors import InputError
@@ -17,13 +34,13 @@ Status = Literal["pass", "fail", "not applicable"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """The outcome of one check.
+    """Outcome of one check.
 
     Attributes:
-        name: what was checked.
-        status: how it ended.
-        value: what was found; of a check that is not applicable, why.
-        rule, fix: of a failed check, the rule the value breaks and what to do.
+        name: subject of the check.
+        status: outcome.
+        value: value found; the reason if the check is not applicable.
+        rule, fix: broken rule and remedy of a failed check; else empty.
         figures: measured numbers, for the verification card.
     """
 
@@ -36,28 +53,69 @@ class Check:
 
     @classmethod
     def passed(cls, name: str, value: str, **figures: Any) -> Check:
-        """A check that holds."""
+        """Outcome of a check that holds."""
         return cls(name=name, status="pass", value=value, figures=figures)
 
     @classmethod
-    def failed(cls, name: str, value: str, *, rule: str, fix: str, **figures: Any) -> Check:
-        """A check that does not hold."""
-        return cls(name=name, status="fail", value=value, rule=rule, fix=fix, figures=figures)
-
-    @classmethod
-    def refused(cls, name: str, error: InputError) -> Check:
-        """A check that an InputError ended."""
-        return cls(name=name, status="fail", value=error.value, rule=error.rule, fix=error.fix)
+    def failed(cls, name: str, error: InputError, **figures: Any) -> Check:
+        """Outcome of a check that ``error`` says does not hold."""
+        return cls(
+            name=name,
+            status="fail",
+            value=error.value,
+            rule=error.rule,
+            fix=error.fix,
+            figures=figures,
+        )
 
     @classmethod
     def not_applicable(cls, name: str, why: str) -> Check:
-        """A check that has nothing to look at."""
+        """Outcome of a check without a subject."""
         return cls(name=name, status="not applicable", value=why)
+
+
+class NamedCheck[**P]:
+    """A check function under the name that reports give it; made by `named_check`.
+
+    Attributes:
+        name: name of its outcomes.
+    """
+
+    def __init__(self, name: str, find: Callable[P, str | Check]) -> None:
+        self.name = name
+        self._find = find
+        self.__doc__ = find.__doc__
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Check:
+        """Run the check; an InputError is its failure."""
+        try:
+            found = self._find(*args, **kwargs)
+        except InputError as error:
+            return Check.failed(self.name, error)
+        return found if isinstance(found, Check) else Check.passed(self.name, found)
+
+    def left_out(self, why: str) -> Check:
+        """Outcome of this check when it cannot run."""
+        return Check.not_applicable(self.name, why)
+
+
+def named_check[**P](name: str) -> Callable[[Callable[P, str | Check]], NamedCheck[P]]:
+    """Make a named check of a function.
+
+    The function returns the value it found, or a `Check` where it has figures or may not apply.
+    """
+    return lambda find: NamedCheck(name, find)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReleaseReport:
-    """Every check of a folder, in order."""
+    """Outcomes of every check of a folder, in order.
+
+    Attributes:
+        folder: folder that was checked.
+        member: family member it was checked as; None if unknown.
+        checks: outcomes.
+    """
 
     folder: Path
     member: str | None
@@ -65,39 +123,39 @@ class ReleaseReport:
 
     @property
     def ok(self) -> bool:
-        """No check failed."""
+        """True if no check failed."""
         return not self.failures
 
     @property
     def failures(self) -> tuple[Check, ...]:
-        """The checks that failed."""
+        """Checks that failed."""
         return tuple(check for check in self.checks if check.status == "fail")
 
     def check(self, name: str) -> Check:
-        """The outcome of the check called ``name``."""
+        """Return the outcome of the check called ``name``."""
         return next(check for check in self.checks if check.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """Return the report as plain values, for JSON."""
         checks = [asdict(check) for check in self.checks]
         return {"folder": str(self.folder), "member": self.member, "ok": self.ok, "checks": checks}
 
     def table(self) -> Table:
-        """The report for a console."""
+        """Return the report as a table for the console."""
         marks = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "not applicable": "[dim]n/a[/]"}
-        count = Counter(check.status for check in self.checks)
+        counts = Counter(check.status for check in self.checks)
         verdict = "fit to publish" if self.ok else "NOT fit to publish"
-        title = f"{self.folder}: {verdict} ({', '.join(f'{number} {status}' for status, number in count.items())})"
-        table = Table("check", "", "found", title=title, title_justify="left")
+        summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+        table = Table(
+            "check",
+            "",
+            "found",
+            title=escape(f"{self.folder}: {verdict} ({summary})"),
+            title_justify="left",
+        )
         for check in self.checks:
-            found = check.value
+            value = check.value
             if check.status == "fail":
-                found = f"{check.value}: {check.rule}. Fix: {check.fix}."
-            table.add_row(check.name, marks[check.status], _plain(found))
+                value = f"{check.value}: {check.rule}. Fix: {check.fix}."
+            table.add_row(check.name, marks[check.status], escape(value))
         return table
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -1,8 +1,8 @@
-"""Is a Hugging Face folder fit to publish? A list of named checks, each with the value, the rule
-and the fix.
+"""Checks that tell whether a Hugging Face folder is fit to publish.
 
-Works on folders made elsewhere. Nothing in the folder is executed: weights are read as safetensors,
-chat templates are rendered in transformers' sandbox, and ``trust_remote_code`` is never given.
+They work on folders made elsewhere. Nothing in the folder is executed: weights are read as
+safetensors, chat templates are rendered in transformers' sandbox, and ``trust_remote_code`` is
+never given.
 """
 
 from __future__ import annotations
@@ -11,10 +11,30 @@ import os
 from pathlib import Path
 
 from conversion.release.check import ReleaseReport
+from conversion.release.file_checks import file_checks, stated_member
 from conversion.release.members import require_member
+from conversion.release.model_checks import model_checks, model_checks_left_out
 from mellum2_megatron.common.errors import InputError
 
 MIN_ACCEPTANCE = 0.5
+"""Smallest MTP acceptance that passes by default; a broken MTP export has 0.01 to 0.02."""
+
+NEEDED_TO_RUN = (
+    "nothing executable",
+    "config",
+    "files",
+    "tensors",
+    "MTP head",
+    "shapes",
+    "dtypes",
+    "finite",
+    "tokenizer files",
+    "tokenizer vocabulary",
+)
+"""Checks that must not fail before the model is loaded.
+
+Loading would fail for the same reason again, or run code.
+"""
 
 
 def check_release(
@@ -28,21 +48,17 @@ def check_release(
     """Run every check on a Hugging Face folder.
 
     Args:
-        path: the folder.
-        member: one of `MEMBERS`; by default what the folder's verification card says, else unknown.
-            A known member adds its rules: context length, chat template.
-        text: evaluation text for the MTP head's acceptance.
-        min_acceptance: smallest acceptance on ``text`` that passes; a broken MTP export shows 1 to
-            2%.
-        skip_run: leave out what loads the model (four bytes a parameter of memory, in float32).
+        path: folder.
+        member: one of `MEMBERS`; default: the member in the folder's verification card, else
+            unknown. A known member adds its rules: context length, chat template.
+        text: file on which the MTP head's acceptance is measured; None leaves that check out.
+        min_acceptance: smallest acceptance on ``text`` that passes, 0 to 1.
+        skip_run: leave out the checks that load the model (4 bytes per parameter, in float32).
 
     Raises:
         InputError: ``path`` is no folder, ``text`` cannot be read, or another argument cannot be
             used.
     """
-    from conversion.release.file_checks import stated_member, static_checks
-    from conversion.release.model_checks import running_checks, skipped_checks
-
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(
@@ -51,30 +67,22 @@ def check_release(
     if member is not None:
         require_member(member)
     require_acceptance(min_acceptance)
-    words = read_text(text) if text is not None else None
+    evaluation_text = read_text(text) if text is not None else None
     known = member or stated_member(folder)
-    checks = static_checks(folder, known)
-    broken = [
-        check.name for check in checks if check.status == "fail" and check.name in NEEDED_TO_RUN
-    ]
+    checks = file_checks(folder, known)
+    failed = [check.name for check in checks if check.status == "fail"]
+    blocking = [name for name in failed if name in NEEDED_TO_RUN]
     if skip_run:
-        checks += skipped_checks("left out (--skip-run)")
-    elif broken:
-        checks += skipped_checks(f"needs what failed: {', '.join(broken)}")
+        checks += model_checks_left_out("left out (--skip-run)")
+    elif blocking:
+        checks += model_checks_left_out(f"needs what failed: {', '.join(blocking)}")
     else:
-        checks += running_checks(folder, text=words, min_acceptance=min_acceptance)
+        checks += model_checks(folder, text=evaluation_text, min_acceptance=min_acceptance)
     return ReleaseReport(folder=folder, member=known, checks=tuple(checks))
 
 
-NEEDED_TO_RUN = (
-    *("nothing executable", "config", "files", "tensors", "MTP head", "shapes", "dtypes", "finite"),
-    *("tokenizer files", "tokenizer vocabulary"),
-)
-"""Checks without which loading the model would fail for the same reason again, or do harm."""
-
-
 def require_acceptance(value: float) -> None:
-    """Refuse a floor that is no share."""
+    """Raise InputError unless ``value`` lies between 0 and 1."""
     if not 0 <= value <= 1:
         raise InputError(
             f"--min-acceptance {value}", rule="a share lies between 0 and 1", fix="use 0.5"
@@ -82,7 +90,11 @@ def require_acceptance(value: float) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read evaluation text, UTF-8; InputError when it cannot be read or is blank."""
+    """Read the evaluation text.
+
+    Raises:
+        InputError: the file is unreadable, not UTF-8, or blank.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,5 +1,4 @@
-"""The model card of a release: README.md, filled from the checkpoint, its run and what was
-measured."""
+"""The model card of a release, README.md: from the checkpoint, its run and the measurements."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ from mellum2_megatron.common.provenance import Code
 from mellum2_megatron.config import Run
 
 Rows = tuple[Mapping[str, str], ...]
+"""Rows of a table, each cell by its column."""
 
 TITLES = {
     BASE_PRETRAIN: "Base-Pretrain",
@@ -49,18 +49,20 @@ tags:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
-    """What a model card is written from.
+    """Facts that a model card states.
 
     Attributes:
-        run: the resolved run that trained the checkpoint, where it is recorded.
-        iteration: of the checkpoint; None for an imported one.
-        dtype: of the weights.
-        evaluation: rows of the evaluation table.
-        logits: Megatron's logits against transformers'; None when they were not compared.
+        member: family member.
+        architecture: architecture of the checkpoint.
+        run: resolved run that trained the checkpoint; None if none is recorded.
+        iteration: step of the checkpoint; None for an imported one.
+        dtype: dtype of the weights.
+        evaluation: rows of the evaluation table; empty for none.
+        logits: Megatron's logits against transformers'; None if they were not compared.
         measured: (name, outcome) of the checks that ran the model.
-        code: this project's, which writes the release.
-        trained_with: the states of the code that the run was started from, in order; empty where
-            none is recorded.
+        code: version of this project that writes the release.
+        trained_with: versions of this project that trained the run, in order; empty if none is
+            recorded.
     """
 
     member: str
@@ -76,11 +78,12 @@ class CardFacts:
 
 
 def read_evaluation(path: Path) -> Rows:
-    """Read an evaluation table: ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}`` or a
-    list of rows.
+    """Read an evaluation table.
+
+    Its forms: ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}``, or a list of rows.
 
     Raises:
-        InputError: unreadable, another form, or a value that is no text and no finite number.
+        InputError: unreadable, another form, or a cell that is neither text nor a finite number.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -93,21 +96,20 @@ def read_evaluation(path: Path) -> Rows:
             {"benchmark": name, **(row if isinstance(row, dict) else {"score": row})}
             for name, row in value.items()
         ]
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(row, dict) and row for row in value)
-    ):
+    is_list = isinstance(value, list) and bool(value)
+    if not is_list or not all(isinstance(row, dict) and row for row in value):
         raise InputError(
-            f"--eval {path}", rule="it holds benchmarks and their scores, or a list of rows",
+            f"--eval {path}",
+            rule="it holds benchmarks and their scores, or a list of rows",
             fix='write {"HumanEval pass@1": 0.5} or [{"benchmark": "HumanEval", "pass@1": 0.5}]',
-        )  # fmt: skip
+        )
     return tuple({str(key): _cell(path, key, cell) for key, cell in row.items()} for row in value)
 
 
 def _cell(path: Path, key: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    # JSON's true and false are ints to Python; its reader takes NaN and Infinity too.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InputError(
             f"--eval {path}: {key}={value!r}",
@@ -118,17 +120,17 @@ def _cell(path: Path, key: str, value: Any) -> str:
 
 
 def model_card(facts: CardFacts) -> str:
-    """Return the card's Markdown."""
-    title = f"# Mellum 2 {TITLES[facts.member]} ({parameters_text(facts.architecture)})"
+    """Return the card as Markdown with its YAML header."""
+    commit = f" ({facts.code})" if facts.code.commit else ""
     intro = (
-        f"A mixture-of-experts language model for code, of JetBrains' Mellum 2 architecture. "
-        f"Stage: {_STAGES[facts.member]}. Exported with mellum2-megatron {facts.code.version}"
-        f"{f' ({facts.code})' if facts.code.commit else ''}."
+        "A mixture-of-experts language model for code, of JetBrains' Mellum 2 architecture. "
+        f"Stage: {_STAGES[facts.member]}. "
+        f"Exported with mellum2-megatron {facts.code.version}{commit}."
     )
     sections = [
-        title,
+        f"# Mellum 2 {TITLES[facts.member]} ({parameters_text(facts.architecture)})",
         intro,
-        "## Model\n\n" + _table(("", ""), _model_rows(facts)),
+        "## Model\n\n" + _model(facts),
         "## Training\n\n" + _training(facts),
         "## Evaluation\n\n" + _evaluation(facts.evaluation),
         "## Use\n\n" + _use(facts),
@@ -140,78 +142,93 @@ def model_card(facts: CardFacts) -> str:
 
 
 def parameters_text(architecture: Mellum2Architecture) -> str:
-    """Parameters without the MTP head, in billions or millions."""
+    """Return the parameters without the MTP head, in billions or millions.
+
+    >>> from mellum2_megatron.architecture import PRESETS
+    >>> parameters_text(PRESETS["mellum2-12b"])
+    '12.1B'
+    """
     count = architecture.num_parameters(mtp=False)
     return f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.2f}M"
 
 
-def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
+def _model(facts: CardFacts) -> str:
     model = facts.architecture
+    parameters = model.num_parameters(mtp=False)
+    active = model.num_active_parameters(mtp=False)
     full = model.layer_types.count("full_attention")
+    sliding = model.num_hidden_layers - full
     rope = model.rope_full_attention
-    yarn = (
-        f", YaRN x{rope.factor:g} in full-attention layers"
-        if rope.factor is not None
-        else ", native"
-    )
-    return [
-        ("parameters", f"{model.num_parameters(mtp=False):,} ({model.num_active_parameters(mtp=False):,} active)"),
-        ("MTP head", f"{model.num_mtp_layers} layer, for speculative decoding" if model.num_mtp_layers else "none"),
-        ("layers", f"{model.num_hidden_layers - full} with sliding windows of {model.sliding_window}, {full} full"),
+    extension = "native"
+    if rope.factor is not None:
+        extension = f"YaRN x{rope.factor:g} in full-attention layers"
+    mtp = "none"
+    if model.num_mtp_layers:
+        mtp = f"{model.num_mtp_layers} layer, for speculative decoding"
+    rows = [
+        ("parameters", f"{parameters:,} ({active:,} active)"),
+        ("MTP head", mtp),
+        ("layers", f"{sliding} with sliding windows of {model.sliding_window}, {full} full"),
         ("experts", f"{model.num_experts}, {model.num_experts_per_tok} per token"),
-        ("context", f"{model.max_position_embeddings:,} tokens{yarn}"),
+        ("context", f"{model.max_position_embeddings:,} tokens, {extension}"),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("weights", f"{facts.dtype}, safetensors"),
-    ]  # fmt: skip
+    ]
+    return _table(("", ""), rows)
 
 
 def _training(facts: CardFacts) -> str:
     run = facts.run
     if run is None:
-        return "No run is recorded beside the checkpoint this release was made from, so nothing is stated here."
+        return (
+            "No run is recorded beside the checkpoint this release was made from, "
+            "so nothing is stated here."
+        )
     schedule, optimizer, layout = run.schedule, run.optimizer, run.layout
-    samples = (
-        schedule.train_samples if facts.iteration is None else schedule.samples(facts.iteration)
-    )
-    ways = " ".join(
-        f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "ep", "etp", "cp")
-    )
-    batches = ", ".join(f"{size} from sample {first:,}" for first, size in schedule.batch_schedule)
+    length = run.data.sequence_length
+    if facts.iteration is None:
+        samples, step = schedule.train_samples, "not recorded"
+    else:
+        samples, step = schedule.samples(facts.iteration), f"{facts.iteration:,}"
+    if run.checkpoint.load is not None:
+        start = "the weights of an earlier checkpoint"
+    elif run.checkpoint.continue_from is not None:
+        start = "the state of an earlier run"
+    else:
+        start = "random weights"
+    # A run resumed with newer code was trained with both.
+    versions = [f"mellum2-megatron {code.version}, {code}" for code in facts.trained_with]
+    ways = [f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "ep", "etp", "cp")]
+    batches = [f"{size} from sample {first:,}" for first, size in schedule.batch_schedule]
     rows = [
         ("recipe", run.name),
         ("what it is", run.description),
-        ("tokens seen by the end of this run", f"{samples * run.data.sequence_length:,} ({samples:,} sequences)"),
-        ("started from", _start(run)),
-        ("step", "not recorded" if facts.iteration is None else f"{facts.iteration:,}"),
-        ("sequence length", f"{run.data.sequence_length:,}"),
-        ("sequences a step", batches),
+        (
+            "tokens seen by the end of this run",
+            f"{samples * length:,} ({samples:,} sequences)",
+        ),
+        ("started from", start),
+        ("step", step),
+        ("sequence length", f"{length:,}"),
+        ("sequences a step", ", ".join(batches)),
         ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}"),
         ("learning rate", f"{optimizer.lr:g} at its peak, {schedule.style}"),
-        ("warm-up and decay", f"{schedule.warmup_samples:,} and {schedule.decay_samples:,} sequences"),
+        (
+            "warm-up and decay",
+            f"{schedule.warmup_samples:,} and {schedule.decay_samples:,} sequences",
+        ),
         ("precision", run.precision.compute),
-        ("layout", ways),
+        ("layout", " ".join(ways)),
         ("seed", str(run.seed)),
-        ("code", _code(facts.trained_with)),
-    ]  # fmt: skip
+        ("code", "; later ".join(versions) or "not recorded"),
+    ]
     return _table(("", ""), rows)
-
-
-def _code(trained_with: Sequence[Code]) -> str:
-    told = [f"mellum2-megatron {code.version}, {code}" for code in trained_with]
-    return "; later ".join(told) or "not recorded"
-
-
-def _start(run: Run) -> str:
-    if run.checkpoint.load is not None:
-        return "the weights of an earlier checkpoint"
-    return (
-        "random weights" if run.checkpoint.continue_from is None else "the state of an earlier run"
-    )
 
 
 def _evaluation(rows: Rows) -> str:
     if not rows:
         return "No evaluation was given for this release."
+    # Rows may have different metrics: every column that any of them has, in order of appearance.
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     return _table(columns, [tuple(row.get(column, "") for column in columns) for row in rows])
 
@@ -236,45 +253,44 @@ def _use(facts: CardFacts) -> str:
 
 
 def _limits(member: str) -> str:
-    uses = {
-        True: "Assistance with code in conversation: explaining, writing and changing it.",
-        False: "Completion of code, fill-in-the-middle included, and a starting point for fine-tuning. It follows no "
-        "instructions: it continues text.",
-    }[member in CHAT_MEMBERS]
-    return "\n".join(
-        [
-            f"- {uses}",
-            "- It writes wrong, insecure or outdated code that looks right. Review and test what it writes.",
-            "- It may repeat passages of its training data, whose licences may differ from the model's.",
-            "- Languages and topics that are rare in the training data fare worse; prose above all.",
-            "- No safety evaluation is part of this card. It is not meant for decisions about people.",
-        ]
-    )  # fmt: skip
+    use = (
+        "Completion of code, fill-in-the-middle included, and a starting point for fine-tuning. "
+        "It follows no instructions: it continues text."
+    )
+    if member in CHAT_MEMBERS:
+        use = "Assistance with code in conversation: explaining, writing and changing it."
+    lines = [
+        use,
+        "It writes wrong, insecure or outdated code that looks right. "
+        "Review and test what it writes.",
+        "It may repeat passages of its training data, whose licences may differ from the model's.",
+        "Languages and topics that are rare in the training data fare worse; prose above all.",
+        "No safety evaluation is part of this card. It is not meant for decisions about people.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _verification(facts: CardFacts) -> str:
     if facts.logits is None and not facts.measured:
         return "This release was not verified by running it."
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[str, str]] = []
     if facts.logits is not None:
-        heads = (("main", facts.logits.main), ("MTP", facts.logits.mtp))
-        rows += [
-            (
-                f"logits against Megatron, {name}",
-                f"max error {head.max_error:.2e}, same top-1 {head.top1:.2%}",
-            )
-            for name, head in heads
-            if head is not None
-        ]
-    rows += list(facts.measured)
-    note = "Hashes of every tensor are in `weights_manifest.json`, of every other file in `verification.json`."
+        for name, head in (("main", facts.logits.main), ("MTP", facts.logits.mtp)):
+            if head is not None:
+                errors = f"max error {head.max_error:.2e}, same top-1 {head.top1:.2%}"
+                rows.append((f"logits against Megatron, {name}", errors))
+    rows += facts.measured
+    note = (
+        "Hashes of every tensor are in `weights_manifest.json`, "
+        "of every other file in `verification.json`."
+    )
     return _table(("check", "outcome"), rows) + "\n\n" + note
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
-
-
-def _escape(cell: str) -> str:
-    return " ".join(cell.replace("\\", "\\\\").replace("|", "\\|").split())
+    """Return a Markdown table; bars and line breaks in cells would end them, so they are masked."""
+    lines = []
+    for row in (columns, ["---"] * len(columns), *rows):
+        cells = [" ".join(cell.replace("\\", "\\\\").replace("|", "\\|").split()) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

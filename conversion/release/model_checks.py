@@ -1,64 +1,71 @@
-"""The checks of a release folder that load the model: transformers' loader, greedy text, the MTP
-head's drafts."""
+"""The checks of a release folder that load the model: loader, greedy text, the MTP head's drafts.
+
+Each runs in float32 on the CPU and loads the model anew, so that one copy is in memory at a time.
+"""
 
 from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from conversion.huggingface.folder import listed
+import torch
+
+from conversion.huggingface.folder import listed, read_config
 from conversion.huggingface.generation import Generation, generate, mtp_acceptance
 from conversion.huggingface.scoring import bars_on_terminals_only
-from conversion.release.check import Check
+from conversion.release.check import Check, named_check
 from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.data.tokens.tokenizer import load_tokenizer
 
-if TYPE_CHECKING:
-    import torch
-
-LOADS, GENERATES, SAME_GREEDY, ACCEPTANCE = (
-    "loads in transformers", "generates", "greedy equals use_mtp", "MTP acceptance",
-)  # fmt: skip
-
+GENERATES = "generates"
 PROMPT = "def fibonacci(n: int) -> int:\n    "
+
 _NEW_TOKENS = 32
-_ROW = 512
-_MOST_TOKENS = (
-    4096  # of the evaluation text: logits of both heads are held, 3.2 GB at a vocabulary of 98,304
-)
+_ROW_LENGTH = 512
+_SHORTEST_ROW = 8
+_MAX_EVALUATION_TOKENS = 4096
+"""Most tokens of the evaluation text: float32 logits of both heads are held in memory, 3.2 GB at a
+vocabulary of 98,304."""
 
 
-def skipped_checks(why: str) -> list[Check]:
-    """The checks of this module, left out."""
-    return [Check.not_applicable(name, why) for name in (LOADS, GENERATES, SAME_GREEDY, ACCEPTANCE)]
+def model_checks(folder: Path, *, text: str | None, min_acceptance: float) -> list[Check]:
+    """Return every check that loads the model.
 
-
-def running_checks(folder: Path, *, text: str | None, min_acceptance: float) -> list[Check]:
-    """Every check that loads the model, in float32 on the CPU, one model at a time."""
-    loads = _loads(folder)
-    if loads.status == "fail":
-        return [loads, *skipped_checks("the model does not load")[1:]]
-    generates, plain = _generates(folder)
-    checks = [loads, generates]
-    if plain is None:
-        checks.append(Check.not_applicable(SAME_GREEDY, "the model does not generate"))
-    elif not _has_mtp(folder):
-        checks.append(Check.not_applicable(SAME_GREEDY, "no MTP head"))
+    Args:
+        folder: Hugging Face folder.
+        text: evaluation text for the MTP head's acceptance; None leaves that check out.
+        min_acceptance: smallest acceptance that passes, 0 to 1.
+    """
+    checks = [loads(folder)]
+    if checks[0].status == "fail":
+        return checks + model_checks_left_out("the model does not load")[1:]
+    outcome, greedy = _generate(folder)
+    checks.append(outcome)
+    has_mtp = read_config(folder).num_mtp_layers > 0
+    if greedy is None:
+        checks.append(same_greedy.left_out("the model does not generate"))
+    elif not has_mtp:
+        checks.append(same_greedy.left_out("no MTP head"))
     else:
-        checks.append(_same_greedy(folder, plain))
-    checks.append(_acceptance(folder, text, min_acceptance))
+        checks.append(same_greedy(folder, greedy))
+    if not has_mtp:
+        checks.append(acceptance.left_out("no MTP head"))
+    elif text is None:
+        checks.append(acceptance.left_out("no evaluation text (--text FILE)"))
+    else:
+        checks.append(acceptance(folder, text, min_acceptance))
     return checks
 
 
-def _has_mtp(folder: Path) -> bool:
-    from conversion.huggingface.folder import read_config
+def model_checks_left_out(why: str) -> list[Check]:
+    """Return the outcomes of this module's checks when none of them runs."""
+    names = (loads.name, GENERATES, same_greedy.name, acceptance.name)
+    return [Check.not_applicable(name, why) for name in names]
 
-    return read_config(folder).num_mtp_layers > 0
 
-
-def _loads(folder: Path) -> Check:
-    """As a user loads it: ``AutoModelForCausalLM`` must find every weight it has, and want every
-    weight it finds."""
+@named_check("loads in transformers")
+def loads(folder: Path) -> str:
+    """AutoModelForCausalLM loads the folder, with no weight missing and none left over."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -70,109 +77,107 @@ def _loads(folder: Path) -> Check:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever its readers raise
-        return Check.failed(
-            LOADS, f"{type(error).__name__}: {error}", rule="AutoModelForCausalLM.from_pretrained must take the folder",
+    # Configuration, weights and model code raise many types.
+    except Exception as error:
+        raise InputError(
+            f"{type(error).__name__}: {error}",
+            rule="AutoModelForCausalLM.from_pretrained must take the folder",
             fix="repair what it names; transformers 5.23 or later is needed",
-        )  # fmt: skip
-    loaded, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+        ) from error
+    model_name, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
     del model
     gc.collect()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(kind) or ())):
-            return Check.failed(
-                LOADS, f"{kind.replace('_', ' ')}: {listed(keys)}", rule="no weight is left random and none unused",
+        keys = sorted(map(str, info.get(kind) or ()))
+        if keys:
+            title = kind.replace("_", " ")
+            raise InputError(
+                f"{title}: {listed(keys)}",
+                rule="no weight is left random and none unused",
                 fix="export the folder again",
-            )  # fmt: skip
-    return Check.passed(LOADS, f"{loaded}, {dtype}, no weight missing or unexpected")
+            )
+    return f"{model_name}, {dtype}, no weight missing or unexpected"
 
 
-def _generates(folder: Path) -> tuple[Check, Generation | None]:
+def _generate(folder: Path) -> tuple[Check, Generation | None]:
+    """Run model.generate; return the outcome, and the greedy text for the next check or None."""
     try:
-        plain = generate(folder, PROMPT, max_new_tokens=_new_tokens(folder))
+        greedy = generate(folder, PROMPT, max_new_tokens=_new_tokens(folder))
     except InputError as error:
-        return Check.refused(GENERATES, error), None
+        return Check.failed(GENERATES, error), None
+    # Generation runs the model's code, which may fail in any way.
     except Exception as error:
-        return Check.failed(
-            GENERATES,
+        failure = InputError(
             f"{type(error).__name__}: {error}",
             rule="model.generate must run",
             fix="export the folder again",
-        ), None
-    text = plain.completion if len(plain.completion) <= 40 else plain.completion[:40] + "..."
-    return Check.passed(
-        GENERATES, f"{len(plain.token_ids)} tokens: {text!r}", new_tokens=len(plain.token_ids)
-    ), plain
+        )
+        return Check.failed(GENERATES, failure), None
+    shown = greedy.completion if len(greedy.completion) <= 40 else greedy.completion[:40] + "..."
+    count = len(greedy.token_ids)
+    return Check.passed(GENERATES, f"{count} tokens: {shown!r}", new_tokens=count), greedy
 
 
-def _new_tokens(folder: Path) -> int:
-    """Half the context where that is short, so that the prompt fits too."""
-    from conversion.huggingface.folder import read_config
-
-    return max(1, min(_NEW_TOKENS, read_config(folder).max_position_embeddings // 2))
-
-
-def _same_greedy(folder: Path, plain: Generation) -> Check:
+@named_check("greedy equals use_mtp")
+def same_greedy(folder: Path, greedy: Generation) -> Check:
+    """The MTP head's drafts leave the greedy text as it is."""
     try:
         drafted = generate(folder, PROMPT, max_new_tokens=_new_tokens(folder), use_mtp=True)
     except (InputError, WorkError) as error:
-        return Check.failed(
-            SAME_GREEDY, str(error), rule="generate(use_mtp=True) must run", fix="export again"
-        )
+        raise InputError(
+            str(error), rule="generate(use_mtp=True) must run", fix="export again"
+        ) from error
     figures = {"drafted": drafted.drafted, "accepted": drafted.accepted}
-    if drafted.token_ids != plain.token_ids:
-        pairs = zip(drafted.token_ids, plain.token_ids, strict=False)
-        first = next(
-            (i for i, (a, b) in enumerate(pairs) if a != b),
-            min(len(drafted.token_ids), len(plain.token_ids)),
-        )
-        return Check.failed(
-            SAME_GREEDY, f"the texts part at new token {first}",
-            rule="a drafted token is kept only where the model itself would have written it (float32)",
-            fix="install transformers 5.23; if it is, the model's logits depend on how many tokens a step has",
-            **figures,
-        )  # fmt: skip
-    return Check.passed(
-        SAME_GREEDY,
-        f"the same {len(plain.token_ids)} tokens; {drafted.acceptance_line()}",
-        **figures,
+    ours, theirs = drafted.token_ids, greedy.token_ids
+    if ours == theirs:
+        value = f"the same {len(theirs)} tokens; {drafted.acceptance_line()}"
+        return Check.passed(same_greedy.name, value, **figures)
+    # A text that is the beginning of the other one parts where it ends.
+    shorter = min(len(ours), len(theirs))
+    first = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
+    failure = InputError(
+        f"the texts part at new token {first}",
+        rule="a drafted token is kept only where the model itself would have written it (float32)",
+        fix="install transformers 5.23; with it installed, "
+        "the model's logits depend on the number of tokens in a step",
     )
+    return Check.failed(same_greedy.name, failure, **figures)
 
 
-def _acceptance(folder: Path, text: str | None, floor: float) -> Check:
-    if not _has_mtp(folder):
-        return Check.not_applicable(ACCEPTANCE, "no MTP head")
-    if text is None:
-        return Check.not_applicable(ACCEPTANCE, "no evaluation text (--text FILE)")
-    try:
-        tokens = evaluation_tokens(folder, text)
-        share = mtp_acceptance(folder, tokens)
-    except InputError as error:
-        return Check.refused(ACCEPTANCE, error)
+@named_check("MTP acceptance")
+def acceptance(folder: Path, text: str, min_acceptance: float) -> Check:
+    """The MTP head and the model agree on enough positions of the evaluation text."""
+    tokens = evaluation_tokens(folder, text)
+    share = mtp_acceptance(folder, tokens)
+    figures = {"acceptance": share, "tokens": tokens.numel()}
     value = f"{share:.1%} of {tokens.numel():,} tokens"
-    if not share >= floor:
-        return Check.failed(
-            ACCEPTANCE, value, rule=f"at least {floor:.0%} on text like the training data (a broken head has 1 to 2%)",
-            fix="export the MTP head again, or train it longer", acceptance=share, tokens=tokens.numel(),
-        )  # fmt: skip
-    return Check.passed(ACCEPTANCE, value, acceptance=share, tokens=tokens.numel())
+    # NaN is below every floor.
+    if share >= min_acceptance:
+        return Check.passed(acceptance.name, value, **figures)
+    failure = InputError(
+        value,
+        rule=f"at least {min_acceptance:.0%} on text like the training data "
+        "(a broken head has 1 to 2%)",
+        fix="export the MTP head again, or train it longer",
+    )
+    return Check.failed(acceptance.name, failure, **figures)
 
 
 def evaluation_tokens(folder: Path, text: str) -> torch.Tensor:
-    """The first tokens of ``text`` as rows `[b, s]`, at most 4,096 in all; a last row that is too
-    short is left out."""
-    import torch
+    """Return the first tokens of ``text`` as rows `[b, s]`, at most 4,096 in all.
 
-    from conversion.huggingface.folder import read_config
-    from mellum2_megatron.data.tokens.tokenizer import load_tokenizer
+    A short last row is left out.
 
-    ids = (
-        load_tokenizer(folder)
-        .encode(text[: 16 * _MOST_TOKENS], add_special_tokens=False)
-        .ids[:_MOST_TOKENS]
-    )
-    length = min(_ROW, read_config(folder).max_position_embeddings, len(ids))
-    if length < 8:
+    Raises:
+        InputError: fewer than 8 tokens.
+    """
+    # Encoding takes time and memory in proportion to the text; no token has more than about 16
+    # characters on average.
+    beginning = text[: 16 * _MAX_EVALUATION_TOKENS]
+    ids = load_tokenizer(folder).encode(beginning, add_special_tokens=False).ids
+    ids = ids[:_MAX_EVALUATION_TOKENS]
+    length = min(_ROW_LENGTH, read_config(folder).max_position_embeddings, len(ids))
+    if length < _SHORTEST_ROW:
         raise InputError(
             f"--text: {len(ids)} tokens",
             rule="acceptance is a share of many positions",
@@ -180,3 +185,8 @@ def evaluation_tokens(folder: Path, text: str) -> torch.Tensor:
         )
     rows = len(ids) // length
     return torch.tensor(ids[: rows * length]).reshape(rows, length)
+
+
+def _new_tokens(folder: Path) -> int:
+    """Return the number of tokens to generate: half of a short context, so that the prompt fits."""
+    return max(1, min(_NEW_TOKENS, read_config(folder).max_position_embeddings // 2))

@@ -1,12 +1,11 @@
-"""`mellum2 release`: from a Megatron checkpoint to a folder that can be published, or to nothing at
-all."""
+"""`mellum2 release`: from a Megatron checkpoint to a complete, checked folder, or to nothing."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,7 @@ from conversion.convert import export_hf
 from conversion.huggingface.folder import GENERATION_CONFIG_FILE, read_json
 from conversion.jobs.reports import ConversionReport
 from conversion.jobs.result_folder import check_target
-from conversion.release.check import Check, ReleaseReport
-from conversion.release.check_release import MIN_ACCEPTANCE, read_text, require_acceptance
-from conversion.release.file_checks import (
-    CARD_FILE,
-    LICENSE_FILE,
-    VERIFICATION_FILE,
-    context_check,
-    file_hashes,
-    static_checks,
-)
-from conversion.release.members import CHAT_MEMBERS, require_member
-from conversion.release.model_card import CardFacts, Rows, model_card, read_evaluation
-from conversion.release.tokenizer_checks import (
+from conversion.release.chat_template import (
     CHAT_TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
@@ -34,8 +21,20 @@ from conversion.release.tokenizer_checks import (
     read_template,
     render_template,
 )
-from conversion.verification.verify import VerifyReport
-from mellum2_megatron.architecture import Mellum2Architecture
+from conversion.release.check import Check, ReleaseReport
+from conversion.release.check_release import MIN_ACCEPTANCE, read_text, require_acceptance
+from conversion.release.config_checks import context
+from conversion.release.file_checks import (
+    CARD_FILE,
+    LICENSE_FILE,
+    VERIFICATION_FILE,
+    file_checks,
+    file_hashes,
+)
+from conversion.release.members import CHAT_MEMBERS, require_member
+from conversion.release.model_card import CardFacts, Rows, model_card, read_evaluation
+from conversion.release.model_checks import model_checks, model_checks_left_out
+from conversion.verification.verify import VerifyReport, verify
 from mellum2_megatron.checkpoint import CheckpointFolder, find_checkpoint, read_run
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.common.errors import InputError, WorkError
@@ -44,28 +43,45 @@ from mellum2_megatron.common.provenance import project_root, recorded_code, sour
 from mellum2_megatron.config import Run
 
 PathLike = str | os.PathLike[str]
+
 LOGITS = "logits equal Megatron's"
-_PACKAGES = ("mellum2-megatron", "megatron-core", "transformers", "torch")
+
+_SOFTWARE = ("mellum2-megatron", "megatron-core", "transformers", "torch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReleaseResult:
-    """What a release wrote; ``report`` is None when nothing was checked."""
+    """A written release.
+
+    Attributes:
+        conversion: report of the export.
+        report: outcomes of the checks; None if nothing was checked.
+        path: released folder.
+    """
 
     conversion: ConversionReport
     report: ReleaseReport | None
     path: Path
 
     def __str__(self) -> str:
-        written = f"{self.conversion.tensors} tensors, {size_text(self.conversion.nbytes)} {self.conversion.dtype}"
-        return (
-            f"released {self.path}: {written}{'' if self.report is not None else ', not checked'}"
-        )
+        written = self.conversion
+        size = f"{written.tensors} tensors, {size_text(written.nbytes)} {written.dtype}"
+        return f"released {self.path}: {size}" + ("" if self.report else ", not checked")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """A release whose ingredients have all been read and found good; nothing is written yet."""
+class _Ingredients:
+    """Everything a release is made of, read and found good before anything is written.
+
+    Attributes:
+        member: family member.
+        checkpoint: checkpoint to export.
+        tokenizer: folder of the tokenizer files.
+        template: chat template; None for base members.
+        evaluation: rows of the model card's table; empty without --eval.
+        run: resolved run beside the checkpoint; None if there is none.
+        text: evaluation text for the MTP head's acceptance; None without --text.
+    """
 
     member: str
     checkpoint: CheckpointFolder
@@ -78,6 +94,13 @@ class _Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Measured:
+    """Outcomes of running the folder; empty if it was not run.
+
+    Attributes:
+        logits: comparison with Megatron's logits.
+        checks: outcomes of the checks that load the model, that of the logits last.
+    """
+
     logits: VerifyReport | None = None
     checks: tuple[Check, ...] = ()
 
@@ -96,45 +119,61 @@ def release(
     check: bool = True,
     skip_run: bool = False,
 ) -> ReleaseResult:
-    """Write the complete Hugging Face folder of a checkpoint; it appears only when every check of
-    it has passed.
+    """Write the complete Hugging Face folder of a checkpoint.
+
+    The folder appears only when every check of it has passed.
 
     Args:
         megatron_path: checkpoint folder, or one iteration inside it.
         output: folder to write.
-        member: which family member the checkpoint is, one of `check_release.MEMBERS`.
-        evaluation: JSON table for the model card.
-        chat_template: Jinja template of a chat member; by default the one beside the tokenizer.
-        tokenizer: folder to take tokenizer files from instead of the checkpoint's own.
-        text, min_acceptance: evaluation text for the MTP head and the smallest acceptance on it
-            that passes.
+        member: family member, one of `members.MEMBERS`.
+        evaluation: JSON table of scores for the model card; None for none.
+        chat_template: Jinja template of a chat member; default: the one beside the tokenizer.
+        tokenizer: folder of tokenizer files; default: the checkpoint's own.
+        text: file on which the MTP head's acceptance is measured; None leaves that check out.
+        min_acceptance: smallest acceptance on ``text`` that passes, 0 to 1.
         overwrite: replace an earlier release.
-        check: without it nothing is verified, and the card says so.
-        skip_run: leave out what loads the model (the comparison with Megatron included).
+        check: False writes the folder unchecked, and its card says so.
+        skip_run: leave out the checks that load the model, comparison with Megatron included.
 
     Raises:
         InputError: an ingredient is missing or does not fit; nothing was written.
         WorkError: writing failed or a check did; nothing was left behind.
     """
     require_acceptance(min_acceptance)
-    plan = _plan(megatron_path, member, evaluation, chat_template, tokenizer, text)
+    ingredients = _read_ingredients(
+        megatron_path,
+        member,
+        evaluation=evaluation,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        text=text,
+    )
     target = Path(output)
-    check_target(target, plan.checkpoint.root, overwrite)
+    check_target(target, ingredients.checkpoint.root, overwrite)
+    # Everything is written beside the target, on the same disk, and moved there at the end. If the
+    # export is interrupted or the disk is full, the staging folder stays: the same command
+    # continues in it.
     staging = target.parent / f".{target.name}.release"
     folder = staging / target.name
-    # Interrupted, or out of disk, the staging folder stays, and the same command continues the
-    # export in it.
     try:
-        conversion = export_hf(megatron_path, folder, tokenizer=plan.tokenizer, overwrite=True)
+        conversion = export_hf(
+            megatron_path, folder, tokenizer=ingredients.tokenizer, overwrite=True
+        )
     except InputError:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    report = None
     try:
-        report = _complete(
-            folder, plan, Path(megatron_path), conversion.dtype, check, skip_run, min_acceptance
-        )
-        if report is not None:
-            report = replace(report, folder=target)
+        _add_files(folder, ingredients)
+        measured = _Measured()
+        if check and not skip_run:
+            measured = _measure(folder, ingredients, megatron_path, min_acceptance)
+        _write_cards(folder, ingredients, measured, conversion.dtype)
+        if check:
+            # After the cards, whose hashes are among what is checked.
+            checks = (*file_checks(folder, member), *(measured.checks or _checks_left_out()))
+            report = ReleaseReport(folder=target, member=member, checks=checks)
             _require_ok(report)
         move_into_place(folder, target)
     finally:
@@ -142,44 +181,20 @@ def release(
     return ReleaseResult(conversion=conversion, report=report, path=target)
 
 
-def _complete(
-    folder: Path,
-    plan: _Plan,
-    megatron_path: Path,
-    dtype: str,
-    check: bool,
-    skip_run: bool,
-    min_acceptance: float,
-) -> ReleaseReport | None:
-    """Add to the exported folder what a release has beside weights, and check it."""
-    _add_files(folder, plan)
-    measured = _Measured()
-    if check and not skip_run:
-        measured = _measure(folder, plan, megatron_path, min_acceptance)
-    _write_cards(folder, plan, measured, dtype)
-    if not check:
-        return None
-    checks = (*static_checks(folder, plan.member), *(measured.checks or _left_out()))
-    return ReleaseReport(folder=folder, member=plan.member, checks=checks)
-
-
-# -- before anything is written
-# ---------------------------------------------------------------------------------------
-
-
-def _plan(
+def _read_ingredients(
     megatron_path: PathLike,
     member: str,
+    *,
     evaluation: Path | None,
     chat_template: Path | None,
     tokenizer: Path | None,
     text: Path | None,
-) -> _Plan:
+) -> _Ingredients:
     require_member(member)
     checkpoint = find_checkpoint(megatron_path)
-    context = context_check(checkpoint.architecture, member)
-    if context.status == "fail":
-        raise InputError(f"--member {member}: {context.value}", rule=context.rule, fix=context.fix)
+    outcome = context(checkpoint.architecture, member)
+    if outcome.status == "fail":
+        raise InputError(f"--member {member}: {outcome.value}", rule=outcome.rule, fix=outcome.fix)
     tokenizer_dir = tokenizer or checkpoint.tokenizer_dir
     absent = [
         name
@@ -193,19 +208,19 @@ def _plan(
             fix="give its folder: --tokenizer DIR",
         )
     run_file = checkpoint.root / RUN_FILE
-    return _Plan(
+    return _Ingredients(
         member=member,
         checkpoint=checkpoint,
         tokenizer=tokenizer_dir,
-        template=_template(member, chat_template, tokenizer_dir),
+        template=_read_chat_template(member, chat_template, tokenizer_dir),
         evaluation=read_evaluation(evaluation) if evaluation is not None else (),
         run=read_run(run_file) if run_file.is_file() else None,
         text=read_text(text) if text is not None else None,
     )
 
 
-def _template(member: str, given: Path | None, tokenizer: Path) -> str | None:
-    """The chat template, rendered once before anything is written; None for base members."""
+def _read_chat_template(member: str, given: Path | None, tokenizer: Path) -> str | None:
+    """Return the chat template, rendered once as a test; None for base members."""
     if member not in CHAT_MEMBERS:
         if given is not None:
             raise InputError(
@@ -214,17 +229,18 @@ def _template(member: str, given: Path | None, tokenizer: Path) -> str | None:
                 fix="leave --chat-template out, or release the fine-tuned model as a chat member",
             )
         return None
-    if given is not None:
+    template = None
+    if given is None:
+        template = read_template(tokenizer)
+    else:
         try:
-            template: str | None = given.read_text(encoding="utf-8")
+            template = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"--chat-template {given}",
                 rule=f"it must be readable UTF-8 ({error})",
                 fix="name a Jinja file",
             ) from None
-    else:
-        template = read_template(tokenizer)
     if not template or not template.strip():
         raise InputError(
             f"--member {member} without a chat template",
@@ -235,38 +251,42 @@ def _template(member: str, given: Path | None, tokenizer: Path) -> str | None:
     return template
 
 
-# -- the folder
-# -------------------------------------------------------------------------------------------------------
-
-
-def _add_files(folder: Path, plan: _Plan) -> None:
+def _add_files(folder: Path, ingredients: _Ingredients) -> None:
+    """Add the licence and, for chat members, the template and the token that ends a turn."""
     write_text(folder / LICENSE_FILE, licence_text())
-    if plan.template is None:
+    template = ingredients.template
+    if template is None:
         return
-    write_text(folder / CHAT_TEMPLATE_FILE, plan.template)
+    write_text(folder / CHAT_TEMPLATE_FILE, template)
     config = read_json(folder / TOKENIZER_CONFIG_FILE, "the tokenizer has it")
-    if (
-        config.pop("chat_template", None) is not None
-    ):  # one truth: transformers reads the file first
+    # A second template in the tokenizer's configuration would be dead: transformers reads the file.
+    if config.pop("chat_template", None) is not None:
         write_json(folder / TOKENIZER_CONFIG_FILE, config)
-    end = end_of_turn(folder, plan.template)
-    if end is not None:
-        _stop_at(folder / GENERATION_CONFIG_FILE, end)
-
-
-def _stop_at(path: Path, end: int) -> None:
-    """Let generation stop where a turn ends, too."""
-    config = read_json(path, "export writes it")
-    stops = config.get("eos_token_id")
-    known = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if end not in known:
-        # Marked as derived from config.json, transformers would take the ids from there.
-        config.pop("_from_model_config", None)
-        write_json(path, config | {"eos_token_id": [end, *known]})
+    end = end_of_turn(folder, template)
+    if end is None:
+        return
+    path = folder / GENERATION_CONFIG_FILE
+    generation = read_json(path, "export writes it")
+    stops = generation.get("eos_token_id")
+    if stops is None:
+        stops = []
+    elif not isinstance(stops, list):
+        stops = [stops]
+    if end not in stops:
+        # transformers marks generation settings that it derived from config.json; these no longer
+        # are.
+        generation.pop("_from_model_config", None)
+        write_json(path, generation | {"eos_token_id": [end, *stops]})
 
 
 def licence_text() -> str:
-    """The Apache License 2.0, from this package's own metadata or, in a checkout, its root."""
+    """Return the Apache License 2.0.
+
+    From the metadata of the installed package or, in a checkout, from the repository's root.
+
+    Raises:
+        WorkError: neither has it.
+    """
     text = importlib.metadata.distribution("mellum2-megatron").read_text("licenses/LICENSE")
     if text is None:
         path = project_root() / "LICENSE"
@@ -276,51 +296,44 @@ def licence_text() -> str:
     return text
 
 
-def _measure(folder: Path, plan: _Plan, megatron_path: Path, min_acceptance: float) -> _Measured:
-    """Run the folder, and compare it with the checkpoint it was made from."""
-    from conversion.release.model_checks import running_checks
-    from conversion.verification.verify import verify
-
+def _measure(
+    folder: Path, ingredients: _Ingredients, megatron_path: PathLike, min_acceptance: float
+) -> _Measured:
+    """Run the folder, and compare its logits with the checkpoint's."""
     logits = verify(megatron_path, folder)
-    worst = max(head.relative_error for head in (logits.main, logits.mtp) if head is not None)
+    heads = [head for head in (logits.main, logits.mtp) if head is not None]
+    value = f"largest relative error {max(head.relative_error for head in heads):.2e}"
     if logits.ok:
-        check = Check.passed(LOGITS, f"largest relative error {worst:.2e}")
+        outcome = Check.passed(LOGITS, value)
     else:
-        departs = logits.first_departing
-        check = Check.failed(
-            LOGITS,
-            f"largest relative error {worst:.2e}"
-            + (f", departing at {departs.name}" if departs is not None else ""),
+        departing = logits.first_departing
+        if departing is not None:
+            value += f", departing at {departing.name}"
+        failure = InputError(
+            value,
             rule=f"transformers computes what Megatron computes, within {logits.tolerance:g}",
             fix="run mellum2 verify",
         )
-    return _Measured(
-        logits=logits,
-        checks=(*running_checks(folder, text=plan.text, min_acceptance=min_acceptance), check),
-    )
+        outcome = Check.failed(LOGITS, failure)
+    checks = model_checks(folder, text=ingredients.text, min_acceptance=min_acceptance)
+    return _Measured(logits=logits, checks=(*checks, outcome))
 
 
-def _left_out() -> list[Check]:
-    from conversion.release.model_checks import skipped_checks
-
+def _checks_left_out() -> list[Check]:
     why = "left out (--skip-run)"
-    return [*skipped_checks(why), Check.not_applicable(LOGITS, why)]
+    return [*model_checks_left_out(why), Check.not_applicable(LOGITS, why)]
 
 
-def _write_cards(folder: Path, plan: _Plan, measured: _Measured, dtype: str) -> None:
+def _write_cards(folder: Path, ingredients: _Ingredients, measured: _Measured, dtype: str) -> None:
     """Write verification.json and README.md."""
-    architecture: Mellum2Architecture = plan.checkpoint.architecture
-    ran = [
-        check
-        for check in measured.checks
-        if check.name != LOGITS and check.status != "not applicable"
-    ]
+    checkpoint = ingredients.checkpoint
+    ran = [check for check in measured.checks if check.status != "not applicable"]
     verification: dict[str, Any] = {
-        "member": plan.member,
-        "software": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "member": ingredients.member,
+        "software": {name: importlib.metadata.version(name) for name in _SOFTWARE},
         "checkpoint": {
-            "name": plan.checkpoint.iteration_dir.name,
-            "iteration": plan.checkpoint.iteration,
+            "name": checkpoint.iteration_dir.name,
+            "iteration": checkpoint.iteration,
         },
         "logits": measured.logits.to_dict() if measured.logits is not None else None,
         "checks": [
@@ -336,16 +349,19 @@ def _write_cards(folder: Path, plan: _Plan, measured: _Measured, dtype: str) -> 
     }
     write_json(folder / VERIFICATION_FILE, verification)
     facts = CardFacts(
-        member=plan.member,
-        architecture=architecture,
-        run=plan.run,
-        iteration=plan.checkpoint.iteration,
+        member=ingredients.member,
+        architecture=checkpoint.architecture,
+        run=ingredients.run,
+        iteration=checkpoint.iteration,
         dtype=dtype,
-        evaluation=plan.evaluation,
+        evaluation=ingredients.evaluation,
         logits=measured.logits,
-        measured=[(check.name, f"{check.status}: {check.value}") for check in ran],
+        # The card states the logits' errors in rows of their own.
+        measured=[
+            (check.name, f"{check.status}: {check.value}") for check in ran if check.name != LOGITS
+        ],
         code=source_code(),
-        trained_with=recorded_code(plan.checkpoint.root),
+        trained_with=recorded_code(checkpoint.root),
     )
     write_text(folder / CARD_FILE, model_card(facts))
 
@@ -353,10 +369,11 @@ def _write_cards(folder: Path, plan: _Plan, measured: _Measured, dtype: str) -> 
 def _require_ok(report: ReleaseReport) -> None:
     if report.ok:
         return
-    told = "; ".join(
+    failures = "; ".join(
         f"{check.name}: {check.value} ({check.rule}; fix: {check.fix})" for check in report.failures
     )
     raise WorkError(
-        f"{report.folder} is not fit to publish. {told}",
-        fix="repair what it names and release again; nothing was written (--no-check writes the folder as it is)",
+        f"{report.folder} is not fit to publish. {failures}",
+        fix="repair what it names and release again; nothing was written "
+        "(--no-check writes the folder as it is)",
     )

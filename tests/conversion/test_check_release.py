@@ -14,11 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import conversion.release.model_checks as release_runs
+import conversion.release.model_checks as model_checks
 from conversion.huggingface.folder import INDEX_FILE
 from conversion.huggingface.generation import Generation
 from conversion.release.check import Check
-from conversion.release.check_release import check_release
+from conversion.release.check_release import NEEDED_TO_RUN, check_release
 from conversion.release.release import ReleaseResult
 from mellum2_megatron.cli import app as cli
 from mellum2_megatron.common.errors import InputError
@@ -135,6 +135,7 @@ def test_a_good_release_passes(released: ReleaseResult, folder: Path) -> None:
     report = check_release(released.path, skip_run=True)
     assert report.ok
     assert report.member == "instruct"  # from its verification card
+    assert set(NEEDED_TO_RUN) <= {check.name for check in report.checks}
     assert failures(folder) == []
     assert failures(folder, member=None) == []
 
@@ -347,7 +348,7 @@ def test_greedy_text_that_depends_on_the_mtp_head(
             prompt=prompt, completion="", prompt_ids=(1,), token_ids=ids, drafted=2, accepted=1
         )
 
-    monkeypatch.setattr(release_runs, "generate", parting)
+    monkeypatch.setattr(model_checks, "generate", parting)
     (check,) = failures(folder, skip_run=False)
     assert (check.name, check.value) == ("greedy equals use_mtp", "the texts part at new token 2")
 
