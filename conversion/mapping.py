@@ -24,12 +24,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from mellum2_megatron.architecture import Shape as Shape
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mellum2_megatron.architecture import Mellum2Architecture
-
-Shape = tuple[int, ...]
 
 
 class Transform(Protocol):

@@ -15,18 +15,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from mellum2_megatron.common.errors import InputError, nearest
-from mellum2_megatron.common.values import StrictLoader, field_types, from_plain, yaml_problem
+from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.values import Reader, from_mapping, from_plain, read_yaml
 
 PROFILES_VARIABLE = "MELLUM2_PROFILES"
 """Environment variable that names a folder of profiles, for a whole site."""
@@ -72,17 +70,17 @@ class Mount:
     def __post_init__(self) -> None:
         for name in ("source", "target"):
             path = getattr(self, name)
-            _require(
-                f"mount {name} {path}",
+            require(
                 path.startswith("/"),
-                "must be an absolute path",
-                "write it from / on",
+                f"mount {name} {path}",
+                rule="must be an absolute path",
+                fix="write it from / on",
             )
-            _require(
-                f"mount {name} {path!r}",
+            require(
                 not re.search(r"[:,\n]", path),
-                "container runtimes separate mounts with ':' and ','",
-                "use a path without them, a link for instance",
+                f"mount {name} {path!r}",
+                rule="container runtimes separate mounts with ':' and ','",
+                fix="use a path without them, a link for instance",
             )
 
 
@@ -108,17 +106,17 @@ class Container:
     arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(
-            "container.image",
+        require(
             bool(self.image.strip()),
-            "must not be empty",
-            "name a file or a reference",
+            "container.image",
+            rule="must not be empty",
+            fix="name a file or a reference",
         )
-        _require(
-            f"container.workdir={self.workdir}",
+        require(
             self.workdir is None or self.runtime != "enroot",
-            "enroot has no such option",
-            "drop it; the image's own is taken",
+            f"container.workdir={self.workdir}",
+            rule="enroot has no such option",
+            fix="drop it; the image's own is taken",
         )
 
     @property
@@ -210,29 +208,34 @@ class Profile:
         self._check_numbers()
         if self.time is not None:
             limit = minutes(self.time)
-            _require(
-                f"time: {self.time}",
+            require(
                 limit * 60 > self.grace_seconds,
-                f"must be longer than grace_seconds ({self.grace_seconds})",
-                "raise time, or lower grace_seconds",
+                f"time: {self.time}",
+                rule=f"must be longer than grace_seconds ({self.grace_seconds})",
+                fix="raise time, or lower grace_seconds",
             )
-        _require(
-            f"memory: {self.memory}",
+        require(
             self.memory is None or _MEMORY.fullmatch(self.memory) is not None,
-            "is a node's memory, a number with K, M, G or T",
-            'write it like "512G", or "0" for all of it',
+            f"memory: {self.memory}",
+            rule="is a node's memory, a number with K, M, G or T",
+            fix='write it like "512G", or "0" for all of it',
         )
         for flag in self.sbatch:
             key = _OWN_FLAGS.get(flag)
-            _require(f"sbatch.{flag}", key is None, f"has a key of its own, {key}", f"set {key}")
-            _require(
-                f"sbatch.{flag}", flag not in _GIVEN_FLAGS, "is set by the job itself", "drop it"
+            require(
+                key is None, f"sbatch.{flag}", rule=f"has a key of its own, {key}", fix=f"set {key}"
             )
-            _require(
+            require(
+                flag not in _GIVEN_FLAGS,
                 f"sbatch.{flag}",
+                rule="is set by the job itself",
+                fix="drop it",
+            )
+            require(
                 re.fullmatch(r"[a-z][a-z0-9-]+", flag) is not None,
-                "is no long flag of sbatch",
-                "write its long name without dashes, such as constraint",
+                f"sbatch.{flag}",
+                rule="is no long flag of sbatch",
+                fix="write its long name without dashes, such as constraint",
             )
         self._check_variables()
 
@@ -247,47 +250,47 @@ class Profile:
         }
         for name, least in lowest.items():
             value = getattr(self, name)
-            _require(
-                f"{name}: {value}",
+            require(
                 value is None or value >= least,
-                f"must be {least} or more",
-                f"use {least}",
+                f"{name}: {value}",
+                rule=f"must be {least} or more",
+                fix=f"use {least}",
             )
         if self.device == "cuda" or (self.device == "auto" and self.gpus_per_node):
             ranks, gpus = self.ranks_per_node, self.gpus_per_node
-            _require(
-                "device: cuda without gpus_per_node",
+            require(
                 gpus > 0,
-                "ranks need GPUs",
-                "set gpus_per_node, or device: cpu",
+                "device: cuda without gpus_per_node",
+                rule="ranks need GPUs",
+                fix="set gpus_per_node, or device: cpu",
             )
-            _require(
-                f"ranks_per_node: {ranks} with gpus_per_node: {gpus}",
+            require(
                 ranks is None or ranks <= gpus,
-                "each rank has a GPU of its own",
-                f"use {gpus}, or leave ranks_per_node out",
+                f"ranks_per_node: {ranks} with gpus_per_node: {gpus}",
+                rule="each rank has a GPU of its own",
+                fix=f"use {gpus}, or leave ranks_per_node out",
             )
 
     def _check_variables(self) -> None:
         for name in (*self.environment, *self.variables):
-            _require(
-                f"variable {name!r}",
+            require(
                 _VARIABLE.fullmatch(name) is not None,
-                "is no name of a variable",
-                "list names alone under environment, and NAME: value under variables",
+                f"variable {name!r}",
+                rule="is no name of a variable",
+                fix="list names alone under environment, and NAME: value under variables",
             )
         for name in self.variables:
-            _require(
-                f"variables.{name}",
+            require(
                 _SECRET.search(name.upper()) is None,
-                "looks like a secret, which no file or script should hold",
-                f"set it in your shell and list its name: environment: [{name}]",
+                f"variables.{name}",
+                rule="looks like a secret, which no file or script should hold",
+                fix=f"set it in your shell and list its name: environment: [{name}]",
             )
-            _require(
-                f"{name} under environment and variables",
+            require(
                 name not in self.environment,
-                "it comes from the shell or from the profile",
-                "drop one of the two",
+                f"{name} under environment and variables",
+                rule="it comes from the shell or from the profile",
+                fix="drop one of the two",
             )
 
     @property
@@ -394,50 +397,10 @@ def profile_from_yaml(text: str, *, name: str) -> Profile:
     Raises:
         InputError: see `read_profile`.
     """
-    try:
-        values = yaml.load(text, Loader=StrictLoader)
-    except yaml.YAMLError as error:
-        line, problem = yaml_problem(error)
-        where = f"line {line}" if line else "the file"
-        raise InputError(
-            where, rule=f"not a profile's YAML ({problem})", fix="see docs/examples/profiles"
-        ) from None
+    values = read_yaml(text, document="profile", fix="see docs/examples/profiles")
     if isinstance(values, Mapping):
         values = {"name": name, **values}
-    profile: Profile = _build(Profile, values, "")
-    return profile
-
-
-def _build(cls: type, values: Any, prefix: str) -> Any:
-    annotations = field_types(cls)
-    if not isinstance(values, Mapping):
-        raise InputError(
-            f"{prefix.rstrip('.') or 'profile'}: {values!r}",
-            rule="must be a mapping of keys to values",
-            fix=f"its keys are {', '.join(annotations)}",
-        )
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in annotations:
-            raise InputError(
-                key, rule="no such key in a profile", fix=nearest(str(name), annotations)
-            )
-        special = _READERS.get(key)
-        arguments[name] = (
-            special(value, key) if special else from_plain(value, annotations[name], key)
-        )
-    for entry in dataclasses.fields(cls):
-        required = (
-            entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        )
-        if required and entry.name not in arguments:
-            raise InputError(
-                f"{prefix}{entry.name} is missing",
-                rule="it has no default",
-                fix=f"add {entry.name}",
-            )
-    return cls(**arguments)
+    return from_mapping(Profile, values, document="profile", readers=_READERS)
 
 
 def _text(value: Any, key: str) -> str | None:
@@ -455,10 +418,6 @@ def _text(value: Any, key: str) -> str | None:
 _QUOTED = {"time": "24:00:00", "memory": "512G", "account": "00123", "qos": "1", "partition": "1"}
 
 
-def _container(value: Any, key: str) -> Container | None:
-    return None if value is None else _build(Container, value, f"{key}.")
-
-
 def _mounts(value: Any, key: str) -> tuple[Mount, ...]:
     if not isinstance(value, list):
         raise InputError(
@@ -469,8 +428,7 @@ def _mounts(value: Any, key: str) -> tuple[Mount, ...]:
 
 def _mount(value: Any, key: str) -> Mount:
     if not isinstance(value, str):
-        mount: Mount = _build(Mount, value, f"{key}.")
-        return mount
+        return from_mapping(Mount, value, document="profile", key=key)
     source, target, flag = (
         (*value.split(":"), "", "")[:3] if value.count(":") < 3 else ("", "", value)
     )
@@ -514,15 +472,9 @@ def _mapping(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     yield from value.items()
 
 
-_READERS: dict[str, Callable[[Any, str], Any]] = {
+_READERS: dict[str, Reader] = {
     **dict.fromkeys(_QUOTED, _text),
-    "container": _container,
     "container.mounts": _mounts,
     "sbatch": _flags,
     "variables": _variables,
 }
-
-
-def _require(value: str, holds: bool, rule: str, fix: str) -> None:
-    if not holds:
-        raise InputError(value, rule=rule, fix=fix)

@@ -50,8 +50,8 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from conversion.mapping import Shape
-from conversion.torch_dist.safe_metadata import first_line, read_metadata
-from mellum2_megatron.common.errors import InputError
+from conversion.torch_dist.safe_metadata import read_metadata
+from mellum2_megatron.common.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 

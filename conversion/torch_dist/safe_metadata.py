@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.errors import InputError, first_line
 
 METADATA_FILE = ".metadata"
 
@@ -51,11 +51,6 @@ def read_metadata(folder: Path) -> Metadata:
             fix="give a complete checkpoint folder",
         )
     return metadata
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Inert:

@@ -9,6 +9,7 @@ from mellum2_megatron.architecture.mellum2 import (
     LayerType,
     Mellum2Architecture,
     Parameter,
+    Shape,
 )
 from mellum2_megatron.architecture.rope import RopeParameters
 
@@ -20,6 +21,7 @@ __all__ = [
     "Mellum2Architecture",
     "Parameter",
     "RopeParameters",
+    "Shape",
     "architecture_arguments",
     "from_hf_config",
     "to_hf_config",

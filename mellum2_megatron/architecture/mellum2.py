@@ -18,12 +18,12 @@ from typing import Any, Literal, NamedTuple, get_args
 from mellum2_megatron.architecture.rope import RopeParameters
 from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.common.field_checks import (
-    checked_fields,
     is_int,
     is_number,
     require_positive_int,
     require_positive_number,
 )
+from mellum2_megatron.common.values import from_mapping
 
 __all__ = [
     "ALIGNMENT",
@@ -33,8 +33,10 @@ __all__ = [
     "Mellum2Architecture",
     "Parameter",
     "RopeParameters",
+    "Shape",
 ]
 
+Shape = tuple[int, ...]
 LayerType = Literal["sliding_attention", "full_attention"]
 Component = Literal[
     "embedding", "attention", "router", "experts", "norms", "mtp projection", "output head"
@@ -59,7 +61,7 @@ class Parameter(NamedTuple):
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     component: Component
     layer: int | None = None
     expert: int | None = None
@@ -269,16 +271,7 @@ class Mellum2Architecture:
         Raises:
             InputError: a missing or unknown field, or an invalid value.
         """
-        fields = checked_fields(cls, values, "architecture")
-        for name in ("rope_full_attention", "rope_sliding_attention"):
-            if isinstance(fields[name], Mapping):
-                fields[name] = RopeParameters(
-                    **checked_fields(RopeParameters, fields[name], f"architecture.{name}")
-                )
-        for name in ("layer_types", "mtp_layer_types", "eos_token_id"):
-            if isinstance(fields.get(name), list):
-                fields[name] = tuple(fields[name])
-        return cls(**fields)
+        return from_mapping(cls, values, document="model description", key="architecture")
 
     # -- reading it
     # ---------------------------------------------------------------------------------------------
@@ -322,7 +315,7 @@ class Mellum2Architecture:
         hidden, expert_width = self.hidden_size, self.moe_intermediate_size
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
-        tensors: list[tuple[str, tuple[int, ...], Component]] = [
+        tensors: list[tuple[str, Shape, Component]] = [
             ("input_layernorm.weight", (hidden,), "norms"),
             ("self_attn.q_proj.weight", (queries, hidden), "attention"),
             ("self_attn.k_proj.weight", (keys, hidden), "attention"),

@@ -1,8 +1,8 @@
-"""The two errors a user of the command line can meet: bad input (exit 2) and a failure at work
-(exit 1)."""
+"""The two errors that a user of the command line meets: bad input and failed work."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -12,29 +12,24 @@ class Mellum2Error(Exception):
     """Base of the errors that carry a message for the user and no traceback.
 
     Attributes:
-        exit_code: of a command that ends with it.
+        exit_code: exit code of a command that ends with the error.
     """
 
     exit_code: int = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions pickle as "class(*args)", which loses keyword-only arguments on the way back
-        # from a worker.
-        return _rebuild, (type(self), vars(self))
-
-
-def _rebuild(cls: type[Mellum2Error], fields: dict[str, str]) -> Mellum2Error:
-    return cls(**fields)
+        # Exceptions pickle as class(*args), which loses keyword-only arguments on the way back
+        # from a worker process.
+        return functools.partial(type(self), **vars(self)), ()
 
 
 class InputError(Mellum2Error):
-    """Something the user gave cannot work; raised before any process is launched or file is
-    touched.
+    """Input that cannot work (exit code 2); raised before a process starts or a file changes.
 
     Args:
-        value: what was given, named (``layout.ep=3``).
-        rule: the rule it breaks (``ep must divide num_experts (8)``).
-        fix: what to do instead (``use ep=1, 2, 4 or 8``).
+        value: the input, with its name (``layout.ep=3``).
+        rule: broken rule (``ep must divide num_experts (8)``).
+        fix: input that works (``use ep=1, 2, 4 or 8``).
     """
 
     exit_code = 2
@@ -45,11 +40,11 @@ class InputError(Mellum2Error):
 
 
 class WorkError(Mellum2Error):
-    """Work that began with good input did not succeed (disk full, diverging logits, a lost rank).
+    """Work that failed on good input (exit code 1): a full disk, diverging logits, a lost rank.
 
     Args:
-        what: what failed, with the values.
-        fix: what to do about it.
+        what: the failure, with its values.
+        fix: the user's next step.
     """
 
     def __init__(self, what: str, *, fix: str) -> None:
@@ -58,7 +53,7 @@ class WorkError(Mellum2Error):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the phrase that ends an unknown-name error: the closest known name, or the whole list.
+    """Return the fix for an unknown name: the closest known one, or the list of all.
 
     >>> nearest("layot.ep", ["layout.ep", "layout.tp"])
     "did you mean 'layout.ep'"
@@ -68,3 +63,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}"
     return "known: " + ", ".join(names)
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error in one line: its message's first line, or its class if it has none.
+
+    An operating system's error reads ``No space left on device: FILE``, without its number.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,8 @@
 """Values of dataclass fields, converted by the field's own annotation: from override text, from
-YAML, and back.
+YAML and JSON, and back.
 
-One converter serves ``a.b=c`` on the command line and the resolved YAML of a run, so both accept
-the same values and name the same expected type when they do not fit.
+One converter serves ``a.b=c`` on the command line, run files, site profiles and
+``architecture.json``. All of them accept the same values and name the same expected type.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.errors import InputError, nearest
+
+Reader = Callable[[Any, str], Any]
+"""Reader of one key: takes the value as YAML gives it and the full key, returns the field."""
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
 _BOOLEANS = {"true": True, "false": False}
@@ -24,42 +28,18 @@ _NULLS = ("null", "none", "~")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML reader that refuses a key that is given twice, of which YAML would take the last in
-    silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        for (name, _), earlier in zip(node.value, range(len(names)), strict=True):
-            if name.value in names[:earlier]:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {name.value} is given twice", problem_mark=name.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def yaml_problem(error: yaml.YAMLError) -> tuple[int | None, str]:
-    """Return the line (from 1) of what `StrictLoader` cannot read, if it says, and what is wrong,
-    in one line."""
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-    return (mark.line + 1 if mark else None), problem
-
-
 class MismatchError(Exception):
     """A value that does not fit an annotation; the caller adds the key and raises InputError."""
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Map every field of dataclass ``cls`` to its resolved annotation, in the order of
-    declaration."""
+    """Return every field of dataclass ``cls`` with its resolved annotation, in order."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def describe(annotation: Any) -> str:
-    """Return what a reader should type for ``annotation``: ``a whole number``, ``'muon' or 'adam'``
-    ..."""
+    """Return an annotation in words: ``a whole number``, ``'muon' or 'adam'``, ``list of text``."""
     origin = get_origin(annotation)
     if annotation is type(None):
         return "null"
@@ -72,17 +52,18 @@ def describe(annotation: Any) -> str:
         if len(items) == 2 and items[1] is Ellipsis:
             return f"list of {describe(items[0])}"
         return "[" + ", ".join(describe(item) for item in items) + "]"
-    if origin in (dict, Mapping) or dataclasses.is_dataclass(annotation):
-        return "mapping"
+    if origin in (dict, Mapping):
+        return f"a mapping of names to {describe(get_args(annotation)[1])} (empty: {{}})"
+    if dataclasses.is_dataclass(annotation):
+        return "a mapping of keys to values"
     return _NAMES[annotation]
 
 
 def from_text(text: str, annotation: Any, key: str) -> Any:
     """Convert the right-hand side of ``key=text`` to ``annotation``.
 
-    Integers may carry underscores (``8_192``), floats an exponent (``3e-4``), booleans are
-    ``true``/``false``, absence is ``null``; lists are written ``[a,b]``, ``(a,b)`` or plain
-    ``a,b``.
+    Integers may carry underscores (``8_192``), floats an exponent (``3e-4``). Booleans are
+    ``true`` and ``false``, absence is ``null``. Lists are written ``[a,b]``, ``(a,b)`` or ``a,b``.
 
     Raises:
         InputError: the text does not fit; the message names the expected type or the nearest
@@ -95,17 +76,85 @@ def from_text(text: str, annotation: Any, key: str) -> Any:
 
 
 def from_plain(value: Any, annotation: Any, key: str) -> Any:
-    """Convert ``value`` as YAML gives it (scalars, lists) to ``annotation``; see :func:`from_text`
-    for errors."""
+    """Convert ``value`` as YAML gives it (scalars, lists, mappings) to ``annotation``.
+
+    Raises:
+        InputError: see `from_text`.
+    """
     try:
         return _convert(value, annotation)
     except MismatchError as error:
         raise _wrong_type(f"{key}={value!r}", annotation, error) from None
 
 
+def from_mapping[T](
+    cls: type[T],
+    values: Any,
+    *,
+    document: str,
+    key: str = "",
+    on_default: Callable[[str], None] | None = None,
+    readers: Mapping[str, Reader] = MappingProxyType({}),
+) -> T:
+    """Build dataclass ``cls``, and the dataclasses in its fields, from a mapping of its fields.
+
+    Args:
+        cls: the dataclass.
+        values: mapping as YAML or JSON gives it.
+        document: the file's kind, for messages (``run file``).
+        key: full key of the mapping in the document; empty for the document itself.
+        on_default: called with the full key of each absent field that takes its default.
+        readers: own readers of fields, by full key, in place of `from_plain`.
+
+    Raises:
+        InputError: not a mapping, an unknown key, an absent key without default, or a value of
+            another type. Each names the full key, an unknown one also the nearest.
+    """
+    annotations = field_types(cls)
+    full_keys = {name: f"{key}.{name}" if key else name for name in annotations}
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"{key or document}: {values!r}",
+            rule="must be a mapping of keys to values",
+            fix=f"its keys are {', '.join(annotations)}",
+        )
+    for name in values:
+        if name not in annotations:
+            unknown = f"{key}.{name}" if key else str(name)
+            raise InputError(
+                unknown,
+                rule=f"no such key in a {document}",
+                fix=nearest(unknown, full_keys.values()),
+            )
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass
+        name, full_key = field.name, full_keys[field.name]
+        if name in values:
+            value, nested = values[name], _dataclass_in(annotations[name])
+            if full_key in readers:
+                arguments[name] = readers[full_key](value, full_key)
+            elif nested is not None and (value is not None or nested is annotations[name]):
+                arguments[name] = from_mapping(
+                    nested,
+                    value,
+                    document=document,
+                    key=full_key,
+                    on_default=on_default,
+                    readers=readers,
+                )
+            else:
+                arguments[name] = from_plain(value, annotations[name], full_key)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise InputError(
+                f"{full_key} is missing", rule="it has no default", fix=f"add {full_key}"
+            )
+        elif on_default is not None:
+            on_default(full_key)
+    return cls(**arguments)
+
+
 def to_plain(value: Any) -> Any:
-    """Return ``value`` as YAML-ready scalars, lists and dicts; dataclasses keep the order of their
-    fields."""
+    """Return ``value`` as scalars, lists and dicts for YAML; dataclasses keep their fields' order."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
@@ -117,11 +166,52 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def read_yaml(text: str, *, document: str, fix: str) -> Any:
+    """Return the content of a YAML document.
+
+    Args:
+        text: the document.
+        document: its kind, for the message (``run file``).
+        fix: fix in the message.
+
+    Raises:
+        InputError: not YAML, or a key given twice in one mapping. The message names the line.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+        place = f"{document}, line {mark.line + 1}" if mark else document
+        raise InputError(place, rule=f"not YAML ({problem})", fix=fix) from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML reader that refuses a key given twice; YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        earlier: list[Any] = []
+        for name, _ in node.value:
+            if name.value in earlier:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {name.value} is given twice", problem_mark=name.start_mark
+                )
+            earlier.append(name.value)
+        return super().construct_mapping(node, deep)
+
+
 class _Text(str):
-    """Text typed by a person: scalars are still to be recognised, unlike a string that YAML has
-    already typed."""
+    """Text typed by a person. Its type is still open, unlike that of a string out of YAML."""
 
     __slots__ = ()
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    """Return the dataclass of ``D`` or ``D | None``; None for any other annotation."""
+    options = [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        options = [option for option in get_args(annotation) if option is not type(None)]
+    return options[0] if len(options) == 1 and dataclasses.is_dataclass(options[0]) else None  # type: ignore[return-value]  # an annotation is a type
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -132,45 +222,36 @@ def _convert(value: Any, annotation: Any) -> Any:
         return _convert_choice(value, get_args(annotation))
     if origin is tuple:
         return _convert_tuple(value, get_args(annotation))
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise MismatchError
+        return {name: _convert(item, get_args(annotation)[1]) for name, item in value.items()}
+    typed = isinstance(value, _Text)
     if annotation is type(None):
-        if value is None or (isinstance(value, _Text) and value.lower() in _NULLS):
+        if value is None or (typed and value.lower() in _NULLS):
             return None
-        raise MismatchError
-    if annotation is bool:
+    elif annotation is bool:
         if isinstance(value, bool):
             return value
-        if isinstance(value, _Text) and value.lower() in _BOOLEANS:
+        if typed and value.lower() in _BOOLEANS:
             return _BOOLEANS[value.lower()]
-        raise MismatchError
-    if annotation is int:
-        return _convert_int(value)
-    if annotation is float:
-        return _convert_float(value)
-    if annotation is str:
+    elif annotation is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if typed and _INTEGER.fullmatch(value):
+            return int(value)
+    elif annotation is float:
+        # A plain str too: YAML 1.1 reads 3e-4, without a dot, as text.
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                raise MismatchError from None
+    elif annotation is str:
         if isinstance(value, str):
-            return str(value)
-        raise MismatchError
-    raise TypeError(
-        f"no conversion for {annotation}"
-    )  # a field of ours with an annotation this module cannot read
-
-
-def _convert_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, _Text) and _INTEGER.fullmatch(value):
-        return int(value)
-    raise MismatchError
-
-
-def _convert_float(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str):  # plain str too: YAML 1.1 reads 3e-4, without a dot, as text
-        try:
-            return float(value)
-        except ValueError:
-            raise MismatchError from None
+            return str(value)  # a plain str out of a _Text
+    else:
+        raise TypeError(f"no conversion for {annotation}")  # an error in our own dataclass
     raise MismatchError
 
 
@@ -183,8 +264,7 @@ def _convert_choice(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
-    # null first, so that `str | None` reads the text null as absence; then in the order of the
-    # annotation
+    # null first: `str | None` reads the text null as absence. Then in the annotation's order.
     hints: list[str] = []
     for option in sorted(options, key=lambda option: option is not type(None)):
         try:
@@ -206,8 +286,10 @@ def _convert_tuple(value: Any, items: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _split(text: str) -> list[Any]:
-    """Read ``[a, [b, c]]`` (brackets or parentheses, the outer pair optional) as nested lists of
-    typed-by-hand text."""
+    """Read ``[a, [b, c]]`` as nested lists of `_Text`.
+
+    Brackets may be parentheses, and the outer pair may be left out.
+    """
     listed = text.strip().replace("(", "[").replace(")", "]")
     if not listed.startswith("[") or _closes_early(listed):
         listed = f"[{listed}]"
@@ -220,8 +302,10 @@ def _split(text: str) -> list[Any]:
 
 
 def _closes_early(listed: str) -> bool:
-    """Tell whether the first bracket closes before the end: ``[0,8],[64,16]`` is two items of an
-    unbracketed list."""
+    """Return true if the first bracket closes before the end.
+
+    ``[0,8],[64,16]`` is two items of a list without its outer brackets.
+    """
     depth = 0
     for position, character in enumerate(listed):
         depth += {"[": 1, "]": -1}.get(character, 0)
@@ -239,7 +323,5 @@ def _as_text(nested: Any) -> Any:
 
 
 def _wrong_type(given: str, annotation: Any, error: MismatchError) -> InputError:
-    hint = str(error)
-    return InputError(
-        given, rule=f"must be {describe(annotation)}", fix=hint or f"give {describe(annotation)}"
-    )
+    expected = describe(annotation)
+    return InputError(given, rule=f"must be {expected}", fix=str(error) or f"give {expected}")

@@ -1,4 +1,4 @@
-"""What is minimised and how: loss terms, Muon for the matrices, Adam for everything else."""
+"""Loss terms, and the update: Muon for the matrices, Adam for everything else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 from mellum2_megatron.architecture import Parameter
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.field_checks import require
 from mellum2_megatron.config.layout import is_hidden_matrix
 
 
@@ -15,20 +16,24 @@ class Loss:
     """Terms beside the next-token loss.
 
     Attributes:
-        aux_loss_coef: load-balancing loss of the router (report §3: 1e-3; §5.1: 1e-4 in SFT).
-        aux_loss_type: which tokens it balances. ``global_aux_loss`` counts those of all ranks and
-            of the step's micro-batches so far (report §3); what it comes to depends on the layout
-            (docs/layouts.md). ``aux_loss`` looks at one micro-batch and ``seq_aux_loss`` at one
-            sequence, in every layout alike.
-        aux_loss_gradient: of the global loss. ``megatron`` divides it by the data-parallel ranks
-            once too often (Megatron-LM issue 3672): on 256 of them a coefficient of 1e-3 acts like
-            4e-6 on one. ``exact`` is the gradient of the loss that is logged, on any number of
-            ranks.
-        z_loss_coef: z-loss on the router's logits (report §3: 1e-3).
-        mtp_factor: weight of the multi-token-prediction loss (report §2: 0.1).
-        per_token: take one mean over all tokens of a step that count, instead of a mean over
-            micro-batches (and context-parallel ranks) of their means. The two differ where masks or
-            documents leave unequal numbers.
+        aux_loss_coef: coefficient of the router's load-balancing loss, default 1e-3 (report §3;
+            §5.1: 1e-4 in SFT).
+        aux_loss_type: tokens that the load-balancing loss balances over. ``global_aux_loss``
+            (default, report §3): those of all ranks in the step's micro-batches so far; its value
+            depends on the layout (docs/layouts.md). ``aux_loss``: one micro-batch.
+            ``seq_aux_loss``: one sequence. The last two are equal in every layout.
+        aux_loss_gradient: gradient of the global loss. ``megatron`` (default): divided by the
+            data-parallel ranks once too often (Megatron-LM issue 3672), so on 256 of them a
+            coefficient of 1e-3 acts like 4e-6 on one. ``exact``: the gradient of the logged loss,
+            on any number of ranks.
+        z_loss_coef: coefficient of the z-loss on the router's logits, default 1e-3 (report §3).
+        mtp_factor: weight of the multi-token-prediction loss, default 0.1 (report §2).
+        per_token: take one mean over all counted tokens of a step, default false. With false the
+            loss is the mean of the means over micro-batches (and context-parallel ranks). The two
+            differ where masks or documents leave unequal numbers of tokens.
+
+    Raises:
+        InputError: a negative coefficient.
     """
 
     aux_loss_coef: float = 1e-3
@@ -39,14 +44,12 @@ class Loss:
     per_token: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("aux_loss_coef", "z_loss_coef", "mtp_factor"):
-            _require(
-                f"loss.{name}",
-                getattr(self, name),
-                getattr(self, name) >= 0,
-                "must not be negative",
-                "use 0 or more",
-            )
+        for key, value in (
+            ("loss.aux_loss_coef", self.aux_loss_coef),
+            ("loss.z_loss_coef", self.z_loss_coef),
+            ("loss.mtp_factor", self.mtp_factor),
+        ):
+            require(value >= 0, f"{key}={value}", rule="must not be negative", fix="use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,25 +61,33 @@ class Optimizer:
     0.19.2). State is sharded over the data-parallel ranks in both cases.
 
     Attributes:
-        lr, min_lr: peak and final learning rate.
-        muon_momentum: factor of the momentum's moving average; Megatron's own default is 0.9.
-        muon_nesterov: Nesterov momentum; off in Megatron by default.
-        muon_ns_steps: Newton-Schulz iterations of the orthogonalisation.
-        muon_scale_mode: ``spectral`` multiplies the update by ``sqrt(max(rows, columns))``.
-        muon_extra_scale: further factor; 0.2 matches the RMS of AdamW's updates (Moonlight, arXiv
-            2502.16982, §2.2).
-        muon_tp_mode: under tensor parallelism orthogonalise each rank's shard (``blockwise``) or
-            the whole matrix.
-        muon_split_qkv: orthogonalise Q, K and V separately.
-        muon_split_gate_up: orthogonalise an expert's gate and up projections separately; Megatron
-            takes the two, which it keeps in one weight, as one matrix. The report does not say.
-        muon_router: the routers' weights are Muon's, as in Megatron; false gives them to Adam.
-        muon_mtp_projection: likewise the matrix that joins hidden state and embedding in front of
-            the MTP layer.
-        overlap_grad_reduce, overlap_param_gather: hide communication behind backward and forward.
+        name: ``muon`` (default), or ``adam`` for all weights.
+        lr, min_lr: peak and final learning rate, default 3e-4 and 0.
+        weight_decay: decoupled weight decay, default 0.1.
+        clip_grad: largest norm of the whole gradient, default 1.0; 0: no clipping.
+        muon_momentum: factor of the momentum's moving average, default 0.95 (Megatron's: 0.9).
+        muon_nesterov: Nesterov momentum, default true (Megatron's: false).
+        muon_ns_steps: Newton-Schulz iterations of the orthogonalisation, default 5.
+        muon_scale_mode: scale of the update by the matrix's shape. ``spectral`` (default) multiplies
+            by ``sqrt(max(rows, columns))``.
+        muon_extra_scale: further factor of the update, default 0.2, which matches the RMS of AdamW's
+            updates (Moonlight, arXiv 2502.16982, §2.2).
+        muon_tp_mode: orthogonalisation under tensor parallelism. ``blockwise`` (default): each
+            rank's shard by itself. ``duplicated``, ``distributed``: the whole matrix.
+        muon_split_qkv: orthogonalise Q, K and V separately, default true.
+        muon_split_gate_up: orthogonalise an expert's gate and up projections separately, default
+            false: Megatron keeps the two in one weight and takes it as one matrix. The report does
+            not say.
+        muon_router: update the routers' weights by Muon, default true as in Megatron; false: Adam.
+        muon_mtp_projection: update by Muon the matrix that joins hidden state and embedding in
+            front of the MTP layer, default true as in Megatron; false: Adam.
+        adam_beta1, adam_beta2, adam_eps: Adam's moving averages and epsilon, default 0.9, 0.95 and
+            1e-8.
+        overlap_grad_reduce, overlap_param_gather: hide communication behind the backward and the
+            forward pass, default true.
 
     Raises:
-        InputError: a value outside its range.
+        InputError: a value outside its range, or a combination that Megatron refuses.
     """
 
     name: Literal["muon", "adam"] = "muon"
@@ -101,41 +112,45 @@ class Optimizer:
     overlap_param_gather: bool = True
 
     def __post_init__(self) -> None:
-        _require(
-            "optimizer.lr",
-            self.lr,
+        require(
             self.lr > 0,
-            "must be positive",
-            "the report uses 3e-4 (3e-5 from long context on)",
+            f"optimizer.lr={self.lr}",
+            rule="must be positive",
+            fix="use 3e-4 as the report does (3e-5 from long context on)",
         )
-        _require(
-            "optimizer.min_lr",
-            self.min_lr,
+        require(
             0 <= self.min_lr <= self.lr,
-            f"must lie between 0 and optimizer.lr={self.lr}",
-            f"use 0 to {self.lr}",
+            f"optimizer.min_lr={self.min_lr}",
+            rule=f"must lie between 0 and optimizer.lr={self.lr}",
+            fix=f"use 0 to {self.lr}",
         )
-        for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            _require(
-                f"optimizer.{name}",
-                value,
+        for key, value in (
+            ("optimizer.muon_momentum", self.muon_momentum),
+            ("optimizer.adam_beta1", self.adam_beta1),
+            ("optimizer.adam_beta2", self.adam_beta2),
+        ):
+            require(
                 0 <= value < 1,
-                "must be at least 0 and below 1",
-                "use for example 0.95",
+                f"{key}={value}",
+                rule="must be at least 0 and below 1",
+                fix="use for example 0.95",
             )
-        for name in ("weight_decay", "clip_grad"):
-            value = getattr(self, name)
-            _require(
-                f"optimizer.{name}",
-                value,
+        for key, value in (
+            ("optimizer.weight_decay", self.weight_decay),
+            ("optimizer.clip_grad", self.clip_grad),
+        ):
+            require(
                 value >= 0,
-                "must not be negative",
-                "use 0 to switch it off",
+                f"{key}={value}",
+                rule="must not be negative",
+                fix="use 0 to switch it off",
             )
-        for name in ("adam_eps", "muon_extra_scale", "muon_ns_steps"):
-            value = getattr(self, name)
-            _require(f"optimizer.{name}", value, value > 0, "must be positive", "use the default")
+        for key, value in (
+            ("optimizer.adam_eps", self.adam_eps),
+            ("optimizer.muon_extra_scale", self.muon_extra_scale),
+            ("optimizer.muon_ns_steps", self.muon_ns_steps),
+        ):
+            require(value > 0, f"{key}={value}", rule="must be positive", fix="use the default")
         if self.name == "muon" and self.muon_split_gate_up and not self.muon_split_qkv:
             raise InputError(
                 "optimizer.muon_split_gate_up=true with optimizer.muon_split_qkv=false",
@@ -152,15 +167,10 @@ class Optimizer:
             )
 
     def uses_muon(self, parameter: Parameter) -> bool:
-        """Whether Muon updates ``parameter``; Adam does otherwise."""
+        """Return true if Muon updates ``parameter``, false if Adam does."""
         choices = {"router": self.muon_router, "mtp projection": self.muon_mtp_projection}
         return (
             self.name == "muon"
             and is_hidden_matrix(parameter)
             and choices.get(parameter.component, True)
         )
-
-
-def _require(key: str, value: float, holds: bool, rule: str, fix: str) -> None:
-    if not holds:
-        raise InputError(f"{key}={value}", rule=rule, fix=fix)

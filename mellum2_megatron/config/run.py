@@ -1,5 +1,7 @@
-"""A run: everything that decides what `mellum2 train` computes, as one typed value that round-trips
-through YAML."""
+"""A run: all that decides the numbers `mellum2 train` computes, as one typed value.
+
+`to_yaml` and `from_yaml` are exact inverses: ``run.yaml`` beside a run's checkpoints is complete.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,8 @@ import yaml
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError, nearest
-from mellum2_megatron.common.values import (
-    StrictLoader,
-    field_types,
-    from_plain,
-    to_plain,
-    yaml_problem,
-)
+from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.values import field_types, from_mapping, read_yaml, to_plain
 from mellum2_megatron.config.layout import Layout
 from mellum2_megatron.config.optimizer import Loss, Optimizer
 from mellum2_megatron.config.precision import Precision
@@ -35,25 +32,25 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """Where the tokens are.
+    """Training and validation tokens, their tokenizer, and how ranks read them.
 
     Attributes:
         path: folder written by ``mellum2 data prepare``: ``train_document.{bin,idx}``,
             ``valid_document.{bin,idx}``, ``tokenizer/``, ``corpus.json``.
-        sequence_length: tokens of one sequence.
-        tokenizer: tokenizer folder in Hugging Face format; None means ``path/tokenizer``.
+        sequence_length: tokens of one sequence, 2 or more.
+        tokenizer: tokenizer folder in Hugging Face format; None: ``path/tokenizer``.
         train, valid: ``(weight, prefix)`` pairs of Megatron indexed datasets to blend in place of
-            the folder's own two; a prefix is a path without ``.bin``/``.idx``.
-        seed: of the shuffling; None means the run's seed.
-        workers: processes a rank that read data; 0 reads in the rank itself.
-        cache: folder for the shuffling index that Megatron builds once a data set; None means
+            the folder's own two; a prefix is a path without ``.bin`` or ``.idx``. Default: none.
+        seed: seed of the shuffling; None: the run's seed.
+        workers: reading processes of each rank, default 2; 0: the rank itself reads.
+        cache: folder of the shuffling index, which Megatron builds once for each data set; None:
             beside the data.
-        first_sample: sample of the training at which these data begin. 0 unless the run continues
-            another one (``checkpoint.continue_from``) on data of its own, as the phases of the
-            report's pre-training do: then the ``schedule.train_samples`` of the run before.
+        first_sample: sample of the training at which these data begin, default 0. A run that
+            continues another one on data of its own (``checkpoint.continue_from``) begins at that
+            run's ``schedule.train_samples``, as the phases of the report's pre-training do.
 
     Raises:
-        InputError: a length or weight that is not positive.
+        InputError: a length, weight or number outside its range.
     """
 
     path: str
@@ -67,35 +64,31 @@ class Data:
     first_sample: int = 0
 
     def __post_init__(self) -> None:
-        _require(
-            "data.sequence_length",
-            self.sequence_length,
+        require(
             self.sequence_length > 1,
-            "must be 2 or more",
-            "use 8192",
+            f"data.sequence_length={self.sequence_length}",
+            rule="must be 2 or more",
+            fix="use 8192",
         )
-        _require(
-            "data.workers",
-            self.workers,
+        require(
             self.workers >= 0,
-            "must not be negative",
-            "use 0 to read in the rank itself",
+            f"data.workers={self.workers}",
+            rule="must not be negative",
+            fix="use 0 to read in the rank itself",
         )
-        _require(
-            "data.first_sample",
-            self.first_sample,
+        require(
             self.first_sample >= 0,
-            "must not be negative",
-            "use 0",
+            f"data.first_sample={self.first_sample}",
+            rule="must not be negative",
+            fix="use 0",
         )
-        for name in ("train", "valid"):
-            for weight, prefix in getattr(self, name):
-                _require(
-                    f"data.{name}: weight of {prefix}",
-                    weight,
+        for key, blend in (("data.train", self.train), ("data.valid", self.valid)):
+            for weight, prefix in blend:
+                require(
                     weight > 0,
-                    "must be positive",
-                    "drop the set instead",
+                    f"{key}: weight of {prefix}={weight}",
+                    rule="must be positive",
+                    fix="drop the set instead",
                 )
 
     @property
@@ -116,17 +109,21 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Logging:
-    """What is written while training; intervals are in optimizer steps.
+    """Metrics and validation during training; intervals are in optimizer steps.
 
     Attributes:
-        log_interval: steps between two lines of console and metrics.
-        eval_interval: steps between two validations.
-        eval_iterations: batches a validation; 0 for none.
-        eval_batch_size: sequences of such a batch; None means the training batch at the end of the
-            run.
-        tensorboard: write TensorBoard events.
-        wandb_project: write to Weights & Biases under this project; None for not at all.
-        wandb_entity, wandb_name: account and display name there.
+        log_interval: steps between two lines of console and metrics, default 10.
+        eval_interval: steps between two validations, default 1000.
+        eval_iterations: batches of a validation, default 10; 0: no validation.
+        eval_batch_size: sequences of a validation batch; None: the training batch at the end of
+            the run.
+        tensorboard: write TensorBoard events, default true.
+        wandb_project: project on Weights & Biases; None: do not log to W&B.
+        wandb_entity, wandb_name: W&B account and display name; None: the default account, the
+            run's ``name``.
+
+    Raises:
+        InputError: an interval or number outside its range, or W&B fields without a project.
     """
 
     log_interval: int = 10
@@ -139,56 +136,70 @@ class Logging:
     wandb_name: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("log_interval", "eval_interval", "eval_batch_size"):
-            value = getattr(self, name)
-            _require(
-                f"logging.{name}",
-                value,
-                value is None or value > 0,
-                "must be positive",
-                "use 1 or more",
-            )
-        _require(
-            "logging.eval_iterations",
-            self.eval_iterations,
-            self.eval_iterations >= 0,
-            "must not be negative",
-            "use 0",
+        require(
+            self.log_interval > 0,
+            f"logging.log_interval={self.log_interval}",
+            rule="must be positive",
+            fix="use 1 or more",
         )
-        for name in ("wandb_entity", "wandb_name"):
-            value = getattr(self, name)
-            if value is not None and self.wandb_project is None:
-                raise InputError(
-                    f"logging.{name}={value}",
-                    rule="needs logging.wandb_project",
-                    fix="set logging.wandb_project too",
-                )
+        require(
+            self.eval_interval > 0,
+            f"logging.eval_interval={self.eval_interval}",
+            rule="must be positive",
+            fix="use 1 or more",
+        )
+        require(
+            self.eval_batch_size is None or self.eval_batch_size > 0,
+            f"logging.eval_batch_size={self.eval_batch_size}",
+            rule="must be positive",
+            fix="use 1 or more",
+        )
+        require(
+            self.eval_iterations >= 0,
+            f"logging.eval_iterations={self.eval_iterations}",
+            rule="must not be negative",
+            fix="use 0",
+        )
+        require(
+            self.wandb_entity is None or self.wandb_project is not None,
+            f"logging.wandb_entity={self.wandb_entity}",
+            rule="needs logging.wandb_project",
+            fix="set logging.wandb_project too",
+        )
+        require(
+            self.wandb_name is None or self.wandb_project is not None,
+            f"logging.wandb_name={self.wandb_name}",
+            rule="needs logging.wandb_project",
+            fix="set logging.wandb_project too",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """Where the run's state goes and comes from; intervals are in optimizer steps.
+    """Checkpoints: where a run saves and where it starts; intervals are in optimizer steps.
 
     Attributes:
-        output: folder of the run. A checkpoint found there is resumed. Given on the command line as
-            ``--output``.
-        save_interval: steps between two checkpoints; one more is written at the end.
-        retain_interval: keep only the newest checkpoints and those at multiples of this; None keeps
-            all.
-        keep_last: how many are the newest that are kept; None means 1 with a ``retain_interval``,
-            else all. With 2 or more there is one to go back to when the newest turns out to be
-            damaged.
-        verify: what is compared with a checkpoint's manifest before anything is loaded from it:
-            every file's ``hash``, its ``size`` only, or nothing (``off``).
-        async_save: write checkpoints in the background, while training goes on. On GPUs only.
-        any_layout: store optimizer state so that every layout can resume it. Otherwise only the
-            number of data-parallel ranks may change; saves of an Adam run are then faster, since no
-            rank collects what others hold.
-        load: folder of a checkpoint whose weights the run starts from when ``output`` has none (an
-            imported model, or another run's); its optimizer state and step count are not taken.
-        continue_from: folder of another run's checkpoint that the run goes on from when ``output``
-            has none, with all of its state: weights, optimizer, step and sample count, random
-            numbers. The next phase of one training.
+        output: run folder; None until ``mellum2 train --output`` sets it. A checkpoint in it is
+            resumed.
+        save_interval: steps between two checkpoints, default 1000. The last step saves too.
+        retain_interval: interval of the checkpoints to keep for good, a multiple of
+            ``save_interval``; the others are pruned, except the newest. None: keep all.
+        keep_last: number of newest checkpoints to keep; None: 1 with a ``retain_interval``, else
+            all. With 2 or more, one is left if the newest turns out to be damaged.
+        verify: comparison with the checkpoint's manifest before loading. ``hash``: content of
+            every file. ``size``: sizes only. ``off``: none. Default ``hash``.
+        async_save: write checkpoints in the background of training, default false; GPUs only.
+        any_layout: store optimizer state in a form that every layout can resume, default true.
+            With false only the number of data-parallel ranks may change. Adam runs then save
+            faster, because no rank collects the state of the others.
+        load: checkpoint folder whose weights alone start the run (an imported model, or another
+            run) if ``output`` has no checkpoint. Optimizer state and step count start anew.
+        continue_from: checkpoint folder of another run to continue if ``output`` has no checkpoint,
+            with all of its state: weights, optimizer, step and sample count, random numbers. Used
+            for the next phase of one training.
+
+    Raises:
+        InputError: an interval or number outside its range.
     """
 
     output: str | None = None
@@ -202,25 +213,22 @@ class Checkpoint:
     continue_from: str | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            "checkpoint.save_interval",
-            self.save_interval,
+        require(
             self.save_interval > 0,
-            "must be positive",
-            "use 1 or more",
+            f"checkpoint.save_interval={self.save_interval}",
+            rule="must be positive",
+            fix="use 1 or more",
         )
-        _require(
-            "checkpoint.keep_last",
-            self.keep_last,
+        require(
             self.keep_last is None or self.keep_last > 0,
-            "must be positive",
-            "use 2, or null to keep all",
+            f"checkpoint.keep_last={self.keep_last}",
+            rule="must be positive",
+            fix="use 2, or null to keep all",
         )
-        if self.retain_interval is not None and (
-            self.retain_interval <= 0 or self.retain_interval % self.save_interval
-        ):
+        if self.retain_interval is not None:
             above = (max(self.retain_interval, 1) // self.save_interval + 1) * self.save_interval
-            raise InputError(
+            require(
+                self.retain_interval > 0 and self.retain_interval % self.save_interval == 0,
                 f"checkpoint.retain_interval={self.retain_interval}",
                 rule=f"must be a multiple of checkpoint.save_interval ({self.save_interval})",
                 fix=f"use {above} or null",
@@ -232,18 +240,22 @@ class Run:
     """A complete run; the same value, data and seed give the same numbers.
 
     Attributes:
-        name: of the recipe it came from.
+        name: name of the recipe.
         description: one line.
         architecture: the model.
-        layout, optimizer, loss, schedule, precision, stability, data, logging, checkpoint: see
-            their classes.
-        seed: of initialisation and, unless ``data.seed`` says otherwise, of shuffling.
-        backend: ``te`` (Transformer Engine), ``torch`` (anywhere), or ``auto``: te on a GPU, torch
-            on a CPU.
-        timeout_minutes: a run in which no micro-batch begins for so long is ended, naming the ranks
-            that hold it up.
-        sources: where values come from, by key (``optimizer.lr``) or by section (``optimizer``);
-            see `source`.
+        layout, optimizer, loss, schedule, precision, stability, data, logging, checkpoint: one
+            section each, see their classes.
+        seed: seed of the initial weights, and of the shuffling unless ``data.seed`` is set;
+            default 1234.
+        backend: implementation of the layers. ``te``: Transformer Engine, on GPUs. ``torch``: plain
+            PyTorch, anywhere. ``auto`` (default): te on a GPU, torch on a CPU.
+        timeout_minutes: longest time without a new micro-batch, default 10. The run then stops and
+            names the slow ranks.
+        sources: source of a value, by key (``optimizer.lr``) or section (``optimizer``); see
+            `source`.
+
+    Raises:
+        InputError: a value outside its range, or a source of a key that no run has.
     """
 
     name: str
@@ -264,19 +276,18 @@ class Run:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(
-            "timeout_minutes",
-            self.timeout_minutes,
+        require(
             self.timeout_minutes > 0,
-            "must be positive",
-            "use 10",
+            f"timeout_minutes={self.timeout_minutes}",
+            rule="must be positive",
+            fix="use 10",
         )
-        if self.data.first_sample >= self.schedule.train_samples:
-            raise InputError(
-                f"data.first_sample={self.data.first_sample}",
-                rule=f"the run ends at schedule.train_samples={self.schedule.train_samples}",
-                fix="use 0, or where the run that this one continues ended",
-            )
+        require(
+            self.data.first_sample < self.schedule.train_samples,
+            f"data.first_sample={self.data.first_sample}",
+            rule=f"the run ends at schedule.train_samples={self.schedule.train_samples}",
+            fix="use 0, or the last sample of the run that this one continues",
+        )
         known = keys()
         for key in self.sources:
             if key not in known and not any(name.startswith(f"{key}.") for name in known):
@@ -285,7 +296,7 @@ class Run:
                 )
 
     def resolved_backend(self, device: Device) -> Backend:
-        """Return the backend on ``device``, ``auto`` decided."""
+        """Return the backend on ``device``, with ``auto`` decided."""
         if self.backend == "auto":
             return "te" if device == "cuda" else "torch"
         return self.backend
@@ -297,8 +308,7 @@ class Run:
         )
 
     def source(self, key: str) -> str | None:
-        """Return where the value of ``key`` comes from: its own source, or that of the section it
-        lies in."""
+        """Return the source of ``key``: its own, or that of the innermost section that has one."""
         while key and key not in self.sources:
             key = key.rpartition(".")[0]
         return self.sources.get(key)
@@ -315,25 +325,27 @@ class Run:
 
 
 def keys() -> tuple[str, ...]:
-    """Return every key that can be set, in full: ``layout.ep``,
-    ``architecture.rope_full_attention.factor`` .."""
+    """Return the full key of every value in a run.
+
+    Examples: ``seed``, ``layout.ep``, ``architecture.rope_full_attention.factor``.
+    """
     return tuple(_leaf_keys(Run, ""))
 
 
 def _leaf_keys(cls: type, prefix: str) -> list[str]:
-    found: list[str] = []
+    leaves: list[str] = []
     for name, annotation in field_types(cls).items():
         if prefix + name == "sources":
             continue
         if dataclasses.is_dataclass(annotation):
-            found += _leaf_keys(annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+            leaves += _leaf_keys(annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            found.append(prefix + name)
-    return found
+            leaves.append(prefix + name)
+    return leaves
 
 
 def to_yaml(run: Run) -> str:
-    """Return ``run`` as YAML, complete: every value, and the sources."""
+    """Return ``run`` as YAML: every value, defaults included, and the sources."""
     text: str = yaml.dump(
         to_plain(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118
     )
@@ -355,70 +367,17 @@ class _Dumper(yaml.SafeDumper):
 
 
 def from_yaml(text: str) -> Run:
-    """Read what :func:`to_yaml` writes; the result equals the run that was written.
+    """Read what `to_yaml` writes; the result equals the run that was written.
 
     Raises:
         InputError: not YAML, an unknown or missing key, or a value of another type, each naming the
             full key.
     """
-    try:
-        values = yaml.load(text, Loader=StrictLoader)
-    except yaml.YAMLError as error:
-        line, problem = yaml_problem(error)
-        where = f"run file, line {line}" if line else "run file"
-        raise InputError(
-            where, rule=f"not YAML ({problem})", fix="give a file that `mellum2 train` wrote"
-        ) from None
-    run: Run = _build(Run, values, "")
-    return run
+    values = read_yaml(text, document="run file", fix="give a file that `mellum2 train` wrote")
+    return from_mapping(Run, values, document="run file", on_default=_warn_of_default)
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
-    where = prefix.rstrip(".") or "run file"
-    if not isinstance(values, Mapping):
-        raise InputError(
-            f"{where}: {values!r}", rule="must be a mapping of keys to values", fix="see a run.yaml"
-        )
-    annotations = field_types(cls)
-    for name in values:
-        if name not in annotations:
-            known = keys() if "." in str(name) else [prefix + known for known in annotations]
-            raise InputError(
-                f"{prefix}{name}",
-                rule="no such key in a run",
-                fix=nearest(f"{prefix}{name}", known),
-            )
-    arguments: dict[str, Any] = {}
-    for entry in dataclasses.fields(cls):
-        key = prefix + entry.name
-        if entry.name not in values:
-            if (
-                entry.default is dataclasses.MISSING
-                and entry.default_factory is dataclasses.MISSING
-            ):
-                raise InputError(
-                    f"{key} is missing", rule="a run cannot do without it", fix=f"add {key}"
-                )
-            # Every value is written, so that a later change of a default cannot change an old run;
-            # a file can lack only keys that are younger than itself.
-            logger.warning("the run file is from before %s existed; taking its default", key)
-            continue
-        value = values[entry.name]
-        if dataclasses.is_dataclass(annotations[entry.name]):
-            arguments[entry.name] = _build(annotations[entry.name], value, f"{key}.")  # type: ignore[arg-type]
-        elif key == "sources":
-            arguments[entry.name] = _sources(value)
-        else:
-            arguments[entry.name] = from_plain(value, annotations[entry.name], key)
-    return cls(**arguments)
-
-
-def _sources(value: Any) -> dict[str, str]:
-    if not isinstance(value, Mapping) or not all(isinstance(text, str) for text in value.values()):
-        raise InputError(f"sources: {value!r}", rule="must map keys to text", fix="use {} for none")
-    return dict(value)
-
-
-def _require(key: str, value: object, holds: bool, rule: str, fix: str) -> None:
-    if not holds:
-        raise InputError(f"{key}={value}", rule=rule, fix=fix)
+def _warn_of_default(key: str) -> None:
+    # Files are written complete, so that a later change of a default cannot change an old run. A
+    # file can therefore lack only keys that are younger than the file.
+    logger.warning("the run file is from before %s existed; taking its default", key)

@@ -1,34 +1,32 @@
-"""What a run does about steps that go wrong: losses and gradients that are no numbers, and losses
-that jump."""
+"""Settings for steps that go wrong: non-finite losses or gradients, and loss spikes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.field_checks import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stability:
-    """What happens to the update of a step whose loss or gradient is not as it should be.
+    """Reaction to a step with a non-finite value or a loss spike.
 
-    A skipped update leaves weights and optimizer state as they were, on every rank. The step counts
-    all the same: its samples are not seen again, and the learning rate's schedule goes on over
-    them.
+    A skipped update leaves weights and optimizer state unchanged on every rank. The step still
+    counts: its samples are not seen again, and the learning-rate schedule advances.
 
     Attributes:
-        not_finite: when a loss or a gradient is NaN or infinite on any rank: ``stop`` ends the run
-            in that step, ``skip`` skips the update. The first update of all is never skipped: there
-            is no optimizer state yet.
-        spike: when the loss of a step is more than ``spike_factor`` times the median of the
-            ``spike_window`` steps before it: ``record`` writes it down and goes on, ``skip`` skips
-            the update, ``stop`` ends the run, ``ignore`` does not look.
-        spike_factor: see there; above 1.
-        spike_window: see there. Nothing is a spike until so many steps are known; they come back
-            with a checkpoint, and are forgotten where a run continues another one, whose data may
-            be others.
-        max_skips: so many updates may be skipped one after another; the next one ends the run.
+        not_finite: reaction to a NaN or infinite loss or gradient on any rank. ``stop`` (default)
+            ends the run in that step. ``skip`` skips the update, except the first of a run, which
+            creates the optimizer state.
+        spike: reaction to a loss above ``spike_factor`` times the median of the last
+            ``spike_window`` steps. ``record`` (default) logs an event, ``skip`` skips the update,
+            ``stop`` ends the run, ``ignore`` does nothing.
+        spike_factor: threshold of a spike, above 1, default 1.3.
+        spike_window: steps of the median, 2 or more, default 100. Fewer steps make no spike. A
+            resumed run keeps its window; a run that continues another one starts an empty window,
+            because its data may differ.
+        max_skips: updates that may be skipped in a row, default 5; the next one ends the run.
 
     Raises:
         InputError: a value outside its range.
@@ -41,31 +39,26 @@ class Stability:
     max_skips: int = 5
 
     def __post_init__(self) -> None:
-        _require(
-            "stability.spike_factor",
-            self.spike_factor,
+        require(
             self.spike_factor > 1,
-            "must be above 1",
-            "use 1.3",
+            f"stability.spike_factor={self.spike_factor}",
+            rule="must be above 1",
+            fix="use 1.3",
         )
-        _require(
-            "stability.spike_window",
-            self.spike_window,
+        require(
             self.spike_window > 1,
-            "must be 2 or more",
-            "use 100",
+            f"stability.spike_window={self.spike_window}",
+            rule="must be 2 or more",
+            fix="use 100",
         )
-        _require(
-            "stability.max_skips", self.max_skips, self.max_skips > 0, "must be positive", "use 5"
+        require(
+            self.max_skips > 0,
+            f"stability.max_skips={self.max_skips}",
+            rule="must be positive",
+            fix="use 5",
         )
 
     @property
     def is_watching(self) -> bool:
-        """Whether steps have to be looked at; Megatron by itself ends a run whose numbers are not
-        finite."""
+        """True if steps must be checked by us; Megatron itself stops at a non-finite value."""
         return self.not_finite == "skip" or self.spike != "ignore"
-
-
-def _require(key: str, value: float, holds: bool, rule: str, fix: str) -> None:
-    if not holds:
-        raise InputError(f"{key}={value}", rule=rule, fix=fix)

@@ -33,7 +33,7 @@ from mellum2_megatron.checkpoint.folder import (
     tracked_iteration,
     write_tracker,
 )
-from mellum2_megatron.common.errors import Mellum2Error, WorkError
+from mellum2_megatron.common.errors import Mellum2Error, WorkError, first_line
 from mellum2_megatron.common.files import existing_ancestor
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
@@ -232,7 +232,7 @@ def _explain(error: BaseException, output: Path) -> WorkError | None:
         return None
     what = "a checkpoint could not be written" if saving else "the run stopped"
     reasons = "; ".join(
-        dict.fromkeys(_first_line(cause) for cause in causes if not _is_checkpoint_error(cause))
+        dict.fromkeys(first_line(cause) for cause in causes if not _is_checkpoint_error(cause))
     )
     full = system is not None and system.errno in DISK_FULL
     if (
@@ -306,12 +306,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
                 failure[0] if isinstance(failure, tuple) else failure
                 for failure in failures.values()
             ]
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_checkpoint_error(error: BaseException) -> bool:

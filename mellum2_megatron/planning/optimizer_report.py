@@ -12,12 +12,11 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.architecture import Mellum2Architecture, Shape
 from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.config import Backend, Layout, Optimizer, Run
 from mellum2_megatron.planning.rank_weights import (
     Ownership,
-    Shape,
     Weight,
     local_weights,
     ownership,

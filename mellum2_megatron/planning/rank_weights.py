@@ -13,10 +13,8 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mellum2_megatron.architecture import Component, Mellum2Architecture, Parameter
+from mellum2_megatron.architecture import Component, Mellum2Architecture, Parameter, Shape
 from mellum2_megatron.config import Backend, Layout, Optimizer, Run
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -457,14 +457,18 @@ def test_architecture_json_round_trip(name: str) -> None:
 
 def test_architecture_json_is_strict() -> None:
     values = TINY.to_dict()
-    with pytest.raises(InputError, match=r"architecture\.hiden_size.*did you mean 'hidden_size'"):
+    with pytest.raises(
+        InputError, match=r"architecture\.hiden_size.*did you mean 'architecture\.hidden_size'"
+    ):
         Mellum2Architecture.from_dict(values | {"hiden_size": 1})
-    with pytest.raises(InputError, match="did you mean 'rope_theta'"):
+    with pytest.raises(
+        InputError, match=r"did you mean 'architecture\.rope_full_attention\.rope_theta'"
+    ):
         Mellum2Architecture.from_dict(
             values | {"rope_full_attention": {"rope_type": "default", "rope_teta": 1.0}}
         )
     del values["hidden_size"]
-    with pytest.raises(InputError, match="without hidden_size"):
+    with pytest.raises(InputError, match=r"architecture\.hidden_size is missing"):
         Mellum2Architecture.from_dict(values)
 
 

@@ -79,11 +79,11 @@ def test_a_profile_with_everything():
         ("acount: nlp", "acount: no such key in a profile. Fix: did you mean 'account'"),
         (
             "container: {image: a.sif, runtime: apptainer, mount: []}",
-            "container.mount: no such key in a profile. Fix: did you mean 'mounts'",
+            "container.mount: no such key in a profile. Fix: did you mean 'container.mounts'",
         ),
         (
             "account: a\nqos: b\naccount: c",
-            "line 3: not a profile's YAML (key account is given twice)",
+            "profile, line 3: not YAML (key account is given twice)",
         ),
         (
             "time: 24:00:00",
@@ -137,7 +137,7 @@ def test_a_profile_with_everything():
             "container.workdir=/w: enroot has no such option",
         ),
         ("- a", "profile: ['a']: must be a mapping"),
-        ("a: [", "not a profile's YAML"),
+        ("a: [", "profile, line 1: not YAML"),
     ],
 )
 def test_refusals(text: str, message: str):

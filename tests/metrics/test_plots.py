@@ -11,7 +11,7 @@ import pytest
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.metrics import plots
-from mellum2_megatron.metrics.plots import plot_expert_load, plot_loss
+from mellum2_megatron.metrics.plots import plot_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 def log(tmp_path: Path) -> Path:
     lines = []
     for step in (10, 20, 30):
-        loads = {
-            f"expert_load/{layer}/max_over_mean": step / 10 + len(layer)
-            for layer in ("layer_00", "mtp")
-        }
         values = {"lm_loss": 8 - step / 10, "mtp_loss": 9 - step / 10, "tokens": step * 1000}
-        lines.append({"kind": "train", "step": step, **values, **loads})
+        lines.append({"kind": "train", "step": step, **values})
     lines.append({"kind": "valid", "step": 20, "lm_loss": 6.5})
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -67,19 +63,10 @@ def test_loss_curve(log: Path, tmp_path: Path, figures: list[Figure]) -> None:
 
 def test_a_loss_that_diverged_is_drawn_where_it_is_finite(log: Path, tmp_path: Path) -> None:
     with log.open("a") as file:
-        file.write(
-            '{"kind": "train", "step": 40, "lm_loss": "nan"}\n{"kind": "train", "step": 50, "lm_loss": "inf"}\n'
-        )
+        file.write('{"kind": "train", "step": 40, "lm_loss": "nan"}\n')
+        file.write('{"kind": "train", "step": 50, "lm_loss": "inf"}\n')
     plot_loss(log, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
-
-
-def test_expert_load_map(log: Path, tmp_path: Path, figures: list[Figure]) -> None:
-    plot_expert_load(log, tmp_path / "load.png")
-    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG\r\n")
-    axes = figures[0].axes[0]
-    assert axes.collections[0].get_array().tolist() == [[9.0, 10.0, 11.0], [4.0, 5.0, 6.0]]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["layer 0", "MTP"]
 
 
 def test_logs_without_the_numbers_are_refused(tmp_path: Path) -> None:
@@ -87,6 +74,4 @@ def test_logs_without_the_numbers_are_refused(tmp_path: Path) -> None:
     path.write_text('{"kind": "train", "step": 1, "grad_norm": 1.0}\n')
     with pytest.raises(InputError, match="no lm_loss"):
         plot_loss(path, tmp_path / "x.png")
-    with pytest.raises(InputError, match="no expert_load"):
-        plot_expert_load(path, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
