@@ -141,7 +141,7 @@ def test_everything_comes_back(trained: Path, small_data: PreparedData, tmp_path
         (["layout.ep=2", "layout.pp=2"], 4),
         (["layout.ep=1", "layout.etp=2"], 2),
     ],
-    ids=["one process", "pp 2", "tp 2", "ep 2 pp 2", "etp 2"],
+    ids=["one_process", "pp2", "tp2", "ep2_pp2", "etp2"],
 )
 def test_another_layout_gets_all_of_it(
     layout: list[str],
@@ -177,7 +177,7 @@ def of_cp2(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.parametrize(
     ("source", "cp", "nproc"),
     [("of_dp2", 1, 1), ("of_dp2", 2, 2), ("of_cp2", 1, 1), ("of_cp2", 1, 2)],
-    ids=["dp 2 to one process", "dp 2 to cp 2", "cp 2 to one process", "cp 2 to dp 2"],
+    ids=["dp2_to_one_process", "dp2_to_cp2", "cp2_to_one_process", "cp2_to_dp2"],
 )
 def test_data_and_context_parallelism_change(
     source: str,
@@ -267,7 +267,7 @@ def steps(value: Any) -> set[Any]:
 # --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize("later", [False, True], ids=["at_once", "in_the_background"])
 def test_every_rank_hashes_what_it_wrote(later: bool, tmp_path: Path) -> None:
     folder = tmp_path / "iter_0000007"
     folder.mkdir()
@@ -313,7 +313,7 @@ def cut(path: Path) -> None:
 
 
 DAMAGE = {
-    "flipped byte": (flip, "__1_0.distcp has changed since it was written"),
+    "flipped_byte": (flip, "__1_0.distcp has changed since it was written"),
     "truncated": (cut, "__1_0.distcp has"),
     "missing": (Path.unlink, "__1_0.distcp is missing"),
 }

@@ -1,5 +1,4 @@
-"""What a rank does in the attention tests: its share of one attention, forward and backward, for
-every problem."""
+"""Rank's part of the attention tests: its share of each problem, forward and backward."""
 
 from __future__ import annotations
 
@@ -19,10 +18,10 @@ class Problem:
     """One attention to compute.
 
     Attributes:
-        window: keys a query sees, itself included; None for all.
-        rooms: places of each document in the stream, padding included.
+        window: keys that a query sees, its own included; None for all.
+        rooms: positions of each document in the stream, padding included.
         lengths: real tokens of each document; None for a batch of two sequences that is not packed.
-        block: queries in one call of the kernel.
+        block: largest number of queries in one call of the kernel.
     """
 
     window: int | None
@@ -36,8 +35,7 @@ class Problem:
 
 
 def inputs(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """Return query, key, value and the output's gradient of the whole stream, `[s, b, heads, d]`,
-    float64."""
+    """Return query, key, value and output gradient of the stream, `[t, b, heads, d]`, float64."""
     generator = torch.Generator().manual_seed(3)
     shape = (sum(problem.rooms), problem.batch)
     sizes = (HEADS, GROUPS, GROUPS, HEADS)
@@ -47,8 +45,7 @@ def inputs(problem: Problem) -> tuple[torch.Tensor, ...]:
 
 
 def held(problem: Problem, cp: int, rank: int) -> list[int]:
-    """Return the places of the stream that a rank holds, in its order: its two chunks of every
-    document."""
+    """Return the positions in the stream of a rank's tokens: its two chunks of every document."""
     places = []
     for start, room in zip(
         itertools.accumulate(problem.rooms, initial=0), problem.rooms, strict=False
@@ -60,34 +57,34 @@ def held(problem: Problem, cp: int, rank: int) -> list[int]:
 
 
 def attend(problems: list[Problem]) -> list[tuple[torch.Tensor, ...]]:
-    """Return output and gradients of query, key and value of this rank's tokens, for each
-    problem."""
+    """Return output and gradients of query, key and value of this rank's tokens, by problem."""
     from megatron.core import parallel_state as mpu
-
-    cp = torch.distributed.get_world_size()
-    mpu.initialize_model_parallel(context_parallel_size=cp)
-    return [_attend(problem, cp, mpu.get_context_parallel_rank()) for problem in problems]
-
-
-def _attend(problem: Problem, cp: int, rank: int) -> tuple[torch.Tensor, ...]:
     from megatron.core.transformer.enums import AttnMaskType
 
     from mellum2_megatron.model import core_attention
     from mellum2_megatron.model.transformer_config import transformer_config
     from tests.layouts.worker import ARCHITECTURE
 
-    core_attention.BLOCK = problem.block
-    config = transformer_config(ARCHITECTURE, context_parallel_size=cp)
-    config.window_size = None if problem.window is None else (problem.window - 1, 0)
-    attention = core_attention.TorchCoreAttention(
-        config, 1, AttnMaskType.causal, "self", softmax_scale=SCALE
-    )
-    places = held(problem, cp, rank)
-    query, key, value, weight = (tensor[places] for tensor in inputs(problem))
-    packed = None if problem.lengths is None else packed_documents(problem.lengths, problem.rooms)
-    if packed is not None:
-        query, key, value, weight = (tensor.squeeze(1) for tensor in (query, key, value, weight))
-    leaves = tuple(tensor.clone().requires_grad_() for tensor in (query, key, value))
-    output = attention(*leaves, None, packed_seq_params=packed)
-    gradients = torch.autograd.grad((output * weight.flatten(-2)).sum(), leaves)
-    return output.detach(), *gradients
+    cp = torch.distributed.get_world_size()
+    mpu.initialize_model_parallel(context_parallel_size=cp)
+    outcomes = []
+    for problem in problems:
+        core_attention.BLOCK = problem.block
+        config = transformer_config(ARCHITECTURE, context_parallel_size=cp)
+        config.window_size = None if problem.window is None else (problem.window - 1, 0)
+        attention = core_attention.TorchCoreAttention(
+            config, 1, AttnMaskType.causal, "self", softmax_scale=SCALE
+        )
+        places = held(problem, cp, mpu.get_context_parallel_rank())
+        tensors = [tensor[places] for tensor in inputs(problem)]
+        packed = None
+        if problem.lengths is not None:
+            packed = packed_documents(problem.lengths, problem.rooms)
+            tensors = [tensor.squeeze(1) for tensor in tensors]  # THD has no batch dimension
+        *leaves, weight = (tensor.clone() for tensor in tensors)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        output = attention(*leaves, None, packed_seq_params=packed)
+        gradients = torch.autograd.grad((output * weight.flatten(-2)).sum(), leaves)
+        outcomes.append((output.detach(), *gradients))
+    return outcomes

@@ -1,5 +1,4 @@
-"""What a rank does in the tests of the router's losses: one router, its share of the tokens, one
-backward pass."""
+"""Rank's part of the router tests: one router, a share of the tokens, one backward pass."""
 
 from __future__ import annotations
 
@@ -10,17 +9,17 @@ AUX, Z = 0.7, 0.3
 
 
 def tokens(rank: int) -> torch.Tensor:
-    """The hidden states of a rank, `[t, 1, h]`."""
+    """Return the hidden states of a rank, `[t, 1, h]`."""
     return torch.randn(TOKENS, 1, HIDDEN, generator=torch.Generator().manual_seed(5 + rank))
 
 
 def padding(rank: int) -> torch.Tensor:
-    """Which of them are padding, `[t, 1]`: another number on each rank."""
+    """Return a rank's mask, `[t, 1]`, true at padding: another number on each rank."""
     return torch.arange(TOKENS)[:, None] >= TOKENS - 2 - 5 * rank
 
 
 def weight() -> torch.Tensor:
-    """The router's weight, `[experts, h]`."""
+    """Return the router's weight, `[e, h]`."""
     return torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(4))
 
 
@@ -55,9 +54,8 @@ def losses(kind: str, cp: int, exact: bool, padded: bool) -> tuple[torch.Tensor,
     router.exact_gradient = exact
     router.weight.data = weight()
     rank = torch.distributed.get_rank()
-    MoEAuxLossAutoScaler.set_loss_scale(
-        torch.tensor(float(cp))
-    )  # as the schedule does for one micro-batch
+    # As Megatron's pipeline schedule does for one micro-batch.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(float(cp)))
     probabilities, _ = router(tokens(rank), padding(rank) if padded else None)
     (probabilities.sum() * 0).backward()
     assert router.weight.grad is not None
@@ -65,5 +63,5 @@ def losses(kind: str, cp: int, exact: bool, padded: bool) -> tuple[torch.Tensor,
     tracker = get_moe_metrics_tracker()
     name = kind.replace("aux_loss", "load_balancing_loss")
     tracker._sync_metrics([name, "z_loss"])
-    logged = [float(tracker.metrics[each].values.sum()) for each in (name, "z_loss")]
+    logged = [float(tracker.metrics[loss].values.sum()) for loss in (name, "z_loss")]
     return router.weight.grad / torch.distributed.get_world_size(), logged[0], logged[1]

@@ -34,8 +34,10 @@ PROBLEMS = [
 
 
 def plain(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """Return output, and gradients of query, key and value, of the whole stream: softmax attention
-    written out."""
+    """Return softmax attention written out: output and gradients of query, key and value.
+
+    All are those of the whole stream: `[t, b, n * d]`, `[t, b, n, d]`, and twice `[t, b, g, d]`.
+    """
     query, key, value, weight = inputs(problem)
     leaves = tuple(tensor.requires_grad_() for tensor in (query, key, value))
     places = torch.arange(len(query))
@@ -65,20 +67,19 @@ def test_attention_is_the_plain_formula(cp: int):
         expected = plain(problem)
         for rank in range(cp):
             places = held(problem, cp, rank)
-            for name, mine, whole in zip(
+            for name, actual, full in zip(
                 ("output", "dq", "dk", "dv"), outcomes[rank][number], expected, strict=True
             ):
-                share = whole[places] if problem.lengths is None else whole[places].squeeze(1)
-                assert mine.shape == share.shape
-                error = (mine - share).abs().max().item()
+                share = full[places] if problem.lengths is None else full[places].squeeze(1)
+                assert actual.shape == share.shape
+                error = (actual - share).abs().max().item()
                 assert error < TOLERANCE, (
                     f"{name} of {problem} on rank {rank} of {cp}: off by {error:.1e}"
                 )
 
 
 def test_padding_attends_to_nothing():
-    """What the formula above says of padding, in words: output 0, and nothing sees it or changes
-    with it."""
+    """The formula above gives padding an output of 0 and no gradient, and nothing depends on it."""
     problem = Problem(window=None, rooms=(8,), lengths=(5,))
     output, *gradients = plain(problem)
     assert torch.count_nonzero(output[5:]) == 0
@@ -108,10 +109,8 @@ def test_a_document_that_does_not_divide_is_named():
 def test_contradictory_documents_are_refused():
     good = packed_documents((5, 8), (8, 8))
     assert document_boundaries(good, 16, 2) == ([0, 8, 16], [5, 8])
-    assert document_boundaries(good, 20, 1) == (
-        [0, 8, 16],
-        [5, 8],
-    )  # without a partition, padding may follow
+    # Without context parallelism, tokens of no document may follow.
+    assert document_boundaries(good, 20, 1) == ([0, 8, 16], [5, 8])
     with pytest.raises(ValueError, match="a stream of 20 tokens over 2"):
         document_boundaries(good, 20, 2)
     with pytest.raises(ValueError, match="a stream of 12 tokens over 1"):

@@ -1,9 +1,11 @@
-"""Every parallel layout trains the same model: one process is the reference, float32, real gradient
-reductions.
+"""Every parallel layout trains the same model: one process is the reference, in float32, with real
+gradient reductions.
 
-One test body for all layouts, on gloo and, where there are enough GPUs, on NCCL. Compared are the
+One test body for all layouts, on gloo and, where there are enough GPUs, on NCCL. It compares the
 logits of both heads, every loss term, and the gradient of every parameter on every rank that holds
-a part of it.
+a part of it. One layout alone::
+
+    pytest "tests/layouts/test_layouts.py::test_layout_is_one_process[gloo-tp2_ep2]"
 """
 
 from __future__ import annotations
@@ -21,70 +23,64 @@ from tests.layouts.worker import ARCHITECTURE, BATCH, SEQUENCE, Case, Outcome, s
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-5
-"""Of a tensor's largest entry."""
+"""Largest difference, relative to a tensor's largest entry."""
 
 DOCUMENTS = (5, 13, 3)
 BALANCED = ("aux_loss", 0.5)
-UNEVEN = (
-    *range(10),
-    25,
-    *range(27, 32),
-)  # at cp 2 rank 0 has one counting token, rank 1 has fifteen
+# At cp 2 rank 0 has one token that counts in the loss, rank 1 has fifteen.
+UNEVEN = (*range(10), 25, *range(27, 32))
 
 LAYOUTS: dict[str, tuple[int, Case]] = {
-    "dp 2": (2, Case()),
-    "tp 2": (2, Case(tp=2)),
-    "ep 2": (2, Case(ep=2)),
-    "ep 4": (4, Case(ep=4)),
-    "ep 2, allgather": (2, Case(ep=2, dispatcher="allgather")),
-    "etp 2": (2, Case(etp=2)),
-    "pp 2": (2, Case(pp=2)),
-    "pp 4": (4, Case(pp=4)),
-    "pp 2 vpp 2": (2, Case(pp=2, vpp=2)),
-    "cp 2": (2, Case(cp=2)),
-    "cp 4": (4, Case(cp=4)),
-    "tp 2 ep 2": (4, Case(tp=2, ep=2)),
-    "cp 2 ep 2": (4, Case(cp=2, ep=2)),
-    "pp 2 ep 2 dp 2": (8, Case(pp=2, ep=2)),
-    "tp 2 pp 2 cp 2": (8, Case(tp=2, pp=2, cp=2)),
-    "documents, tp 2": (2, Case(tp=2, documents=DOCUMENTS, per_token=True)),
-    "documents, cp 2": (2, Case(cp=2, documents=DOCUMENTS, per_token=True)),
-    "documents, cp 4": (4, Case(cp=4, documents=DOCUMENTS, per_token=True)),
-    "documents, aux_loss, tp 2 cp 2": (
+    "dp2": (2, Case()),
+    "tp2": (2, Case(tp=2)),
+    "ep2": (2, Case(ep=2)),
+    "ep4": (4, Case(ep=4)),
+    "ep2_allgather": (2, Case(ep=2, dispatcher="allgather")),
+    "etp2": (2, Case(etp=2)),
+    "pp2": (2, Case(pp=2)),
+    "pp4": (4, Case(pp=4)),
+    "pp2_vpp2": (2, Case(pp=2, vpp=2)),
+    "cp2": (2, Case(cp=2)),
+    "cp4": (4, Case(cp=4)),
+    "tp2_ep2": (4, Case(tp=2, ep=2)),
+    "cp2_ep2": (4, Case(cp=2, ep=2)),
+    "pp2_ep2_dp2": (8, Case(pp=2, ep=2)),
+    "tp2_pp2_cp2": (8, Case(tp=2, pp=2, cp=2)),
+    "documents_tp2": (2, Case(tp=2, documents=DOCUMENTS, per_token=True)),
+    "documents_cp2": (2, Case(cp=2, documents=DOCUMENTS, per_token=True)),
+    "documents_cp4": (4, Case(cp=4, documents=DOCUMENTS, per_token=True)),
+    "documents_aux_loss_tp2_cp2": (
         4,
         Case(tp=2, cp=2, documents=DOCUMENTS, per_token=True, balance=BALANCED),
     ),
-    # Where ranks count different numbers of tokens, only one mean over all tokens knows no layout.
-    "uneven mask, cp 2": (2, Case(cp=2, mask=UNEVEN, per_token=True)),
-    "uneven mask, tp 2 dp 2": (4, Case(tp=2, mask=UNEVEN, per_token=True)),
-    # The load-balancing losses that do not look beyond a micro-batch know no layout either.
-    "aux_loss, dp 2": (2, Case(balance=("aux_loss", 0.5))),
-    # Nor does the gradient of the global one that is its own.
-    "exact, dp 2": (2, Case(exact=True)),
-    "exact, cp 2 dp 2": (4, Case(cp=2, exact=True)),
-    "exact, per token, tp 2 dp 2": (4, Case(tp=2, per_token=True, exact=True)),
-    "seq_aux_loss, cp 2 dp 2": (4, Case(cp=2, balance=("seq_aux_loss", 0.5))),
+    # Where ranks count different numbers of tokens, only a mean over all tokens is independent of
+    # the layout.
+    "uneven_mask_cp2": (2, Case(cp=2, mask=UNEVEN, per_token=True)),
+    "uneven_mask_tp2_dp2": (4, Case(tp=2, mask=UNEVEN, per_token=True)),
+    # So are the load-balancing losses of one micro-batch or one sequence.
+    "aux_loss_dp2": (2, Case(balance=("aux_loss", 0.5))),
+    # So is the global one with its exact gradient.
+    "exact_dp2": (2, Case(exact=True)),
+    "exact_cp2_dp2": (4, Case(cp=2, exact=True)),
+    "exact_per_token_tp2_dp2": (4, Case(tp=2, per_token=True, exact=True)),
+    "seq_aux_loss_cp2_dp2": (4, Case(cp=2, balance=("seq_aux_loss", 0.5))),
 }
 
 
-def data_ranks(ranks: int, case: Case) -> int:
-    return ranks // (case.tp * case.pp * case.cp)
-
-
 def reference_of(ranks: int, case: Case) -> Case:
-    """Return the step of one process that does the same as `case` on `ranks` ranks.
+    """Return the step of one process that equals `case` on `ranks` ranks.
 
-    For Megatron's global load-balancing loss that is not the same step on the same micro-batches.
-    It counts tokens over all ranks, so one process must put what `dp` ranks see at a time into one
-    micro-batch; and its gradient is `dp` times too small, since every rank divides its part by the
-    tokens of all and DDP then averages (Megatron-LM issue 3672), unless it is asked to be exact.
+    With Megatron's global load-balancing loss that step has other micro-batches. The loss counts
+    tokens over all ranks, so one process needs the sequences of `dp` ranks in one micro-batch. Its
+    gradient is `dp` times too small unless `exact`: every rank divides its part by the tokens of
+    all ranks, and DDP then averages (Megatron-LM issue 3672).
     """
     one = Case(
         balance=case.balance, per_token=case.per_token, documents=case.documents, mask=case.mask
     )
     if case.balance[0] != "global_aux_loss":
         return one
-    data = data_ranks(ranks, case)
+    data = ranks // (case.tp * case.pp * case.cp)
     acts_like = case.balance[1] if case.exact else case.balance[1] / data
     return dataclasses.replace(one, micro_batch=data, balance=("global_aux_loss", acts_like))
 
@@ -111,44 +107,42 @@ def test_layout_is_one_process(layout: str, backend: str):
 
 
 def compare(outcomes: list[Outcome], case: Case, expected: Outcome) -> None:
-    """Compare every rank's part with its share of the reference; together they must be all of
-    it."""
+    """Compare every rank's part with its share of the reference; together they must cover it."""
     seen = {"gradients": set(), "logits": set(), "losses": set()}
     for outcome in outcomes:
-        where = str(outcome.ranks)
         seen["gradients"] |= outcome.gradients.keys()
         seen["logits"] |= outcome.logits.keys()
         seen["losses"] |= outcome.losses.keys()
         for name, gradient in outcome.gradients.items():
-            whole = expected.gradients[name]
-            close(
-                gradient,
-                shard(name, whole, case, outcome.ranks),
-                whole,
-                f"gradient of {name} at {where}",
-            )
+            full = expected.gradients[name]
+            share = shard(name, full, case, outcome.ranks)
+            close(gradient, share, full, f"gradient of {name} at {outcome.ranks}")
         for key, logits in outcome.logits.items():
-            whole = expected.logits[key]
-            mine = whole[held(case, outcome.ranks["cp"])].chunk(case.tp, dim=-1)[
-                outcome.ranks["tp"]
-            ]
-            close(logits, mine, whole, f"logits {key} at {where}")
+            full = expected.logits[key]  # [s, v]
+            positions = held_positions(case, outcome.ranks["cp"])
+            share = full[positions].chunk(case.tp, dim=-1)[outcome.ranks["tp"]]
+            close(logits, share, full, f"logits {key} at {outcome.ranks}")
         for name, loss in outcome.losses.items():
-            close(loss, expected.losses[name], expected.losses[name], f"{name} loss at {where}")
+            full = expected.losses[name]
+            close(loss, full, full, f"{name} loss at {outcome.ranks}")
     assert seen["gradients"] == expected.gradients.keys()
     assert seen["logits"] == {(row, head) for row in range(BATCH) for head in ("main", "mtp")}
     assert seen["losses"] == {"lm", "mtp", "aux", "z"}
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor, whole: torch.Tensor, what: str) -> None:
-    assert found.shape == wanted.shape, what
-    scale = whole.abs().max()
-    assert scale > 0, f"{what}: nothing to compare"
-    error = ((found - wanted).abs().max() / scale).item()
-    assert error < TOLERANCE, f"{what}: off by {error:.1e} of its largest entry"
+def close(actual: torch.Tensor, share: torch.Tensor, full: torch.Tensor, label: str) -> None:
+    """Compare a part with its share of the reference, relative to the full tensor's largest entry.
+
+    A rank's share may be all zeros (an expert that got no token), the full tensor may not.
+    """
+    assert actual.shape == share.shape, label
+    scale = full.abs().max()
+    assert scale > 0, f"{label}: nothing to compare"
+    error = ((actual - share).abs().max() / scale).item()
+    assert error < TOLERANCE, f"{label}: off by {error:.1e} of its largest entry"
 
 
-def held(case: Case, rank: int) -> list[int]:
+def held_positions(case: Case, rank: int) -> list[int]:
     """Return the positions of a sequence that a context-parallel rank holds, by definition."""
     rooms = [-(-length // 8) * 8 for length in case.documents] or [SEQUENCE]
     positions = []
@@ -164,29 +158,22 @@ def held(case: Case, rank: int) -> list[int]:
 @pytest.mark.parametrize("balance", ["global_aux_loss", "aux_loss", "seq_aux_loss"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_padding_between_documents_changes_nothing(balance: str, per_token: bool):
-    """All losses, counts included, and gradients are those of the same documents in a shorter
-    stream without it."""
-    padded = Case(documents=DOCUMENTS, balance=(balance, 0.5), per_token=per_token)
-    found, wanted = (
-        reference(padded, "gloo"),
-        reference(dataclasses.replace(padded, tight=True), "gloo"),
-    )
-    assert found.losses.keys() == {"lm", "mtp", "aux", "z"}
-    for name, loss in found.losses.items():
-        close(loss, wanted.losses[name], wanted.losses[name], f"{name} loss")
-    for name, gradient in found.gradients.items():
-        close(gradient, wanted.gradients[name], wanted.gradients[name], f"gradient of {name}")
+    """Losses and gradients equal those of the documents in a shorter stream without padding."""
+    case = Case(documents=DOCUMENTS, balance=(balance, 0.5), per_token=per_token)
+    padded = reference(case, "gloo")
+    tight = reference(dataclasses.replace(case, tight=True), "gloo")
+    assert padded.losses.keys() == {"lm", "mtp", "aux", "z"}
+    for name, loss in padded.losses.items():
+        close(loss, tight.losses[name], tight.losses[name], f"{name} loss")
+    for name, gradient in padded.gradients.items():
+        close(gradient, tight.gradients[name], tight.gradients[name], f"gradient of {name}")
 
 
 def test_the_reference_has_every_parameter_and_both_losses():
-    """The comparison covers the whole model, as the architecture counts it."""
+    """The comparison covers all parameters that the architecture counts."""
     outcome = reference(reference_of(1, Case()), "gloo")
-    assert sum(
-        gradient.numel() for gradient in outcome.gradients.values()
-    ) == ARCHITECTURE.num_parameters(mtp=True)
-    assert (
-        outcome.losses["aux"].shape
-        == outcome.losses["z"].shape
-        == (ARCHITECTURE.num_hidden_layers + 1,)
-    )
+    parameters = sum(gradient.numel() for gradient in outcome.gradients.values())
+    assert parameters == ARCHITECTURE.num_parameters(mtp=True)
+    layers = ARCHITECTURE.num_hidden_layers + 1  # and the MTP layer's
+    assert outcome.losses["aux"].shape == outcome.losses["z"].shape == (layers,)
     assert outcome.losses["lm"] != outcome.losses["mtp"]

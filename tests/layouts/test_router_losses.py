@@ -12,12 +12,12 @@ pytestmark = pytest.mark.distributed
 
 
 def formula(ranks: int, padded: bool, acts_like: float) -> tuple[torch.Tensor, float, float]:
-    """E sum_i f_i P_i (arXiv 2501.11873) and the mean of logsumexp^2 (arXiv 2202.08906) over all
-    ranks' real tokens.
+    """Evaluate both losses over all ranks' real tokens.
+
+    They are e * sum_i f_i P_i (arXiv 2501.11873) and the mean of logsumexp^2 (arXiv 2202.08906).
 
     Returns:
-        Gradient of both with respect to the router's weight, with `acts_like` in front of the
-        first; the values.
+        Gradient `[e, h]` of `acts_like` times the first plus `Z` times the second; the two values.
     """
     hidden = torch.cat([tokens(rank) for rank in range(ranks)])[:, 0].double()
     if padded:
@@ -41,7 +41,7 @@ def formula(ranks: int, padded: bool, acts_like: float) -> tuple[torch.Tensor, f
         ("global_aux_loss", 2, 2, False, True, AUX),
         ("aux_loss", 2, 2, False, False, AUX),
         ("aux_loss", 2, 2, False, True, AUX),
-        # What upstream makes of it. When this fails, the factor is no longer lost: drop
+        # Upstream's gradient. When this fails, upstream no longer loses the factor: drop
         # `exact_gradient`.
         ("global_aux_loss", 2, 1, False, False, AUX / 2),
     ],
@@ -50,8 +50,8 @@ def test_losses_are_the_formulas(
     kind: str, ranks: int, cp: int, exact: bool, padded: bool, acts_like: float
 ):
     gradient, balance, size = formula(ranks, padded, acts_like)
-    for found in run_distributed(
+    for actual_gradient, *logged in run_distributed(
         "tests.layouts.router_worker:losses", ranks, kind, cp, exact, padded
     ):
-        torch.testing.assert_close(found[0].double(), gradient, rtol=1e-5, atol=1e-6)
-        assert found[1:] == pytest.approx((balance, size), rel=1e-5)
+        torch.testing.assert_close(actual_gradient.double(), gradient, rtol=1e-5, atol=1e-6)
+        assert logged == pytest.approx([balance, size], rel=1e-5)

@@ -1,9 +1,9 @@
-"""Twenty optimizer steps in training precision: the layout changes the loss no more than the
-rounding of BF16 does.
+"""Twenty optimizer steps in training precision: a layout changes the loss no more than BF16
+rounding does.
 
 The yardstick is one process that groups the same sequences into other micro-batches, which rounds
-every weight's gradient elsewhere. Their order alone is none: it changes sums in float32, and
-nothing of that survives in BF16 weights.
+every weight's gradient at other places. The order of micro-batches is no yardstick: it changes sums
+in float32, a difference that BF16 weights do not keep.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SETTINGS = [
     "schedule.decay_samples=0",
     "logging.eval_iterations=0",
     "checkpoint.save_interval=100",
-    # Of what depends on the layout by construction, the kind that does not:
+    # These two would depend on the layout by construction in their other settings.
     "loss.aux_loss_type=aux_loss",
     "optimizer.muon_tp_mode=duplicated",
 ]
 
 LAYOUTS = {
-    "tp 2": ["layout.tp=2", "layout.sp=true"],
-    "cp 2": ["layout.cp=2"],
-    "ep 2": ["layout.ep=2"],
-    "pp 2 vpp 2": ["layout.pp=2", "layout.vpp=2"],
+    "tp2": ["layout.tp=2", "layout.sp=true"],
+    "cp2": ["layout.cp=2"],
+    "ep2": ["layout.ep=2"],
+    "pp2_vpp2": ["layout.pp=2", "layout.vpp=2"],
 }
 
 Run20 = tuple[PreparedData, Path]
@@ -43,8 +43,7 @@ Run20 = tuple[PreparedData, Path]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Run20:
-    """The corpus, and weights that every layout loads; a layout draws its own initial ones
-    otherwise."""
+    """Return the corpus, and weights that every layout loads: initial ones depend on the layout."""
     folder = tmp_path_factory.mktemp("start")
     data = small_corpus(folder)
     fresh = train(small_run(data, folder / "fresh", *SETTINGS, "schedule.train_samples=8"), nproc=1)
@@ -60,6 +59,7 @@ def curve(
     run = small_run(
         data, folder, *SETTINGS, "schedule.train_samples=80", f"checkpoint.load={load}", *overrides
     )
+    """Train for twenty steps and return the loss of each, in nats."""
     steps = losses(train(run, nproc=nproc, order=order))
     assert list(steps) == list(range(1, 21))
     return list(steps.values())
@@ -67,15 +67,15 @@ def curve(
 
 @pytest.fixture(scope="module")
 def reference(start: Run20, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    found = curve(start, tmp_path_factory.mktemp("reference") / "run")
-    assert found[-1] < found[0] - 1  # it learns: a difference would grow
-    return found
+    losses_by_step = curve(start, tmp_path_factory.mktemp("reference") / "run")
+    # It learns, so a difference would grow.
+    assert losses_by_step[-1] < losses_by_step[0] - 1
+    return losses_by_step
 
 
 @pytest.fixture(scope="module")
 def noise(start: Run20, reference: list[float], tmp_path_factory: pytest.TempPathFactory) -> float:
-    """How far the same step rounds from itself: the largest difference of the loss over all steps,
-    in nats."""
+    """Return the largest difference of the loss that rounding alone makes, in nats."""
     folder = tmp_path_factory.mktemp("noise")
     regrouped = [
         curve(start, folder / str(size), f"schedule.micro_batch_size={size}") for size in (2, 4)
@@ -88,38 +88,35 @@ def distance(one: list[float], other: list[float]) -> float:
 
 
 def test_order_of_micro_batches_is_no_noise(start: Run20, reference: list[float], tmp_path: Path):
-    assert (
-        distance(curve(start, tmp_path / "run", order=[2, 3, 0, 1]), reference) < 2e-6
-    )  # how the losses are summed
+    reordered = curve(start, tmp_path / "run", order=[2, 3, 0, 1])
+    assert distance(reordered, reference) < 2e-6  # the order in which losses are summed
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_trains_alike(
     layout: str, start: Run20, reference: list[float], noise: float, tmp_path: Path
 ):
-    found = curve(start, tmp_path / "run", *LAYOUTS[layout], nproc=2)
-    assert distance(found, reference) < 2 * noise
+    divided = curve(start, tmp_path / "run", *LAYOUTS[layout], nproc=2)
+    assert distance(divided, reference) < 2 * noise
 
 
 def test_blockwise_muon_is_another_update(
     start: Run20, reference: list[float], noise: float, tmp_path: Path
 ):
-    """Megatron's default under tensor parallelism orthogonalises each rank's part of a matrix for
-    itself."""
-    found = curve(
-        start, tmp_path / "run", *LAYOUTS["tp 2"], "optimizer.muon_tp_mode=blockwise", nproc=2
+    """Megatron's default under tensor parallelism orthogonalises each rank's part of a matrix."""
+    blockwise = curve(
+        start, tmp_path / "run", *LAYOUTS["tp2"], "optimizer.muon_tp_mode=blockwise", nproc=2
     )
-    assert distance(found, reference) > 4 * noise
+    assert distance(blockwise, reference) > 4 * noise
 
 
-def test_the_exact_global_loss_knows_no_ranks(start: Run20, noise: float, tmp_path: Path):
-    """One process that sees as many sequences at a time as two ranks do, at a coefficient at which
-    the loss matters."""
+def test_the_exact_global_loss_is_independent_of_ranks(start: Run20, noise: float, tmp_path: Path):
+    """One process with the sequences of two ranks in a micro-batch trains like them, at a
+    coefficient that matters."""
     balance = ["loss.aux_loss_type=global_aux_loss", "loss.aux_loss_coef=1.0"]
     exact = "loss.aux_loss_gradient=exact"
     one = curve(start, tmp_path / "one", *balance, "schedule.micro_batch_size=2")
     two = curve(start, tmp_path / "two", *balance, exact, nproc=2)
     assert distance(two, one) < 2 * noise
-    assert (
-        distance(curve(start, tmp_path / "half", *balance, nproc=2), one) > 4 * noise
-    )  # half the gradient
+    half = curve(start, tmp_path / "half", *balance, nproc=2)  # upstream: half the gradient
+    assert distance(half, one) > 4 * noise

@@ -1,4 +1,4 @@
-"""Counts the bytes that Megatron's collectives make a rank send, by the group they run in."""
+"""Count of the bytes that a rank sends in Megatron's collectives, by parallelism."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 SMALL = 512
-"""Floats of a tensor below which it is a statistic (losses, norms' gradients, masks) and not
+"""Elements below which a float tensor is a statistic (loss, norm's gradient, mask) and not
 counted."""
 
 COLLECTIVES = (
@@ -25,7 +25,7 @@ COLLECTIVES = (
 
 @contextlib.contextmanager
 def counting() -> Iterator[dict[str, float]]:
-    """Count within the block, in the ring algorithms' terms; integers are not counted either."""
+    """Count within the block, as ring algorithms send; integer tensors are not counted."""
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.pipeline_parallel import p2p_communication
     from megatron.core.tensor_parallel import layers, mappings
@@ -47,10 +47,10 @@ def counting() -> Iterator[dict[str, float]]:
 
 
 class Counter:
-    """torch's collectives, which note what they send in `sent` before they do it.
+    """torch's collectives, each adding the bytes of its call to `sent`.
 
     Attributes:
-        sent: bytes, by parallelism.
+        sent: bytes sent by this rank, by parallelism.
     """
 
     def __init__(self) -> None:
@@ -74,6 +74,7 @@ class Counter:
         }
 
     def note(self, group: Any, tensor: torch.Tensor, factor: float) -> None:
+        """Add `factor` times the size of a tensor, if it is a float tensor worth counting."""
         if tensor.is_floating_point() and tensor.numel() >= SMALL and id(group) in self.names:
             self.sent[self.names[id(group)]] += tensor.nbytes * factor
 
@@ -118,8 +119,7 @@ class Counter:
         return self.original["all_reduce"](tensor, *args, group=group, **rest)
 
     def to_neighbours(self, send: Any) -> Any:
-        """Wrap one of Megatron's functions that send to the next and the previous pipeline
-        stage."""
+        """Wrap a function of Megatron's that sends to the neighbouring pipeline stages."""
 
         def wrapped(**tensors: Any) -> Any:
             for name in ("tensor_send_prev", "tensor_send_next"):
@@ -131,4 +131,5 @@ class Counter:
 
 
 def ring(group: Any) -> float:
+    """Return the share of a gathered tensor that each rank of a ring sends."""
     return float(group.size() - 1) / float(group.size())

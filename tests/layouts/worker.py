@@ -1,10 +1,9 @@
-"""What one rank does in the layout tests: a whole training step without an optimizer, and what came
-of it.
+"""Rank's part of the layout tests: a training step without an optimizer, and its outcome.
 
 Megatron's own machinery runs: `initialize_model_parallel`, the real model provider,
 `DistributedDataParallel`, `forward_backward_func` and `finalize_model_grads`. Weights are functions
-of their names, tokens of a seed, so every layout starts from the same model and sees the same
-batch.
+of their names and tokens of a seed, so that every layout starts from the same model and has the
+same batch.
 """
 
 from __future__ import annotations
@@ -59,14 +58,15 @@ class Case:
     Attributes:
         tp, pp, vpp, ep, etp, cp: the layout; tensor parallelism comes with sequence parallelism.
         micro_batch: sequences of a micro-batch.
-        balance: which load-balancing loss, at which coefficient.
+        balance: Megatron's type of load-balancing loss, and its coefficient.
         per_token: Megatron's `calculate_per_token_loss`: one mean over all tokens, not a mean of
             micro-batch means.
         documents: real lengths of the documents that each sequence is packed from, each padded to a
-            multiple of 8; empty: one document, not packed.
+            multiple of 8; empty for one document, not packed.
         mask: positions that do not count in the loss.
-        tight: the documents without their padding.
-        exact: our `loss.aux_loss_gradient`.
+        tight: leave out the padding of documents.
+        exact: the run's `loss.aux_loss_gradient` is "exact".
+        dispatcher: Megatron's token dispatcher of the experts.
     """
 
     tp: int = 1
@@ -86,26 +86,25 @@ class Case:
 
     @property
     def rooms(self) -> list[int]:
-        """Places in the stream that each document takes."""
+        """Positions of each document in the stream, padding included."""
         return [length if self.tight else -(-length // 8) * 8 for length in self.documents]
 
     @property
     def length(self) -> int:
-        """Places of the stream."""
+        """Positions of the stream."""
         return sum(self.rooms) or SEQUENCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What one rank saw.
+    """Outcome of a step on one rank.
 
     Attributes:
-        ranks: its coordinate in each parallelism.
-        gradients: of the parameters it holds, by global name, after all reductions.
-        logits: by (sequence, head), `[s / cp, vocabulary / tp]`; empty off the last stage. Head 0
-            is the main one.
+        ranks: the rank's coordinate in each parallelism.
+        gradients: gradients of the rank's parameters after all reductions, by global name.
+        logits: `[s / cp, v / tp]` by (sequence, "main" or "mtp"); empty off the last stage.
         losses: totals of the whole batch, the same on every rank that has them.
-        sent: bytes that this rank sent, by parallelism.
+        sent: bytes that the rank sent, by parallelism.
     """
 
     ranks: dict[str, int]
@@ -115,7 +114,8 @@ class Outcome:
     sent: dict[str, float]
 
 
-SHARDED = {  # dimension that is divided, and among which ranks
+# The divided dimension, and the ranks that share it.
+SHARDED = {
     "word_embeddings.weight": (0, "tp"),
     "output_layer.weight": (0, "tp"),
     "linear_qkv.weight": (0, "tp"),
@@ -132,7 +132,7 @@ def shard(name: str, full: torch.Tensor, case: Case, ranks: dict[str, int]) -> t
     if not axis:
         return full
     ways, rank = getattr(case, axis), ranks[axis]
-    if name.endswith("linear_fc1.weight"):  # gate and up, each divided
+    if name.endswith("linear_fc1.weight"):  # gate above up, each divided
         return torch.cat(
             [half.chunk(ways, dimension)[rank] for half in full.chunk(2, dimension)], dimension
         )
@@ -142,7 +142,7 @@ def shard(name: str, full: torch.Tensor, case: Case, ranks: dict[str, int]) -> t
 def initial_value(
     name: str, local: torch.Tensor, case: Case, ranks: dict[str, int]
 ) -> torch.Tensor:
-    """Return this rank's part of a tensor that depends on its global name and shape alone."""
+    """Return this rank's part of a tensor that is a function of its global name and shape."""
     shape = list(local.shape)
     for end, (dimension, axis) in SHARDED.items():
         if name.endswith(end):
@@ -181,7 +181,7 @@ def global_names(
 
 
 def step(case: Case, device: str = "cpu") -> Outcome:
-    """Run one forward and backward pass over the batch on this rank and return what it saw."""
+    """Run one forward and backward pass over the batch on this rank."""
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -263,8 +263,8 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
         expert_model_parallel_size=case.ep,
         expert_tensor_parallel_size=case.etp,
         pipeline_dtype=torch.float32,
-        # As Megatron's arguments set it: two ranks that send both ways at once need a group for
-        # each way.
+        # As Megatron's arguments set it: two ranks that send in both directions at once need a
+        # group for each direction.
         overlap_p2p_comm=case.vpp > 1,
         batch_p2p_comm=case.vpp == 1,
         use_cpu_initialization=device == "cpu",
@@ -294,7 +294,10 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
 
 
 def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str, Any]]:
-    """Yield this data-parallel rank's micro-batches, whole: Megatron's order, rank after rank."""
+    """Yield this data-parallel rank's micro-batches, not yet divided by context parallelism.
+
+    Sequences go to the ranks in turn, in the order of Megatron's sampler.
+    """
     text = torch.randint(
         0,
         ARCHITECTURE.vocab_size,
@@ -326,9 +329,9 @@ def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str
             "position_ids": torch.arange(case.length).expand(size, -1).contiguous(),
         }
         if case.documents:
-            for name, each in (("cu_seqlens", case.documents), ("cu_seqlens_padded", case.rooms)):
+            for name, sizes in (("cu_seqlens", case.documents), ("cu_seqlens_padded", case.rooms)):
                 batch[name] = torch.tensor(
-                    [list(itertools.accumulate(each, initial=0))] * size, dtype=torch.int32
+                    [list(itertools.accumulate(sizes, initial=0))] * size, dtype=torch.int32
                 )
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -352,9 +355,8 @@ def forward_step(
     )
     heads: list[torch.Tensor] = []
     post_process = get_attr_wrapped_model(model, "post_process")
-    if (
-        post_process
-    ):  # the head runs for MTP first, then for the trunk; the cross entropy overwrites its input
+    if post_process:
+        # The head runs for MTP first, then for the trunk; the cross entropy overwrites its input.
         head = get_attr_wrapped_model(model, "output_layer")
         hook = head.register_forward_hook(
             lambda _module, _inputs, out: heads.append(out[0].detach().cpu().clone())
@@ -382,31 +384,31 @@ def forward_step(
 def losses(
     case: Case, reported: list[dict[str, torch.Tensor]], microbatches: int
 ) -> dict[str, torch.Tensor]:
-    """Return lm, MTP, auxiliary and z loss as the training loop would log them; the latter two for
-    each layer."""
+    """Return lm, MTP, auxiliary and z loss as the training loop logs them, the latter two by
+    layer."""
     from megatron.core import parallel_state as mpu
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    found: dict[str, torch.Tensor] = {}
+    totals: dict[str, torch.Tensor] = {}
     if mpu.is_pipeline_last_stage(ignore_virtual=True):
-        total = torch.stack([report["lm loss"] for report in reported]).sum(0)
+        sums = torch.stack([report["lm loss"] for report in reported]).sum(0)
         torch.distributed.all_reduce(
-            total, group=mpu.get_data_parallel_group(with_context_parallel=True)
+            sums, group=mpu.get_data_parallel_group(with_context_parallel=True)
         )
-        found["lm"] = (total[0] / total[1]).cpu()
+        totals["lm"] = (sums[0] / sums[1]).cpu()
         MTPLossLoggingHelper.reduce_metrics_in_tracker()
-        found["mtp"] = MTPLossLoggingHelper.tracker["loss_values"].cpu() / microbatches
+        totals["mtp"] = MTPLossLoggingHelper.tracker["loss_values"].cpu() / microbatches
     tracker = get_moe_metrics_tracker()
     names = (case.balance[0].replace("aux_loss", "load_balancing_loss"), "z_loss")
     tracker._sync_metrics(list(names))
     for ours, theirs in zip(("aux", "z"), names, strict=True):
-        found[ours] = tracker.metrics[theirs].values.cpu() / microbatches
-    return found
+        totals[ours] = tracker.metrics[theirs].values.cpu() / microbatches
+    return totals
 
 
 def groups(ways: dict[str, int]) -> dict[str, list[int]]:
-    """Return the ranks of every Megatron group that this rank is in, by our names."""
+    """Return the ranks of each of this rank's Megatron groups, by our names."""
     from megatron.core import parallel_state as mpu
 
     mpu.initialize_model_parallel(
@@ -416,7 +418,7 @@ def groups(ways: dict[str, int]) -> dict[str, list[int]]:
         expert_model_parallel_size=ways.get("ep", 1),
         expert_tensor_parallel_size=ways.get("etp", 1),
     )
-    found = {
+    megatron_groups = {
         "tp": mpu.get_tensor_model_parallel_group(),
         "cp": mpu.get_context_parallel_group(),
         "pp": mpu.get_pipeline_model_parallel_group(),
@@ -426,4 +428,7 @@ def groups(ways: dict[str, int]) -> dict[str, list[int]]:
         "etp": mpu.get_expert_tensor_parallel_group(),
         "expert dp": mpu.get_expert_data_parallel_group(),
     }
-    return {name: torch.distributed.get_process_group_ranks(group) for name, group in found.items()}
+    return {
+        name: torch.distributed.get_process_group_ranks(group)
+        for name, group in megatron_groups.items()
+    }

@@ -224,7 +224,7 @@ def test_options_reach_the_update() -> None:
         ),
         (4, ("layout.ep=2", "optimizer.muon_split_gate_up=true", "optimizer.muon_router=false")),
     ],
-    ids=["dp 2", "ep 2", "ep 2 overlapped", "dp 2 x ep 2, options"],
+    ids=["dp2", "ep2", "ep2_overlapped", "ep2_dp2_options"],
 )
 def test_distributed_update_is_that_of_one_process(nproc: int, overrides: tuple[str, ...]) -> None:
     """Weights, masters and states, Muon's and Adam's, to the bit."""

@@ -14,6 +14,7 @@ from mellum2_megatron.config import Layout, Run, apply_overrides
 from mellum2_megatron.planning.layout_report import bytes_sent, layout_report, process_groups
 from mellum2_megatron.planning.rank_weights import adam_weights, buffer_elements, ownership
 from mellum2_megatron.recipes import recipe, recipe_names
+from tests import parameter_id
 from tests.distributed import run_distributed
 from tests.layouts.worker import ARCHITECTURE, BATCH, SEQUENCE, Case, Outcome
 from tests.model.test_muon import run_of as muon_run
@@ -21,14 +22,14 @@ from tests.model.test_muon import run_of as muon_run
 TINY = "mellum2_tiny_pretrain"
 
 MEASURED: dict[str, tuple[int, Case]] = {
-    "tp 2": (2, Case(tp=2)),
-    "ep 2": (2, Case(ep=2)),
-    "ep 2, allgather": (2, Case(ep=2, dispatcher="allgather")),
-    "etp 2": (2, Case(etp=2)),
-    "pp 4": (4, Case(pp=4)),
-    "pp 2 vpp 2": (2, Case(pp=2, vpp=2)),
-    "cp 4": (4, Case(cp=4)),
-    "tp 2 ep 2 dp 2": (4, Case(tp=2, ep=2)),
+    "tp2": (2, Case(tp=2)),
+    "ep2": (2, Case(ep=2)),
+    "ep2_allgather": (2, Case(ep=2, dispatcher="allgather")),
+    "etp2": (2, Case(etp=2)),
+    "pp4": (4, Case(pp=4)),
+    "pp2_vpp2": (2, Case(pp=2, vpp=2)),
+    "cp4": (4, Case(cp=4)),
+    "tp2_ep2_dp2": (4, Case(tp=2, ep=2)),
 }
 
 
@@ -106,7 +107,7 @@ def test_bytes_are_those_on_the_wire(name: str):
             ),
         ),
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_muon_sends_the_padding_of_its_buffers_too(nproc: int, overrides: tuple[str, ...]):
     run = muon_run(
@@ -132,7 +133,7 @@ def test_muon_sends_the_padding_of_its_buffers_too(nproc: int, overrides: tuple[
         (8, {"tp": 2, "ep": 4, "etp": 1}),
         (8, {"ep": 2, "etp": 2, "pp": 2}),
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_groups_are_megatrons(ranks: int, ways: dict[str, int]):
     groups = process_groups(Layout(sp="tp" in ways, **ways), ranks)

@@ -13,6 +13,7 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Layout, apply_overrides
 from mellum2_megatron.planning.memory import Memory, memory_by_stage, memory_per_rank
 from mellum2_megatron.recipes import recipe
+from tests import parameter_id
 from tests.distributed import run_distributed
 from tests.model.test_muon import run_of
 
@@ -37,7 +38,7 @@ TP = ("layout.tp=2", "layout.sp=true")
         ),  # the shared embedding makes a difference
         (4, ("layout.cp=2", "optimizer.name=adam", "layout.ep=2")),
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_buffers_are_those_that_megatron_makes(nproc: int, overrides: tuple[str, ...]) -> None:
     run = run_of(*overrides)

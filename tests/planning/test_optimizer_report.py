@@ -17,6 +17,7 @@ from mellum2_megatron.config import Run, apply_overrides
 from mellum2_megatron.planning.optimizer_report import optimizer_report, render_optimizer
 from mellum2_megatron.planning.rank_weights import assign_owners, local_weights, ownership
 from mellum2_megatron.recipes import recipe
+from tests import parameter_id
 from tests.distributed import run_distributed
 from tests.model.optimizer_worker import Outcome
 from tests.model.test_muon import run_of
@@ -46,7 +47,7 @@ def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         (4, ("layout.ep=2",)),
         (4, ("layout.ep=2", "optimizer.overlap_grad_reduce=true")),
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_the_real_optimizer_does_what_the_report_says(
     nproc: int, overrides: tuple[str, ...]
@@ -262,7 +263,7 @@ def test_tables_name_every_kind_in_80_columns() -> None:
         ("decoder.layers.0.self_attention.linear_qkv.weight", (48, 8), None),
         ("decoder.final_layernorm.weight", (8,), None),
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_what_megatron_would_skip_is_refused(
     name: str, shape: tuple[int, ...], message: str | None

@@ -202,7 +202,7 @@ def first_step(
         (["layout.ep=1", "layout.etp=2"], 2),
         (["layout.ep=1", "layout.cp=2"], 2),
     ],
-    ids=["one process", "dp 2", "pp 2", "vpp 2", "tp 2", "etp 2", "cp 2"],
+    ids=["one_process", "dp2", "pp2", "vpp2", "tp2", "etp2", "cp2"],
 )
 def test_layouts_see_the_same_model(
     start: Path,
