@@ -1,5 +1,5 @@
-"""Start a run's ranks on this machine: torch's elastic agent, one process a rank, and one message
-when they fail."""
+"""Start a run's ranks on this machine under torch's elastic agent and report one message when they
+fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -28,24 +28,23 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 FAILURE_FILE = "failure.txt"
-"""In the run's folder: the traceback of the rank that ended the run, if it was none that the
-message explains."""
+"""In the run folder: traceback of the rank that ended the run, unless its message explains it."""
 
-_ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Signals with which torch's agent ends the ranks. SIGTERM, also of its own list, is passed on
-(`STOP_SIGNALS`)."""
+_INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Signals on which torch's agent ends the ranks. SIGTERM is on torch's own list too; here it is
+passed on to the ranks (`STOP_SIGNALS`), which save first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendezvous:
-    """Where the machines of one run meet.
+    """Meeting place of the nodes of one run.
 
     Attributes:
-        nodes: how many there are.
-        node: which one this is; ranks are counted up from node 0 on.
-        address, port: of node 0, as all of them reach it.
-        name: the same on all of them, and another one for every start.
-        timeout: seconds to wait for the others.
+        nodes: number of nodes.
+        node: number of this node; ranks count up from node 0.
+        address, port: address of node 0, reachable from all nodes.
+        name: name of this start, the same on all nodes and new for every start.
+        timeout: seconds to wait for the other nodes.
     """
 
     nodes: int
@@ -57,8 +56,7 @@ class Rendezvous:
 
 
 def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> list[str]:
-    """Return the command that every rank runs; torch's agent says in the environment which rank it
-    is."""
+    """Return the command of every rank; torch's agent passes the rank in the environment."""
     command = [
         sys.executable,
         "-m",
@@ -72,15 +70,15 @@ def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> li
 
 
 def rank_environment(nproc: int, device: Device) -> dict[str, str]:
-    """Return what local ranks need in their environment, where this process's own does not say
-    otherwise."""
+    """Return variables for ``nproc`` local ranks; values already set in this process win."""
     environment = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     if device == "cpu":
-        # A rank's share of the cores is what it can use.
+        # More threads than a rank's share of the cores make all ranks slower.
         cores = len(os.sched_getaffinity(0))
         environment["OMP_NUM_THREADS"] = os.environ.get(
             "OMP_NUM_THREADS", str(max(1, cores // nproc))
         )
+        # Megatron would use a GPU if torch could see one.
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
 
@@ -88,30 +86,33 @@ def rank_environment(nproc: int, device: Device) -> dict[str, str]:
 def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = False) -> int:
     """Train a resolved run on ``nproc`` local ranks and wait for them.
 
-    An interrupt ends the ranks; SIGTERM and SIGUSR1 let them finish their step and save. Whatever
-    ends them early, checkpoints that they had not finished are removed.
+    An interrupt ends the ranks; after SIGTERM or SIGUSR1 they finish their step and save. In all
+    cases half-written checkpoints are removed.
 
     Returns:
-        0, or `STOPPED` (75) after such a save, or 128 + the number of the signal that interrupted
-        the run.
+        0, or `STOPPED` (75) after such a save, or 128 + signal number after an interrupt.
 
     Raises:
-        InputError, WorkError: one message for all ranks; the traceback of a rank that could not
-            explain itself is in `FAILURE_FILE` beside the run file.
+        InputError, WorkError: one message for all ranks. The traceback of an unexplained failure is
+            in `FAILURE_FILE` beside the run file.
     """
     folder = run_file.parent
     (folder / FAILURE_FILE).unlink(missing_ok=True)
-    with only_complete_checkpoints(folder), variables(rank_environment(nproc, device)):
-        outcome = run_ranks(
-            rank_command(run_file, device=device, verbose=verbose), nproc=nproc, verbose=verbose
-        )
-    console.show_cursor()  # the progress bar of a rank that was killed has left it hidden
+    command = rank_command(run_file, device=device, verbose=verbose)
+    with (
+        only_complete_checkpoints(folder),
+        temporary_environment(rank_environment(nproc, device)),
+    ):
+        outcome = run_ranks(command, nproc=nproc, verbose=verbose)
+    # A rank killed in the middle of a progress bar leaves the cursor hidden.
+    console.show_cursor()
     if isinstance(outcome, int):
         return outcome
     cause = root_cause(outcome)
-    raise cause.error(
-        None if cause.kind == "explained" else keep(cause.traceback, folder / FAILURE_FILE)
-    )
+    file = None
+    if cause.kind != "explained":
+        file = save_traceback(cause.traceback, folder / FAILURE_FILE)
+    raise cause.error(file)
 
 
 def run_ranks(
@@ -120,37 +121,47 @@ def run_ranks(
     nproc: int,
     rendezvous: Rendezvous | None = None,
     verbose: bool = False,
-    came: list[int] | None = None,
+    received: list[int] | None = None,
 ) -> int | list[RankFailure]:
-    """Run a command once a rank under torch's elastic agent, which ends all ranks of this machine
-    when one fails.
+    """Run a command once per rank under torch's elastic agent.
+
+    The agent ends all ranks of this machine when one fails.
 
     Args:
-        command: of every rank.
-        nproc: ranks of this machine.
-        rendezvous: where to meet the other machines of the run; None if there are none.
-        verbose: keep what the agent says of failures.
-        came: stop signals that came before; those that come now are added.
+        command: command of every rank.
+        nproc: ranks on this machine.
+        rendezvous: meeting place of the nodes; None on a single machine.
+        verbose: keep the agent's own messages about failures.
+        received: stop signals received before the call; later ones are appended.
 
     Returns:
-        0, or `STOPPED`, or 128 + the number of the signal that interrupted this process, or how the
-        ranks failed.
+        0, or `STOPPED`, or 128 + signal number after an interrupt, or the failures of the ranks.
 
     Raises:
-        RuntimeError: of torch, the other machines were not there in time.
+        RuntimeError: from torch, if the other nodes do not come in time.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    with (
-        tempfile.TemporaryDirectory(prefix="mellum2-ranks-") as logs,
-        _quiet_agent(quiet=not verbose),
-    ):
-        handlers = {each: signal.getsignal(each) for each in (*_ENDING, *STOP_SIGNALS)}
-        passed_on = _pass_on(STOP_SIGNALS, [] if came is None else came)
+    stop_signals = [] if received is None else received
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        stop_signals.append(number)
+        for rank in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    with tempfile.TemporaryDirectory(prefix="mellum2-ranks-") as logs:
+        handlers = {number: signal.getsignal(number) for number in (*_INTERRUPTS, *STOP_SIGNALS)}
+        log_level = logging.root.manager.disable
+        for number in STOP_SIGNALS:
+            signal.signal(number, pass_on)
+        if not verbose:
+            # The agent logs its own account of a failure: signals it sends, exit codes.
+            logging.disable(logging.CRITICAL)
         try:
-            if passed_on:
+            if stop_signals:
                 return STOPPED
             elastic_launch(_launch_config(nproc, rendezvous, logs), command[0])(*command[1:])
         except ChildFailedError as error:
@@ -158,13 +169,15 @@ def run_ranks(
                 RankFailure.of(rank, failure.exitcode, failure.error_file_data, failure.timestamp)
                 for rank, failure in error.failures.items()
             ]
-            stopped = is_stop((failure.exit_code for failure in failures), told=bool(passed_on))
+            stopped = is_stop((failure.exit_code for failure in failures), told=bool(stop_signals))
             return STOPPED if stopped else failures
         except SignalException as error:
             return 128 + int(error.sigval)
         finally:
-            for each, handler in handlers.items():  # the agent leaves its own behind
-                signal.signal(each, handler)
+            logging.disable(log_level)
+            # The agent does not restore the handlers that it replaces.
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return 0
 
 
@@ -172,45 +185,38 @@ def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> Laun
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    # One machine: as `torchrun --standalone`, a free port, so that its runs do not meet. Several:
-    # static, so that ranks follow the order of the nodes; who comes first would decide otherwise.
+    if rendezvous is None:
+        # As `torchrun --standalone`: a free port, so that runs on one machine do not meet.
+        meeting: dict[str, Any] = {
+            "run_id": str(uuid.uuid4()),
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "rdzv_configs": {},
+        }
+    else:
+        # Static: ranks follow the order of the nodes. With c10d the order of arrival decides.
+        meeting = {
+            "run_id": rendezvous.name,
+            "rdzv_backend": "static",
+            "rdzv_endpoint": f"{rendezvous.address}:{rendezvous.port}",
+            "rdzv_configs": {"rank": rendezvous.node, "timeout": rendezvous.timeout},
+        }
     nodes = 1 if rendezvous is None else rendezvous.nodes
     return LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
         nproc_per_node=nproc,
-        run_id=str(uuid.uuid4()) if rendezvous is None else rendezvous.name,
-        rdzv_backend="c10d" if rendezvous is None else "static",
-        rdzv_endpoint="localhost:0"
-        if rendezvous is None
-        else f"{rendezvous.address}:{rendezvous.port}",
-        rdzv_configs={}
-        if rendezvous is None
-        else {"rank": rendezvous.node, "timeout": rendezvous.timeout},
+        # Restarts are decided for all nodes at once (`launchers.outcome`).
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=logs),
-        signals_to_handle=",".join(each.name for each in _ENDING),
+        signals_to_handle=",".join(number.name for number in _INTERRUPTS),
+        **meeting,
     )
 
 
-def _pass_on(signals: Sequence[signal.Signals], came: list[int]) -> list[int]:
-    """Hand these signals to the ranks from now on; return the list of those that came, which
-    grows."""
-
-    def hand(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        for rank in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number)
-
-    for each in signals:
-        signal.signal(each, hand)
-    return came
-
-
 @contextmanager
-def variables(changes: dict[str, str]) -> Iterator[None]:
-    """Set variables of this process, which the agent passes on."""
+def temporary_environment(changes: dict[str, str]) -> Iterator[None]:
+    """Set environment variables of this process, which the ranks inherit, and restore them."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -223,19 +229,8 @@ def variables(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextmanager
-def _quiet_agent(*, quiet: bool) -> Iterator[None]:
-    """Keep the agent's own account of a failure (signals it sends, exit codes) off the terminal."""
-    before = logging.root.manager.disable
-    if quiet:
-        logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def keep(traceback: str, file: Path) -> Path | None:
+def save_traceback(traceback: str, file: Path) -> Path | None:
+    """Write a traceback and return its file; None if it is empty or cannot be written."""
     if not traceback:
         return None
     with suppress(OSError):  # a full disk must not hide why the run ended

@@ -1,15 +1,16 @@
-"""How a job's attempts ended, and what happens next: go on, try again, or stop for good.
+"""Decide what follows when a job's attempt has ended: restart it or stop for good.
 
-A job that is requeued keeps its number and its run folder. Each start of it is an attempt, with a
-line in ``attempts.jsonl`` when it begins and one when it ends::
+A requeued job keeps its number and its run folder. Each start of it is an attempt, with one line in
+``attempts.jsonl`` at its beginning and one at its end::
 
     {"event": "begin", "job": "17", "restart": 0, "series": "17",
      "time": "2026-11-22T10:00:00+00:00", "step": 0}
-    {"event": "end", "job": "17", "restart": 0, "time": "..", "step": 40, "code": 75,
-     "kind": "stopped", "reason": ".."}
+    {"event": "end", "job": "17", "restart": 0, "time": "..", "step": 40,
+     "code": 75, "kind": "stopped", "reason": ".."}
 
-The batch script asks ``python -m launchers.outcome`` when an attempt has not ended well; its exit
-code is 0 if the job is to be started again, else the exit code of the job.
+Node 0's agent writes the first line (`start_attempt`). The batch script runs ``python -m
+launchers.outcome`` after an attempt that has not ended well; its exit code is 0 to restart the job,
+else the exit code of the job. Scripts in run folders call this module by its name.
 """
 
 from __future__ import annotations
@@ -39,15 +40,18 @@ logger = logging.getLogger(__name__)
 ATTEMPTS_FILE = "attempts.jsonl"
 REPORTS_FOLDER = "attempts"
 SERIES_VARIABLE = "MELLUM2_SERIES"
-"""Job that a continuation continues, where jobs cannot be requeued."""
+"""First job of a series of continuations, on clusters that do not requeue jobs."""
 
 Kind = Literal["done", "stopped", "failed", "refused", "ended"]
-"""``stopped`` has saved as it was told; ``refused`` is bad input; ``ended`` was ended by Slurm."""
+"""``stopped`` saved after a stop signal; ``refused`` is bad input; ``ended`` was ended by Slurm."""
+
+_PREEMPTED = "preempted after a save"
+_CUT_OFF = "it ended without a word: a node failed, or Slurm killed it"
 
 _TAIL_BYTES = 1 << 16
 _REASON_LENGTH = 600
-# Of processes that a stop signal met before they listened.
-_SIGNALLED = tuple(128 + each for each in (signal.SIGTERM, signal.SIGUSR1))
+_SIGNALLED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1))
+"""Exit codes of processes killed by a stop signal before installing their handler."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,15 +59,16 @@ class Attempt:
     """One start of a job.
 
     Attributes:
-        job: Slurm's number.
-        restart: how often that job had been requeued.
-        series: first job of those that continue each other.
-        began, ended: ISO 8601, UTC; ``ended`` is None while it runs, and after the machine has
-            failed.
-        begin_step: optimizer steps done at its begin.
-        step: those done at its end.
-        code: exit code, None while it runs.
-        kind, reason: how it ended.
+        job: Slurm's job number.
+        restart: number of requeues before this attempt.
+        series: first job of the continuations that this job belongs to.
+        began: start time, ISO 8601, UTC.
+        begin_step: optimizer steps done at the start.
+        ended: end time; None while it runs, and if its machine failed.
+        step: optimizer steps done at the end; None without an end.
+        code: exit code; None without an end.
+        kind: kind of end; None without an end.
+        reason: cause of the end, in words.
     """
 
     job: str
@@ -80,7 +85,14 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """How a node's ranks ended, as its agent tells it: exit code, and what failed."""
+    """End of one node's ranks, as reported by its agent.
+
+    Attributes:
+        node: name of the node.
+        code: exit code of the agent.
+        failures: ranks that failed.
+        message: one message for all of them; empty after a stop.
+    """
 
     node: str
     code: int
@@ -90,44 +102,43 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What follows from an attempt's end.
+    """Consequence of an attempt's end.
 
     Attributes:
-        again: start the job again.
-        code: of the job, if not.
-        kind, reason: for the record.
-        message: for the log.
+        restart: start the job again.
+        exit_code: exit code of the job otherwise.
+        kind, reason: end of the attempt, for the record.
+        message: text for the log.
     """
 
-    again: bool
-    code: int
+    restart: bool
+    exit_code: int
     kind: Kind
     reason: str
     message: str
 
 
 def read_attempts(folder: Path) -> tuple[Attempt, ...]:
-    """Return the attempts of a run, oldest first. Lines that a killed process has left unfinished
-    are skipped."""
+    """Return the attempts of a run, oldest first, without half-written lines."""
     path = folder / ATTEMPTS_FILE
     if not path.is_file():
         return ()
-    found: dict[tuple[str, int], Attempt] = {}
+    attempts: dict[tuple[str, int], Attempt] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             event: dict[str, Any] = json.loads(line)
             key = str(event["job"]), int(event["restart"])
             if event["event"] == "begin":
-                found[key] = Attempt(
+                attempts[key] = Attempt(
                     job=key[0],
                     restart=key[1],
                     series=str(event["series"]),
                     began=str(event["time"]),
                     begin_step=int(event["step"]),
                 )
-            elif key in found:
-                found[key] = dataclasses.replace(
-                    found[key],
+            elif key in attempts:
+                attempts[key] = dataclasses.replace(
+                    attempts[key],
                     ended=str(event["time"]),
                     step=int(event["step"]),
                     code=int(event["code"]),
@@ -135,15 +146,17 @@ def read_attempts(folder: Path) -> tuple[Attempt, ...]:
                     reason=str(event["reason"]),
                 )
         except (ValueError, KeyError, TypeError):
+            # A killed process can leave half a line; the lines around it are whole.
             logger.warning("%s: %r is no record of an attempt", path, line[:200])
-    return tuple(found.values())
+    return tuple(attempts.values())
 
 
 def reached_step(folder: Path) -> int:
-    """Return the last optimizer step that a run's metrics or its newest checkpoint know of."""
+    """Return the last optimizer step in a run's metrics or its newest checkpoint, 0 if none."""
     steps = [tracked_iteration(folder) or 0]
     try:
         with (folder / METRICS_FILE).open("rb") as file:
+            # metrics.jsonl of a long run is large; its last row is within the tail.
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
     except OSError:
@@ -158,10 +171,9 @@ def reached_step(folder: Path) -> int:
 
 
 def failures_in_place(attempts: Sequence[Attempt]) -> int:
-    """Return how many of the attempts have failed since one of them last got further than all
-    before it.
+    """Return the number of failures since an attempt last passed the furthest step so far.
 
-    Told to stop or preempted is no failure. An attempt without an end was on a machine that failed.
+    Stops and preemptions do not count. An attempt without an end was on a machine that failed.
     """
     furthest, count = -1, 0
     for attempt in attempts:
@@ -173,11 +185,11 @@ def failures_in_place(attempts: Sequence[Attempt]) -> int:
 
 
 def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, str]:
-    """Return how an attempt ended, with its exit code and why.
+    """Return an attempt's kind of end, exit code and reason.
 
     Args:
-        code: of the step (srun): the highest of its nodes'.
-        reports: of the nodes; one whose agent was killed has left none.
+        code: exit code of the step (srun), the highest of its nodes.
+        reports: reports of the nodes. A killed agent leaves none.
         told: signal that reached the batch script, "" for none.
     """
     if code == 0:
@@ -187,10 +199,13 @@ def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, s
         return "refused", refusal.code, refusal.message
     if told == "TERM":
         return "ended", STOPPED, "Slurm ended the job (cancelled, preempted or out of time)"
-    # Ranks leave with 75 only after all have saved: what kept another node's agent from saying so
-    # matters no more.
-    silent = (STOPPED, *_SIGNALLED) if told else (STOPPED,)
-    if all(report.code in (0, STOPPED) for report in reports) if reports else code in silent:
+    if reports:
+        # Ranks leave with 75 only after all have saved, so an agent that was killed before its
+        # report changes nothing.
+        stopped = all(report.code in (0, STOPPED) for report in reports)
+    else:
+        stopped = code == STOPPED or (told != "" and code in _SIGNALLED)
+    if stopped:
         return "stopped", STOPPED, "told to stop, all is saved"
     failures = {
         failure.rank: (report.node, failure) for report in reports for failure in report.failures
@@ -199,9 +214,10 @@ def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, s
         cause = root_cause([failure for _, failure in failures.values()])
         error = cause.error(None)
         return "failed", error.exit_code, f"node {failures[cause.rank][0]}: {error}"
-    told_by = next((report for report in reports if report.code not in (0, STOPPED)), None)
-    if told_by is not None:
-        return "failed", 1, f"node {told_by.node}: {told_by.message}"
+    # An agent can fail without its ranks: the nodes did not meet, or the run was not started.
+    failed = next((report for report in reports if report.code not in (0, STOPPED)), None)
+    if failed is not None:
+        return "failed", 1, f"node {failed.node}: {failed.message}"
     return (
         "failed",
         1,
@@ -213,14 +229,14 @@ def decide(attempts: Sequence[Attempt], *, tries: int) -> Decision:
     """Return what follows from the last of the attempts, which has ended.
 
     Args:
-        attempts: of a run, oldest first.
-        tries: how often a job that fails is started again without a new step.
+        attempts: attempts of a run, oldest first.
+        tries: restarts allowed without progress.
     """
     last = attempts[-1]
     assert last.kind is not None
     assert last.code is not None
     step = last.step or 0
-    again, code = False, last.code
+    restart = False
     if last.kind == "done":
         message = f"done at step {step}"
     elif last.kind == "refused":
@@ -230,151 +246,152 @@ def decide(attempts: Sequence[Attempt], *, tries: int) -> Decision:
             f"{last.reason}; step {step} was reached. A preempted job is requeued by Slurm itself"
         )
     elif last.kind == "stopped":
-        again, message = (
-            True,
-            f"{last.reason}; the job goes on from step {step} when Slurm starts it again",
-        )
+        restart = True
+        message = f"{last.reason}; the job resumes from step {step} when Slurm starts it again"
     else:
-        count = failures_in_place([each for each in attempts if each.series == last.series])
-        again = count <= tries
-        where = f"step {step} has not been passed in {count} start{'s' * (count != 1)}"
-        then = (
-            f"starting again, {count} of {tries} tries"
-            if again
-            else "not started again (tries in the profile)"
+        # A job that somebody submits anew is a new series: its failures count from zero.
+        series = [attempt for attempt in attempts if attempt.series == last.series]
+        count = failures_in_place(series)
+        restart = count <= tries
+        if restart:
+            consequence = f"starting again, {count} of {tries} tries"
+        else:
+            consequence = "not started again (tries in the profile)"
+        starts = "start" if count == 1 else "starts"
+        message = (
+            f"{last.reason}\nstep {step} has not been passed in {count} {starts}: {consequence}"
         )
-        message = f"{last.reason}\n{where}: {then}"
-    return Decision(again=again, code=code, kind=last.kind, reason=last.reason, message=message)
+    return Decision(
+        restart=restart,
+        exit_code=last.code,
+        kind=last.kind,
+        reason=last.reason,
+        message=message,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # In a job
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 def this_attempt() -> tuple[str, int]:
-    """Return the job's number and how often it has been requeued, as Slurm's environment has
-    them."""
+    """Return Slurm's job number and the number of requeues so far, from the environment."""
     return os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def begin(folder: Path, *, tries: int) -> Decision | None:
-    """Record that an attempt of this job begins; return a decision against it if it must not.
+def start_attempt(folder: Path, *, tries: int) -> Decision | None:
+    """Record the start of this job's attempt.
 
-    An attempt before it that has no end (its machine failed, or Slurm killed it) gets one.
+    A preceding attempt without an end (its machine failed, or Slurm killed it) gets one first.
+
+    Returns:
+        The decision not to run, if the preceding attempts failed too often; None to run.
     """
     job, restart = this_attempt()
     series = os.environ.get(SERIES_VARIABLE, job)
-    earlier = [each for each in read_attempts(folder) if each.series == series]
-    step = reached_step(folder)
+    earlier = _of_series(folder, series)
     if earlier and earlier[-1].ended is None:
-        attempt = earlier[-1]
-        reports = read_reports(folder, attempt.job, attempt.restart)
-        stopped = reports and all(report.code == STOPPED for report in reports)
-        kind: Kind = "stopped" if stopped else "failed"
-        reason = (
-            "preempted after a save"
-            if stopped
-            else "it ended without a word: a node failed, or Slurm killed it"
-        )
-        _record_end(
-            folder, attempt.job, attempt.restart, step, STOPPED if stopped else 1, kind, reason
-        )
-        earlier = [each for each in read_attempts(folder) if each.series == series]
+        cut_off = earlier[-1]
+        reports = read_reports(folder, cut_off.job, cut_off.restart)
+        if reports and all(report.code == STOPPED for report in reports):
+            _record_end(folder, cut_off.job, cut_off.restart, STOPPED, "stopped", _PREEMPTED)
+        else:
+            _record_end(folder, cut_off.job, cut_off.restart, 1, "failed", _CUT_OFF)
+        earlier = _of_series(folder, series)
     decision = decide(earlier, tries=tries) if earlier else None
-    _append(
-        folder,
-        {
-            "event": "begin",
-            "job": job,
-            "restart": restart,
-            "series": series,
-            "time": _now(),
-            "step": step,
-        },
-    )
-    return (
-        decision
-        if decision is not None and decision.kind == "failed" and not decision.again
-        else None
-    )
+    _record_start(folder, job, restart)
+    if decision is not None and decision.kind == "failed" and not decision.restart:
+        return decision
+    return None
 
 
-def end(folder: Path, *, code: int, told: str = "", tries: int) -> Decision:
-    """Record how this job's attempt ended, and return what follows."""
-    job, restart = this_attempt()
-    attempts = read_attempts(folder)
-    if not any((each.job, each.restart) == (job, restart) for each in attempts):
-        # Not even node 0's agent came to begin it.
-        _append(
-            folder,
-            {
-                "event": "begin",
-                "job": job,
-                "restart": restart,
-                "series": os.environ.get(SERIES_VARIABLE, job),
-            }
-            | {"time": _now(), "step": reached_step(folder)},
-        )
+def finish_attempt(folder: Path, *, code: int, told: str = "", tries: int) -> Decision:
+    """Record the end of this job's attempt and return what follows.
+
+    Args:
+        folder: run folder.
+        code: exit code of the step that ran the ranks.
+        told: signal that reached the batch script, "" for none.
+        tries: restarts allowed without progress.
+    """
+    attempt = job, restart = this_attempt()
+    if attempt not in [(earlier.job, earlier.restart) for earlier in read_attempts(folder)]:
+        # Node 0's agent died before it could record the start.
+        _record_start(folder, job, restart)
     kind, code, reason = judge(code, read_reports(folder, job, restart), told)
-    if (
-        len(reason) > _REASON_LENGTH
-    ):  # torch's exceptions can be pages; the node's log has all of it
+    if len(reason) > _REASON_LENGTH:
+        # torch's exceptions can fill pages; the node's log has all of it.
         reason = f"{reason[: _REASON_LENGTH // 2]} .. {reason[-_REASON_LENGTH // 2 :]}"
-    _record_end(folder, job, restart, reached_step(folder), code, kind, reason)
+    _record_end(folder, job, restart, code, kind, reason)
     attempts = read_attempts(folder)
-    return decide([*attempts[: _index(attempts, job, restart) + 1]], tries=tries)
+    # Where a job was continued meanwhile, attempts of the continuation come after this one.
+    last = [(recorded.job, recorded.restart) for recorded in attempts].index(attempt)
+    return decide(attempts[: last + 1], tries=tries)
 
 
 def write_report(folder: Path, node: int, report: Report) -> None:
-    """Leave what this node's agent has to say for `end`."""
-    failures = [dataclasses.asdict(failure) for failure in report.failures]
-    write_json(
-        _reports(folder, *this_attempt()) / f"{node}.json",
-        {"node": report.node, "code": report.code, "failures": failures, "message": report.message},
-    )
+    """Write a node's report on this attempt, for `finish_attempt`."""
+    write_json(_reports(folder, *this_attempt()) / f"{node}.json", dataclasses.asdict(report))
 
 
 def read_reports(folder: Path, job: str, restart: int) -> list[Report]:
-    """Return what the nodes' agents have said of an attempt, in the order of the nodes."""
-    found = []
-    for path in sorted(
-        _reports(folder, job, restart).glob("*.json"), key=lambda path: int(path.stem)
-    ):
+    """Return the nodes' reports on an attempt, in the order of the nodes."""
+    files = _reports(folder, job, restart).glob("*.json")
+    reports = []
+    for path in sorted(files, key=lambda path: int(path.stem)):
         value: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         failures = tuple(RankFailure(**failure) for failure in value["failures"])
-        found.append(
+        reports.append(
             Report(
                 node=value["node"], code=value["code"], failures=failures, message=value["message"]
             )
         )
-    return found
+    return reports
 
 
 def _reports(folder: Path, job: str, restart: int) -> Path:
     return folder / REPORTS_FOLDER / f"{job}.{restart}"
 
 
-def _index(attempts: Sequence[Attempt], job: str, restart: int) -> int:
-    return next(
-        number for number, each in enumerate(attempts) if (each.job, each.restart) == (job, restart)
-    )
+def _of_series(folder: Path, series: str) -> list[Attempt]:
+    return [attempt for attempt in read_attempts(folder) if attempt.series == series]
 
 
-def _record_end(
-    folder: Path, job: str, restart: int, step: int, code: int, kind: Kind, reason: str
-) -> None:
-    value = {"event": "end", "job": job, "restart": restart, "time": _now(), "step": step}
-    _append(folder, {**value, "code": code, "kind": kind, "reason": reason})
+def _record_start(folder: Path, job: str, restart: int) -> None:
+    event = {
+        "event": "begin",
+        "job": job,
+        "restart": restart,
+        "series": os.environ.get(SERIES_VARIABLE, job),
+        "time": _now(),
+        "step": reached_step(folder),
+    }
+    _append(folder, event)
 
 
-def _append(folder: Path, value: Mapping[str, Any]) -> None:
+def _record_end(folder: Path, job: str, restart: int, code: int, kind: Kind, reason: str) -> None:
+    event = {
+        "event": "end",
+        "job": job,
+        "restart": restart,
+        "time": _now(),
+        "step": reached_step(folder),
+        "code": code,
+        "kind": kind,
+        "reason": reason,
+    }
+    _append(folder, event)
+
+
+def _append(folder: Path, event: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ATTEMPTS_FILE).open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
+        # Half a line of a killed process ends here, or this event would be part of it.
         unfinished = b"\n" if size and file.read(1) != b"\n" else b""
-        file.write(unfinished + json.dumps(value).encode() + b"\n")
+        file.write(unfinished + json.dumps(event).encode() + b"\n")
 
 
 def _now() -> str:
@@ -382,24 +399,26 @@ def _now() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Say what a job does after an attempt that has not ended well.
+    """Decide what follows after an attempt that has not ended well.
 
     Returns:
-        0 if it is to be started again, else its exit code.
+        0 to restart the job, else the job's exit code.
     """
     parser = argparse.ArgumentParser(prog="python -m launchers.outcome", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="of the run")
+    parser.add_argument("folder", type=Path, help="run folder")
     parser.add_argument(
         "--code", type=int, required=True, help="exit code of the step that ran the ranks"
     )
     parser.add_argument("--told", default="", help="signal that reached the batch script")
     parser.add_argument(
-        "--tries", type=int, required=True, help="how often to start again without a new step"
+        "--tries", type=int, required=True, help="restarts allowed without progress"
     )
     options = parser.parse_args(argv)
-    decision = end(options.folder, code=options.code, told=options.told, tries=options.tries)
+    decision = finish_attempt(
+        options.folder, code=options.code, told=options.told, tries=options.tries
+    )
     sys.stderr.write(f"mellum2: {decision.message}\n")
-    return 0 if decision.again else decision.code or 1
+    return 0 if decision.restart else decision.exit_code or 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""`mellum2 train`: from a recipe's name to running ranks, everything checked before the first of
-them starts."""
+"""`mellum2 train`: from a recipe's name to running ranks, with all checks before the first rank
+starts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.local import run_local
 from mellum2_megatron.checkpoint import check_run_folder, output_folder, write_run_folder
 from mellum2_megatron.checkpoint.folder import RUN_FILE
-from mellum2_megatron.config import Run, to_yaml
+from mellum2_megatron.config import to_yaml
 from mellum2_megatron.faults.stop_request import STOPPED
 from mellum2_megatron.planning.resolve import default_nproc, plan, resolve_device, resolve_run
 from mellum2_megatron.planning.rules import enforce
@@ -31,47 +32,41 @@ def start_local(
     """Resolve, check and train a run on this machine.
 
     Args:
-        name: a recipe, or the path of a resolved run (`*.yaml`).
+        name: recipe, or the path of a resolved run (`*.yaml`).
         overrides: `key=value` words.
-        nproc: ranks; all GPUs, or the fewest the layout needs on a CPU, if None.
+        nproc: ranks; None for all GPUs, or for the fewest that the layout needs on a CPU.
         device: "auto", "cpu" or "cuda".
-        output: folder of the run; `runs/NAME` if None and the run names none.
-        dry_run: print what would be run, and do nothing.
+        output: run folder, default the run's own, else `runs/NAME`.
+        dry_run: print the resolved run and Megatron's arguments only.
         verbose: keep Megatron's own output.
 
     Returns:
-        0, or 75 after SIGTERM or SIGUSR1 and a save, or 128 + the number of the signal that
-        interrupted the ranks.
+        0, or 75 after SIGTERM or SIGUSR1 and a save, or 128 + signal number after an interrupt.
 
     Raises:
-        InputError: anything that cannot work.
+        InputError: a run that cannot work, found before any rank starts.
         WorkError: the ranks failed.
     """
     run = resolve_run(name, overrides, output=output)
     if dry_run:
-        _show(run, device, nproc)
+        # Checked for the machine that the run is meant for: this one may have no GPU.
+        planned_device, ranks = plan(run, device, nproc)
+        enforce(run, world_size=ranks, device=planned_device, machine=False)
+        sys.stdout.write(to_yaml(run))
+        words = shlex.join(megatron_arguments(run, world_size=ranks, device=planned_device))
+        sys.stdout.write(f"# {ranks} {planned_device} rank(s); Megatron-LM arguments:\n# {words}\n")
         return 0
-    where = resolve_device(device)
-    ranks = nproc or default_nproc(run, where)
-    enforce(run, world_size=ranks, device=where)
+    resolved_device = resolve_device(device)
+    ranks = nproc or default_nproc(run, resolved_device)
+    enforce(run, world_size=ranks, device=resolved_device)
     check_predecessor(run)
     check_run_folder(run)
     write_run_folder(run)
-    from launchers.local import run_local
-
-    code = run_local(output_folder(run) / RUN_FILE, nproc=ranks, device=where, verbose=verbose)
+    code = run_local(
+        output_folder(run) / RUN_FILE, nproc=ranks, device=resolved_device, verbose=verbose
+    )
     if code == STOPPED:
-        sys.stderr.write("stopped as asked, all is saved; the same command goes on from there\n")
+        sys.stderr.write("stopped as asked, all is saved; the same command resumes from here\n")
     elif code:
         sys.stderr.write("interrupted; the same command resumes from the last checkpoint\n")
     return code
-
-
-def _show(run: Run, device: str, nproc: int | None) -> None:
-    """Print the resolved run and Megatron's arguments, checked for the machine that the run is
-    meant for."""
-    where, ranks = plan(run, device, nproc)
-    enforce(run, world_size=ranks, device=where, machine=False)
-    sys.stdout.write(to_yaml(run))
-    words = megatron_arguments(run, world_size=ranks, device=where)
-    sys.stdout.write(f"# {ranks} {where} rank(s); Megatron-LM arguments:\n# {shlex.join(words)}\n")

@@ -127,7 +127,7 @@ def test_the_command_passes_a_signal_on_and_its_exit_code_says_so(
         done.send_signal(signal.SIGTERM)
         _, errors = done.communicate(timeout=120)
     assert done.returncode == STOPPED == 75, errors
-    assert errors == "stopped as asked, all is saved; the same command goes on from there\n"
+    assert errors == "stopped as asked, all is saved; the same command resumes from here\n"
     last = max(record.step for record in read_metrics(output / METRICS_FILE))
     assert 1 <= last < 1000
     assert saved(output) == [last]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.outcome import begin, read_attempts, read_reports
+from launchers.outcome import read_attempts, read_reports, start_attempt
 from mellum2_megatron.config import Run, to_yaml
 
 pytestmark = pytest.mark.distributed
@@ -145,7 +145,10 @@ def test_failures_are_told_with_node_and_rank(nodes: Nodes):
     nodes.start(
         """
 if rank == 3:
+    (folder / "gone").write_text("")
     os.kill(os.getpid(), signal.SIGKILL)
+while not (folder / "gone").exists():
+    time.sleep(0.01)
 sys.exit("the other one is gone")
 """
     )
@@ -181,7 +184,7 @@ def test_what_has_failed_too_often_is_not_started(nodes: Nodes, monkeypatch: pyt
     for restart in range(2):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        begin(nodes.folder, tries=9)
+        start_attempt(nodes.folder, tries=9)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     nodes.start("", nodes=(0,))
     assert nodes.wait() == [1]

@@ -13,12 +13,12 @@ from launchers.outcome import (
     Attempt,
     Kind,
     Report,
-    begin,
     decide,
-    end,
     failures_in_place,
+    finish_attempt,
     judge,
     read_attempts,
+    start_attempt,
 )
 from mellum2_megatron.checkpoint.folder import write_tracker
 from mellum2_megatron.faults.failures import RankFailure
@@ -161,7 +161,7 @@ def test_failures_count_until_a_new_step_is_reached(
     ],
 )
 def test_what_follows(ends: list[tuple[Kind | None, int]], tries: int, again: bool):
-    assert decide(attempts(*ends), tries=tries).again == again
+    assert decide(attempts(*ends), tries=tries).restart == again
 
 
 def test_messages_say_what_happens():
@@ -171,7 +171,7 @@ def test_messages_say_what_happens():
     assert "not been passed in 4 starts: not started again (tries in the profile)" in message(
         *[("failed", 4)] * 4
     )
-    assert "goes on from step 8 when Slurm starts it again" in message(("stopped", 8))
+    assert "resumes from step 8 when Slurm starts it again" in message(("stopped", 8))
     assert "the same would be refused again" in message(("refused", 0))
 
 
@@ -195,38 +195,38 @@ def reach(folder: Path, step: int) -> None:
 
 def test_a_job_from_begin_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     start(monkeypatch, 7)
-    assert begin(tmp_path, tries=1) is None
+    assert start_attempt(tmp_path, tries=1) is None
     reach(tmp_path, 4)
     outcome.write_report(tmp_path, 0, Report(node="a", code=1, failures=(ECHO,), message="x"))
     outcome.write_report(tmp_path, 1, Report(node="b", code=1, failures=(KILLED,), message="y"))
-    assert end(tmp_path, code=1, tries=1).again
+    assert finish_attempt(tmp_path, code=1, tries=1).restart
     start(monkeypatch, 7, restart=1)
-    assert begin(tmp_path, tries=1) is None
-    assert not end(
+    assert start_attempt(tmp_path, tries=1) is None
+    assert not finish_attempt(
         tmp_path, code=137, tries=1
-    ).again  # its reports are not those of the first attempt
+    ).restart  # its reports are not those of the first attempt
     first, second = read_attempts(tmp_path)
     assert (first.kind, first.begin_step, first.step, first.code) == ("failed", 0, 4, 1)
     assert first.reason.startswith("node b: rank 1 was ended by SIGKILL")
     assert (second.kind, second.begin_step, second.step) == ("failed", 4, 4)
 
     start(monkeypatch, 8)  # submitted anew: somebody has looked at it
-    assert begin(tmp_path, tries=1) is None
-    assert end(tmp_path, code=1, tries=1).again
+    assert start_attempt(tmp_path, tries=1) is None
+    assert finish_attempt(tmp_path, code=1, tries=1).restart
     start(monkeypatch, 9, series=8)  # a continuation is no new submission
-    assert begin(tmp_path, tries=1) is None
-    assert not end(tmp_path, code=1, tries=1).again
+    assert start_attempt(tmp_path, tries=1) is None
+    assert not finish_attempt(tmp_path, code=1, tries=1).restart
 
 
 def test_nodes_that_fail_leave_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     start(monkeypatch, 7)
-    assert begin(tmp_path, tries=1) is None
+    assert start_attempt(tmp_path, tries=1) is None
     write_tracker(tmp_path, 3)
     start(monkeypatch, 7, restart=1)
-    assert begin(tmp_path, tries=1) is None
+    assert start_attempt(tmp_path, tries=1) is None
     assert (read_attempts(tmp_path)[0].kind, read_attempts(tmp_path)[0].step) == ("failed", 3)
     start(monkeypatch, 7, restart=2)
-    refusal = begin(tmp_path, tries=1)
+    refusal = start_attempt(tmp_path, tries=1)
     assert refusal is not None
     assert "step 3 has not been passed in 2 starts" in refusal.message
 
@@ -236,7 +236,7 @@ def test_a_preempted_attempt_that_was_cut_off_is_no_failure(
 ):
     for restart in range(4):
         start(monkeypatch, 7, restart=restart)
-        assert begin(tmp_path, tries=0) is None
+        assert start_attempt(tmp_path, tries=0) is None
         outcome.write_report(tmp_path, 0, Report(node="a", code=75))
     assert [each.kind for each in read_attempts(tmp_path)] == [
         "stopped",
@@ -249,9 +249,9 @@ def test_a_preempted_attempt_that_was_cut_off_is_no_failure(
 def test_an_end_without_a_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The first node's agent did not come so far."""
     start(monkeypatch, 7)
-    assert end(tmp_path, code=1, tries=1).again
+    assert finish_attempt(tmp_path, code=1, tries=1).restart
     start(monkeypatch, 7, restart=1)
-    assert not end(tmp_path, code=1, tries=1).again
+    assert not finish_attempt(tmp_path, code=1, tries=1).restart
 
 
 def test_the_step_reached(tmp_path: Path):
@@ -267,19 +267,19 @@ def test_the_step_reached(tmp_path: Path):
 
 def test_records_that_a_crash_has_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     start(monkeypatch, 7)
-    begin(tmp_path, tries=1)
+    start_attempt(tmp_path, tries=1)
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"event": "en')
     assert len(read_attempts(tmp_path)) == 1
     start(monkeypatch, 7, restart=1)
-    begin(tmp_path, tries=1)
+    start_attempt(tmp_path, tries=1)
     assert [each.restart for each in read_attempts(tmp_path)] == [0, 1]
 
 
 def test_long_reasons_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     start(monkeypatch, 7)
     outcome.write_report(tmp_path, 0, Report(node="a", code=1, message="x" * 5000 + "the end"))
-    end(tmp_path, code=1, tries=1)
+    finish_attempt(tmp_path, code=1, tries=1)
     reason = read_attempts(tmp_path)[0].reason
     assert len(reason) < 650
     assert reason.startswith("node a: x")
