@@ -1,4 +1,4 @@
-"""The code that a job runs: as it lies on the shared disk, or an archive of the commit in the run's
+"""Package the code of a job: in place on the shared disk, or an archive of the commit in the run
 folder."""
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from mellum2_megatron.common.provenance import (
 Packager = Literal["shared", "git"]
 
 CODE_FOLDER = "code"
-"""In the folder of a run: one folder for each state of the code that was packaged."""
+"""In the run folder: one folder for each packaged state of the code."""
 
 _SHOWN = 5
+"""Largest number of changed files in a message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +35,9 @@ class Package:
     """Code for a job.
 
     Attributes:
-        folder: holds the packages (``mellum2_megatron`` ..); goes on the job's ``PYTHONPATH``.
-        code: commit and whether there were uncommitted changes.
-        notes: what is worth telling the person who submits.
+        folder: folder of the packages (``mellum2_megatron`` ..), for the job's ``PYTHONPATH``.
+        code: commit and state of the code.
+        notes: remarks for the person who submits.
     """
 
     folder: Path
@@ -45,8 +46,12 @@ class Package:
 
 
 def check_code(packager: Packager, *, allow_dirty: bool, root: Path | None = None) -> Code:
-    """Return where the code in ``root`` (by default, the running code) comes from; nothing is
-    written.
+    """Return version, commit and state of the code. Writes nothing.
+
+    Args:
+        packager: ``shared`` or ``git``.
+        allow_dirty: accept uncommitted changes.
+        root: checkout, default the running code.
 
     Raises:
         InputError: it has uncommitted changes and ``allow_dirty`` is false, or ``git`` has no
@@ -58,7 +63,8 @@ def check_code(packager: Packager, *, allow_dirty: bool, root: Path | None = Non
         raise InputError(
             "packager: git",
             rule=f"{root} is no checkout that Git can archive ({code.reason or code.origin})",
-            fix="launch from a Git checkout of this project, or set packager: shared in the profile",
+            fix="launch from a Git checkout of this project, "
+            "or set packager: shared in the profile",
         )
     if code.dirty and not allow_dirty:
         changed, untracked = changes(root)
@@ -71,8 +77,7 @@ def check_code(packager: Packager, *, allow_dirty: bool, root: Path | None = Non
 
 
 def changes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the changed files that Git keeps, and those that it neither keeps nor ignores,
-    relative to ``root``."""
+    """Return the changed tracked files and the untracked files, relative to ``root``."""
     changed: list[str] = []
     untracked: list[str] = []
     entries = _git(root, "status", "--porcelain", "-z", "--no-renames", "--", ".").split("\0")
@@ -89,11 +94,16 @@ def package(
     root: Path | None = None,
     write: bool = True,
 ) -> Package:
-    """Make the code ready for a job, or, without ``write``, say what that would come to.
+    """Package the code of a job.
 
-    ``git`` archives the commit into ``run_folder/code/COMMIT``; with ``allow_dirty`` changes of
-    files that Git keeps go along, into ``COMMIT-TREE``. A folder is never changed once it is there,
-    so a job that waits or runs keeps its code.
+    ``git`` archives the commit into ``run_folder/code/COMMIT``. With ``allow_dirty`` it includes
+    changes of tracked files, in ``COMMIT-TREE``. An existing folder is never changed, so a job that
+    waits or runs keeps its code.
+
+    Args:
+        run_folder: run folder.
+        packager, allow_dirty, root: see `check_code`.
+        write: write the archive; False only returns its place.
 
     Raises:
         InputError: see `check_code`.
@@ -102,53 +112,46 @@ def package(
     root = root or project_root()
     code = check_code(packager, allow_dirty=allow_dirty, root=root)
     changed, untracked = changes(root) if code.dirty else ((), ())
-    if packager == "shared":
-        notes = (
-            [f"the code runs as it lies in {root}, uncommitted changes included"]
-            if code.dirty
-            else []
-        )
-        return Package(folder=root, code=code, notes=tuple(notes))
     notes = []
+    if packager == "shared":
+        if code.dirty:
+            notes.append(f"the code runs as it lies in {root}, uncommitted changes included")
+        return Package(folder=root, code=code, notes=tuple(notes))
     if changed:
         notes.append(f"uncommitted changes are packaged: {_listed(changed)}")
     if untracked:
-        notes.append(f"files that Git does not keep are not packaged: {_listed(untracked)}")
+        notes.append(f"untracked files are not packaged: {_listed(untracked)}")
     tree = _tree(root, with_changes=bool(changed))
     assert code.commit is not None
     name = f"{code.commit[:12]}-{tree[:12]}" if code.dirty else code.commit[:12]
     folder = run_folder.absolute() / CODE_FOLDER / name
     if write and not (folder / SNAPSHOT_FILE).is_file():
-        with atomic_directory(folder, overwrite=True) as temporary:
-            _extract(root, tree, temporary)
+        with (
+            atomic_directory(folder, overwrite=True) as temporary,
+            tempfile.TemporaryFile() as archive,
+        ):
+            # In a subfolder `git archive` would look for the subfolder's path inside the tree.
+            top = Path(_git(root, "rev-parse", "--show-toplevel").strip())
+            _git(top, "archive", "--format=tar", tree, output=archive.fileno())
+            archive.seek(0)
+            with tarfile.open(fileobj=archive) as tar:
+                tar.extractall(temporary, filter="tar")
             write_snapshot(temporary, code)
     return Package(folder=folder, code=code, notes=tuple(notes))
 
 
 def _tree(root: Path, *, with_changes: bool) -> str:
-    """Return Git's name for the files of ``root``: of HEAD, or with the changes of the files that
-    Git keeps."""
+    """Return the hash of Git's tree of ``root``: that of HEAD, or with changes of tracked files."""
     prefix = _git(root, "rev-parse", "--show-prefix").strip()
     if not with_changes:
         return _git(root, "rev-parse", f"HEAD:{prefix}").strip()
     with tempfile.TemporaryDirectory() as scratch:
-        index = {
-            "GIT_INDEX_FILE": str(Path(scratch) / "index")
-        }  # the user's own index stays as it is
+        # A scratch index: staged changes of the user stay as they are.
+        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
         _git(root, "read-tree", "HEAD", environment=index)
         _git(root, "add", "--update", "--", ".", environment=index)
-        whole = _git(root, "write-tree", environment=index).strip()
-    return _git(root, "rev-parse", f"{whole}:{prefix}").strip()
-
-
-def _extract(root: Path, tree: str, folder: Path) -> None:
-    with tempfile.TemporaryFile() as archive:
-        # From the top: inside a subfolder `git archive` cuts the tree down to a path of that name.
-        top = Path(_git(root, "rev-parse", "--show-toplevel").strip())
-        _git(top, "archive", "--format=tar", tree, output=archive.fileno())
-        archive.seek(0)
-        with tarfile.open(fileobj=archive) as tar:
-            tar.extractall(folder, filter="tar")
+        repository_tree = _git(root, "write-tree", environment=index).strip()
+    return _git(root, "rev-parse", f"{repository_tree}:{prefix}").strip()
 
 
 def _git(
@@ -157,24 +160,24 @@ def _git(
     environment: dict[str, str] | None = None,
     output: int = subprocess.PIPE,
 ) -> str:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # GIT_DIR, GIT_INDEX_FILE and the like of a hook that launches would name another repository.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
         ["git", "-C", str(root), *words],
         stdout=output,
         stderr=subprocess.PIPE,
         check=False,
-        env={**own, "LC_ALL": "C", **(environment or {})},
+        env={**inherited, "LC_ALL": "C", **(environment or {})},
     )
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
+        message = done.stderr.decode(errors="replace").strip()
         raise WorkError(
-            f"git {words[0]} in {root} failed: {said}",
+            f"git {words[0]} in {root} failed: {message}",
             fix="see what git says, or use packager: shared",
         )
     return (done.stdout or b"").decode(errors="surrogateescape")
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:_SHOWN]) + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    )
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,5 +1,7 @@
-"""What a job comes to, before it is submitted: layout and memory, time, script. Nothing is written
-or started."""
+"""Show a job before it is submitted: run, layout and memory, time estimate, script.
+
+Nothing is written or started.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +9,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
 from launchers.job import ClusterJob, missing_variables
+from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.planning.layout_report import layout_report, render_layout
 
 ASSUMED_TFLOPS = 350.0
-"""Model TFLOP/s that a GPU of the H100 class is taken to reach, if nobody says otherwise.
+"""Model TFLOP/s of an H100-class GPU for the estimate, unless ``--assumed-tflops`` gives a rate.
 
-An assumption, no measurement: the best published neighbour, Moonlight-16B-A3B on H100 in BF16,
-comes to 387.
+An assumption, no measurement. The best published neighbour, Moonlight-16B-A3B on H100 in BF16,
+reaches 387.
 """
 
-_DAY = 86_400
+_DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """How long a run takes at an assumed rate.
+    """Duration of a run at an assumed rate.
 
     Attributes:
-        tflops: model TFLOP/s of a rank, assumed.
-        flops_per_token: forward and backward, windows counted.
-        tokens_per_second: of all ranks.
-        tokens: from the run's first to its last.
+        tflops: assumed rate of a rank, model TFLOP/s.
+        flops_per_token: model FLOPs of a token, forward and backward, with sliding windows.
+        tokens_per_second: rate of all ranks.
+        tokens: number of tokens from the run's first to its last.
     """
 
     tflops: float
@@ -42,11 +44,11 @@ class Estimate:
     @property
     def days(self) -> float:
         """Time for all tokens, without saves, validations and restarts."""
-        return self.tokens / self.tokens_per_second / _DAY
+        return self.tokens / self.tokens_per_second / _DAY_SECONDS
 
 
 def estimate(run: Run, *, world_size: int, tflops: float) -> Estimate:
-    """Return how long a run takes on ``world_size`` ranks of ``tflops`` model TFLOP/s each."""
+    """Return the duration of a run on ``world_size`` ranks of ``tflops`` model TFLOP/s each."""
     length = run.data.sequence_length
     flops = run.architecture.flops_per_token(length)
     return Estimate(
@@ -58,29 +60,32 @@ def estimate(run: Run, *, world_size: int, tflops: float) -> Estimate:
 
 
 def estimate_text(job: ClusterJob, tflops: float | None) -> str:
-    """Return the estimate in words; ``tflops`` None assumes a rate for GPUs and none for CPUs."""
+    """Return the estimate in words.
+
+    Args:
+        job: planned job.
+        tflops: rate of a rank, model TFLOP/s. None assumes `ASSUMED_TFLOPS` for GPUs, and gives no
+            estimate for CPUs.
+    """
     if tflops is None and job.device == "cpu":
         return (
             "No estimate of time: there is no rate to assume for CPUs; --assumed-tflops gives one."
         )
-    found = estimate(
-        job.run, world_size=job.world_size, tflops=ASSUMED_TFLOPS if tflops is None else tflops
-    )
-    duration = _duration(found.days)
+    rate = ASSUMED_TFLOPS if tflops is None else tflops
+    result = estimate(job.run, world_size=job.world_size, tflops=rate)
+    duration = f"{result.days * 1440:,.1f} minutes"
+    if result.days >= 1:
+        duration = f"{result.days:,.1f} days"
+    elif result.days * 24 >= 1:
+        duration = f"{result.days * 24:,.1f} hours"
     source = "an assumed" if tflops is None else "the given"
     return (
-        f"{found.tokens_per_second:,.0f} tokens/s and {duration} for {found.tokens:,} tokens, at {source} "
-        f"{found.tflops:g} model TFLOP/s a rank ({found.flops_per_token / 1e9:,.3f} GFLOP a token). "
-        "Not measured: an estimate, without saves, validations and restarts; --assumed-tflops changes the rate, and "
-        "benchmarks/NOTES.md says what has been measured."
+        f"{result.tokens_per_second:,.0f} tokens/s and {duration} for {result.tokens:,} tokens, "
+        f"at {source} {result.tflops:g} model TFLOP/s a rank "
+        f"({result.flops_per_token / 1e9:,.3f} GFLOP a token). "
+        "Not measured: an estimate, without saves, validations and restarts. "
+        "--assumed-tflops changes the rate; benchmarks/NOTES.md has the measurements."
     )
-
-
-def _duration(days: float) -> str:
-    for unit, number in {"days": days, "hours": days * 24}.items():
-        if number >= 1:
-            return f"{number:,.1f} {unit}"
-    return f"{days * 1440:,.1f} minutes"
 
 
 def show(
@@ -91,16 +96,39 @@ def show(
     tflops: float | None,
     notes: Sequence[str] = (),
 ) -> None:
-    """Print the resolved run, layout and memory, the estimate, and the script as it would be
-    submitted."""
-    console.out(
-        f"# The run{'s have in common' if job.tasks else ''}", style="bold", highlight=False
-    )
+    """Print the resolved run, layout and memory, the job, the estimate, and the script.
+
+    Args:
+        console: console to print on.
+        job: planned job.
+        script: batch script; None for a job on this machine.
+        tflops: see `estimate_text`.
+        notes: further lines, printed after the estimate.
+    """
+    title = "# Shared part of the array's runs" if job.tasks else "# The run"
+    console.out(title, style="bold", highlight=False)
     console.out(to_yaml(job.run), highlight=False)
     for table in render_layout(layout_report(job.run, world_size=job.world_size)):
         console.print(table)
         console.print()
-    console.print(_table(job))
+    ranks = f"{job.ranks_per_node} {job.device} rank{'s' * (job.ranks_per_node > 1)}"
+    container = job.profile.container
+    rows = {
+        "name": job.name,
+        "profile": job.profile.name,
+        "world": f"{job.world_size} ranks: {job.nodes} node{'s' * (job.nodes > 1)} of {ranks}",
+        "array": f"{len(job.tasks)} tasks" if job.tasks else None,
+        "time limit": job.profile.time,
+        "container": None if container is None else f"{container.image} ({container.runtime})",
+        "folder": str(job.folder),
+        "code": "as installed here" if job.code is None else str(job.code),
+        "waits for": ", ".join(job.dependency) or None,
+    }
+    job_table = plain_table(title="Job", show_header=False)
+    for key, value in rows.items():
+        if value is not None:
+            job_table.add_row(key, value)
+    console.print(job_table)
     console.print()
     for line in (estimate_text(job, tflops), *notes, *warnings(job)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -110,38 +138,11 @@ def show(
 
 
 def warnings(job: ClusterJob) -> list[str]:
-    """Return what is no error and yet worth knowing before a job is submitted."""
+    """Return remarks about a job that are no reason to refuse it."""
     missing = missing_variables(job.profile)
     if not missing:
         return []
     return [
-        f"Not set in this shell, so not in the job either (profile, environment): {', '.join(missing)}"
+        "Not set in this shell, so not in the job either (profile, environment): "
+        f"{', '.join(missing)}"
     ]
-
-
-def _table(job: ClusterJob) -> Table:
-    table = Table(
-        title="Job",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        show_header=False,
-        pad_edge=False,
-    )
-    each = f"{job.ranks_per_node} {job.device} rank{'s' * (job.ranks_per_node > 1)}"
-    container = job.profile.container
-    rows = {
-        "name": job.name,
-        "profile": job.profile.name,
-        "world": f"{job.world_size} ranks: {job.nodes} node{'s' * (job.nodes > 1)} of {each}",
-        "array": f"{len(job.tasks)} tasks" if job.tasks else None,
-        "time limit": job.profile.time,
-        "container": None if container is None else f"{container.image} ({container.runtime})",
-        "folder": str(job.folder),
-        "code": "as installed here" if job.code is None else str(job.code),
-        "waits for": ", ".join(job.dependency) or None,
-    }
-    for key, value in rows.items():
-        if value is not None:
-            table.add_row(key, value)
-    return table

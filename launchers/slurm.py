@@ -1,5 +1,7 @@
-"""Slurm's commands, with its words in one clear error where they fail. Nothing here needs
-NeMo-Run."""
+"""Slurm's commands: submit, cancel and read states, each failure one error in Slurm's own words.
+
+Nothing here needs NeMo-Run.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +16,30 @@ from pathlib import Path
 from mellum2_megatron.common.errors import InputError, WorkError
 
 FINISHED = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT REVOKED".split()
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL "
+    "OUT_OF_MEMORY PREEMPTED TIMEOUT REVOKED".split()
 )
-"""States that a job does not leave by itself. A requeued job is PENDING again."""
+"""Final states. A requeued job is PENDING again."""
 
-_SECONDS = 60
+_TIMEOUT = 60
+"""Seconds to wait for a command of Slurm."""
 _JOB = re.compile(r"(?P<job>\d+)(?:_(?P<task>\d+))?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobState:
-    """What Slurm says about a job, or about one task of an array.
+    """Slurm's record of a job, or of one task of an array.
 
     Attributes:
         job_id: ``12``, or ``12_3`` for a task.
-        state: Slurm's word, such as ``PENDING``.
-        reason: why it waits or ended, if Slurm says so.
-        name: of the job.
-        nodes: where it runs or ran, as Slurm writes it (``n[1-4]``).
-        elapsed: running time since its last start.
-        restarts: how often it was requeued.
-        exit_code: of the batch script; None while it has none.
-        log: of the batch script.
+        state: Slurm's state, such as ``PENDING``.
+        reason: reason for waiting or for the end; None without one.
+        name: name of the job.
+        nodes: nodes as Slurm writes them (``n[1-4]``).
+        elapsed: running time since the last start.
+        restarts: number of requeues.
+        exit_code: exit code of the batch script; None until it has ended.
+        log: log of the batch script.
     """
 
     job_id: str
@@ -50,12 +54,12 @@ class JobState:
 
     @property
     def finished(self) -> bool:
-        """Whether it will not change any more."""
+        """True in a final state."""
         return self.state in FINISHED
 
 
 def require(program: str = "sbatch") -> None:
-    """Check that Slurm is on this machine.
+    """Check that a program of Slurm is on this machine.
 
     Raises:
         InputError: it is not.
@@ -64,24 +68,30 @@ def require(program: str = "sbatch") -> None:
         raise InputError(
             f"{program} is not on PATH",
             rule="Slurm jobs are submitted and watched from a machine that has Slurm",
-            fix="log in to the cluster and give the command there; `mellum2 launch ... --render sbatch` writes the "
-            "script anywhere",
+            fix="log in to the cluster and give the command there; "
+            "`mellum2 launch ... --render sbatch` writes the script anywhere",
         )
 
 
 def submit(script: Path, *, dependency: Sequence[str] = ()) -> str:
-    """Submit a script and return the job's number.
+    """Submit a script and return the job number.
+
+    Args:
+        script: batch script.
+        dependency: conditions, such as ``afterok:123``.
 
     Raises:
-        InputError: no Slurm here.
-        WorkError: Slurm refuses, in its own words.
+        InputError: no Slurm on this machine.
+        WorkError: Slurm refuses.
     """
     require()
     words = ["sbatch", "--parsable"]
-    if dependency:  # what waits for a job that has failed would wait for ever
+    if dependency:
+        # Without --kill-on-invalid-dep a job waits for ever for one that has failed.
         words += [f"--dependency={','.join(dependency)}", "--kill-on-invalid-dep=yes"]
     words += [str(script)]
-    return _output(words).strip().partition(";")[0]  # NUMBER;CLUSTER where there are several
+    # --parsable prints NUMBER, or NUMBER;CLUSTER on a site with several clusters.
+    return _output(words).strip().partition(";")[0]
 
 
 def job_number(word: str) -> tuple[str, int | None]:
@@ -90,31 +100,31 @@ def job_number(word: str) -> tuple[str, int | None]:
     Raises:
         InputError: it is neither.
     """
-    found = _JOB.fullmatch(word)
-    if found is None:
+    match = _JOB.fullmatch(word)
+    if match is None:
         raise InputError(
             f"job {word!r}",
             rule="is no number of Slurm",
             fix="write it like 12, or 12_3 for a task",
         )
-    return found["job"], None if found["task"] is None else int(found["task"])
+    return match["job"], None if match["task"] is None else int(match["task"])
 
 
 def states(job_id: str) -> tuple[JobState, ...]:
-    """Return the job, or each task of an array in order; nothing if Slurm no longer knows it.
+    """Return the state of a job, or of each task of an array in order.
 
-    The controller forgets a job some minutes after its end (``MinJobAge``); where accounting is on,
-    it is asked then.
+    Empty if Slurm has forgotten the job: the controller does so some minutes after its end
+    (``MinJobAge``), and accounting may be off.
 
     Raises:
-        InputError: no Slurm here.
+        InputError: no Slurm on this machine.
         WorkError: Slurm does not answer.
     """
     require("scontrol")
     done = _run(["scontrol", "--oneliner", "show", "job", job_id])
     if done.returncode == 0:
+        # A started task has a line of its own; the others share the line of the array.
         found = [state for line in done.stdout.splitlines() for state in _parse(line)]
-        # A task that ran is on a line of its own, and a task that has never run on the array's.
         return tuple(sorted(found, key=lambda state: job_number(state.job_id)[1] or 0))
     if "Invalid job id" in done.stderr:
         return _accounting(job_id)
@@ -122,10 +132,10 @@ def states(job_id: str) -> tuple[JobState, ...]:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs or tasks; those that have ended are left in peace.
+    """Cancel jobs or tasks. A job that has ended is no error.
 
     Raises:
-        InputError: no Slurm here.
+        InputError: no Slurm on this machine.
         WorkError: Slurm refuses.
     """
     require("scancel")
@@ -133,31 +143,34 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def expand(tasks: str) -> tuple[int, ...]:
-    """Return the tasks of Slurm's ``0-2,5%4``.
+    """Return the task numbers of an array as Slurm writes it; ``%4`` limits tasks at a time.
 
     >>> expand("0-2,5%4"), expand("7")
     ((0, 1, 2, 5), (7,))
     """
-    found: list[int] = []
+    expanded: list[int] = []
     for part in tasks.partition("%")[0].split(","):
         numbers, _, step = part.partition(":")
         first, _, last = numbers.partition("-")
-        found += range(int(first), int(last or first) + 1, int(step or 1))
-    return tuple(found)
+        expanded += range(int(first), int(last or first) + 1, int(step or 1))
+    return tuple(expanded)
 
 
 def _parse(line: str) -> list[JobState]:
     """Read one line of ``scontrol --oneliner show job``."""
     values = dict(re.findall(r"(?:^|\s)([A-Za-z][A-Za-z:/_]*)=(\S*)", line))
-    log = re.search(
-        r"\sStdOut=(/.*?)(?=\s[A-Za-z][A-Za-z:/]*=|\s*$)", line
-    )  # a path may have blanks
     if "JobState" not in values:
         return []
+    # The one value that may hold blanks: it ends before the next key.
+    log = re.search(r"\sStdOut=(/.*?)(?=\s[A-Za-z][A-Za-z:/]*=|\s*$)", line)
     job, tasks = values.get("ArrayJobId") or values["JobId"], values.get("ArrayTaskId")
-    reason = values.get("Reason", "None")
-    state = values["JobState"]
     numbers: tuple[int | None, ...] = expand(tasks) if tasks and tasks != "N/A" else (None,)
+    state = values["JobState"]
+    reason = values.get("Reason", "None")
+    exit_code = None
+    if state in FINISHED and "ExitCode" in values:
+        # CODE:SIGNAL. Of a job that has not ended Slurm shows 0:0.
+        exit_code = int(values["ExitCode"].partition(":")[0])
     return [
         JobState(
             job_id=job if task is None else f"{job}_{task}",
@@ -167,9 +180,7 @@ def _parse(line: str) -> list[JobState]:
             nodes=_known(values.get("NodeList")),
             elapsed=values.get("RunTime", ""),
             restarts=int(values.get("Restarts", 0)),
-            exit_code=int(values["ExitCode"].partition(":")[0])
-            if state in FINISHED and "ExitCode" in values
-            else None,
+            exit_code=exit_code,
             log=None if log is None else Path(log[1]),
         )
         for task in numbers
@@ -181,37 +192,29 @@ def _known(value: str | None) -> str:
 
 
 def _accounting(job_id: str) -> tuple[JobState, ...]:
+    """Return states from the accounting database; nothing where accounting is off."""
     if shutil.which("sacct") is None:
         return ()
-    fields = "JobID,State,Reason,JobName,NodeList,Elapsed,ExitCode"
-    done = _run(
-        [
-            "sacct",
-            "--noheader",
-            "--parsable2",
-            "--allocations",
-            f"--jobs={job_id}",
-            f"--format={fields}",
-        ]
-    )
-    if done.returncode:  # accounting is off: nobody knows any more
+    words = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}"]
+    done = _run([*words, "--format=JobID,State,Reason,JobName,NodeList,Elapsed,ExitCode"])
+    if done.returncode:
         return ()
-    found = []
+    states = []
     for line in done.stdout.splitlines():
-        number, state, reason, name, nodes, elapsed, code = line.split("|")
-        word = state.split()[0]  # `CANCELLED by 1000`
-        found += [
+        number, state_text, reason, name, nodes, elapsed, code = line.split("|")
+        state = state_text.split()[0]  # `CANCELLED by 1000`
+        states.append(
             JobState(
                 job_id=number,
-                state=word,
+                state=state,
                 reason=None if reason == "None" else reason,
                 name=name,
                 nodes=_known(nodes),
                 elapsed=elapsed,
-                exit_code=int(code.partition(":")[0]) if word in FINISHED else None,
+                exit_code=int(code.partition(":")[0]) if state in FINISHED else None,
             )
-        ]
-    return tuple(found)
+        )
+    return tuple(states)
 
 
 def _output(words: Sequence[str]) -> str:
@@ -228,36 +231,37 @@ def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=_SECONDS,
+            timeout=_TIMEOUT,
+            # English messages: `_FIXES` and `states` look for words in them.
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:
         raise WorkError(
-            f"{words[0]} did not answer in {_SECONDS} seconds",
-            fix="look whether Slurm's controller is up: `scontrol ping`",
+            f"{words[0]} did not answer in {_TIMEOUT} seconds",
+            fix="check that Slurm's controller is up: `scontrol ping`",
         ) from None
 
 
 def _failure(done: subprocess.CompletedProcess[str]) -> WorkError:
-    said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-    return WorkError(f"{done.args[0]}: {said.rstrip('.')}", fix=_fix(said))
+    message = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+    fixes = (fix for words, fix in _FIXES.items() if words in message)
+    return WorkError(
+        f"{done.args[0]}: {message.rstrip('.')}",
+        fix=next(fixes, "see what Slurm says; the profile holds what was asked for"),
+    )
 
 
-def _fix(said: str) -> str:
-    for words, fix in _FIXES.items():
-        if words in said:
-            return fix
-    return "see what Slurm says; the profile holds what was asked for"
-
-
+_ACCOUNT_FIX = "set account in the profile; `sacctmgr show associations user=$USER` lists yours"
 _FIXES = {
-    "invalid account": "set account in the profile; `sacctmgr show associations user=$USER` lists yours",
-    "Invalid account": "set account in the profile; `sacctmgr show associations user=$USER` lists yours",
+    "invalid account": _ACCOUNT_FIX,
+    "Invalid account": _ACCOUNT_FIX,
     "invalid partition": "set partition in the profile; `sinfo -s` lists them",
-    "Invalid qos": "set qos in the profile; `sacctmgr show associations user=$USER format=qos` lists yours",
-    "node configuration is not available": "ask for less a node, or another partition; `sinfo -o '%P %D %c %m %G'` "
-    "lists what nodes have",
+    "Invalid qos": "set qos in the profile; "
+    "`sacctmgr show associations user=$USER format=qos` lists yours",
+    "node configuration is not available": "ask for less per node, or another partition; "
+    "`sinfo -o '%P %D %c %m %G'` lists what nodes have",
     "More processors requested": "ask for fewer nodes or cores, or another partition",
     "time limit": "lower time in the profile; `sinfo -o '%P %l'` lists the limits",
-    "Unable to contact slurm controller": "look whether Slurm's controller is up: `scontrol ping`",
+    "Unable to contact slurm controller": "check that Slurm's controller is up: `scontrol ping`",
 }
+"""Words of Slurm's message -> fix."""

@@ -1,5 +1,8 @@
-"""What became of a launch: states and logs. Slurm is asked, and the run's own records where it has
-forgotten."""
+"""Find launched jobs, and read their states and logs.
+
+States come from Slurm. Where Slurm has forgotten a job, the run's own records answer:
+``launch.json`` (`launchers.launch_record`) and ``attempts.jsonl`` (`launchers.outcome`).
+"""
 
 from __future__ import annotations
 
@@ -12,35 +15,36 @@ from pathlib import Path
 
 from launchers import slurm
 from launchers.job import LOGS_FOLDER
-from launchers.launch_record import LAUNCH_FILE, Launch, read_launches
-from launchers.outcome import ATTEMPTS_FILE, Attempt, reached_step, read_attempts
+from launchers.launch_record import LAUNCH_FILE, read_launches
+from launchers.outcome import reached_step, read_attempts
 from launchers.slurm import JobState
 from mellum2_megatron.common.errors import InputError
 
 POLL_SECONDS = 2.0
-_GONE = {
+_STATE_OF_KIND = {
     "done": "COMPLETED",
     "failed": "FAILED",
     "refused": "FAILED",
     "stopped": "REQUEUED",
     "ended": "CANCELLED",
 }
+"""Kind of an attempt's end -> state of a job that Slurm has forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """One job, or one task of an array, as far as anybody knows.
+    """State of one job, or of one task of an array.
 
     Attributes:
-        job_id: ``12`` or ``12_3``.
-        state: Slurm's word; of a job that it has forgotten, what the run's records say
-            (``source``).
-        reason: why it waits, or how its last attempt ended.
-        source: ``slurm``, ``records`` or ``nobody``.
-        folder: of the run, if known.
-        step: optimizer steps done.
-        attempts: how often it was started.
-        nodes, elapsed: where and for how long.
+        job_id: ``12``, or ``12_3`` for a task.
+        state: Slurm's state; for a forgotten job the state in the run's records, or ``UNKNOWN``.
+        reason: reason for waiting, or the end of the last attempt.
+        source: source of the state, ``slurm``, ``records`` or ``nobody``.
+        folder: run folder; None if unknown.
+        step: optimizer steps done; None if unknown.
+        attempts: number of starts.
+        nodes: nodes as Slurm writes them.
+        elapsed: running time since the last start.
     """
 
     job_id: str
@@ -54,175 +58,165 @@ class Status:
     elapsed: str = ""
 
 
-def find(word: str) -> tuple[Path | None, str]:
-    """Return the run folder and the job that ``word`` names: a folder, or a number of Slurm.
+def find_job(word: str) -> tuple[Path | None, str]:
+    """Return the run folder and the job that ``word`` names.
+
+    Args:
+        word: run folder, or a job number of Slurm. The folder of a number comes from its log, and
+            is None if Slurm has forgotten the job.
 
     Raises:
-        InputError: it is neither, nothing was launched from that folder, or it ran on this machine.
+        InputError: neither of the two, a folder without a launch, or a launch on this machine.
     """
-    if not re.fullmatch(r"\d+(_\d+)?", word) or Path(word).is_dir():
-        return _of_folder(Path(word))
-    found = slurm.states(word)
-    log = next((state.log for state in found if state.log is not None), None)
-    folder = None if log is None or log.parent.name != LOGS_FOLDER else log.parent.parent
-    return folder, word
-
-
-def _of_folder(folder: Path) -> tuple[Path, str]:
-    folder = folder.absolute()
+    if re.fullmatch(r"\d+(_\d+)?", word) and not Path(word).is_dir():
+        logs = [state.log for state in slurm.states(word) if state.log is not None]
+        in_run_folder = logs and logs[0].parent.name == LOGS_FOLDER
+        return (logs[0].parent.parent if in_run_folder else None), word
+    folder = Path(word).absolute()
     launches, attempts = read_launches(folder), read_attempts(folder)
-    task = _task_of_array(folder)
     if launches and launches[-1].executor == "local":
         raise InputError(
             str(folder),
             rule="was launched on this machine",
             fix="look at its terminal, or at metrics.jsonl there",
         )
-    if task is not None:
-        return task
-    if attempts and (not launches or _later(attempts[-1], launches[-1])):
-        return folder, attempts[-1].job  # submitted by hand, or continued by another job
+    if folder.name.isdigit():
+        # A task of an array: the launch is recorded in the folder above.
+        array = read_launches(folder.parent)
+        if array and int(folder.name) < array[-1].tasks:
+            return folder.parent, f"{array[-1].job_id}_{folder.name}"
     if launches:
-        return folder, launches[-1].job_id
-    exists = "nothing was launched into it" if folder.is_dir() else "there is no such folder or job"
+        # Another job may have come after the last launch: submitted by hand, or a continuation.
+        launch = launches[-1]
+        newer = attempts and (
+            attempts[-1].series == launch.job_id
+            or datetime.fromisoformat(attempts[-1].began) > datetime.fromisoformat(launch.time)
+        )
+        return folder, attempts[-1].job if newer else launch.job_id
+    if attempts:
+        return folder, attempts[-1].job
     raise InputError(
-        str(folder), rule=exists, fix="give a run's folder, or a number that squeue shows"
+        str(folder),
+        rule="nothing was launched into it"
+        if folder.is_dir()
+        else "there is no such folder or job",
+        fix="give a run's folder, or a number that squeue shows",
     )
 
 
-def _later(attempt: Attempt, launch: Launch) -> bool:
-    return attempt.series == launch.job_id or datetime.fromisoformat(
-        attempt.began
-    ) > datetime.fromisoformat(launch.time)
+def job_status(folder: Path | None, job_id: str) -> tuple[Status, ...]:
+    """Return the status of a job, or of each task of an array.
 
-
-def _task_of_array(folder: Path) -> tuple[Path, str] | None:
-    launches = read_launches(folder.parent) if folder.name.isdigit() else ()
-    if not launches or int(folder.name) >= launches[-1].tasks:
-        return None
-    return folder.parent, f"{launches[-1].job_id}_{folder.name}"
-
-
-def status(folder: Path | None, job_id: str) -> tuple[Status, ...]:
-    """Return the state of a job, or of each task of an array.
+    Args:
+        folder: run folder; None if unknown.
+        job_id: job number of Slurm.
 
     Raises:
-        InputError: no Slurm here.
+        InputError: no Slurm on this machine.
         WorkError: Slurm does not answer.
     """
-    known = {state.job_id: state for state in slurm.states(job_id)}
-    wanted = list(known) or _expected(folder, job_id)
-    return tuple(_status(each, known.get(each), folder) for each in wanted)
+    states = {state.job_id: state for state in slurm.states(job_id)}
+    wanted = list(states)
+    if not wanted:
+        launches = [] if folder is None else list(read_launches(folder))
+        tasks = next((launch.tasks for launch in reversed(launches) if launch.job_id == job_id), 0)
+        wanted = [f"{job_id}_{task}" for task in range(tasks)] or [job_id]
+    return tuple(_status_of(number, states.get(number), folder) for number in wanted)
 
 
 def require_idle(folder: Path) -> None:
-    """Check that no job of this run folder waits or runs: two would overwrite each other's
-    checkpoints.
+    """Check that no job of this run folder waits or runs.
+
+    Two jobs would overwrite each other's checkpoints.
 
     Raises:
-        InputError: one does, or may still; it is named.
+        InputError: a job waits or runs; the message names it.
     """
-    launches = [each for each in read_launches(folder) if each.executor == "slurm"]
-    jobs = dict.fromkeys(
-        [each.job_id for each in launches[-1:]] + [each.job for each in read_attempts(folder)[-1:]]
-    )
-    for state in (state for job in jobs for state in slurm.states(job)):
-        if not state.finished:
-            raise InputError(
-                f"{folder}: job {state.job_id} is {state.state}",
-                rule="a run folder has one job at a time",
-                fix=f"wait for it, `mellum2 launch cancel {state.job_id}`, or choose another --output",
-            )
+    launches = [launch for launch in read_launches(folder) if launch.executor == "slurm"]
+    last_jobs = [launch.job_id for launch in launches[-1:]]
+    last_jobs += [attempt.job for attempt in read_attempts(folder)[-1:]]
+    for job_id in dict.fromkeys(last_jobs):
+        for state in slurm.states(job_id):
+            if not state.finished:
+                raise InputError(
+                    f"{folder}: job {state.job_id} is {state.state}",
+                    rule="a run folder has one job at a time",
+                    fix=f"wait for it, `mellum2 launch cancel {state.job_id}`, "
+                    "or choose another --output",
+                )
 
 
-def _expected(folder: Path | None, job_id: str) -> list[str]:
-    """Return the jobs that there must have been."""
-    launch = next((each for each in reversed(_launches(folder)) if each.job_id == job_id), None)
-    return (
-        [f"{job_id}_{number}" for number in range(launch.tasks)]
-        if launch and launch.tasks
-        else [job_id]
-    )
-
-
-def _launches(folder: Path | None) -> tuple[Launch, ...]:
-    return () if folder is None else read_launches(folder)
-
-
-def _status(job_id: str, state: JobState | None, folder: Path | None) -> Status:
-    place = _task_folder(folder, job_id)
-    attempts = _attempts(place)
+def _status_of(job_id: str, state: JobState | None, folder: Path | None) -> Status:
+    _, task = slurm.job_number(job_id)
+    if folder is not None and task is not None:
+        folder = folder / str(task)
+    attempts = () if folder is None else read_attempts(folder)
+    step = None if folder is None or not folder.is_dir() else reached_step(folder)
     last = attempts[-1] if attempts else None
-    step = None if place is None or not place.is_dir() else reached_step(place)
-    told = "" if last is None or last.kind is None or last.ended is None else last.reason
+    end = "" if last is None or last.ended is None else last.reason
     if state is not None:
-        # How the last attempt ended matters of a job that is over or starts anew, not of one that
-        # runs.
-        reason = (
-            (state.reason or "")
-            if state.state == "RUNNING"
-            else "; ".join(filter(None, [state.reason, told]))
-        )
+        # The end of the attempt before explains a job that waits or has ended, not one that runs.
+        reasons = [state.reason] if state.state == "RUNNING" else [state.reason, end]
         return Status(
             job_id=job_id,
             state=state.state,
-            reason=reason,
+            reason="; ".join(filter(None, reasons)),
             source="slurm",
-            folder=place,
+            folder=folder,
             step=step,
             attempts=len(attempts),
             nodes=state.nodes,
             elapsed=state.elapsed,
         )
-    word = "UNKNOWN" if last is None or last.kind is None else _GONE[last.kind]
+    kind = None if last is None else last.kind
     return Status(
         job_id=job_id,
-        state=word,
-        reason=told or "Slurm no longer knows this job",
-        source="nobody" if word == "UNKNOWN" else "records",
-        folder=place,
+        state="UNKNOWN" if kind is None else _STATE_OF_KIND[kind],
+        reason=end or "Slurm no longer knows this job",
+        source="nobody" if kind is None else "records",
+        folder=folder,
         step=step,
         attempts=len(attempts),
     )
 
 
-def _task_folder(folder: Path | None, job_id: str) -> Path | None:
-    _, task = slurm.job_number(job_id)
-    return folder if folder is None or task is None else folder / str(task)
-
-
-def _attempts(folder: Path | None) -> tuple[Attempt, ...]:
-    return () if folder is None or not (folder / ATTEMPTS_FILE).is_file() else read_attempts(folder)
-
-
 def log_files(folder: Path, job_id: str) -> tuple[Path | None, dict[int, Path]]:
-    """Return a job's logs that are there: the batch script's, and the nodes' by their number in the
-    job."""
+    """Return the existing logs of a job.
+
+    Returns:
+        The batch script's log or None, and the nodes' logs by the number of the node in the job.
+    """
     script, nodes = None, {}
-    ending = re.compile(rf"-{job_id}(?:-node(?P<node>\d+))?\.log")
+    # The name of a job may itself end in a number: match at the end of the file name.
+    ending = re.compile(rf"-{job_id}(?:-node(?P<node>\d+))?\.log\Z")
     for path in (folder / LOGS_FOLDER).glob(f"*-{job_id}*.log"):
-        found = next(
-            (each for each in ending.finditer(path.name) if each.end() == len(path.name)), None
-        )
-        if found is not None and found["node"]:
-            nodes[int(found["node"])] = path
-        elif found is not None:
+        match = ending.search(path.name)
+        if match is None:
+            continue
+        if match["node"]:
+            nodes[int(match["node"])] = path
+        else:
             script = path
     return script, dict(sorted(nodes.items()))
 
 
 def rank_log(folder: Path, job_id: str, rank: int | None = None) -> Path | None:
-    """Return the log of the node that a rank is on; None while there is none.
+    """Return the log of a rank's node; None until it exists.
 
-    Without a rank that of the last one, which has the losses and prints them.
+    Args:
+        folder: run folder.
+        job_id: job number of Slurm.
+        rank: rank, default the last one, which has the losses and prints them.
 
     Raises:
         InputError: the job has no such rank.
     """
-    launch = next(iter(reversed(_launches(folder))), None)
+    launches = read_launches(folder)
     nodes = log_files(folder, job_id)[1]
-    if launch is None:  # submitted by hand
+    if not launches:
+        # Submitted by hand: nothing records the number of ranks on a node.
         return nodes[max(nodes)] if nodes else None
+    launch = launches[-1]
     last = launch.nodes * launch.ranks_per_node - 1
     rank = last if rank is None else rank
     if rank > last:
@@ -232,36 +226,42 @@ def rank_log(folder: Path, job_id: str, rank: int | None = None) -> Path | None:
     return nodes.get(rank // launch.ranks_per_node)
 
 
-def follow(path: Callable[[], Path | None], ended: Callable[[], bool]) -> Iterator[str]:
-    """Yield a log's lines as they come, until the job has ended; the file need not be there yet."""
+def follow(find_log: Callable[[], Path | None], ended: Callable[[], bool]) -> Iterator[str]:
+    """Yield the lines of a log as they are written, until the job has ended.
+
+    Args:
+        find_log: returns the log; None until it exists.
+        ended: returns True once the job has ended.
+    """
     current: Path | None = None
     position = 0
     rest = ""
     while True:
-        last = ended()  # asked before reading: what was written until then is still shown
-        found = path()
-        if found is not None and found.is_file():
-            if found != current:
-                current, position = found, 0
-            with found.open(encoding="utf-8", errors="replace") as file:
+        # Asked before reading: the lines of the last moments are still shown.
+        last_look = ended()
+        log = find_log()
+        if log is not None and log.is_file():
+            if log != current:
+                current, position = log, 0
+            with log.open(encoding="utf-8", errors="replace") as file:
                 file.seek(position)
                 text = rest + file.read()
                 position = file.tell()
             *lines, rest = text.split("\n")
             yield from lines
-        if last:
+        if last_look:
             break
         time.sleep(POLL_SECONDS)
     if rest:
         yield rest
 
 
-def ended(job_id: str) -> Callable[[], bool]:
-    """Return a function that says whether a job has ended for good."""
-    return lambda: all(state.finished for state in slurm.states(job_id))
+def has_ended(job_id: str) -> bool:
+    """Return True if no task of a job waits or runs."""
+    return all(state.finished for state in slurm.states(job_id))
 
 
-def launched(root: Path) -> Sequence[Path]:
-    """Return the run folders in ``root`` that something was launched into, by time."""
-    found = sorted(root.glob(f"*/{LAUNCH_FILE}"), key=lambda path: path.stat().st_mtime)
-    return [path.parent for path in found]
+def launched_folders(root: Path) -> Sequence[Path]:
+    """Return the run folders in ``root`` with a launch, oldest first."""
+    files = sorted(root.glob(f"*/{LAUNCH_FILE}"), key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in files]

@@ -1,5 +1,4 @@
-"""`mellum2 launch`: submit a recipe or a chain of stages; status, logs and cancel of what was
-submitted."""
+"""`mellum2 launch`: submit runs to a cluster; show status and logs, and cancel."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mellum2_megatron.cli.options import AsJson, Overrides, RecipeOrRun
 from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError, WorkError
 
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from launchers.submission import Submission
 
 
-class _Group(TyperGroup):
-    """Takes `launch RECIPE ...` for `launch run RECIPE ...`: no recipe is called like a command."""
+class _RecipeOrCommand(TyperGroup):
+    """Command group that reads `launch RECIPE ...` as `launch run RECIPE ...`.
+
+    No recipe has the name of a command (`launchers.submission.COMMANDS`, tested).
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -32,7 +35,7 @@ class _Group(TyperGroup):
 
 
 launch_app = typer.Typer(
-    cls=_Group,
+    cls=_RecipeOrCommand,
     help="Submit runs to a cluster through NeMo-Run, and watch them: `mellum2 launch RECIPE ...`.",
     no_args_is_help=True,
     epilog="`mellum2 launch RECIPE --help` lists the options of a launch.",
@@ -41,7 +44,7 @@ Profile = Annotated[
     str | None, typer.Option("--profile", help="site profile, name or file (docs/launching.md)")
 ]
 Nodes = Annotated[
-    int | None, typer.Option("--nodes", min=1, help="nodes; default: what layout and profile say")
+    int | None, typer.Option("--nodes", min=1, help="nodes; default: from layout and profile")
 ]
 Time = Annotated[
     str | None,
@@ -55,25 +58,18 @@ Render = Annotated[
     str | None,
     typer.Option("--render", metavar="sbatch", help="write the script, do not submit it"),
 ]
-AllowDirty = Annotated[bool, typer.Option("--allow-dirty", help="take uncommitted changes along")]
+AllowDirty = Annotated[bool, typer.Option("--allow-dirty", help="accept uncommitted changes")]
 AssumedTflops = Annotated[
     float | None,
     typer.Option("--assumed-tflops", min=0.001, help="model TFLOP/s of a rank, for the estimate"),
 ]
-Which = Annotated[
-    str,
-    typer.Argument(metavar="RUN_FOLDER|JOB", help="a run's folder, or Slurm's number: 12 or 12_3"),
-]
+JOB_HELP = "run folder, or a job number of Slurm: 12 or 12_3"
 
 
 @launch_app.command("run")
 def launch_run(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe name, or a resolved run")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="overrides, e.g. layout.ep=8")
-    ] = None,
+    recipe: RecipeOrRun,
+    overrides: Overrides = None,
     executor: Annotated[
         str | None, typer.Option("--executor", help="local or slurm; default: the profile's")
     ] = None,
@@ -84,7 +80,7 @@ def launch_run(
         int | None, typer.Option("--nproc", min=1, help="ranks, with --executor local")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="folder of the run; default runs/RECIPE")
+        Path | None, typer.Option("--output", help="run folder; default: runs/NAME")
     ] = None,
     array: Annotated[
         list[str] | None,
@@ -113,10 +109,10 @@ def launch_run(
             fix="drop it; see `mellum2 launch logs`",
         )
     run = run_to_launch(recipe, overrides or [], output)
-    chosen = choose_profile(executor, profile)
-    prepared = prepare(
+    site = choose_profile(executor, profile)
+    submission = prepare(
         run,
-        chosen,
+        site,
         nodes=nodes,
         time=time,
         nproc=nproc,
@@ -125,14 +121,13 @@ def launch_run(
         show_only=dry_run,
     )
     if dry_run or render:
-        _show([prepared], dry_run=dry_run, render=render, tflops=assumed_tflops)
-        return
-    if chosen.executor == "local":
-        _run_here(prepared)
-        return
-    (number,) = _submit(prepared.job.name, [prepared])
-    if follow:
-        raise typer.Exit(_follow(prepared.job.folder, number, None))
+        _show([submission], dry_run=dry_run, render=render, tflops=assumed_tflops)
+    elif site.executor == "local":
+        _run_here(submission)
+    else:
+        (job_id,) = _submit(submission.job.name, [submission])
+        if follow:
+            raise typer.Exit(_follow(submission.job.folder, job_id, None))
 
 
 @launch_app.command("pipeline")
@@ -141,40 +136,43 @@ def launch_pipeline(
         list[str],
         typer.Argument(
             metavar="STAGE [KEY=VALUE ..] STAGE ..",
-            help="recipes or run files; overrides follow theirs",
+            help="recipes or run files, each followed by its overrides",
         ),
     ],
     profile: Profile = None,
     nodes: Nodes = None,
     time: Time = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="folder of the runs' folders")
+        Path | None,
+        typer.Option("--output", help="folder of the run folders; default: the profile's runs"),
     ] = None,
     dry_run: DryRun = False,
     render: Render = None,
     allow_dirty: AllowDirty = False,
     assumed_tflops: AssumedTflops = None,
 ) -> None:
-    """Submit stages at once, each starting from the former's last checkpoint when that has come to
-    its end."""
+    """Submit several stages at once.
+
+    Each starts from the last checkpoint of the stage before it, once that is finished.
+    """
     from launchers.submission import choose_profile, prepare_chain, run_to_launch, split_stages
 
     _check_render(render)
     runs = [run_to_launch(name, overrides, None) for name, overrides in split_stages(stages)]
-    chosen = choose_profile("slurm", profile)
-    prepared = prepare_chain(
+    site = choose_profile("slurm", profile)
+    submissions = prepare_chain(
         runs,
-        chosen,
-        root=output or Path(chosen.runs),
+        site,
+        root=output or Path(site.runs),
         nodes=nodes,
         time=time,
         allow_dirty=allow_dirty,
         show_only=dry_run,
     )
     if dry_run or render:
-        _show(prepared, dry_run=dry_run, render=render, tflops=assumed_tflops)
-        return
-    _submit("-".join([prepared[0].job.name, "pipeline"]), prepared)
+        _show(submissions, dry_run=dry_run, render=render, tflops=assumed_tflops)
+    else:
+        _submit(f"{submissions[0].job.name}-pipeline", submissions)
 
 
 @launch_app.command("status")
@@ -183,73 +181,82 @@ def launch_status(
         list[str] | None,
         typer.Argument(
             metavar="[RUN_FOLDER|JOB] ..",
-            help="runs' folders or Slurm's numbers; default: all in --runs",
+            help="run folders or job numbers of Slurm; default: all in --runs",
         ),
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="folder of runs' folders")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    runs: Annotated[Path, typer.Option("--runs", help="folder of the run folders")] = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
-    """Say where jobs are: Slurm's state, the step that is reached, and how the last attempt
-    ended."""
-    from launchers.status import find, launched, status
+    """Show where jobs are: state in Slurm, last step, end of the last attempt."""
+    from launchers.launch_record import read_launches
+    from launchers.status import find_job, job_status, launched_folders
 
-    words = which or [str(folder) for folder in launched(runs) if _on_slurm(folder)]
+    words = which or [
+        str(folder)
+        for folder in launched_folders(runs)
+        if read_launches(folder)[-1].executor == "slurm"
+    ]
     if not words:
         raise InputError(
             f"--runs {runs}",
             rule="nothing was launched from there",
             fix="name a run's folder or a job",
         )
-    found = [each for word in words for each in status(*find(word))]
+    statuses = [status for word in words for status in job_status(*find_job(word))]
     if as_json:
         plain = [
-            dataclasses.asdict(each) | {"folder": each.folder and str(each.folder)}
-            for each in found
+            dataclasses.asdict(status) | {"folder": status.folder and str(status.folder)}
+            for status in statuses
         ]
         sys.stdout.write(json.dumps(plain, indent=2) + "\n")
     else:
-        _print_status(found)
+        _print_statuses(statuses)
 
 
 @launch_app.command("logs")
 def launch_logs(
-    which: Which,
+    which: Annotated[str, typer.Argument(metavar="RUN_FOLDER|JOB", help=JOB_HELP)],
     rank: Annotated[
-        int | None, typer.Option("--rank", min=0, help="the log of the node that this rank is on")
+        int | None, typer.Option("--rank", min=0, help="only the log of this rank's node")
     ] = None,
     follow: Annotated[
         bool,
         typer.Option(
-            "--follow", help="one node's, until the job has ended; default: the last rank's"
+            "--follow", help="show one log, by default the last rank's, until the job has ended"
         ),
     ] = False,
 ) -> None:
-    """Print a job's logs: the batch script's and each node's. The training's rows are in that of
-    the last rank."""
-    from launchers import slurm
-    from launchers.status import find, log_files, rank_log
+    """Print the logs of a job: the batch script's, then each node's.
 
-    folder, job = find(which)
+    The log of the last rank's node has the training's rows.
+    """
+    from launchers import slurm
+    from launchers.status import find_job, log_files, rank_log
+
+    folder, job = find_job(which)
     if folder is None:
         raise InputError(
             which, rule="Slurm no longer knows where its logs are", fix="give the run's folder"
         )
     number, task = slurm.job_number(job)
     tasks = [state.job_id for state in slurm.states(number)]
-    if task is None and any("_" in each for each in tasks):
+    if task is None and any("_" in job_id for job_id in tasks):
         raise InputError(
             which, rule=f"is an array of {len(tasks)} tasks", fix=f"name one, such as {tasks[0]}"
         )
     if follow:
         raise typer.Exit(_follow(folder, job, rank))
-    script, nodes = log_files(folder, job)
-    one = None if rank is None else rank_log(folder, job, rank)
-    paths = [
-        path for path in ([script, *nodes.values()] if rank is None else [one]) if path is not None
-    ]
+    if rank is None:
+        script, nodes = log_files(folder, job)
+        logs = [script, *nodes.values()]
+    else:
+        logs = [rank_log(folder, job, rank)]
+    paths = [path for path in logs if path is not None]
     if not paths:
         raise InputError(
-            which, rule="has written no log yet", fix="`mellum2 launch status` says whether it runs"
+            which,
+            rule="has written no log yet",
+            fix="`mellum2 launch status` shows whether it runs",
         )
     for path in paths:
         if len(paths) > 1:
@@ -259,14 +266,14 @@ def launch_logs(
 
 @launch_app.command("cancel")
 def launch_cancel(
-    which: Annotated[list[str], typer.Argument(metavar="RUN_FOLDER|JOB ..", help="what to cancel")],
+    which: Annotated[list[str], typer.Argument(metavar="RUN_FOLDER|JOB ..", help=JOB_HELP)],
 ) -> None:
-    """Cancel jobs; what they have saved stays, and launching them again goes on from there."""
+    """Cancel jobs. Checkpoints stay; the same launch command resumes from the last one."""
     from launchers import slurm
-    from launchers.status import find
+    from launchers.status import find_job
 
     slurm.require("scancel")
-    jobs = [find(word)[1] for word in which]
+    jobs = [find_job(word)[1] for word in which]
     slurm.cancel(jobs)
     print_line(f"cancelled {', '.join(jobs)}")
 
@@ -277,40 +284,51 @@ def _check_render(render: str | None) -> None:
 
 
 def _show(
-    prepared: Sequence[Submission], *, dry_run: bool, render: str | None, tflops: float | None
+    submissions: Sequence[Submission], *, dry_run: bool, render: str | None, tflops: float | None
 ) -> None:
+    """Print previews, or with ``render`` scripts; without ``dry_run`` write the scripts too."""
     from launchers.batch_job import write_job
     from launchers.preview import show
     from launchers.sbatch import render as render_script
 
-    scripts = []
-    for each in prepared:
-        local = each.job.profile.executor == "local"
+    commands = []
+    for submission in submissions:
+        job = submission.job
+        local = job.profile.executor == "local"
         if render and local:
             raise InputError(
                 "--render sbatch", rule="is for Slurm", fix="name a Slurm profile with --profile"
             )
         if not render:
-            script = None if local else render_script(each.job)
-            notes = [
-                *each.package.notes,
-                *(f"Would be refused now: {problem}" for problem in each.problems),
-            ]
-            show(console, each.job, script, tflops=tflops, notes=notes)
+            problems = [f"Would be refused now: {problem}" for problem in submission.problems]
+            show(
+                console,
+                job,
+                None if local else render_script(job),
+                tflops=tflops,
+                notes=[*submission.package.notes, *problems],
+            )
             continue
-        for problem in each.problems:
+        # stdout carries scripts alone, so that it can be redirected into a file.
+        for problem in submission.problems:
             sys.stderr.write(f"would be refused now: {problem}\n")
         if not dry_run:
-            each.write_code()
-            scripts.append((each, write_job(each.job)))
-        sys.stdout.write(render_script(each.job))
-    for each, path in scripts:
-        waits = "--dependency=afterok:JOB --kill-on-invalid-dep=yes " if each.after else ""
-        note = f"  # JOB is the number of {each.after[0]}" if each.after else ""
-        sys.stderr.write(f"written; submit it with: sbatch {waits}{shlex.quote(str(path))}{note}\n")
+            submission.write_code()
+            script = shlex.quote(str(write_job(job)))
+            command = f"sbatch {script}"
+            if submission.after:
+                command = (
+                    f"sbatch --dependency=afterok:JOB --kill-on-invalid-dep=yes {script}"
+                    f"  # JOB is the number of {submission.after[0]}"
+                )
+            commands.append(command)
+        sys.stdout.write(render_script(job))
+    for command in commands:
+        sys.stderr.write(f"written; submit it with: {command}\n")
 
 
-def _submit(title: str, prepared: Sequence[Submission]) -> list[str]:
+def _submit(title: str, submissions: Sequence[Submission]) -> list[str]:
+    """Submit jobs through NeMo-Run; return their job numbers."""
     from launchers import slurm
     from launchers.launch_record import read_launches
     from launchers.preview import warnings
@@ -319,56 +337,62 @@ def _submit(title: str, prepared: Sequence[Submission]) -> list[str]:
 
     slurm.require()
     require_nemo_run()
-    for each in prepared:
-        require_idle(each.job.folder)
+    for submission in submissions:
+        require_idle(submission.job.folder)
+    # After the checks: this import takes seconds.
     from launchers import nemo
 
-    lines = [line for each in prepared for line in (*each.package.notes, *warnings(each.job))]
-    for line in dict.fromkeys(lines):  # a chain's stages have the same to say
+    lines = [
+        line
+        for submission in submissions
+        for line in (*submission.package.notes, *warnings(submission.job))
+    ]
+    for line in dict.fromkeys(lines):  # the stages of a chain share most remarks
         print_line(line)
-    for each in prepared:
-        each.write_code()
-    nemo.submit(title, prepared)
-    numbers = []
-    for each in prepared:
-        launch = read_launches(each.job.folder)[-1]
-        numbers.append(launch.job_id)
+    for submission in submissions:
+        submission.write_code()
+    nemo.submit(title, submissions)
+    job_ids = []
+    for submission in submissions:
+        job = submission.job
+        launch = read_launches(job.folder)[-1]
+        job_ids.append(launch.job_id)
         tasks = f", {launch.tasks} tasks" if launch.tasks else ""
-        waits = f", after {', '.join(each.after)}" if each.after else ""
-        print_line(f"job {launch.job_id}{tasks}{waits}: {each.job.name} in {each.job.folder}")
+        waits = f", after {', '.join(submission.after)}" if submission.after else ""
+        print_line(f"job {launch.job_id}{tasks}{waits}: {job.name} in {job.folder}")
     print_line(
-        f"`mellum2 launch status {numbers[0]}`, `logs` and `cancel` take the number or the folder"
+        f"`mellum2 launch status {job_ids[0]}`, `logs` and `cancel` take the number or the folder"
     )
-    return numbers
+    return job_ids
 
 
-def _run_here(prepared: Submission) -> None:
+def _run_here(submission: Submission) -> None:
     from launchers.submission import require_nemo_run
 
     require_nemo_run()
     from launchers import nemo
 
-    prepared.write_code()
-    if not nemo.run_here(prepared.job):
+    submission.write_code()
+    if not nemo.run_here(submission.job):
         raise WorkError(
-            f"{prepared.job.name} did not come to its end",
-            fix="see above; the same command goes on from the last checkpoint",
+            f"{submission.job.name} did not finish",
+            fix="see above; the same command resumes from the last checkpoint",
         )
 
 
-def _follow(folder: Path, job: str, rank: int | None) -> int:
+def _follow(folder: Path, job_id: str, rank: int | None) -> int:
     """Show a rank's log until the job has ended; return 0 if it succeeded, else 1."""
-    from launchers.status import ended, follow, rank_log, status
+    from launchers.status import follow, has_ended, job_status, rank_log
 
-    for line in follow(lambda: rank_log(folder, job, rank), ended(job)):
+    for line in follow(lambda: rank_log(folder, job_id, rank), lambda: has_ended(job_id)):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
-    found = status(folder, job)
-    _print_status(found)
-    return 0 if all(each.state == "COMPLETED" for each in found) else 1
+    statuses = job_status(folder, job_id)
+    _print_statuses(statuses)
+    return 0 if all(status.state == "COMPLETED" for status in statuses) else 1
 
 
-def _print_status(found: Sequence[Status]) -> None:
+def _print_statuses(statuses: Sequence[Status]) -> None:
     table = plain_table()
     for column in ("job", "state", "step", "starts", "elapsed", "nodes", "run"):
         table.add_column(
@@ -376,23 +400,17 @@ def _print_status(found: Sequence[Status]) -> None:
             no_wrap=column != "run",
             justify="right" if column in ("step", "starts") else "left",
         )
-    for each in found:
+    for status in statuses:
         table.add_row(
-            each.job_id,
-            each.state,
-            "-" if each.step is None else str(each.step),
-            str(each.attempts),
-            each.elapsed or "-",
-            each.nodes or "-",
-            "-" if each.folder is None else str(each.folder),
+            status.job_id,
+            status.state,
+            "-" if status.step is None else str(status.step),
+            str(status.attempts),
+            status.elapsed or "-",
+            status.nodes or "-",
+            "-" if status.folder is None else str(status.folder),
         )
     console.print(table)
-    for each in found:
-        if each.reason:
-            print_line(f"{each.job_id}: {each.reason}")
-
-
-def _on_slurm(folder: Path) -> bool:
-    from launchers.launch_record import read_launches
-
-    return read_launches(folder)[-1].executor == "slurm"
+    for status in statuses:
+        if status.reason:
+            print_line(f"{status.job_id}: {status.reason}")

@@ -220,7 +220,7 @@ def test_on_this_machine(
     failed = mellum2(*words_, "schedule.train_samples=144")
     assert failed.code == 1
     assert "/nowhere" in failed.out
-    assert "error: small did not come to its end" in failed.err
+    assert "error: small did not finish" in failed.err
 
 
 def test_tasks_that_wait_for_each_other(

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import slurm
-from launchers import status as watching
+from launchers import slurm, status
 from launchers.slurm import JobState
 from mellum2_megatron.common.errors import InputError, WorkError
 
@@ -254,7 +253,7 @@ def test_records_answer_where_slurm_has_forgotten(fake: Fake, tmp_path: Path) ->
     launch(tmp_path / "run", "12")
     attempt(tmp_path / "run", "12", step=4, kind="stopped")
     attempt(tmp_path / "run", "12", step=9, kind="done", restart=1)
-    (found,) = watching.status(*watching.find(str(tmp_path / "run")))
+    (found,) = status.job_status(*status.find_job(str(tmp_path / "run")))
     assert (found.job_id, found.state, found.source, found.step, found.attempts) == (
         "12",
         "COMPLETED",
@@ -267,7 +266,7 @@ def test_records_answer_where_slurm_has_forgotten(fake: Fake, tmp_path: Path) ->
 def test_nobody_knows(fake: Fake, tmp_path: Path) -> None:
     fake("scontrol", **UNKNOWN)
     launch(tmp_path / "run", "12")
-    (found,) = watching.status(*watching.find(str(tmp_path / "run")))
+    (found,) = status.job_status(*status.find_job(str(tmp_path / "run")))
     assert (found.state, found.source) == ("UNKNOWN", "nobody")
     assert "no longer knows" in found.reason
 
@@ -277,64 +276,64 @@ def test_every_task_of_an_array_has_its_own_records(fake: Fake, tmp_path: Path) 
     launch(tmp_path / "run", "12", tasks=2)
     attempt(tmp_path / "run" / "0", "12", step=3, kind="done")
     attempt(tmp_path / "run" / "1", "13", step=2, kind="failed", series="13")
-    found = watching.status(*watching.find(str(tmp_path / "run")))
+    found = status.job_status(*status.find_job(str(tmp_path / "run")))
     assert [(each.job_id, each.state, each.step) for each in found] == [
         ("12_0", "COMPLETED", 3),
         ("12_1", "FAILED", 2),
     ]
-    assert watching.find(str(tmp_path / "run" / "1")) == (tmp_path / "run", "12_1")
-    assert watching.status(*watching.find(str(tmp_path / "run" / "1"))) == found[1:]
+    assert status.find_job(str(tmp_path / "run" / "1")) == (tmp_path / "run", "12_1")
+    assert status.job_status(*status.find_job(str(tmp_path / "run" / "1"))) == found[1:]
 
 
 def test_a_folder_names_its_job_also_when_another_one_continues_it(
     fake: Fake, tmp_path: Path
 ) -> None:
     launch(tmp_path / "run", "12")
-    assert watching.find(str(tmp_path / "run")) == (tmp_path / "run", "12")
+    assert status.find_job(str(tmp_path / "run")) == (tmp_path / "run", "12")
     attempt(tmp_path / "run", "12", step=4, kind="stopped")
     attempt(tmp_path / "run", "20", step=5, kind=None, series="12")
-    assert watching.find(str(tmp_path / "run")) == (tmp_path / "run", "20")
+    assert status.find_job(str(tmp_path / "run")) == (tmp_path / "run", "20")
     # Launched again, and that job has not begun; then one submitted by hand.
     launch(tmp_path / "old", "41")
     attempt(tmp_path / "old", "40", step=5, kind="failed", hour=9)
-    assert watching.find(str(tmp_path / "old")) == (tmp_path / "old", "41")
+    assert status.find_job(str(tmp_path / "old")) == (tmp_path / "old", "41")
     attempt(tmp_path / "old", "42", step=5, kind=None, hour=12)
-    assert watching.find(str(tmp_path / "old")) == (tmp_path / "old", "42")
+    assert status.find_job(str(tmp_path / "old")) == (tmp_path / "old", "42")
     attempt(tmp_path / "by hand", "31", step=5, kind=None)
-    assert watching.find(str(tmp_path / "by hand")) == (tmp_path / "by hand", "31")
+    assert status.find_job(str(tmp_path / "by hand")) == (tmp_path / "by hand", "31")
 
 
 def test_a_folder_with_a_job_takes_no_second_one(fake: Fake, tmp_path: Path) -> None:
-    watching.require_idle(tmp_path / "new")  # Slurm is not even asked
+    status.require_idle(tmp_path / "new")  # Slurm is not even asked
     launch(tmp_path / "run", "7")
     fake("scontrol", WAITING_ARRAY + "\n")
     with pytest.raises(InputError, match=r"job 7_1 is PENDING.*mellum2 launch cancel 7_1"):
-        watching.require_idle(tmp_path / "run")
+        status.require_idle(tmp_path / "run")
     fake("scontrol", FAILED + "\n")
-    watching.require_idle(tmp_path / "run")
+    status.require_idle(tmp_path / "run")
     attempt(tmp_path / "by hand", "8", step=5, kind=None)
     fake("scontrol", RUNNING_TASK + "\n")
     with pytest.raises(InputError, match="7_0 is RUNNING"):
-        watching.require_idle(tmp_path / "by hand")
+        status.require_idle(tmp_path / "by hand")
     fake("scontrol", **UNKNOWN)
-    watching.require_idle(tmp_path / "by hand")
+    status.require_idle(tmp_path / "by hand")
 
 
 def test_a_number_names_its_folder_through_its_log(fake: Fake) -> None:
     fake("scontrol", FAILED + "\n")
-    assert watching.find("2") == (Path("/tmp/a b"), "2")
+    assert status.find_job("2") == (Path("/tmp/a b"), "2")
     fake("scontrol", **UNKNOWN)
-    assert watching.find("2") == (None, "2")
+    assert status.find_job("2") == (None, "2")
 
 
 def test_what_was_never_launched_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder or job"):
-        watching.find(str(tmp_path / "nix"))
+        status.find_job(str(tmp_path / "nix"))
     with pytest.raises(InputError, match="nothing was launched"):
-        watching.find(str(tmp_path))
+        status.find_job(str(tmp_path))
     launch(tmp_path / "here", "x", executor="local")
     with pytest.raises(InputError, match="on this machine"):
-        watching.find(str(tmp_path / "here"))
+        status.find_job(str(tmp_path / "here"))
 
 
 def test_logs_by_node_and_rank(tmp_path: Path) -> None:
@@ -349,21 +348,21 @@ def test_logs_by_node_and_rank(tmp_path: Path) -> None:
         "x-12-120-node0.log",
     ):
         (logs / name).write_text(name)
-    script, nodes = watching.log_files(tmp_path, "12")
+    script, nodes = status.log_files(tmp_path, "12")
     assert script == logs / "x-12-12.log"
     assert nodes == {0: logs / "x-12-12-node0.log", 1: logs / "x-12-12-node1.log"}
-    assert watching.rank_log(tmp_path, "12", 3) == logs / "x-12-12-node0.log"
-    assert watching.rank_log(tmp_path, "12", 4) == logs / "x-12-12-node1.log"
-    assert watching.rank_log(tmp_path, "12") == logs / "x-12-12-node1.log"
-    assert watching.rank_log(tmp_path, "120") is None  # not there yet
+    assert status.rank_log(tmp_path, "12", 3) == logs / "x-12-12-node0.log"
+    assert status.rank_log(tmp_path, "12", 4) == logs / "x-12-12-node1.log"
+    assert status.rank_log(tmp_path, "12") == logs / "x-12-12-node1.log"
+    assert status.rank_log(tmp_path, "120") is None  # not there yet
     with pytest.raises(InputError, match="ranks 0 to 7"):
-        watching.rank_log(tmp_path, "12", 8)
+        status.rank_log(tmp_path, "12", 8)
 
 
 def test_following_shows_each_line_once_and_ends_with_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(status, "POLL_SECONDS", 0.0)
     log = tmp_path / "log"
     # What has been written before each look: nothing, no file, a line and a half, the rest without
     # an end of line.
@@ -377,4 +376,4 @@ def test_following_shows_each_line_once_and_ends_with_the_job(
         left[0] -= 1
         return left[0] < 0
 
-    assert list(watching.follow(lambda: log, ended)) == ["one", "two", "three"]
+    assert list(status.follow(lambda: log, ended)) == ["one", "two", "three"]
