@@ -1,8 +1,7 @@
-"""Logits of a Hugging Face folder, main and MTP, by transformers: the reference the Megatron model
-is verified against.
+"""Logits of a Hugging Face folder, main and MTP, by transformers: the reference for verification.
 
-transformers is imported inside the functions: versions without Mellum's MTP fields (before 5.23)
-serve everything else.
+transformers is imported inside the functions: it takes seconds, and versions before 5.23, which
+lack Mellum's MTP fields, serve everything else.
 """
 
 from __future__ import annotations
@@ -23,27 +22,23 @@ from mellum2_megatron.common.errors import InputError
 def score_hf(
     hf_path: str | os.PathLike[str], tokens: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run ``MellumForCausalLM`` and, where the folder has an MTP head, ``MtpModel`` over whole
-    sequences.
+    """Run ``MellumForCausalLM`` and, with an MTP head, ``MtpModel`` over whole sequences.
 
     Args:
         hf_path: Hugging Face folder; checked strictly first, so nothing is initialised at random.
         tokens: token ids `[b, s]`.
-        dtype: what the weights and the arithmetic are cast to.
+        dtype: dtype of weights and arithmetic.
 
     Returns:
-        Float32 main logits `[b, s, v]` (position t predicts token t + 1), and MTP logits of the
-        same shape or None (position t predicts token t + 2, from the trunk's normed hidden state at
-        t and the embedding of token t + 1). The last MTP position has no next token; as in Megatron
-        (``multi_token_prediction.py:roll_tensor``, 0.19.2) it is fed token 0 and means nothing:
-        comparisons leave it out.
-
-        The MTP layer runs at positions 1..s, as transformers' generation runs it
-        (``MTPCandidateGenerator``); Megatron runs it at 0..s-1. RoPE depends on differences of
-        positions only, so both give the same logits.
+        Float32 main logits `[b, s, v]`: position t predicts token t + 1.
+        MTP logits of the same shape, or None without an MTP head: position t predicts token t + 2,
+        from the trunk's normed hidden state at t and the embedding of token t + 1. The last
+        position has no next token. As in Megatron (``multi_token_prediction.py:roll_tensor``,
+        0.19.2) it is fed token 0 and means nothing: comparisons leave it out.
 
     Raises:
-        InputError: a folder that cannot be converted either, or token ids outside the vocabulary.
+        InputError: the folder is not a complete Mellum 2 model, or token ids lie outside the
+            vocabulary.
     """
     with HfFolder.open(hf_path) as folder:
         check_tokens(tokens, folder.architecture)
@@ -54,8 +49,8 @@ def score_hf(
 def score_loaded(
     main: Any, mtp: Any | None, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`score_hf` for models that `load_hf` has returned, on tokens that `check_tokens` has let
-    pass."""
+    """Run models that `load_hf` returned on tokens that passed `check_tokens`; see `score_hf`."""
+    # One sequence at a time bounds the memory beside the model.
     rows = [_score_row(main, mtp, row[None].long()) for row in tokens]
     logits = torch.cat([row for row, _ in rows])
     heads = [head for _, head in rows if head is not None]
@@ -65,8 +60,10 @@ def score_loaded(
 def load_hf(
     hf_path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any | None]:
-    """Return transformers' trunk (`MellumForCausalLM`) and its MTP head (`MtpModel`) or None, in
-    evaluation mode."""
+    """Load transformers' trunk (`MellumForCausalLM`) and its MTP head (`MtpModel`) or None.
+
+    Both are in evaluation mode, on the CPU.
+    """
     from transformers import MellumForCausalLM
     from transformers.modeling_layers import MtpModel
 
@@ -83,15 +80,15 @@ def load_hf(
             return main, None
         mtp = MtpModel.from_pretrained(main).eval()
     if missing := set(mtp.config.layer_types) - set(main.config.layer_types):
-        # MtpModel borrows the trunk's rotary embedding, which has no frequencies for a type no
-        # trunk layer has.
+        # MtpModel borrows the trunk's rotary embedding, which lacks the frequencies of a layer type
+        # that only the head has (transformers 5.23).
         assert missing <= set(main.config.rope_parameters)
         mtp.rotary_emb = type(main.model.rotary_emb)(config=mtp.config)
     return main, mtp
 
 
 def check_tokens(tokens: torch.Tensor, architecture: Mellum2Architecture) -> None:
-    """Refuse anything but a `[b, s]` batch of token ids of the model's vocabulary.
+    """Refuse anything but token ids `[b, s]` of the model's vocabulary.
 
     Raises:
         InputError: another shape, an empty batch, or an id outside the vocabulary.
@@ -113,7 +110,10 @@ def check_tokens(tokens: torch.Tensor, architecture: Mellum2Architecture) -> Non
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """transformers draws its loading bar into log files too."""
+    """Hide transformers' loading bar while standard error is no terminal.
+
+    transformers draws it into log files too.
+    """
     from transformers.utils import logging
 
     hide = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
@@ -130,6 +130,7 @@ def bars_on_terminals_only() -> Iterator[None]:
 def _score_row(
     main: Any, mtp: Any | None, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return main and MTP logits `[1, s, v]` of one sequence, token ids `[1, s]`."""
     hidden = main.model(input_ids=tokens, use_cache=False).last_hidden_state
     logits = main.lm_head(hidden).float()
     if mtp is None:
@@ -137,6 +138,8 @@ def _score_row(
     from transformers.cache_utils import MtpCache
 
     following = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], dim=1)
+    # Positions 1..s, as in transformers' generation (`MTPCandidateGenerator`); Megatron's are
+    # 0..s-1. RoPE depends on differences of positions only, so both give the same logits.
     positions = torch.arange(1, tokens.shape[1] + 1)[None]
     cache = MtpCache(config=mtp.config)
     mtp_hidden = mtp.forward_layer(0, hidden, positions, cache, input_ids=following)

@@ -1,5 +1,8 @@
-"""Where two models part: hidden states of Megatron and transformers after every layer, recorded by
-forward hooks."""
+"""Errors of hidden states, layer by layer: Megatron's against transformers'.
+
+Forward hooks record the hidden states. The first layer beyond the tolerance is where two models
+depart from each other.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ import torch
 from mellum2_megatron.architecture import Mellum2Architecture
 
 Recorded = dict[str, list[torch.Tensor]]
-"""Hidden states `[b, s, h]` by place, one tensor a forward pass, in the order of computation."""
+"""Place -> hidden states `[b, s, h]`, one tensor a forward pass; places in order of computation."""
 
 EMBEDDING, FINAL_NORM, MTP_LAYER = "embedding", "final norm", "mtp layer 0"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerError:
-    """How far the hidden states behind one place are apart.
+    """Difference between the hidden states after one place.
 
     Attributes:
-        name: ``layer 3``, ``mtp layer 0``; of a summary, which layers.
-        kind: the layer's attention type, or the place's own name.
+        name: place, such as ``layer 3`` or ``mtp layer 0``; in a summary a count, ``21 layers``.
+        kind: attention type of the layer; the place's own name if it is no layer.
         max_error, mean_error: absolute difference.
-        relative_error: ``max_error`` over the largest absolute reference value.
+        relative_error: ``max_error`` divided by the largest absolute reference value.
     """
 
     name: str
@@ -38,25 +41,26 @@ class LayerError:
 
 @contextmanager
 def record_huggingface(main: Any, mtp: Any | None) -> Iterator[Recorded]:
-    """Record what `MellumForCausalLM` and `MtpModel` compute; the MTP layer's output is taken
-    before its last norm."""
+    """Record the hidden states of `MellumForCausalLM` and `MtpModel`.
+
+    Those of the MTP layer are taken before its last norm, as in `record_megatron`.
+    """
     places = {EMBEDDING: main.model.embed_tokens}
     places |= {_layer(index): layer for index, layer in enumerate(main.model.layers)}
     places[FINAL_NORM] = main.model.norm
     if mtp is not None:
         places[MTP_LAYER] = mtp.layers[0].mtp_block
-    # MtpModel reads token embeddings through the trunk's own module: only the first call of a pass
-    # is the trunk's.
     with _record(places, lambda output: output) as recorded:
         yield recorded
     if mtp is not None:
+        # MtpModel embeds through the trunk's own module: of two calls a pass, the first is the
+        # trunk's.
         recorded[EMBEDDING] = recorded[EMBEDDING][::2]
 
 
 @contextmanager
 def record_megatron(model: Any) -> Iterator[Recorded]:
-    """Record what a `GPTModel` without pipeline stages computes; its hidden states are `[s, b,
-    h]`."""
+    """Record the hidden states, `[s, b, h]`, of a `GPTModel` without pipeline stages."""
     places = {EMBEDDING: model.embedding}
     places |= {_layer(index): layer for index, layer in enumerate(model.decoder.layers)}
     places[FINAL_NORM] = model.decoder.final_layernorm
@@ -64,18 +68,24 @@ def record_megatron(model: Any) -> Iterator[Recorded]:
         places[MTP_LAYER] = model.mtp.layers[0].mtp_model_layer
     with _record(places, lambda output: output.transpose(0, 1)) as recorded:
         yield recorded
-    recorded[EMBEDDING] = recorded[EMBEDDING][:1]  # the MTP head embeds the following tokens
+    # The MTP head embeds the following tokens through the same module.
+    recorded[EMBEDDING] = recorded[EMBEDDING][:1]
 
 
 def compare_layers(
     ours: Recorded, theirs: Recorded, architecture: Mellum2Architecture
 ) -> tuple[LayerError, ...]:
-    """Compare what both recorded, place by place; the last MTP position, which reads no next token,
-    is left out.
+    """Compare two models' hidden states, place by place.
+
+    The last MTP position is left out: it has no next token to read.
 
     Args:
         ours: Megatron's hidden states.
-        theirs: the reference.
+        theirs: hidden states of the reference.
+        architecture: architecture of both, for the layer types.
+
+    Raises:
+        RuntimeError: a place has another shape in one of the models.
     """
     kinds: dict[str, str] = {
         _layer(index): kind for index, kind in enumerate(architecture.layer_types)
@@ -85,13 +95,14 @@ def compare_layers(
     errors = []
     for name, reference_parts in theirs.items():
         value, reference = torch.cat(ours[name]), torch.cat(reference_parts)
-        if value.shape != reference.shape:  # would broadcast
+        # A difference of unequal shapes would broadcast, and be a number all the same.
+        if value.shape != reference.shape:
             raise RuntimeError(
                 f"{name}: {list(value.shape)} and {list(reference.shape)} were recorded"
             )
         if name == MTP_LAYER:
             value, reference = value[:, :-1], reference[:, :-1]
-        if not reference.numel():
+        if not reference.numel():  # the MTP layer of sequences of one token
             continue
         difference, scale = (value - reference).abs(), float(reference.abs().max())
         largest = float(difference.max())
@@ -108,26 +119,25 @@ def compare_layers(
 
 
 def type_summary(layers: Iterable[LayerError]) -> dict[str, LayerError]:
-    """The worst and the mean of each layer type, in the order in which types come first."""
+    """Return the largest and the mean errors of each layer type, in order of first appearance."""
     by_kind: dict[str, list[LayerError]] = {}
     for layer in layers:
         by_kind.setdefault(layer.kind, []).append(layer)
     return {
         kind: replace(
-            found[0],
-            name=found[0].name if len(found) == 1 else f"{len(found)} layers",
-            max_error=_worst(layer.max_error for layer in found),
-            mean_error=sum(layer.mean_error for layer in found) / len(found),
-            relative_error=_worst(layer.relative_error for layer in found),
+            same_kind[0],
+            name=same_kind[0].name if len(same_kind) == 1 else f"{len(same_kind)} layers",
+            max_error=_worst(layer.max_error for layer in same_kind),
+            mean_error=sum(layer.mean_error for layer in same_kind) / len(same_kind),
+            relative_error=_worst(layer.relative_error for layer in same_kind),
         )
-        for kind, found in by_kind.items()
+        for kind, same_kind in by_kind.items()
     }
 
 
 def _worst(values: Iterable[float]) -> float:
-    return float(
-        torch.tensor(list(values), dtype=torch.float64).max()
-    )  # NaN stays NaN, unlike in max()
+    # NaN is the worst; Python's max() would drop it or keep it, by its place in the list.
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 def _layer(index: int) -> str:
@@ -136,14 +146,22 @@ def _layer(index: int) -> str:
 
 @contextmanager
 def _record(
-    places: dict[str, Any], form: Callable[[torch.Tensor], torch.Tensor]
+    places: dict[str, Any], to_batch_first: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[Recorded]:
+    """Record the outputs of modules, by name, on the CPU in float32.
+
+    Args:
+        places: name -> module.
+        to_batch_first: brings an output into the shape `[b, s, h]`.
+    """
     recorded: Recorded = {name: [] for name in places}
 
     def hook(name: str) -> Callable[[Any, Any, Any], None]:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            # Megatron's layers return (hidden states, context).
             hidden = output[0] if isinstance(output, tuple) else output
-            recorded[name].append(form(hidden).detach().float().cpu().clone())
+            # A clone: on a CPU in float32 nothing else copies, and modules may write in place.
+            recorded[name].append(to_batch_first(hidden).detach().float().cpu().clone())
 
         return keep
 

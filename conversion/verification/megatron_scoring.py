@@ -1,4 +1,8 @@
-"""Logits of a Megatron Mellum 2, main and MTP, for scoring, verification and tests."""
+"""Logits of a Megatron checkpoint, main and MTP, for scoring and verification.
+
+The twin of `conversion.huggingface.scoring`. Megatron is imported inside the functions: on a CPU,
+the CPU backend must be activated before.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from conversion.convert import open_checkpoint
+from conversion.huggingface.folder import HfFolder
+from conversion.huggingface.scoring import check_tokens, score_hf
 from mellum2_megatron.checkpoint import find_checkpoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import atomic_path, check_writable
@@ -22,22 +29,19 @@ if TYPE_CHECKING:
 def load_megatron_model(
     path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
 ) -> GPTModel:
-    """Build the model of a checkpoint in this process and load its weights with Megatron's own
-    loader.
+    """Build the model of a checkpoint in this process and load it with Megatron's own loader.
 
-    Runs on the GPU where there is one (te backend if Transformer Engine can be imported), else on
-    the CPU backend with the torch modules. Any layout that wrote the checkpoint is fine; optimizer
-    state in it is left alone.
+    The model is on the GPU if there is one (te backend if Transformer Engine can be imported), else
+    on the CPU backend with the torch modules. The checkpoint may have any layout; its optimizer
+    state is not read.
 
     Args:
         path: checkpoint folder, or one iteration inside it.
-        dtype: of the model's parameters.
+        dtype: dtype of the parameters.
 
     Raises:
         InputError: no checkpoint there, or its tensors are not this architecture's.
     """
-    from conversion.convert import open_checkpoint
-
     checkpoint = find_checkpoint(path)
     open_checkpoint(checkpoint)
     device = _one_rank_world()
@@ -57,19 +61,24 @@ def load_megatron_model(
         moe_grouped_gemm=backend == "te",
     )
     model = model.to(device=device, dtype=dtype).eval()
-    # Optimizer and random states in the checkpoint are not asked for. Megatron's own strictness
-    # levels cannot be used: reading the stored metadata fails with torch 2.15
-    # (dist_checkpointing/strategies/torch.py:1022, 0.19.2, passes `TensorProperties.strides` on to
-    # `torch.empty`); `open_checkpoint` has compared names and shapes both ways.
+    # Megatron's strictness levels cannot be used here: they read the stored metadata, which fails
+    # with torch 2.15 (dist_checkpointing/strategies/torch.py:1022, 0.19.2, passes
+    # `TensorProperties.strides` to `torch.empty`). `open_checkpoint` has compared names and shapes
+    # both ways.
     loaded = dist_checkpointing.load(
         {"model": model.sharded_state_dict()}, str(checkpoint.iteration_dir)
     )
+    # Not strict about the `_extra_state` of Transformer Engine's modules, which holds no weight.
     model.load_state_dict(loaded["model"], strict=backend == "torch")
     return model
 
 
 def _one_rank_world() -> torch.device:
-    """Make this process a whole Megatron world of one rank, unless it is already part of one."""
+    """Make this process a Megatron world of one rank, unless it is already part of a world.
+
+    Returns:
+        Device of the rank.
+    """
     if not torch.cuda.is_available():
         from mellum2_megatron import cpu
 
@@ -83,7 +92,8 @@ def _one_rank_world() -> torch.device:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # in memory: no port is taken
+        # In memory: no port is taken.
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # untyped in torch
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
@@ -94,23 +104,18 @@ def _one_rank_world() -> torch.device:
 def score_file(
     tokens_path: Path, out: Path, *, megatron_path: Path | None, hf_path: Path | None
 ) -> None:
-    """Write the logits of one checkpoint, of either kind, for the tokens of a file (`mellum2
-    score`).
+    """Write the logits of one checkpoint, of either kind, for the tokens of a file.
 
     Args:
         tokens_path: `.npy` file of token ids `[b, s]`, any integer type.
-        out: `.npz` file to write: `logits` `[b, s, v]` float32 and, with an MTP head, `mtp_logits`
-            of the same shape (position t predicts token t + 2; the last position is not
-            meaningful).
-        megatron_path, hf_path: exactly one of them names the checkpoint.
+        out: `.npz` file to write: float32 `logits` `[b, s, v]` and, with an MTP head, `mtp_logits`
+            of the same shape (position t predicts token t + 2; the last position means nothing).
+        megatron_path, hf_path: checkpoint; exactly one of them.
 
     Raises:
-        InputError: none or both checkpoints, no place to write, unreadable tokens, ids outside the
+        InputError: no checkpoint or two, no place to write, unreadable tokens, ids outside the
             vocabulary, or a bad checkpoint.
     """
-    from conversion.huggingface.folder import HfFolder
-    from conversion.huggingface.scoring import check_tokens, score_hf
-
     if (megatron_path is None) == (hf_path is None):
         raise InputError(
             "score",
@@ -133,14 +138,15 @@ def score_file(
     if mtp_logits is not None:
         arrays["mtp_logits"] = mtp_logits.cpu().numpy()
     with atomic_path(out) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]  # a stream: savez would append .npz to a name
+        # To a stream: savez would append .npz to the temporary name.
+        np.savez(stream, **arrays)  # type: ignore[arg-type]  # its stubs take allow_pickle for one
 
 
 def read_tokens(path: Path) -> torch.Tensor:
     """Read token ids `[b, s]` from a `.npy` file.
 
     Raises:
-        InputError: the file cannot be read, or does not hold a two-dimensional integer array.
+        InputError: the file cannot be read, or holds no two-dimensional integer array.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -148,15 +154,12 @@ def read_tokens(path: Path) -> torch.Tensor:
         raise InputError(
             f"--tokens {path}", rule=f"must be a readable .npy file ({error})", fix="use numpy.save"
         ) from None
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim != 2
-        or array.dtype.kind not in "iu"
-        or not array.size
-    ):
-        shape = getattr(array, "shape", None)
+    # An .npz archive loads as a mapping.
+    is_array = isinstance(array, np.ndarray)
+    if not is_array or array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
+        kind, shape = getattr(array, "dtype", type(array)), getattr(array, "shape", None)
         raise InputError(
-            f"--tokens {path}: {getattr(array, 'dtype', type(array))} {shape}",
+            f"--tokens {path}: {kind} {shape}",
             rule="must be integer token ids of shape [batch, sequence]",
             fix="save such an array with numpy.save",
         )

@@ -1,5 +1,4 @@
-"""Does a Megatron checkpoint compute what a Hugging Face folder computes? Logits of both, main and
-MTP."""
+"""Comparison of a Megatron checkpoint with a Hugging Face folder: logits, main and MTP."""
 
 from __future__ import annotations
 
@@ -19,16 +18,20 @@ from conversion.verification.layer_errors import (
     record_megatron,
     type_summary,
 )
+from conversion.verification.megatron_scoring import load_megatron_model
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint import find_checkpoint
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.model.scoring import score_tokens
 
-# Float32 on both sides; rounding differs by the order of sums, a wrong weight or reading by 0.1 and
-# more.
 TOLERANCE = 1e-4
-_MAX_DEFAULT_LENGTH = 4096
+"""Largest relative error that passes, in float32 on both sides.
 
-# Fields that no logit depends on.
+Another order of sums makes errors below it; a wrong weight or a wrong reading makes 0.1 and more.
+"""
+
+_LONGEST_DEFAULT = 4096
+
 _WITHOUT_EFFECT = {
     "intermediate_size",
     "router_aux_loss_coef",
@@ -38,16 +41,17 @@ _WITHOUT_EFFECT = {
     "eos_token_id",
     "pad_token_id",
 }
+"""Fields of the architecture that no logit depends on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """How far two sets of logits are apart.
+    """Difference between two sets of logits.
 
     Attributes:
         max_error, mean_error: absolute difference.
-        relative_error: ``max_error`` over the largest absolute reference logit.
-        top1: share of positions whose most likely token is the same.
+        relative_error: ``max_error`` divided by the largest absolute reference logit.
+        top1: share of positions with the same most likely token, 0 to 1.
     """
 
     max_error: float
@@ -58,19 +62,27 @@ class Agreement:
     @classmethod
     def of(cls, logits: torch.Tensor, reference: torch.Tensor) -> Agreement:
         """Compare two `[b, s, v]` tensors."""
-        difference = (logits - reference).abs()
-        scale = float(reference.abs().max())
+        difference, scale = (logits - reference).abs(), float(reference.abs().max())
+        largest = float(difference.max())
         return cls(
-            max_error=float(difference.max()),
+            max_error=largest,
             mean_error=float(difference.mean()),
-            relative_error=float(difference.max()) / scale if scale else float(difference.max()),
+            relative_error=largest / scale if scale else largest,
             top1=float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """Megatron's logits against Hugging Face's, in float32 on the same tokens."""
+    """Megatron's logits and hidden states against Hugging Face's, in float32 on the same tokens.
+
+    Attributes:
+        sequences, length: shape of the tokens.
+        tolerance: largest relative error that passes.
+        main: agreement of the main head.
+        mtp: agreement of the MTP head; None without one.
+        layers: errors of the hidden states, in order of computation; empty if not compared.
+    """
 
     sequences: int
     length: int
@@ -81,15 +93,14 @@ class VerifyReport:
 
     @property
     def first_departing(self) -> LayerError | None:
-        """The first place, in the order of computation, whose hidden states differ by more than the
-        tolerance."""
-        return next(
-            (layer for layer in self.layers if not layer.relative_error <= self.tolerance), None
-        )
+        """First place whose hidden states differ by more than the tolerance; None without one."""
+        # "not <=" and not ">": NaN departs too.
+        departing = (layer for layer in self.layers if not layer.relative_error <= self.tolerance)
+        return next(departing, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON holds them, layers by type."""
-        departs = self.first_departing
+        """Return the figures as plain values, for JSON; layers by type."""
+        departing = self.first_departing
         return {
             "sequences": self.sequences,
             "length": self.length,
@@ -97,26 +108,17 @@ class VerifyReport:
             "main": asdict(self.main),
             "mtp": asdict(self.mtp) if self.mtp is not None else None,
             "layers": {kind: asdict(error) for kind, error in type_summary(self.layers).items()},
-            "first_departing": departs.name if departs is not None else None,
+            "first_departing": departing.name if departing is not None else None,
         }
 
     def layer_table(self, *, every: bool = False) -> Table:
-        """Hidden states by layer type, or one row a layer; the title names the first layer that
-        departs."""
-        departs = self.first_departing
-        told = (
-            f"departs first at {departs.name} ({departs.kind})"
-            if departs is not None
-            else "no layer departs"
-        )
-        table = Table(
-            "layers",
-            "type",
-            "max error",
-            "mean error",
-            "relative error",
-            title=f"hidden states: {told}",
-        )
+        """Return the errors of the hidden states by layer type, or of every layer, as a table."""
+        title = "hidden states: no layer departs"
+        departing = self.first_departing
+        if departing is not None:
+            title = f"hidden states: departs first at {departing.name} ({departing.kind})"
+        columns = ("layers", "type", "max error", "mean error", "relative error")
+        table = Table(*columns, title=title)
         shown = self.layers if every else tuple(type_summary(self.layers).values())
         for layer in shown:
             errors = (layer.max_error, layer.mean_error, layer.relative_error)
@@ -125,20 +127,19 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Every head's relative error is within the tolerance (a NaN is not)."""
-        return all(
-            head.relative_error <= self.tolerance
-            for head in (self.main, self.mtp)
-            if head is not None
-        )
+        """True if every head's relative error is within the tolerance; NaN is not."""
+        heads = [head for head in (self.main, self.mtp) if head is not None]
+        return all(head.relative_error <= self.tolerance for head in heads)
 
     def table(self) -> Table:
-        """The figures for a console."""
+        """Return the agreement of the heads as a table."""
         verdict = "agree" if self.ok else "DIFFER"
-        table = Table(
-            "head", "max error", "mean error", "relative error", "same top-1",
-            title=f"{self.sequences} x {self.length} tokens: logits {verdict} (tolerance {self.tolerance:g}, relative)",
-        )  # fmt: skip
+        title = (
+            f"{self.sequences} x {self.length} tokens: "
+            f"logits {verdict} (tolerance {self.tolerance:g}, relative)"
+        )
+        columns = ("head", "max error", "mean error", "relative error", "same top-1")
+        table = Table(*columns, title=title)
         for name, head in (("main", self.main), ("mtp", self.mtp)):
             if head is not None:
                 errors = (head.max_error, head.mean_error, head.relative_error)
@@ -153,21 +154,18 @@ def verify(
     *,
     tolerance: float = TOLERANCE,
 ) -> VerifyReport:
-    """Compare the logits of a Megatron checkpoint and a Hugging Face folder.
+    """Compare the logits and hidden states of a Megatron checkpoint and a Hugging Face folder.
 
     Args:
         megatron_path: checkpoint folder, or one iteration inside it.
         hf_path: Hugging Face folder.
-        tokens: token ids `[b, s]`; `default_tokens` when None.
+        tokens: token ids `[b, s]`; None for `default_tokens`.
         tolerance: largest relative error that passes.
 
     Raises:
         InputError: either folder is invalid, they describe different models, or the tokens do not
             fit.
     """
-    from conversion.verification.megatron_scoring import load_megatron_model
-    from mellum2_megatron.model.scoring import score_tokens
-
     checkpoint = find_checkpoint(megatron_path)
     with HfFolder.open(hf_path) as folder:
         require_same_model(checkpoint.architecture, folder.architecture)
@@ -177,7 +175,7 @@ def verify(
     main, mtp = load_hf(hf_path)
     with record_huggingface(main, mtp) as theirs:
         reference, mtp_reference = score_loaded(main, mtp, tokens)
-    del main, mtp  # one model in memory at a time
+    del main, mtp  # one model in memory at a time: 50 GB each for the 12B
     model = load_megatron_model(megatron_path)
     with record_megatron(model) as ours:
         logits, mtp_logits = score_tokens(model, tokens)
@@ -193,8 +191,15 @@ def compare(
     *,
     tolerance: float = TOLERANCE,
 ) -> VerifyReport:
-    """Compare two models' logits `[b, s, v]`; the last MTP position, which has no next token to
-    read, is left out."""
+    """Compare two models' logits `[b, s, v]`.
+
+    The last MTP position is left out: it has no next token to read.
+
+    Args:
+        logits, mtp_logits: logits to judge; MTP logits are None without an MTP head.
+        reference, mtp_reference: logits to judge them by.
+        tolerance: largest relative error that passes.
+    """
     sequences, length = logits.shape[:2]
     mtp = None
     if mtp_logits is not None and mtp_reference is not None and length > 1:
@@ -209,10 +214,10 @@ def compare(
 
 
 def default_tokens(architecture: Mellum2Architecture) -> torch.Tensor:
-    """Two random sequences `[2, s]`, the same on every call, long enough to leave the sliding
-    window behind."""
+    """Return two random sequences of token ids, `[2, s]`, the same on every call."""
+    # Beyond two windows a wrong window shows; the 17 avoids a multiple of any block size.
     wanted = 2 * (architecture.sliding_window or 0) + 17
-    length = min(max(wanted, 64), _MAX_DEFAULT_LENGTH, architecture.max_position_embeddings)
+    length = min(max(wanted, 64), _LONGEST_DEFAULT, architecture.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, architecture.vocab_size, (2, length), generator=generator)
 
@@ -221,13 +226,14 @@ def require_same_model(megatron: Mellum2Architecture, huggingface: Mellum2Archit
     """Refuse to compare different models.
 
     Raises:
-        InputError: naming the first field in which they differ.
+        InputError: they differ in a field that logits depend on; names the first.
     """
     ours, theirs = megatron.to_dict(), huggingface.to_dict()
     for name, value in ours.items():
         if value != theirs[name] and name not in _WITHOUT_EFFECT:
             raise InputError(
-                f"{name}={value!r} in the Megatron checkpoint, {theirs[name]!r} in the Hugging Face folder",
+                f"{name}={value!r} in the Megatron checkpoint, "
+                f"{theirs[name]!r} in the Hugging Face folder",
                 rule="both must describe the same model",
                 fix="give the folder that was converted from this checkpoint",
             )
