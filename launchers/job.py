@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.profile import Container, Profile
-from mellum2_megatron.checkpoint import check_run_folder, output_folder
+from mellum2_megatron.checkpoint import StartingPoint, check_run_folder, output_folder
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides
 from mellum2_megatron.planning.rules import enforce
@@ -156,11 +156,14 @@ def plan_job(
     return job
 
 
-def check_files(job: ClusterJob, *, before: Path | None = None) -> None:
+def check_files(
+    job: ClusterJob, starts: Sequence[StartingPoint], *, before: Path | None = None
+) -> None:
     """Check that the files a job needs are on this machine's disks.
 
     Args:
         job: planned job.
+        starts: starting points of the job's runs.
         before: run folder of a job that this one waits for. Its checkpoint may not exist yet.
 
     Raises:
@@ -183,14 +186,20 @@ def check_files(job: ClusterJob, *, before: Path | None = None) -> None:
         )
     if container is not None:
         _check_container(job, container)
-    for run in job.runs:
+    for run, start in zip(job.runs, starts, strict=True):
         # Packages are the nodes' or the image's; this machine only submits.
-        enforce(run, world_size=job.world_size, device=job.device, without=("packages-present",))
-        start = run.checkpoint.load or run.checkpoint.continue_from
+        enforce(
+            run,
+            world_size=job.world_size,
+            device=job.device,
+            start=start,
+            without=("packages-present",),
+        )
+        origin = run.checkpoint.load or run.checkpoint.continue_from
         if (
             before is not None
-            and start is not None
-            and Path(start).is_relative_to(os.path.abspath(before))
+            and origin is not None
+            and Path(origin).is_relative_to(os.path.abspath(before))
         ):
             # The checkpoint does not exist yet: the job checks it before its first step.
             run = dataclasses.replace(
@@ -198,7 +207,8 @@ def check_files(job: ClusterJob, *, before: Path | None = None) -> None:
                 checkpoint=dataclasses.replace(run.checkpoint, load=None, continue_from=None),
                 data=dataclasses.replace(run.data, first_sample=0),
             )
-        check_run_folder(run)
+            start = StartingPoint.of(run)
+        check_run_folder(run, start)
 
 
 def missing_variables(profile: Profile) -> tuple[str, ...]:

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.local import run_local
-from mellum2_megatron.checkpoint import check_run_folder, output_folder, write_run_folder
+from mellum2_megatron.checkpoint import (
+    StartingPoint,
+    check_run_folder,
+    output_folder,
+    write_run_folder,
+)
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.config import to_yaml
 from mellum2_megatron.faults.stop_request import STOPPED
@@ -58,9 +63,10 @@ def start_local(
         return 0
     resolved_device = resolve_device(device)
     ranks = nproc or default_nproc(run, resolved_device)
-    enforce(run, world_size=ranks, device=resolved_device)
-    check_predecessor(run)
-    check_run_folder(run)
+    start = StartingPoint.of(run)
+    enforce(run, world_size=ranks, device=resolved_device, start=start)
+    check_predecessor(run, start)
+    check_run_folder(run, start)
     write_run_folder(run)
     code = run_local(
         output_folder(run) / RUN_FILE, nproc=ranks, device=resolved_device, verbose=verbose

@@ -12,7 +12,7 @@ from pathlib import Path
 from launchers.job import ClusterJob, check_files, plan_job
 from launchers.packaging import Package, check_code, package
 from launchers.profile import Profile, profile_names, read_profile
-from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.checkpoint import StartingPoint, read_run
 from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.config import Run, apply_overrides
 from mellum2_megatron.planning.resolve import default_nproc, resolve_device
@@ -266,16 +266,18 @@ def _checked(planned: Submission, *, show_only: bool) -> Submission:
     path = None if code.code.origin == "package" else Path(os.path.abspath(code.folder))
     job = dataclasses.replace(planned.job, code=path)
 
+    starts = [StartingPoint.of(run) for run in job.runs]
+
     def check_predecessors() -> None:
         # In a chain the predecessor's checkpoint does not exist yet.
         if planned.before is None:
-            for run in job.runs:
-                check_predecessor(run)
+            for run, start in zip(job.runs, starts, strict=True):
+                check_predecessor(run, start)
 
     checks: list[Callable[[], object]] = [
         lambda: check_code(job.profile.packager, allow_dirty=planned.allow_dirty),
         check_predecessors,
-        lambda: check_files(job, before=planned.before),
+        lambda: check_files(job, starts, before=planned.before),
     ]
     problems = []
     for check in checks:

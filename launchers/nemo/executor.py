@@ -12,6 +12,7 @@ import yaml
 
 from launchers.job import ClusterJob, check_files, plan_job
 from launchers.profile import Profile, profile_from_yaml, read_profile
+from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.values import to_plain
 from mellum2_megatron.config import Run
@@ -63,7 +64,8 @@ class Mellum2SlurmExecutor(nemo_run.SlurmExecutor):  # type: ignore[misc]
             sweep=self.sweep,
             dependency=self.waits_for,
         )
-        check_files(job, before=None if self.before is None else Path(self.before))
+        starts = [StartingPoint.of(run) for run in job.runs]
+        check_files(job, starts, before=None if self.before is None else Path(self.before))
         return job
 
     def nnodes(self) -> int:

@@ -16,7 +16,12 @@ import nemo_run
 from launchers.job import with_absolute_paths
 from launchers.profile import Profile
 from launchers.submission import run_to_launch
-from mellum2_megatron.checkpoint import check_run_folder, output_folder, write_run_folder
+from mellum2_megatron.checkpoint import (
+    StartingPoint,
+    check_run_folder,
+    output_folder,
+    write_run_folder,
+)
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, to_yaml
@@ -89,7 +94,7 @@ def rank_task(
     run = with_absolute_paths(
         run_to_launch(name, overrides, output), Profile(name="here", executor="local")
     )
-    check_run_folder(run)
+    check_run_folder(run, StartingPoint.of(run))
     write_run_folder(run)
     words = [str(output_folder(run) / RUN_FILE), "--device", device]
     return nemo_run.Script(

@@ -1,15 +1,15 @@
-"""The folder a checkpoint lives in: what training and import write, and export, score and verify
-read.
+"""The folder of checkpoints that training and import write, and export, score and verify read.
 
 ::
 
-    DIR/latest_checkpointed_iteration.txt     Megatron's tracker: the iteration, or "release" for an
-                                              import
+    DIR/latest_checkpointed_iteration.txt     Megatron's tracker: "release" for an import,
+                                              else an iteration number
     DIR/release/ or DIR/iter_0000100/         Megatron torch_dist checkpoint
-    DIR/*/run_config.yaml                     inside it: what Megatron-Bridge builds (bridge_config)
+    DIR/*/run_config.yaml                     inside it: Megatron-Bridge's model config
+                                              (checkpoint/bridge_config.py)
     DIR/architecture.json                     Mellum2Architecture.to_dict()
     DIR/run.yaml                              resolved run (training only)
-    DIR/generation_config.json                Hugging Face's, when an imported folder had one
+    DIR/generation_config.json                Hugging Face's, if an imported folder had one
     DIR/tokenizer/                            tokenizer files in Hugging Face format
 """
 
@@ -30,25 +30,28 @@ RUN_FILE = "run.yaml"
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_FOLDER = "tokenizer"
 LAST_FILE = "metadata.json"
-"""What Megatron writes into a checkpoint when all else is there
-(core/dist_checkpointing/serialization.py:445)."""
+"""Megatron's last file of a checkpoint: without it the save did not finish
+(core/dist_checkpointing/serialization.py:445, 0.19.2)."""
 RELEASE = "release"
 ROTATION = ("max_position_embeddings", "rope_full_attention", "rope_sliding_attention")
-"""What a run that starts from another one's weights may change about the model: the rotation has
-none."""
+"""Fields of the architecture that may change when a run takes another one's weights: rotary
+embeddings have no weights."""
 
-_GIVE = "give a folder that `mellum2 train` or `mellum2 convert import` wrote, or one DIR/iter_* inside it"
+_GIVE = (
+    "give a folder that `mellum2 train` or `mellum2 convert import` wrote, "
+    "or one DIR/iter_* inside it"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointFolder:
-    """One checkpoint, found.
+    """One checkpoint on disk.
 
     Attributes:
-        root: DIR.
+        root: folder of all checkpoints of a run, ``DIR``.
         iteration_dir: the Megatron checkpoint, ``DIR/iter_*`` or ``DIR/release``.
         architecture: the model it holds.
-        tokenizer_dir: ``DIR/tokenizer`` when it is there.
+        tokenizer_dir: ``DIR/tokenizer``, or None without that folder.
     """
 
     root: Path
@@ -63,17 +66,18 @@ class CheckpointFolder:
 
 
 def iteration_folder_name(iteration: int) -> str:
-    """``100`` -> ``"iter_0000100"``, as ``megatron/training/checkpointing.py:get_checkpoint_name``
-    (0.19.2)."""
+    """``100`` -> ``"iter_0000100"``, as `get_checkpoint_name` of Megatron
+    (training/checkpointing.py, 0.19.2)."""
     return f"iter_{iteration:07d}"
 
 
 def iteration_number(name: str) -> int | None:
     """``"iter_0000100"`` -> ``100``; None for any other name."""
     digits = name.removeprefix("iter_")
-    return (
-        int(digits) if name.startswith("iter_") and digits.isascii() and digits.isdigit() else None
-    )
+    if not name.startswith("iter_"):
+        return None
+    # isdigit() alone accepts digits of other scripts, which int() turns into another name's number.
+    return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
 def iteration_folders(root: Path) -> list[Path]:
@@ -88,38 +92,43 @@ def iteration_folders(root: Path) -> list[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the save of a checkpoint reached its end; a save begins by emptying the folder
-    (`saving.py`)."""
+    """True if the save of a checkpoint finished.
+
+    A save begins by emptying the folder (checkpoint/saving.py), so the mark is never an older
+    save's.
+    """
     return (folder / LAST_FILE).is_file()
 
 
+def names_checkpoint(path: Path) -> bool:
+    """True if ``path`` is a folder with a tracker, or one checkpoint inside such a folder."""
+    if (path / TRACKER_FILE).is_file():
+        return True
+    return path.is_dir() and _is_checkpoint_name(path.name)
+
+
 def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
-    """Find the checkpoint that ``path`` means: DIR (its tracker's iteration), ``DIR/iter_*`` or
+    """Find the checkpoint of a path: DIR (its tracker's iteration), ``DIR/iter_*`` or
     ``DIR/release``.
 
     Raises:
-        InputError: nothing there, no or a broken tracker, a tracked iteration that is gone, an
-            iteration whose save was interrupted, no architecture.json.
+        InputError: no such folder, no or a broken tracker, a tracked iteration that is gone, an
+            iteration whose save was interrupted, or no architecture.json.
     """
     given = Path(path)
     if not given.is_dir():
         raise InputError(str(given), rule="it must be a checkpoint folder", fix=_GIVE)
-    absolute = Path(
-        os.path.abspath(given)
-    )  # not find_checkpoint(): an iteration may be a link to another disk
-    is_iteration = absolute.name == RELEASE or iteration_number(absolute.name) is not None
-    if is_iteration and not (absolute / TRACKER_FILE).exists():
+    # Path.resolve() would follow an iteration that is a link to another disk, away from its root.
+    absolute = Path(os.path.abspath(given))
+    if _is_checkpoint_name(absolute.name) and not (absolute / TRACKER_FILE).exists():
         root, iteration_dir = absolute.parent, absolute
     else:
         root, iteration_dir = absolute, _tracked(absolute)
     if iteration_number(iteration_dir.name) is not None and not is_complete(iteration_dir):
-        whole = (
-            ", ".join(each.name for each in iteration_folders(root) if is_complete(each)) or "none"
-        )
         raise InputError(
             f"{iteration_dir} is half a checkpoint",
             rule=f"its save was interrupted: it has no {LAST_FILE}",
-            fix=f"use another of {root} (complete: {whole})",
+            fix=f"use another of {root} (complete: {_complete_names(root)})",
         )
     tokenizer = root / TOKENIZER_FOLDER
     return CheckpointFolder(
@@ -128,18 +137,6 @@ def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
         architecture=read_architecture(root),
         tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
     )
-
-
-def resume_folder(output: str, continue_from: str | None) -> str:
-    """Return the folder whose newest checkpoint a run resumes, if there is one: its own, or at
-    first another run's.
-
-    Every rank decides for itself before training starts, and no checkpoint is written before all
-    have.
-    """
-    if continue_from is None or (Path(output) / TRACKER_FILE).is_file():
-        return output
-    return continue_from
 
 
 def tracked_iteration(root: Path) -> int | None:
@@ -185,34 +182,40 @@ def read_architecture(root: Path) -> Mellum2Architecture:
         raise InputError(f"{path}: {error.value}", rule=error.rule, fix=error.fix) from error
 
 
+def _is_checkpoint_name(name: str) -> bool:
+    return name == RELEASE or iteration_number(name) is not None
+
+
+def _complete_names(root: Path) -> str:
+    return ", ".join(path.name for path in iteration_folders(root) if is_complete(path)) or "none"
+
+
 def _tracked(root: Path) -> Path:
+    """Return the checkpoint that the tracker of ``root`` names."""
     tracker = root / TRACKER_FILE
+    inside = ", ".join(path.name for path in iteration_folders(root))
     try:
         text = tracker.read_text(encoding="utf-8").strip()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        inside = ", ".join(path.name for path in iteration_folders(root))
-        fix = f"name one of {inside} inside it" if inside else _GIVE
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{root}: no readable {TRACKER_FILE}", rule="it names the last checkpoint", fix=fix
+            f"{root}: no readable {TRACKER_FILE}",
+            rule="it names the last checkpoint",
+            fix=f"name one of {inside} inside it" if inside else _GIVE,
         ) from error
     if text == RELEASE:
         folder = root / RELEASE
     elif text.isascii() and text.isdigit():
         folder = root / iteration_folder_name(int(text))
     else:
-        whole = (
-            ", ".join(path.name for path in iteration_folders(root) if is_complete(path)) or "none"
-        )
         raise InputError(
             f"{tracker} holds {text!r}",
             rule="it holds an iteration number or 'release'",
-            fix=f"write that of a checkpoint into it (complete: {whole})",
+            fix=f"write that of a checkpoint into it (complete: {_complete_names(root)})",
         )
     if not folder.is_dir():
-        inside = ", ".join(path.name for path in iteration_folders(root)) or "none"
         raise InputError(
             f"{folder} is missing",
             rule=f"{TRACKER_FILE} names it",
-            fix=f"write one that is there into it ({inside})",
+            fix=f"write one that is there into it ({inside or 'none'})",
         )
     return folder

@@ -67,10 +67,10 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
         table.add_column(column, overflow="fold")
     for violation in violations:
         table.add_row(
-            violation.name,
-            f"{violation.value}: {violation.rule}",
-            violation.fix,
-            violation.evidence,
+            violation.rule.name,
+            f"{violation.problem.value}: {violation.problem.rule}",
+            violation.problem.fix,
+            violation.rule.evidence,
         )
     console.print(table)
     return False

@@ -195,7 +195,7 @@ def assign_owners(
     return owners, buffer
 
 
-def evenly_divided(
+def adam_buffer_length(
     sizes: Sequence[int], ranks: int, bucket_size: int | None, *, alone: Container[int] = ()
 ) -> int:
     """Return the length of a buffer of weights whose state the ranks divide element by element, as
@@ -312,7 +312,7 @@ def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int =
             if shared and weight.component == "embedding"
         }
         size = bucket_size(run, world_size, stage=stage, chunk=chunk)
-        total += evenly_divided([weight.numel for weight in weights], ranks, size, alone=alone)
+        total += adam_buffer_length([weight.numel for weight in weights], ranks, size, alone=alone)
     return total
 
 
@@ -320,19 +320,19 @@ def _replicas(layout: Layout, world_size: int) -> dict[str, int]:
     """Return how many ranks hold the same weights, by group; experts are one if their ranks are not
     the others'."""
     ranks = {"dense": layout.data_parallel(world_size) * layout.cp}
-    if experts_apart(layout):
+    if experts_have_own_data_parallel_group(layout):
         ranks["experts"] = layout.expert_data_parallel(world_size)
     return ranks
 
 
-def experts_apart(layout: Layout) -> bool:
+def experts_have_own_data_parallel_group(layout: Layout) -> bool:
     """Whether experts are reduced in groups of their own (core/tensor_parallel/layers.py:961,
     0.19.2)."""
     return layout.ep > 1 or layout.etp != layout.tp
 
 
 def _members(run: Run, backend: Backend, group: str, stage: int, chunk: int) -> list[Weight]:
-    apart = experts_apart(run.layout)
+    apart = experts_have_own_data_parallel_group(run.layout)
     return [
         weight
         for weight in local_weights(run.architecture, run.layout, backend, stage=stage, chunk=chunk)

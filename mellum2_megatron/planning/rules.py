@@ -1,12 +1,15 @@
-"""Known-bad combinations, found before a process is started: `mellum2 doctor` prints them, `train`
-refuses on them.
+"""Known-bad combinations, refused before a process is started.
 
-A rule is a small function from a `Situation` to the errors it finds (none is good). To add one::
+`mellum2 doctor` prints all that a run breaks, `mellum2 train` raises them.
+
+A rule is a small function from a `PlannedRun` to the problems it finds. A problem is an
+`InputError` that is yielded, not raised; it stays that one value until `enforce` raises it. To add
+a rule::
 
     @rule(evidence="megatron/core/some_file.py:123 (0.19.2)")
-    def new_rule(at: Situation) -> Found:
-        \"\"\"One line that says what must hold.\"\"\"
-        if at.run.layout.ep == 7:
+    def new_rule(planned: PlannedRun) -> Problems:
+        \"\"\"One line that states what must hold.\"\"\"
+        if planned.run.layout.ep == 7:
             yield InputError("layout.ep=7", rule="seven is unlucky", fix="set layout.ep=8")
 """
 
@@ -17,22 +20,30 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mellum2_megatron.checkpoint.folder import RUN_FILE, TRACKER_FILE, resume_folder
+from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import check_writable
-from mellum2_megatron.config import Backend, Device, Run
-from mellum2_megatron.planning.rank_weights import experts_apart
+from mellum2_megatron.config import Backend, Device, Layout, Run
+from mellum2_megatron.planning.rank_weights import experts_have_own_data_parallel_group
 
-Found = Iterator[InputError]
+Problems = Iterator[InputError]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Situation:
-    """A run about to be started: on how many ranks, and on what."""
+class PlannedRun:
+    """A run about to be started.
+
+    Attributes:
+        run: the resolved run.
+        world_size: number of ranks.
+        device: device that the ranks compute on.
+        start: starting point of the run; that of a new run if it is checked for another machine.
+    """
 
     run: Run
     world_size: int
     device: Device
+    start: StartingPoint
 
     @property
     def backend(self) -> Backend:
@@ -41,14 +52,13 @@ class Situation:
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that see different sequences."""
+        """Number of ranks that see different sequences."""
         return self.run.layout.data_parallel(self.world_size)
 
     @property
-    def layout_fits(self) -> bool:
-        """Whether the layout divides model, sequence and ranks; what follows from it has no meaning
-        otherwise."""
-        return not list(layout_fits.find(self))
+    def checkpoint_run(self) -> Run | None:
+        """The run whose optimizer state this one loads; None if it loads none."""
+        return self.start.before if self.start.has_state else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,75 +66,91 @@ class Rule:
     """A named check.
 
     Attributes:
-        name: the function's name with dashes.
-        statement: what must hold, one line.
-        evidence: where that is known from.
-        find: yields one error, not raised, for each way in which the rule is broken.
-        machine: the rule looks at this machine's files and packages, not only at the run.
+        name: name of the function, with dashes.
+        statement: sentence that states what must hold.
+        evidence: source of the statement: a file of Megatron with version, or a test.
+        find: yields one problem for each violation.
+        machine: True if the rule reads this machine's files and packages, not only the run.
+        after: rule that must hold for this one to be meaningful, default none.
     """
 
     name: str
     statement: str
     evidence: str
-    find: Callable[[Situation], Found]
+    find: Callable[[PlannedRun], Problems]
     machine: bool = False
+    after: Rule | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Violation:
-    """A broken rule: its name and evidence, the offending values, the rule's words and the fix."""
+    """A broken rule, and the problem it found: offending value, rule and fix."""
 
-    name: str
-    value: str
-    rule: str
-    fix: str
-    evidence: str
+    rule: Rule
+    problem: InputError
 
     def __str__(self) -> str:
-        return f"{self.value}: {self.rule}. Fix: {self.fix}. [{self.name}: {self.evidence}]"
+        return f"{self.problem} [{self.rule.name}: {self.rule.evidence}]"
 
 
 RULES: list[Rule] = []
 """All rules, in the order in which they are checked."""
 
 
-def rule(*, evidence: str, machine: bool = False) -> Callable[[Callable[[Situation], Found]], Rule]:
-    """Register a function as a rule; the first paragraph of its docstring is the statement."""
+def rule(
+    *, evidence: str, machine: bool = False, after: Rule | None = None
+) -> Callable[[Callable[[PlannedRun], Problems]], Rule]:
+    """Register a function as a rule; the first paragraph of its docstring is the statement.
 
-    def register(find: Callable[[Situation], Found]) -> Rule:
-        name = find.__name__.replace("_", "-")
-        statement = " ".join((find.__doc__ or "").partition("\n\n")[0].split())
-        RULES.append(
-            Rule(name=name, statement=statement, evidence=evidence, find=find, machine=machine)
+    Args:
+        evidence, machine, after: fields of `Rule`.
+    """
+
+    def register(find: Callable[[PlannedRun], Problems]) -> Rule:
+        new = Rule(
+            name=find.__name__.replace("_", "-"),
+            statement=" ".join((find.__doc__ or "").partition("\n\n")[0].split()),
+            evidence=evidence,
+            find=find,
+            machine=machine,
+            after=after,
         )
-        return RULES[-1]
+        RULES.append(new)
+        return new
 
     return register
 
 
-def check(run: Run, world_size: int, device: Device, *, machine: bool = True) -> list[Violation]:
+def check(
+    run: Run,
+    world_size: int,
+    device: Device,
+    *,
+    start: StartingPoint | None = None,
+    machine: bool = True,
+) -> list[Violation]:
     """Return every violation of every rule.
 
     Args:
         run: a resolved run.
-        world_size: ranks to be started.
-        device: what they compute on.
-        machine: also check the files and packages of this machine; False where the run is for
-            another one.
+        world_size: number of ranks to be started.
+        device: device that they compute on.
+        start: starting point of the run, default `StartingPoint.of(run)`.
+        machine: check the files and packages of this machine too; False if the run is for another
+            machine.
     """
-    situation = Situation(run=run, world_size=world_size, device=device)
-    return [
-        Violation(
-            name=each.name,
-            value=found.value,
-            rule=found.rule,
-            fix=found.fix,
-            evidence=each.evidence,
-        )
-        for each in RULES
-        if machine or not each.machine
-        for found in each.find(situation)
-    ]
+    if start is None:
+        # A run for another machine starts from that machine's disks, which cannot be read here.
+        start = StartingPoint.of(run) if machine else StartingPoint(kind="new")
+    planned = PlannedRun(run=run, world_size=world_size, device=device, start=start)
+    violations: list[Violation] = []
+    for entry in RULES:
+        if entry.machine and not machine:
+            continue
+        if any(violation.rule is entry.after for violation in violations):
+            continue
+        violations += [Violation(rule=entry, problem=problem) for problem in entry.find(planned)]
+    return violations
 
 
 def enforce(
@@ -132,145 +158,175 @@ def enforce(
     world_size: int,
     device: Device,
     *,
+    start: StartingPoint | None = None,
     machine: bool = True,
     without: Collection[str] = (),
 ) -> None:
-    """Refuse a run that breaks a rule; arguments as for `check`, and names of rules that do not
-    matter here.
+    """Refuse a run that breaks a rule.
+
+    Args:
+        run, world_size, device, start, machine: as for `check`.
+        without: names of rules to leave out.
 
     Raises:
-        InputError: with all violations.
+        InputError: the problem if there is one, or a list of all.
     """
     violations = [
-        each for each in check(run, world_size, device, machine=machine) if each.name not in without
+        violation
+        for violation in check(run, world_size, device, start=start, machine=machine)
+        if violation.rule.name not in without
     ]
     if len(violations) == 1:
-        raise InputError(violations[0].value, rule=violations[0].rule, fix=violations[0].fix)
+        raise violations[0].problem
     if violations:
         listed = "".join(
             f"\n  {number}. {violation}" for number, violation in enumerate(violations, 1)
         )
+        ranks = "rank" if world_size == 1 else "ranks"
         raise InputError(
-            f"run {run.name} on {world_size} {device} rank{'s' * (world_size != 1)}",
+            f"run {run.name} on {world_size} {device} {ranks}",
             rule=f"breaks {len(violations)} rules",
             fix=f"each of{listed}",
         )
 
 
 @rule(evidence="megatron/training/arguments.py:429, 963, 1295, 1602 (0.19.2)")
-def layout_fits(at: Situation) -> Found:
+def layout_fits(planned: PlannedRun) -> Problems:
     """The layout divides the model, the sequence and the ranks."""
-    yield from at.run.layout.problems(
-        at.run.architecture, world_size=at.world_size, sequence_length=at.run.data.sequence_length
+    run = planned.run
+    yield from run.layout.problems(
+        run.architecture,
+        world_size=planned.world_size,
+        sequence_length=run.data.sequence_length,
     )
 
 
 @rule(evidence="megatron/training/arguments.py:1314 (0.19.2)")
-def sequence_in_context(at: Situation) -> Found:
+def sequence_in_context(planned: PlannedRun) -> Problems:
     """The sequence is no longer than the model's context."""
-    length, context = at.run.data.sequence_length, at.run.architecture.max_position_embeddings
+    length = planned.run.data.sequence_length
+    context = planned.run.architecture.max_position_embeddings
     if length > context:
         yield InputError(
             f"data.sequence_length={length}",
             rule=f"must not exceed architecture.max_position_embeddings ({context})",
-            fix=f"set data.sequence_length={context}, or take an architecture with a longer context",
+            fix=f"set data.sequence_length={context}, "
+            "or take an architecture with a longer context",
         )
 
 
 @rule(
-    evidence="megatron/core/num_microbatches_calculator.py:580 and training/arguments.py:694 (0.19.2)"
+    evidence="megatron/core/num_microbatches_calculator.py:580 and "
+    "training/arguments.py:694 (0.19.2)",
+    after=layout_fits,
 )
-def batches_divide(at: Situation) -> Found:
-    """Every batch is whole micro-batches on every data-parallel rank."""
-    if not at.layout_fits:
-        return
-    micro, ranks = at.run.schedule.micro_batch_size, at.data_parallel
-    sizes = {
-        f"schedule.batch_schedule: {size} sequences": size
-        for _, size in at.run.schedule.batch_schedule
-    }
-    if at.run.logging.eval_batch_size is not None:
-        sizes[f"logging.eval_batch_size={at.run.logging.eval_batch_size}"] = (
-            at.run.logging.eval_batch_size
-        )
-    for given, size in sizes.items():
+def batches_divide(planned: PlannedRun) -> Problems:
+    """Every batch is a whole number of micro-batches on every data-parallel rank."""
+    micro, ranks = planned.run.schedule.micro_batch_size, planned.data_parallel
+    batches = [
+        (f"schedule.batch_schedule: {size} sequences", size)
+        for size in dict.fromkeys(size for _, size in planned.run.schedule.batch_schedule)
+    ]
+    eval_batch = planned.run.logging.eval_batch_size
+    if eval_batch is not None:
+        batches.append((f"logging.eval_batch_size={eval_batch}", eval_batch))
+    for given, size in batches:
         unit = micro * ranks
-        if size % unit:
-            below, above = size // unit * unit, (size // unit + 1) * unit
-            yield InputError(
-                given,
-                rule=f"must be a multiple of schedule.micro_batch_size * data-parallel ranks = {micro} * {ranks}",
-                fix=f"use {f'{below} or ' if below else ''}{above} sequences, or another schedule.micro_batch_size",
-            )
+        if size % unit == 0:
+            continue
+        below = size // unit * unit
+        above = below + unit
+        working = f"{below} or {above}" if below else f"{above}"
+        yield InputError(
+            given,
+            rule="must be a multiple of schedule.micro_batch_size * data-parallel ranks "
+            f"= {micro} * {ranks}",
+            fix=f"use {working} sequences, or another schedule.micro_batch_size",
+        )
 
 
-@rule(evidence="megatron/core/pipeline_parallel/schedules.py:1145 (0.19.2)")
-def interleaving_divides(at: Situation) -> Found:
+@rule(
+    evidence="megatron/core/pipeline_parallel/schedules.py:1145 (0.19.2)",
+    after=layout_fits,
+)
+def interleaving_divides(planned: PlannedRun) -> Problems:
     """With virtual stages, a step's micro-batches fill the pipeline evenly."""
-    if not at.layout_fits:
-        return
-    layout, micro = at.run.layout, at.run.schedule.micro_batch_size * at.data_parallel
-    for _, size in at.run.schedule.batch_schedule:
+    layout = planned.run.layout
+    # Sequences that all data-parallel ranks take together in one micro-batch each.
+    micro = planned.run.schedule.micro_batch_size * planned.data_parallel
+    for _, size in planned.run.schedule.batch_schedule:
         if layout.vpp > 1 and size // micro % layout.pp:
             yield InputError(
                 f"schedule.batch_schedule: {size} sequences, {size // micro} micro-batches a step",
-                rule=f"with layout.vpp > 1 the micro-batches must be a multiple of layout.pp ({layout.pp})",
+                rule="with layout.vpp > 1 the micro-batches must be a multiple of layout.pp "
+                f"({layout.pp})",
                 fix=f"make the batch a multiple of {micro * layout.pp}, or set layout.vpp=1",
             )
 
 
-@rule(evidence="megatron/core/transformer/transformer_config.py:1405-1430 (0.19.2)")
-def bf16_layers_exist(at: Situation) -> Found:
+@rule(
+    evidence="megatron/core/transformer/transformer_config.py:1405-1430 (0.19.2)",
+    after=layout_fits,
+)
+def bf16_layers_exist(planned: PlannedRun) -> Problems:
     """The layers kept in BF16 lie in the first and the last pipeline stage."""
-    if not at.layout_fits:
-        return
-    layers = at.run.architecture.num_hidden_layers // at.run.layout.pp
-    for name in ("bf16_first_layers", "bf16_last_layers"):
-        value = getattr(at.run.precision, name)
+    precision, pp = planned.run.precision, planned.run.layout.pp
+    layers = planned.run.architecture.num_hidden_layers // pp
+    fix = f"use at most {layers}"
+    if pp == 1:
+        # All layers in BF16 is the same as a run without FP8; with more stages it is not.
+        fix += ", or precision.compute=bf16"
+    for name, value in (
+        ("bf16_first_layers", precision.bf16_first_layers),
+        ("bf16_last_layers", precision.bf16_last_layers),
+    ):
         if value > layers:
             yield InputError(
                 f"precision.{name}={value}",
                 rule=f"a pipeline stage has num_hidden_layers / layout.pp = {layers} layers",
-                fix=f"use at most {layers}"
-                + (", or precision.compute=bf16" if at.run.layout.pp == 1 else ""),
+                fix=fix,
             )
 
 
 @rule(
-    evidence="mellum2_megatron/upstream/arguments.py: --pretrained-checkpoint beside --load takes weights without state"
+    evidence="mellum2_megatron/upstream/arguments.py: --pretrained-checkpoint beside --load takes "
+    "weights without state"
 )
-def one_origin(at: Situation) -> Found:
-    """A run starts from another one's weights or goes on from its whole state."""
-    checkpoint = at.run.checkpoint
-    if checkpoint.load is not None and checkpoint.continue_from is not None:
+def load_excludes_continue_from(planned: PlannedRun) -> Problems:
+    """A run takes another one's weights or continues with all of its state."""
+    load, continue_from = planned.run.checkpoint.load, planned.run.checkpoint.continue_from
+    if load is not None and continue_from is not None:
         yield InputError(
-            f"checkpoint.load={checkpoint.load} with checkpoint.continue_from={checkpoint.continue_from}",
-            rule="`load` takes weights only and starts at step 0, `continue_from` takes everything and goes on",
+            f"checkpoint.load={load} with checkpoint.continue_from={continue_from}",
+            rule="`load` takes weights only and starts at step 0, "
+            "`continue_from` takes all state and keeps counting",
             fix="set one of them to null",
         )
 
 
 @rule(
-    evidence="megatron/core/optimizer/optimizer.py:1112, distributed/param_and_grad_buffer.py:500-520 (0.19.2): "
-    "the layer-wise optimizer gathers FP8 data without its scale, which only the distributed optimizer reduces"
+    evidence="megatron/core/optimizer/optimizer.py:1112, "
+    "distributed/param_and_grad_buffer.py:500-520 (0.19.2): the layer-wise optimizer gathers FP8 "
+    "data without its scale, which only the distributed optimizer reduces"
 )
-def muon_gathers_bf16(at: Situation) -> Found:
+def muon_gathers_bf16(planned: PlannedRun) -> Problems:
     """Muon's weights are gathered in BF16."""
-    if at.run.optimizer.name == "muon" and at.run.precision.fp8_param_gather:
+    if planned.run.optimizer.name == "muon" and planned.run.precision.fp8_param_gather:
         yield InputError(
             "precision.fp8_param_gather=true with optimizer.name=muon",
-            rule="Megatron accepts this and computes with wrong weights on every rank that does not own them",
+            rule="Megatron accepts this and computes with wrong weights on every rank that does "
+            "not own them",
             fix="set precision.fp8_param_gather=false (FP8 matrix multiplications stay on)",
         )
 
 
 @rule(
-    evidence="megatron/core/models/gpt/gpt_model.py:237 and 295 (0.19.2): modules are made, in FP8 if weights will be "
-    "gathered so, before they hear of an exception for themselves"
+    evidence="megatron/core/models/gpt/gpt_model.py:237 and 295 (0.19.2): modules are made, in FP8 "
+    "if weights will be gathered so, before their own precision exception applies"
 )
-def bf16_projection_gathers_bf16(at: Situation) -> Found:
+def bf16_projection_gathers_bf16(planned: PlannedRun) -> Problems:
     """An MTP projection that stays in BF16 is gathered in BF16."""
-    if at.run.precision.bf16_mtp_projection and at.run.precision.fp8_param_gather:
+    if planned.run.precision.bf16_mtp_projection and planned.run.precision.fp8_param_gather:
         yield InputError(
             "precision.bf16_mtp_projection=true with precision.fp8_param_gather=true",
             rule="the projection's weight would be kept in FP8 all the same",
@@ -279,158 +335,161 @@ def bf16_projection_gathers_bf16(at: Situation) -> Found:
 
 
 @rule(
-    evidence="megatron/core/transformer/transformer_config.py: FP8 needs Transformer Engine modules (0.19.2)"
+    evidence="megatron/core/transformer/transformer_config.py: FP8 needs Transformer Engine "
+    "modules (0.19.2)"
 )
-def fp8_has_kernels(at: Situation) -> Found:
+def fp8_has_kernels(planned: PlannedRun) -> Problems:
     """FP8 runs on Transformer Engine."""
-    if at.run.precision.compute == "fp8" and at.backend != "te":
+    if planned.run.precision.compute == "fp8" and planned.backend != "te":
+        fix = "set precision.compute=bf16"
+        if planned.device == "cuda":
+            fix += ", or backend=te"
         yield InputError(
-            f"precision.compute=fp8 with backend={at.backend} on {at.device}",
+            f"precision.compute=fp8 with backend={planned.backend} on {planned.device}",
             rule="FP8 matrix multiplications exist in Transformer Engine on a GPU only",
-            fix="set precision.compute=bf16" + (", or backend=te" if at.device == "cuda" else ""),
+            fix=fix,
         )
 
 
 @rule(evidence="transformer_engine/pytorch/utils.py, assert_dim_for_fp8_exec (2.20.2)")
-def fp8_dimensions(at: Situation) -> Found:
+def fp8_dimensions(planned: PlannedRun) -> Problems:
     """FP8 matrices have dimensions that its kernels take."""
-    if at.run.precision.compute != "fp8":
+    if planned.run.precision.compute != "fp8":
         return
-    model, layout = at.run.architecture, at.run.layout
-    queries = model.num_attention_heads * model.head_dim
+    model, layout = planned.run.architecture, planned.run.layout
+    heads = model.num_attention_heads * model.head_dim // layout.tp
     sizes = {
         "architecture.hidden_size": model.hidden_size,
-        "architecture.num_attention_heads * head_dim / layout.tp": queries // layout.tp,
+        "architecture.num_attention_heads * head_dim / layout.tp": heads,
         "architecture.moe_intermediate_size / layout.etp": model.moe_intermediate_size
         // layout.etp,
     }
-    for what, size in sizes.items():
+    for dimension, size in sizes.items():
         if size % 16:
+            nearest = max(16, round(size / 16) * 16)
             yield InputError(
-                f"{what} = {size}",
+                f"{dimension} = {size}",
                 rule="FP8 kernels need multiples of 16",
-                fix=f"use {max(16, round(size / 16) * 16)}, or precision.compute=bf16",
+                fix=f"use {nearest}, or precision.compute=bf16",
             )
 
 
 @rule(
-    evidence="Transformer Engine has no CPU kernels; the flex dispatcher needs DeepEP or HybridEP on GPUs"
+    evidence="Transformer Engine has no CPU kernels; the flex dispatcher needs DeepEP or HybridEP "
+    "on GPUs"
 )
-def cpu_has_it(at: Situation) -> Found:
-    """A CPU run asks only for what exists on a CPU."""
-    if at.device != "cpu":
+def cpu_supports_run(planned: PlannedRun) -> Problems:
+    """A CPU run uses only a backend and a dispatcher that exist on a CPU."""
+    if planned.device != "cpu":
         return
-    if at.run.backend == "te":
+    if planned.run.backend == "te":
         yield InputError(
             "backend=te on cpu", rule="Transformer Engine runs on GPUs only", fix="set backend=auto"
         )
-    if at.run.layout.dispatcher == "flex":
-        fix = "set layout.dispatcher=alltoall"
-        yield InputError("layout.dispatcher=flex on cpu", rule="its kernels are for GPUs", fix=fix)
+    if planned.run.layout.dispatcher == "flex":
+        yield InputError(
+            "layout.dispatcher=flex on cpu",
+            rule="its kernels are for GPUs",
+            fix="set layout.dispatcher=alltoall",
+        )
 
 
 @rule(
-    evidence="megatron/core/dist_checkpointing/strategies/filesystem_async.py (0.19.2): CUDA streams"
+    evidence="megatron/core/dist_checkpointing/strategies/filesystem_async.py (0.19.2): "
+    "CUDA streams"
 )
-def async_save_on_gpu(at: Situation) -> Found:
+def async_save_on_gpu(planned: PlannedRun) -> Problems:
     """Checkpoints are written in the background on GPUs only."""
-    if at.device == "cpu" and at.run.checkpoint.async_save:
+    if planned.device == "cpu" and planned.run.checkpoint.async_save:
         yield InputError(
             "checkpoint.async_save=true on cpu",
-            rule="it copies a GPU's memory while training goes on; a CPU has nothing to copy from",
+            rule="it copies a GPU's memory while training continues; "
+            "a CPU has nothing to copy from",
             fix="set checkpoint.async_save=false",
         )
 
 
 @rule(evidence="this machine", machine=True)
-def packages_present(at: Situation) -> Found:
-    """The packages that the run asks for are installed."""
+def packages_present(planned: PlannedRun) -> Problems:
+    """The packages that the run needs are installed."""
     if (
-        at.backend == "te"
-        and at.device == "cuda"
+        planned.backend == "te"
+        and planned.device == "cuda"
         and importlib.util.find_spec("transformer_engine") is None
     ):
         yield InputError(
-            f"backend={at.run.backend}, te on a GPU",
+            f"backend={planned.run.backend}, te on a GPU",
             rule="Transformer Engine is not installed here",
             fix="install the extra `te`, or set backend=torch (much slower, for checks)",
         )
-    if at.run.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+    project = planned.run.logging.wandb_project
+    if project is not None and importlib.util.find_spec("wandb") is None:
         yield InputError(
-            f"logging.wandb_project={at.run.logging.wandb_project}",
+            f"logging.wandb_project={project}",
             rule="the package wandb is not installed here",
             fix="install the extra `wandb`, or set logging.wandb_project=null",
         )
 
 
 @rule(evidence="this machine", machine=True)
-def data_present(at: Situation) -> Found:
+def data_present(planned: PlannedRun) -> Problems:
     """The corpus, its tokenizer and a place for its index exist; the tokens are the model's."""
-    from mellum2_megatron.data.feed.datasets import (
-        check_data,
-    )  # numpy: not needed to plan a run elsewhere
+    # numpy and torch: a run that is planned for another machine does not need them.
+    from mellum2_megatron.data.feed.datasets import check_data
 
-    cache = Path(at.run.data.cache or Path(at.run.data.path) / "cache")
+    data = planned.run.data
+    cache = Path(data.cache or Path(data.path) / "cache")
     try:
-        check_data(at.run)
-        if not cache.is_dir():  # one that is there may be complete, and then read-only
+        check_data(planned.run)
+        if not cache.is_dir():  # an existing one may be complete, and is then allowed read-only
             check_writable("data.cache", cache, folder=True)
     except InputError as error:
         yield error
 
 
-def _resumed_folder(at: Situation) -> Path | None:
-    """Return the folder whose state the run goes on from; None if it starts anew, or nothing tells
-    what made it."""
-    checkpoint = at.run.checkpoint
-    if checkpoint.output is None:
-        return None
-    root = Path(resume_folder(checkpoint.output, checkpoint.continue_from))
-    return root if (root / TRACKER_FILE).is_file() and (root / RUN_FILE).is_file() else None
-
-
-def _run_of(root: Path) -> Run:
-    from mellum2_megatron.checkpoint import (
-        read_run,
-    )  # reads tokenizers: not needed to plan a run elsewhere
-
-    return read_run(root / RUN_FILE)
-
-
 @rule(
-    evidence="megatron/core/tensor_parallel/layers.py:961 and optimizer/__init__.py (0.19.2): with ep > 1 or etp != tp "
-    "experts have an Adam of their own; Muon: see resharding.py of this project",
+    evidence="megatron/core/tensor_parallel/layers.py:961 and optimizer/__init__.py (0.19.2): with "
+    "ep > 1 or etp != tp experts have an Adam of their own; Muon: "
+    "mellum2_megatron/upstream/muon_groups.py",
     machine=True,
 )
-def resume_fits(at: Situation) -> Found:
-    """A resumed or continued run can read the optimizer state that it goes on from."""
-    root = _resumed_folder(at)
-    if root is None:
+def resume_fits(planned: PlannedRun) -> Problems:
+    """A resumed or continued run can read the optimizer state of its checkpoint."""
+    start, run, before = planned.start, planned.run, planned.checkpoint_run
+    if start.has_state and start.before_error is not None:
+        yield start.before_error
+    if before is None:
         return
-    try:
-        before = _run_of(root)
-    except InputError as error:
-        yield error
-        return
-    there, here = before.layout, at.run.layout
-    if at.run.optimizer.name == "adam" and experts_apart(there) != experts_apart(here):
-        shared = f"layout.ep=1 and layout.etp={here.tp} (= layout.tp)"
-        apart = f"layout.ep=2 or more, or a layout.etp other than {here.tp} (layout.tp)"
+    other = f"start another run with checkpoint.load={start.folder} and another --output"
+    checkpoint_layout, run_layout = before.layout, run.layout
+    apart_in_checkpoint, apart_in_run = map(
+        experts_have_own_data_parallel_group, (checkpoint_layout, run_layout)
+    )
+    if run.optimizer.name == "adam" and apart_in_checkpoint != apart_in_run:
+        tp = run_layout.tp
+        if apart_in_checkpoint:
+            same_grouping = f"layout.ep=2 or more, or a layout.etp other than {tp} (layout.tp)"
+        else:
+            same_grouping = f"layout.ep=1 and layout.etp={tp} (= layout.tp)"
         yield InputError(
-            f"layout.tp={here.tp}, layout.ep={here.ep}, layout.etp={here.etp} with a checkpoint of "
-            f"layout.tp={there.tp}, layout.ep={there.ep}, layout.etp={there.etp} in {root}",
-            rule="Adam's state does not move between experts with data-parallel ranks of their own (layout.ep > 1, or "
-            "layout.etp other than layout.tp) and experts that share the other weights'",
-            fix=f"set {apart if experts_apart(there) else shared}, or start another run with checkpoint.load={root} "
-            "and another --output",
+            f"{_expert_layout(run_layout)} with a checkpoint of {_expert_layout(checkpoint_layout)}"
+            f" in {start.folder}",
+            rule="Adam's state does not move between experts with data-parallel ranks of their own "
+            "(layout.ep > 1, or layout.etp other than layout.tp) and experts that share the other "
+            "weights'",
+            fix=f"set {same_grouping}, or {other}",
         )
-    if before.optimizer.name != at.run.optimizer.name:
+    if before.optimizer.name != run.optimizer.name:
         yield InputError(
-            f"optimizer.name={at.run.optimizer.name} with a checkpoint of {before.optimizer.name} in {root}",
+            f"optimizer.name={run.optimizer.name} with a checkpoint of {before.optimizer.name} "
+            f"in {start.folder}",
             rule="one optimizer cannot read the other's state",
-            fix=f"set optimizer.name={before.optimizer.name}, or start another run with checkpoint.load={root} and "
-            "another --output",
+            fix=f"set optimizer.name={before.optimizer.name}, or {other}",
         )
+
+
+def _expert_layout(layout: Layout) -> str:
+    return f"layout.tp={layout.tp}, layout.ep={layout.ep}, layout.etp={layout.etp}"
 
 
 FROM_CHECKPOINT = {
@@ -442,35 +501,34 @@ FROM_CHECKPOINT = {
     ),
     **dict.fromkeys(
         ("muon_momentum", "adam_beta1", "adam_beta2", "adam_eps"),
-        "Megatron goes on with the checkpoint's value without a word",
+        "Megatron silently uses the checkpoint's value",
     ),
 }
-"""Fields of the optimizer that cannot change when its state is loaded, and what happens if they
-do."""
+"""Fields of the optimizer that cannot change when its state is loaded, and the effect of a
+change."""
 
 
 @rule(
-    evidence="megatron/core/optimizer/optimizer.py:139-151 and 600-651 (0.19.2): parameter groups come from the "
-    "checkpoint; tests/checkpoint/test_continuation.py",
+    evidence="megatron/core/optimizer/optimizer.py:139-151 and 600-651 (0.19.2): parameter groups "
+    "come from the checkpoint; tests/checkpoint/test_continuation.py",
     machine=True,
 )
-def resume_keeps_optimizer(at: Situation) -> Found:
+def resume_keeps_optimizer(planned: PlannedRun) -> Problems:
     """A resumed or continued run keeps the settings that its checkpoint's optimizer has."""
-    root = _resumed_folder(at)
-    if root is None:
-        return
-    try:
-        before = _run_of(root).optimizer
-    except InputError:
-        return  # told by resume_fits
-    if before.name != at.run.optimizer.name:
-        return  # likewise
+    before = planned.checkpoint_run
+    if before is None or before.optimizer.name != planned.run.optimizer.name:
+        return  # settings of two optimizers do not compare
     for name, reason in FROM_CHECKPOINT.items():
-        there, here = getattr(before, name), getattr(at.run.optimizer, name)
-        if there != here and (before.name == "muon" or not name.startswith("muon_")):
+        if name.startswith("muon_") and before.optimizer.name != "muon":
+            continue
+        saved, wanted = getattr(before.optimizer, name), getattr(planned.run.optimizer, name)
+        if saved != wanted:
+            folder = planned.start.folder
             yield InputError(
-                f"optimizer.{name}={here} with a checkpoint of optimizer.{name}={there} in {root}",
-                rule=f"its optimizer state goes with its settings: {reason}",
-                fix=f"set optimizer.{name}={there}, or start another run with checkpoint.load={root} and "
-                "another --output",
+                f"optimizer.{name}={wanted} with a checkpoint of optimizer.{name}={saved} "
+                f"in {folder}",
+                rule="these settings are stored with the optimizer state and cannot change on "
+                f"resume: {reason}",
+                fix=f"set optimizer.{name}={saved}, or start another run with "
+                f"checkpoint.load={folder} and another --output",
             )

@@ -12,15 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.checkpoint import find_checkpoint
-from mellum2_megatron.checkpoint.folder import (
-    RELEASE,
-    ROTATION,
-    RUN_FILE,
-    TRACKER_FILE,
-    iteration_number,
-    tracked_iteration,
-)
+from mellum2_megatron.checkpoint import StartingPoint
+from mellum2_megatron.checkpoint.folder import ROTATION, names_checkpoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run
 from mellum2_megatron.planning.rules import FROM_CHECKPOINT
@@ -66,56 +59,53 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
     return tuple(chain)
 
 
-def check_predecessor(run: Run) -> None:
-    """Check that what a stage goes on from is there and finished. Not for a chain's later stages:
-    it will be.
+def check_predecessor(run: Run, start: StartingPoint) -> None:
+    """Check that the run whose state or weights a stage takes is there and finished.
 
-    A run that resumes its own folder needs nothing else.
+    A run that resumes its own folder needs nothing else. Do not check the later stages of a chain
+    before it runs: their predecessors have no checkpoint yet.
+
+    Args:
+        run: the stage.
+        start: its starting point.
 
     Raises:
-        InputError: no checkpoint there, or the run that wrote it has not come to its end.
+        InputError: there is no checkpoint, or the run that wrote it is not finished.
     """
-    checkpoint = run.checkpoint
-    if checkpoint.output is not None and (Path(checkpoint.output) / TRACKER_FILE).is_file():
+    if start.kind in ("new", "resume"):
         return
-    which = "continue_from" if checkpoint.continue_from is not None else "load"
-    given = getattr(checkpoint, which)
-    if given is None:
-        return
-    folder, key = Path(given), f"checkpoint.{which}={given}"
-    is_iteration = folder.is_dir() and (
-        folder.name == RELEASE or iteration_number(folder.name) is not None
-    )
-    if not (folder / TRACKER_FILE).is_file() and not is_iteration:
-        first = f"train {folder.name} first, or " if folder.name in recipe_names() else ""
+    assert start.folder is not None
+    setting = "continue_from" if start.kind == "continue" else "load"
+    key = f"checkpoint.{setting}={getattr(run.checkpoint, setting)}"
+    if not names_checkpoint(start.folder):
+        name = start.folder.name
+        first = f"train {name} first, or " if name in recipe_names() else ""
         raise InputError(
             key,
-            rule=f"{run.name} goes on from that run, and there is no checkpoint of it",
-            fix=f"{first}name the folder where it is: checkpoint.{which}=DIR",
+            rule=f"{run.name} starts from that run, and there is no checkpoint of it",
+            fix=f"{first}name the folder where it is: checkpoint.{setting}=DIR",
         )
-    source = find_checkpoint(folder)
-    if source.root.resolve() != folder.resolve() or not (source.root / RUN_FILE).is_file():
-        return  # one checkpoint in a folder, or an import: whoever names it means it
-    _require_finished(run, source.root, key, which)
-
-
-def _require_finished(run: Run, root: Path, key: str, which: str) -> None:
-    from mellum2_megatron.checkpoint import read_run  # reads tokenizers: not needed to plan a chain
-
-    before, step = read_run(root / RUN_FILE), tracked_iteration(root)
-    reached = 0 if step is None else before.schedule.samples(step)
-    wanted = run.data.first_sample if which == "continue_from" else before.schedule.train_samples
-    if step is None or reached >= wanted:
+    checkpoint = start.require_checkpoint()
+    if start.names_iteration:
+        return  # one checkpoint of an unfinished run may be taken on purpose
+    if start.before_error is not None:
+        raise start.before_error
+    step, before = checkpoint.iteration, start.before
+    if before is None or step is None:
+        return  # an import is finished by itself
+    reached = before.schedule.samples(step)
+    if reached >= (
+        run.data.first_sample if start.kind == "continue" else before.schedule.train_samples
+    ):
         return
-    instead = (
-        f", or start from it as it is: checkpoint.load={find_checkpoint(root).iteration_dir}"
-        if which == "load"
-        else ""
-    )
+    fix = "continue it to the end, with the command that started it"
+    if start.kind == "weights":
+        fix += f", or start from it as it is: checkpoint.load={checkpoint.iteration_dir}"
     raise InputError(
         key,
-        rule=f"{before.name} is at step {step} of {before.schedule.train_steps}: it has not come to its end",
-        fix=f"let it go on to the end, with the command that started it{instead}",
+        rule=f"{before.name} is at step {step} of {before.schedule.train_steps}: "
+        "it is not finished",
+        fix=fix,
     )
 
 

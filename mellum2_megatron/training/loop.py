@@ -20,7 +20,7 @@ from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
-from mellum2_megatron.checkpoint import output_folder
+from mellum2_megatron.checkpoint import StartingPoint, output_folder
 from mellum2_megatron.config import Device, Run
 from mellum2_megatron.faults.hang_watch import HangWatch
 from mellum2_megatron.faults.step_guard import StepGuard
@@ -34,12 +34,19 @@ from mellum2_megatron.upstream import megatron_arguments
 
 
 def run_loop(
-    run: Run, *, world_size: int, device: Device, stop: StopRequest, watch: HangWatch
+    run: Run,
+    start: StartingPoint,
+    *,
+    world_size: int,
+    device: Device,
+    stop: StopRequest,
+    watch: HangWatch,
 ) -> None:
     """Train `run` with Megatron's loop; return at its end.
 
     Args:
         run: a resolved run, checked.
+        start: its starting point.
         world_size: number of ranks.
         device: what to compute on.
         stop: listens already.
@@ -51,7 +58,9 @@ def run_loop(
     """
     backend = run.resolved_backend(device)
     # Megatron reads its arguments from nowhere else (training/arguments.py:parse_args, 0.19.2).
-    sys.argv[1:] = megatron_arguments(run, world_size=world_size, device=device, backend=backend)
+    sys.argv[1:] = megatron_arguments(
+        run, world_size=world_size, device=device, backend=backend, start=start
+    )
     container = pretrain_cfg_container_from_args(parse_and_validate_args())
     metrics = TrainingMetrics(run)
     guard = StepGuard(run.stability, on_event=metrics.log_event)

@@ -21,9 +21,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from mellum2_megatron import upstream
-from mellum2_megatron.checkpoint import check_run_folder, output_folder, read_run, write_run_folder
-from mellum2_megatron.checkpoint.folder import resume_folder, tracked_iteration
-from mellum2_megatron.checkpoint.run_folder import check_share
+from mellum2_megatron.checkpoint import (
+    StartingPoint,
+    check_run_folder,
+    output_folder,
+    read_run,
+    write_run_folder,
+)
+from mellum2_megatron.checkpoint.checks import check_share
 from mellum2_megatron.checkpoint.saving import remove_partial_checkpoints
 from mellum2_megatron.common.errors import WorkError
 from mellum2_megatron.common.provenance import record
@@ -114,9 +119,10 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
         WorkError: it failed on the way.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    enforce(run, world_size=world_size, device=device)
-    check_run_folder(run)
-    check_share(run, rank=rank, world_size=world_size)
+    start = StartingPoint.of(run)
+    enforce(run, world_size=world_size, device=device, start=start)
+    check_run_folder(run, start)
+    check_share(run, start, rank=rank, world_size=world_size)
     os.environ.update(upstream.environment(run))
     _activate(device, verbose=verbose)
     output, stop = output_folder(run), StopRequest()
@@ -139,15 +145,20 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     if rank == 0:
         remove_partial_checkpoints(output)
         write_run_folder(run)
-        resumed = tracked_iteration(Path(resume_folder(str(output), run.checkpoint.continue_from)))
         record(
-            output, event="start", world_size=world_size, from_step=resumed, more={"device": device}
+            output,
+            event="start",
+            world_size=world_size,
+            from_step=start.step,
+            more={"device": device},
         )
+        sys.stdout.write(f"{start.line(run)}\n")
+        sys.stdout.flush()
     with only_complete_checkpoints(output) if rank == 0 else nullcontext(), explained(output):
         from mellum2_megatron.training.loop import run_loop
 
         try:
-            run_loop(run, world_size=world_size, device=device, stop=stop, watch=watch)
+            run_loop(run, start, world_size=world_size, device=device, stop=stop, watch=watch)
         except SystemExit as end:  # Megatron's way to leave its loop early
             if end.code or not stop.agreed:
                 raise

@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 
 from mellum2_megatron.architecture import architecture_arguments
-from mellum2_megatron.checkpoint.folder import resume_folder
+from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Backend, Device, Run
 
 
 def megatron_arguments(
-    run: Run, *, world_size: int, device: Device, backend: Backend | None = None
+    run: Run,
+    *,
+    world_size: int,
+    device: Device,
+    backend: Backend | None = None,
+    start: StartingPoint | None = None,
 ) -> list[str]:
     """Return the arguments that make ``megatron.training.pretrain`` compute ``run``.
 
@@ -26,6 +31,7 @@ def megatron_arguments(
         world_size: ranks that will be started.
         device: what they compute on.
         backend: whose modules the model is made of; None takes the run's own for the device.
+        start: starting point of the run, default `StartingPoint.of(run)`.
 
     Raises:
         InputError: the layout does not fit, or the backend does not exist on the device.
@@ -51,7 +57,7 @@ def megatron_arguments(
         *_precision(run),
         *_data(run),
         *_logging(run),
-        *_checkpoint(run),
+        *_checkpoint(run, start or StartingPoint.of(run)),
         *_faults(run),
         *_backend(backend),
         *(_CPU if device == "cpu" else ()),
@@ -233,16 +239,13 @@ def _logging(run: Run) -> list[str]:
     ]
 
 
-def _checkpoint(run: Run) -> list[str]:
+def _checkpoint(run: Run, start: StartingPoint) -> list[str]:
     checkpoint = run.checkpoint
     words = ["--ckpt-format", "torch_dist"]
     if checkpoint.output is not None:
-        words += [
-            "--save",
-            checkpoint.output,
-            "--load",
-            resume_folder(checkpoint.output, checkpoint.continue_from),
-        ]
+        # Without a checkpoint in --load Megatron starts anew, or with --pretrained-checkpoint.
+        source = start.folder if start.kind == "continue" else checkpoint.output
+        words += ["--save", checkpoint.output, "--load", str(source)]
         words += ["--save-interval", str(checkpoint.save_interval)]
     if checkpoint.any_layout:
         words.append("--dist-ckpt-optim-fully-reshardable")

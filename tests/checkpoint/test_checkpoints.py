@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from mellum2_megatron.checkpoint import check_run_folder, find_checkpoint
+from mellum2_megatron.checkpoint import StartingPoint, check_run_folder, find_checkpoint
+from mellum2_megatron.checkpoint.checks import check_share
 from mellum2_megatron.checkpoint.file_manifest import (
     MANIFEST_FILE,
     check_hashes,
@@ -30,7 +31,6 @@ from mellum2_megatron.checkpoint.folder import (
     iteration_folders,
     write_tracker,
 )
-from mellum2_megatron.checkpoint.run_folder import check_share
 from mellum2_megatron.checkpoint.saving import (
     remove_old,
     remove_partial_checkpoints,
@@ -321,9 +321,10 @@ DAMAGE = {
 
 def check(run: Run) -> None:
     """All that two ranks check before they train."""
-    check_run_folder(run)
+    start = StartingPoint.of(run)
+    check_run_folder(run, start)
     for rank in range(2):
-        check_share(run, rank=rank, world_size=2)
+        check_share(run, start, rank=rank, world_size=2)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mellum2_megatron.checkpoint import check_run_folder
+from mellum2_megatron.checkpoint import StartingPoint, check_run_folder
 from mellum2_megatron.checkpoint.folder import (
     LAST_FILE,
     iteration_folder_name,
@@ -127,6 +127,10 @@ def tiny(*overrides: str) -> Run:
     return apply_overrides(recipe("mellum2_tiny_pretrain"), overrides)
 
 
+def check_folder(run: Run) -> None:
+    check_run_folder(run, StartingPoint.of(run))
+
+
 def continued(root: Path, output: Path, *overrides: str) -> Run:
     return tiny(f"checkpoint.continue_from={root}", f"checkpoint.output={output}", *overrides)
 
@@ -158,10 +162,10 @@ def test_the_state_must_fit(
     root = folder_of(tiny(), tmp_path / "before", step=step)
     run = continued(root, tmp_path / "new", *overrides)
     if message is None:
-        check_run_folder(run)
+        check_folder(run)
     else:
         with pytest.raises(InputError, match=message):
-            check_run_folder(run)
+            check_folder(run)
 
 
 def test_an_iteration_inside_a_folder_is_refused(tmp_path: Path) -> None:
@@ -169,18 +173,18 @@ def test_an_iteration_inside_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=f"checkpoint.continue_from={root}$|continue_from={root}\\."
     ):
-        check_run_folder(continued(root / iteration_folder_name(100), tmp_path / "new"))
+        check_folder(continued(root / iteration_folder_name(100), tmp_path / "new"))
 
 
 def test_data_of_a_later_phase_need_the_former(tmp_path: Path) -> None:
     run = tiny(f"checkpoint.output={tmp_path / 'new'}", "data.first_sample=16")
     with pytest.raises(InputError, match=r"data.first_sample=16 in a run that starts at sample 0"):
-        check_run_folder(run)
+        check_folder(run)
     with pytest.raises(InputError, match=r"the run ends at schedule.train_samples=4640"):
         tiny("data.first_sample=4640")
     # Once it has a checkpoint of its own, the former is not asked for any more.
     folder_of(run, tmp_path / "own", step=10)
-    check_run_folder(tiny(f"checkpoint.output={tmp_path / 'own'}", "data.first_sample=16"))
+    check_folder(tiny(f"checkpoint.output={tmp_path / 'own'}", "data.first_sample=16"))
 
 
 @pytest.mark.parametrize("where", ["checkpoint.continue_from", "checkpoint.output"])
@@ -204,7 +208,7 @@ def test_settings_that_come_from_the_checkpoint_stay(
     root = folder_of(tiny(), tmp_path / "before", step=100)
     places = {"checkpoint.output": str(tmp_path / "new")} | {where: str(root)}
     run = tiny(*(f"{key}={value}" for key, value in places.items()), change.lower())
-    found = [each for each in check(run, 2, "cpu") if each.name == "resume-keeps-optimizer"]
-    assert [each.value for each in found] == (
+    found = [each for each in check(run, 2, "cpu") if each.rule.name == "resume-keeps-optimizer"]
+    assert [each.problem.value for each in found] == (
         [f"{change} with a checkpoint of {kept} in {root}"] if kept else []
     )

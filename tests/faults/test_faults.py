@@ -125,8 +125,9 @@ def test_the_command_passes_a_signal_on_and_its_exit_code_says_so(
         while done.poll() is None and not _has_begun(output):
             time.sleep(0.1)
         done.send_signal(signal.SIGTERM)
-        _, errors = done.communicate(timeout=120)
+        shown, errors = done.communicate(timeout=120)
     assert done.returncode == STOPPED == 75, errors
+    assert shown.count(f"{run.name} starts anew in {output}\n") == 1
     assert errors == "stopped as asked, all is saved; the same command resumes from here\n"
     last = max(record.step for record in read_metrics(output / METRICS_FILE))
     assert 1 <= last < 1000

@@ -89,7 +89,7 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         "cpu",
         2,
         ["checkpoint.load=/a", "checkpoint.continue_from=/b"],
-        "one-origin",
+        "load-excludes-continue-from",
         "checkpoint.continue_from=/b",
         ["checkpoint.load=null"],
     ),
@@ -133,13 +133,13 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         "moe_intermediate_size / layout.etp = 900",
         ["architecture.moe_intermediate_size=896"],
     ),
-    (TINY, "cpu", 2, ["backend=te"], "cpu-has-it", "backend=te", ["backend=auto"]),
+    (TINY, "cpu", 2, ["backend=te"], "cpu-supports-run", "backend=te", ["backend=auto"]),
     (
         TINY,
         "cpu",
         2,
         ["layout.dispatcher=flex"],
-        "cpu-has-it",
+        "cpu-supports-run",
         "flex",
         ["layout.dispatcher=alltoall"],
     ),
@@ -161,9 +161,9 @@ def test_a_rule_fires_and_its_fix_works(
 ) -> None:
     run = apply_overrides(recipe(name), bad)
     violations = check(run, ranks, device, machine=False)
-    assert [violation.name for violation in violations] == [rule] * len(violations)
-    assert named in " ".join(violation.value for violation in violations)
-    assert all(violation.fix and violation.evidence for violation in violations)
+    assert [violation.rule.name for violation in violations] == [rule] * len(violations)
+    assert named in " ".join(violation.problem.value for violation in violations)
+    assert all(violation.problem.fix and violation.rule.evidence for violation in violations)
     with pytest.raises(InputError, match=named.split("=")[0].split(" ")[0]):
         enforce(run, ranks, device, machine=False)
     if rule == "layout-fits" and ranks == 3:
@@ -199,7 +199,7 @@ def test_muon_is_what_forbids_the_gather() -> None:
 
 
 def broken_on_this_machine(run: Run, device: Device = "cpu") -> list[tuple[str, str]]:
-    return [(found.name, found.value) for found in check(run, 2, device)]
+    return [(found.rule.name, found.problem.value) for found in check(run, 2, device)]
 
 
 def with_data(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
@@ -266,5 +266,5 @@ def test_optimizer_state_must_be_readable_on_resume(
     assert check(after, 4, "cpu") == [], "nothing is there to resume yet"
     (tmp_path / TRACKER_FILE).write_text("100")
     assert check(before, 4, "cpu") == []
-    found = [violation.value for violation in check(after, 4, "cpu")]
+    found = [violation.problem.value for violation in check(after, 4, "cpu")]
     assert found == [] if named is None else (len(found) == 1 and named in found[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mellum2_megatron.checkpoint import check_run_folder
+from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.checkpoint.folder import LAST_FILE, iteration_folder_name
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.provenance import read_records
@@ -19,7 +19,7 @@ from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning.stage_chain import check_predecessor, stage_chain
 from mellum2_megatron.recipes import recipe, recipe_names
 from tests.checkpoint.test_checkpoints import equal, state
-from tests.checkpoint.test_continuation import folder_of
+from tests.checkpoint.test_continuation import check_folder, folder_of
 from tests.distributed import run_distributed
 from tests.small import SMALL_MODEL
 from tests.training.test_train import losses
@@ -30,6 +30,10 @@ TINY = tuple(f"mellum2_tiny_{stage}" for stage in STAGES)
 
 def changed(name: str, *overrides: str) -> Run:
     return apply_overrides(recipe(name), overrides)
+
+
+def check_stage(run: Run) -> None:
+    check_predecessor(run, StartingPoint.of(run))
 
 
 @pytest.mark.parametrize(
@@ -139,34 +143,34 @@ def test_stages_that_do_not_follow(stages: list[str | Run], message: str, tmp_pa
 
 def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
     phase1, phase2, _, long_context = stage_chain(TINY, root=tmp_path)
-    check_predecessor(phase1)
+    check_stage(phase1)
     with pytest.raises(
         InputError, match=f"there is no checkpoint of it. Fix: train {TINY[0]} first"
     ):
-        check_predecessor(phase2)
+        check_stage(phase2)
     root = folder_of(phase1, tmp_path / TINY[0], step=40)
     with pytest.raises(
         InputError,
-        match=rf"{TINY[0]} is at step 40 of 59.*let it go on to the end, with the command",
+        match=rf"{TINY[0]} is at step 40 of 59.*it is not finished. Fix: continue it to the end, with the command",
     ):
-        check_predecessor(phase2)
+        check_stage(phase2)
     (root / "latest_checkpointed_iteration.txt").write_text("59")
     (root / iteration_folder_name(59)).mkdir()
     (root / iteration_folder_name(59) / LAST_FILE).write_text("{}")
-    check_predecessor(phase2)
+    check_stage(phase2)
 
     root = folder_of(changed(TINY[2]), tmp_path / TINY[2], step=80)
     with pytest.raises(
         InputError, match=rf"is at step 80 of 100.*checkpoint.load={root}/iter_0000080"
     ):
-        check_predecessor(long_context)
-    check_predecessor(apply_overrides(long_context, [f"checkpoint.load={root}/iter_0000080"]))
+        check_stage(long_context)
+    check_stage(apply_overrides(long_context, [f"checkpoint.load={root}/iter_0000080"]))
     folder_of(
         long_context, tmp_path / TINY[3], step=10
     )  # its own: what it started from may be gone
-    check_predecessor(long_context)
+    check_stage(long_context)
     with pytest.raises(InputError, match=r"name the folder where it is: checkpoint.load=DIR"):
-        check_predecessor(
+        check_stage(
             changed(
                 TINY[3], f"checkpoint.load={tmp_path}/none", f"checkpoint.output={tmp_path}/out"
             )
@@ -178,13 +182,13 @@ def test_weights_may_get_another_rotation(tmp_path: Path) -> None:
     model only."""
     root = folder_of(changed(TINY[2]), tmp_path / "phase3", step=100)
     output = f"checkpoint.output={tmp_path}/out"
-    check_run_folder(changed(TINY[3], f"checkpoint.load={root}", output, "checkpoint.verify=off"))
+    check_folder(changed(TINY[3], f"checkpoint.load={root}", output, "checkpoint.verify=off"))
     state_too = ["checkpoint.load=null", f"checkpoint.continue_from={root}", output]
     with pytest.raises(
         InputError,
         match=r"holds another architecture .*max_position_embeddings: 512 there, 2048 here",
     ):
-        check_run_folder(changed(TINY[3], *state_too))
+        check_folder(changed(TINY[3], *state_too))
 
 
 SMALL = [*SMALL_MODEL, "logging.eval_iterations=0"]
@@ -222,7 +226,7 @@ def test_the_tiny_stages_run_one_after_another(small_data: PreparedData, tmp_pat
         output, copy = Path(str(run.checkpoint.output)), tmp_path / "copy" / run.name
         output.mkdir()
         (output / "run.yaml").write_text(to_yaml(run))
-        check_predecessor(run)
+        check_stage(run)
         worker = ("reload", str(copy)) if run.checkpoint.continue_from else ("train",)
         run_distributed(
             f"tests.faults.fault_worker:{worker[0]}",

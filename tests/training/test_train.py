@@ -234,14 +234,15 @@ def test_trained_checkpoint_is_what_transformers_loads(trained: Path, tmp_path: 
 def test_checkpoint_of_another_architecture_is_refused(
     trained: Path, small_data: PreparedData, tmp_path: Path
 ):
-    from mellum2_megatron.checkpoint import check_run_folder
+    from mellum2_megatron.checkpoint import StartingPoint, check_run_folder
     from mellum2_megatron.common.errors import InputError
 
     before = sorted(path.name for path in trained.iterdir())
     run = small_run(small_data, trained, "architecture.num_experts=8")
     with pytest.raises(InputError, match="num_experts: 4 there, 8 here"):
-        check_run_folder(run)
+        check_run_folder(run, StartingPoint.of(run))
     elsewhere = dataclasses.replace(run.checkpoint, output=str(tmp_path / "new"), load=str(trained))
+    new = dataclasses.replace(run, checkpoint=elsewhere)
     with pytest.raises(InputError, match=r"checkpoint.load.*num_experts: 4 there, 8 here"):
-        check_run_folder(dataclasses.replace(run, checkpoint=elsewhere))
+        check_run_folder(new, StartingPoint.of(new))
     assert sorted(path.name for path in trained.iterdir()) == before

@@ -1,0 +1,133 @@
+"""The place a run starts from: nothing, its own checkpoint, another run's state or its weights.
+
+`StartingPoint.of` decides it once in a process. The value is handed on to everything that depends
+on it: rules, checks of the run folder, Megatron's arguments, the main of each rank.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mellum2_megatron.checkpoint.folder import (
+    RUN_FILE,
+    TRACKER_FILE,
+    CheckpointFolder,
+    find_checkpoint,
+)
+from mellum2_megatron.checkpoint.run_folder import read_run
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Run
+
+Kind = Literal["new", "resume", "continue", "weights"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartingPoint:
+    """The checkpoint that a run loads, and the run that wrote it.
+
+    Attributes:
+        kind: ``new``: random weights. ``resume``: all state of the newest checkpoint in the run's
+            own folder. ``continue``: all state of another run (`checkpoint.continue_from`).
+            ``weights``: weights only (`checkpoint.load`).
+        folder: folder that the run names for this kind; None for a new run.
+        checkpoint: checkpoint in ``folder``; None for a new run, or with a ``checkpoint_error``.
+        before: run that wrote the checkpoint, from the `run.yaml` beside it; None without that
+            file (an import), or with a ``before_error``.
+        checkpoint_error: reason why ``folder`` holds no usable checkpoint.
+        before_error: reason why `run.yaml` cannot be read.
+    """
+
+    kind: Kind
+    folder: Path | None = None
+    checkpoint: CheckpointFolder | None = None
+    before: Run | None = None
+    checkpoint_error: InputError | None = None
+    before_error: InputError | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> StartingPoint:
+        """Find the starting point of a run on this machine's disks.
+
+        Errors are kept in the value, not raised. Each check raises the one that concerns it, after
+        whatever it has to check first.
+
+        Every rank calls this for itself before training starts. No rank writes a checkpoint before
+        all of them have, so all get the same answer.
+        """
+        settings = run.checkpoint
+        kind: Kind
+        if settings.output is not None and (Path(settings.output) / TRACKER_FILE).is_file():
+            kind, folder = "resume", Path(settings.output)
+        elif settings.continue_from is not None:
+            kind, folder = "continue", Path(settings.continue_from)
+        elif settings.load is not None:
+            kind, folder = "weights", Path(settings.load)
+        else:
+            return cls(kind="new")
+
+        checkpoint = before = checkpoint_error = before_error = None
+        try:
+            checkpoint = find_checkpoint(folder)
+        except InputError as error:
+            checkpoint_error = error
+        root = folder if checkpoint is None else checkpoint.root
+        # A folder without a checkpoint may hold the run.yaml of a run that never saved: it wrote
+        # nothing that could be loaded. A broken tracker, in contrast, is one of a run that did.
+        has_saved = checkpoint is not None or (root / TRACKER_FILE).is_file()
+        if has_saved and (root / RUN_FILE).is_file():
+            try:
+                before = read_run(root / RUN_FILE)
+            except InputError as error:
+                before_error = error
+        return cls(
+            kind=kind,
+            folder=folder,
+            checkpoint=checkpoint,
+            before=before,
+            checkpoint_error=checkpoint_error,
+            before_error=before_error,
+        )
+
+    @property
+    def has_state(self) -> bool:
+        """True if the run takes over optimizer state and step count, not weights alone."""
+        return self.kind in ("resume", "continue")
+
+    @property
+    def names_iteration(self) -> bool:
+        """True if `folder` is one checkpoint inside a run's folder, not that run's newest."""
+        if self.folder is None or self.checkpoint is None:
+            return False
+        return self.checkpoint.root != Path(os.path.abspath(self.folder))
+
+    @property
+    def step(self) -> int | None:
+        """Last step of the loaded training state; None without state, as for a release."""
+        if not self.has_state or self.checkpoint is None:
+            return None
+        return self.checkpoint.iteration
+
+    def require_checkpoint(self) -> CheckpointFolder:
+        """Return the checkpoint of a run that is not new.
+
+        Raises:
+            InputError: there is none that can be used.
+        """
+        if self.checkpoint_error is not None:
+            raise self.checkpoint_error
+        assert self.checkpoint is not None, "a new run loads no checkpoint"
+        return self.checkpoint
+
+    def line(self, run: Run) -> str:
+        """Return the sentence about its start that a run prints, once it is checked."""
+        if self.kind == "new":
+            return f"{run.name} starts anew in {run.checkpoint.output}"
+        checkpoint = self.require_checkpoint()
+        if self.kind == "weights" or checkpoint.iteration is None:
+            return f"{run.name} takes the weights of {checkpoint.iteration_dir}"
+        if self.kind == "resume":
+            return f"{run.name} resumes step {checkpoint.iteration:,} of {self.folder}"
+        return f"{run.name} continues {self.folder} after step {checkpoint.iteration:,}"
