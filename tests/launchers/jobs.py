@@ -7,6 +7,7 @@ from typing import Any
 
 from launchers.job import ClusterJob, check_files, plan_job
 from launchers.profile import Profile
+from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.config import Run
 
 
@@ -15,5 +16,5 @@ def make_job(
 ) -> ClusterJob:
     """Return the planned job, checked against the files of this machine."""
     job = plan_job(run, profile, **options)
-    check_files(job, before=before)
+    check_files(job, [StartingPoint.of(run) for run in job.runs], before=before)
     return job
