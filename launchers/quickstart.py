@@ -155,7 +155,8 @@ class Quickstart:
         from mellum2_megatron.checkpoint import read_run
         from mellum2_megatron.checkpoint.folder import RUN_FILE
         from mellum2_megatron.data.prepared_folder import load_prepared
-        from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics, series
+        from mellum2_megatron.metrics import read_metrics
+        from mellum2_megatron.metrics.log import METRICS_FILE, series
 
         run = read_run(self.output / RUN_FILE)
         prepared = load_prepared(self.data)
@@ -195,8 +196,8 @@ class Quickstart:
         return torch.tensor(stream[: rows * length]).view(rows, length)
 
     def _plot(self, summary: dict[str, Any]) -> None:
+        from mellum2_megatron.metrics import plot_loss
         from mellum2_megatron.metrics.log import METRICS_FILE
-        from mellum2_megatron.metrics.plots import plot_loss
 
         plot_loss(
             self.output / METRICS_FILE,

@@ -16,7 +16,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 if TYPE_CHECKING:
     import torch
 
-    from mellum2_megatron.architecture.mellum2 import RopeParameters
+    from mellum2_megatron.architecture import RopeParameters
 
 
 class RotaryTable:

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 
 from mellum2_megatron.common.values import to_plain
-from mellum2_megatron.metrics.log import MetricsLogger
+from mellum2_megatron.metrics import MetricsLogger
 from mellum2_megatron.model.router import Mellum2Router
 
 if TYPE_CHECKING:
