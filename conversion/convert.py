@@ -1,5 +1,10 @@
-"""Import, export and round trip between Hugging Face folders and Megatron checkpoints, one tensor
-at a time."""
+"""Import, export, round trip and stitching: Hugging Face folders and Megatron checkpoints, one
+tensor at a time.
+
+Each function opens its sources, makes a job of them and runs or plans it. The engine is
+`conversion.jobs.job`; the way of a tensor is the ``convert`` method of `ImportJob`, `ExportJob`
+and `StitchJob`.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,19 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from conversion.huggingface.folder import HfFolder, dtype_name, listed, tensor_bytes, torch_dtype
+from conversion.huggingface.folder import HfFolder, dtype_name, listed, tensor_bytes
 from conversion.jobs.exporting import ExportJob
 from conversion.jobs.importing import ImportJob
-from conversion.jobs.job import Checks
+from conversion.jobs.job import ConversionRequest
 from conversion.jobs.mtp_stitching import StitchJob
 from conversion.jobs.reports import ConversionPlan, ConversionReport, RoundTripReport
-from conversion.jobs.workers import worker_count
+from conversion.jobs.tensor_checks import TensorChecks
 from conversion.mapping import derive, megatron_shapes
 from conversion.torch_dist.reader import TorchDistReader
-from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint import CheckpointFolder, find_checkpoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Layout
@@ -34,10 +40,10 @@ def import_hf(
     overwrite: bool = False,
     workers: int | None = None,
     layout: Layout | None = None,
-    checks: Checks | None = None,
+    checks: TensorChecks | None = None,
 ) -> ConversionReport:
-    """Write the Megatron checkpoint of a Hugging Face folder: ``megatron_path/release`` and what
-    belongs beside it.
+    """Write the Megatron checkpoint of a Hugging Face folder: ``megatron_path/release`` and the
+    files beside it.
 
     Args:
         hf_path: folder with config.json and safetensors, experts unfused or fused.
@@ -45,24 +51,21 @@ def import_hf(
         dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep
             theirs, bit for bit.
         overwrite: replace an earlier import.
-        workers: files written at a time; by default one a core.
+        workers: files written at a time; by default one per core, at most 8.
         layout: a layout the model must fit; the checkpoint itself serves every layout.
-        checks: what is looked at on the way; by default hashes, where there is a manifest, and
-            finite values.
+        checks: checks of each tensor; by default hashes, where there is a manifest, and finite
+            values.
 
     Raises:
         InputError: the folder, the dtype, the layout or the target cannot be used; nothing was
             written.
-        WorkError: writing failed; what was done waits to be continued by the same call.
+        WorkError: writing failed; the same call continues from the finished units.
     """
-    wanted = torch_dtype(dtype) if dtype is not None else None
-    count = worker_count(workers)
-    with HfFolder.open(hf_path) as source:
-        _check_layout(layout, source.architecture)
-        checks = checks or Checks()
-        return ImportJob(
-            source, Path(megatron_path), wanted, workers=count, overwrite=overwrite, checks=checks
-        ).run()
+    request = ConversionRequest.of(
+        megatron_path, dtype=dtype, overwrite=overwrite, workers=workers, checks=checks
+    )
+    with _import_job(hf_path, request, layout) as job:
+        return job.run()
 
 
 def plan_import(
@@ -73,18 +76,33 @@ def plan_import(
     overwrite: bool = False,
     workers: int | None = None,
     layout: Layout | None = None,
-    checks: Checks | None = None,
+    checks: TensorChecks | None = None,
 ) -> ConversionPlan:
-    """Return what `import_hf` would do; touches nothing, and raises what it would raise before
-    reading weights."""
-    wanted = torch_dtype(dtype) if dtype is not None else None
-    count = worker_count(workers)
-    with HfFolder.open(hf_path) as source:
-        _check_layout(layout, source.architecture)
-        checks = checks or Checks()
-        return ImportJob(
-            source, Path(megatron_path), wanted, workers=count, overwrite=overwrite, checks=checks
-        ).plan()
+    """Return the plan of the same call of `import_hf`; reads no weight and writes nothing.
+
+    Raises:
+        InputError: as `import_hf` before it reads weights.
+        WorkError: the disk is too full.
+    """
+    request = ConversionRequest.of(
+        megatron_path, dtype=dtype, overwrite=overwrite, workers=workers, checks=checks
+    )
+    with _import_job(hf_path, request, layout) as job:
+        return job.plan()
+
+
+@contextmanager
+def _import_job(
+    hf_path: PathLike, request: ConversionRequest, layout: Layout | None
+) -> Iterator[ImportJob]:
+    with HfFolder.open(hf_path) as hf:
+        if layout is not None:
+            layout.validate(
+                hf.architecture,
+                world_size=layout.smallest_world_size,
+                sequence_length=hf.architecture.max_position_embeddings,
+            )
+        yield ImportJob(hf, request)
 
 
 def export_hf(
@@ -95,29 +113,32 @@ def export_hf(
     tokenizer: PathLike | None = None,
     overwrite: bool = False,
     workers: int | None = None,
-    checks: Checks | None = None,
+    checks: TensorChecks | None = None,
 ) -> ConversionReport:
     """Write the Hugging Face folder of a Megatron checkpoint, in the released layout, ``mtp.*``
     included.
 
     Args:
-        megatron_path: checkpoint folder, or one iteration inside it; optimizer state in it is left
+        megatron_path: checkpoint folder, or one iteration inside it; its optimizer state is left
             out.
         hf_path: folder to write.
         dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep
             theirs, bit for bit.
-        tokenizer: folder to take tokenizer files from instead of the checkpoint's own.
+        tokenizer: folder of tokenizer files; by default the checkpoint's own.
         overwrite: replace an earlier export.
-        workers: layers converted at a time; by default one a core.
-        checks: what is looked at on the way; by default hashes, where there is a manifest, and
-            finite values.
+        workers: layers converted at a time; by default one per core, at most 8.
+        checks: checks of each tensor; by default hashes, where there is a manifest, and finite
+            values.
 
     Raises:
         InputError: the checkpoint, the dtype, the tokenizer or the target cannot be used; nothing
             was written.
-        WorkError: writing failed; what was done waits to be continued by the same call.
+        WorkError: writing failed; the same call continues from the finished units.
     """
-    return _export_job(megatron_path, hf_path, dtype, tokenizer, overwrite, workers, checks).run()
+    request = ConversionRequest.of(
+        hf_path, dtype=dtype, overwrite=overwrite, workers=workers, checks=checks
+    )
+    return _export_job(megatron_path, request, tokenizer).run()
 
 
 def plan_export(
@@ -128,11 +149,57 @@ def plan_export(
     tokenizer: PathLike | None = None,
     overwrite: bool = False,
     workers: int | None = None,
-    checks: Checks | None = None,
+    checks: TensorChecks | None = None,
 ) -> ConversionPlan:
-    """Return what `export_hf` would do; touches nothing, and raises what it would raise before
-    reading weights."""
-    return _export_job(megatron_path, hf_path, dtype, tokenizer, overwrite, workers, checks).plan()
+    """Return the plan of the same call of `export_hf`; reads no weight and writes nothing.
+
+    Raises:
+        InputError: as `export_hf` before it reads weights.
+        WorkError: the disk is too full.
+    """
+    request = ConversionRequest.of(
+        hf_path, dtype=dtype, overwrite=overwrite, workers=workers, checks=checks
+    )
+    return _export_job(megatron_path, request, tokenizer).plan()
+
+
+def _export_job(
+    megatron_path: PathLike, request: ConversionRequest, tokenizer: PathLike | None
+) -> ExportJob:
+    checkpoint = find_checkpoint(megatron_path)
+    reader = open_checkpoint(checkpoint)
+    folder = Path(tokenizer) if tokenizer is not None else None
+    return ExportJob(checkpoint, reader, request, folder)
+
+
+def stitch_mtp(
+    source: PathLike,
+    target: PathLike,
+    output: PathLike,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    checks: TensorChecks | None = None,
+) -> ConversionReport:
+    """Write ``output``: the model in ``target`` with the MTP head of ``source``; both stay
+    unchanged.
+
+    Args:
+        source: Hugging Face folder that has the MTP head.
+        target: Hugging Face folder that lost its head; its config.json may still announce one.
+        output: folder to write.
+        overwrite: replace an earlier result.
+        workers: layers copied at a time; by default one per core, at most 8.
+        checks: checks of each tensor; by default hashes, where there is a manifest, and finite
+            values.
+
+    Raises:
+        InputError: ``source`` has no head, ``target`` has one, or they differ otherwise.
+        WorkError: writing failed; the same call continues from the finished units.
+    """
+    request = ConversionRequest.of(output, overwrite=overwrite, workers=workers, checks=checks)
+    with HfFolder.open(source) as head, HfFolder.open(target, lost_mtp=True) as trunk:
+        return StitchJob(head, trunk, request).run()
 
 
 def roundtrip(
@@ -141,19 +208,21 @@ def roundtrip(
     """Import and export ``hf_path`` and compare every tensor's bytes; nothing is kept.
 
     Args:
+        hf_path: Hugging Face folder.
         work_dir: folder for the two temporary copies; the system's temporary folder by default.
-        workers: as of `import_hf`.
+        workers: as in `import_hf`.
 
     Raises:
         InputError: the folder cannot be converted.
         WorkError: writing failed.
     """
     start = time.monotonic()
-    as_it_is = Checks(allow_nonfinite=True)
+    # NaN has bytes to compare like any other value.
+    any_value = TensorChecks(allow_nonfinite=True)
     with tempfile.TemporaryDirectory(prefix="mellum2-roundtrip-", dir=work_dir) as name:
         megatron, exported = Path(name) / "megatron", Path(name) / "hf"
-        import_hf(hf_path, megatron, workers=workers, checks=as_it_is)
-        export_hf(megatron, exported, workers=workers, checks=as_it_is)
+        import_hf(hf_path, megatron, workers=workers, checks=any_value)
+        export_hf(megatron, exported, workers=workers, checks=any_value)
         shutil.rmtree(megatron)
         with HfFolder.open(hf_path) as before, HfFolder.open(exported) as after:
             names = [source.name for entry in before.entries for source in entry.sources]
@@ -174,42 +243,8 @@ def roundtrip(
             )
 
 
-def stitch_mtp(
-    source: PathLike,
-    target: PathLike,
-    output: PathLike,
-    *,
-    overwrite: bool = False,
-    workers: int | None = None,
-    checks: Checks | None = None,
-) -> ConversionReport:
-    """Write ``output``: the model in ``target`` with the MTP head of ``source``; both stay as they
-    are.
-
-    Args:
-        source: Hugging Face folder that has the MTP head.
-        target: Hugging Face folder that lost it, whether or not its config.json still announces
-            one.
-        output: folder to write.
-        overwrite: replace an earlier result.
-        workers: as of `import_hf`.
-        checks: as of `import_hf`.
-
-    Raises:
-        InputError: ``source`` has no head, ``target`` has one, or they are not the same model
-            otherwise.
-        WorkError: writing failed; what was done waits to be continued by the same call.
-    """
-    count = worker_count(workers)
-    with HfFolder.open(source) as head, HfFolder.open(target, lost_mtp=True) as trunk:
-        job = StitchJob(
-            head, trunk, Path(output), workers=count, overwrite=overwrite, checks=checks or Checks()
-        )
-        return job.run()
-
-
 def open_checkpoint(checkpoint: CheckpointFolder) -> TorchDistReader:
-    """Open a checkpoint's weights and check them against its architecture.
+    """Open a checkpoint's weights and compare names and shapes with its architecture.
 
     Raises:
         InputError: weights missing, extra or misshapen for the architecture beside the checkpoint.
@@ -234,10 +269,10 @@ def open_checkpoint(checkpoint: CheckpointFolder) -> TorchDistReader:
     wrong = []
     for key, shape in expected.items():
         stored = reader.tensors[key].shape
-        fits = (
-            stored[1:] == shape[1:] and stored[0] >= shape[0] if key in padded else stored == shape
-        )
-        if not fits:
+        # A run with tensor parallelism stores more rows than the vocabulary has; an export reads
+        # the first ones only.
+        padding = key in padded and stored[1:] == shape[1:] and stored[0] >= shape[0]
+        if stored != shape and not padding:
             wrong.append(f"{key} {list(stored)} (expected {list(shape)})")
     if wrong:
         raise InputError(
@@ -246,39 +281,3 @@ def open_checkpoint(checkpoint: CheckpointFolder) -> TorchDistReader:
             fix=fix,
         )
     return reader
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _export_job(
-    megatron_path: PathLike,
-    hf_path: PathLike,
-    dtype: str | None,
-    tokenizer: PathLike | None,
-    overwrite: bool,
-    workers: int | None,
-    checks: Checks | None,
-) -> ExportJob:
-    wanted = torch_dtype(dtype) if dtype is not None else None
-    count = worker_count(workers)
-    checkpoint = find_checkpoint(megatron_path)
-    return ExportJob(
-        checkpoint,
-        open_checkpoint(checkpoint),
-        Path(hf_path),
-        wanted,
-        Path(tokenizer) if tokenizer is not None else None,
-        workers=count,
-        overwrite=overwrite,
-        checks=checks or Checks(),
-    )
-
-
-def _check_layout(layout: Layout | None, architecture: Mellum2Architecture) -> None:
-    """Refuse a layout that the model cannot be split to; the checkpoint itself is the same for
-    all."""
-    if layout is None:
-        return
-    sequence = architecture.max_position_embeddings
-    layout.validate(architecture, world_size=layout.smallest_world_size, sequence_length=sequence)

@@ -7,15 +7,16 @@ that can be read, converted and written on its own. Import, export, validation a
 walk that list, so a weight can be neither forgotten nor converted twice.
 
 Sources of the layouts:
-  Megatron keys: ``sharded_state_dict`` of ``GPTModel`` (megatron-core 0.19.2). All layers share one
-  tensor with a leading layer axis (``transformer_block.py:760-785``), experts follow with an expert
-  axis (``moe/experts.py:912-954``), the MTP layer's ``mtp_model_layer`` is saved as
-  ``transformer_layer`` (``multi_token_prediction.py:1551-1558``).
-  Hugging Face names: the released checkpoints; fused experts are transformers' in-memory layout
-  (``transformers/models/mellum/modeling_mellum.py:278-284``, 5.23).
+  Megatron keys: ``sharded_state_dict`` of ``GPTModel`` (megatron-core 0.19.2, in
+    ``core/transformer/``). All layers share one tensor with a leading layer axis
+    (``transformer_block.py:760-785``). Experts follow with an expert axis
+    (``moe/experts.py:912-954``). The MTP layer's ``mtp_model_layer`` is saved as
+    ``transformer_layer`` (``multi_token_prediction.py:1551-1558``).
+  Hugging Face names: the released checkpoints. Fused experts are transformers' layout in memory
+    (``transformers/models/mellum/modeling_mellum.py:278-284``, 5.23).
 
-Shape letters: V vocabulary, H hidden, D head dimension, Q query heads * D, K key/value heads * D, E
-experts, F expert intermediate size, L layers.
+Shape letters: V vocabulary, H hidden size, D head dimension, Q query heads * D, K key/value heads *
+D, E experts, F expert intermediate size. ``Q+K+K H`` is a matrix of Q + 2K rows and H columns.
 """
 
 from __future__ import annotations
@@ -33,15 +34,14 @@ if TYPE_CHECKING:
 
 
 class Transform(Protocol):
-    """How the Hugging Face tensors of an entry become one Megatron slice, and back; both only move
-    bytes."""
+    """The relation of an entry's Hugging Face tensors to one Megatron slice; no value changes."""
 
     def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
-        """Return the Megatron slice made of ``parts``."""
+        """Return the Megatron slice made of ``parts``, which stand in the row's order."""
         ...
 
     def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
-        """Return the Hugging Face tensors a Megatron slice is made of, in the row's order."""
+        """Return the Hugging Face tensors of a Megatron slice, in the row's order."""
         ...
 
 
@@ -49,52 +49,59 @@ class Same:
     """One tensor, the same on both sides."""
 
     def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
+        """Return the only part itself: callers rely on it to save a copy and a hash."""
         return parts[0]
 
     def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
+        """Return the tensor itself: callers rely on it to save a copy and a hash."""
         return [tensor]
 
 
 class GroupedHeads:
     """q [Q, H], k [K, H], v [K, H] <-> linear_qkv [Q + 2K, H].
 
-    Megatron stores per key/value group: the group's query heads, its key head, its value head
-    (``megatron/core/transformer/attention.py``, ``get_query_key_value_tensors``).
+    Megatron's rows follow the key/value groups: the query heads of a group, its key head, its
+    value head, then the next group (``megatron/core/transformer/attention.py``,
+    ``get_query_key_value_tensors``, 0.19.2). Hugging Face has all query heads in ``q_proj``, all
+    key heads in ``k_proj``, all value heads in ``v_proj``.
     """
 
     def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
+        """Interleave q [Q, H], k [K, H] and v [K, H] by group; return a new [Q + 2K, H]."""
         import torch
 
         groups, hidden = architecture.num_key_value_heads, architecture.hidden_size
-        return torch.cat([part.reshape(groups, -1, hidden) for part in parts], dim=1).reshape(
-            -1, hidden
-        )
+        # Each [groups, rows of the group, H].
+        by_group = [part.reshape(groups, -1, hidden) for part in parts]
+        return torch.cat(by_group, dim=1).reshape(-1, hidden)
 
     def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
+        """Return q [Q, H], k [K, H] and v [K, H], the inverse of `join`."""
         import torch
 
-        groups, hidden, head = (
-            architecture.num_key_value_heads,
-            architecture.hidden_size,
-            architecture.head_dim,
-        )
+        groups, hidden = architecture.num_key_value_heads, architecture.hidden_size
+        head = architecture.head_dim
         queries = architecture.num_attention_heads // groups * head
-        parts = torch.split(
-            tensor.reshape(groups, queries + 2 * head, hidden), [queries, head, head], dim=1
-        )
+        by_group = tensor.reshape(groups, queries + 2 * head, hidden)
+        parts = torch.split(by_group, [queries, head, head], dim=1)
         return [part.reshape(-1, hidden) for part in parts]
 
 
 class StackedRows:
-    """gate [F, H], up [F, H] <-> linear_fc1 [2F, H]: Megatron's gated unit is ``act(first half) *
-    second half``."""
+    """gate [F, H], up [F, H] <-> linear_fc1 [2F, H].
+
+    Gate comes first: Megatron's gated unit is ``act(first half) * second half``
+    (``megatron/core/transformer/mlp.py``, 0.19.2).
+    """
 
     def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
+        """Return a new [2F, H]: the rows of gate [F, H], then those of up [F, H]."""
         import torch
 
         return torch.cat(parts, dim=0)
 
     def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
+        """Return gate [F, H] and up [F, H], views of ``tensor`` [2F, H]."""
         return list(tensor.chunk(2, dim=0))
 
 
@@ -103,10 +110,11 @@ class Row:
     """One kind of weight.
 
     Attributes:
-        megatron: Megatron key, below the row's place (see `PLACES`).
-        shape: shape letters of one layer's (and one expert's) Megatron slice.
-        huggingface: (name, shape letters) of the tensors it is made of, in the transform's order.
-        transform: how they relate.
+        megatron: Megatron key, after the prefix of its place (see `PLACES`).
+        shape: shape letters of the Megatron slice of one layer, and of one expert.
+        huggingface: name, after the place's prefix, and shape letters of each Hugging Face tensor,
+            in the transform's order.
+        transform: relation of the two sides.
     """
 
     megatron: str
@@ -116,12 +124,13 @@ class Row:
 
     @property
     def per_expert(self) -> bool:
+        """Whether the Megatron tensor has an expert axis."""
         return "{expert}" in self.huggingface[0][0]
 
     @property
     def padded_vocabulary(self) -> bool:
-        """Megatron may store more rows than the vocabulary has (``--make-vocab-size-divisible-by``
-        times TP)."""
+        """Whether Megatron may store more rows than the vocabulary has, up to a multiple of
+        ``--make-vocab-size-divisible-by`` times the tensor-parallel size."""
         return self.shape.startswith("V")
 
 
@@ -178,17 +187,38 @@ MTP = (
     _row("mtp.layers.0.final_layernorm.weight", "H", ("mtp.norm.weight", "H")),
 )
 
-# transformers' in-memory experts: (suffix, (released suffix, rows) of each expert's slice). Rows
-# are in units of F.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedRow:
+    """One of transformers' fused expert tensors, which holds the released tensors of all experts.
+
+    Attributes:
+        name: Hugging Face name, after the place's prefix.
+        shape: shape letters, the expert axis first.
+        parts: released projections of one expert, stacked along the second axis in this order.
+        part_shape: shape letters of each part.
+    """
+
+    name: str
+    shape: str
+    parts: tuple[str, ...]
+    part_shape: str
+
+
 FUSED_EXPERTS = (
-    ("mlp.experts.gate_up_proj", "E F+F H", (("gate_proj", 0, "F H"), ("up_proj", 1, "F H"))),
-    ("mlp.experts.down_proj", "E H F", (("down_proj", None, "H F"),)),
+    FusedRow(
+        name="mlp.experts.gate_up_proj",
+        shape="E F+F H",
+        parts=("gate_proj", "up_proj"),
+        part_shape="F H",
+    ),
+    FusedRow(name="mlp.experts.down_proj", shape="E H F", parts=("down_proj",), part_shape="H F"),
 )
 
 
-# Modules whose ``_extra_state`` object Megatron's load asks for and fails without, empty as it is
-# outside FP8: the linears of either backend, and with Transformer Engine the norms too. {expert}:
-# one per expert.
+# Modules whose ``_extra_state`` object Megatron's load requires, though it is empty outside FP8:
+# the linears of either backend, and with Transformer Engine the norms too. {expert}: one per
+# expert.
 LAYER_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -206,8 +236,16 @@ MTP_STATES = tuple(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a group of rows sits: its prefixes, and whether its Megatron tensors carry a layer
-    axis."""
+    """A part of the model and the rows of its weights.
+
+    Attributes:
+        rows: the rows, in the order of the model.
+        states: modules with an ``_extra_state``, after the prefix.
+        megatron: prefix of the rows' Megatron keys.
+        huggingface: prefix of the rows' Hugging Face names.
+        layer_axis: whether the Megatron tensors have a leading layer axis.
+        mtp: whether it belongs to the MTP head, which a model may lack.
+    """
 
     rows: tuple[Row, ...]
     states: tuple[str, ...] = ()
@@ -250,12 +288,14 @@ class Entry:
 
     Attributes:
         key: Megatron key.
-        global_shape: the whole Megatron tensor, leading layer and expert axes included.
+        global_shape: shape of the whole Megatron tensor, leading layer and expert axes included.
         index: position on the leading axes: (), (layer,), (expert,) or (layer, expert).
-        shape: the slice at ``index``.
+        shape: shape of the slice at ``index``.
         sources: the Hugging Face tensors, in the transform's order.
-        group: entries with the same number belong together (one file): embedding, each layer, head,
-            MTP.
+        transform: relation of the slice to the sources.
+        padded_vocabulary: whether the Megatron tensor may have more rows than the slice.
+        group: number of the part of the model, in order: embedding, each layer, final norm and
+            head, MTP layer, other MTP weights. An import writes one file per group.
     """
 
     key: str
@@ -274,25 +314,26 @@ class Entry:
 
     @property
     def extent(self) -> Shape:
-        """Size of the slice in the whole tensor's axes: ones on the leading axes, then
+        """Size of the slice per axis of the whole tensor: ones on the leading axes, then
         ``shape``."""
         return (1,) * len(self.index) + self.shape
 
     @property
     def label(self) -> str:
-        """``decoder.layers.mlp.router.weight[3]``."""
+        """Key and index: ``decoder.layers.mlp.router.weight[3]``."""
         return f"{self.key}[{','.join(map(str, self.index))}]" if self.index else self.key
 
 
 def derive(architecture: Mellum2Architecture) -> list[Entry]:
     """Expand the table for ``architecture``.
 
-    Returns entries in the order a model is laid out: embedding, layers, final norm and head, MTP.
-    Together they cover every Megatron tensor exactly and name every Hugging Face tensor once.
+    Returns:
+        Entries in the order of the model: embedding, layers, final norm and head, MTP. Together
+        they cover every Megatron tensor exactly and name every Hugging Face tensor once.
 
     Raises:
-        ValueError: the table itself is inconsistent (a name twice, a Megatron slice twice); a
-            programming error.
+        ValueError: the table itself names a Hugging Face tensor or a Megatron slice twice, which
+            is a programming error.
     """
     entries = list(_expand(architecture))
     _check_once([(entry.key, entry.index) for entry in entries], "Megatron slice")
@@ -303,42 +344,46 @@ def derive(architecture: Mellum2Architecture) -> list[Entry]:
 
 
 def megatron_shapes(entries: list[Entry]) -> dict[str, Shape]:
-    """Return every Megatron key with its whole shape."""
+    """Return the shape of every Megatron tensor by key."""
     return {entry.key: entry.global_shape for entry in entries}
 
 
 def huggingface_shapes(entries: list[Entry]) -> dict[str, Shape]:
-    """Return every released Hugging Face tensor name with its shape."""
+    """Return the shape of every released Hugging Face tensor by name."""
     return {source.name: source.shape for entry in entries for source in entry.sources}
 
 
 def extra_states(architecture: Mellum2Architecture) -> list[str]:
-    """Return the key of every ``_extra_state`` object, as ``ShardedObject.unique_key`` spells it.
+    """Return the key of every ``_extra_state`` object, in the form of ``ShardedObject.unique_key``.
 
     ``decoder.layers.self_attention.linear_qkv._extra_state/shard_3_28``: layer 3 of 28;
     ``shard_3.17_28.64`` for its expert 17 of 64; ``shard_0_1`` where there is one
-    (``megatron/core/transformer/utils.py:218-233``).
+    (``megatron/core/transformer/utils.py:218-233``, 0.19.2).
     """
     keys = []
     for layer, place in _places(architecture):
-        leading = [(layer, architecture.num_hidden_layers)] if place.layer_axis else []
         for module in place.states:
             per_expert = "{expert}" in module
+            prefix = f"{place.megatron}{module.format(expert='')}._extra_state/shard"
             for expert in range(architecture.num_experts if per_expert else 1):
-                axes = (
-                    [*leading, (expert, architecture.num_experts)] if per_expert else leading
-                ) or [(0, 1)]
-                offset, shape = (".".join(map(str, axis)) for axis in zip(*axes, strict=True))
-                keys.append(
-                    f"{place.megatron}{module.format(expert='')}._extra_state/shard_{offset}_{shape}"
-                )
+                axes = _leading_axes(architecture, place, layer, expert if per_expert else None)
+                axes = axes or [Axis(index=0, size=1)]
+                indices = ".".join(str(axis.index) for axis in axes)
+                sizes = ".".join(str(axis.size) for axis in axes)
+                keys.append(f"{prefix}_{indices}_{sizes}")
     return keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedSlice:
-    """Where a released expert tensor lies inside transformers' fused one: ``fused[expert,
-    rows]``."""
+    """The place of a released expert tensor inside transformers' fused one: ``fused[expert,
+    rows]``.
+
+    Attributes:
+        name: name of the fused tensor.
+        expert: position on its first axis.
+        rows: positions on its second axis.
+    """
 
     name: str
     expert: int
@@ -347,7 +392,13 @@ class FusedSlice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedTensor:
-    """One fused expert tensor, and the released tensors it holds."""
+    """One fused expert tensor.
+
+    Attributes:
+        name: Hugging Face name.
+        shape: shape, the expert axis first.
+        slices: place of each released tensor it holds, by released name.
+    """
 
     name: str
     shape: Shape
@@ -356,33 +407,27 @@ class FusedTensor:
 
 def fused_experts(architecture: Mellum2Architecture) -> dict[str, FusedTensor]:
     """Return the fused expert tensors ``[E, ...]`` that may stand in for the released, unfused
-    ones."""
-    places = [
-        place.huggingface.format(layer=layer)
-        for layer, place in _places(architecture)
-        if place.rows is LAYER
-    ]
+    ones, by name."""
     sizes = _sizes(architecture)
     fused = {}
-    for prefix in places:
-        for suffix, shape, parts in FUSED_EXPERTS:
-            name = prefix + suffix
+    for layer, place in _places(architecture):
+        if place.rows is not LAYER:
+            continue
+        prefix = place.huggingface.format(layer=layer)
+        for row in FUSED_EXPERTS:
+            name, height = prefix + row.name, _shape(row.part_shape, sizes)[0]
             slices = {}
             for expert in range(architecture.num_experts):
-                for part, half, part_shape in parts:
-                    rows = _shape(part_shape, sizes)[0]
-                    where = (
-                        slice(0, rows) if half is None else slice(half * rows, (half + 1) * rows)
-                    )
+                for number, part in enumerate(row.parts):
                     released = f"{prefix}mlp.experts.{expert}.{part}.weight"
-                    slices[released] = FusedSlice(name=name, expert=expert, rows=where)
-            fused[name] = FusedTensor(name=name, shape=_shape(shape, sizes), slices=slices)
+                    rows = slice(number * height, (number + 1) * height)
+                    slices[released] = FusedSlice(name=name, expert=expert, rows=rows)
+            fused[name] = FusedTensor(name=name, shape=_shape(row.shape, sizes), slices=slices)
     return fused
 
 
 def _places(architecture: Mellum2Architecture) -> Iterator[tuple[int, Place]]:
-    """Yield every (layer, place) of the model in order; the layer is 0 where there is no layer
-    axis."""
+    """Yield every layer and place of the model in order; the layer is 0 without a layer axis."""
     for place in PLACES:
         if place.mtp and not architecture.num_mtp_layers:
             continue
@@ -390,26 +435,48 @@ def _places(architecture: Mellum2Architecture) -> Iterator[tuple[int, Place]]:
             yield layer, place
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """A leading axis of a Megatron tensor, and a slice's position on it."""
+
+    index: int
+    size: int
+
+
+def _leading_axes(
+    architecture: Mellum2Architecture, place: Place, layer: int, expert: int | None
+) -> list[Axis]:
+    """Return the leading axes of a tensor or object in ``place``; ``expert`` is None where it has
+    no expert axis."""
+    axes = []
+    if place.layer_axis:
+        axes.append(Axis(index=layer, size=architecture.num_hidden_layers))
+    if expert is not None:
+        axes.append(Axis(index=expert, size=architecture.num_experts))
+    return axes
+
+
 def _expand(architecture: Mellum2Architecture) -> Iterator[Entry]:
+    """Yield an entry for each layer and expert of each row."""
     sizes = _sizes(architecture)
     for group, (layer, place) in enumerate(_places(architecture)):
         for row in place.rows:
-            leading = [(architecture.num_hidden_layers, layer)] if place.layer_axis else []
             shape = _shape(row.shape, sizes)
             for expert in range(architecture.num_experts if row.per_expert else 1):
-                axes = [*leading, (architecture.num_experts, expert)] if row.per_expert else leading
+                axes = _leading_axes(architecture, place, layer, expert if row.per_expert else None)
+                sources = tuple(
+                    Source(
+                        name=(place.huggingface + name).format(layer=layer, expert=expert),
+                        shape=_shape(letters, sizes),
+                    )
+                    for name, letters in row.huggingface
+                )
                 yield Entry(
                     key=place.megatron + row.megatron,
-                    global_shape=tuple(size for size, _ in axes) + shape,
-                    index=tuple(index for _, index in axes),
+                    global_shape=tuple(axis.size for axis in axes) + shape,
+                    index=tuple(axis.index for axis in axes),
                     shape=shape,
-                    sources=tuple(
-                        Source(
-                            name=(place.huggingface + name).format(layer=layer, expert=expert),
-                            shape=_shape(letters, sizes),
-                        )
-                        for name, letters in row.huggingface
-                    ),
+                    sources=sources,
                     transform=row.transform,
                     padded_vocabulary=row.padded_vocabulary,
                     group=group,
@@ -417,6 +484,7 @@ def _expand(architecture: Mellum2Architecture) -> Iterator[Entry]:
 
 
 def _sizes(architecture: Mellum2Architecture) -> dict[str, int]:
+    """Return the size behind each shape letter."""
     return {
         "V": architecture.vocab_size,
         "H": architecture.hidden_size,
@@ -429,11 +497,12 @@ def _sizes(architecture: Mellum2Architecture) -> dict[str, int]:
 
 
 def _shape(letters: str, sizes: dict[str, int]) -> Shape:
-    """``"Q+K+K H"`` -> (Q + 2K, H)."""
+    """Return the shape that ``letters`` spell: ``"Q+K+K H"`` -> (Q + 2K, H)."""
     return tuple(sum(sizes[letter] for letter in axis.split("+")) for axis in letters.split())
 
 
 def _check_once(names: Iterable[object], what: str) -> None:
+    """Raise ValueError if a name appears twice."""
     seen: set[object] = set()
     for name in names:
         if name in seen:

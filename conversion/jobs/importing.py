@@ -1,22 +1,27 @@
-"""The import job: a Hugging Face folder becomes a Megatron checkpoint, one file a layer."""
+"""The import job: a Hugging Face folder becomes a Megatron checkpoint, one file per layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conversion.huggingface.folder import HfFolder, dtype_name
 from conversion.huggingface.writer import copy_generation_config, copy_tokenizer
-from conversion.jobs.job import Checks, Job, Unit, entry_bytes, records_of
+from conversion.jobs.job import (
+    ConversionJob,
+    ConversionRequest,
+    ConversionUnit,
+    Progress,
+    entry_bytes,
+    records_of,
+)
 from conversion.jobs.reports import ConversionReport
 from conversion.jobs.weights_manifest import Manifest, WeightRecord, write_manifest
-from conversion.mapping import Entry, Same, extra_states, huggingface_shapes
+from conversion.mapping import Entry, Same, extra_states
 from conversion.torch_dist.hashed_files import without_crc32
 from conversion.torch_dist.writer import Chunk, TorchDistWriter, Written, group_file
 from mellum2_megatron.checkpoint.bridge_config import write_run_config
@@ -27,9 +32,8 @@ from mellum2_megatron.checkpoint.folder import (
     write_tracker,
 )
 
-# What Megatron's load of a release looks at (training/checkpointing.py:load_checkpoint, 0.19.2):
-# version 3 keeps it from reordering linear_qkv; the content metadata names the key layout written
-# here.
+# Read by Megatron's load of a release (training/checkpointing.py:load_checkpoint, 0.19.2). Version
+# 3 keeps it from reordering linear_qkv; the content metadata names the key layout written here.
 COMMON_STATE = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -37,107 +41,92 @@ COMMON_STATE = {
 }
 
 
-class ImportJob(Job):
-    """Import ``source`` in ``dtype``, or as it is when None."""
+class ImportJob(ConversionJob):
+    """Import of ``hf``. A unit is one group of entries: embedding, a layer, head or MTP."""
 
     kind = "import"
 
-    def __init__(
-        self,
-        source: HfFolder,
-        target: Path,
-        dtype: torch.dtype | None,
-        *,
-        workers: int,
-        overwrite: bool,
-        checks: Checks,
-    ) -> None:
-        super().__init__(target, workers=workers, overwrite=overwrite, checks=checks)
-        self.source, self.architecture = source.path, source.architecture
-        self.dtype = dtype or source.dtype
-        self.manifest = Manifest.of_folder(source.path) if self.checks.hashes else None
-        if self.manifest is not None:
-            self.manifest.check_table(huggingface_shapes(source.entries), source.dtype)
-        self._hf = source
-        self._groups = [
-            tuple(group) for _, group in groupby(source.entries, key=lambda entry: entry.group)
-        ]
-        self._records: list[list[WeightRecord]] = [[] for _ in self._groups]
+    def __init__(self, hf: HfFolder, request: ConversionRequest) -> None:
+        super().__init__(request)
+        self.source, self.source_files = hf.path, hf.files
+        self.architecture = hf.architecture
+        self.dtype = request.dtype or hf.dtype
+        self._hf = hf
+        self._manifest = Manifest.of_hf_folder(hf) if request.checks.hashes else None
+        self.has_manifest = self._manifest is not None
+        groups = [tuple(group) for _, group in groupby(hf.entries, key=lambda entry: entry.group)]
         self.units = [
-            Unit(
+            ConversionUnit(
                 name=str(number),
                 file=f"{RELEASE}/{group_file(number)}",
                 entries=group,
                 nbytes=entry_bytes(group, self.dtype),
                 peak=max(self._peak(entry) for entry in group),
             )
-            for number, group in enumerate(self._groups)
+            for number, group in enumerate(groups)
         ]
 
-    def source_files(self) -> Iterable[Path]:
-        return self._hf.files
-
     def run(self) -> ConversionReport:
+        # torch's switch is process-wide, so it is set around all workers rather than in each.
         with without_crc32():
             return super().run()
 
-    def prepare(self) -> None:
-        release = self.folder / RELEASE
-        release.mkdir(exist_ok=True)
+    def prepare(self, folder: Path) -> None:
+        (folder / RELEASE).mkdir(exist_ok=True)
         self._writer = TorchDistWriter(
-            release,
-            [
-                [self._chunk(entry, records) for entry in group]
-                for group, records in zip(self._groups, self._records, strict=True)
-            ],
+            folder / RELEASE,
+            [[Chunk.of_entry(entry, self.dtype) for entry in unit.entries] for unit in self.units],
             common=COMMON_STATE,
             empty_states=extra_states(self.architecture),
         )
 
-    def convert(self, unit: Unit) -> tuple[dict[str, Any], int]:
-        number = int(unit.name)
-        written = self._writer.write_group(number)
-        records = [asdict(record) for record in self._records[number]]
-        return {"records": records, "written": asdict(written)}, written.file.size
+    def convert(
+        self, unit: ConversionUnit, folder: Path, progress: Progress
+    ) -> tuple[dict[str, Any], int]:
+        """Write one ``.distcp`` file: read, check, join, hash and write each entry in turn."""
+        records = []
+        with self._writer.open_group(int(unit.name)) as group:
+            for entry in unit.entries:
+                parts = [
+                    self.request.checks.apply(
+                        source.name,
+                        self._hf.tensor(source.name),
+                        manifest=self._manifest,
+                        dtype=self.dtype,
+                    )
+                    for source in entry.sources
+                ]
+                tensor = entry.transform.join([part.tensor for part in parts], self.architecture)
+                # A single part that is joined to itself was hashed by its check: a second pass
+                # over half of the model's bytes is saved.
+                checked = parts[0].record if tensor is parts[0].tensor else None
+                if checked is not None:
+                    records.append(replace(checked, name=entry.label))
+                else:
+                    records.append(WeightRecord.of(entry.label, tensor))
+                del parts  # one copy in memory while it is written, not two
+                group.write(entry.key, entry.offset, tensor)
+                progress(tensor.nbytes)
+                del tensor  # before the parts of the next entry are read
+        payload = {
+            "records": [asdict(record) for record in records],
+            "written": asdict(group.written),
+        }
+        return payload, group.written.file.size
 
-    def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
-        write_manifest(self.folder / RELEASE, records_of(payloads))
-        write_run_config(self.folder / RELEASE, self.architecture, dtype_name(self.dtype))
+    def finish(self, folder: Path, payloads: Sequence[dict[str, Any]]) -> None:
+        # The writer's `finish` hashes every file of the folder, so the files that lie beside the
+        # weights come first.
+        write_manifest(folder / RELEASE, records_of(payloads))
+        write_run_config(folder / RELEASE, self.architecture, dtype_name(self.dtype))
         self._writer.finish([Written.from_dict(payload["written"]) for payload in payloads])
-        write_architecture(self.folder, self.architecture)
-        copy_tokenizer(self.source, self.folder / TOKENIZER_FOLDER)
-        copy_generation_config(self.source, self.folder)
-        write_tracker(self.folder, None)
-
-    def _chunk(self, entry: Entry, records: list[WeightRecord]) -> Chunk:
-        def produce() -> torch.Tensor:
-            parts, record = [], None
-            for part in entry.sources:
-                tensor, record = self.read_checked(
-                    part.name, self._hf.tensor(part.name), self.manifest
-                )
-                parts.append(tensor)
-            whole = entry.transform.join(parts, self.architecture)
-            same = record is not None and whole is parts[-1]
-            records.append(
-                replace(record, name=entry.label)
-                if record and same
-                else WeightRecord.of(entry.label, whole)
-            )
-            self.passed(whole.nbytes)
-            return whole
-
-        return Chunk(
-            key=entry.key,
-            global_shape=entry.global_shape,
-            offset=entry.offset,
-            extent=entry.extent,
-            dtype=self.dtype,
-            produce=produce,
-        )
+        write_architecture(folder, self.architecture)
+        copy_tokenizer(self.source, folder / TOKENIZER_FOLDER)
+        copy_generation_config(self.source, folder)
+        write_tracker(folder, None)
 
     def _peak(self, entry: Entry) -> int:
-        """The parts, converted where that is asked for, joined where there are several."""
+        """Most bytes in memory for ``entry``: its parts as read, as converted, and joined."""
         converted = self.dtype.itemsize if self.dtype != self._hf.dtype else 0
         joined = 0 if isinstance(entry.transform, Same) else self.dtype.itemsize
         return math.prod(entry.shape) * (self._hf.dtype.itemsize + converted + joined)

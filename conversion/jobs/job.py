@@ -1,11 +1,17 @@
-"""What import and export share: units of work, done by workers, continued after an interruption,
-checked on the way."""
+"""The engine of every conversion: one description that `ConversionJob.plan` reports and
+`ConversionJob.run` carries out.
+
+A conversion's own module tells the way of its tensors from file to file, in one function:
+`importing.ImportJob.convert`, `exporting.ExportJob.convert`, `mtp_stitching.StitchJob.convert`.
+This module knows no tensor. It shares out units to workers, counts progress, keeps finished units
+for the next attempt and turns the result into a report.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -16,34 +22,78 @@ from typing import Any
 import psutil
 import torch
 
-from conversion.huggingface.folder import dtype_name
+from conversion.huggingface.folder import dtype_name, torch_dtype
 from conversion.jobs.reports import ConversionPlan, ConversionReport
 from conversion.jobs.result_folder import (
-    PartialResult,
     check_space,
     check_target,
     finished_units,
     result_folder,
 )
-from conversion.jobs.weights_manifest import Manifest, WeightRecord
-from conversion.jobs.workers import Stop, run_units
+from conversion.jobs.tensor_checks import TensorChecks
+from conversion.jobs.weights_manifest import WeightRecord
+from conversion.jobs.workers import Stop, run_units, worker_count
 from conversion.mapping import Entry
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.byte_progress import byte_progress
-from mellum2_megatron.common.errors import InputError
 
-logger = logging.getLogger(__name__)
+Progress = Callable[[int], None]
+"""To be called with the bytes of each tensor once it is converted; raises CancelledError when
+another unit has failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """Entries that one worker converts into one file, or one part of a file.
+class ConversionRequest:
+    """The caller's wishes, the same for every kind of conversion.
 
     Attributes:
-        name: unique in its job.
-        file: file of the result, relative to it.
-        nbytes: size of its tensors when written.
-        peak: bytes in memory at most while it is converted.
+        target: folder to write.
+        dtype: dtype of the result; None: the source's own.
+        overwrite: replace an earlier result.
+        workers: units converted at a time.
+        checks: checks of each tensor.
+    """
+
+    target: Path
+    dtype: torch.dtype | None
+    overwrite: bool
+    workers: int
+    checks: TensorChecks
+
+    @classmethod
+    def of(
+        cls,
+        target: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        overwrite: bool = False,
+        workers: int | None = None,
+        checks: TensorChecks | None = None,
+    ) -> ConversionRequest:
+        """Return the request with its defaults filled in.
+
+        Raises:
+            InputError: an unknown dtype, or fewer workers than one.
+        """
+        return cls(
+            target=Path(target),
+            dtype=torch_dtype(dtype) if dtype is not None else None,
+            overwrite=overwrite,
+            workers=worker_count(workers),
+            checks=checks or TensorChecks(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionUnit:
+    """Entries that one worker converts into one file, or into one part of a file.
+
+    Attributes:
+        name: name in the journal, unique in its job.
+        file: file of the result, relative to the result's folder.
+        entries: entries of the mapping table, in the order they are written.
+        nbytes: bytes of the written tensors.
+        peak: most bytes of tensors in memory during the conversion.
     """
 
     name: str
@@ -53,97 +103,133 @@ class Unit:
     peak: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checks:
-    """What is looked at while weights pass."""
+class ConversionJob(ABC):
+    """One conversion, described; `plan` reports it and `run` carries it out.
 
-    hashes: bool = True
-    allow_nonfinite: bool = False
-
-
-class Job(ABC):
-    """One conversion, planned; `run` does it.
+    A subclass sets the attributes in its constructor, without reading weights, and carries out
+    three steps: `prepare` once, `convert` for each unit in any thread, `finish` once.
 
     Attributes:
         kind: ``import``, ``export`` or ``stitch-mtp``.
-        source: folder that is read.
-        target: folder to write.
-        architecture: of what is written.
-        dtype: of what is written.
-        units: all of the work.
-        manifest: the source's, when it has one and hashes are checked.
-        folder: where the result grows, while `run` runs.
+        request: the caller's wishes.
+        source: folder to read.
+        source_files: files of the source; a change of one makes this another conversion.
+        architecture: architecture of the result.
+        dtype: dtype of the result.
+        units: all of the work, in the order of the result.
+        has_manifest: whether tensors are compared with a manifest of the source.
     """
 
     kind: str
     source: Path
+    source_files: Sequence[Path]
     architecture: Mellum2Architecture
     dtype: torch.dtype
-    units: list[Unit]
-    manifest: Manifest | None
-    folder: Path
+    units: Sequence[ConversionUnit]
+    has_manifest: bool
 
-    def __init__(self, target: Path, *, workers: int, overwrite: bool, checks: Checks) -> None:
-        self.target = target
-        self.workers = workers
-        self.overwrite = overwrite
-        self.checks = checks
-        self._stop = Stop()
-        self._advance: Callable[[int], None] = lambda nbytes: None
+    def __init__(self, request: ConversionRequest) -> None:
+        self.request = request
 
     @abstractmethod
-    def source_files(self) -> Iterable[Path]:
-        """The files whose change makes this another conversion."""
+    def prepare(self, folder: Path) -> None:
+        """Create in ``folder`` whatever units write into; an earlier attempt may have left parts
+        of it, which are kept."""
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Make in ``folder`` what units write into; parts of it may be there from an earlier
-        attempt."""
+    def convert(
+        self, unit: ConversionUnit, folder: Path, progress: Progress
+    ) -> tuple[dict[str, Any], int]:
+        """Write ``unit`` to the disk.
+
+        Returns:
+            The unit's payload for `finish`, of JSON values, and the least size of its file in
+            bytes.
+        """
 
     @abstractmethod
-    def convert(self, unit: Unit) -> tuple[dict[str, Any], int]:
-        """Write ``unit`` to the disk; return what `finish` needs of it, and the size its file has
-        at least."""
-
-    @abstractmethod
-    def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
-        """Write what makes ``folder`` complete, given the payload of every unit."""
+    def finish(self, folder: Path, payloads: Sequence[dict[str, Any]]) -> None:
+        """Complete ``folder``, given the payload of every unit in the order of `units`."""
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors written."""
         return sum(unit.nbytes for unit in self.units)
 
     @property
     def tensors(self) -> int:
+        """Number of Hugging Face tensors converted."""
         return sum(len(entry.sources) for unit in self.units for entry in unit.entries)
 
-    def run(self) -> ConversionReport:
-        """Convert.
+    def plan(self) -> ConversionPlan:
+        """Return the plan of `run`; reads no weight and writes nothing.
 
         Raises:
-            InputError: the target cannot be used, or a weight fails a check; nothing was left.
-            WorkError: writing failed; finished units wait to be continued.
+            InputError: the target cannot be used.
+            WorkError: the disk is too full.
+        """
+        target, workers = self.request.target, self.request.workers
+        check_target(target, self.source, self.request.overwrite)
+        done = finished_units(target, self._identity())
+        free = check_space(target, sum(unit.nbytes for unit in self.units if unit.name not in done))
+        files: dict[str, int] = {}
+        for unit in self.units:
+            files[unit.file] = files.get(unit.file, 0) + unit.nbytes
+        # At worst the largest units meet: one in each worker.
+        peaks = sorted((unit.peak for unit in self.units), reverse=True)
+        return ConversionPlan(
+            kind=self.kind,
+            source=self.source,
+            target=target,
+            dtype=dtype_name(self.dtype),
+            tensors=self.tensors,
+            nbytes=self.nbytes,
+            files=tuple(files.items()),
+            workers=workers,
+            peak_memory=sum(peaks[:workers]),
+            process_memory=psutil.Process().memory_info().rss,
+            free=free,
+            continued=(len(done), len(self.units)),
+            hashes=self.has_manifest,
+            replaces=target.is_dir() and any(target.iterdir()),
+        )
+
+    def run(self) -> ConversionReport:
+        """Convert, or resume the conversion that an earlier attempt has left.
+
+        Raises:
+            InputError: the target cannot be used, or a weight fails a check; nothing is left.
+            WorkError: writing failed; finished units are kept for the next attempt.
         """
         start = time.monotonic()
-        sizes = {unit.name: unit.nbytes for unit in self.units}
+        stop = Stop()
         with result_folder(
-            self.target,
+            self.request.target,
             source=self.source,
-            units=sizes,
-            overwrite=self.overwrite,
+            units={unit.name: unit.nbytes for unit in self.units},
+            overwrite=self.request.overwrite,
             identity=self._identity(),
         ) as result:
-            self.folder = result.folder
-            self.prepare()
+            self.prepare(result.folder)
             todo = [unit for unit in self.units if unit.name not in result.done]
-            done = self.nbytes - sum(unit.nbytes for unit in todo)
-            with byte_progress(self.kind, self.nbytes, done=done) as self._advance:
-                run_units(
-                    todo, lambda unit: self._do(unit, result), workers=self.workers, stop=self._stop
-                )
-            self.finish([result.done[unit.name] for unit in self.units])
+            already = self.nbytes - sum(unit.nbytes for unit in todo)
+            with byte_progress(self.kind, self.nbytes, done=already) as advance:
+
+                def progress(nbytes: int) -> None:
+                    advance(nbytes)
+                    stop.check()
+
+                def work(unit: ConversionUnit) -> None:
+                    stop.check()
+                    payload, size = self.convert(unit, result.folder, progress)
+                    # After `convert`, which has forced the unit to the disk: the journal never
+                    # lists what a power failure could take back.
+                    result.mark(unit.name, payload, {unit.file: size})
+
+                run_units(todo, work, workers=self.request.workers, stop=stop)
+            self.finish(result.folder, [result.done[unit.name] for unit in self.units])
         return ConversionReport(
-            path=self.target,
+            path=self.request.target,
             architecture=self.architecture,
             dtype=dtype_name(self.dtype),
             tensors=self.tensors,
@@ -151,98 +237,27 @@ class Job(ABC):
             seconds=time.monotonic() - start,
         )
 
-    def plan(self) -> ConversionPlan:
-        """Say what `run` would do, and refuse what it would refuse before reading weights; touches
-        nothing."""
-        check_target(self.target, self.source, self.overwrite)
-        done = finished_units(self.target, self._identity())
-        free = check_space(
-            self.target, sum(unit.nbytes for unit in self.units if unit.name not in done)
-        )
-        files: dict[str, int] = {}
-        for unit in self.units:
-            files[unit.file] = files.get(unit.file, 0) + unit.nbytes
-        peaks = sorted((unit.peak for unit in self.units), reverse=True)
-        return ConversionPlan(
-            kind=self.kind,
-            source=self.source,
-            target=self.target,
-            dtype=dtype_name(self.dtype),
-            tensors=self.tensors,
-            nbytes=self.nbytes,
-            files=tuple(files.items()),
-            workers=self.workers,
-            peak_memory=sum(peaks[: self.workers]),
-            process_memory=psutil.Process().memory_info().rss,
-            free=free,
-            continued=(len(done), len(self.units)),
-            hashes=self.manifest is not None,
-            replaces=self.target.is_dir() and any(self.target.iterdir()),
-        )
-
-    def passed(self, nbytes: int) -> None:
-        """Count progress; ends this worker when another has failed."""
-        self._advance(nbytes)
-        self._stop.check()
-
-    def read_checked(
-        self, name: str, tensor: torch.Tensor, manifest: Manifest | None
-    ) -> tuple[torch.Tensor, WeightRecord | None]:
-        """Check a source tensor and return it in the wanted dtype, and its record if that needed no
-        conversion."""
-        record = None
-        if manifest is not None:
-            record = WeightRecord.of(name, tensor)
-            manifest.check(record)
-        self._check_finite(
-            name, tensor, "a model's weights are numbers", "use an earlier or another checkpoint"
-        )
-        if tensor.dtype == self.dtype:
-            return tensor, record
-        converted = tensor.to(self.dtype)
-        if not self.checks.allow_nonfinite:
-            wanted = dtype_name(self.dtype)
-            self._check_finite(
-                name, converted, f"they overflow {wanted}", "convert to bfloat16 or float32"
-            )
-        return converted, None
-
-    def _check_finite(self, name: str, tensor: torch.Tensor, rule: str, fix: str) -> None:
-        low, high = torch.aminmax(tensor)  # one fast pass; NaN propagates
-        if torch.isfinite(low) and torch.isfinite(high):
-            return
-        count = int((~torch.isfinite(tensor)).sum())
-        found = f"tensor {name!r} has {count} of {tensor.numel()} values NaN or infinite"
-        if not self.checks.allow_nonfinite:
-            raise InputError(
-                found, rule=rule, fix=f"{fix}, or pass --allow-nonfinite to convert it as it is"
-            )
-        logger.warning("%s", found)
-
-    def _do(self, unit: Unit, result: PartialResult) -> None:
-        self._stop.check()
-        payload, size = self.convert(unit)
-        result.mark(unit.name, payload, {unit.file: size})
-
     def _identity(self) -> dict[str, Any]:
-        files = {str(path): path.stat() for path in self.source_files()}
+        """Everything that the written bytes depend on; a partial result of any other identity is
+        discarded."""
+        stats = {str(path): path.stat() for path in self.source_files}
         return {
             "conversion": self.kind,
             "version": importlib.metadata.version("mellum2-megatron"),
             "source": str(self.source.resolve()),
-            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
             "dtype": dtype_name(self.dtype),
-            "checks": asdict(self.checks),
+            "checks": asdict(self.request.checks),
             "units": {unit.name: unit.nbytes for unit in self.units},
             "architecture": self.architecture.to_dict(),
         }
 
 
 def records_of(payloads: Iterable[dict[str, Any]]) -> list[WeightRecord]:
-    """The records in the payloads of units."""
+    """Return the records in the payloads of units."""
     return [WeightRecord.from_dict(values) for payload in payloads for values in payload["records"]]
 
 
 def entry_bytes(entries: Iterable[Entry], dtype: torch.dtype) -> int:
-    """Size of the entries' tensors in ``dtype``."""
+    """Return the bytes of the entries' tensors in ``dtype``."""
     return sum(math.prod(entry.shape) for entry in entries) * dtype.itemsize

@@ -1,9 +1,9 @@
-"""The stitch job: a Hugging Face folder that lost its MTP head gets it from another one."""
+"""The stitch job: a Hugging Face folder that lost its MTP head gets one from another folder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 
 from conversion.huggingface.folder import HfFolder, dtype_name
 from conversion.huggingface.writer import copy_generation_config, copy_tokenizer
-from conversion.jobs.job import Checks
-from conversion.jobs.safetensors_job import SafetensorsJob
-from conversion.jobs.weights_manifest import Manifest, WeightRecord
-from conversion.mapping import Entry, huggingface_shapes
+from conversion.jobs.job import ConversionJob, ConversionRequest, ConversionUnit, Progress
+from conversion.jobs.safetensors_result import SafetensorsResult
+from conversion.jobs.weights_manifest import Manifest
+from conversion.mapping import Entry
 from mellum2_megatron.common.errors import InputError
 
-# What does not change what the trunk's hidden states mean to the head.
+# Fields of the architecture that may differ between the two folders: none of them changes the
+# meaning of the trunk's hidden states, which are the head's input.
 _MAY_DIFFER = {
     "num_mtp_layers",
     "mtp_layer_types",
@@ -28,25 +29,19 @@ _MAY_DIFFER = {
     "eos_token_id",
     "pad_token_id",
 }
-_MTP = "mtp."
 
 
-class StitchJob(SafetensorsJob):
-    """Write ``trunk``'s tensors and ``head``'s ``mtp.*`` as one model."""
+class StitchJob(ConversionJob):
+    """One model of ``trunk``'s tensors and ``head``'s ``mtp.*``, in ``trunk``'s dtype.
+
+    Raises:
+        InputError: ``head`` has no MTP head, is another model, or is the target.
+    """
 
     kind = "stitch-mtp"
 
-    def __init__(
-        self,
-        head: HfFolder,
-        trunk: HfFolder,
-        target: Path,
-        *,
-        workers: int,
-        overwrite: bool,
-        checks: Checks,
-    ) -> None:
-        super().__init__(target, workers=workers, overwrite=overwrite, checks=checks)
+    def __init__(self, head: HfFolder, trunk: HfFolder, request: ConversionRequest) -> None:
+        super().__init__(request)
         if not head.architecture.num_mtp_layers:
             raise InputError(
                 f"{head.path} has no MTP head",
@@ -54,63 +49,71 @@ class StitchJob(SafetensorsJob):
                 fix="give a folder with it",
             )
         _require_same_trunk(head, trunk)
-        if target.resolve() == head.path.resolve():
+        # `source` is the trunk, which the engine compares with the target itself.
+        if request.target.resolve() == head.path.resolve():
             raise InputError(
-                f"target {target}", rule="it must not be the source", fix="name another"
+                f"target {request.target}", rule="it must not be the source", fix="name another"
             )
         self.source, self.dtype = trunk.path, trunk.dtype
-        self._head, self._trunk = head, trunk
+        self.source_files = [*trunk.files, *head.files]
         self.architecture = trunk.architecture.replace(
             num_mtp_layers=head.architecture.num_mtp_layers,
             mtp_layer_types=head.architecture.mtp_layer_types,
         )
-        self.manifest = _manifest(trunk) if checks.hashes else None
-        self._head_manifest = _manifest(head) if checks.hashes else None
-        self.plan_units()
+        self._head, self._trunk = head, trunk
+        hashes = request.checks.hashes
+        self._trunk_manifest = Manifest.of_hf_folder(trunk) if hashes else None
+        self._head_manifest = Manifest.of_hf_folder(head) if hashes else None
+        self.has_manifest = self._trunk_manifest is not None
+        self._result = SafetensorsResult(self.architecture, self.dtype)
+        self.units = self._result.units(self._peak)
 
-    def source_files(self) -> Iterable[Path]:
-        return [*self._trunk.files, *self._head.files]
+    def prepare(self, folder: Path) -> None:
+        self._result.create(folder)
 
-    def finish(self, payloads: Sequence[dict[str, Any]]) -> None:
-        super().finish(payloads)
-        copy_generation_config(self.source, self.folder)
-        copy_tokenizer(self.source, self.folder)
+    def convert(
+        self, unit: ConversionUnit, folder: Path, progress: Progress
+    ) -> tuple[dict[str, Any], int]:
+        """Write one part of a file: read, check and write each tensor in turn."""
+        with self._result.open(folder, unit) as part:
+            for source in (source for entry in unit.entries for source in entry.sources):
+                if source.name.startswith("mtp."):
+                    origin, manifest = self._head, self._head_manifest
+                else:
+                    origin, manifest = self._trunk, self._trunk_manifest
+                checked = self.request.checks.apply(
+                    source.name, origin.tensor(source.name), manifest=manifest, dtype=self.dtype
+                )
+                part.write(source, checked)
+                progress(checked.tensor.nbytes)
+                del checked  # before the next tensor is read
+        return self._result.payload(unit, part)
 
-    def parts(self, entry: Entry) -> list[tuple[torch.Tensor, WeightRecord | None]]:
-        parts = []
-        for source in entry.sources:
-            mtp = source.name.startswith(_MTP)
-            folder, manifest = (
-                (self._head, self._head_manifest) if mtp else (self._trunk, self.manifest)
-            )
-            part = self.read_checked(source.name, folder.tensor(source.name), manifest)
-            self.passed(part[0].nbytes)
-            parts.append(part)
-        return parts
+    def finish(self, folder: Path, payloads: Sequence[dict[str, Any]]) -> None:
+        self._result.finish(folder, payloads)
+        copy_generation_config(self.source, folder)
+        copy_tokenizer(self.source, folder)
 
-    def peak(self, entry: Entry) -> int:
+    def _peak(self, entry: Entry) -> int:
+        """Most bytes in memory for ``entry``: its tensors as read and as converted."""
         return math.prod(entry.shape) * (self.dtype.itemsize + self._head.dtype.itemsize)
 
 
 def _require_same_trunk(head: HfFolder, trunk: HfFolder) -> None:
-    ours, theirs = head.architecture.to_dict(), trunk.architecture.to_dict()
-    for name, value in theirs.items():
-        if value != ours[name] and name not in _MAY_DIFFER:
+    """Refuse a head of another architecture, or of a dtype that the trunk's would round."""
+    head_fields = head.architecture.to_dict()
+    for name, value in trunk.architecture.to_dict().items():
+        if value != head_fields[name] and name not in _MAY_DIFFER:
             raise InputError(
-                f"{name}={ours[name]!r} in {head.path}, {value!r} in {trunk.path}",
+                f"{name}={head_fields[name]!r} in {head.path}, {value!r} in {trunk.path}",
                 rule="an MTP head fits the model it was trained with",
                 fix="give the checkpoint that the second one was trained from",
             )
+    # float32 holds every value of bfloat16 and float16.
     if trunk.dtype not in (head.dtype, torch.float32):
+        dtype = dtype_name(head.dtype)
         raise InputError(
-            f"{head.path} is {dtype_name(head.dtype)}, {trunk.path} is {dtype_name(trunk.dtype)}",
+            f"{head.path} is {dtype}, {trunk.path} is {dtype_name(trunk.dtype)}",
             rule="a head is not rounded in passing",
-            fix=f"convert one of them first (import, then export --torch-dtype {dtype_name(head.dtype)})",
+            fix=f"convert one of them first (import, then export --torch-dtype {dtype})",
         )
-
-
-def _manifest(folder: HfFolder) -> Manifest | None:
-    manifest = Manifest.of_folder(folder.path)
-    if manifest is not None:
-        manifest.check_table(huggingface_shapes(folder.entries), folder.dtype)
-    return manifest

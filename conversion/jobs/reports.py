@@ -1,4 +1,4 @@
-"""What a conversion says: the plan before it, the report after it."""
+"""The plan before a conversion and the report after it, as values and as text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from mellum2_megatron.common.files import size_text
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionPlan:
-    """What a conversion would do.
+    """The effects that a conversion would have.
 
     Attributes:
-        kind: ``import`` or ``export``.
-        files: weight files to be written, with their bytes of tensors.
-        peak_memory: bytes of tensors in memory at most, about.
-        process_memory: bytes this process takes beside them.
+        kind: ``import``, ``export`` or ``stitch-mtp``.
+        source: folder to read.
+        target: folder to write.
+        dtype: dtype of the result.
+        tensors: number of Hugging Face tensors.
+        nbytes: bytes of all tensors written.
+        files: name of each weight file to be written, with the bytes of its tensors.
+        workers: units converted at a time.
+        peak_memory: about the most bytes of tensors in memory.
+        process_memory: resident bytes of this process beside them.
         free: free bytes of the target's disk.
-        continued: units of an interrupted attempt that need not be done again, and their number in
-            all.
-        hashes: whether the source has a manifest that would be checked.
+        continued: units that an interrupted attempt has finished, and number of all units.
+        hashes: whether tensors would be compared with a manifest of the source.
         replaces: whether the target exists.
     """
 
@@ -43,14 +48,18 @@ class ConversionPlan:
 
     def __str__(self) -> str:
         done, units = self.continued
+        replaced = " (replaced)" if self.replaces else ""
+        largest = size_text(max(size for _, size in self.files))
+        memory = size_text(self.peak_memory + self.process_memory)
+        hashes = "checked against the manifest" if self.hashes else "no manifest to check against"
         lines = [
-            f"{self.kind} {self.source} -> {self.target}{' (replaced)' if self.replaces else ''}",
+            f"{self.kind} {self.source} -> {self.target}{replaced}",
             f"  tensors      {amount(self.tensors, self.nbytes, self.dtype)}",
             f"  files        {len(self.files)}: {self.files[0][0]} .. {self.files[-1][0]}, "
-            f"largest {size_text(max(size for _, size in self.files))}",
-            f"  peak memory  about {size_text(self.peak_memory + self.process_memory)} with {self.workers} workers",
+            f"largest {largest}",
+            f"  peak memory  about {memory} with {self.workers} workers",
             f"  disk         {size_text(self.free)} free",
-            f"  hashes       {'checked against the manifest' if self.hashes else 'no manifest to check against'}",
+            f"  hashes       {hashes}",
         ]
         if done:
             lines.append(
@@ -61,8 +70,16 @@ class ConversionPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionReport:
-    """What a conversion wrote: Hugging Face tensors counted, bytes of weights, seconds of wall
-    time."""
+    """The result of a conversion.
+
+    Attributes:
+        path: the folder written.
+        architecture: architecture of the model in it.
+        dtype: dtype of its weights.
+        tensors: number of Hugging Face tensors.
+        nbytes: bytes of all tensors.
+        seconds: wall time.
+    """
 
     path: Path
     architecture: Mellum2Architecture
@@ -72,13 +89,23 @@ class ConversionReport:
     seconds: float
 
     def __str__(self) -> str:
-        return f"wrote {self.path}: {amount(self.tensors, self.nbytes, self.dtype)} in {self.seconds:.1f} s"
+        written = amount(self.tensors, self.nbytes, self.dtype)
+        return f"wrote {self.path}: {written} in {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundTripReport:
-    """What import followed by export did to a folder: ``differing`` names every tensor whose bytes
-    changed."""
+    """The result of an import followed by an export.
+
+    Attributes:
+        path: the folder that was converted.
+        dtype: dtype of its weights.
+        tensors: number of its tensors.
+        nbytes: bytes of all tensors.
+        seconds: wall time.
+        differing: names of the tensors whose bytes changed.
+        same_architecture: whether config.json still describes the same model.
+    """
 
     path: Path
     dtype: str
@@ -90,10 +117,12 @@ class RoundTripReport:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing changed."""
         return not self.differing and self.same_architecture
 
     def __str__(self) -> str:
-        done = f"{self.path}: {amount(self.tensors, self.nbytes, self.dtype)} there and back in {self.seconds:.1f} s"
+        converted = amount(self.tensors, self.nbytes, self.dtype)
+        done = f"{self.path}: {converted} there and back in {self.seconds:.1f} s"
         if self.ok:
             return f"{done}, every byte the same"
         changed = [*self.differing, *([] if self.same_architecture else [CONFIG_FILE])]
@@ -101,5 +130,5 @@ class RoundTripReport:
 
 
 def amount(tensors: int, nbytes: int, dtype: str) -> str:
-    """``5631 tensors, 24.30 GB bfloat16``."""
+    """Return ``5631 tensors, 24.30 GB bfloat16``."""
     return f"{tensors} tensors, {size_text(nbytes)} {dtype}"

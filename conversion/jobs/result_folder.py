@@ -1,10 +1,9 @@
-"""Writing a result folder: refuse what would harm, check the space, write aside, and say plainly
-what went wrong.
+"""A result folder: checked before it is written, written aside, resumed after an interruption.
 
-A result grows in ``.NAME.partial/result`` beside its target and takes its name when it is complete.
-Units of work that are on the disk are listed in ``.NAME.partial/journal.jsonl``: after a crash, a
-full disk or Ctrl-C the same command does only the others. The journal's first line says what is
-converted; a partial result of anything else is discarded.
+A result grows in ``.NAME.partial/result`` beside its target and takes the target's name when it is
+complete. ``.NAME.partial/journal.jsonl`` lists the units of work that are on the disk: after a
+crash, a full disk or Ctrl-C the same command does only the others. The journal's first line is the
+identity of the conversion; a partial result of another identity is discarded.
 """
 
 from __future__ import annotations
@@ -36,9 +35,10 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.jsonl"
 _RESULT = "result"
+# No space left; over a quota; over a limit on the size of one file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Beside the tensors' own bytes: headers and archives' bookkeeping (a share of them), config,
-# tokenizer, manifest.
+# Room beside the tensors' own bytes: headers and the archives' bookkeeping, a share of them, then
+# config, tokenizer and manifest.
 _SPARE_SHARE, _SPARE_BYTES = 0.02, 8 * 2**20
 
 
@@ -46,8 +46,8 @@ class PartialResult:
     """A result folder while it is written.
 
     Attributes:
-        folder: where to write.
-        done: what `mark` was given for each unit that an earlier attempt or this one has finished.
+        folder: folder to write into.
+        done: payload of every finished unit by name, those of an earlier attempt included.
     """
 
     def __init__(self, folder: Path, journal: TextIO, done: dict[str, Any]) -> None:
@@ -57,22 +57,24 @@ class PartialResult:
         self._lock = threading.Lock()
 
     def mark(self, unit: str, payload: Any, files: Mapping[str, int]) -> None:
-        """Note that ``unit`` is finished and on the disk.
+        """List ``unit`` in the journal, once its bytes are on the disk; any thread may call it.
 
         Args:
-            payload: what is needed of it to finish the result; goes through JSON.
-            files: files it lies in (relative to the folder), each with the size it has at least.
+            payload: data of the unit that completes the result; JSON values.
+            files: least size in bytes of each file it lies in, by path relative to the folder.
         """
         line = json.dumps({"unit": unit, "files": dict(files), "payload": payload})
         with self._lock:
             self._journal.write(line + "\n")
             self._journal.flush()
             os.fsync(self._journal.fileno())
+            # Through JSON, as a resumed attempt reads it: `finish` sees the same in both cases.
             self.done[unit] = json.loads(line)["payload"]
 
 
 def partial_folder(target: Path) -> Path:
-    """Where a result grows until it is complete."""
+    """Return the folder that a result grows in until it is complete."""
+    # Beside the target, so that taking its name is one rename on one file system.
     return target.parent / f".{target.name}.partial"
 
 
@@ -85,40 +87,47 @@ def result_folder(
     overwrite: bool,
     identity: Mapping[str, Any],
 ) -> Iterator[PartialResult]:
-    """Yield a folder to write; it becomes ``target`` on success and waits to be continued after a
-    failure.
+    """Yield a folder to write; it becomes ``target`` on success and is kept after a failure.
 
     Args:
-        source: what is converted; a target that is it or holds it is refused.
-        units: bytes of each unit of work; the disk must have room for those that are not done yet.
-        overwrite: replace an earlier result (moved aside until the new one is complete).
-        identity: what is converted, and how, as plain values: a partial result is continued if its
-            own is the same.
+        target: folder of the result.
+        source: folder that is converted; a target that is it or holds it is refused.
+        units: bytes of each unit of work; the disk must have room for the unfinished ones.
+        overwrite: replace an earlier result, which is kept until the new one is complete.
+        identity: source and options as JSON values; a partial result is resumed if its own
+            identity is the same.
 
     Raises:
-        InputError: the target exists and ``overwrite`` is false, or is something that must not be
-            replaced; another process is writing it. An InputError of the body removes the partial
-            result.
+        InputError: the target exists and ``overwrite`` is false, or must not be replaced, or is
+            being written by another process. An InputError of the body removes the partial result.
         WorkError: the disk is too full, or writing failed.
     """
     check_target(target, source, overwrite)
     partial = partial_folder(target)
-    first = _first_line(identity)
-    done = _finished(partial, first)
+    first_line = json.dumps(identity, sort_keys=True)
+    done = _finished(partial, first_line)
     check_space(target, sum(nbytes for unit, nbytes in units.items() if unit not in done))
     try:
         with _locked_journal(partial) as journal:
-            done = _finished(partial, first)  # again, now that nobody else writes
-            _begin(partial, journal, None if done else first)
+            # Once more, now that no other process can write.
+            done = _finished(partial, first_line)
             if done:
                 logger.warning(
                     "continuing %s: %d of %d parts are there", partial, len(done), len(units)
                 )
+                journal.write("\n")  # ends a line that was cut off
+            else:
+                shutil.rmtree(partial / _RESULT, ignore_errors=True)
+                journal.truncate(0)
+                journal.write(first_line + "\n")
+            journal.flush()
+            (partial / _RESULT).mkdir(exist_ok=True)
             result = PartialResult(partial / _RESULT, journal, done)
             try:
                 yield result
                 move_into_place(result.folder, target)
             except InputError:
+                # The source is wrong: what was made of it is of no use to a next attempt.
                 done.clear()
                 raise
             except KeyboardInterrupt:
@@ -170,12 +179,13 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
             rule="training checkpoints are never overwritten",
             fix="name another folder",
         )
-    if not any(
-        (target / name).exists() for name in (TRACKER_FILE, "config.json", "model.safetensors")
-    ):
+    traces = (TRACKER_FILE, "config.json", "model.safetensors")
+    if not any((target / name).exists() for name in traces):
         raise InputError(
             f"target {target}",
-            rule="--overwrite replaces an earlier conversion only, and this folder does not hold one",
+            rule=(
+                "--overwrite replaces an earlier conversion only, and this folder does not hold one"
+            ),
             fix="name another folder, or empty this one yourself",
         )
 
@@ -187,7 +197,8 @@ def check_space(target: Path, nbytes: int) -> int:
         WorkError: it has no room for ``nbytes`` of tensors.
     """
     parent = existing_ancestor(target)
-    free, needed = shutil.disk_usage(parent).free, int(nbytes * (1 + _SPARE_SHARE)) + _SPARE_BYTES
+    free = shutil.disk_usage(parent).free
+    needed = int(nbytes * (1 + _SPARE_SHARE)) + _SPARE_BYTES
     if free < needed:
         raise WorkError(
             f"disk of {parent} has {size_text(free)} free, {target} needs {size_text(needed)}",
@@ -197,23 +208,17 @@ def check_space(target: Path, nbytes: int) -> int:
 
 
 def finished_units(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The payload of every unit that a conversion to ``target`` would not do again."""
-    return _finished(partial_folder(target), _first_line(identity))
+    """Return the payload of each unit, by name, that a conversion to ``target`` would resume
+    from."""
+    return _finished(partial_folder(target), json.dumps(identity, sort_keys=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _first_line(identity: Mapping[str, Any]) -> str:
-    return json.dumps(identity, sort_keys=True)
-
-
-def _finished(partial: Path, first: str) -> dict[str, Any]:
-    """The payloads of the units that an earlier attempt at the same conversion has finished and
-    that are still whole.
+def _finished(partial: Path, first_line: str) -> dict[str, Any]:
+    """Return the payloads of the units that an earlier attempt at the same conversion finished and
+    whose files are complete.
 
     Raises:
-        InputError: something that is not a partial result has its name.
+        InputError: ``partial`` exists and is not a partial result.
     """
     if not partial.exists():
         return {}
@@ -229,7 +234,7 @@ def _finished(partial: Path, first: str) -> dict[str, Any]:
     lines = journal.read_text(encoding="utf-8").splitlines()
     if not lines:
         return {}
-    if lines[0] != first:
+    if lines[0] != first_line:
         logger.warning(
             "%s is left of another conversion (other source, options or version): discarded",
             partial,
@@ -239,29 +244,36 @@ def _finished(partial: Path, first: str) -> dict[str, Any]:
     for line in lines[1:]:
         try:
             entry = json.loads(line)
-            whole = all(
+            # A file that was deleted, or cut short by a power failure, takes its units with it.
+            complete = all(
                 (partial / _RESULT / name).stat().st_size >= size
                 for name, size in entry["files"].items()
             )
-        except (ValueError, OSError):  # cut off in the middle of a line; a file gone
+        except (ValueError, OSError):  # a line that was cut off; a file that is gone
             continue
-        if whole:
+        if complete:
             done[entry["unit"]] = entry["payload"]
     return done
 
 
 @contextmanager
 def _locked_journal(partial: Path) -> Iterator[TextIO]:
-    """Open the journal of ``partial`` for this process alone."""
+    """Open the journal of ``partial`` for this process alone.
+
+    Raises:
+        InputError: another process has it open.
+    """
     partial.mkdir(parents=True, exist_ok=True)
     path = partial / JOURNAL_FILE
     with path.open("a+", encoding="utf-8") as journal:
         try:
+            # The system drops the lock with the process: a killed one leaves none behind.
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between `open` and `flock` the other process may have finished and removed the file.
             mine = path.exists() and os.path.samestat(os.fstat(journal.fileno()), path.stat())
         except BlockingIOError:
             mine = False
-        if not mine:  # locked, or just finished and removed
+        if not mine:
             raise InputError(
                 str(partial),
                 rule="another process is writing it",
@@ -270,30 +282,29 @@ def _locked_journal(partial: Path) -> Iterator[TextIO]:
         yield journal
 
 
-def _begin(partial: Path, journal: TextIO, first: str | None) -> None:
-    """Start the journal and the result afresh with the line ``first``; continue both when it is
-    None."""
-    if first is not None:
-        shutil.rmtree(partial / _RESULT, ignore_errors=True)
-        journal.truncate(0)
-    journal.write((first or "") + "\n")  # an empty line ends one that was cut off
-    journal.flush()
-    (partial / _RESULT).mkdir(exist_ok=True)
-
-
 def _work_error(target: Path, error: Exception, partial: Path | None) -> WorkError | None:
-    """What to tell the user of a failed write; None for an error that is ours and deserves its
-    traceback."""
-    system = _system_error(error)
+    """Return the error to report for a failed write; None for a programming error, which deserves
+    its traceback.
+
+    Args:
+        partial: folder in which finished units are kept; None: nothing is kept.
+    """
+    # The system's error may lie behind another: torch.save reports "unexpected pos" when its
+    # stream's write has failed.
+    system: BaseException | None = error
+    while system is not None and not isinstance(system, OSError):
+        system = system.__cause__ or system.__context__
     text = str(system or error)
-    left = (
-        "nothing was left behind, the source is untouched"
-        if partial is None
-        else f"what was done is kept in {partial} and the same command continues it; delete it if you will not"
-    )
-    if (system is not None and system.errno in _FULL) or any(
-        os.strerror(code) in text for code in _FULL
-    ):
+    if partial is None:
+        left = "nothing was left behind, the source is untouched"
+    else:
+        left = (
+            f"what was done is kept in {partial} and the same command continues it; "
+            "delete it if you will not"
+        )
+    # safetensors reports the system's words without its number.
+    full = system is not None and system.errno in _FULL
+    if full or any(os.strerror(code) in text for code in _FULL):
         return WorkError(
             f"the disk filled up while writing {target} ({text})",
             fix=f"free space or name a folder on another disk; {left}",
@@ -304,11 +315,3 @@ def _work_error(target: Path, error: Exception, partial: Path | None) -> WorkErr
             fix=f"check the disk and the folder's permissions; {left}",
         )
     return None
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind ``error``: torch.save reports "unexpected pos" when its stream's
-    write has failed."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -1,5 +1,4 @@
-"""``weights_manifest.json``: name, shape, dtype and SHA-256 of every tensor written, beside what
-was written."""
+"""``weights_manifest.json``: name, shape, dtype and SHA-256 of every tensor, beside the weights."""
 
 from __future__ import annotations
 
@@ -11,22 +10,30 @@ from typing import Any
 
 import torch
 
-from conversion.huggingface.folder import dtype_name, listed, read_json, tensor_bytes
-from conversion.mapping import Shape
+from conversion.huggingface.folder import HfFolder, dtype_name, listed, read_json, tensor_bytes
+from conversion.mapping import Shape, huggingface_shapes
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
 
 MANIFEST_FILE = "weights_manifest.json"
 
+_RULE = "it describes the weights"
 _CHANGED = (
-    "copy the folder again from where it was written; if the weights were changed on purpose, delete "
-    f"{MANIFEST_FILE}, which describes the old ones"
+    "copy the folder again from where it was written; if the weights were changed on purpose, "
+    f"delete {MANIFEST_FILE}, which describes the old ones"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightRecord:
-    """One written tensor; ``sha256`` is of its values in row-major, little-endian order."""
+    """One written tensor.
+
+    Attributes:
+        name: Hugging Face name, or `conversion.mapping.Entry.label` in a Megatron checkpoint.
+        shape: sizes of its axes.
+        dtype: torch's name, ``bfloat16``.
+        sha256: hash of its values in row-major, little-endian order, hexadecimal.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -43,12 +50,17 @@ class WeightRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WeightRecord:
-        """The inverse of `dataclasses.asdict`, through JSON."""
+        """Return the inverse of `dataclasses.asdict`, after JSON has made lists of tuples."""
         return cls(**values | {"shape": tuple(values["shape"])})
 
 
 class Manifest:
-    """What a folder's manifest says of its tensors, to hold what is read against it."""
+    """The manifest of a folder, to compare with the tensors that are read.
+
+    Attributes:
+        path: the file.
+        records: the record of every tensor by name.
+    """
 
     def __init__(self, path: Path, records: Mapping[str, WeightRecord]) -> None:
         self.path = path
@@ -56,7 +68,7 @@ class Manifest:
 
     @classmethod
     def of_folder(cls, folder: Path) -> Manifest | None:
-        """Read the manifest of ``folder``; None where there is none.
+        """Return the manifest of ``folder``; None if it has none.
 
         Raises:
             InputError: it is damaged.
@@ -77,50 +89,62 @@ class Manifest:
                 fix=_CHANGED,
             ) from error
 
+    @classmethod
+    def of_hf_folder(cls, hf: HfFolder) -> Manifest | None:
+        """Return the manifest of an open Hugging Face folder, its table checked; None if it has
+        none.
+
+        Raises:
+            InputError: it is damaged, or describes other tensors.
+        """
+        manifest = cls.of_folder(hf.path)
+        if manifest is not None:
+            manifest.check_table(huggingface_shapes(hf.entries), hf.dtype)
+        return manifest
+
     def check_table(
         self, shapes: Mapping[str, Shape], dtype: torch.dtype | Mapping[str, torch.dtype]
     ) -> None:
-        """Compare names, shapes and dtypes with those of the weights; no weight is read.
+        """Compare names, shapes and dtypes with those of the weights; reads no weight.
+
+        Args:
+            shapes: shape of every tensor by name.
+            dtype: dtype of all tensors, or of each by name.
 
         Raises:
-            InputError: naming what differs.
+            InputError: the first difference, by name.
         """
         dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
-        if differ := sorted(set(shapes) ^ set(self.records)):
-            where = "lists" if differ[0] in self.records else "does not list"
-            raise InputError(
-                f"{self.path} {where} {listed(differ)}",
-                rule="it describes the weights",
-                fix=_CHANGED,
-            )
+        if differing := sorted(set(shapes) ^ set(self.records)):
+            verb = "lists" if differing[0] in self.records else "does not list"
+            raise InputError(f"{self.path} {verb} {listed(differing)}", rule=_RULE, fix=_CHANGED)
         for name, shape in shapes.items():
             record = self.records[name]
             if (record.shape, record.dtype) != (tuple(shape), dtype_name(dtypes[name])):
                 raise InputError(
-                    f"tensor {name!r} is {dtype_name(dtypes[name])} {list(shape)}, {self.path} lists {record.dtype} "
-                    f"{list(record.shape)}",
-                    rule="it describes the weights",
+                    f"tensor {name!r} is {dtype_name(dtypes[name])} {list(shape)}, "
+                    f"{self.path} lists {record.dtype} {list(record.shape)}",
+                    rule=_RULE,
                     fix=_CHANGED,
                 )
 
-    def check(self, found: WeightRecord) -> None:
+    def check(self, record: WeightRecord) -> None:
         """Compare the hash of a tensor that was read.
 
         Raises:
-            InputError: naming it.
+            InputError: another hash, with the tensor's name.
         """
-        listed_hash = self.records[found.name].sha256
-        if found.sha256 != listed_hash:
+        expected = self.records[record.name].sha256
+        if record.sha256 != expected:
             raise InputError(
-                f"tensor {found.name!r} has SHA-256 {found.sha256[:12]}..., {self.path} lists {listed_hash[:12]}...",
+                f"tensor {record.name!r} has SHA-256 {record.sha256[:12]}..., "
+                f"{self.path} lists {expected[:12]}...",
                 rule="its values must be those that were written",
                 fix=f"{_CHANGED}, or pass --skip-hashes",
             )
 
 
 def write_manifest(folder: Path, records: Iterable[WeightRecord]) -> None:
-    """Write the manifest into ``folder``, sorted by name."""
-    write_json(
-        folder / MANIFEST_FILE,
-        {"weights": [asdict(r) for r in sorted(records, key=lambda r: r.name)]},
-    )
+    """Write the manifest into ``folder``, sorted by name: the same bytes for any order of work."""
+    ordered = sorted(records, key=lambda record: record.name)
+    write_json(folder / MANIFEST_FILE, {"weights": [asdict(record) for record in ordered]})

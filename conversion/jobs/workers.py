@@ -1,5 +1,7 @@
-"""Independent units of work on a few threads: reading, copying, hashing and writing all release the
-interpreter."""
+"""Independent units of work on a few threads.
+
+Threads are enough: reading, copying, hashing and writing all release the interpreter's lock.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,11 @@ MOST_BY_DEFAULT = 8
 
 
 class CancelledError(Exception):
-    """Another unit failed, so this one need not go on; never leaves `run_units`."""
+    """Another unit has failed, so this one ends early; never leaves `run_units`."""
 
 
 class Stop:
-    """Set once a unit has failed; work asks `check` between its steps, so that it ends soon
-    after."""
+    """A flag for all workers, set once a unit has failed; work calls `check` between its steps."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -35,9 +36,17 @@ class Stop:
 
 
 def worker_count(wanted: int | None) -> int:
-    """Return ``wanted``, or by default one worker for each core this process may use, at most
-    `MOST_BY_DEFAULT`."""
+    """Return the number of workers.
+
+    Args:
+        wanted: the caller's choice; None: one per core that this process may use, at most
+            `MOST_BY_DEFAULT`.
+
+    Raises:
+        InputError: ``wanted`` is less than 1.
+    """
     if wanted is None:
+        # Not os.cpu_count(): a container or a Slurm job may own a few cores of a large machine.
         return min(len(os.sched_getaffinity(0)), MOST_BY_DEFAULT)
     if wanted < 1:
         raise InputError(
@@ -49,13 +58,16 @@ def worker_count(wanted: int | None) -> int:
 def run_units[Unit](
     units: Sequence[Unit], work: Callable[[Unit], None], *, workers: int, stop: Stop
 ) -> None:
-    """Call ``work(unit)`` for every unit, ``workers`` at a time; the first error stops all and is
-    raised."""
+    """Call ``work(unit)`` for every unit, ``workers`` at a time.
+
+    The first error sets ``stop``, waits for the units at work and is raised.
+    """
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert") as pool:
         try:
             for future in as_completed([pool.submit(work, unit) for unit in units]):
                 future.result()
-        except BaseException:  # Ctrl-C too
+        # Ctrl-C too. `stop` ends the units at work, the pool drops those that wait.
+        except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise

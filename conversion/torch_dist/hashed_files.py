@@ -1,5 +1,5 @@
-"""Files of a ``torch.distributed.checkpoint``, written at the disk's speed: hashed on the way, no
-second checksum."""
+"""Files of a ``torch.distributed.checkpoint``, written at the disk's speed: hashed on the way and
+without a second checksum."""
 
 from __future__ import annotations
 
@@ -12,51 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from mellum2_megatron.checkpoint.file_manifest import FileRecord
 
 
-class HashingFileSystem(FileSystem):
-    """DCP's file system; what it has written by `create_stream` is in ``records``, by name, once
-    the stream is closed.
+class HashingStream(io.RawIOBase):
+    """A file while it is written, from its first byte to its last without a step back, which is how
+    `torch.save` writes.
 
-    Reading a checkpoint of many gigabytes again for its manifest would cost as much as writing it.
+    To read a checkpoint of many gigabytes again for its manifest would cost as much as writing it.
     """
-
-    def __init__(self) -> None:
-        self.records: dict[str, FileRecord] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """Open ``path``; only ``wb`` and ``rb`` occur in DCP
-        (torch/distributed/checkpoint/filesystem.py, 2.15)."""
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        with Path(path).open("wb", buffering=0) as raw:
-            hashing = _HashingStream(raw)
-            yield hashing
-            self.records[Path(path).name] = FileRecord(
-                size=hashing.tell(), sha256=hashing.digest.hexdigest()
-            )
-
-
-class _HashingStream(io.RawIOBase):
-    """Passes everything on in order, as `torch.save` writes it: it never goes back."""
 
     def __init__(self, raw: io.FileIO) -> None:
         self._raw = raw
         self._size = 0
-        self.digest = hashlib.sha256()
+        self._digest = hashlib.sha256()
+
+    @property
+    def record(self) -> FileRecord:
+        """Size and hash of everything written so far."""
+        return FileRecord(size=self._size, sha256=self._digest.hexdigest())
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         done = 0
+        # One system call may write a part only, at 2 GiB (man 2 write) or at a limit.
         while done < len(view):
             done += self._raw.write(view[done:]) or 0
-        self.digest.update(view)
+        self._digest.update(view)
         self._size += len(view)
         return len(view)
 
@@ -71,13 +54,23 @@ class _HashingStream(io.RawIOBase):
 
 
 @contextmanager
+def hashed_file(path: Path) -> Iterator[HashingStream]:
+    """Yield a stream that writes ``path`` anew; the file is on the disk when the block ends."""
+    # Unbuffered: torch.save hands over whole tensors, and a buffer would only copy them.
+    with path.open("wb", buffering=0) as raw:
+        stream = HashingStream(raw)
+        yield stream
+        os.fsync(stream.fileno())
+
+
+@contextmanager
 def without_crc32() -> Iterator[None]:
-    """Let `torch.save` leave out the zip records' CRC-32, process-wide, while the block runs.
+    """Leave the zip records' CRC-32 out of `torch.save`, process-wide, while the block runs.
 
     torch computes it a byte at a time while it holds the interpreter: one thread at 100 to 250
-    MB/s, whatever the number of workers. `torch.load` never looks at it
-    (torch/serialization.py:set_crc32_options, 2.15); every tensor and every file have a SHA-256 in
-    a manifest.
+    MB/s, with any number of workers. `torch.load` never compares it
+    (torch/serialization.py:set_crc32_options, 2.15), and manifests hold a SHA-256 of every tensor
+    and of every file.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's ``.metadata`` pickle without letting it run anything."""
+"""Reads a checkpoint's ``.metadata`` pickle without executing anything from it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint import planner
+
+# Private, and named by the pickle of every checkpoint: present in torch 2.15.
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -20,8 +22,7 @@ METADATA_FILE = ".metadata"
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read ``.metadata`` without executing anything: only the record classes in `_SAFE_CLASSES` are
-    constructed.
+    """Return the content of ``.metadata``; only the record classes of `_safe_classes` are built.
 
     Raises:
         InputError: the file is absent, not such a pickle, or names any other class or function.
@@ -54,8 +55,8 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class _Inert:
-    """Stands for records of older Megatron versions (``strategies/torch.py:86-95``): attributes, no
-    behaviour."""
+    """Stand-in for records of older Megatron versions, empty classes by now
+    (``core/dist_checkpointing/strategies/torch.py:86-95``, 0.19.2)."""
 
 
 _PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
@@ -72,8 +73,8 @@ _METADATA_CLASSES = (
 
 
 def _safe_classes() -> dict[tuple[str, str], Any]:
-    """Every global `.metadata` may name: records, paths, sizes and dtypes. Constructing one has no
-    effect."""
+    """Return every global that ``.metadata`` may name, by module and name: records, paths, sizes
+    and dtypes, whose construction has no side effect."""
     safe: dict[tuple[str, str], Any] = {
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
@@ -89,6 +90,7 @@ def _safe_classes() -> dict[tuple[str, str], Any]:
             for name in _PLANNER_CLASSES
         },
     }
+    # Python 3.13 pickles paths as pathlib._local; a PosixPath could not be built on Windows.
     for module in ("pathlib", "pathlib._local"):
         safe |= {
             (module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath", "Path")
@@ -113,6 +115,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         except KeyError:
             raise InputError(
                 f".metadata names {module}.{name}",
-                rule="checkpoint metadata holds plain records only; nothing is executed from a checkpoint",
+                rule=(
+                    "checkpoint metadata holds plain records only; "
+                    "nothing is executed from a checkpoint"
+                ),
                 fix="do not use this checkpoint unless its author can explain it",
             ) from None

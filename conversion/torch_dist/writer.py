@@ -1,22 +1,28 @@
 """Writes Megatron ``torch_dist`` checkpoints chunk by chunk, without a model, a GPU or a process
-group."""
+group.
+
+The data files are written here, as ``torch.distributed.checkpoint``'s own writer does it
+(torch/distributed/checkpoint/filesystem.py:_write_files_from_queue, 2.15): objects, then tensors,
+one after the other. That writer asks a planner for each tensor when its turn comes, on a queue of
+its own; here the caller writes them in its own loop. ``.metadata`` is left to the original.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemWriter,
-    _StorageInfo,
-    _StoragePrefix,
-)
+
+# `_StorageInfo` is private, and the type of the values of `Metadata.storage_data`: relative_path,
+# offset, length, transform_descriptors as of torch 2.15.
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -25,23 +31,59 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import (
     BytesIOWriteData,
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from conversion.mapping import Shape
-from conversion.torch_dist.hashed_files import HashingFileSystem
+from conversion.mapping import Entry, Shape
+from conversion.torch_dist.hashed_files import HashingStream, hashed_file
 from conversion.torch_dist.reader import COMMON_STATE_KEY, CONFIG_FILE
 from mellum2_megatron.checkpoint.file_manifest import FileRecord, hash_files, write_manifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A box of a tensor to write.
+
+    Attributes:
+        key: Megatron key.
+        global_shape: shape of the whole tensor.
+        offset: first position of the box, per axis of the whole tensor.
+        extent: size of the box, per axis.
+        dtype: dtype of the whole tensor.
+    """
+
+    key: str
+    global_shape: Shape
+    offset: Shape
+    extent: Shape
+    dtype: torch.dtype
+
+    @classmethod
+    def of_entry(cls, entry: Entry, dtype: torch.dtype) -> Chunk:
+        """Return the chunk of an entry of the mapping table."""
+        return cls(
+            key=entry.key,
+            global_shape=entry.global_shape,
+            offset=entry.offset,
+            extent=entry.extent,
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """Where one chunk or object lies: in ``file``, ``length`` bytes from ``begin``. Plain values,
-    for a journal."""
+    """The place of one chunk or object. Plain values, for a journal.
+
+    Attributes:
+        key: Megatron key.
+        offset: first position of the chunk; None for an object.
+        file: file name.
+        begin: first byte in the file.
+        length: bytes.
+    """
 
     key: str
     offset: Shape | None
@@ -52,40 +94,73 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """One group on the disk: its ``file``, and where everything lies in it. Plain values, for a
-    journal."""
+    """One file on the disk, and the place of everything in it. Plain values, for a journal."""
 
     file: FileRecord
     placed: tuple[Placed, ...]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Written:
-        """The inverse of `dataclasses.asdict`, through JSON."""
-        return cls(
-            file=FileRecord(**values["file"]),
-            placed=tuple(
-                Placed(
-                    **each | {"offset": None if each["offset"] is None else tuple(each["offset"])}
-                )
-                for each in values["placed"]
-            ),
+        """Return the inverse of `dataclasses.asdict`, after JSON has made lists of tuples."""
+        placed = []
+        for place in values["placed"]:
+            offset = None if place["offset"] is None else tuple(place["offset"])
+            placed.append(Placed(**place | {"offset": offset}))
+        return cls(file=FileRecord(**values["file"]), placed=tuple(placed))
+
+
+class GroupFile:
+    """One ``.distcp`` file while it is written."""
+
+    def __init__(self, name: str, chunks: Iterable[Chunk], stream: HashingStream) -> None:
+        self._name, self._stream = name, stream
+        self._chunks = {(chunk.key, chunk.offset): chunk for chunk in chunks}
+        self._placed: list[Placed] = []
+
+    @property
+    def written(self) -> Written:
+        """The file and its places, once everything is written."""
+        return Written(file=self._stream.record, placed=tuple(self._placed))
+
+    def write(self, key: str, offset: Shape, tensor: torch.Tensor) -> None:
+        """Append the chunk of ``key`` at ``offset``; ``tensor`` has its values and its dtype."""
+        chunk = self._chunks[key, offset]
+        if tensor.dtype != chunk.dtype:
+            raise TypeError(f"{key}: a {tensor.dtype} tensor for a chunk of {chunk.dtype}")
+        tensor = tensor.reshape(chunk.extent).contiguous()
+        # torch.save writes the whole storage behind a view.
+        if tensor.untyped_storage().size() != tensor.nbytes:
+            tensor = tensor.clone()
+        begin = self._stream.tell()
+        torch.save(tensor, cast(IO[bytes], self._stream))
+        self._place(key, offset, begin)
+
+    def write_object(self, key: str, data: io.BytesIO) -> None:
+        """Append a pickled object."""
+        begin = self._stream.tell()
+        self._stream.write(data.getbuffer())
+        self._place(key, None, begin)
+
+    def _place(self, key: str, offset: Shape | None, begin: int) -> None:
+        length = self._stream.tell() - begin
+        self._placed.append(
+            Placed(key=key, offset=offset, file=self._name, begin=begin, length=length)
         )
 
 
 class TorchDistWriter:
     """Write a ``torch_dist`` folder; each group of chunks becomes one ``__N_0.distcp`` file.
 
-    `write_group` may be called by several threads, once for each group in any order; then `finish`,
-    with what all of them returned. A call holds one tensor at a time.
+    `open_group` is called once for each group, in any order and by any thread; then `finish`.
 
     Args:
         folder: an existing folder.
-        groups: the chunks of each file; a chunk's ``produce`` is called once, when its turn comes.
+        groups: chunks of each file, in the order they are written.
         common: Megatron's common state (``checkpoint_version``, ``iteration``,
-            ``content_metadata``): plain values.
+            ``content_metadata``), plain values.
         empty_states: keys of ``_extra_state`` objects to store as None, as Megatron's own linears
-            do (``core/tensor_parallel/layers.py:1232``); Transformer Engine takes None for "nothing
-            to restore".
+            do (``core/tensor_parallel/layers.py:1232``, 0.19.2); None tells Transformer Engine that
+            there is nothing to restore.
     """
 
     def __init__(
@@ -98,10 +173,30 @@ class TorchDistWriter:
     ) -> None:
         self.folder = folder
         self._groups = groups
-        self._objects = {COMMON_STATE_KEY: _serialized(common)} | dict.fromkeys(
-            empty_states, _serialized(None)
-        )
-        items = [
+        # All empty states share one buffer of bytes.
+        empty = dict.fromkeys(empty_states, _serialized(None))
+        self._objects = {COMMON_STATE_KEY: _serialized(common)} | empty
+
+    @contextmanager
+    def open_group(self, number: int) -> Iterator[GroupFile]:
+        """Yield the file of group ``number`` to write; it is on the disk when the block ends."""
+        name = group_file(number)
+        with hashed_file(self.folder / name) as stream:
+            group = GroupFile(name, self._groups[number], stream)
+            # Objects before tensors, as torch's own writer has them.
+            for key, data in self._objects.items() if number == 0 else ():
+                group.write_object(key, data)
+            yield group
+
+    def finish(self, groups: Sequence[Written]) -> None:
+        """Write ``.metadata`` and ``metadata.json``, which make the folder a checkpoint, then the
+        manifest of all its files.
+
+        Args:
+            groups: `GroupFile.written` of every group, in order.
+        """
+        plans = [SavePlan([_write_item(chunk) for chunk in chunks]) for chunks in self._groups]
+        objects = [
             WriteItem(
                 index=MetadataIndex(key),
                 type=WriteItemType.BYTE_IO,
@@ -109,41 +204,12 @@ class TorchDistWriter:
             )
             for key, data in self._objects.items()
         ]
-        plans = [
-            SavePlan([*(items if number == 0 else []), *(chunk.write_item() for chunk in group)])
-            for number, group in enumerate(groups)
-        ]
-        self._plans, self._metadata = create_default_global_save_plan(plans)
-        self._writer = FileSystemWriter(
-            folder,
-            single_file_per_rank=True,
-            sync_files=True,
-            thread_count=1,
-            per_thread_copy_ahead=0,
-        )
-        self._writer.fs = self._files = HashingFileSystem()
-
-    def write_group(self, number: int) -> Written:
-        """Write group ``number`` to the disk and say where everything lies."""
-        planner = _FromChunks(self._groups[number], self._objects)
-        plan = SavePlan(self._plans[number].items, storage_data=_StoragePrefix(f"__{number}_"))
-        placed = [
-            Placed(
-                key=result.index.fqn,
-                offset=_offset(result.index),
-                file=result.storage_data.relative_path,
-                begin=result.storage_data.offset,
-                length=result.storage_data.length,
-            )
-            for result in self._writer.write_data(plan, planner).wait()
-        ]
-        return Written(file=self._files.records[group_file(number)], placed=tuple(placed))
-
-    def finish(self, groups: Sequence[Written]) -> None:
-        """Write ``.metadata`` and ``metadata.json``, which make the folder a checkpoint, and its
-        manifest."""
-        results: list[list[WriteResult]] = []
-        for plan, group in zip(self._plans, groups, strict=True):
+        plans[0] = SavePlan([*objects, *plans[0].items])
+        # This numbers each tensor's chunks too, a hint that saves loads a linear search for each
+        # chunk (torch/distributed/checkpoint/metadata.py:MetadataIndex, 2.15).
+        plans, metadata = create_default_global_save_plan(plans)
+        results = []
+        for plan, group in zip(plans, groups, strict=True):
             indices = {(item.index.fqn, _offset(item.index)): item.index for item in plan.items}
             results.append(
                 [
@@ -155,8 +221,9 @@ class TorchDistWriter:
                     for placed in group.placed
                 ]
             )
-        self._writer.set_up_storage_writer(is_coordinator=True)
-        self._writer.finish(self._metadata, results)
+        writer = FileSystemWriter(self.folder, sync_files=True)
+        writer.set_up_storage_writer(is_coordinator=True)
+        writer.finish(metadata, results)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         written = {group_file(number): group.file for number, group in enumerate(groups)}
@@ -164,35 +231,23 @@ class TorchDistWriter:
         write_manifest(self.folder, written | others)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """A box of a tensor to write: ``produce()`` returns it, with shape ``extent`` and dtype
-    ``dtype``."""
-
-    key: str
-    global_shape: Shape
-    offset: Shape
-    extent: Shape
-    dtype: torch.dtype
-    produce: Callable[[], torch.Tensor]
-
-    def write_item(self) -> WriteItem:
-        return WriteItem(
-            index=MetadataIndex(self.key, torch.Size(self.offset)),
-            type=WriteItemType.SHARD,
-            tensor_data=TensorWriteData(
-                chunk=ChunkStorageMetadata(
-                    offsets=torch.Size(self.offset), sizes=torch.Size(self.extent)
-                ),
-                properties=TensorProperties(dtype=self.dtype),
-                size=torch.Size(self.global_shape),
-            ),
-        )
-
-
 def group_file(number: int) -> str:
-    """Name of the file that holds group ``number``, as DCP gives it."""
+    """Return the name of the file of group ``number``, as ``torch.distributed.checkpoint`` names
+    the first file of rank ``number``."""
     return f"__{number}_0.distcp"
+
+
+def _write_item(chunk: Chunk) -> WriteItem:
+    offset, extent = torch.Size(chunk.offset), torch.Size(chunk.extent)
+    return WriteItem(
+        index=MetadataIndex(chunk.key, offset),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offset, sizes=extent),
+            properties=TensorProperties(dtype=chunk.dtype),
+            size=torch.Size(chunk.global_shape),
+        ),
+    )
 
 
 def _offset(index: MetadataIndex) -> Shape | None:
@@ -200,30 +255,8 @@ def _offset(index: MetadataIndex) -> Shape | None:
 
 
 def _serialized(value: Any) -> io.BytesIO:
-    """A sharded object's bytes: Megatron stores the list of a rank's objects of one key
-    (``torch.py:324-329``)."""
+    """Return an object's bytes: Megatron stores the list of a rank's objects of one key
+    (``core/dist_checkpointing/strategies/torch.py:324-329``, 0.19.2)."""
     stream = io.BytesIO()
     torch.save([value], stream)
     return stream
-
-
-class _FromChunks(SavePlanner):
-    """Hands DCP's writer each chunk's bytes when it asks for them."""
-
-    def __init__(self, chunks: Iterable[Chunk], objects: dict[str, io.BytesIO]) -> None:
-        self._chunks = {(chunk.key, tuple(chunk.offset)): chunk for chunk in chunks}
-        self._objects = objects
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            return self._objects[write_item.index.fqn]
-        chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset or ())]
-        tensor = chunk.produce().reshape(chunk.extent).contiguous()
-        if tensor.dtype != chunk.dtype:
-            raise TypeError(f"{chunk.key}: produced {tensor.dtype}, announced {chunk.dtype}")
-        return tensor
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("plans are made by TorchDistWriter.write")
-
-    create_local_plan = create_global_plan = finish_plan = set_up_planner  # type: ignore[assignment]

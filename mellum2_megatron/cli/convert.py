@@ -15,7 +15,7 @@ from mellum2_megatron.common.console import print_line
 from mellum2_megatron.common.errors import InputError
 
 if TYPE_CHECKING:
-    from conversion.jobs.job import Checks
+    from conversion.jobs.tensor_checks import TensorChecks
 
 convert_app = typer.Typer(
     help="Convert checkpoints between Megatron and Hugging Face.", no_args_is_help=True
@@ -163,7 +163,7 @@ def _layout_by_option() -> Iterator[None]:
         raise InputError(value, rule=rule, fix=fix) from error
 
 
-def _checks(skip_hashes: bool, allow_nonfinite: bool) -> Checks:
-    from conversion.jobs.job import Checks
+def _checks(skip_hashes: bool, allow_nonfinite: bool) -> TensorChecks:
+    from conversion.jobs.tensor_checks import TensorChecks
 
-    return Checks(hashes=not skip_hashes, allow_nonfinite=allow_nonfinite)
+    return TensorChecks(hashes=not skip_hashes, allow_nonfinite=allow_nonfinite)

@@ -179,8 +179,25 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def write_torch_dist(folder: Path, groups: Sequence[Sequence[Chunk]]) -> None:
-    """A ``torch_dist`` checkpoint of ``groups``, without anything of Megatron's in its common
-    state."""
-    writer = TorchDistWriter(folder, groups, common={})
-    writer.finish([writer.write_group(number) for number in range(len(groups))])
+def whole_chunk(key: str, tensor: torch.Tensor) -> Chunk:
+    """Return the chunk of all of ``tensor``."""
+    shape = tuple(tensor.shape)
+    return Chunk(
+        key=key,
+        global_shape=shape,
+        offset=(0,) * tensor.dim(),
+        extent=shape,
+        dtype=tensor.dtype,
+    )
+
+
+def write_torch_dist(folder: Path, groups: Sequence[Sequence[tuple[Chunk, torch.Tensor]]]) -> None:
+    """Write a ``torch_dist`` checkpoint of ``groups``; its common state is empty."""
+    writer = TorchDistWriter(folder, [[chunk for chunk, _ in group] for group in groups], common={})
+    written = []
+    for number, group in enumerate(groups):
+        with writer.open_group(number) as file:
+            for chunk, tensor in group:
+                file.write(chunk.key, chunk.offset, tensor)
+        written.append(file.written)
+    writer.finish(written)

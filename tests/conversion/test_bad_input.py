@@ -386,9 +386,8 @@ def one_tensor_checkpoint(folder: Path, key: str, global_shape: tuple[int, ...] 
         offset=(0,),
         extent=(3,),
         dtype=torch.float32,
-        produce=lambda: torch.ones(3),
     )
-    write_torch_dist(folder, [[chunk]])
+    write_torch_dist(folder, [[(chunk, torch.ones(3))]])
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from conversion.convert import export_hf, import_hf, plan_export, plan_import
-from conversion.jobs.job import Checks
+from conversion.jobs.tensor_checks import TensorChecks
 from mellum2_megatron.cli.app import app
 from mellum2_megatron.common.byte_progress import LineProgress
 from mellum2_megatron.common.errors import InputError, WorkError
@@ -47,7 +47,7 @@ def test_one_bit_in_a_safetensors_file(exported: Path, tmp_path: Path) -> None:
     ):
         import_hf(exported, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "fine"]
-    import_hf(exported, tmp_path / "out", checks=Checks(hashes=False))
+    import_hf(exported, tmp_path / "out", checks=TensorChecks(hashes=False))
 
 
 def test_one_bit_in_a_megatron_checkpoint(checkpoint_copy: Path, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_one_bit_in_a_megatron_checkpoint(checkpoint_copy: Path, tmp_path: Path)
     ):
         export_hf(checkpoint_copy, tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-    export_hf(checkpoint_copy, tmp_path / "out", checks=Checks(hashes=False))
+    export_hf(checkpoint_copy, tmp_path / "out", checks=TensorChecks(hashes=False))
 
 
 def load_checkpoint_row(checkpoint: Path) -> bytes:

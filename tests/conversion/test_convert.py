@@ -18,8 +18,8 @@ from transformers.modeling_layers import MtpModel
 
 from conversion.convert import export_hf, import_hf, roundtrip
 from conversion.huggingface import writer as hf_writer
-from conversion.jobs import safetensors_job
-from conversion.jobs.job import Checks
+from conversion.jobs import safetensors_result
+from conversion.jobs.tensor_checks import TensorChecks
 from conversion.torch_dist.reader import TorchDistReader
 from conversion.torch_dist.writer import Chunk
 from mellum2_megatron.checkpoint import find_checkpoint
@@ -31,6 +31,7 @@ from tests.conversion.folders import (
     models,
     save_tensors,
     unfused,
+    whole_chunk,
     write_folder,
     write_torch_dist,
 )
@@ -69,7 +70,7 @@ def test_values_that_are_not_numbers_survive_too(dtype: torch.dtype, tmp_path: P
             InputError, match=r"lm_head\.weight' has 2 of 2304 values NaN or infinite"
         ):
             import_hf(source, tmp_path / target)
-    as_it_is = Checks(allow_nonfinite=True)
+    as_it_is = TensorChecks(allow_nonfinite=True)
     import_hf(source, tmp_path / "megatron", checks=as_it_is)
     with pytest.raises(
         InputError, match=r"output_layer\.weight' has 2 of 2304 values NaN or infinite"
@@ -137,20 +138,18 @@ def test_read_cuts_any_box_out_of_any_chunks(tmp_path: Path) -> None:
         for b, size_b in ((0, 1), (1, 5))
     ]
 
-    def chunk(offset: tuple[int, ...], extent: tuple[int, ...]) -> Chunk:
-        part = whole[
-            tuple(slice(low, low + size) for low, size in zip(offset, extent, strict=True))
-        ]
-        return Chunk(
+    def part(offset: tuple[int, ...], extent: tuple[int, ...]) -> tuple[Chunk, torch.Tensor]:
+        box = tuple(slice(low, low + size) for low, size in zip(offset, extent, strict=True))
+        chunk = Chunk(
             key="w",
             global_shape=(5, 6, 4),
             offset=offset,
             extent=extent,
             dtype=torch.float32,
-            produce=lambda: part,
         )
+        return chunk, whole[box]
 
-    write_torch_dist(tmp_path, [[chunk(*box) for box in boxes[:3]], [chunk(*boxes[3])]])
+    write_torch_dist(tmp_path, [[part(*box) for box in boxes[:3]], [part(*boxes[3])]])
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("w", (0, 0, 0), (5, 6, 4)), whole)
     assert torch.equal(reader.read("w", (1, 0, 1), (2, 4, 2)), whole[1:3, 0:4, 1:3])
@@ -162,7 +161,9 @@ def test_large_models_are_cut_into_files_with_an_index(
 ) -> None:
     plan = hf_writer.plan_shards
     monkeypatch.setattr(
-        safetensors_job, "plan_shards", lambda entries, dtype: plan(entries, dtype, max_bytes=9000)
+        safetensors_result,
+        "plan_shards",
+        lambda entries, dtype: plan(entries, dtype, max_bytes=9000),
     )
     export_hf(checkpoint, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -236,22 +237,15 @@ def test_padded_vocabulary_is_cut_off(checkpoint: Path, hf_folder: Path, tmp_pat
     TP."""
     source = TorchDistReader(checkpoint / "release")
 
-    def chunk(key: str) -> Chunk:
+    def padded(key: str) -> tuple[Chunk, torch.Tensor]:
         tensor = source.read(key, (0,) * len(source.tensors[key].shape), source.tensors[key].shape)
         if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
             tensor = torch.cat([tensor, torch.full((32, tensor.shape[1]), 9.0, dtype=tensor.dtype)])
-        return Chunk(
-            key=key,
-            global_shape=tuple(tensor.shape),
-            offset=(0,) * tensor.dim(),
-            extent=tuple(tensor.shape),
-            dtype=tensor.dtype,
-            produce=lambda: tensor,
-        )
+        return whole_chunk(key, tensor), tensor
 
     target = tmp_path / "padded" / "iter_0000007"
     target.mkdir(parents=True)
-    write_torch_dist(target, [[chunk(key) for key in source.tensors]])
+    write_torch_dist(target, [[padded(key) for key in source.tensors]])
     write_tracker(tmp_path / "padded", 7)
     write_architecture(tmp_path / "padded", find_checkpoint(checkpoint).architecture)
     export_hf(tmp_path / "padded", tmp_path / "out")

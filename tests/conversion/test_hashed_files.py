@@ -7,41 +7,68 @@ import hashlib
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from conversion.torch_dist.hashed_files import HashingFileSystem, without_crc32
+from conversion.torch_dist.hashed_files import HashingStream, hashed_file, without_crc32
+from conversion.torch_dist.reader import TorchDistReader
+from conversion.torch_dist.writer import TorchDistWriter
 from mellum2_megatron.checkpoint import find_checkpoint
 from mellum2_megatron.checkpoint.file_manifest import MANIFEST_FILE, hash_files, read_manifest
+from tests.conversion.folders import whole_chunk, write_torch_dist
 
 
 def test_what_is_written_in_pieces_is_hashed_as_the_file_on_the_disk(tmp_path: Path) -> None:
-    files = HashingFileSystem()
-    with files.create_stream(tmp_path / "a", "wb") as stream:
+    with hashed_file(tmp_path / "a") as stream:
         stream.write(b"head")
         stream.write(memoryview(torch.arange(1000).numpy()))
         assert stream.tell() == 4 + 8000
         torch.save(torch.ones(3), stream)
     content = (tmp_path / "a").read_bytes()
-    assert files.records["a"].size == len(content)
-    assert files.records["a"].sha256 == hashlib.sha256(content).hexdigest()
+    assert stream.record.size == len(content)
+    assert stream.record.sha256 == hashlib.sha256(content).hexdigest()
     assert torch.equal(torch.load(io.BytesIO(content[8004:]), weights_only=True), torch.ones(3))
-    with files.create_stream(tmp_path / "a", "rb") as stream:
-        assert stream.read() == content
 
 
-def test_a_file_that_was_not_finished_has_no_record(tmp_path: Path) -> None:
-    files = HashingFileSystem()
+def test_a_write_that_the_system_cuts_short_is_completed(tmp_path: Path) -> None:
+    class Short(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(memoryview(data)[:7])
+
+    with Short(tmp_path / "a", "w") as raw:
+        stream = HashingStream(raw)
+        assert stream.write(bytes(range(100))) == 100
+    assert (tmp_path / "a").read_bytes() == bytes(range(100))
+    assert stream.record.sha256 == hashlib.sha256(bytes(range(100))).hexdigest()
+
+
+def test_a_group_that_was_not_finished_is_not_written(tmp_path: Path) -> None:
+    tensor = torch.ones(3)
+    writer = TorchDistWriter(tmp_path, [[whole_chunk("w", tensor)]], common={})
 
     def fail() -> None:
-        with files.create_stream(tmp_path / "a", "wb") as stream:
-            stream.write(b"head")
+        with writer.open_group(0) as group:
+            group.write("w", (0,), tensor)
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
         fail()
-    assert not files.records
+    assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]  # no .metadata
+
+
+def test_a_chunk_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    writer = TorchDistWriter(tmp_path, [[whole_chunk("w", torch.ones(3))]], common={})
+    with writer.open_group(0) as group, pytest.raises(TypeError, match=r"w: a torch\.bfloat16"):
+        group.write("w", (0,), torch.ones(3).bfloat16())
+
+
+def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path) -> None:
+    large = torch.arange(100_000)
+    write_torch_dist(tmp_path, [[(whole_chunk("w", large[:3]), large[:3])]])
+    assert (tmp_path / "__0_0.distcp").stat().st_size < 10_000
+    assert torch.equal(TorchDistReader(tmp_path).read("w", (0,), (3,)), large[:3])
 
 
 def test_checksums_are_left_out_only_inside(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The safetensors files of a result: created at their final size, filled by several workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.huggingface.folder import CONFIG_FILE, dtype_name
+from conversion.huggingface.writer import (
+    create_shard,
+    plan_shards,
+    shard_size,
+    write_index,
+    write_tensor,
+)
+from conversion.jobs.job import ConversionUnit, entry_bytes, records_of
+from conversion.jobs.tensor_checks import CheckedTensor
+from conversion.jobs.weights_manifest import WeightRecord, write_manifest
+from conversion.mapping import Entry, Source, derive
+from mellum2_megatron.architecture import Mellum2Architecture, to_hf_config
+from mellum2_megatron.common.files import write_json
+
+
+class SafetensorsPart:
+    """One unit's part of a file while it is written.
+
+    Attributes:
+        records: the record of each tensor written, in order.
+    """
+
+    def __init__(self, descriptor: int, begins: dict[str, int], dtype: torch.dtype) -> None:
+        self.records: list[WeightRecord] = []
+        self._descriptor, self._begins, self._dtype = descriptor, begins, dtype
+
+    def write(self, source: Source, checked: CheckedTensor) -> None:
+        """Write the tensor ``source``; it is hashed unless its check has done so."""
+        tensor, record = checked
+        if (tuple(tensor.shape), tensor.dtype) != (source.shape, self._dtype):
+            raise ValueError(f"{source}: {tuple(tensor.shape)} {tensor.dtype} does not fit")
+        write_tensor(self._descriptor, self._begins[source.name], tensor)
+        if record is None:
+            self.records.append(WeightRecord.of(source.name, tensor))
+        else:
+            self.records.append(replace(record, name=source.name))
+
+
+class SafetensorsResult:
+    """A result in the released layout: weights, index, weights manifest and config.json."""
+
+    def __init__(self, architecture: Mellum2Architecture, dtype: torch.dtype) -> None:
+        self._architecture, self._dtype = architecture, dtype
+        self._shards = plan_shards(derive(architecture), dtype)
+        self._sizes = {shard.file: shard_size(shard, dtype) for shard in self._shards}
+        self._begins: dict[str, dict[str, int]] = {}
+
+    def units(self, peak: Callable[[Entry], int]) -> list[ConversionUnit]:
+        """Return the units: each group's part of each file.
+
+        A unit per file would leave workers idle: the small models are one file.
+
+        Args:
+            peak: function that returns the most bytes in memory for an entry.
+        """
+        units = []
+        for shard in self._shards:
+            for group, entries in groupby(shard.entries, key=lambda entry: entry.group):
+                members = tuple(entries)
+                unit = ConversionUnit(
+                    name=f"{shard.file}#{group}",
+                    file=shard.file,
+                    entries=members,
+                    nbytes=entry_bytes(members, self._dtype),
+                    peak=max(peak(entry) for entry in members),
+                )
+                units.append(unit)
+        return units
+
+    def create(self, folder: Path) -> None:
+        """Create the files in ``folder``; those of an earlier attempt are kept."""
+        self._begins = {
+            shard.file: create_shard(folder, shard, self._dtype) for shard in self._shards
+        }
+
+    @contextmanager
+    def open(self, folder: Path, unit: ConversionUnit) -> Iterator[SafetensorsPart]:
+        """Yield the part of ``unit`` to write; it is on the disk when the block ends."""
+        # Unbuffered and written by position, so that workers share a file without a lock.
+        with (folder / unit.file).open("r+b", buffering=0) as stream:
+            yield SafetensorsPart(stream.fileno(), self._begins[unit.file], self._dtype)
+            os.fsync(stream.fileno())
+
+    def payload(self, unit: ConversionUnit, part: SafetensorsPart) -> tuple[dict[str, Any], int]:
+        """Return a finished unit's payload and the size of its file, as
+        `ConversionJob.convert` does."""
+        return {"records": [asdict(record) for record in part.records]}, self._sizes[unit.file]
+
+    def finish(self, folder: Path, payloads: Sequence[dict[str, Any]]) -> None:
+        """Write index, weights manifest and config.json."""
+        write_index(folder, self._shards, self._dtype)
+        write_manifest(folder, records_of(payloads))
+        config = to_hf_config(self._architecture, dtype_name(self._dtype))
+        write_json(folder / CONFIG_FILE, config)
