@@ -1,5 +1,7 @@
 """Text to training-ready tokens.
 
-``corpus`` chooses the documents, ``tokenizer`` and ``encode`` turn them into ids, ``prepare``
-writes the folder, and ``datasets`` is Megatron's view of it.
+``corpus`` chooses the documents, ``tokens`` turns them into ids, ``prepare`` writes the prepared
+folder and ``prepared_folder`` reads it. ``feed`` gives its samples to training.
+
+Only ``feed`` loads torch when it is imported: preparing and checking data must start quickly.
 """

@@ -1,5 +1,4 @@
-"""Text files to a prepared folder: tokenizer, Megatron indexed datasets, and what they were made
-of.
+"""Text files to a prepared folder: tokenizer, Megatron indexed datasets, record of the inputs.
 
 ::
 
@@ -11,17 +10,17 @@ of.
     PATH/cache/                     written later by Megatron: sample indices of each
                                     (seed, sequence length)
 
-The folder appears at once, complete, or not at all. Its bytes depend on the inputs and the seed,
+The folder appears at once and complete, or not at all. Its bytes depend on the inputs and the seed,
 not on ``workers``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +30,14 @@ import numpy as np
 from mellum2_megatron.common.console import error_console
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.common.files import atomic_directory, check_writable, write_json
-from mellum2_megatron.data.corpus import discovery as corpus
-from mellum2_megatron.data.corpus.discovery import SPLITS, Document, Selection
+from mellum2_megatron.data.corpus.discovery import (
+    SPLITS,
+    Selection,
+    given_sources,
+    installed_sources,
+    read_document,
+    select,
+)
 from mellum2_megatron.data.prepared_folder import (
     FORMAT,
     PreparedData,
@@ -58,6 +63,12 @@ DEFAULT_MAX_BYTES = 32 * 1024 * 1024
 # A BPE's merges settle long before this much text.
 _TOKENIZER_TRAINING_BYTES = 64 * 1024 * 1024
 
+Advance = Callable[[int], None]
+"""Adds finished bytes to the progress of a stage."""
+
+StartStage = Callable[[str, int | None], Advance]
+"""Begins a stage, given its name and its size in bytes, None if unknown."""
+
 
 def prepare(
     output: str | os.PathLike[str],
@@ -75,16 +86,16 @@ def prepare(
     """Make a prepared folder from text.
 
     Args:
-        output: the folder to make.
-        inputs: text files, ``.jsonl`` files or folders; none means the Python sources installed on
+        output: folder to make.
+        inputs: text files, ``.jsonl`` files or folders; by default the Python sources installed on
             this machine.
-        tokenizer: a Hugging Face tokenizer folder; None trains a byte-level BPE on the training
+        tokenizer: Hugging Face tokenizer folder; None trains a byte-level BPE on the training
             split.
         vocab_size: entries of the trained tokenizer (ignored beside ``tokenizer``).
-        workers: processes that read and encode; None means one a core.
-        seed: of the sample and the split.
+        workers: processes that read and encode; None for one per core.
+        seed: seed of the sample and the split.
         valid_fraction: share of the documents held out for validation.
-        max_bytes: take an even sample of at most so many bytes of text; None takes everything.
+        max_bytes: upper limit of the text in bytes, an even sample of it; None takes everything.
         overwrite: replace an existing folder (only once the new one is complete).
         progress: show progress bars when standard error is a terminal.
 
@@ -94,19 +105,23 @@ def prepare(
             untouched.
     """
     target = Path(output)
+    # A container or a Slurm job may use fewer cores than the machine has.
     workers = workers if workers is not None else len(os.sched_getaffinity(0))
     _check_arguments(target, workers, vocab_size, valid_fraction, max_bytes, overwrite, tokenizer)
-    sources, refused = (corpus.given_sources(inputs), []) if inputs else corpus.installed_sources()
-    with _Bars(progress) as bars:
-        advance = bars.start("reading", max_bytes)
-        selection = corpus.select(
+    sources, refused = (given_sources(inputs), []) if inputs else installed_sources()
+    with _progress_bars(progress) as start_stage:
+        advance = start_stage("reading", max_bytes)
+        selection = select(
             sources, seed=seed, valid_fraction=valid_fraction, max_bytes=max_bytes, advance=advance
         )
-        _check_selection(selection, valid_fraction)
+        _check_splits(selection, valid_fraction)
         try:
             with atomic_directory(target, overwrite=overwrite) as folder:
-                _make_tokenizer(selection, folder / "tokenizer", tokenizer, vocab_size, bars)
-                facts = _encode_splits(selection, folder, workers, bars)
+                if tokenizer is None:
+                    _train_tokenizer(selection, folder / "tokenizer", vocab_size, start_stage)
+                else:
+                    copy_tokenizer(Path(tokenizer), folder / "tokenizer")
+                facts = _encode_splits(selection, folder, workers, start_stage)
                 facts |= {
                     "seed": seed,
                     "valid_fraction": valid_fraction,
@@ -133,11 +148,12 @@ def _check_arguments(
     overwrite: bool,
     tokenizer: str | os.PathLike[str] | None,
 ) -> None:
+    """Refuse arguments that cannot work, before minutes of reading."""
     if workers < 1:
         raise InputError(
             f"workers={workers}",
             rule="it must be at least 1",
-            fix="use 1, or leave it out for one a core",
+            fix="use 1, or leave it out for one per core",
         )
     if not 0 < valid_fraction <= 0.5:
         raise InputError(
@@ -163,6 +179,7 @@ def _check_arguments(
             rule="it exists and is not empty",
             fix="choose another folder, or add --overwrite",
         )
+    # A mistyped --output must not delete somebody's other folder.
     if occupied and not (target / "corpus.json").is_file():
         raise InputError(
             f"--output {target}",
@@ -171,58 +188,58 @@ def _check_arguments(
         )
 
 
-def _check_selection(selection: Selection, valid_fraction: float) -> None:
+def _check_splits(selection: Selection, valid_fraction: float) -> None:
+    """Refuse an empty split: Megatron cannot build a dataset without documents."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items())
     for split in SPLITS:
         if not selection.of(split):
-            left_out = (
-                ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items())
-                or "none"
-            )
             raise InputError(
                 f"{len(selection.documents)} document(s)",
-                rule=f"the {split} split is empty (valid_fraction={valid_fraction}; documents left out: {left_out})",
-                fix="give more documents, a larger --max-megabytes, or another --valid-fraction (0.2, say)",
+                rule=f"the {split} split is empty (valid_fraction={valid_fraction}; "
+                f"documents left out: {left_out or 'none'})",
+                fix="give more documents, a larger --max-megabytes, "
+                "or another --valid-fraction (0.2, say)",
             )
 
 
-def _make_tokenizer(
-    selection: Selection,
-    folder: Path,
-    given: str | os.PathLike[str] | None,
-    vocab_size: int,
-    bars: _Bars,
+def _train_tokenizer(
+    selection: Selection, folder: Path, vocab_size: int, start_stage: StartStage
 ) -> None:
-    if given is not None:
-        copy_tokenizer(Path(given), folder)
-        return
+    """Train a tokenizer on an even sample of the training split, and write it to ``folder``."""
     documents = selection.of("train")
     # Every k-th document, so that a large corpus is sampled evenly.
     stride = -(-sum(document.size for document in documents) // _TOKENIZER_TRAINING_BYTES)
     documents = documents[::stride]
-    advance = bars.start("training the tokenizer", sum(document.size for document in documents))
-    train_tokenizer(_texts(documents, advance), folder, vocab_size=vocab_size)
+    advance = start_stage("training the tokenizer", sum(document.size for document in documents))
+
+    def texts() -> Iterator[str]:
+        for document in documents:
+            yield read_document(document)
+            advance(document.size)
+
+    train_tokenizer(texts(), folder, vocab_size=vocab_size)
 
 
-def _texts(documents: list[Document], advance: Callable[[int], None]) -> Iterator[str]:
-    for document in documents:
-        yield corpus.read_document(document)
-        advance(document.size)
+def _encode_splits(
+    selection: Selection, folder: Path, workers: int, start_stage: StartStage
+) -> dict[str, Any]:
+    """Write both indexed datasets with the folder's tokenizer.
 
-
-def _encode_splits(selection: Selection, folder: Path, workers: int, bars: _Bars) -> dict[str, Any]:
-    # Imported here: it pulls in torch and all of megatron.core, which nothing else in this module
-    # needs.
+    Returns:
+        Entries of ``corpus.json``: format, size of each split, validation entropy, tokenizer.
+    """
+    # Loads torch and all of megatron.core, some seconds; bad input has been refused by now.
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     identifiers = special_ids(folder / "tokenizer")
     vocab_size = vocab_size_of(folder / "tokenizer")
     dtype = DType.optimal_dtype(vocab_size)
     splits: dict[str, SplitStatistics] = {}
-    counts = np.zeros(vocab_size, dtype=np.int64)
+    valid_counts = np.zeros(vocab_size, dtype=np.int64)
     for split in SPLITS:
         documents = selection.of(split)
         size = sum(document.size for document in documents)
-        advance = bars.start(f"encoding the {split} split", size)
+        advance = start_stage(f"encoding the {split} split", size)
         prefix = folder / f"{split}_document"
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
         tokens, digest = 0, hashlib.sha256()
@@ -233,10 +250,11 @@ def _encode_splits(selection: Selection, folder: Path, workers: int, bars: _Bars
             for length in batch.lengths:
                 builder.add_document(batch.tokens[start : start + length], [length])
                 start += length
+            # The bytes as the builder writes them: hashing the file would read it once more.
             digest.update(batch.tokens.astype(dtype).tobytes())
             tokens += start
             if split == "valid":
-                counts += np.bincount(batch.tokens, minlength=vocab_size)
+                valid_counts += np.bincount(batch.tokens, minlength=vocab_size)
             advance(batch.size)
         builder.finalize(f"{prefix}.idx")
         splits[split] = SplitStatistics(
@@ -247,10 +265,11 @@ def _encode_splits(selection: Selection, folder: Path, workers: int, bars: _Bars
             idx_bytes=Path(f"{prefix}.idx").stat().st_size,
             bin_sha256=digest.hexdigest(),
         )
+    probabilities = valid_counts[valid_counts > 0] / valid_counts.sum()
     return {
         "format": FORMAT,
         "splits": {split: asdict(statistics) for split, statistics in splits.items()},
-        "valid_unigram_entropy_nats": _entropy(counts),
+        "valid_unigram_entropy_nats": float(-(probabilities * np.log(probabilities)).sum()),
         "dtype": np.dtype(dtype).name,
         "tokenizer": {
             "vocab_size": vocab_size,
@@ -260,13 +279,8 @@ def _encode_splits(selection: Selection, folder: Path, workers: int, bars: _Bars
     }
 
 
-def _entropy(counts: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-    probabilities = counts[counts > 0] / counts.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())
-
-
 def _source_table(selection: Selection) -> list[dict[str, Any]]:
-    """One row a source that contributed: name, version, licence, documents, bytes."""
+    """Return a row for each source that contributed: name, version, licence, documents, bytes."""
     documents = np.zeros(len(selection.sources), dtype=np.int64)
     size = np.zeros_like(documents)
     for document in selection.documents:
@@ -285,37 +299,31 @@ def _source_table(selection: Selection) -> list[dict[str, Any]]:
     ]
 
 
-class _Bars:
-    """Progress bars on standard error, one a stage; nothing at all when it is not a terminal."""
+@contextlib.contextmanager
+def _progress_bars(show: bool) -> Iterator[StartStage]:
+    """Yield a function that begins a stage with a bar of its own; each stage is logged too.
 
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._progress: Progress | None = None
-        self._context: AbstractContextManager[Any] = nullcontext()
+    There are no bars if ``show`` is false or standard error is not a terminal.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __enter__(self) -> _Bars:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    bars: Progress | None = None
+    if show and error_console.is_terminal:
+        bars = Progress(
+            TextColumn("{task.description:<26}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+            console=error_console,
+        )
 
-        if self._wanted and error_console.is_terminal:
-            columns = (
-                TextColumn("{task.description:<26}"),
-                BarColumn(),
-                DownloadColumn(),
-                TimeElapsedColumn(),
-            )
-            self._progress = Progress(*columns, console=error_console)
-            self._context = self._progress
-        self._context.__enter__()
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        self._context.__exit__(*details)
-
-    def start(self, stage: str, total: int | None) -> Callable[[int], None]:
-        """Begin a stage of ``total`` bytes; the returned function advances it."""
-        logger.info("%s%s", stage, f" ({total / 1e6:.1f} MB)" if total else "")
-        progress = self._progress
-        if progress is None:
+    def start_stage(stage: str, total: int | None) -> Advance:
+        size = f" ({total / 1e6:.1f} MB)" if total else ""
+        logger.info("%s%s", stage, size)
+        if bars is None:
             return lambda _: None
-        task = progress.add_task(stage, total=total)
-        return lambda amount: progress.advance(task, amount)
+        task = bars.add_task(stage, total=total)
+        return lambda amount: bars.advance(task, amount)
+
+    with contextlib.nullcontext() if bars is None else bars:
+        yield start_stage

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: what `mellum2 data prepare` wrote, read back and checked."""
+"""A prepared corpus on disk, as `mellum2 data prepare` writes it: read and checked."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from mellum2_megatron.data.corpus.discovery import SPLITS, Split
 from mellum2_megatron.data.tokens.tokenizer import tokenizer_hash
 
 FORMAT = 1
-
+"""Version of the folder's layout, in ``corpus.json``."""
 
 _PREPARE_AGAIN = "make it again with `mellum2 data prepare --output PATH --overwrite`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitStatistics:
-    """Size of one split; ``bytes`` counts the text in UTF-8, ``tokens`` includes one eos a
-    document."""
+    """Size of one split.
+
+    Attributes:
+        documents: number of documents.
+        tokens: number of tokens, one eos per document included.
+        bytes: bytes of the texts in UTF-8.
+        bin_bytes, idx_bytes: file sizes of the indexed dataset.
+        bin_sha256: SHA-256 of the ``.bin`` file, hexadecimal.
+    """
 
     documents: int
     tokens: int
@@ -33,23 +40,32 @@ class SplitStatistics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedData:
-    """A prepared folder."""
+    """A prepared folder.
+
+    Attributes:
+        path: the folder.
+        vocab_size: rows that an embedding needs for the tokenizer.
+        special_ids: ids of the tokenizer's special tokens, by role.
+        splits: size of each split.
+        valid_unigram_entropy_nats: entropy of the validation split's token distribution: no
+            predictor without context has a lower loss on it.
+        tokenizer_sha256: SHA-256 of ``tokenizer.json``, hexadecimal.
+        seed: seed of the sample and the split.
+        corpus: content of ``corpus.json``.
+    """
 
     path: Path
     vocab_size: int
     special_ids: dict[str, int]
     splits: dict[str, SplitStatistics]
     valid_unigram_entropy_nats: float
-    """Entropy of the validation split's token distribution: no predictor blind to context has a
-    lower loss on it."""
     tokenizer_sha256: str
     seed: int
     corpus: dict[str, Any]
-    """All of corpus.json."""
 
     @property
     def tokenizer_dir(self) -> Path:
-        """Hugging Face tokenizer folder."""
+        """Folder of the tokenizer in Hugging Face format."""
         return self.path / "tokenizer"
 
     @property
@@ -58,15 +74,18 @@ class PreparedData:
         return self.special_ids["eos"]
 
     def prefix(self, split: Split) -> Path:
-        """Path of a split's indexed dataset without ``.bin`` / ``.idx``."""
+        """Return the path of a split's indexed dataset without ``.bin`` / ``.idx``."""
         return self.path / f"{split}_document"
 
 
 def load_prepared(path: str | os.PathLike[str]) -> PreparedData:
-    """Read what :func:`prepare` made, and check that its files are all there in full length.
+    """Read a prepared folder, and check that all of its files have their full length.
+
+    Hashes of the tokens are not checked: that would read the whole corpus at every start.
 
     Raises:
-        InputError: the folder is missing, not a prepared folder, of another format, or truncated.
+        InputError: the folder is missing, not a prepared folder, of another format, or truncated;
+            or it holds another tokenizer.
     """
     folder = Path(path)
     if not (folder / "corpus.json").is_file():
@@ -101,12 +120,12 @@ def load_prepared(path: str | os.PathLike[str]) -> PreparedData:
         statistics = prepared.splits[split]
         for suffix, size in ((".bin", statistics.bin_bytes), (".idx", statistics.idx_bytes)):
             file = folder / f"{split}_document{suffix}"
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                rule = f"it should have {size} bytes and " + (
-                    "is missing" if found is None else f"has {found}"
+            actual = file.stat().st_size if file.is_file() else None
+            if actual != size:
+                state = "is missing" if actual is None else f"has {actual}"
+                raise InputError(
+                    str(file), rule=f"it should have {size} bytes and {state}", fix=_PREPARE_AGAIN
                 )
-                raise InputError(str(file), rule=rule, fix=_PREPARE_AGAIN)
     if (
         not (prepared.tokenizer_dir / "tokenizer.json").is_file()
         or tokenizer_hash(prepared.tokenizer_dir) != prepared.tokenizer_sha256

@@ -1,0 +1,1 @@
+"""Choice of documents: sources, duplicates, sample size and split."""

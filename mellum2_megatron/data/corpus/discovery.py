@@ -1,12 +1,11 @@
-"""Which documents a corpus holds: real source code found on any machine, or files the user names.
+"""Documents of a corpus: Python source code installed on this machine, or files the user names.
 
-Nothing here keeps a text in memory. ``select`` reads every candidate once, drops exact duplicates
-by content hash, decides the split from that hash, and returns references (:class:`Document`) that a
-worker process can read by itself.
+No text stays in memory. ``select`` reads every candidate once, drops exact duplicates by content
+hash, decides the split from that hash, and returns references (:class:`Document`) that a worker
+process can read by itself.
 
-Everything is deterministic: the same files and the same seed give the same documents in the same
-order with the same split, wherever the packages are installed and however many processes read them
-later.
+The result is deterministic: the same files and the same seed give the same documents in the same
+order with the same split, wherever the packages are installed.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ logger = logging.getLogger(__name__)
 Split = Literal["train", "valid"]
 SPLITS: tuple[Split, ...] = ("train", "valid")
 
-# A licence field that is free text counts as open source only when it names one of these.
+# A free-text licence field counts as open source only if it names one of these.
 _OPEN_LICENCE = re.compile(
     r"\b(apache|bsd|mit|isc|psf|python software foundation|mpl|zlib|unlicense|hpnd)\b",
     re.IGNORECASE,
 )
-# Python's own tests are not shipped by every distributor, and hold deliberately broken files.
+# Python's own tests are not part of every distribution, and hold deliberately broken files.
 _STDLIB_LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
@@ -47,28 +46,46 @@ INSTALLED_FILE_LIMIT = 256 * 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A named origin of documents: an installed package, the standard library, or a path the user
-    gave."""
+    """A named origin of documents: an installed package, the standard library, or a user's path.
+
+    Attributes:
+        name: name in ``corpus.json``.
+        key: the source's part of the sampling hash; not a path, so that moving the files does not
+            change the sample.
+        version: version of the package, or None.
+        licence: licence as stated by the package.
+        root: folder of the files, or the one file.
+        files: all files, in order.
+        given: true if the user named the file itself: it must be readable text. A file found in a
+            folder is left out and counted if it is not.
+        file_limit: longest file taken, in bytes; longer files are left out and counted. Default: no
+            limit.
+    """
 
     name: str
     key: str
-    """Stands for the source in the sampling hash: not a path, so that moving the files does not
-    change the sample."""
     version: str | None
     licence: str
     root: Path
     files: tuple[Path, ...]
     given: bool
-    """A file the user named must be readable text; one met while walking is left out and counted
-    when it is not."""
     file_limit: int | None = None
-    """Longest file taken, in bytes; longer ones are left out and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A reference to one document: a whole file (``line`` 0), or one line of a ``.jsonl`` file
-    (counted from 1)."""
+    """A reference to one document: a file, or one line of a ``.jsonl`` file.
+
+    Attributes:
+        source: index of the document's source.
+        path: the file.
+        line: line number in a ``.jsonl`` file, from 1; 0 for a whole file.
+        offset: first byte of the document in the file.
+        length: bytes in the file, -1 for all.
+        size: bytes of the text in UTF-8.
+        digest: first 16 bytes of the text's SHA-256; decides duplicates and the split.
+        split: the document's split.
+    """
 
     source: int
     path: str
@@ -76,28 +93,33 @@ class Document:
     offset: int
     length: int
     size: int
-    """Bytes of the text in UTF-8."""
     digest: bytes
-    """First 16 bytes of the text's SHA-256; decides duplicates and the split."""
     split: Split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """The documents of a corpus, in source, path and line order, and what was left out on the way,
-    by reason."""
+    """The documents of a corpus.
+
+    Attributes:
+        sources: all sources, contributing or not.
+        documents: the documents, ordered by source, path and line.
+        left_out: number of documents left out, by reason.
+    """
 
     sources: tuple[Source, ...]
     documents: tuple[Document, ...]
     left_out: dict[str, int]
 
     def of(self, split: Split) -> list[Document]:
-        """The documents of one split, in order."""
+        """Return the documents of one split, in order."""
         return [document for document in self.documents if document.split == split]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate:
+    """A document not yet read; ``key`` orders candidates at random, the rest as in `Document`."""
+
     key: bytes
     source: int
     path: Path
@@ -107,12 +129,11 @@ class _Candidate:
 
 
 def installed_sources() -> tuple[list[Source], list[str]]:
-    """Python files of the standard library and of every installed distribution under an open-source
-    licence.
+    """Return the Python files of the standard library and of openly licensed distributions.
 
     Returns:
-        The sources sorted by name, and the names of the distributions left out because they state
-        no such licence.
+        The sources sorted by name, and the names of the installed distributions that state no
+        open-source licence and are left out.
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     version = ".".join(map(str, sys.version_info[:3]))
@@ -131,13 +152,15 @@ def installed_sources() -> tuple[list[Source], list[str]]:
         )
     ]
     refused = []
-    seen = {"mellum2-megatron"}  # an ordinary install of this project is not part of its own corpus
+    # This project is no source: its corpus would change with each of its versions.
+    seen = {"mellum2-megatron"}
     for distribution in importlib.metadata.distributions():
         name = re.sub(r"[-_.]+", "-", distribution.name).lower()
         if name in seen:
             continue
         seen.add(name)
         root = Path(str(distribution.locate_file("")))
+        # Files outside of the packages' folder (`..`) are scripts that the installer generated.
         listed = [
             str(file)
             for file in distribution.files or ()
@@ -166,8 +189,10 @@ def installed_sources() -> tuple[list[Source], list[str]]:
 
 
 def open_licence(metadata: importlib.metadata.PackageMetadata) -> str | None:
-    """The open-source licence that a distribution's metadata states, or None when it states
-    none."""
+    """Return the open-source licence in a distribution's metadata, or None without one.
+
+    Read in the order of reliability: SPDX expression, classifiers, first line of the free text.
+    """
     expression = (metadata.get("License-Expression") or "").strip()
     if expression:
         return None if "LicenseRef" in expression else expression
@@ -184,8 +209,9 @@ def open_licence(metadata: importlib.metadata.PackageMetadata) -> str | None:
 
 
 def given_sources(paths: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Sources for files and folders the user names: text files whole, ``.jsonl`` one document a
-    line (key ``text``).
+    """Return a source for each file or folder that the user names.
+
+    A text file is one document; a ``.jsonl`` file has one in each line, under the key ``text``.
 
     Raises:
         InputError: a path does not exist, is named twice, or is a folder without files.
@@ -232,18 +258,17 @@ def select(
     max_bytes: int | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Selection:
-    """Read every candidate once and decide which documents the corpus holds and which split each
-    belongs to.
+    """Read every candidate once, and choose the corpus' documents and the split of each.
 
     With ``max_bytes`` the candidates are visited in the order of a hash of (seed, source, relative
-    path, line) until the next one would not fit: an even sample over everything offered, the same
-    on every machine with the same files.
+    path, line) until the next one would not fit. This is an even sample of all of them, the same on
+    every machine with the same files.
 
     Args:
-        sources: where to look.
-        seed: changes both the sample and the split.
-        valid_fraction: share of the documents that goes to the validation split, by content hash.
-        max_bytes: upper limit on the corpus in bytes of UTF-8, or None.
+        sources: sources of candidates.
+        seed: seed of the sample and of the split.
+        valid_fraction: share of the documents in the validation split, drawn by content hash.
+        max_bytes: upper limit of the corpus in bytes of UTF-8, or None.
         advance: called with the bytes of each document taken.
 
     Raises:
@@ -255,6 +280,7 @@ def select(
         for candidate in _candidates(index, source, seed)
     ]
     if max_bytes is not None:
+        # In this order the sample of a smaller limit is part of that of a larger one.
         candidates.sort(key=lambda candidate: candidate.key)
     left_out: Counter[str] = Counter()
     seen: set[bytes] = set()
@@ -270,6 +296,7 @@ def select(
         if digest in seen:
             left_out["duplicate"] += 1
             continue
+        # Ends the sample: to pass over long documents would prefer short ones.
         if max_bytes is not None and total + len(data) > max_bytes:
             break
         seen.add(digest)
@@ -287,6 +314,7 @@ def select(
                 split="valid" if _fraction(digest, seed) < valid_fraction else "train",
             )
         )
+    # Datasets keep this order, whatever the order of reading was.
     documents.sort(key=lambda document: (document.source, document.path, document.line))
     return Selection(
         sources=tuple(sources), documents=tuple(documents), left_out=dict(sorted(left_out.items()))
@@ -294,10 +322,10 @@ def select(
 
 
 def read_document(document: Document) -> str:
-    """The text of a selected document.
+    """Return the text of a selected document.
 
     Raises:
-        WorkError: the file has gone or its text is no longer the selected one.
+        WorkError: the file is gone, or its text is no longer the selected one.
     """
     fix = "leave the input files alone while they are prepared, and run the command again"
     try:
@@ -310,14 +338,15 @@ def read_document(document: Document) -> str:
 
 
 def _walk(root: Path, *, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Files under ``root`` in sorted order, without hidden files and folders and without following
-    folder links."""
+    """Yield the files under ``root`` in sorted order; hidden files and links to folders are left
+    out."""
 
     def refuse(error: OSError) -> None:
         rule = f"the folder cannot be listed ({error.strerror})"
         raise InputError(str(error.filename), rule=rule, fix="make it readable or leave it out")
 
     for folder, folders, names in os.walk(root, onerror=refuse):
+        # In place: os.walk descends into this list's folders.
         folders[:] = sorted(
             name for name in folders if name not in skip and not name.startswith(".")
         )
@@ -328,6 +357,7 @@ def _walk(root: Path, *, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def _candidates(index: int, source: Source, seed: int) -> Iterator[_Candidate]:
+    """Yield the documents of a source without decoding them: files, and lines of ``.jsonl``."""
     for path in source.files:
         relative = path.relative_to(source.root).as_posix()
         label = f"{seed}\0{source.key}\0{relative}\0".encode("utf-8", "surrogateescape")
@@ -355,9 +385,13 @@ def _candidates(index: int, source: Source, seed: int) -> Iterator[_Candidate]:
 
 
 def _read_candidate(candidate: _Candidate, source: Source) -> tuple[str | None, str]:
-    """The text, or None and the reason to leave it out."""
+    """Return a candidate's text, or None and the reason to leave it out.
+
+    Raises:
+        InputError: a file that the user named, or a ``.jsonl`` line, is unreadable.
+    """
     path, jsonl = candidate.path, candidate.line > 0
-    where = f"{path} line {candidate.line}" if jsonl else str(path)
+    name = f"{path} line {candidate.line}" if jsonl else str(path)
     must_work = source.given or jsonl
     try:
         if not jsonl and source.file_limit is not None and path.stat().st_size > source.file_limit:
@@ -365,42 +399,48 @@ def _read_candidate(candidate: _Candidate, source: Source) -> tuple[str | None, 
         text = _read_text(path, candidate.line, candidate.offset, candidate.length)
     except OSError as error:
         if must_work:
-            raise _unreadable(where, error) from error
+            raise _unreadable(name, error) from error
         return None, "unreadable"
     except ValueError as error:  # UnicodeError and JSONDecodeError are ValueErrors
         if must_work:
-            rule = (
-                'each line must be a JSON object with a string of valid Unicode under "text"'
-                if jsonl
-                else "it must be text in UTF-8"
-            )
+            rule = "it must be text in UTF-8"
+            if jsonl:
+                rule = 'each line must be a JSON object with a string of valid Unicode under "text"'
             raise InputError(
-                where, rule=f"{rule} ({error})", fix="convert it or leave it out"
+                name, rule=f"{rule} ({error})", fix="convert it or leave it out"
             ) from error
         return None, "not_utf8"
+    # A binary file may happen to be valid UTF-8.
     if not must_work and "\0" in text:
         return None, "binary"
     return (text, "") if text.strip() else (None, "empty")
 
 
-def _unreadable(where: str, error: OSError) -> InputError:
+def _unreadable(name: str, error: OSError) -> InputError:
     return InputError(
-        where, rule=f"it cannot be read ({error.strerror})", fix="make it readable or leave it out"
+        name, rule=f"it cannot be read ({error.strerror})", fix="make it readable or leave it out"
     )
 
 
 def _read_text(path: Path, line: int, offset: int, length: int) -> str:
+    """Return the text at a place in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, or the line no JSON object with a text.
+    """
+    # Bytes, not text mode: line endings are part of the document.
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read(length)
-    text = data.decode("utf-8")  # bytes, not text mode: line endings are part of the document
+    text = data.decode("utf-8")
     if not line:
         return text
     value = json.loads(text)
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError('no string under the key "text"')
     text = str(value["text"])
-    text.encode("utf-8")  # JSON can spell lone surrogates, which no tokenizer can hold
+    text.encode("utf-8")  # refuses lone surrogates, which JSON can spell and no tokenizer holds
     return text
 
 
@@ -409,10 +449,6 @@ def _hash(data: bytes) -> bytes:
 
 
 def _fraction(digest: bytes, seed: int) -> float:
-    """A number in [0, 1) from a content hash and the seed."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(digest, digest_size=8, key=str(seed).encode()).digest(), "big"
-        )
-        / 2**64
-    )
+    """Return a number in [0, 1), uniform over content hashes."""
+    hashed = hashlib.blake2b(digest, digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(hashed, "big") / 2**64

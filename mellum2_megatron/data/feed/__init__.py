@@ -1,0 +1,1 @@
+"""Training and validation samples: Megatron's datasets over a prepared folder."""

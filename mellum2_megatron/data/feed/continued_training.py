@@ -1,4 +1,4 @@
-"""Training data that begin in the middle of a training."""
+"""Training data that begin in the middle of a run, for a phase with data of its own."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ if TYPE_CHECKING:
 
 
 class ContinuedTraining(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """A training set whose first sample is sample `first` of the training.
+    """A training set whose first sample has the number `first`.
 
-    Megatron's sampler counts the samples of the whole training and asks for them by that number
-    (megatron/training/training.py:4569, 0.19.2). A phase with data of its own has drawn none of
-    them before.
+    Megatron's sampler numbers the samples of the whole training and asks for them by that number
+    (megatron/training/training.py:4569, 0.19.2). A phase with its own data starts in the middle of
+    that count, but at the beginning of its data.
 
     Args:
-        dataset: the samples from `first` on.
-        first: samples that the training has seen in earlier phases.
+        dataset: the phase's samples.
+        first: number of samples of the earlier phases.
+
+    Raises:
+        IndexError: on access to a sample below `first`, which belongs to an earlier phase.
     """
 
     def __init__(self, dataset: GPTDataset, *, first: int) -> None:
         self.dataset = dataset
         self.first = first
+        # Megatron's sampler chooses the batch size by it, training's or validation's
+        # (megatron/training/datasets/data_samplers.py:28, 0.19.2).
         self.index_split = dataset.index_split
 
     def __len__(self) -> int:

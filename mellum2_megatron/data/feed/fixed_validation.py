@@ -14,22 +14,22 @@ class FixedValidation(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """A validation set that starts over after `period` samples.
 
     Megatron's sampler moves on: each validation of a run reads the next samples
-    (megatron/training/training.py:4553, 0.19.2), so two losses differ by the data as much as by the
-    model.
+    (megatron/training/training.py:4553, 0.19.2). Two losses would differ by the data as much as by
+    the model.
 
     Args:
-        dataset: at least `period` samples.
-        period: samples of one validation.
-        length: samples of all validations of the run.
+        dataset: validation samples, at least `period` of them.
+        period: number of samples of one validation.
+        length: number of samples of all validations of the run.
     """
 
     def __init__(self, dataset: GPTDataset, *, period: int, length: int) -> None:
         self.dataset = dataset
         self.period = period
         self.length = length
-        self.index_split = (
-            dataset.index_split
-        )  # by which Megatron takes the validation's own batch size
+        # Megatron's sampler chooses the batch size by it, training's or validation's
+        # (megatron/training/datasets/data_samplers.py:28, 0.19.2).
+        self.index_split = dataset.index_split
 
     def __len__(self) -> int:
         return self.length

@@ -1,0 +1,1 @@
+"""Tokenizer and encoding: documents to token ids."""

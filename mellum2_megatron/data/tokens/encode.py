@@ -1,4 +1,4 @@
-"""Documents to token arrays, in worker processes; the result does not depend on how many there are.
+"""Documents to token arrays in worker processes; the result is the same for any number of them.
 
 Workers are spawned, not forked: a forked tokenizer may deadlock on its thread pool. They import
 neither torch nor megatron.
@@ -27,27 +27,39 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _BATCH_BYTES = 512 * 1024
-_BATCHES_IN_FLIGHT = 4  # per worker: enough to keep it busy, few enough to bound memory
+# Per worker: enough to keep it busy, few enough to bound memory.
+_BATCHES_IN_FLIGHT = 4
 
-
+# Set once in each process: sending the tokenizer with every batch would cost more than encoding.
 _tokenizer: Tokenizer | None = None
 _eos = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedBatch:
-    """Token ids of consecutive documents, concatenated, each ending with eos."""
+    """Token ids of consecutive documents, each ending with eos.
+
+    Attributes:
+        tokens: ids of all documents, one after the other.
+        lengths: tokens of each document, eos included.
+        size: bytes of the texts in UTF-8.
+    """
 
     tokens: npt.NDArray[np.int32]
     lengths: list[int]
     size: int
-    """Bytes of the texts in UTF-8."""
 
 
 def encode_documents(
     documents: Sequence[Document], tokenizer_folder: Path, *, eos: int, workers: int
 ) -> Iterator[EncodedBatch]:
-    """Encode documents in order; ``workers=1`` works in this process.
+    """Encode documents in order.
+
+    Args:
+        documents: references to the documents.
+        tokenizer_folder: Hugging Face tokenizer folder.
+        eos: id that ends each document.
+        workers: number of processes; 1 encodes in this process.
 
     Raises:
         WorkError: a file changed or vanished since it was selected, or a worker was killed.
@@ -64,14 +76,15 @@ def encode_documents(
         initializer=_initialise_worker,
         initargs=(str(tokenizer_folder), eos),
     ) as pool:
-        waiting: deque[Future[EncodedBatch]] = deque()
+        pending: deque[Future[EncodedBatch]] = deque()
         try:
             for batch in batches:
-                waiting.append(pool.submit(_encode, batch))
-                if len(waiting) >= workers * _BATCHES_IN_FLIGHT:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(_encode, batch))
+                if len(pending) >= workers * _BATCHES_IN_FLIGHT:
+                    # The oldest, not the first to finish: the order is part of the result.
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise WorkError(
                 "a tokenizer worker was killed", fix="free memory or use fewer --workers"
@@ -81,6 +94,7 @@ def encode_documents(
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Yield consecutive documents in lists of at least `_BATCH_BYTES`; the last may be smaller."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
@@ -21,14 +21,10 @@ from mellum2_megatron.common.files import write_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Ids follow this order. bos 0 and eos 1 are the architecture's bos_token_id and eos_token_id in
-# mellum2-tiny.
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
-FIM_SENTINELS = (
-    "<fim_prefix>",
-    "<fim_middle>",
-    "<fim_suffix>",
-)  # spelt as in JetBrains' first Mellum
+# Spelt as in JetBrains' first Mellum.
+FIM_SENTINELS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+# Ids follow this order: bos 0 and eos 1 are bos_token_id and eos_token_id of mellum2-tiny.
 RESERVED_TOKENS = (
     BOS,
     EOS,
@@ -62,11 +58,15 @@ _TOKENIZER_FILES = (
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> None:
-    """Train a byte-level BPE with exactly ``vocab_size`` entries and write it to ``folder`` in
-    Hugging Face format.
+    """Train a byte-level BPE and write it to ``folder`` in Hugging Face format.
 
-    Lossless on any text (no normaliser, all 256 bytes in the alphabet) and deterministic in
-    ``texts``. Digits are single tokens.
+    It is lossless on any text (no normaliser, all 256 bytes in the alphabet) and a function of the
+    texts and their order. Digits are single tokens.
+
+    Args:
+        texts: the training texts.
+        folder: folder to write, made if missing.
+        vocab_size: number of entries, reserved tokens and bytes included.
 
     Raises:
         InputError: ``vocab_size`` is below 256 bytes + the reserved tokens, or the texts have too
@@ -91,6 +91,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> N
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
+    # The trainer ends without an error when it runs out of pairs.
     reached = tokenizer.get_vocab_size()
     if reached != vocab_size:
         raise InputError(
@@ -100,7 +101,20 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> N
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_configs(folder)
+    roles = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    others = [token for token in RESERVED_TOKENS if token not in roles.values()]
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **roles,
+            "additional_special_tokens": others,
+            # True would delete blanks before punctuation when transformers decodes.
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        },
+    )
+    write_json(folder / "special_tokens_map.json", {**roles, "additional_special_tokens": others})
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -108,14 +122,16 @@ def check_vocab_size(vocab_size: int) -> None:
     if vocab_size < SMALLEST_VOCAB:
         raise InputError(
             f"vocab_size={vocab_size}",
-            rule=f"256 bytes and {len(RESERVED_TOKENS)} reserved tokens need {SMALLEST_VOCAB} entries",
+            rule=f"256 bytes and {len(RESERVED_TOKENS)} reserved tokens "
+            f"need {SMALLEST_VOCAB} entries",
             fix=f"use {SMALLEST_VOCAB} or more (mellum2-tiny: 4096)",
         )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, set to encode plain text: no truncation, padding or
-    special tokens.
+    """Return the tokenizer of a Hugging Face folder, set to encode plain text.
+
+    It neither truncates nor pads, and encodes a special token's spelling as ordinary characters.
 
     Raises:
         InputError: the folder has no readable ``tokenizer.json``.
@@ -127,7 +143,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise InputError(
             f"tokenizer {folder}",
             rule="a fast tokenizer (tokenizer.json) is needed",
-            fix="name a Hugging Face tokenizer folder, or convert a slow one with AutoTokenizer.save_pretrained",
+            fix="name a Hugging Face tokenizer folder, "
+            "or convert a slow one with AutoTokenizer.save_pretrained",
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -144,12 +161,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def vocab_size(folder: Path) -> int:
-    """One more than the highest id of a tokenizer folder: the rows an embedding needs."""
+    """Return the rows that an embedding needs: one more than the tokenizer's highest id."""
+    # Not the number of entries: ids may have holes.
     return 1 + max(load_tokenizer(folder).get_vocab(with_added_tokens=True).values())
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files of one folder, and nothing else, into another."""
+    """Copy a folder's tokenizer files, and nothing else, into another folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
@@ -157,19 +175,20 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def special_ids(folder: Path) -> dict[str, int]:
-    """Ids of the special tokens a tokenizer folder has.
+    """Return the ids of a tokenizer folder's special tokens.
 
-    Keys: ``bos``, ``eos``, ``pad``, ``fim_prefix``, ``fim_middle``, ``fim_suffix``; all but ``eos``
-    only where the folder defines them.
+    Returns:
+        Ids by role: ``bos``, ``eos``, ``pad``, ``fim_prefix``, ``fim_middle``, ``fim_suffix``; all
+        but ``eos`` only where the folder defines them.
 
     Raises:
         InputError: a configured token is not in the vocabulary, or there is no end-of-document
             (eos) token.
     """
     tokenizer = load_tokenizer(folder)
-    found = {}
+    ids: dict[str, int] = {}
     for role in ("bos", "eos", "pad"):
-        token = _configured(folder, f"{role}_token")
+        token = _configured_token(folder, f"{role}_token")
         if token is None:
             continue
         identifier = tokenizer.token_to_id(token)
@@ -179,8 +198,8 @@ def special_ids(folder: Path) -> dict[str, int]:
                 rule="it must be in the vocabulary",
                 fix="repair tokenizer_config.json",
             )
-        found[role] = identifier
-    if "eos" not in found:
+        ids[role] = identifier
+    if "eos" not in ids:
         raise InputError(
             f"tokenizer {folder}",
             rule="it defines no eos_token, which ends every document",
@@ -190,34 +209,36 @@ def special_ids(folder: Path) -> dict[str, int]:
         for token in spellings:
             identifier = tokenizer.token_to_id(token)
             if identifier is not None:
-                found[role] = identifier
+                ids[role] = identifier
                 break
-    return found
+    return ids
 
 
 def check_fim(folder: Path) -> dict[str, int]:
-    """Ids of the three fill-in-the-middle sentinels.
+    """Return the ids of the three fill-in-the-middle sentinels.
 
     Raises:
-        InputError: one is missing; the message names it.
+        InputError: a sentinel is missing; the message names it.
     """
-    found = special_ids(folder)
+    ids = special_ids(folder)
     for role, spellings in _FIM_SPELLINGS.items():
-        if role not in found:
+        if role not in ids:
             raise InputError(
                 f"tokenizer {folder}",
-                rule=f"fill-in-the-middle needs the sentinel {' or '.join(spellings)}, and it is missing",
+                rule=f"fill-in-the-middle needs the sentinel {' or '.join(spellings)}, "
+                "and it is missing",
                 fix="add it to the tokenizer as a special token, or set the FIM rate to 0",
             )
-    return {role: found[role] for role in _FIM_SPELLINGS}
+    return {role: ids[role] for role in _FIM_SPELLINGS}
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of ``tokenizer.json``, hexadecimal."""
+    """Return the SHA-256 of ``tokenizer.json``, hexadecimal."""
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def _configured(folder: Path, key: str) -> str | None:
+def _configured_token(folder: Path, key: str) -> str | None:
+    """Return the token that one of the folder's configuration files gives for ``key``."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         if not path.is_file():
@@ -233,19 +254,3 @@ def _configured(folder: Path, key: str) -> str | None:
         if isinstance(value, str):
             return value
     return None
-
-
-def _write_configs(folder: Path) -> None:
-    named: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    others = [token for token in RESERVED_TOKENS if token not in named.values()]
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **named,
-            "additional_special_tokens": others,
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-        },
-    )
-    write_json(folder / "special_tokens_map.json", {**named, "additional_special_tokens": others})
