@@ -1,9 +1,8 @@
-"""Run -> Megatron-LM command line: the one place, in the one direction, where our terms become
-Megatron's.
+"""Run -> Megatron-LM command line: the one place where our terms become Megatron's.
 
-All flags are those of ``megatron/training/arguments.py`` 0.19.2. The model's own flags come from
-``megatron_fields``. YaRN has none: it is applied layer by layer in ``model/attention.py``, and
-Megatron refuses ``yarn`` beside MTP (arguments.py:1863-1868).
+All flags are those of ``megatron/training/arguments.py`` 0.19.2. The model's own come from
+``architecture/megatron_fields.py``. YaRN has no flag: it is applied layer by layer in
+``model/attention.py``, because Megatron refuses ``yarn`` beside MTP (arguments.py:1863-1868).
 """
 
 from __future__ import annotations
@@ -14,6 +13,15 @@ from mellum2_megatron.architecture import architecture_arguments
 from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Backend, Device, Run
+
+_CPU = (
+    *("--distributed-backend", "gloo"),
+    "--use-cpu-initialization",
+    # Both fusions are torch.compile'd functions written for a GPU.
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+)
+"""Flags of every run on a CPU."""
 
 
 def megatron_arguments(
@@ -27,10 +35,10 @@ def megatron_arguments(
     """Return the arguments that make ``megatron.training.pretrain`` compute ``run``.
 
     Args:
-        run: a resolved run, checked by ``rules.enforce``.
-        world_size: ranks that will be started.
+        run: a resolved run, checked by ``planning.rules.enforce``.
+        world_size: number of ranks that will be started.
         device: what they compute on.
-        backend: whose modules the model is made of; None takes the run's own for the device.
+        backend: library of the model's modules; default the run's own for the device.
         start: starting point of the run, default `StartingPoint.of(run)`.
 
     Raises:
@@ -48,8 +56,7 @@ def megatron_arguments(
     )
     return [
         *architecture_arguments(run.architecture),
-        "--max-position-embeddings",
-        str(run.architecture.max_position_embeddings),
+        *("--max-position-embeddings", str(run.architecture.max_position_embeddings)),
         *_layout(run),
         *_experts(run, backend),
         *_optimizer(run),
@@ -65,12 +72,12 @@ def megatron_arguments(
 
 
 def environment(run: Run) -> dict[str, str]:
-    """Return the environment variables that Megatron asserts for this run.
-
-    With tensor or context parallelism it wants one hardware queue up to Hopper, so that
-    communication is issued in program order (arguments.py:1408-1438).
-    """
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if run.layout.tp > 1 or run.layout.cp > 1 else {}
+    """Return the environment variables that Megatron asserts for this run."""
+    if run.layout.tp > 1 or run.layout.cp > 1:
+        # One hardware queue up to Hopper, so that communication is issued in program order
+        # (arguments.py:1408-1438).
+        return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    return {}
 
 
 def _layout(run: Run) -> list[str]:
@@ -132,10 +139,14 @@ def _optimizer(run: Run) -> list[str]:
             *("--muon-coefficient-type", "quintic"),
             *("--muon-scalar-optimizer", "adam"),
         ]
-        words += ["--muon-nesterov"] if optimizer.muon_nesterov else []
-        words += [] if optimizer.muon_split_qkv else ["--muon-no-split-qkv"]
-    words += ["--overlap-grad-reduce"] if optimizer.overlap_grad_reduce else []
-    words += ["--overlap-param-gather"] if optimizer.overlap_param_gather else []
+        if optimizer.muon_nesterov:
+            words.append("--muon-nesterov")
+        if not optimizer.muon_split_qkv:
+            words.append("--muon-no-split-qkv")
+    if optimizer.overlap_grad_reduce:
+        words.append("--overlap-grad-reduce")
+    if optimizer.overlap_param_gather:
+        words.append("--overlap-param-gather")
     return words
 
 
@@ -171,50 +182,42 @@ def _schedule(run: Run) -> list[str]:
 def _precision(run: Run) -> list[str]:
     precision = run.precision
     words = ["--bf16"]
-    words.append(
-        "--accumulate-allreduce-grads-in-fp32"
-        if precision.grad_reduce_in_fp32
-        else "--grad-reduce-in-bf16"
-    )
+    if precision.grad_reduce_in_fp32:
+        words.append("--accumulate-allreduce-grads-in-fp32")
+    else:
+        words.append("--grad-reduce-in-bf16")
     if precision.compute == "fp8":
         words += ["--fp8-format", precision.fp8_format, "--fp8-recipe", precision.fp8_recipe]
-        words += ["--fp8-param-gather"] if precision.fp8_param_gather else []
+        if precision.fp8_param_gather:
+            words.append("--fp8-param-gather")
         if precision.bf16_first_layers or precision.bf16_last_layers:
-            words += ["--first-last-layers-bf16"]
+            words.append("--first-last-layers-bf16")
             words += ["--num-layers-at-start-in-bf16", str(precision.bf16_first_layers)]
             words += ["--num-layers-at-end-in-bf16", str(precision.bf16_last_layers)]
     return words
 
 
 def _data(run: Run) -> list[str]:
-    """Return the data flags.
-
-    Tokens are already ids, so Megatron gets no tokenizer but its size: both vocabulary sizes are
-    given, which leaves nothing to pad (``_set_padded_vocab_size``,
-    megatron/core/tokenizers/utils/build_tokenizer.py:140-143).
-    """
+    """Return the data flags. Tokens are ids already, so Megatron gets a tokenizer's size only."""
     vocabulary = str(run.architecture.vocab_size)
     eos = run.architecture.eos_token_id
     eod = eos[0] if isinstance(eos, tuple) else eos
     words = [
         *("--seq-length", str(run.data.sequence_length)),
-        *(
-            "--tokenizer-type",
-            "NullTokenizer",
-            "--vocab-size",
-            vocabulary,
-            "--padded-vocab-size",
-            vocabulary,
-        ),
+        *("--tokenizer-type", "NullTokenizer"),
+        # Both, which leaves Megatron nothing to pad (core/tokenizers/utils/build_tokenizer.py:140).
+        *("--vocab-size", vocabulary, "--padded-vocab-size", vocabulary),
         *("--train-data-path", *_blend(run.data.train_blend)),
         *("--valid-data-path", *_blend(run.data.valid_blend)),
         *("--num-workers", str(run.data.workers)),
-        # Both backends mask by themselves; a [b, 1, s, s] mask a sample would only cost memory.
+        # Both backends mask by themselves; a [b, 1, s, s] mask would only cost memory.
         "--no-create-attention-mask-in-dataloader",
         *("--seed", str(run.seed)),
     ]
-    words += [] if eod is None else ["--null-tokenizer-eod-id", str(eod)]
-    words += [] if run.data.cache is None else ["--data-cache-path", run.data.cache]
+    if eod is not None:
+        words += ["--null-tokenizer-eod-id", str(eod)]
+    if run.data.cache is not None:
+        words += ["--data-cache-path", run.data.cache]
     return words
 
 
@@ -262,11 +265,12 @@ def _checkpoint(run: Run, start: StartingPoint) -> list[str]:
 
 def _faults(run: Run) -> list[str]:
     return [
-        # Collectives give up after our own watch has named the rank that they wait for (watch.py).
+        # Later than our own hang watch, which names the rank that the others wait for
+        # (faults/hang_watch.py).
         *("--distributed-timeout-minutes", str(math.ceil(run.timeout_minutes) + 1)),
-        # A result that is not a number ends the run at once. The other modes repeat the step to
-        # tell a broken GPU from a diverging run, save what they have, and wait to be started on
-        # another node (core/rerun_state_machine.py).
+        # A non-finite value ends the run at once. The other modes repeat the step to distinguish
+        # a broken GPU from a diverging run, save, and wait to be started on another node
+        # (core/rerun_state_machine.py).
         *("--rerun-mode", "disabled"),
     ]
 
@@ -283,13 +287,3 @@ def _backend(backend: Backend) -> list[str]:
         "--no-gradient-accumulation-fusion",
         "--no-persist-layer-norm",
     ]
-
-
-_CPU = (
-    *("--distributed-backend", "gloo"),
-    "--use-cpu-initialization",
-    # Both fusions are torch.compile'd functions written for a GPU.
-    "--no-bias-swiglu-fusion",
-    "--no-bias-dropout-fusion",
-)
-"""Flags of every run on a CPU."""

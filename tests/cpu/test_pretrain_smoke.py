@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.cpu.patches import check_arguments
+from mellum2_megatron.cpu.replacements import check_arguments
 from tests.cpu.tiny_pretrain import arguments
 from tests.distributed import DistributedError, run_distributed
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from mellum2_megatron.common.errors import InputError, WorkError
-from mellum2_megatron.upstream import PATCHES, patches
+from mellum2_megatron.upstream import PATCHES, patches, replacements
 from mellum2_megatron.upstream.patching import Patch
 from tests import REPOSITORY
 from tests.cpu import patch_probes, upstream_probes
@@ -51,10 +51,10 @@ def test_layer_wise_muon_needs_its_layout(sharded: bool, layer_wise: bool, refus
     config = SimpleNamespace(optimizer="muon", use_layer_wise_distributed_optimizer=layer_wise)
     chunk = SimpleNamespace(ddp_config=SimpleNamespace(use_distributed_optimizer=sharded))
     if not refused:
-        patches.require_layer_wise_layout(config, [chunk])
+        replacements.require_layer_wise_layout(config, [chunk])
         return
     with pytest.raises(InputError, match=r"pass model_provider= to megatron\.training\.pretrain"):
-        patches.require_layer_wise_layout(config, [chunk])
+        replacements.require_layer_wise_layout(config, [chunk])
 
 
 def test_missing_psutil_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_missing_psutil_is_named_before_training(monkeypatch: pytest.MonkeyPatch
 def test_broken_dataset_helpers_are_an_error_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
     with pytest.raises(WorkError, match=r"use Python 3\.12"):
-        patches._import_helpers(lambda: None)()
+        replacements.import_helpers(lambda: None)()
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -128,5 +128,5 @@ def test_what_was_printed_is_kept_for_debugging() -> None:
         quiet_upstream()
         noisy.speak()
     """)
-    assert "DEBUG:mellum2_megatron.upstream.patches:megatron.noisy: printed\n" in done.stderr
+    assert "DEBUG:mellum2_megatron.upstream.quiet:megatron.noisy: printed\n" in done.stderr
     assert done.stdout == ""
