@@ -1,4 +1,7 @@
-"""What Mellum 2 is, and its two translations: `config.json` and Megatron's fields. No torch."""
+"""The Mellum 2 architecture, and its translations to `config.json` and to Megatron's fields.
+
+No torch at import.
+"""
 
 from mellum2_megatron.architecture.hf_config import from_hf_config, to_hf_config
 from mellum2_megatron.architecture.megatron_fields import architecture_arguments

@@ -1,10 +1,10 @@
 """`Mellum2Architecture` <-> Hugging Face ``config.json``.
 
-The reader gives a key that is absent the default of transformers 5.23's ``MellumConfig``
-(``transformers/models/mellum/configuration_mellum.py``), so a folder means here what it means
-there: in particular absent ``layer_types`` are all full attention and the absent sliding RoPE base
-is 10,000. A key that changes the arithmetic into something Mellum 2 cannot express is refused; a
-key that nobody reads is kept out with a warning.
+The reader gives an absent key the default of transformers 5.23's ``MellumConfig``
+(``transformers/models/mellum/configuration_mellum.py``), so a folder means the same here as there.
+In particular, absent ``layer_types`` are all full attention, and the absent sliding RoPE base is
+10,000. A key that changes the arithmetic into something Mellum 2 cannot express is refused. A key
+that nothing reads is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from mellum2_megatron.architecture.mellum2 import Mellum2Architecture
 from mellum2_megatron.architecture.rope import RopeParameters
 from mellum2_megatron.common.errors import InputError, nearest
-from mellum2_megatron.common.field_checks import is_int, require_positive_int
+from mellum2_megatron.common.field_checks import is_int, require, require_positive_int
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
 }
 
 _ALIASES = {"num_local_experts": "num_experts", "num_mtp_layers": "num_nextn_predict_layers"}
-"""MellumConfig.attribute_map: save_pretrained writes the one, released folders the other."""
+"""``MellumConfig.attribute_map``: `save_pretrained` writes these, released folders the values."""
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
@@ -65,20 +65,25 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "logits_mup_width_multiplier": (None,),
     "unpadded_vocab_size": (None,),
 }
-"""Keys that transformers acts upon, with the only values that leave a Mellum 2 model as it is."""
+"""Keys that change the arithmetic in transformers, with the only values Mellum 2 can express."""
 
 _HARMLESS = frozenset(
-    "_attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map "
-    "chunk_size_feed_forward decoder_start_token_id dtype experts_implementation gradient_checkpointing id2label "
-    "is_decoder is_encoder_decoder label2id max_length model_type name_or_path num_labels output_attentions "
-    "output_hidden_states output_router_logits problem_type return_dict sep_token_id tokenizer_class torch_dtype "
-    "transformers_version use_cache do_sample temperature top_k top_p min_p repetition_penalty max_new_tokens "
-    "transformers.js_config license".split()
+    """
+    _attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map
+    chunk_size_feed_forward decoder_start_token_id do_sample dtype experts_implementation
+    gradient_checkpointing id2label is_decoder is_encoder_decoder label2id license max_length
+    max_new_tokens min_p model_type name_or_path num_labels output_attentions output_hidden_states
+    output_router_logits problem_type repetition_penalty return_dict sep_token_id temperature
+    tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version use_cache
+    """.split()
 )
+"""Keys without effect on the arithmetic, ignored without a warning."""
 
 _ROPE_KEYS = frozenset(
-    "rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
-    "mscale_all_dim truncate partial_rotary_factor".split()
+    """
+    rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow
+    attention_factor mscale mscale_all_dim truncate partial_rotary_factor
+    """.split()
 )
 
 
@@ -90,7 +95,20 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
             embeddings, biases, dense layers, another activation, an unknown RoPE type, more than
             one MTP layer, a malformed number.
     """
-    _require_mellum(config)
+    require(
+        isinstance(config, Mapping),
+        f"config of type {type(config).__name__}",
+        rule="config.json holds one object",
+        fix="check the file",
+    )
+    model_type = config.get("model_type")
+    named = "MellumForCausalLM" in (config.get("architectures") or ())
+    require(
+        model_type == "mellum" or (model_type is None and named),
+        f"model_type={model_type!r}",
+        rule="only model_type 'mellum' (MellumForCausalLM) is the Mellum 2 architecture",
+        fix="give a folder of the Mellum 2 family",
+    )
     values = _without_aliases(config)
     _require_fixed_values(values)
     fields = {name: values.get(name, default) for name, default in _DEFAULTS.items()}
@@ -103,7 +121,7 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
     require_positive_int("num_hidden_layers", layers)
     fields["layer_types"] = _layer_types(values, "layer_types", "full_attention", layers)
     fields["num_mtp_layers"] = values.get("num_nextn_predict_layers") or 0
-    # Folders whose head was dropped keep the list; transformers does not look at it then.
+    # Folders whose MTP head was dropped keep its list; transformers ignores the list then.
     fields["mtp_layer_types"] = (
         _layer_types(values, "mtp_layer_types", "sliding_attention", fields["num_mtp_layers"])
         if fields["num_mtp_layers"]
@@ -114,15 +132,14 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
         _require_sparse(values, "mtp_mlp_layer_types", fields["num_mtp_layers"])
     fields.update(_rope_fields(values, fields))
     architecture = Mellum2Architecture(**fields)
-    _warn(values, architecture)
+    _warn_of_oddities(values, architecture)
     return architecture
 
 
 def to_hf_config(
     architecture: Mellum2Architecture, torch_dtype: str = "bfloat16"
 ) -> dict[str, Any]:
-    """Return the released ``config.json``'s content for ``architecture``, keys sorted as
-    transformers writes them."""
+    """Return ``config.json`` as released for ``architecture``, keys sorted as by transformers."""
     config: dict[str, Any] = {name: getattr(architecture, name) for name in _DEFAULTS}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config[name] is None:
@@ -149,7 +166,8 @@ def to_hf_config(
     if not (
         architecture.rope_full_attention.truncate and architecture.rope_sliding_attention.truncate
     ):
-        config["rope_parameters"]["truncate"] = False  # beside the layer types: see _rope_fields
+        # Beside the layer types, not inside them: see _rope_fields.
+        config["rope_parameters"]["truncate"] = False
     if architecture.num_mtp_layers:
         config["num_nextn_predict_layers"] = architecture.num_mtp_layers
         config["mtp_layer_types"] = list(architecture.mtp_layer_types)
@@ -157,25 +175,12 @@ def to_hf_config(
     return dict(sorted(config.items()))
 
 
-def _require_mellum(config: Mapping[str, Any]) -> None:
-    if not isinstance(config, Mapping):
-        raise InputError(
-            f"config of type {type(config).__name__}",
-            rule="config.json holds one object",
-            fix="check the file",
-        )
-    model_type = config.get("model_type")
-    named = "MellumForCausalLM" in (config.get("architectures") or ())
-    if model_type != "mellum" and not (model_type is None and named):
-        raise InputError(
-            f"model_type={model_type!r}",
-            rule="only model_type 'mellum' (MellumForCausalLM) is the Mellum 2 architecture",
-            fix="give a folder of the Mellum 2 family",
-        )
-
-
 def _without_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy with one spelling per key; InputError when both are there and disagree."""
+    """Return a copy with one spelling for each key.
+
+    Raises:
+        InputError: both spellings are given, with different values.
+    """
     values = dict(config)
     for alias, name in _ALIASES.items():
         if alias not in values:
@@ -208,7 +213,8 @@ def _require_fixed_values(values: Mapping[str, Any]) -> None:
     if values.get("rope_parameters") is None and values.get("rope_theta") is not None:
         raise InputError(
             f"rope_theta={values['rope_theta']!r} without rope_parameters",
-            rule="transformers' MellumConfig ignores a top-level rope_theta and takes its own defaults",
+            rule="transformers' MellumConfig ignores a top-level rope_theta "
+            "and takes its own defaults",
             fix="write rope_parameters with one entry per layer type",
         )
 
@@ -218,6 +224,7 @@ def _layer_types(
 ) -> tuple[Any, ...]:
     given = values.get(name)
     if given is None:
+        # A malformed count is left for the checks of Mellum2Architecture.
         return (default,) * (layers if is_int(layers) else 0)
     if not isinstance(given, list | tuple):
         raise InputError(
@@ -244,18 +251,18 @@ def _require_sparse(values: Mapping[str, Any], name: str, layers: int) -> None:
 
 
 def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, RopeParameters]:
-    """Read ``rope_parameters``; an entry may be missing only for a layer type that no layer has.
+    """Read ``rope_parameters``; only a layer type that no layer has may lack its entry.
 
-    ``truncate`` is read beside the entries and not inside them, because that is where transformers
-    looks for it (``modeling_rope_utils.py``: ``config.rope_parameters.get("truncate", True)``,
-    5.23).
+    ``truncate`` is read beside the entries, not inside them, as transformers does
+    (``modeling_rope_utils.py``: ``config.rope_parameters.get("truncate", True)``, 5.23).
     """
     given = values.get("rope_parameters")
     given = _DEFAULT_ROPE if given is None else given
     if not isinstance(given, Mapping) or not any(kind in given for kind in _DEFAULT_ROPE):
         raise InputError(
             f"rope_parameters={given!r}",
-            rule="Mellum 2 needs one entry per layer type, and transformers' MellumModel fails without them",
+            rule="Mellum 2 needs one entry per layer type, "
+            "and transformers' MellumModel fails without them",
             fix="nest it: {'full_attention': {...}, 'sliding_attention': {...}}",
         )
     unknown = sorted(set(given) - set(_DEFAULT_ROPE) - {"truncate", *_ROPE_KEYS})
@@ -270,7 +277,7 @@ def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
             "rope_parameters: ignoring %s beside the layer types", sorted(set(given) & _ROPE_KEYS)
         )
     used = {*fields["layer_types"], *fields["mtp_layer_types"]}
-    result = {}
+    ropes = {}
     for kind, default in _DEFAULT_ROPE.items():
         entry = given.get(kind)
         if entry is None and kind in used:
@@ -279,13 +286,13 @@ def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
                 rule=f"the model has {kind} layers",
                 fix=f"add the {kind!r} entry",
             )
-        result[f"rope_{kind}"] = _read_rope(
+        ropes[f"rope_{kind}"] = _read_rope(
             default if entry is None else entry,
             kind,
             given.get("truncate", True),
             fields["max_position_embeddings"],
         )
-    return result
+    return ropes
 
 
 def _read_rope(
@@ -328,7 +335,7 @@ def _read_rope(
         original = entry["original_max_position_embeddings"]
         require_positive_int(f"{where}.original_max_position_embeddings", original)
         factor = entry["factor"]
-        if factor is None:  # DeepSeek-V3's spelling, as transformers reads it
+        if factor is None:  # DeepSeek-V3 writes null; transformers then divides the two lengths
             require_positive_int("max_position_embeddings", max_position_embeddings)
             factor = max_position_embeddings / original
         rope = RopeParameters(
@@ -364,12 +371,15 @@ def _rope_entry(rope: RopeParameters) -> dict[str, Any]:
 
 
 def _as_float(value: Any) -> Any:
-    """JSON writes 500000.0 as either number; anything but an int is left for the validation to
-    judge."""
+    """Return an int as a float, since JSON may hold 500000.0 as either.
+
+    Anything else is returned as it is, for the checks of `Mellum2Architecture`.
+    """
     return float(value) if is_int(value) else value
 
 
-def _warn(values: Mapping[str, Any], architecture: Mellum2Architecture) -> None:
+def _warn_of_oddities(values: Mapping[str, Any], architecture: Mellum2Architecture) -> None:
+    """Log unknown keys, and token ids outside the vocabulary; transformers accepts both."""
     read = {
         *_DEFAULTS,
         *_FIXED,

@@ -1,8 +1,7 @@
-"""What the architecture means in Megatron's words: one table of configuration fields and their
-arguments.
+"""The architecture in Megatron's terms: one table of configuration fields and their arguments.
 
-`model.config` builds and checks a `TransformerConfig` from it, `megatron_args` renders the command
-line from it.
+`model.transformer_config` builds and checks a `TransformerConfig` from it. `upstream.arguments`
+renders the command line from it.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from mellum2_megatron.architecture.mellum2 import Mellum2Architecture
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronField:
-    """One fact of the architecture as Megatron-Core 0.19.2 takes it.
+    """One fact of the architecture as a field of Megatron-Core 0.19.2.
 
     Attributes:
         name: field of `TransformerConfig`.
         flag: argument of Megatron-LM that sets it.
-        value: the field's value for an architecture.
-        is_switch: the argument takes no value: it is given when the field is true (`inverted`: when
-            it is false).
+        value: function from an architecture to the field's value.
+        is_switch: true for an argument without a value, given if the field is true.
+        inverted: give a switch if the field is false.
     """
 
     name: str
@@ -33,8 +32,7 @@ class MegatronField:
     inverted: bool = False
 
     def arguments(self, architecture: Mellum2Architecture) -> list[str]:
-        """Return the words of the command line that set this field; none where the default already
-        does."""
+        """Return the command-line words that set this field; none if the default does."""
         value = self.value(architecture)
         if self.is_switch:
             return [self.flag] if bool(value) != self.inverted else []
@@ -72,8 +70,10 @@ MEGATRON_FIELDS: tuple[MegatronField, ...] = (
     _switch("moe_router_pre_softmax", "--moe-router-pre-softmax", lambda a: not a.norm_topk_prob),
     _value("mtp_num_layers", "--mtp-num-layers", lambda a: a.num_mtp_layers or None),
 )
-"""Facts with an argument of their own; the sliding window and the rotation are the layer spec's
-(model.attention)."""
+"""Facts with an argument of their own.
+
+Sliding window and rotation differ by layer; the layer spec sets them (`model.attention`).
+"""
 
 FIXED_FIELDS: dict[str, Any] = {
     "add_qkv_bias": False,
@@ -93,16 +93,16 @@ FIXED_FIELDS: dict[str, Any] = {
 
 
 def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
-    """Return Megatron-LM's command-line arguments that describe this model.
+    """Return the arguments of Megatron-LM that describe this model.
 
-    Together with the layer spec (`model.layer_specs`) they determine it; the rest of a command line
-    is about training.
+    Together with the layer spec (`model.layer_specs`) they determine it; all other arguments are
+    about training.
     """
     words = ["--group-query-attention", "--untie-embeddings-and-output-weights"]
     for field in MEGATRON_FIELDS:
         words += field.arguments(architecture)
     theta = architecture.rope_sliding_attention.rope_theta
-    # Shared angles of the model; every layer replaces them by its own, so only the type matters.
+    # The model's shared angles: every layer replaces them by its own, so only the type matters.
     words += ["--position-embedding-type", "rope", "--rotary-base", str(int(theta))]
     words += ["--attention-dropout", "0.0", "--hidden-dropout", "0.0"]
     window = window_size(architecture)
@@ -117,23 +117,19 @@ def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
 
 
 def window_size(architecture: Mellum2Architecture) -> tuple[int, int] | None:
-    """Return Megatron's window `(keys before the query, keys after it)`, or None if no layer
-    slides.
+    """Return Megatron's window ``(keys before the query, keys after it)``; None if no layer slides.
 
-    Hugging Face counts the query among the `sliding_window` keys, Megatron does not: 1,024 becomes
-    `(1023, 0)`.
+    Hugging Face counts the query among the ``sliding_window`` keys, Megatron does not: 1,024
+    becomes ``(1023, 0)``.
     """
     if "sliding_attention" not in (*architecture.layer_types, *architecture.mtp_layer_types):
         return None
-    assert (
-        architecture.sliding_window is not None
-    )  # the architecture refuses sliding layers without one
+    assert architecture.sliding_window is not None  # required of sliding layers
     return architecture.sliding_window - 1, 0
 
 
 def window_pattern(architecture: Mellum2Architecture) -> str:
-    """Return `--window-attn-skip-freq` for the decoder's layer types: a period, or a list of 0
-    (full) and 1."""
+    """Return ``--window-attn-skip-freq``: period of full layers, or a list of 0 (full) and 1."""
     sliding = [layer_type == "sliding_attention" for layer_type in architecture.layer_types]
     for period in range(2, len(sliding) + 1):
         if sliding == [number % period != 0 for number in range(1, len(sliding) + 1)]:

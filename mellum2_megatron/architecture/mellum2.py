@@ -1,9 +1,8 @@
-"""What Mellum 2 is: the one description that the model, the converter, the recipes and every figure
-derive from.
+"""The one description of Mellum 2, from which model, converter, recipes and every figure derive.
 
 `Mellum2Architecture` holds the numbers of the released Hugging Face ``config.json`` under their own
-names; `Mellum2Architecture.parameters` lists every tensor of the released safetensors layout, and
-parameter counts, active parameters and FLOPs are sums over that one list. No torch here: describing
+names. `Mellum2Architecture.parameters` lists every tensor of the released safetensors layout.
+Parameter counts, active parameters and FLOPs are sums over that one list. No torch here: describing
 a 12B model is instant.
 """
 
@@ -18,8 +17,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from mellum2_megatron.architecture.rope import RopeParameters
 from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.common.field_checks import (
+    divisors,
     is_int,
     is_number,
+    require,
     require_positive_int,
     require_positive_number,
 )
@@ -43,8 +44,7 @@ Component = Literal[
 ]
 
 ALIGNMENT = 128
-"""Every matrix dimension of a model trained here should be a multiple of this (report §2, alignment
-rule)."""
+"""Divisor of every matrix dimension of a model trained here (report §2, alignment rule)."""
 
 
 class Parameter(NamedTuple):
@@ -53,11 +53,11 @@ class Parameter(NamedTuple):
     Attributes:
         name: key in the safetensors files, e.g. ``model.layers.3.mlp.experts.7.up_proj.weight``.
         shape: as stored, ``[out, in]`` for a matrix.
-        component: the row of `mellum2 info` that it belongs to.
-        layer: index inside its stack (trunk, or MTP when ``mtp``); None for embedding, final norm
+        component: row of `mellum2 info` that counts it.
+        layer: index inside its stack (trunk, or MTP with ``mtp``); None for embedding, final norm
             and head.
-        expert: index of the routed expert, None outside experts.
-        mtp: belongs to the multi-token-prediction head.
+        expert: index of the routed expert; None outside experts.
+        mtp: true for a tensor of the multi-token-prediction head.
     """
 
     name: str
@@ -69,22 +69,43 @@ class Parameter(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mellum2Architecture:
-    """A Mellum 2 model: every layer is GQA attention with QK-norm followed by a dropless mixture of
-    experts.
+    """A Mellum 2 model: layers of GQA attention with QK-norm and a dropless mixture of experts.
 
-    Field names and meanings are those of transformers' ``MellumConfig`` (5.23);
-    ``rope_full_attention`` and ``rope_sliding_attention`` are the two entries of its
-    ``rope_parameters``. A sliding layer's token ``i`` sees key ``j`` iff ``0 <= i - j <
-    sliding_window`` (report §2). ``intermediate_size`` is carried for the config only: no layer of
-    the family is dense.
+    Field names and meanings are those of transformers' ``MellumConfig`` (5.23).
+
+    Attributes:
+        vocab_size: rows of embedding and output head; the two are separate matrices.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of a dense MLP. Carried for ``config.json`` only: no layer of the
+            family is dense.
+        num_hidden_layers: trunk layers.
+        num_attention_heads, num_key_value_heads: query heads, and heads of keys and values.
+        head_dim: width of a head.
+        moe_intermediate_size: width of one expert.
+        num_experts, num_experts_per_tok: routed experts of a layer, and those that a token uses.
+        norm_topk_prob: renormalise the probabilities over a token's experts, default true.
+        router_aux_loss_coef: coefficient in ``config.json``, default 0.001. `mellum2 train` reads
+            the run's ``loss.aux_loss_coef`` instead.
+        sliding_window: keys that a query of a sliding layer sees, itself included: key ``j`` is
+            visible to query ``i`` iff ``0 <= i - j < sliding_window`` (report §2). None without
+            sliding layers.
+        layer_types: attention type of each trunk layer.
+        rope_full_attention, rope_sliding_attention: rotary embedding of each attention type.
+        rms_norm_eps: epsilon of every norm, default 1e-6.
+        initializer_range: standard deviation of the initial weights, default 0.02.
+        max_position_embeddings: context length in tokens.
+        num_mtp_layers, mtp_layer_types: multi-token-prediction layers, 0 (default) or 1, and their
+            attention types.
+        bos_token_id, eos_token_id, pad_token_id: token ids in ``config.json``; None: absent.
 
     Raises:
-        InputError: for any value that no Mellum 2 model can have.
+        InputError: a value that no Mellum 2 model can have.
     """
 
     vocab_size: int
@@ -117,59 +138,57 @@ class Mellum2Architecture:
             require_positive_int(name, getattr(self, name))
         for name in ("rms_norm_eps", "initializer_range"):
             require_positive_number(name, getattr(self, name))
-        if not is_number(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
-            raise InputError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef!r}",
-                rule="it must be >= 0",
-                fix="use 0.001",
-            )
-        if not isinstance(self.norm_topk_prob, bool):
-            raise InputError(
-                f"norm_topk_prob={self.norm_topk_prob!r}",
-                rule="it must be true or false",
-                fix="use true",
-            )
-        self._validate_heads_and_experts()
-        self._validate_layers()
-        self._validate_token_ids()
+        require(
+            is_number(self.router_aux_loss_coef) and self.router_aux_loss_coef >= 0,
+            f"router_aux_loss_coef={self.router_aux_loss_coef!r}",
+            rule="it must be >= 0",
+            fix="use 0.001",
+        )
+        require(
+            isinstance(self.norm_topk_prob, bool),
+            f"norm_topk_prob={self.norm_topk_prob!r}",
+            rule="it must be true or false",
+            fix="use true",
+        )
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_key_value_heads={self.num_key_value_heads}",
+            rule=f"it must divide num_attention_heads ({self.num_attention_heads})",
+            fix=f"use one of {divisors(self.num_attention_heads)}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim}",
+            rule="RoPE rotates pairs, so it must be even",
+            fix="use an even head_dim",
+        )
+        require(
+            self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok={self.num_experts_per_tok}",
+            rule=f"a token cannot use more than num_experts ({self.num_experts}) experts",
+            fix=f"use at most {self.num_experts}",
+        )
+        self._check_layers()
+        self._check_token_ids()
 
-    def _validate_heads_and_experts(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_key_value_heads={self.num_key_value_heads}",
-                rule=f"it must divide num_attention_heads ({self.num_attention_heads})",
-                fix=f"use one of {_divisors(self.num_attention_heads)}",
-            )
-        if self.head_dim % 2:
-            raise InputError(
-                f"head_dim={self.head_dim}",
-                rule="RoPE rotates pairs, so it must be even",
-                fix="use an even head_dim",
-            )
-        if self.num_experts_per_tok > self.num_experts:
-            raise InputError(
-                f"num_experts_per_tok={self.num_experts_per_tok}",
-                rule=f"a token cannot use more than num_experts ({self.num_experts}) experts",
-                fix=f"use at most {self.num_experts}",
-            )
-
-    def _validate_layers(self) -> None:
-        if not is_int(self.num_mtp_layers) or self.num_mtp_layers not in (0, 1):
-            raise InputError(
-                f"num_mtp_layers={self.num_mtp_layers!r}",
-                rule="Mellum 2 has at most one multi-token-prediction layer (as transformers' MellumConfig)",
-                fix="use 0 or 1",
-            )
-        for name, types, count in (
-            ("layer_types", self.layer_types, self.num_hidden_layers),
-            ("mtp_layer_types", self.mtp_layer_types, self.num_mtp_layers),
+    def _check_layers(self) -> None:
+        require(
+            is_int(self.num_mtp_layers) and self.num_mtp_layers in (0, 1),
+            f"num_mtp_layers={self.num_mtp_layers!r}",
+            rule="Mellum 2 has at most one multi-token-prediction layer "
+            "(as transformers' MellumConfig)",
+            fix="use 0 or 1",
+        )
+        for name, types, counted, count in (
+            ("layer_types", self.layer_types, "num_hidden_layers", self.num_hidden_layers),
+            ("mtp_layer_types", self.mtp_layer_types, "num_mtp_layers", self.num_mtp_layers),
         ):
-            if not isinstance(types, tuple):
-                raise InputError(
-                    f"{name}={types!r}",
-                    rule="it must be a tuple of layer types",
-                    fix="give a tuple",
-                )
+            require(
+                isinstance(types, tuple),
+                f"{name}={types!r}",
+                rule="it must be a tuple of layer types",
+                fix="give a tuple",
+            )
             for value in types:
                 if value not in get_args(LayerType):
                     raise InputError(
@@ -177,47 +196,45 @@ class Mellum2Architecture:
                         rule="a layer is sliding_attention or full_attention",
                         fix=nearest(str(value), get_args(LayerType)),
                     )
-            if len(types) != count:
-                counted = "num_hidden_layers" if name == "layer_types" else "num_mtp_layers"
-                raise InputError(
-                    f"{name} with {len(types)} entries",
-                    rule=f"it must have one entry per layer ({counted}={count})",
-                    fix=f"give {count} entries, or change {counted} to {len(types)}",
-                )
-        if (
-            "sliding_attention" in self.layer_types + self.mtp_layer_types
-            and self.sliding_window is None
-        ):
-            raise InputError(
+            require(
+                len(types) == count,
+                f"{name} with {len(types)} entries",
+                rule=f"it must have one entry per layer ({counted}={count})",
+                fix=f"give {count} entries, or change {counted} to {len(types)}",
+            )
+        if self.sliding_window is not None:
+            require_positive_int("sliding_window", self.sliding_window)
+        else:
+            require(
+                "sliding_attention" not in self.layer_types + self.mtp_layer_types,
                 "sliding_window=None",
                 rule="a sliding_attention layer needs its window",
                 fix="use e.g. 1024",
             )
-        if self.sliding_window is not None:
-            require_positive_int("sliding_window", self.sliding_window)
 
-    def _validate_token_ids(self) -> None:
-        """Types only: transformers merely warns of an id outside the vocabulary, and released
-        folders hold some."""
+    def _check_token_ids(self) -> None:
+        # Types only: transformers merely warns of an id outside the vocabulary, and released
+        # folders hold some.
         eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        for name, value in [
+        for name, value in (
             ("bos_token_id", self.bos_token_id),
             ("pad_token_id", self.pad_token_id),
-        ] + [("eos_token_id", value) for value in eos]:
-            if value is not None and not is_int(value):
-                raise InputError(
-                    f"{name}={value!r}",
-                    rule="a token id is a whole number",
-                    fix="use an id or null",
-                )
-
-    # -- making one
-    # ---------------------------------------------------------------------------------------------
+            *(("eos_token_id", token) for token in eos),
+        ):
+            require(
+                value is None or is_int(value),
+                f"{name}={value!r}",
+                rule="a token id is a whole number",
+                fix="use an id or null",
+            )
 
     @classmethod
     def preset(cls, name: str) -> Mellum2Architecture:
-        """Return the preset called ``name``; an unknown name raises InputError naming the
-        nearest."""
+        """Return the preset called ``name``.
+
+        Raises:
+            InputError: an unknown name; the message names the nearest.
+        """
         if name not in PRESETS:
             raise InputError(
                 f"architecture preset {name!r}",
@@ -229,9 +246,9 @@ class Mellum2Architecture:
     def replace(self, **changes: Any) -> Mellum2Architecture:
         """Return a variant with ``changes`` applied and validated.
 
-        Two fields follow the one they describe when only that one changes: ``num_hidden_layers``
-        continues (or cuts) the repeating pattern of ``layer_types``, and ``num_mtp_layers`` sets
-        ``mtp_layer_types`` to sliding, as the released layout has it.
+        Two changes adapt another field unless it is changed too. ``num_hidden_layers`` continues
+        or cuts the repeating pattern of ``layer_types``. ``num_mtp_layers`` sets
+        ``mtp_layer_types`` to sliding, as in the released layout.
 
         Raises:
             InputError: an unknown field (the nearest is named) or an invalid value.
@@ -258,7 +275,7 @@ class Mellum2Architecture:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of ``architecture.json``: our fields, as JSON types."""
+        """Return the content of ``architecture.json``: the fields, as JSON types."""
         values = dataclasses.asdict(self)
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
@@ -273,28 +290,24 @@ class Mellum2Architecture:
         """
         return from_mapping(cls, values, document="model description", key="architecture")
 
-    # -- reading it
-    # ---------------------------------------------------------------------------------------------
-
     def layer_type(self, layer: int) -> LayerType:
-        """Attention type of trunk layer ``layer`` (0-based)."""
+        """Return the attention type of trunk layer ``layer`` (from 0)."""
         return self.layer_types[layer]
 
     def rope(self, layer_type: LayerType) -> RopeParameters:
-        """Rotary embedding of every layer (trunk and MTP) of ``layer_type``."""
-        return (
-            self.rope_full_attention
-            if layer_type == "full_attention"
-            else self.rope_sliding_attention
-        )
+        """Return the rotary embedding of every layer of ``layer_type``, trunk and MTP."""
+        if layer_type == "full_attention":
+            return self.rope_full_attention
+        return self.rope_sliding_attention
 
     def parameters(self, *, mtp: bool = True) -> Iterator[Parameter]:
-        """Yield every tensor of the released safetensors layout, experts unfused, in the order of a
-        forward pass.
+        """Yield every tensor of the released safetensors layout, in the order of a forward pass.
+
+        Each expert's matrices are tensors of their own.
 
         Args:
-            mtp: include the multi-token-prediction head, where the model has one. It shares
-                embedding and output head with the trunk, so neither appears twice.
+            mtp: include the multi-token-prediction head, if the model has one. It shares embedding
+                and output head with the trunk, so neither appears twice.
         """
         hidden, vocabulary = self.hidden_size, self.vocab_size
         yield Parameter("model.embed_tokens.weight", (vocabulary, hidden), "embedding")
@@ -338,53 +351,51 @@ class Mellum2Architecture:
                 yield Parameter(key, shape, "experts", layer, expert, mtp)
 
     def active_parameters(self, *, mtp: bool = True) -> Iterator[Parameter]:
-        """Yield the parameters one token uses: all but the experts it is not routed to.
+        """Yield the parameters that one token uses: all but the experts it is not routed to.
 
-        Both vocabulary matrices count in full. That is the convention behind the published "2.5B
-        active": the lookup touches one row of the embedding, yet 2,439,060,736 includes all
-        226,492,416 of its weights.
+        Both vocabulary matrices count in full, as in the published "2.5B active": a lookup touches
+        one row of the embedding, yet 2,439,060,736 includes all 226,492,416 of its weights.
         """
         for parameter in self.parameters(mtp=mtp):
             if parameter.expert is None or parameter.expert < self.num_experts_per_tok:
                 yield parameter
 
     def num_parameters(self, mtp: bool = True) -> int:
-        """Number of weights; ``mtp`` counts the multi-token-prediction head, where the model has
-        one."""
+        """Return the number of weights; ``mtp`` counts the multi-token-prediction head, if any."""
         return sum(parameter.numel for parameter in self.parameters(mtp=mtp))
 
     def num_active_parameters(self, mtp: bool = True) -> int:
-        """Number of weights one token uses, see `active_parameters`."""
+        """Return the number of weights that one token uses; see `active_parameters`."""
         return sum(parameter.numel for parameter in self.active_parameters(mtp=mtp))
 
     def visible_pairs(self, layer_type: LayerType, sequence_length: int) -> int:
-        """Number of (query, key) pairs that one head of such a layer attends over in one causal
-        sequence.
+        """Return the (query, key) pairs of one head of such a layer in one causal sequence.
 
-        Query ``i`` sees ``i + 1`` keys, and no more than ``sliding_window`` on a sliding layer.
+        Query ``i`` (from 0) sees ``i + 1`` keys, and at most ``sliding_window`` on a sliding layer.
         """
         require_positive_int("sequence_length", sequence_length)
         window = sequence_length
         if layer_type == "sliding_attention":
-            assert self.sliding_window is not None  # __post_init__
+            assert self.sliding_window is not None  # checked in __post_init__
             window = min(sequence_length, self.sliding_window)
+        # A triangle until the window is full, then `window` keys for each query.
         return window * (window + 1) // 2 + (sequence_length - window) * window
 
     def flops_by_component(self, sequence_length: int, mtp: bool = True) -> dict[str, int]:
-        """Model FLOPs of one sequence, forward and backward, by component.
+        """Return the model FLOPs of one sequence, forward and backward, by component.
 
-        A weight of a matrix costs one multiply and one add per token and pass; the backward pass is
+        A weight of a matrix costs one multiply and one add per token and pass. The backward pass is
         two such passes (gradients of inputs and of weights). ``attention scores`` is QK^T and PV
-        over `visible_pairs`. The embedding is a lookup (no FLOPs), norms, softmax and activations
-        are not counted, recomputation is not model work. The MTP head runs over the whole sequence
-        and through the shared output head once more.
+        over `visible_pairs`. Not counted: the embedding (a lookup), norms, softmax, activations and
+        recomputation. The MTP head runs over the whole sequence, and the shared output head runs
+        once more for it.
 
         Args:
-            sequence_length: tokens of one document-free causal sequence.
-            mtp: count the multi-token-prediction head, where the model has one.
+            sequence_length: tokens of one causal sequence that is one document.
+            mtp: count the multi-token-prediction head, if the model has one.
         """
         passes = 3  # one forward, two backward
-        per_weight = 2 * passes * sequence_length
+        per_weight = 2 * passes * sequence_length  # a multiply and an add
         flops: dict[str, int] = {}
         for parameter in self.active_parameters(mtp=mtp):
             if len(parameter.shape) == 2 and parameter.component != "embedding":
@@ -393,6 +404,7 @@ class Mellum2Architecture:
                 )
         heads_passes = self.num_mtp_layers if mtp else 0
         flops["output head"] += heads_passes * per_weight * self.vocab_size * self.hidden_size
+        # Two products (QK^T and PV), a multiply and an add each.
         per_pair = 2 * 2 * passes * self.num_attention_heads * self.head_dim
         layers = self.layer_types + (self.mtp_layer_types if mtp else ())
         flops["attention scores"] = per_pair * sum(
@@ -401,18 +413,17 @@ class Mellum2Architecture:
         return flops
 
     def flops_per_token(self, sequence_length: int, mtp: bool = True) -> float:
-        """Model FLOPs per token, forward and backward, averaged over a causal sequence; see
-        `flops_by_component`.
+        """Return the model FLOPs per token, forward and backward, averaged over a causal sequence.
 
-        17.570e9 for ``mellum2-12b`` at 8,192 tokens with MTP, 15.675e9 without.
+        See `flops_by_component`. ``mellum2-12b`` at 8,192 tokens: 17.570e9 with MTP, 15.675e9
+        without.
         """
         return sum(self.flops_by_component(sequence_length, mtp).values()) / sequence_length
 
     def misaligned_dimensions(self, alignment: int = ALIGNMENT) -> dict[str, int]:
-        """Matrix dimensions that break the report's alignment rule (report §2), by the field to
-        change.
+        """Return the matrix dimensions that break the alignment rule (report §2), by field.
 
-        The router's output (``num_experts``) is exempt: 64 in the released model, and routed in
+        The router's output (``num_experts``) is exempt: 64 in the released model, and computed in
         FP32, never in FP8.
         """
         dimensions = {
@@ -440,12 +451,8 @@ _POSITIVE_INTEGERS = (
 )
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
 def _period(types: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
-    """Shortest prefix whose repetition gives ``types``; ``types`` itself when nothing repeats."""
+    """Return the shortest prefix whose repetition gives ``types``, possibly ``types`` itself."""
     for length in range(1, len(types)):
         if all(types[i] == types[i % length] for i in range(len(types))):
             return types[:length]
@@ -455,33 +462,33 @@ def _period(types: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
 _ROPE = RopeParameters(rope_type="default", rope_theta=500_000.0)
 _PERIOD: tuple[LayerType, ...] = ("sliding_attention",) * 3 + ("full_attention",)
 
-_MELLUM2_12B = (
-    Mellum2Architecture(  # report §2, table "Architecture configuration"; released config.json
-        vocab_size=98304,
-        hidden_size=2304,
-        intermediate_size=7168,
-        num_hidden_layers=28,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        moe_intermediate_size=896,
-        num_experts=64,
-        num_experts_per_tok=8,
-        sliding_window=1024,
-        layer_types=_PERIOD * 7,
-        rope_full_attention=_ROPE,
-        rope_sliding_attention=_ROPE,
-        max_position_embeddings=8192,
-        num_mtp_layers=1,
-        mtp_layer_types=("sliding_attention",),
-        bos_token_id=0,
-        eos_token_id=28,
-    )
+# report §2, table "Architecture configuration"; released config.json
+_MELLUM2_12B = Mellum2Architecture(
+    vocab_size=98304,
+    hidden_size=2304,
+    intermediate_size=7168,
+    num_hidden_layers=28,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    moe_intermediate_size=896,
+    num_experts=64,
+    num_experts_per_tok=8,
+    sliding_window=1024,
+    layer_types=_PERIOD * 7,
+    rope_full_attention=_ROPE,
+    rope_sliding_attention=_ROPE,
+    max_position_embeddings=8192,
+    num_mtp_layers=1,
+    mtp_layer_types=("sliding_attention",),
+    bos_token_id=0,
+    eos_token_id=28,
 )
 
 PRESETS: dict[str, Mellum2Architecture] = {
     "mellum2-12b": _MELLUM2_12B,
-    "mellum2-12b-128k": _MELLUM2_12B.replace(  # report §4: YaRN on the full-attention layers only
+    # report §4: YaRN on the full-attention layers only
+    "mellum2-12b-128k": _MELLUM2_12B.replace(
         max_position_embeddings=131072,
         rope_full_attention=RopeParameters(
             rope_type="yarn",
@@ -491,7 +498,8 @@ PRESETS: dict[str, Mellum2Architecture] = {
             attention_factor=1.2772588722239782,
         ),
     ),
-    "mellum2-tiny": _MELLUM2_12B.replace(  # the same code path at a size two CPU cores can train
+    # the same code path at a size two CPU cores can train
+    "mellum2-tiny": _MELLUM2_12B.replace(
         vocab_size=4096,
         hidden_size=256,
         intermediate_size=512,
@@ -507,5 +515,4 @@ PRESETS: dict[str, Mellum2Architecture] = {
         eos_token_id=1,
     ),
 }
-"""The models this repository is about. Tests and recipes derive others with
-`Mellum2Architecture.replace`."""
+"""The models of this repository; others are derived by `Mellum2Architecture.replace`."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding of one layer type, as ``config.json`` describes it; no torch."""
+"""Rotary position embedding of one layer type, under the names of ``config.json``; no torch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,33 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.field_checks import require_positive_int, require_positive_number
+from mellum2_megatron.common.field_checks import (
+    require,
+    require_positive_int,
+    require_positive_number,
+)
 
 RopeType = Literal["default", "yarn"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeParameters:
-    """Rotary embedding of one layer type, with the names of ``config.json``'s ``rope_parameters``
-    entries.
+    """Rotary embedding of one layer type: an entry of ``config.json``'s ``rope_parameters``.
 
-    YaRN (arXiv 2309.00071) is evaluated as
-    ``transformers/modeling_rope_utils.py:_compute_yarn_parameters`` (5.23) does;
-    ``attention_factor=None`` asks for the paper's value, see `resolved_attention_factor`.
+    YaRN (arXiv 2309.00071) is evaluated as in
+    ``transformers/modeling_rope_utils.py:_compute_yarn_parameters`` (5.23). All fields but the
+    first two are YaRN's.
+
+    Attributes:
+        rope_type: ``default`` or ``yarn``.
+        rope_theta: base of the rotation's frequencies.
+        factor: context length divided by the original one.
+        original_max_position_embeddings: context length before the extension, in tokens.
+        beta_fast, beta_slow: rotations over the original context above which a frequency stays, and
+            below which it is interpolated; default 32 and 1.
+        attention_factor: factor on cos and sin; None: the paper's, see `resolved_attention_factor`.
+        mscale, mscale_all_dim: DeepSeek's terms of that factor; None: absent.
+        truncate: round the two bounds to whole dimensions, default true.
 
     Raises:
         InputError: an unknown ``rope_type``, a YaRN without ``factor`` or
@@ -40,66 +53,57 @@ class RopeParameters:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        if self.rope_type not in get_args(RopeType):
-            raise InputError(
-                f"rope_type={self.rope_type!r}",
-                rule="Mellum 2 layers use 'default' or 'yarn' RoPE",
-                fix="use 'default', or 'yarn' with factor and original_max_position_embeddings",
-            )
-        for name in (
-            "rope_theta",
-            "factor",
-            "beta_fast",
-            "beta_slow",
-            "attention_factor",
-            "mscale",
-            "mscale_all_dim",
-        ):
-            value = getattr(self, name)
-            if value is not None or name in ("rope_theta", "beta_fast", "beta_slow"):
-                require_positive_number(f"rope.{name}", value)
-        if not isinstance(self.truncate, bool):
-            raise InputError(
-                f"rope.truncate={self.truncate!r}", rule="it must be true or false", fix="use true"
-            )
+        require(
+            self.rope_type in get_args(RopeType),
+            f"rope_type={self.rope_type!r}",
+            rule="Mellum 2 layers use 'default' or 'yarn' RoPE",
+            fix="use 'default', or 'yarn' with factor and original_max_position_embeddings",
+        )
+        for name in ("rope_theta", "beta_fast", "beta_slow"):
+            require_positive_number(f"rope.{name}", getattr(self, name))
+        for name in ("factor", "attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                require_positive_number(f"rope.{name}", getattr(self, name))
+        require(
+            isinstance(self.truncate, bool),
+            f"rope.truncate={self.truncate!r}",
+            rule="it must be true or false",
+            fix="use true",
+        )
         if self.rope_type == "yarn":
-            if self.factor is None:
-                raise InputError(
-                    "rope.factor=None", rule="yarn needs its factor", fix="give e.g. 16"
-                )
+            require(
+                self.factor is not None,
+                "rope.factor=None",
+                rule="yarn needs its factor",
+                fix="give e.g. 16",
+            )
             require_positive_int(
                 "rope.original_max_position_embeddings", self.original_max_position_embeddings
             )
-            if self.beta_fast < self.beta_slow:
-                raise InputError(
-                    f"rope.beta_fast={self.beta_fast}",
-                    rule=f"beta_fast must not be below beta_slow ({self.beta_slow})",
-                    fix="use 32 and 1",
-                )
-        else:
-            self._refuse_yarn_fields()
-
-    def _refuse_yarn_fields(self) -> None:
+            require(
+                self.beta_fast >= self.beta_slow,
+                f"rope.beta_fast={self.beta_fast}",
+                rule=f"beta_fast must not be below beta_slow ({self.beta_slow})",
+                fix="use 32 and 1",
+            )
+            return
         for field in dataclasses.fields(self):
-            if (
-                field.name not in ("rope_type", "rope_theta")
-                and getattr(self, field.name) != field.default
-            ):
-                raise InputError(
-                    f"rope.{field.name}={getattr(self, field.name)!r}",
-                    rule="only rope_type 'yarn' reads it",
-                    fix="set rope_type='yarn' in the same change, or leave it out",
-                )
+            value = getattr(self, field.name)
+            require(
+                field.name in ("rope_type", "rope_theta") or value == field.default,
+                f"rope.{field.name}={value!r}",
+                rule="only rope_type 'yarn' reads it",
+                fix="set rope_type='yarn' in the same change, or leave it out",
+            )
 
     @property
     def resolved_attention_factor(self) -> float:
-        """Factor on cos and sin, hence squared on the attention logits; exactly 1.0 for a default
-        RoPE."""
+        """Factor on cos and sin, hence squared on the attention logits; 1.0 for a default RoPE."""
         if self.rope_type == "default":
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
-        assert self.factor is not None
+        assert self.factor is not None  # checked in __post_init__
         if self.mscale and self.mscale_all_dim:
             return _yarn_mscale(self.factor, self.mscale) / _yarn_mscale(
                 self.factor, self.mscale_all_dim

@@ -42,3 +42,12 @@ def require_positive_number(name: str, value: object) -> None:
         rule="it must be a finite number > 0",
         fix="give a positive number",
     )
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, ascending.
+
+    >>> divisors(6)
+    [1, 2, 3, 6]
+    """
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,4 +1,4 @@
-"""What a run is: one typed value, YAML in and out. No torch."""
+"""A run as one typed value, with YAML and overrides; no torch at import."""
 
 from mellum2_megatron.config.layout import Layout
 from mellum2_megatron.config.optimizer import Loss, Optimizer

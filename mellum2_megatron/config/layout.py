@@ -1,4 +1,4 @@
-"""A parallel layout: how many ranks split what, and whether that fits a model."""
+"""A parallel layout: the ways of each parallelism, and checks that they fit a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 from mellum2_megatron.architecture import Mellum2Architecture, Parameter
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.field_checks import divisors, require
 
 CpCommType = Literal["p2p", "all_gather"]
 
@@ -17,21 +18,23 @@ CpCommType = Literal["p2p", "all_gather"]
 class Layout:
     """Ways of each parallelism.
 
-    Attention runs on ``tp * cp * pp * dp`` ranks; the same ranks hold experts as ``etp * ep * pp *
-    expert dp``.
+    Attention runs on ``tp * cp * pp * dp`` ranks. The same ranks hold the experts as
+    ``etp * ep * pp * expert dp``.
 
     Attributes:
-        tp: tensor parallel ways of attention, embedding and output layer.
-        sp: sequence parallelism, the activations between tensor-parallel regions split along the
-            sequence. Needed with ``tp > 1``: Megatron refuses to train an MoE without it
-            (megatron/core/transformer/moe/moe_layer.py:629, 0.19.2).
-        pp: pipeline stages.
-        vpp: virtual stages a pipeline rank (interleaved schedule); 1 is the plain schedule.
-        ep: expert parallel ways, the experts of a layer are divided among them.
-        etp: tensor parallel ways inside an expert.
-        cp: context parallel ways, each sequence is divided among them.
-        dp: data parallel ways; None takes what the world size leaves.
-        dispatcher: how tokens travel to their experts.
+        tp: tensor-parallel ways of attention, embedding and output layer, default 1.
+        sp: sequence parallelism: split the activations between tensor-parallel regions along the
+            sequence. Required with ``tp > 1``, since Megatron refuses to train an MoE without it
+            (megatron/core/transformer/moe/moe_layer.py:629, 0.19.2). Default false.
+        pp: pipeline stages, default 1.
+        vpp: virtual stages of each pipeline rank (interleaved schedule); 1 (default) is the plain
+            schedule.
+        ep: expert-parallel ways: ranks that divide the experts of a layer, default 1.
+        etp: tensor-parallel ways inside an expert, default 1.
+        cp: context-parallel ways: ranks that divide each sequence, default 1.
+        dp: data-parallel ways; None (default): the ranks that the others leave.
+        dispatcher: Megatron's exchange of tokens between the ranks of the experts, default
+            ``alltoall``.
 
     Raises:
         InputError: a value below 1, or a combination that no model can run with.
@@ -48,66 +51,74 @@ class Layout:
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(
-                    f"layout.{name}={value}", rule="must be 1 or more", fix=f"set layout.{name}=1"
-                )
-        if self.tp > 1 and not self.sp:
-            raise InputError(
-                f"layout.tp={self.tp} with layout.sp=false",
-                rule="an MoE model trains with tensor parallelism only if sequence parallelism is on",
-                fix="set layout.sp=true",
+        for key, value in (
+            ("layout.tp", self.tp),
+            ("layout.pp", self.pp),
+            ("layout.vpp", self.vpp),
+            ("layout.ep", self.ep),
+            ("layout.etp", self.etp),
+            ("layout.cp", self.cp),
+            ("layout.dp", self.dp),
+        ):
+            require(
+                value is None or value >= 1,
+                f"{key}={value}",
+                rule="must be 1 or more",
+                fix=f"set {key}=1",
             )
-        if self.sp and self.tp == 1:
-            raise InputError(
-                "layout.sp=true with layout.tp=1",
-                rule="sequence parallelism divides activations among tensor-parallel ranks",
-                fix="set layout.sp=false, or layout.tp=2 or more",
-            )
-        if self.vpp > 1 and self.pp == 1:
-            raise InputError(
-                f"layout.vpp={self.vpp} with layout.pp=1",
-                rule="virtual stages interleave the stages of a pipeline",
-                fix="set layout.vpp=1, or layout.pp=2 or more",
-            )
-
-    @property
-    def smallest_world_size(self) -> int:
-        """The fewest ranks this layout can run on."""
-        ranks = self.pp * math.lcm(self.tp * self.cp, self.ep * self.etp)
-        return (
-            math.lcm(ranks, self.tp * self.cp * self.pp * self.dp) if self.dp is not None else ranks
+        require(
+            self.tp == 1 or self.sp,
+            f"layout.tp={self.tp} with layout.sp=false",
+            rule="an MoE model trains with tensor parallelism only if sequence parallelism is on",
+            fix="set layout.sp=true",
+        )
+        require(
+            self.tp > 1 or not self.sp,
+            "layout.sp=true with layout.tp=1",
+            rule="sequence parallelism divides activations among tensor-parallel ranks",
+            fix="set layout.sp=false, or layout.tp=2 or more",
+        )
+        require(
+            self.pp > 1 or self.vpp == 1,
+            f"layout.vpp={self.vpp} with layout.pp=1",
+            rule="virtual stages interleave the stages of a pipeline",
+            fix="set layout.vpp=1, or layout.pp=2 or more",
         )
 
     @property
+    def smallest_world_size(self) -> int:
+        """Smallest number of ranks that this layout can run on."""
+        # Attention and experts divide the same ranks of a stage in two ways.
+        ranks = self.pp * math.lcm(self.tp * self.cp, self.ep * self.etp)
+        return ranks if self.world_size is None else math.lcm(ranks, self.world_size)
+
+    @property
     def world_size(self) -> int | None:
-        """The ranks that ``dp`` asks for, or None where the world size decides."""
+        """Number of ranks with the given ``dp``; None if ``dp`` is None."""
         return None if self.dp is None else self.tp * self.cp * self.pp * self.dp
 
     def data_parallel(self, world_size: int) -> int:
-        """Return the data-parallel ways on ``world_size`` ranks: the ranks that see different
-        sequences."""
+        """Return the ranks, of ``world_size``, that train on different sequences."""
         return world_size // (self.tp * self.cp * self.pp)
 
     def expert_data_parallel(self, world_size: int) -> int:
-        """Return how many ranks hold the same experts."""
+        """Return the number of ranks, of ``world_size``, that hold the same experts."""
         return world_size // (self.ep * self.etp * self.pp)
 
     def cp_comm_types(self, architecture: Mellum2Architecture) -> tuple[CpCommType, ...]:
         """Return the context-parallel communication of every layer.
 
-        Sliding layers can only gather: Transformer Engine's p2p has no window, and its a2a needs KV
-        heads divisible by ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and
-        5688-5694, 2.20.2). Full layers use p2p, which overlaps. Both keep the same zigzag split of
-        the sequence, so they mix. The MTP layer reads the first entry (its layer number is 1),
-        which therefore gathers if either of the two slides.
+        Sliding layers gather: Transformer Engine's p2p has no window, and its a2a needs KV heads
+        divisible by ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and
+        5688-5694, 2.20.2). Full layers use p2p, which overlaps. The two mix in one model, because
+        both take the same zigzag split of the sequence.
         """
         kinds: list[CpCommType] = [
             "all_gather" if kind == "sliding_attention" else "p2p"
             for kind in architecture.layer_types
         ]
+        # The MTP layer reads the first entry, because its layer number is 1. So the first layer
+        # gathers if either of the two slides.
         if "sliding_attention" in architecture.mtp_layer_types:
             kinds[0] = "all_gather"
         return tuple(kinds)
@@ -115,14 +126,16 @@ class Layout:
     def problems(
         self, architecture: Mellum2Architecture, *, world_size: int, sequence_length: int
     ) -> list[InputError]:
-        """Return what keeps this layout from running the model, as errors that are not raised, each
-        with what works."""
-        found = [
+        """Return the misfits of layout, model, sequence and ranks, as errors that are not raised.
+
+        The fix of each names the nearest values that work.
+        """
+        misfits = [
             *self._model_problems(architecture),
             *self._sequence_problems(sequence_length),
             *self._world_problems(architecture, world_size),
         ]
-        return [problem for problem in found if problem is not None]
+        return [misfit for misfit in misfits if misfit is not None]
 
     def validate(
         self, architecture: Mellum2Architecture, *, world_size: int, sequence_length: int
@@ -138,7 +151,6 @@ class Layout:
             raise problem
 
     def _model_problems(self, architecture: Mellum2Architecture) -> list[InputError | None]:
-        layers = {"num_hidden_layers": architecture.num_hidden_layers}
         # With more ranks than KV heads Megatron replicates them, and Muon stops splitting Q, K and
         # V with no more than a DEBUG line (megatron/core/optimizer/emerging_optimizers.py:294-324,
         # 0.19.2): refused.
@@ -147,21 +159,20 @@ class Layout:
             "num_key_value_heads": architecture.num_key_value_heads,
             "vocab_size": architecture.vocab_size,
         }
+        layers = {"num_hidden_layers": architecture.num_hidden_layers}
+        stage = {"num_hidden_layers / pp": architecture.num_hidden_layers // self.pp}
+        experts = {"num_experts": architecture.num_experts}
+        width = {"moe_intermediate_size": architecture.moe_intermediate_size}
         return [
             _divides("tp", self.tp, heads),
             _divides("pp", self.pp, layers),
-            _divides(
-                "vpp",
-                self.vpp,
-                {"num_hidden_layers / pp": architecture.num_hidden_layers // self.pp},
-            ),
-            _divides("ep", self.ep, {"num_experts": architecture.num_experts}),
-            _divides(
-                "etp", self.etp, {"moe_intermediate_size": architecture.moe_intermediate_size}
-            ),
+            _divides("vpp", self.vpp, stage),
+            _divides("ep", self.ep, experts),
+            _divides("etp", self.etp, width),
         ]
 
     def _sequence_problems(self, sequence_length: int) -> list[InputError | None]:
+        given = f"data.sequence_length={sequence_length}"
         if self.cp > 1 and sequence_length % (2 * self.cp):
             working = [
                 cp
@@ -170,17 +181,20 @@ class Layout:
             ]
             return [
                 InputError(
-                    f"layout.cp={self.cp} with data.sequence_length={sequence_length}",
-                    rule="each context-parallel rank takes two chunks of the sequence, so 2 * cp must divide it",
-                    fix=f"{_use('cp', self.cp, working)}, or a sequence length that is a multiple of {2 * self.cp}",
+                    f"layout.cp={self.cp} with {given}",
+                    rule="each context-parallel rank takes two chunks of the sequence, "
+                    "so 2 * cp must divide it",
+                    fix=f"{_use('cp', self.cp, working)}, "
+                    f"or a sequence length that is a multiple of {2 * self.cp}",
                 )
             ]
         if sequence_length // self.cp % self.tp:
             return [
                 InputError(
-                    f"layout.tp={self.tp} with data.sequence_length={sequence_length}, layout.cp={self.cp}",
-                    rule="sequence parallelism divides a rank's part of the sequence among the tensor-parallel ranks",
-                    fix=_use("tp", self.tp, _divisors(sequence_length // self.cp)),
+                    f"layout.tp={self.tp} with {given}, layout.cp={self.cp}",
+                    rule="sequence parallelism divides a rank's part of the sequence "
+                    "among the tensor-parallel ranks",
+                    fix=_use("tp", self.tp, divisors(sequence_length // self.cp)),
                 )
             ]
         return []
@@ -189,24 +203,25 @@ class Layout:
         self, architecture: Mellum2Architecture, world_size: int
     ) -> list[InputError | None]:
         dense, expert = self.tp * self.cp * self.pp, self.ep * self.etp * self.pp
+        start = f"start {_nearest_multiples(world_size, self.smallest_world_size)} ranks"
         if world_size % dense:
             return [
                 InputError(
-                    f"layout.tp={self.tp}, layout.cp={self.cp}, layout.pp={self.pp} on {world_size} ranks",
+                    f"layout.tp={self.tp}, layout.cp={self.cp}, layout.pp={self.pp} "
+                    f"on {world_size} ranks",
                     rule=f"tp * cp * pp = {dense} must divide the number of ranks",
-                    fix=f"start {_nearest_multiples(world_size, self.smallest_world_size)} ranks, "
-                    "or lower one of the three",
+                    fix=f"{start}, or lower one of the three",
                 )
             ]
         if world_size % expert:
-            experts = _divisors(architecture.num_experts)
+            experts = divisors(architecture.num_experts)
             working = [ep for ep in experts if world_size % (ep * self.etp * self.pp) == 0]
             return [
                 InputError(
-                    f"layout.ep={self.ep}, layout.etp={self.etp}, layout.pp={self.pp} on {world_size} ranks",
+                    f"layout.ep={self.ep}, layout.etp={self.etp}, layout.pp={self.pp} "
+                    f"on {world_size} ranks",
                     rule=f"ep * etp * pp = {expert} must divide the number of ranks",
-                    fix=(f"{_use('ep', self.ep, working)}, or " if working else "")
-                    + f"start {_nearest_multiples(world_size, self.smallest_world_size)} ranks",
+                    fix=f"{_use('ep', self.ep, working)}, or {start}" if working else start,
                 )
             ]
         if self.dp is not None and self.dp != world_size // dense:
@@ -214,15 +229,15 @@ class Layout:
                 InputError(
                     f"layout.dp={self.dp} on {world_size} ranks",
                     rule=f"tp * cp * pp * dp = {self.world_size} must equal the number of ranks",
-                    fix=f"set layout.dp={world_size // dense} (or null), or start {self.world_size} ranks",
+                    fix=f"set layout.dp={world_size // dense} (or null), "
+                    f"or start {self.world_size} ranks",
                 )
             ]
         return []
 
 
 def is_hidden_matrix(parameter: Parameter) -> bool:
-    """Whether Muon updates ``parameter``: all matrices but the embedding and the head (report
-    §3)."""
+    """Return true for the matrices that Muon updates: all but embedding and head (report §3)."""
     return len(parameter.shape) == 2 and parameter.component not in ("embedding", "output head")
 
 
@@ -232,28 +247,26 @@ def pipeline_stages(
     """Return the pipeline stages that hold ``parameter``; virtual stages are dealt out in turn."""
     last = layout.pp - 1
     if parameter.component == "embedding":
-        return (
-            {0, last} if architecture.num_mtp_layers else {0}
-        )  # the MTP layer embeds the next token itself
+        # The MTP layer, on the last stage, embeds the next token itself.
+        return {0, last} if architecture.num_mtp_layers else {0}
     if parameter.mtp or parameter.layer is None:
         return {last}
     return {parameter.layer * layout.pp * layout.vpp // architecture.num_hidden_layers % layout.pp}
 
 
 def _divides(name: str, ways: int, sizes: dict[str, int]) -> InputError | None:
-    broken = {what: size for what, size in sizes.items() if size % ways}
+    broken = [f"{field} ({size})" for field, size in sizes.items() if size % ways]
     if not broken:
         return None
     return InputError(
         f"layout.{name}={ways}",
-        rule="must divide " + " and ".join(f"{what} ({size})" for what, size in broken.items()),
-        fix=_use(name, ways, _divisors(math.gcd(*sizes.values()))),
+        rule=f"must divide {' and '.join(broken)}",
+        fix=_use(name, ways, divisors(math.gcd(*sizes.values()))),
     )
 
 
 def _use(name: str, wanted: int, working: Iterable[int]) -> str:
-    """Return ``use layout.ep=4 or 8``: the nearest working values at or below and above the wanted
-    one."""
+    """Return ``use layout.ep=4 or 8``: the working values next to the wanted one on both sides."""
     ordered = sorted(working)
     below = [value for value in ordered if value <= wanted][-1:]
     above = [value for value in ordered if value > wanted][:1]
@@ -263,7 +276,3 @@ def _use(name: str, wanted: int, working: Iterable[int]) -> str:
 def _nearest_multiples(count: int, unit: int) -> str:
     below, above = count // unit * unit, (count // unit + 1) * unit
     return f"{below} or {above}" if below else str(above)
-
-
-def _divisors(size: int) -> list[int]:
-    return [value for value in range(1, size + 1) if size % value == 0]

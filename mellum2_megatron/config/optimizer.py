@@ -68,10 +68,10 @@ class Optimizer:
         muon_momentum: factor of the momentum's moving average, default 0.95 (Megatron's: 0.9).
         muon_nesterov: Nesterov momentum, default true (Megatron's: false).
         muon_ns_steps: Newton-Schulz iterations of the orthogonalisation, default 5.
-        muon_scale_mode: scale of the update by the matrix's shape. ``spectral`` (default) multiplies
-            by ``sqrt(max(rows, columns))``.
-        muon_extra_scale: further factor of the update, default 0.2, which matches the RMS of AdamW's
-            updates (Moonlight, arXiv 2502.16982, §2.2).
+        muon_scale_mode: scale of the update by the matrix's shape. ``spectral`` (default)
+            multiplies by ``sqrt(max(rows, columns))``.
+        muon_extra_scale: further factor of the update, default 0.2, which matches the RMS of
+            AdamW's updates (Moonlight, arXiv 2502.16982, §2.2).
         muon_tp_mode: orthogonalisation under tensor parallelism. ``blockwise`` (default): each
             rank's shard by itself. ``duplicated``, ``distributed``: the whole matrix.
         muon_split_qkv: orthogonalise Q, K and V separately, default true.
@@ -163,7 +163,8 @@ class Optimizer:
                 "optimizer.overlap_param_gather=true with optimizer.overlap_grad_reduce=false",
                 rule="gathering in the forward pass needs the buckets of the overlapped reduction "
                 "(megatron/training/arguments.py:990-995, 0.19.2)",
-                fix="set optimizer.overlap_grad_reduce=true or optimizer.overlap_param_gather=false",
+                fix="set optimizer.overlap_grad_reduce=true "
+                "or optimizer.overlap_param_gather=false",
             )
 
     def uses_muon(self, parameter: Parameter) -> bool:

@@ -1,4 +1,4 @@
-"""Overrides ``a.b=c``: strict, and typed by the field that they set."""
+"""Overrides ``a.b=c``: strict about keys, and typed by the field that they set."""
 
 from __future__ import annotations
 
@@ -13,92 +13,85 @@ from mellum2_megatron.config.run import Run, keys
 
 
 def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
-    """Return ``run`` with every ``key=value`` applied, later ones winning, then validated as a
-    whole.
+    """Return ``run`` with every ``key=value`` applied, then validated as a whole.
 
-    Keys are the full names of fields (``layout.ep``, ``schedule.batch_schedule``); see
-    ``values.from_text`` for how values are written. ``architecture=PRESET`` exchanges the whole
-    model, whatever its position in the list. Two fields of the architecture follow the one that
-    they describe unless they are given too (``Mellum2Architecture.replace``): with
-    ``architecture.num_hidden_layers`` the repeating pattern of ``layer_types`` is continued or cut,
-    and with ``architecture.num_mtp_layers`` the MTP layers slide.
+    Args:
+        run: the run, left unchanged.
+        overrides: full keys (``layout.ep``) with values as in `from_text`; later ones win.
+            ``architecture=PRESET`` exchanges the whole model, at any position in the list. Two
+            fields of the architecture follow others unless they are given too:
+            ``architecture.num_hidden_layers`` continues or cuts the pattern of ``layer_types``, and
+            ``architecture.num_mtp_layers`` makes the MTP layers slide.
 
-    An overridden key's source becomes the override itself.
+    Returns:
+        A new run. The source of an overridden key is the override itself.
 
     Raises:
         InputError: not ``key=value``, an unknown key (the nearest is named), a value of the wrong
             type (the expected one is named), or a combination that the run refuses.
     """
     pairs = [_split(override) for override in overrides]
-    changes: dict[str, Any] = {}
     sources = dict(run.sources)
+    # Presets first: they replace the fields that the other overrides change.
     for key, text in pairs:
         if key == "architecture":
             run = dataclasses.replace(run, architecture=Mellum2Architecture.preset(text))
             sources = {
-                known: source
-                for known, source in sources.items()
-                if not f"{known}.".startswith("architecture.")
+                sourced: source
+                for sourced, source in sources.items()
+                if not f"{sourced}.".startswith("architecture.")
             }
             sources["architecture"] = f"override architecture={text}"
+    changes: dict[str, Any] = {}
     for key, text in pairs:
         if key != "architecture":
-            _set(changes, key, from_text(text, _annotation(key), key))
+            *sections, name = key.split(".")
+            annotation, section = field_types(Run), changes
+            for part in sections:
+                annotation, section = field_types(annotation[part]), section.setdefault(part, {})
+            section[name] = from_text(text, annotation[name], key)
             sources[key] = f"override {key}={text}"
     resolved: Run = _replace(run, {**changes, "sources": sources})
     return resolved
 
 
 def _split(override: str) -> tuple[str, str]:
+    """Return key and text of an override; refuse an unknown key."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    key = key.strip()
+    if not equals or not key:
         raise InputError(
             override,
             rule="an override is KEY=VALUE",
             fix="write it like layout.ep=8, without blanks",
         )
-    key = key.strip()
-    if key != "architecture" and key not in keys():
-        raise InputError(override, rule=f"there is no key {key!r}", fix=_nearest_key(key))
-    return key, text.strip()
-
-
-def _nearest_key(key: str) -> str:
-    """Return the fix for an unknown key: a section's keys, fields of that name elsewhere, or the
-    closest key."""
     known = keys()
+    if key == "architecture" or key in known:
+        return key, text.strip()
+    section, name = key.partition(".")[0], key.rpartition(".")[2]
     inside = [candidate for candidate in known if candidate.startswith(f"{key}.")]
+    same_name = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
     if inside:
-        return f"set one of its fields: {', '.join(inside)}"
-    same_field = [
-        candidate for candidate in known if candidate.rpartition(".")[2] == key.rpartition(".")[2]
-    ]
-    if same_field:
-        return f"did you mean {' or '.join(map(repr, same_field))}"
-    section = key.partition(".")[0]
-    fields = [
-        candidate.partition(".")[2] for candidate in known if candidate.startswith(f"{section}.")
-    ]
-    return nearest(key, known) + (f" ({section} has {', '.join(fields)})" if fields else "")
-
-
-def _annotation(key: str) -> Any:
-    annotation: Any = Run
-    for name in key.split("."):
-        annotation = field_types(annotation)[name]
-    return annotation
-
-
-def _set(changes: dict[str, Any], key: str, value: Any) -> None:
-    *path, name = key.split(".")
-    for part in path:
-        changes = changes.setdefault(part, {})
-    changes[name] = value
+        fix = f"set one of its fields: {', '.join(inside)}"
+    elif same_name:
+        fix = f"did you mean {' or '.join(map(repr, same_name))}"
+    else:
+        fields = [
+            candidate.removeprefix(f"{section}.")
+            for candidate in known
+            if candidate.startswith(f"{section}.")
+        ]
+        fix = nearest(key, known)
+        if fields:
+            fix += f" ({section} has {', '.join(fields)})"
+    raise InputError(override, rule=f"there is no key {key!r}", fix=fix)
 
 
 def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:
-    """Rebuild nested dataclasses from the inside out, so that values changed together are validated
-    together."""
+    """Rebuild nested dataclasses from the inside out.
+
+    Each is rebuilt once, so values changed together are validated together.
+    """
     fields = {
         name: _replace(getattr(instance, name), change)
         if dataclasses.is_dataclass(getattr(instance, name))

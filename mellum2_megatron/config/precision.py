@@ -14,8 +14,8 @@ class Precision:
 
     The report trains in "BF16 + FP8 hybrid, tensorwise recipe, amax most-recent" (report §3). The
     tensorwise recipe scales by the current amax. There is no field for the amax algorithm: Megatron
-    reads ``--fp8-amax-compute-algo`` for the delayed recipe only (megatron/core/fp8_utils.py:733-742,
-    0.19.2).
+    reads ``--fp8-amax-compute-algo`` for the delayed recipe only
+    (megatron/core/fp8_utils.py:733-742, 0.19.2).
 
     Attributes:
         compute: ``bf16`` (default), or ``fp8`` for FP8 inputs of the linear layers' matrix

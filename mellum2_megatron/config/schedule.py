@@ -1,10 +1,9 @@
-"""Learning rate and batch size over a run, counted in samples (packed sequences), as Megatron
-counts them.
+"""Learning rate and batch size over a run, counted in samples (packed sequences) as in Megatron.
 
-Counting in samples keeps one meaning for a point of the run while the batch size changes.
-Megatron's iteration-based learning-rate arguments do not: with a batch ramp they are multiplied by
-``micro_batch_size * dp`` instead of the real batch (megatron/training/arguments.py:684-686 and
-training.py:1911-1922, 0.19.2).
+A point of the run keeps its sample count when the batch size changes. Megatron's iteration-based
+learning-rate arguments do not: with a batch ramp they are multiplied by ``micro_batch_size * dp``
+instead of the real batch (megatron/training/arguments.py:684-686 and training.py:1911-1922,
+0.19.2).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.field_checks import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,17 +22,18 @@ class Schedule:
     """Warmup, hold and decay of the learning rate, and the ramp of the batch.
 
     Attributes:
-        style: ``whd`` is linear warmup, hold, linear decay (report §3; Megatron's WSD with linear
-            decay). ``cosine`` decays from the end of the warmup to the horizon (report §5.1).
-        train_samples: the run stops here, counted from the first sample ever trained on. Ends on a
-            step.
-        horizon_samples: the learning rate's schedule ends here; None means at ``train_samples``. A
-            run that is one phase of a longer training stops before its horizon.
-        warmup_samples: linear from 0 to the peak over the first samples.
-        decay_samples: length of the ``whd`` decay, which ends at the horizon.
+        style: ``whd`` (default): linear warmup, hold, linear decay (report §3; Megatron's WSD with
+            linear decay). ``cosine``: decay from the end of the warmup to the horizon (report
+            §5.1).
+        train_samples: last sample of the run, counted from the first sample ever trained on; the
+            end of a step.
+        horizon_samples: last sample of the learning-rate schedule; None: ``train_samples``. A run
+            that is one phase of a longer training stops before its horizon.
+        warmup_samples: length of the linear warmup from 0 to the peak, default 0.
+        decay_samples: length of the ``whd`` decay, which ends at the horizon; default 0.
         batch_schedule: ``(first sample, sequences a step)`` pairs; a single pair is a constant
             batch. A new size holds from the first step that starts at or after its sample.
-        micro_batch_size: sequences a rank runs through the model at once.
+        micro_batch_size: sequences of one forward pass of a rank, default 1.
 
     Raises:
         InputError: lengths that do not fit into each other, or ``train_samples`` between two steps.
@@ -51,65 +52,75 @@ class Schedule:
         _require_positive("schedule.micro_batch_size", self.micro_batch_size)
         self._check_batch_schedule()
         self._check_lengths()
-        before, after = self._step_boundaries(self.train_samples)
-        if before != after:
+        steps = self.steps(self.train_samples)
+        before, after = self.samples(steps - 1), self.samples(steps)
+        if after != self.train_samples:
             raise InputError(
                 f"schedule.train_samples={self.train_samples}",
                 rule=f"a run ends after a whole step ({self.batch_size(before)} sequences there)",
-                fix=f"use {before or after} or {after}" if before else f"use {after}",
+                fix=f"use {before} or {after}" if before else f"use {after}",
             )
 
     def _check_batch_schedule(self) -> None:
         given = f"schedule.batch_schedule={list(map(list, self.batch_schedule))}"
         starts = [start for start, _ in self.batch_schedule]
-        if not starts or starts[0] != 0:
-            raise InputError(
-                given, rule="the first batch size starts at sample 0", fix="use [[0, SIZE], ...]"
-            )
-        if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
-            raise InputError(
-                given,
-                rule="first samples must increase",
-                fix=f"sort them, for example {sorted(set(starts))}",
-            )
+        require(
+            bool(starts) and starts[0] == 0,
+            given,
+            rule="the first batch size starts at sample 0",
+            fix="use [[0, SIZE], ...]",
+        )
+        require(
+            all(earlier < later for earlier, later in itertools.pairwise(starts)),
+            given,
+            rule="first samples must increase",
+            fix=f"sort them, for example {sorted(set(starts))}",
+        )
         for start, size in self.batch_schedule:
-            if size <= 0:
-                raise InputError(
-                    given,
-                    rule=f"the batch size from sample {start} on must be positive",
-                    fix="use 1 or more",
-                )
+            require(
+                size > 0,
+                given,
+                rule=f"the batch size from sample {start} on must be positive",
+                fix="use 1 or more",
+            )
 
     def _check_lengths(self) -> None:
-        for name in ("warmup_samples", "decay_samples"):
-            value = getattr(self, name)
-            if value < 0:
-                raise InputError(
-                    f"schedule.{name}={value}", rule="must not be negative", fix="use 0 for none"
-                )
-        horizon = self.lr_horizon
-        if self.train_samples > horizon:
-            raise InputError(
-                f"schedule.train_samples={self.train_samples}",
-                rule=f"must not exceed schedule.horizon_samples={horizon}, where the learning rate's schedule ends",
-                fix=f"set schedule.horizon_samples to {self.train_samples} or more, or to null",
-            )
-        if self.style == "cosine" and self.decay_samples:
-            raise InputError(
-                f"schedule.decay_samples={self.decay_samples} with schedule.style=cosine",
-                rule="a cosine decays from the end of the warmup to the horizon",
-                fix="set schedule.decay_samples=0",
-            )
-        room = horizon - 1 if not self.decay_samples else horizon - self.decay_samples
-        if self.warmup_samples > room:
-            shorter = min(self.warmup_samples, horizon // 10), min(self.decay_samples, horizon // 5)
-            raise InputError(
-                f"schedule.warmup_samples={self.warmup_samples}, schedule.decay_samples={self.decay_samples}",
-                rule=f"warmup and decay must fit into the {horizon} samples of the schedule",
-                fix="shorten them, for example schedule.warmup_samples={} schedule.decay_samples={}".format(
-                    *shorter
-                ),
-            )
+        warmup, decay, horizon = self.warmup_samples, self.decay_samples, self.lr_horizon
+        require(
+            warmup >= 0,
+            f"schedule.warmup_samples={warmup}",
+            rule="must not be negative",
+            fix="use 0 for none",
+        )
+        require(
+            decay >= 0,
+            f"schedule.decay_samples={decay}",
+            rule="must not be negative",
+            fix="use 0 for none",
+        )
+        require(
+            self.train_samples <= horizon,
+            f"schedule.train_samples={self.train_samples}",
+            rule=f"must not exceed schedule.horizon_samples={horizon}, "
+            "where the learning rate's schedule ends",
+            fix=f"set schedule.horizon_samples to {self.train_samples} or more, or to null",
+        )
+        require(
+            self.style == "whd" or not decay,
+            f"schedule.decay_samples={decay} with schedule.style=cosine",
+            rule="a cosine decays from the end of the warmup to the horizon",
+            fix="set schedule.decay_samples=0",
+        )
+        # Without a decay one sample must remain after the warmup: a cosine divides by the rest.
+        room = horizon - decay if decay else horizon - 1
+        require(
+            warmup <= room,
+            f"schedule.warmup_samples={warmup}, schedule.decay_samples={decay}",
+            rule=f"warmup and decay must fit into the {horizon} samples of the schedule",
+            fix="shorten them, for example "
+            f"schedule.warmup_samples={min(warmup, horizon // 10)} "
+            f"schedule.decay_samples={min(decay, horizon // 5)}",
+        )
 
     @classmethod
     def from_steps(
@@ -122,17 +133,18 @@ class Schedule:
         micro_batch_size: int = 1,
         style: Literal["whd", "cosine"] = "whd",
     ) -> Self:
-        """Build the schedule that reports state in optimizer steps.
+        """Build a schedule that is given in optimizer steps, as reports do.
 
         Args:
             train_steps: steps of the whole run, warmup and decay included.
             batch_sizes: ``(first step, sequences a step)`` pairs.
-            warmup_steps: first steps; the learning rate is linear in samples, so also in steps
-                unless the batch changes during the warmup.
-            decay_steps: last steps.
+            warmup_steps: length of the warmup. It is linear in samples, and so in steps unless the
+                batch changes during the warmup.
+            decay_steps: length of the decay at the end of the run.
+            micro_batch_size, style: see `Schedule`.
         """
-        for name, value in (("train_steps", train_steps), ("first batch", len(batch_sizes))):
-            _require_positive(name, value)
+        _require_positive("train_steps", train_steps)
+        _require_positive("first batch", len(batch_sizes))
         starts, samples = [], 0
         for index, (step, size) in enumerate(batch_sizes):
             starts.append((samples, size))
@@ -151,7 +163,7 @@ class Schedule:
 
     @property
     def lr_horizon(self) -> int:
-        """Sample at which the learning rate's schedule ends."""
+        """Last sample of the learning-rate schedule."""
         return self.train_samples if self.horizon_samples is None else self.horizon_samples
 
     @property
@@ -169,19 +181,19 @@ class Schedule:
         return _Steps(self.batch_schedule).size(sample)
 
     def steps(self, samples: int) -> int:
-        """Return how many steps it takes until at least ``samples`` samples are consumed."""
+        """Return the fewest steps that consume at least ``samples`` samples."""
         return _Steps(self.batch_schedule).steps(samples)
 
     def samples(self, steps: int) -> int:
-        """Return how many samples ``steps`` steps consume."""
+        """Return the samples that the first ``steps`` steps consume."""
         return _Steps(self.batch_schedule).samples(steps)
 
     def learning_rate(self, sample: int, *, peak: float, minimum: float) -> float:
         """Return the learning rate of the step that starts after ``sample`` samples.
 
-        The arithmetic is that of ``OptimizerParamScheduler.get_lr``
-        (megatron/core/optimizer_param_scheduler.py, 0.19.2), in the same order, so results are
-        equal to the last bit. The first step of a warmup has rate 0.
+        The operations are those of Megatron's ``OptimizerParamScheduler.get_lr``
+        (megatron/core/optimizer_param_scheduler.py, 0.19.2) in the same order, so results are equal
+        to the last bit. The first step of a warmup has rate 0.
         """
         if self.warmup_samples > 0 and sample <= self.warmup_samples:
             return peak * float(sample) / float(self.warmup_samples)
@@ -199,12 +211,6 @@ class Schedule:
             peak - minimum
         )
 
-    def _step_boundaries(self, sample: int) -> tuple[int, int]:
-        """Return the last step boundary at or before ``sample`` and the first at or after it."""
-        steps = self.steps(sample)
-        after = self.samples(steps)
-        return (after, after) if after == sample else (self.samples(steps - 1), after)
-
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
@@ -221,7 +227,9 @@ class _Steps:
 
     def steps(self, samples: int) -> int:
         consumed = steps = 0
-        for (_, size), end in zip(self.schedule, self._ends(samples), strict=True):
+        ends = [start for start, _ in self.schedule[1:]] + [samples]
+        for (_, size), end in zip(self.schedule, ends, strict=True):
+            # The last step of a size may run past the start of the next size.
             count = max(0, math.ceil((min(end, samples) - consumed) / size))
             steps, consumed = steps + count, consumed + count * size
         return steps
@@ -237,10 +245,6 @@ class _Steps:
             taken, consumed = taken + count, consumed + count * size
         return consumed
 
-    def _ends(self, last: int) -> list[int]:
-        return [start for start, _ in self.schedule[1:]] + [last]
-
 
 def _require_positive(key: str, value: int) -> None:
-    if value <= 0:
-        raise InputError(f"{key}={value}", rule="must be positive", fix="use 1 or more")
+    require(value > 0, f"{key}={value}", rule="must be positive", fix="use 1 or more")
