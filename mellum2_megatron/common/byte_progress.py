@@ -1,4 +1,4 @@
-"""Progress in bytes on standard error: a bar on a terminal, a line now and then in a log."""
+"""Progress in bytes on standard error: a bar on a terminal, a line every 30 seconds in a log."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from mellum2_megatron.common.console import error_console
 from mellum2_megatron.common.files import size_text
 
 SECONDS_BETWEEN_LINES = 30.0
+"""Seconds between two lines where standard error is no terminal."""
 
 
 @contextmanager
 def byte_progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield a function, for any thread, that is told how many bytes were done; shows size, speed
-    and time left.
+    """Yield a function that advances a progress display by a number of bytes, from any thread.
+
+    The display has size, speed and time left.
 
     Args:
-        done: bytes that an earlier attempt has done.
+        what: label, such as ``import``.
+        total: bytes of the whole work.
+        done: bytes that an earlier attempt finished.
     """
     if not error_console.is_terminal:
         yield LineProgress(what, total, done)
@@ -52,13 +56,8 @@ class LineProgress:
     def __init__(
         self, what: str, total: int, done: int = 0, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._what, self._total, self._before, self._done, self._clock = (
-            what,
-            total,
-            done,
-            done,
-            clock,
-        )
+        self._what, self._total, self._clock = what, total, clock
+        self._before = self._done = done
         self._start = self._last = clock()
         self._lock = threading.Lock()
 
@@ -69,8 +68,10 @@ class LineProgress:
             if now - self._last < SECONDS_BETWEEN_LINES:
                 return
             self._last = now
+            # An earlier attempt's bytes took no time in this one.
             speed = (self._done - self._before) / (now - self._start)
+            left = (self._total - self._done) / speed
             sys.stderr.write(
-                f"{self._what}: {size_text(self._done)} of {size_text(self._total)}, {speed / 1e6:,.0f} MB/s, "
-                f"{(self._total - self._done) / speed:,.0f} s left\n"
+                f"{self._what}: {size_text(self._done)} of {size_text(self._total)}, "
+                f"{speed / 1e6:,.0f} MB/s, {left:,.0f} s left\n"
             )

@@ -1,4 +1,7 @@
-"""Atomic writes: a crash leaves the old file or the new one, never half of one."""
+"""Atomic writes, and checks of paths.
+
+A crash during a write leaves the old file or the new one, never half of one.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,7 @@ from mellum2_megatron.common.errors import InputError
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary file name beside ``path``; on success it replaces ``path``, on error it is
-    removed."""
+    """Yield a temporary file beside ``path`` that replaces it on success, else is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
@@ -25,19 +27,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # mkstemp gives 0600; released files must be readable as usual.
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(
-            0o666 & ~umask
-        )  # mkstemp gives 0600; released files must be readable as usual
+        temporary.chmod(0o666 & ~umask)
+        # First the content, then the name: after a power loss the name never points at less.
         _fsync(temporary)
         os.replace(temporary, target)
         _fsync(target.parent)
     except OSError as error:
+        # A full disk comes without a name, or with the temporary one that no user has given.
         if error.filename is None or error.filename == str(temporary):
-            error.filename = str(
-                target
-            )  # a full disk is reported without a name, or with one that nobody has given
+            error.filename = str(target)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -45,11 +46,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; on success it takes that name, on error it
-    is removed.
+    """Yield an empty folder beside ``path`` that takes its name on success, else is removed.
 
-    With ``overwrite`` an existing folder is moved aside first and deleted only after the new one is
-    in place.
+    Args:
+        path: the folder's final name.
+        overwrite: replace an existing folder; it is deleted only after the new one is in place.
 
     Raises:
         FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
@@ -73,10 +74,10 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
 
 
 def move_into_place(folder: Path, target: Path) -> None:
-    """Give ``folder`` the name ``target`` on the same disk.
+    """Rename ``folder`` to ``target`` on the same disk.
 
-    A folder in the way is moved aside first, put back if that fails, and deleted only after the new
-    one is in place.
+    An existing target is moved aside first, put back if the rename fails, and deleted only after
+    the new folder is in place.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
@@ -88,26 +89,25 @@ def move_into_place(folder: Path, target: Path) -> None:
             raise
         shutil.rmtree(aside)
     else:
-        os.replace(folder, target)  # an empty folder in the way is replaced
+        os.replace(folder, target)  # replaces an empty folder
     _fsync(target.parent)
 
 
 def remove_directory(path: str | os.PathLike[str]) -> None:
-    """Delete a folder that others may look at: it loses its name first, so none of them finds half
-    of it.
+    """Delete a folder, renaming it first, so that no other process finds half of it.
 
-    A crash on the way leaves `.NAME.*.old`, which the next call for a folder beside it removes.
+    A crash on the way leaves ``.NAME.*.old``. The next call for a folder beside it removes that.
     """
     target = Path(path)
-    for left in target.parent.glob(".*.old"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in target.parent.glob(".*.old"):
+        shutil.rmtree(leftover, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
     os.replace(target, aside / target.name)
     shutil.rmtree(aside)
 
 
 def size_text(size: float) -> str:
-    """Bytes in MB or GB.
+    """Return a number of bytes in MB or GB (powers of ten).
 
     >>> size_text(3_489_542), size_text(24_299_846_144)
     ('3.49 MB', '24.30 GB')
@@ -116,8 +116,7 @@ def size_text(size: float) -> str:
 
 
 def existing_ancestor(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` or the closest of its parents that exists; its disk is the one that ``path``
-    will be on."""
+    """Return ``path`` or its closest existing parent, which lies on the disk of ``path``."""
     ancestor = Path(os.path.abspath(path))
     while not ancestor.exists():
         ancestor = ancestor.parent
@@ -125,15 +124,15 @@ def existing_ancestor(path: str | os.PathLike[str]) -> Path:
 
 
 def check_writable(name: str, path: str | os.PathLike[str], *, folder: bool) -> None:
-    """Check that a file or folder can be made at ``path``, or is one that can be written.
+    """Check that a file or folder can be written at ``path``, whether it exists or not.
 
     Args:
-        name: what the user calls it (``--out``).
+        name: the user's name for it (``--out``), for messages.
         path: the file or folder.
-        folder: a folder is wanted.
+        folder: true for a folder.
 
     Raises:
-        InputError: it, or what it should lie in, is of the wrong kind or read-only.
+        InputError: the path or its closest existing parent is of the wrong kind or read-only.
     """
     target, ancestor = Path(path), existing_ancestor(path)
     if target.exists() and target.is_dir() != folder:
@@ -145,7 +144,8 @@ def check_writable(name: str, path: str | os.PathLike[str], *, folder: bool) -> 
         raise InputError(
             f"{name} {path}", rule=f"{ancestor} is a file, not a folder", fix="name another place"
         )
-    written = ancestor if ancestor.is_dir() else ancestor.parent  # a file is replaced, not opened
+    # An existing file is replaced, not opened, so its folder must be writable.
+    written = ancestor if ancestor.is_dir() else ancestor.parent
     if not os.access(written, os.W_OK | os.X_OK):
         raise InputError(
             f"{name} {path}", rule=f"{written} is not writable for you", fix="name another place"

@@ -1,4 +1,4 @@
-"""Which code made a run: the commit it ran from, and the packages, machine and job of each start.
+"""Provenance of a run: commit of the code, and packages, machine and job of each start.
 
 Each start of a run appends one line to ``DIR/provenance.jsonl``::
 
@@ -7,9 +7,8 @@ Each start of a run appends one line to ``DIR/provenance.jsonl``::
      "python": "3.12.3", "packages": {"torch": "2.15.0", ...}, "host": "node-1", "hosts": 32,
      "world_size": 256, "from_step": 12000, "slurm": {"SLURM_JOB_ID": "4711"}}
 
-A copy of the code without its Git repository (a packager's archive) says where it came from in
-`SNAPSHOT_FILE` at its root. What neither Git nor that file tells is not known, and is recorded as
-such.
+A copy of the code without its Git repository (a packager's archive) has `SNAPSHOT_FILE` at its
+root. Without either, the commit is recorded as unknown.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from mellum2_megatron.common.files import write_json
 from mellum2_megatron.common.values import from_plain
 
 SNAPSHOT_FILE = "PROVENANCE.json"
-"""At the root of a copy of the code that has no Git repository: `write_snapshot`."""
+"""File at the root of a copy of the code without Git repository; see `write_snapshot`."""
 
 RECORDS_FILE = "provenance.jsonl"
-"""In the folder of a run: `record`."""
+"""File in the folder of a run; see `record`."""
 
 PROJECT = "mellum2-megatron"
 PACKAGES = (
@@ -61,16 +60,16 @@ Origin = Literal["git", "snapshot", "package", "unknown"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Code:
-    """Where the running code comes from.
+    """Origin of the running code.
 
     Attributes:
-        origin: a ``git`` checkout; a ``snapshot`` of one, with `SNAPSHOT_FILE`; an installed
-            ``package``; ``unknown`` where there is a checkout but Git does not tell (``reason``).
-        version: of the package.
-        commit: full hash, if known.
-        dirty: whether there were uncommitted changes, files that Git neither knows nor ignores
-            among them; if known.
-        reason: why the commit is not known, if it is not.
+        origin: ``git``: a checkout. ``snapshot``: a copy of one, with `SNAPSHOT_FILE`. ``package``:
+            an installed package. ``unknown``: a checkout that Git cannot read (``reason``).
+        version: version of the package.
+        commit: full hash; None: unknown.
+        dirty: uncommitted changes, including files that Git neither tracks nor ignores; None:
+            unknown.
+        reason: reason for an unknown commit.
     """
 
     origin: Origin
@@ -80,7 +79,7 @@ class Code:
     reason: str | None = None
 
     def __str__(self) -> str:
-        """One phrase for people: ``commit 0f3c... with uncommitted changes``."""
+        """Return one phrase: ``commit 0f3c... with uncommitted changes``."""
         if self.commit is None:
             return f"commit not known ({self.reason})"
         changes = {
@@ -92,27 +91,29 @@ class Code:
 
 
 def project_root() -> Path:
-    """Return the folder that the running package lies in: a checkout, a snapshot, or
-    ``site-packages``."""
+    """Return the parent folder of the running package: checkout, snapshot or ``site-packages``."""
     return Path(str(mellum2_megatron.__file__)).resolve().parent.parent
 
 
 def source_code(root: Path | None = None) -> Code:
-    """Return where the code in ``root`` (by default, the running code) comes from.
+    """Return the origin of the code in ``root``.
 
-    Git decides where the package's files are among those it keeps; so an environment inside a
-    checkout is no checkout.
+    Git answers for a package whose files it tracks. An environment inside a checkout is therefore
+    no checkout.
+
+    Args:
+        root: folder that holds the package; None: the running package's.
 
     Raises:
-        InputError: `SNAPSHOT_FILE` is there and not what `write_snapshot` writes.
+        InputError: `SNAPSHOT_FILE` exists but is damaged.
     """
     root = root or project_root()
     version = _version(PROJECT) or "unknown"
     file = (root / SNAPSHOT_FILE).is_file()
     if (root / ".git").exists() or not file:
-        found = _from_git(root, version)
-        if found is not None:
-            return found
+        code = _from_git(root, version)
+        if code is not None:
+            return code
     if file:
         return _from_snapshot(root / SNAPSHOT_FILE)
     return Code(
@@ -123,12 +124,11 @@ def source_code(root: Path | None = None) -> Code:
 
 
 def write_snapshot(folder: Path, code: Code | None = None) -> Path:
-    """Write `SNAPSHOT_FILE` into a copy of the code, for those who run it where there is no Git
-    repository.
+    """Write `SNAPSHOT_FILE` into a copy of the code that has no Git repository; return its path.
 
     Args:
-        folder: root of the copy, beside the package's own folder.
-        code: what was copied; by default the running code.
+        folder: root of the copy, which holds the package's folder.
+        code: origin of the copied code; None: the running code's.
     """
     path = folder / SNAPSHOT_FILE
     write_json(path, asdict(code or source_code()) | {"time": _now()})
@@ -143,15 +143,16 @@ def record(
     from_step: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Append one line to the run's `RECORDS_FILE` and return what it says.
+    """Append one line to the run's `RECORDS_FILE` and return its content.
+
+    The number of machines comes from torchrun's or Slurm's environment.
 
     Args:
         output: folder of the run.
-        event: ``start`` of the ranks, or ``launch``: a job handed to a scheduler, by code that may
-            be another one.
-        world_size: ranks; torchrun's or Slurm's environment tells how many machines they are on.
-        from_step: step of the checkpoint that this start goes on from; None for a new run.
-        more: whatever else is worth keeping.
+        event: ``start`` of the ranks, or ``launch`` of a job, whose ranks may run other code.
+        world_size: number of ranks.
+        from_step: step of the checkpoint that this start resumes; None for a new run.
+        more: further keys of the line.
     """
     hosts = os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES")
     line: dict[str, Any] = {
@@ -172,25 +173,24 @@ def record(
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
-    """Return what `record` has written, oldest first; nothing for a run without. Damaged lines are
-    left out."""
+    """Return the lines that `record` wrote, oldest first, without damaged ones; empty if none."""
     path = output / RECORDS_FILE
     if not path.is_file():
         return []
-    found = []
+    records = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             value = json.loads(text)
         except ValueError:
             continue  # half a line, of a machine that went down
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            records.append(value)
+    return records
 
 
 def recorded_code(output: Path) -> tuple[Code, ...]:
-    """Return the different states of the code that a run was started from, in order."""
-    found: list[Code] = []
+    """Return the distinct states of the code that started a run, in order."""
+    codes: list[Code] = []
     for line in read_records(output):
         if line.get("event") != "start":
             continue
@@ -198,29 +198,26 @@ def recorded_code(output: Path) -> tuple[Code, ...]:
             code = _code(line["code"], str(output / RECORDS_FILE))
         except (KeyError, InputError):
             continue
-        if code not in found:
-            found.append(code)
-    return tuple(found)
+        if code not in codes:
+            codes.append(code)
+    return tuple(codes)
 
 
 def _from_git(root: Path, version: str) -> Code | None:
-    """Return what Git says; None where it does not keep the package."""
+    """Return the code's commit by Git; None if Git does not track the package."""
+    is_checkout = (root / ".git").exists()
     file = root / mellum2_megatron.__name__ / "__init__.py"
     try:
-        kept = _git(root, "ls-files", "--error-unmatch", str(file))
-        if kept.returncode:
-            refused = "dubious ownership" in kept.stderr and (root / ".git").exists()
-            return (
-                _unknown(version, f"Git refuses: {kept.stderr.strip().splitlines()[0]}")
-                if refused
-                else None
-            )
-        commit, status = (
-            _git(root, "rev-parse", "HEAD"),
-            _git(root, "status", "--porcelain", "--", str(root)),
-        )
+        tracked = _git(root, "ls-files", "--error-unmatch", str(file))
+        if tracked.returncode:
+            # Git refuses a checkout that belongs to another user.
+            if is_checkout and "dubious ownership" in tracked.stderr:
+                return _unknown(version, f"Git refuses: {tracked.stderr.strip().splitlines()[0]}")
+            return None
+        commit = _git(root, "rev-parse", "HEAD")
+        status = _git(root, "status", "--porcelain", "--", str(root))
     except FileNotFoundError:
-        return _unknown(version, "git is not installed here") if (root / ".git").exists() else None
+        return _unknown(version, "git is not installed here") if is_checkout else None
     except subprocess.TimeoutExpired:
         return _unknown(version, f"git did not answer in {_GIT_SECONDS} seconds")
     if commit.returncode or status.returncode:
@@ -234,11 +231,17 @@ def _from_git(root: Path, version: str) -> Code | None:
 
 
 def _git(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    # Inside a Git hook GIT_DIR names another repository. Messages are matched in English.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["LC_ALL"] = "C"
     return subprocess.run(
         ["git", "-C", str(root), "--no-optional-locks", *words],
-        capture_output=True, text=True, timeout=_GIT_SECONDS, check=False, env={**environment, "LC_ALL": "C"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=_GIT_SECONDS,
+        check=False,
+        env=environment,
+    )
 
 
 def _unknown(version: str, reason: str) -> Code:
@@ -248,19 +251,19 @@ def _unknown(version: str, reason: str) -> Code:
 def _from_snapshot(path: Path) -> Code:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        found = _code(value, str(path))
+        code = _code(value, str(path))
     except (OSError, ValueError) as error:
         raise InputError(
             str(path), rule=f"must be JSON ({error})", fix="package the code again"
         ) from None
-    return replace(found, origin="snapshot") if found.commit is not None else found
+    return replace(code, origin="snapshot") if code.commit is not None else code
 
 
 def _code(value: Any, where: str) -> Code:
-    """Read a `Code` that went through JSON; keys of another version of this project are left out.
+    """Read a `Code` out of JSON, ignoring keys of other versions of this project.
 
     Raises:
-        InputError: it is none.
+        InputError: not a `Code`.
     """
     try:
         commit, dirty, origin = value.get("commit"), value.get("dirty"), value["origin"]
@@ -280,7 +283,7 @@ def _code(value: Any, where: str) -> Code:
     except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
             where,
-            rule=f"must say where the code comes from ({error})",
+            rule=f"must hold the origin of the code ({error})",
             fix="package the code again",
         ) from None
 
@@ -297,14 +300,14 @@ def _now() -> str:
 
 
 def _append(path: Path, line: str) -> None:
-    """Append a line in one write, on disk when this returns; half a line that a crash left behind
-    ends first."""
+    """Append a line in one write and sync it; end a half line that a crash left before it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, f"{chr(10) * torn}{line}\n".encode())
+        # One write with O_APPEND: lines of several processes do not mix.
+        os.write(descriptor, (("\n" if torn else "") + line + "\n").encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -154,7 +154,7 @@ def from_mapping[T](
 
 
 def to_plain(value: Any) -> Any:
-    """Return ``value`` as scalars, lists and dicts for YAML; dataclasses keep their fields' order."""
+    """Return ``value`` as scalars, lists and dicts; dataclasses keep the order of their fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)

@@ -203,7 +203,9 @@ class Layout:
         self, architecture: Mellum2Architecture, world_size: int
     ) -> list[InputError | None]:
         dense, expert = self.tp * self.cp * self.pp, self.ep * self.etp * self.pp
-        start = f"start {_nearest_multiples(world_size, self.smallest_world_size)} ranks"
+        unit = self.smallest_world_size
+        below, above = world_size // unit * unit, (world_size // unit + 1) * unit
+        start = f"start {below} or {above} ranks" if below else f"start {above} ranks"
         if world_size % dense:
             return [
                 InputError(
@@ -271,8 +273,3 @@ def _use(name: str, wanted: int, working: Iterable[int]) -> str:
     below = [value for value in ordered if value <= wanted][-1:]
     above = [value for value in ordered if value > wanted][:1]
     return f"use layout.{name}=" + " or ".join(str(value) for value in below + above)
-
-
-def _nearest_multiples(count: int, unit: int) -> str:
-    below, above = count // unit * unit, (count // unit + 1) * unit
-    return f"{below} or {above}" if below else str(above)

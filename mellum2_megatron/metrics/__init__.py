@@ -1,4 +1,4 @@
-"""What a run tells the world: metrics.jsonl, TensorBoard, W&B, the console, plots. No torch."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, W&B, console and plots; no torch at import."""
 
 from mellum2_megatron.metrics.console import TrainingConsole
 from mellum2_megatron.metrics.log import MetricsLogger, read_metrics

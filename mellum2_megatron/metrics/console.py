@@ -1,5 +1,4 @@
-"""What a person sees while a model trains: rows above a progress bar in a terminal, plain lines
-anywhere else."""
+"""Console output of a training: rows above a progress bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _HEADER_EVERY = 25
+"""Rows between two lines of column titles."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class _Column:
 
 
 def short_number(value: float) -> str:
-    """A number in four significant digits at most, thousands as K, M, G, T.
+    """Return a number in three significant digits, thousands as K, M, G, T.
 
     >>> short_number(950), short_number(12345), short_number(7_600_000), short_number(0.1234)
     ('950', '12.3K', '7.6M', '0.123')
@@ -37,7 +37,7 @@ def short_number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds.
+    """Return hours, minutes and seconds.
 
     >>> duration(59.4), duration(3725), duration(90061)
     ('0:59', '1:02:05', '25:01:01')
@@ -65,15 +65,15 @@ _COLUMNS = (
 
 
 class TrainingConsole:
-    """Prints one row a logged step.
+    """Prints one row for each logged step.
 
     Args:
-        title: named in the first line.
-        total_steps: steps of the whole run.
-        total_samples: sequences of the whole run; the time left is estimated from them, because
+        title: title in the first line.
+        total_steps: optimizer steps of the whole run.
+        total_samples: sequences of the whole run. The time left is estimated from samples, because
             batches may grow.
         resume_step: step of the loaded checkpoint; 0 for a new run.
-        file: where to print; standard output by default.
+        file: output stream; None: standard output.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class TrainingConsole:
         self._total_steps, self._total_samples = total_steps, total_samples
         self._first: tuple[float, float] | None = None
         self._rows = 0
-        self._bar = (
-            _bar(self._console, total_steps, resume_step) if self._console.is_terminal else None
-        )
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = _bar(self._console, total_steps, resume_step)
         start = f"resuming after step {resume_step}" if resume_step else "starting"
         self.say(f"{title}: {start}, {total_steps} steps in all")
 
@@ -107,8 +107,15 @@ class TrainingConsole:
             self._file.flush()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Print a training step. Columns without a value are left out of plain lines and blank in
-        rows."""
+        """Print a training step.
+
+        A column without a value is blank in a row and left out of a plain line.
+
+        Args:
+            step: the step, from 1.
+            values: values by the keys of `_COLUMNS`. ``busiest`` is taken from the expert loads,
+                and ``left`` is estimated here.
+        """
         shown = {**values, "step": float(step)}
         loads = [value for name, value in values.items() if name.endswith("/max_over_mean")]
         if loads:
@@ -134,7 +141,7 @@ class TrainingConsole:
         self._bar.update(self._bar.task_ids[0], completed=step)
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Print a validation."""
+        """Print a validation's values after ``step`` steps."""
         parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()]
         self.say(f"step {step}/{self._total_steps} | validation | " + " | ".join(parts))
 
@@ -144,7 +151,10 @@ class TrainingConsole:
             self._bar.stop()
 
     def _seconds_left(self, samples: float) -> float | None:
-        """Time left at the average speed since the first logged step; None on that step."""
+        """Return the seconds left at the average speed since the first logged step.
+
+        None on that step, whose own speed includes start-up.
+        """
         now = time.monotonic()
         if self._first is None or samples <= self._first[1]:
             self._first = (now, samples)

@@ -9,8 +9,8 @@ numbers.
      "value": "nan", "rank": 1}
 
 Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from
-step k the file holds every step once: lines of later steps, which the earlier process wrote and the
-checkpoint does not know of, are dropped.
+step k the file holds every step once: lines after step k, which the earlier process wrote, are
+dropped.
 """
 
 from __future__ import annotations
@@ -37,8 +37,14 @@ WANDB_ID_FILE = "wandb_run_id.txt"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What was logged at one step: while training, at a validation, or because something happened
-    (with a note)."""
+    """One line of ``metrics.jsonl``.
+
+    Attributes:
+        kind: ``train``: a training step. ``valid``: a validation. ``event``: an incident.
+        step: optimizer step.
+        values: numbers by name.
+        note: description of an event.
+    """
 
     kind: Kind
     step: int
@@ -47,22 +53,22 @@ class Record:
 
 
 class MetricsLogger:
-    """Writes a run's metrics on rank 0; on every other rank it does nothing.
+    """Writes a run's metrics on rank 0; does nothing on every other rank.
 
     Args:
         output_dir: the run's folder; receives ``metrics.jsonl``, ``tensorboard/`` and ``wandb/``.
-        rank: the process writes only when this is 0.
-        world_size: processes of the run, for the record.
+        rank: rank of this process.
+        world_size: number of ranks, for the title.
         run_name: title on the console and display name in W&B.
         total_steps: optimizer steps of the whole run.
         total_samples: sequences of the whole run.
         tensorboard: write TensorBoard events.
-        wandb_project: write to Weights & Biases under this project; None for not at all. Without an
-            API key in the environment the W&B run is kept in ``output_dir/wandb`` (offline mode),
-            for ``wandb sync``.
-        wandb_entity: account there.
-        config: recorded with the W&B run.
-        resume_step: step of the checkpoint that was loaded; 0 for a new run.
+        wandb_project: project on Weights & Biases; None: do not log to W&B. Without an API key in
+            the environment the W&B run stays in ``output_dir/wandb`` (offline mode), for
+            ``wandb sync``.
+        wandb_entity: W&B account; None: the default one.
+        config: values to record with the W&B run.
+        resume_step: step of the loaded checkpoint; 0 for a new run.
 
     Raises:
         InputError: W&B is asked for and not installed, or an existing ``metrics.jsonl`` is damaged.
@@ -118,7 +124,7 @@ class MetricsLogger:
         self._file = path.open("a", encoding="utf-8")
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Record a training step; names may be nested with ``/``."""
+        """Record a training step; names may have parts, separated by ``/``."""
         if self._active:
             self._record("train", step, values)
             self._console.step(step, values)
@@ -130,27 +136,20 @@ class MetricsLogger:
             self._console.validation(step, values)
 
     def log_event(self, step: int, note: str, values: Mapping[str, float]) -> None:
-        """Record that something happened in a step, in words and numbers."""
+        """Record an incident of a step, in words and numbers."""
         if self._active:
             self._record("event", step, values, note)
             self._console.say(f"step {step}: {note}")
 
     def last_step(self, kind: Kind) -> int | None:
-        """Return the last step of a kind in the file, or None; None too on the ranks that do not
-        write."""
+        """Return the last step of a kind in the file; None if there is none, or off rank 0."""
         if not self._active:
             return None
-        return max(
-            (
-                record.step
-                for record in read_metrics(self._folder / METRICS_FILE)
-                if record.kind == kind
-            ),
-            default=None,
-        )
+        records = read_metrics(self._folder / METRICS_FILE)
+        return max((record.step for record in records if record.kind == kind), default=None)
 
     def close(self) -> None:
-        """Flush and finish everything; calling it twice is fine."""
+        """Flush and close all outputs; a second call does nothing."""
         if not self._active:
             return
         self._active = False
@@ -161,32 +160,34 @@ class MetricsLogger:
         if self._wandb is not None:
             import wandb
 
-            with self._without_its_process():
+            with self._surviving_its_process():
                 self._wandb.finish()
-                wandb.teardown()  # finish() returns before W&B's own process has written an offline run to disk (0.31)
+                # finish() returns before W&B's own process has written an offline run (0.31).
+                wandb.teardown()
 
     def _record(self, kind: Kind, step: int, values: Mapping[str, float], note: str = "") -> None:
-        line: dict[str, Any] = {"kind": kind, "step": step} | ({"note": note} if note else {})
+        line: dict[str, Any] = {"kind": kind, "step": step}
+        if note:
+            line["note"] = note
         for name, value in values.items():
             number = float(value)
             line[name] = number if math.isfinite(number) else str(number)
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.flush()  # a killed run must not lose logged steps
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", float(value), step)
             self._tensorboard.flush()
         if self._wandb is not None:
-            with self._without_its_process():
+            with self._surviving_its_process():
                 _log_to_wandb(self._wandb, kind, step, values)
 
     @contextmanager
-    def _without_its_process(self) -> Iterator[None]:
-        """Go on where W&B's own process is gone; the run has more to do than to log, a save above
-        all.
+    def _surviving_its_process(self) -> Iterator[None]:
+        """Drop W&B, instead of failing, if its own process is gone.
 
-        Slurm's SIGTERM goes to every process of a step, and ends that one (0.31) while ranks still
-        have to save.
+        Slurm sends SIGTERM to every process of a step. It ends W&B's process (0.31) while the ranks
+        still have to save.
         """
         try:
             yield
@@ -209,7 +210,8 @@ class MetricsLogger:
         if mode is None and "WANDB_API_KEY" not in os.environ:
             mode = "offline"
             self._console.say(
-                f"W&B: no WANDB_API_KEY, so the run stays in {self._folder / 'wandb'}; upload it with `wandb sync`"
+                f"W&B: no WANDB_API_KEY, so the run stays in {self._folder / 'wandb'}; "
+                "upload it with `wandb sync`"
             )
         id_file = self._folder / WANDB_ID_FILE
         if not resume_step or not id_file.is_file():
@@ -228,22 +230,21 @@ class MetricsLogger:
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         if run.offline and resume_step:
-            # Each start writes a file of its own; uploaded, it replaces the rows of the earlier
-            # ones from the first on (wandb issue 4624). And a killed process takes along what was
-            # logged in its last 15 seconds. So the newest file is made complete.
+            # Each offline start writes a file of its own. Its upload replaces the rows of earlier
+            # ones from the first on (wandb issue 4624), and a killed process loses the rows of its
+            # last 15 seconds. So the newest file is made complete.
             for record in read_metrics(self._folder / METRICS_FILE):
                 _log_to_wandb(run, record.kind, record.step, record.values)
         return run
 
 
 def _log_to_wandb(run: Any, kind: Kind, step: int, values: Mapping[str, float]) -> None:
-    # Not wandb's own step: it must only ever grow, and a resumed run repeats steps.
+    # Not wandb's own step, which may only grow: a resumed run repeats steps.
     run.log({"step": step, **{f"{kind}/{name}": float(value) for name, value in values.items()}})
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
-    """Read a ``metrics.jsonl`` in file order. An unfinished last line, left by a killed process, is
-    ignored.
+    """Read a ``metrics.jsonl`` in file order, without the unfinished last line of a killed process.
 
     Raises:
         InputError: there is no such file, or another line is not a metrics object.
@@ -264,13 +265,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
 def series(
     records: Iterable[Record], name: str, kind: Kind = "train"
 ) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, in file order."""
-    found = [
+    """Return steps and values of one metric, in file order."""
+    points = [
         (record.step, record.values[name])
         for record in records
         if record.kind == kind and name in record.values
     ]
-    return [step for step, _ in found], [value for _, value in found]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _parse(line: str, where: str) -> Record:
@@ -288,13 +289,11 @@ def _parse(line: str, where: str) -> Record:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to and including ``step``, atomically; a new run (step 0) begins with an
-    empty file."""
+    """Keep the lines up to and including ``step``, atomically; none for a new run (step 0)."""
     if not path.is_file():
         return
-    if step == 0:
-        kept: list[str] = []
-    else:
+    kept: list[str] = []
+    if step > 0:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         kept = [
             line

@@ -90,17 +90,7 @@ def plot_loss(
         (unigram_entropy, "best without context (unigram entropy)"),
     ):
         if value is not None:
-            axes.axhline(value, color=_MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
-            axes.annotate(
-                f"{label}: {value:.2f}",
-                (1.0, value),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                xytext=(0, 4),
-                ha="right",
-                fontsize=9,
-                color=_MUTED,
-            )
+            _reference_line(axes, value, f"{label}: {value:.2f}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross entropy (nats per token)")
     axes.set_xlim(0, max([*steps, *valid_steps]))
@@ -127,6 +117,20 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     axes.xaxis.label.set_color(_MUTED)
     axes.yaxis.label.set_color(_MUTED)
     return figure, axes
+
+
+def _reference_line(axes: Axes, value: float, label: str) -> None:
+    axes.axhline(value, color=_MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+    axes.annotate(
+        label,
+        (1.0, value),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        xytext=(0, 4),
+        ha="right",
+        fontsize=9,
+        color=_MUTED,
+    )
 
 
 def _limits(axes: Axes, losses: list[float], references: list[float | None]) -> None:
