@@ -101,6 +101,7 @@ def render_template(folder: Path, template: str) -> list[str]:
         titles.append(title)
     title = "generation prompt"
     question = [{"role": "user", "content": _QUESTION}]
+    # Training and generation must see the same tokens: the prompt only adds to the conversation.
     bare = _render(folder, template, title, question)
     prompt = _render(folder, template, title, question, add_generation_prompt=True)
     if not prompt.startswith(bare) or len(prompt) <= len(bare):
@@ -149,6 +150,7 @@ def _conversations(template: str) -> Iterator[_Conversation]:
     user = {"role": "user", "content": _QUESTION}
     answer = {"role": "assistant", "content": _ANSWER}
     yield _Conversation(title="a turn", messages=[user, answer], expected=[_QUESTION, _ANSWER])
+    # Only what a template names: some refuse a system message.
     if re.search(r"\bsystem\b", template):
         system = {"role": "system", "content": _SYSTEM}
         yield _Conversation(

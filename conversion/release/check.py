@@ -92,6 +92,7 @@ class NamedCheck[**P]:
             found = self._find(*args, **kwargs)
         except InputError as error:
             return Check.failed(self.name, error)
+        # A check with figures, or one that may not apply, returns its outcome itself.
         return found if isinstance(found, Check) else Check.passed(self.name, found)
 
     def left_out(self, why: str) -> Check:
@@ -154,6 +155,7 @@ class ReleaseReport:
             title_justify="left",
         )
         for check in self.checks:
+            # Values quote Jinja and file names, whose brackets rich would read as markup.
             value = check.value
             if check.status == "fail":
                 value = f"{check.value}: {check.rule}. Fix: {check.fix}."

@@ -64,10 +64,12 @@ def check_release(
         raise InputError(
             str(folder), rule="it must be a folder", fix="give the Hugging Face model's folder"
         )
+    # Options first: a misspelt one must not cost the minutes of hashing the weights.
     if member is not None:
         require_member(member)
     require_acceptance(min_acceptance)
     evaluation_text = read_text(text) if text is not None else None
+    # The card's member is a claim: the checks of context and chat template hold it to that.
     known = member or stated_member(folder)
     checks = file_checks(folder, known)
     failed = [check.name for check in checks if check.status == "fail"]

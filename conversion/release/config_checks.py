@@ -46,6 +46,7 @@ def layer_types(folder: Path, architecture: Mellum2Architecture) -> str:
     values = read_json(folder / CONFIG_FILE, "")
     full = architecture.layer_types.count("full_attention")
     sliding = len(architecture.layer_types) - full
+    # A model without sliding layers needs no window.
     needed = ("layer_types", "sliding_window") if sliding else ("layer_types",)
     if any(values.get(key) is None for key in needed):
         absent = [key for key in ("layer_types", "sliding_window") if values.get(key) is None]
@@ -62,6 +63,7 @@ def rope(folder: Path, architecture: Mellum2Architecture) -> str:
     """Each layer type has RoPE parameters of its own, YaRN in full-attention layers only."""
     written = read_json(folder / CONFIG_FILE, "").get("rope_parameters")
     by_type = written if isinstance(written, dict) else {}
+    # The MTP layer may be of a type that no layer of the trunk has.
     used = sorted({*architecture.layer_types, *architecture.mtp_layer_types})
     absent = [kind for kind in used if not isinstance(by_type.get(kind), dict)]
     if absent:

@@ -65,8 +65,10 @@ def nothing_executable(folder: Path) -> str:
             rule="pickles and Python files can run code where the folder is loaded",
             fix="remove them; weights are released as safetensors",
         )
+    # A link to a file outside would be uploaded, or read, as a part of the release.
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
         check_inside(folder, link)
+    # transformers downloads and runs the classes that auto_map names, with trust_remote_code.
     for name in (CONFIG_FILE, TOKENIZER_CONFIG_FILE):
         if (folder / name).is_file() and "auto_map" in read_json(folder / name, ""):
             raise InputError(

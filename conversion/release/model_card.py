@@ -35,6 +35,7 @@ _STAGES = {
     "instruct": "reinforcement learning after instruction tuning",
     "thinking": "reinforcement learning after tuning with reasoning",
 }
+# The keys that the Hugging Face hub reads.
 _HEAD = """---
 license: apache-2.0
 library_name: transformers
@@ -92,6 +93,7 @@ def read_evaluation(path: Path) -> Rows:
             f"--eval {path}", rule=f"it must be a JSON file ({error})", fix="name one"
         ) from None
     if isinstance(value, dict):
+        # One row a benchmark, so that all forms become a list of rows.
         value = [
             {"benchmark": name, **(row if isinstance(row, dict) else {"score": row})}
             for name, row in value.items()
@@ -186,6 +188,7 @@ def _training(facts: CardFacts) -> str:
         )
     schedule, optimizer, layout = run.schedule, run.optimizer, run.layout
     length = run.data.sequence_length
+    # An imported checkpoint has no step: the end of the run stands in.
     if facts.iteration is None:
         samples, step = schedule.train_samples, "not recorded"
     else:

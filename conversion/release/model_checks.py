@@ -38,6 +38,7 @@ def model_checks(folder: Path, *, text: str | None, min_acceptance: float) -> li
     """
     checks = [loads(folder)]
     if checks[0].status == "fail":
+        # All but the first, which has run.
         return checks + model_checks_left_out("the model does not load")[1:]
     outcome, greedy = _generate(folder)
     checks.append(outcome)
@@ -85,6 +86,7 @@ def loads(folder: Path) -> str:
             fix="repair what it names; transformers 5.23 or later is needed",
         ) from error
     model_name, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+    # Modules and hooks refer to each other in circles: reference counts alone free nothing.
     del model
     gc.collect()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -157,6 +157,7 @@ def release(
     staging = target.parent / f".{target.name}.release"
     folder = staging / target.name
     try:
+        # The staging folder is this command's own: overwriting needs no permission.
         conversion = export_hf(
             megatron_path, folder, tokenizer=ingredients.tokenizer, overwrite=True
         )
@@ -172,7 +173,9 @@ def release(
         _write_cards(folder, ingredients, measured, conversion.dtype)
         if check:
             # After the cards, whose hashes are among what is checked.
-            checks = (*file_checks(folder, member), *(measured.checks or _checks_left_out()))
+            why = "left out (--skip-run)"
+            left_out = (*model_checks_left_out(why), Check.not_applicable(LOGITS, why))
+            checks = (*file_checks(folder, member), *(measured.checks or left_out))
             report = ReleaseReport(folder=target, member=member, checks=checks)
             _require_ok(report)
         move_into_place(folder, target)
@@ -192,6 +195,7 @@ def _read_ingredients(
 ) -> _Ingredients:
     require_member(member)
     checkpoint = find_checkpoint(megatron_path)
+    # Before the export, which takes minutes; `file_checks` checks the same on the result.
     outcome = context(checkpoint.architecture, member)
     if outcome.status == "fail":
         raise InputError(f"--member {member}: {outcome.value}", rule=outcome.rule, fix=outcome.fix)
@@ -287,6 +291,7 @@ def licence_text() -> str:
     Raises:
         WorkError: neither has it.
     """
+    # Installed packages carry it in their metadata (PEP 639).
     text = importlib.metadata.distribution("mellum2-megatron").read_text("licenses/LICENSE")
     if text is None:
         path = project_root() / "LICENSE"
@@ -317,11 +322,6 @@ def _measure(
         outcome = Check.failed(LOGITS, failure)
     checks = model_checks(folder, text=ingredients.text, min_acceptance=min_acceptance)
     return _Measured(logits=logits, checks=(*checks, outcome))
-
-
-def _checks_left_out() -> list[Check]:
-    why = "left out (--skip-run)"
-    return [*model_checks_left_out(why), Check.not_applicable(LOGITS, why)]
 
 
 def _write_cards(folder: Path, ingredients: _Ingredients, measured: _Measured, dtype: str) -> None:

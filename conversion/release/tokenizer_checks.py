@@ -80,6 +80,8 @@ def agreeing_ids(folder: Path, architecture: Mellum2Architecture) -> str:
     """config.json, generation_config.json and the tokenizer name the same special tokens."""
     by_tokenizer: dict[str, int] = special_ids(folder)
     roles = [role for role in _ROLES if role in by_tokenizer]
+    # A token that is not marked special is also produced by encoding its own text: documents could
+    # end themselves.
     marked = special_tokens(folder).values()
     plain = sorted(role for role in roles if by_tokenizer[role] not in marked)
     if plain:
@@ -101,6 +103,7 @@ def agreeing_ids(folder: Path, architecture: Mellum2Architecture) -> str:
             fix=f"set it to {by_tokenizer['eos']}",
         )
     for role in _ROLES:
+        # A field that is absent contradicts nobody.
         named = {file: by_role[role] for file, by_role in ids.items() if by_role[role]}
         fewest = min(named.values(), key=len, default=frozenset())
         if role == "eos":

@@ -46,9 +46,10 @@ def weight_checks(folder: Path, announced: Mellum2Architecture | None) -> list[C
         why = NEEDS_CONFIG if readable else _NEEDS_WEIGHTS
         later = (tensor_names.name, mtp_head.name, shapes.name, dtypes.name, FINITE, MANIFEST)
         return checks + [Check.not_applicable(name, why) for name in later]
-    tensors = read_headers(folder)
+    tensors = read_headers(folder)  # a few MB, for the second time
     # Tensors are compared with the architecture they would fit, with the MTP head they have: a
-    # dropped head fails its own check alone, not names and shapes too.
+    # dropped head fails its own check alone, not names and shapes too. No name or shape depends on
+    # the type of an MTP layer that config.json does not announce.
     present = int(any(name.startswith("mtp.") for name in tensors))
     architecture = announced
     if present != announced.num_mtp_layers:
@@ -133,6 +134,7 @@ def _content_checks(folder: Path) -> list[Check]:
 
     One tensor is in memory at a time.
     """
+    # A folder made elsewhere has no manifest; one that cannot be read is a failure.
     manifest, manifest_check = None, Check.not_applicable(MANIFEST, f"no {MANIFEST_FILE}")
     try:
         manifest = Manifest.of_folder(folder)
@@ -175,6 +177,7 @@ def finite(non_finite: list[str], count: int) -> str:
 @named_check(MANIFEST)
 def same_hashes(manifest: Manifest, records: dict[str, WeightRecord]) -> str:
     """The tensors are those of the manifest."""
+    # The union: a weight that is absent on either side differs.
     names = manifest.records.keys() | records.keys()
     different = sorted(name for name in names if manifest.records.get(name) != records.get(name))
     if different:

@@ -43,7 +43,7 @@ def load_megatron_model(
         InputError: no checkpoint there, or its tensors are not this architecture's.
     """
     checkpoint = find_checkpoint(path)
-    open_checkpoint(checkpoint)
+    open_checkpoint(checkpoint)  # compares names and shapes; Megatron's loader would not, see below
     device = _one_rank_world()
     from megatron.core import dist_checkpointing
     from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -57,8 +57,8 @@ def load_megatron_model(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=device.type == "cpu",
-        perform_initialization=False,
-        moe_grouped_gemm=backend == "te",
+        perform_initialization=False,  # every weight is loaded
+        moe_grouped_gemm=backend == "te",  # the torch backend has no grouped GEMM
     )
     model = model.to(device=device, dtype=dtype).eval()
     # Megatron's strictness levels cannot be used here: they read the stored metadata, which fails
@@ -80,7 +80,7 @@ def _one_rank_world() -> torch.device:
         Device of the rank.
     """
     if not torch.cuda.is_available():
-        from mellum2_megatron import cpu
+        from mellum2_megatron import cpu  # before megatron, whose imports it patches
 
         cpu.activate()
         cpu.init_single_process()
@@ -97,6 +97,7 @@ def _one_rank_world() -> torch.device:
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
+        # Megatron's modules look for its random state even in evaluation.
         model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -122,6 +123,7 @@ def score_file(
             rule="exactly one checkpoint is scored",
             fix="give either --megatron-path or --hf-path",
         )
+    # Before the model is loaded, which may take minutes.
     check_writable("--out", out, folder=False)
     if out.exists() and tokens_path.exists() and out.samefile(tokens_path):
         raise InputError(f"--out {out}", rule="is the file of tokens", fix="name another file")

@@ -80,8 +80,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+# typer makes a callback's parameters options of `mellum2` itself.
 @app.callback()
-def _common(
+def _options_of_mellum2(
     version: Annotated[
         bool,
         typer.Option(

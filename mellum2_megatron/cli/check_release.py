@@ -32,7 +32,8 @@ def check_release(
 ) -> None:
     """Check whether a Hugging Face folder is fit to publish.
 
-    Nothing in the folder is executed. Exit code 1 if a check fails.
+    Nothing in the folder is executed.
+    Exit code 1 if a check fails.
     """
     from conversion.release.check_release import check_release as check_folder
     from mellum2_megatron.upstream import quiet_upstream

@@ -62,6 +62,7 @@ def prepare(
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
+    # Megabytes of 10^6 bytes, 0 for no limit; `prepare` takes None for that.
     if max_megabytes is None:
         max_bytes: int | None = DEFAULT_MAX_BYTES
     elif math.isfinite(max_megabytes):

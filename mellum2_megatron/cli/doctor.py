@@ -30,7 +30,8 @@ def doctor(
 ) -> None:
     """Report what this machine lacks and which rules a run breaks.
 
-    Each broken rule comes with its fix and its evidence. Exit code 2 if the run breaks any.
+    Each broken rule comes with its fix and its evidence.
+    Exit code 2 if the run breaks any.
     """
     _print_machine()
     if recipe is not None and not diagnose(recipe, overrides or [], nproc=nproc, device=device):
@@ -51,6 +52,7 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
     from mellum2_megatron.planning.resolve import plan, resolve_run
     from mellum2_megatron.planning.rules import check
 
+    # A run that cannot even be resolved is a finding of `doctor`, on standard output like others.
     try:
         run = resolve_run(recipe, overrides)
     except InputError as error:
@@ -77,6 +79,7 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
 
 
 def _print_machine() -> None:
+    import torch
     from rich.markup import escape
 
     from mellum2_megatron.planning.optional_packages import find_extras
@@ -88,21 +91,15 @@ def _print_machine() -> None:
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
     # The cores this process may use: a container or a Slurm job often has fewer than the machine.
     table.add_row("cores, free disk here", f"{len(os.sched_getaffinity(0))}, {free:,.0f} GiB")
-    table.add_row("GPU", _gpus())
+    gpus = (
+        "none: everything but speed runs on the CPU backend (--device cpu); no FP8, no te backend"
+    )
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    table.add_row("GPU", gpus)
     for package in _PACKAGES:
         table.add_row(package, importlib.metadata.version(package))
     for extra in find_extras():
         table.add_row(extra.name, escape(f"{extra.state}: {extra.detail}"))
     console.print(table)
-
-
-def _gpus() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return (
-            "none: everything but speed runs on the CPU backend (--device cpu); "
-            "no FP8, no te backend"
-        )
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

@@ -105,7 +105,7 @@ def describe(
         if run is not None:
             sequence_length = sequence_length or run.data.sequence_length
             ranks = world_size or run.layout.world_size or run.layout.smallest_world_size
-            # Recipes are for GPUs, so the report is too, on any machine.
+            # Recipes are for GPUs, so the report is for GPUs, whatever this machine has.
             backend = run.resolved_backend("cuda")
             memory = memory_per_rank(run, world_size=ranks, backend=backend)
             layout = layout_report(run, world_size=ranks)
@@ -165,6 +165,7 @@ def _read_subject(subject: str, overrides: Sequence[str]) -> tuple[Run | None, M
     from mellum2_megatron.recipes import recipe_names
 
     if subject in PRESETS:
+        # A preset is a constant; overriding it would describe a model that no recipe trains.
         if overrides:
             raise InputError(
                 f"{subject} {overrides[0]}",

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-# A square bracket in a help text is markup to rich: "[b, s]" would vanish from the screen.
+# rich reads square brackets in a help text as markup: "[b, s]" would vanish from the screen. typer
+# keeps the line breaks of a command's docstring: below the first line, one sentence a line.
 
 RecipeOrRun = Annotated[
     str, typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe name or resolved run file")

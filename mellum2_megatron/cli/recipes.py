@@ -11,5 +11,6 @@ def recipes() -> None:
 
     described = describe_recipes()
     width = max(map(len, described))
+    # Unwrapped, so that `grep` finds a recipe's name and description on one line.
     for name, line in described.items():
         console.print(f"[bold]{name:<{width}}[/]  {line}", soft_wrap=True, highlight=False)

@@ -49,8 +49,8 @@ def release(
 ) -> None:
     """Make a folder that can be published from a Megatron checkpoint.
 
-    Weights, tokenizer, licence, model card and verification card. The folder appears only if every
-    check of it passes.
+    Adds tokenizer, licence, model card and verification card to the weights.
+    The folder appears only if every check of it passes.
     """
     from conversion.release.release import release as make_release
     from mellum2_megatron.upstream import quiet_upstream

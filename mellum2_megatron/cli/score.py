@@ -33,5 +33,6 @@ def score(
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
+    # Neither checkpoint is required here: `score_file` refuses none and both in one message.
     score_file(tokens, out, megatron_path=megatron_path, hf_path=hf_path)
     print_line(f"wrote {out}")

@@ -26,8 +26,8 @@ def train(
 ) -> None:
     """Train on this machine, or resume the run in the output folder.
 
-    The same command resumes from the last checkpoint of its output folder. Exit code 75 after
-    SIGTERM or SIGUSR1: the run has saved a checkpoint and stopped.
+    The same command resumes from the last checkpoint of its output folder.
+    Exit code 75: the run was stopped (SIGTERM, SIGUSR1) and saved a checkpoint.
     """
     from launchers.start import start_local
 
@@ -40,4 +40,5 @@ def train(
         dry_run=dry_run,
         verbose=verbose,
     )
+    # Passed on as it is: batch systems requeue on 75, and shells read 128 + the signal.
     raise typer.Exit(code)

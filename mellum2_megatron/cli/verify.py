@@ -26,8 +26,8 @@ def verify(
 ) -> None:
     """Compare logits and hidden states of a checkpoint and a Hugging Face folder.
 
-    Both models run in float32 on the same tokens, the MTP head included. Exit code 1 if their
-    logits differ.
+    Both models run in float32 on the same tokens, the MTP head included.
+    Exit code 1 if their logits differ.
     """
     from conversion.verification.megatron_scoring import read_tokens
     from conversion.verification.verify import verify as verify_logits
