@@ -1,5 +1,4 @@
-"""A small corpus on disk: varied Python-like files plus the awkward ones, and the folder prepared
-from it."""
+"""A small corpus on disk, of Python-like and of hostile texts, and the folder prepared from it."""
 
 from __future__ import annotations
 
@@ -13,10 +12,12 @@ from mellum2_megatron.data.prepare import prepare
 from mellum2_megatron.data.prepared_folder import PreparedData
 
 HOSTILE = {
-    "emoji": "x = '\U0001f9d1\U0001f3fd\u200d\U0001f680 \u2603 \u00e9 e\u0301 \ufb01'  # \u202eright-to-left\u202c\n",
+    "emoji": "x = '\U0001f9d1\U0001f3fd\u200d\U0001f680 \u2603 \u00e9 e\u0301 \ufb01'"
+    "  # \u202eright-to-left\u202c\n",
     "crlf": "if True:\r\n\tpass\r\n\r\n\rlone return\n",
     "blanks": "  \t leading,   inner    and trailing   \n\n\n   \n",
-    "special": "<|endoftext|><fim_prefix>a<fim_suffix>b<fim_middle><|startoftext|><|pad|><|im_start|>user<|im_end|>",
+    "special": "<|endoftext|><fim_prefix>a<fim_suffix>b<fim_middle>"
+    "<|startoftext|><|pad|><|im_start|>user<|im_end|>",
     "numbers": "3.14159 0x1F 1_000_000 \u0663\u0664 \u216f\n",
     "bom": "\ufeff# with a byte order mark\n",
     "unassigned": "\U0003ffff \ue000 \ufffd\n",
@@ -27,7 +28,7 @@ NUL = "before\0after\n\0\0"
 
 
 def python_like(seed: int) -> str:
-    """A few hundred to a few thousand characters that look like code."""
+    """Return a few hundred to a few thousand characters that look like code."""
     rng = random.Random(seed)
     names = [
         first + second
@@ -47,15 +48,14 @@ def python_like(seed: int) -> str:
     lines = [f"def {rng.choice(names)}_{seed}(self, {rng.choice(names)}):"]
     for _ in range(rng.randrange(5, 60)):
         indent = "    " * rng.randrange(1, 4)
-        lines.append(
-            f"{indent}{rng.choice(names)} = {rng.choice(names)}[{rng.randrange(1000)}] + {rng.random():.4f}"
-        )
+        target, array, index = rng.choice(names), rng.choice(names), rng.randrange(1000)
+        lines.append(f"{indent}{target} = {array}[{index}] + {rng.random():.4f}")
     return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty files, nine hostile ones, a jsonl with five documents."""
+    """Return a folder of forty files, nine hostile ones, and a ``.jsonl`` with five documents."""
     folder = tmp_path_factory.mktemp("texts")
     for seed in range(40):
         path = folder / f"package_{seed % 3}" / f"module_{seed}.py"
@@ -70,7 +70,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    """The folder prepared from ``text_folder`` with a vocabulary of 360, in this process."""
+    """Return the folder prepared from ``text_folder`` with a vocabulary of 360, in one process."""
     output = tmp_path_factory.mktemp("prepared") / "corpus"
     return prepare(
         output, inputs=[text_folder], vocab_size=360, workers=1, valid_fraction=0.2, progress=False

@@ -1,4 +1,4 @@
-"""Which documents are taken, in which split, and what is refused."""
+"""Choice of documents and splits, and refused inputs."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_every_text_of_a_folder_is_taken_exactly(text_folder: Path) -> None:
 
 
 def test_the_split_follows_the_content_and_not_the_name(text_folder: Path, tmp_path: Path) -> None:
-    here = contents(take(text_folder))
-    for index, text in enumerate(reversed(list(here))):
+    original = contents(take(text_folder))
+    for index, text in enumerate(reversed(list(original))):
         (tmp_path / f"{index:03}.txt").write_bytes(text.encode())
     (tmp_path / "000.txt").unlink()
     elsewhere = contents(take(tmp_path))
-    assert elsewhere.items() <= here.items()
-    assert set(here.values()) == {"train", "valid"}
-    assert contents(take(text_folder, seed=2)) != here
+    assert elsewhere.items() <= original.items()
+    assert set(original.values()) == {"train", "valid"}
+    assert contents(take(text_folder, seed=2)) != original
 
 
 def test_valid_fraction_is_the_share_of_documents(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Megatron's datasets over a prepared folder: which tokens a sample holds, and what is refused."""
+"""Megatron's datasets over a prepared folder: tokens of a sample, and refused data."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def run_of(
 
 @pytest.fixture
 def folder(prepared: PreparedData, tmp_path: Path) -> Path:
-    """A copy, because Megatron writes its index cache into it."""
+    """Return a copy of the prepared folder: Megatron writes its index cache into it."""
     return shutil.copytree(prepared.path, tmp_path / "corpus")
 
 
 def samples(dataset: Any) -> list[tuple[int, ...]]:
-    """Each sample as its sequence_length + 1 tokens, checked for the shift and the masks."""
+    """Return each sample's ``LENGTH + 1`` tokens, after checking shift, mask and positions."""
     rows = []
     for index in range(len(dataset)):
         item = dataset[index]
@@ -53,6 +53,7 @@ def samples(dataset: Any) -> list[tuple[int, ...]]:
 
 
 def windows(documents: list[list[int]], order: np.ndarray[Any, Any]) -> Counter[tuple[int, ...]]:
+    """Count the samples of a stream of documents, cut by the definition."""
     stream = [token for index in order for token in documents[index]]
     return Counter(
         tuple(stream[start : start + LENGTH + 1])

@@ -1,4 +1,4 @@
-"""The prepared folder against a plain encoding of the same files, whole or not there at all."""
+"""The prepared folder against a plain encoding of the same files, and interrupted preparation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mellum2_megatron.data.tokens import encode
 
 
 def read_indexed(prefix: Path) -> list[list[int]]:
-    """Documents of a Megatron indexed dataset, parsed by hand from its two files."""
+    """Return the documents of a Megatron indexed dataset, parsed by hand from its two files."""
     index = prefix.with_suffix(".idx").read_bytes()
     assert index[:9] == b"MMIDIDX\0\0"
     version, code, sequences, boundaries = struct.unpack_from("<QBQQ", index, 9)
@@ -58,10 +58,9 @@ def test_tokens_equal_a_plain_encoding_of_every_document(
         expected = [
             [*plain(read_document(document))["input_ids"], 1] for document in selection.of(split)
         ]
-        found = read_indexed(prepared.prefix(split))
-        assert found == expected
+        assert read_indexed(prepared.prefix(split)) == expected
         statistics = prepared.splits[split]
-        assert (statistics.documents, statistics.tokens) == (len(found), sum(map(len, found)))
+        assert (statistics.documents, statistics.tokens) == (len(expected), sum(map(len, expected)))
         assert statistics.bytes == sum(document.size for document in selection.of(split))
 
 

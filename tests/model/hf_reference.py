@@ -1,8 +1,7 @@
-"""The independent side of the parity tests: transformers' Mellum with random weights, copied by
-hand into Megatron's.
+"""The independent side of the parity tests: transformers' Mellum with random weights, renamed for
+Megatron by hand.
 
-Nothing of the project's converter is used here, so that a mistake in it cannot hide one in the
-model.
+The project's converter is not used, so that a mistake in it cannot hide one in the model.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ SMALL = Mellum2Architecture(
     num_mtp_layers=1,
     mtp_layer_types=("sliding_attention",),
 )
-"""Small enough for gradients of every parameter in well under a second; odd vocabulary on
-purpose."""
+"""Gradients of all parameters take well under a second; the vocabulary is odd on purpose."""
 
 
 @dataclass
@@ -50,13 +48,12 @@ class Reference:
     def logits(
         self, tokens: torch.Tensor, *, mtp_from_pre_norm: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return main logits `[b, s, v]` and MTP logits `[b, s - 1, v]`: position t predicts token
-        t + 2.
+        """Return main logits `[b, s, v]` and MTP logits `[b, s - 1, v]`: position i predicts token
+        i + 2.
 
         Args:
-            tokens: `[b, s]`.
-            mtp_from_pre_norm: the wrong reading that feeds MTP the hidden state before the final
-                norm.
+            tokens: token ids `[b, s]`.
+            mtp_from_pre_norm: feed MTP the hidden state before the final norm, a wrong reading.
         """
         captured: list[torch.Tensor] = []
         hook = self.trunk.model.norm.register_forward_pre_hook(
@@ -75,8 +72,13 @@ class Reference:
         return logits, self.trunk.lm_head(mtp_hidden)
 
     def loss(self, tokens: torch.Tensor, mtp_weight: float) -> torch.Tensor:
-        """Cross entropy of the next token plus `mtp_weight` times that of the token after it;
-        `tokens` is `[b, s]`."""
+        """Return the cross entropy of the next token plus `mtp_weight` times that of the token
+        after it.
+
+        Args:
+            tokens: token ids `[b, s]`.
+            mtp_weight: weight of the MTP loss.
+        """
         logits, mtp_logits = self.logits(tokens[:, :-1])
         entropy = torch.nn.functional.cross_entropy
         total = entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -110,7 +112,9 @@ def make_reference(
                 parameter.copy_(1 + 0.2 * noise)
             elif "embed_tokens" in name:
                 parameter.copy_(noise)
-            else:  # unit-variance outputs: attention and routing are sharp enough for a wrong reading to show
+            else:
+                # Outputs of unit variance make attention and routing sharp enough for a mistake to
+                # show.
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     trunk.to(dtype)
     if mtp is not None:
@@ -119,7 +123,7 @@ def make_reference(
 
 
 def megatron_name_pairs(architecture: Mellum2Architecture) -> list[tuple[str, str]]:
-    """Return (Megatron's name, transformers' name) of all tensors that are plain copies."""
+    """Return (Megatron's name, transformers' name) of every tensor that both store alike."""
     pairs = [
         ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
         ("decoder.final_layernorm.weight", "model.norm.weight"),
@@ -155,8 +159,10 @@ def megatron_name_pairs(architecture: Mellum2Architecture) -> list[tuple[str, st
 def to_megatron(
     architecture: Mellum2Architecture, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Rename and regroup transformers' tensors (weights, or their gradients) to the torch backend's
-    names."""
+    """Return transformers' tensors (weights, or their gradients) as the torch backend stores them.
+
+    Megatron fuses queries, keys and values group by group: n / g query heads, a key, a value.
+    """
     result = {ours: tensors[theirs] for ours, theirs in megatron_name_pairs(architecture)}
     stacks = [
         (f"decoder.layers.{i}.", f"model.layers.{i}.")

@@ -1,8 +1,7 @@
-"""What a rank does in the optimizer tests: Megatron's own model, wrapper and optimizer, with
-gradients made by name.
+"""Rank's part of the optimizer tests: Megatron's own model, wrapper and optimizer.
 
-Weights and gradients are functions of a parameter's global name, so every layout starts from the
-same model and is handed the same gradients; nothing but the optimizer runs.
+Weights and gradients are functions of a parameter's global name, so that every layout has the same
+model and the same gradients. Only the optimizer runs.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ GRADIENT = 1e-3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What a rank's optimizer holds of one weight.
+    """A rank's part of one weight in its optimizer.
 
     Attributes:
-        start: first element of the flattened weight; 0 for a matrix under Muon, which has one
+        start: first element in the flattened weight; 0 for a matrix under Muon, which has one
             owner.
-        optimizer: class that updates it.
+        optimizer: name of the class that updates the part.
         group: learning rate and weight decay.
-        values: FP32 master and states, by name, flat.
+        values: FP32 master and states, flat, by name.
     """
 
     start: int
@@ -43,14 +42,15 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """One rank after its steps.
+    """State of one rank after its steps.
 
     Attributes:
-        weights: BF16 weights of its model, by global name.
-        parts: what it owns, by global name.
-        names: local names in Megatron's order, with shapes.
-        owned: matrices of each rank of the two groups, as Megatron's optimizer lists them.
-        buffers: elements of the buffers under Muon, dense and experts.
+        weights: BF16 weights of the rank's model, by global name.
+        parts: the rank's parts of weights in its optimizers, by global name.
+        names: local names and shapes, in Megatron's order.
+        owned: names of the matrices that each rank of a group owns, as Megatron's optimizer lists
+            them, for the groups "dense" and "experts".
+        buffers: elements of the gradient buffers under Muon, by the same groups.
     """
 
     weights: dict[str, torch.Tensor]
@@ -61,18 +61,18 @@ class Outcome:
 
 
 def noise(name: str, shape: Any, *, salt: int = 0) -> torch.Tensor:
-    """A normal tensor that depends on the name, the shape and ``salt``."""
+    """Return a normal tensor that is a function of the name, the shape and ``salt``."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + salt)
     return torch.randn(tuple(shape), generator=generator)
 
 
 def gradient(name: str, shape: Any, step: int) -> torch.Tensor:
-    """The gradient of a weight at a step (from 1), averaged over the batch."""
+    """Return the gradient of a weight at a step (from 1), averaged over the batch."""
     return noise(name, shape, salt=step) * GRADIENT
 
 
 def initial(name: str, shape: Any) -> torch.Tensor:
-    """The weight that training starts from, in FP32; a model holds it in BF16."""
+    """Return the initial weight in FP32, of values that BF16 holds exactly."""
     return (noise(name, shape) * 0.02 + (len(tuple(shape)) == 1)).to(torch.bfloat16).float()
 
 
@@ -81,11 +81,20 @@ def update(run: Run, *, steps: int, precision: str = "medium") -> Outcome:
 
     Args:
         run: a resolved run.
-        steps: how many.
-        precision: of Newton-Schulz; torch's word for FP32 products, by which "medium", Megatron's
-            default, is BF16.
+        steps: number of steps.
+        precision: precision of Newton-Schulz, as torch names that of FP32 products. "medium" is
+            BF16 and Megatron's default.
     """
     chunks, optimizer = _set_up(run, precision)
+    buffers: dict[str, int] = {}
+    for chunk in chunks:
+        for group, of_group in (
+            ("dense", chunk.buffers),
+            ("experts", chunk.expert_parallel_buffers),
+        ):
+            for buffer in of_group:
+                if buffer.params[0].is_managed_by_layer_wise_optimizer:
+                    buffers[group] = buffers.get(group, 0) + buffer.numel
     named = [(name, parameter) for chunk in chunks for name, parameter in _global_names(chunk, run)]
     for step in range(1, steps + 1):
         for chunk in chunks:
@@ -107,7 +116,7 @@ def update(run: Run, *, steps: int, precision: str = "medium") -> Outcome:
             optimizer,
             {parameter: name for chunk in chunks for name, parameter in _local_names(chunk)},
         ),
-        buffers=_buffers(chunks),
+        buffers=buffers,
     )
 
 
@@ -122,15 +131,13 @@ def _set_up(run: Run, precision: str) -> tuple[list[Any], Any]:
 
     world_size = torch.distributed.get_world_size()
     sys.argv = ["train", *megatron_arguments(run, world_size=world_size, device="cpu")]
-    sys.argv.append(
-        "--no-check-for-nan-in-loss-and-grad"
-    )  # it reports to the forward pass, and there is none
+    # The check reports to the forward pass, which does not run here.
+    sys.argv.append("--no-check-for-nan-in-loss-and-grad")
     parse_and_validate_args()
     initialize_megatron()
     get_args().iteration = 0
-    get_args().muon_fp32_matmul_prec = (
-        precision  # "highest" is not among the command line's choices
-    )
+    # Set here, because the command line does not accept "highest".
+    get_args().muon_fp32_matmul_prec = precision
     build = model_provider(run.architecture, "torch", run.optimizer)
 
     def provide(*args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -151,8 +158,7 @@ def _local_names(chunk: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
 
 
 def _global_names(chunk: torch.nn.Module, run: Run) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a model without pipeline stages, under the names that one process gives
-    them."""
+    """Return the parameters of a model without pipeline stages, by their names in one process."""
     from megatron.core import parallel_state
 
     first = (
@@ -168,14 +174,17 @@ def _global_names(chunk: torch.nn.Module, run: Run) -> list[tuple[str, torch.nn.
 
 
 def _children(optimizer: Any) -> list[Any]:
-    inside = getattr(optimizer, "chained_optimizers", None)
-    return [optimizer] if inside is None else [leaf for each in inside for leaf in _children(each)]
+    """Return the optimizers inside nested chains."""
+    chained = getattr(optimizer, "chained_optimizers", None)
+    if chained is None:
+        return [optimizer]
+    return [leaf for child in chained for leaf in _children(child)]
 
 
 def _parts(optimizer: Any, named: dict[str, torch.nn.Parameter]) -> dict[str, Part]:
-    """Every part of a weight in this rank's optimizers."""
+    """Return the part of each weight in this rank's optimizers."""
     names = {parameter: name for name, parameter in named.items()}
-    found = {}
+    parts = {}
     for leaf in _children(optimizer):
         sharded = hasattr(leaf, "shard_fp32_from_float16_groups")
         models = leaf.model_float16_groups if sharded else leaf.float16_groups
@@ -188,27 +197,27 @@ def _parts(optimizer: Any, named: dict[str, torch.nn.Parameter]) -> dict[str, Pa
                     continue
                 start = leaf._get_model_param_range_map(parameter)["param"].start if sharded else 0
                 state = {
-                    key: each
-                    for key, each in leaf.optimizer.state[value].items()
-                    if torch.is_tensor(each)
+                    key: tensor
+                    for key, tensor in leaf.optimizer.state[value].items()
+                    if torch.is_tensor(tensor)
                 }
-                found[names[parameter]] = Part(
+                parts[names[parameter]] = Part(
                     start=start,
                     optimizer=type(leaf.optimizer).__name__,
                     group={key: settings[key] for key in ("lr", "weight_decay")},
                     values={
-                        key: each.detach().flatten().clone()
-                        for key, each in {"master": value, **state}.items()
+                        key: tensor.detach().flatten().clone()
+                        for key, tensor in {"master": value, **state}.items()
                     },
                 )
-    return found
+    return parts
 
 
 def _owned(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> dict[str, list[list[str]]]:
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
-    each = getattr(optimizer, "chained_optimizers", [])
-    layer_wise = next(one for one in each if isinstance(one, LayerWiseDistributedOptimizer))
+    chained = getattr(optimizer, "chained_optimizers", [])
+    layer_wise = next(one for one in chained if isinstance(one, LayerWiseDistributedOptimizer))
     lists = {"dense": layer_wise.dp_cp_params_list, "experts": layer_wise.expt_dp_params_list}
     # None stands for one rank, which owns everything.
     return {
@@ -238,7 +247,7 @@ def bytes_of_a_step(run: Run) -> float:
 
 
 def buffer_bytes(run: Run) -> tuple[int, int]:
-    """Return a rank's weights, and the bytes of all buffers that Megatron makes for them and their
+    """Return a rank's number of weights, and the bytes of Megatron's buffers for weights and
     gradients."""
     chunks, _ = _set_up(run, "medium")
     buffers = [
@@ -246,16 +255,3 @@ def buffer_bytes(run: Run) -> tuple[int, int]:
     ]
     held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     return held, sum(buffer.param_data.nbytes + buffer.grad_data.nbytes for buffer in buffers)
-
-
-def _buffers(chunks: list[Any]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for chunk in chunks:
-        for group, buffers in (
-            ("dense", chunk.buffers),
-            ("experts", chunk.expert_parallel_buffers),
-        ):
-            for buffer in buffers:
-                if buffer.params[0].is_managed_by_layer_wise_optimizer:
-                    found[group] = found.get(group, 0) + buffer.numel
-    return found

@@ -1,4 +1,4 @@
-"""What a user's own module looks like for `--spec tests.model.own_specs SPEC`."""
+"""A user's own module, for `--spec tests.model.own_specs SPEC`."""
 
 from mellum2_megatron.architecture.mellum2 import RopeParameters
 from mellum2_megatron.model.layer_specs import layer_spec

@@ -10,13 +10,18 @@ import torch
 
 
 def packed_documents(lengths: Sequence[int], rooms: Sequence[int], device: Any = "cpu") -> Any:
-    """Return `PackedSeqParams` of documents with so many real tokens, each in so many places of the
-    stream."""
+    """Return Megatron's `PackedSeqParams` in THD format.
+
+    Args:
+        lengths: real tokens of each document.
+        rooms: positions of each document in the stream, padding included.
+        device: device of the boundaries.
+    """
     from megatron.core.packed_seq_params import PackedSeqParams
 
     real, padded = (
-        torch.tensor(list(itertools.accumulate(each, initial=0)), dtype=torch.int32, device=device)
-        for each in (lengths, rooms)
+        torch.tensor(list(itertools.accumulate(sizes, initial=0)), dtype=torch.int32, device=device)
+        for sizes in (lengths, rooms)
     )
     return PackedSeqParams(
         qkv_format="thd",

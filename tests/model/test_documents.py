@@ -1,5 +1,4 @@
-"""Packed documents are the documents: the whole model on a packed stream equals the model on each
-of them alone."""
+"""The model computes packed documents as it computes each of them alone."""
 
 from __future__ import annotations
 
@@ -35,20 +34,19 @@ def heads(
     model: torch.nn.Module, tokens: torch.Tensor, packed: PackedSeqParams | None
 ) -> list[torch.Tensor]:
     """Return MTP and main logits `[s, v]` of one sequence, with their graph."""
-    found: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
 
     def keep(
         _module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, None]
     ) -> tuple[torch.Tensor, None]:
-        found.append(output[0][:, 0])
-        return output[
-            0
-        ].detach().clone(), None  # for the loss that nobody asked for, which overwrites its logits
+        logits.append(output[0][:, 0])
+        # Megatron's MTP loss, computed without labels too, overwrites the logits it gets.
+        return output[0].detach().clone(), None
 
     hook = model.output_layer.register_forward_hook(keep)
     model(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packed)
     hook.remove()
-    return found
+    return logits
 
 
 def test_packing_changes_nothing(model):
@@ -66,19 +64,20 @@ def test_packing_changes_nothing(model):
         stream[start : start + len(document)] = document
     packed = packed_documents(LENGTHS, ROOMS)
     alone = [torch.stack(heads(model, document, None)) for document in documents]
-    whole = torch.stack(heads(model, stream, packed))
+    of_stream = torch.stack(heads(model, stream, packed))
     together = [
-        whole[:, start : start + length] for start, length in zip(starts, LENGTHS, strict=False)
+        of_stream[:, start : start + length] for start, length in zip(starts, LENGTHS, strict=False)
     ]
     gradients = []
     for logits in (alone, together):
         model.zero_grad()
-        sum((each * weight).sum() for each, weight in zip(logits, weights, strict=True)).backward()
+        products = [(head * weight).sum() for head, weight in zip(logits, weights, strict=True)]
+        sum(products).backward()
         gradients.append(
             {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         )
-    for each, ours in zip(alone, together, strict=True):
-        torch.testing.assert_close(ours, each, rtol=1e-5, atol=1e-5)
+    for expected, actual in zip(alone, together, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients[0].items():
         scale = gradient.abs().max()
         assert scale > 0, name

@@ -39,7 +39,7 @@ def run_of(*overrides: str) -> Run:
 
 @cache
 def updated(nproc: int, *overrides: str, precision: str = "medium") -> list[Outcome]:
-    """Every rank's outcome of `STEPS` steps."""
+    """Return every rank's outcome of `STEPS` steps."""
     return run_distributed(
         "tests.model.optimizer_worker:update",
         nproc,
@@ -50,9 +50,9 @@ def updated(nproc: int, *overrides: str, precision: str = "medium") -> list[Outc
 
 
 # -- against the formula
-# ----------------------------------------------------------------------------------------------
 
-QUINTIC = (  # of emerging_optimizers/orthogonalized_optimizers/muon_utils.py:42 (0.3.0), by their author
+# Coefficients of emerging_optimizers/orthogonalized_optimizers/muon_utils.py:42 (0.3.0).
+QUINTIC = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
     (3.7418, -5.5913, 2.3037),
@@ -62,8 +62,10 @@ QUINTIC = (  # of emerging_optimizers/orthogonalized_optimizers/muon_utils.py:42
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """Five quintic Newton-Schulz steps in float64, times Moonlight's 0.2 sqrt(max) (arXiv
-    2502.16982, §2.2)."""
+    """Return five quintic Newton-Schulz steps in float64, times Moonlight's 0.2 sqrt(max).
+
+    The factor is that of arXiv 2502.16982, §2.2.
+    """
     x = matrix.double() / matrix.double().norm()
     for a, b, c in QUINTIC:
         if x.shape[0] <= x.shape[1]:
@@ -76,8 +78,10 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(name: str, rows: int, *, gate_up: bool) -> list[list[int]]:
-    """Rows of a weight that make one matrix. SMALL has 2 groups of 4 query heads, a key and a
-    value, of 16 rows."""
+    """Return the rows of a weight that form each orthogonalised matrix.
+
+    `SMALL` has two groups of four query heads, a key and a value, of 16 rows each.
+    """
     if "linear_qkv" in name:
         groups = [list(range(start, start + 96)) for start in (0, 96)]
         return [
@@ -90,7 +94,7 @@ def blocks(name: str, rows: int, *, gate_up: bool) -> list[list[int]]:
 
 
 def muon_formula(name: str, shape: torch.Size, *, gate_up: bool = False) -> torch.Tensor:
-    """A weight after `STEPS` steps, in float64."""
+    """Return a weight after `STEPS` steps of Muon, in float64."""
     weight = initial(name, shape).double()
     momentum = torch.zeros_like(weight)
     for step in range(1, STEPS + 1):
@@ -104,7 +108,7 @@ def muon_formula(name: str, shape: torch.Size, *, gate_up: bool = False) -> torc
 
 
 def adam_formula(name: str, shape: torch.Size) -> torch.Tensor:
-    """The same for Adam(0.9, 0.95, 1e-8) with decoupled decay on matrices."""
+    """Return a weight after `STEPS` steps of Adam(0.9, 0.95, 1e-8), decoupled decay on matrices."""
     weight = initial(name, shape).double()
     first = second = torch.zeros_like(weight)
     for step in range(1, STEPS + 1):
@@ -116,19 +120,19 @@ def adam_formula(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def master(outcome: Outcome, name: str) -> torch.Tensor:
-    """A weight's FP32 master, of which one process holds the whole."""
+    """Return a weight's FP32 master; one process holds all of it."""
     return outcome.parts[name].values["master"].view(outcome.weights[name].shape).double()
 
 
 def error(outcome: Outcome, name: str, expected: torch.Tensor) -> float:
-    """Distance from the formula, relative to how far the steps have moved the weight."""
+    """Return the distance from the formula, relative to the change of the weight."""
     start = initial(name, expected.shape).double()
     return float((master(outcome, name) - expected).norm() / (expected - start).norm())
 
 
 def test_every_weight_follows_its_formula_in_fp32() -> None:
-    """With Newton-Schulz in FP32 only rounding is left, which five steps amplify by up to 4.08 *
-    3.95 .. = 493."""
+    """With Newton-Schulz in FP32 only rounding differs; five steps amplify it by at most the
+    product of their linear coefficients, 493."""
     (outcome,) = updated(1, precision="highest")
     used = {"TensorParallelMuon": muon_formula, "FusedAdam": adam_formula}
     assert {part.optimizer for part in outcome.parts.values()} == set(used)
@@ -139,8 +143,7 @@ def test_every_weight_follows_its_formula_in_fp32() -> None:
 
 
 def test_bf16_newton_schulz_stays_near_the_formula() -> None:
-    """As it runs by default: BF16 rounds a value by up to 2**-9, some three times in each of five
-    steps."""
+    """By default Newton-Schulz runs in BF16: each step rounds by up to 2**-9, some three times."""
     (outcome,) = updated(1)
     errors = {
         name: error(outcome, name, muon_formula(name, outcome.weights[name].shape))
@@ -177,8 +180,8 @@ def test_clipping_scales_every_gradient_by_one_norm() -> None:
                 momentum = (
                     0.95 * momentum + 0.05 * factor * gradient(name, shapes[name], step).double()
                 )
-            found = outcome.parts[name].values["momentum_buffer"].view_as(momentum).double()
-            assert (found - momentum).norm() < 1e-6 * momentum.norm()
+            actual = outcome.parts[name].values["momentum_buffer"].view_as(momentum).double()
+            assert (actual - momentum).norm() < 1e-6 * momentum.norm()
 
 
 def test_options_reach_the_update() -> None:
@@ -206,7 +209,6 @@ def test_options_reach_the_update() -> None:
 
 
 # -- against one process
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,16 +238,16 @@ def test_distributed_update_is_that_of_one_process(nproc: int, overrides: tuple[
         for name, weight in outcome.weights.items():
             assert torch.equal(weight, alone.weights[name]), name
         for name, part in outcome.parts.items():
-            whole = alone.parts[name]
+            full = alone.parts[name]
             assert (part.optimizer, part.group, part.values.keys()) == (
-                whole.optimizer,
-                whole.group,
-                whole.values.keys(),
+                full.optimizer,
+                full.group,
+                full.values.keys(),
             )
             for key, values in part.values.items():
                 covered = slice(part.start, part.start + len(values))
-                assert torch.equal(values, whole.values[key][covered]), (name, key)
-                seen.setdefault((name, key), torch.zeros(len(whole.values[key])))[covered] += 1
+                assert torch.equal(values, full.values[key][covered]), (name, key)
+                seen.setdefault((name, key), torch.zeros(len(full.values[key])))[covered] += 1
     # Every element of every state has one owner.
     assert seen.keys() == {(name, key) for name, part in alone.parts.items() for key in part.values}
     assert all(torch.all(count == 1) for count in seen.values())

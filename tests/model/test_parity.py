@@ -25,13 +25,13 @@ YARN = RopeParameters(
 )
 S, F = "sliding_attention", "full_attention"
 CASES: dict[str, tuple[Mellum2Architecture, int]] = {
-    "window shorter than the sequence": (SMALL, 30),
-    "window equal to the sequence": (SMALL.replace(sliding_window=30), 30),
-    "window one below the sequence": (SMALL.replace(sliding_window=29), 30),
-    "window longer than the sequence": (SMALL.replace(sliding_window=64), 30),
-    "window of one": (SMALL.replace(sliding_window=1), 12),
-    "yarn past its original length": (SMALL.replace(rope_full_attention=YARN), 50),
-    "yarn with given attention factor, not truncated": (
+    "window_shorter_than_the_sequence": (SMALL, 30),
+    "window_equal_to_the_sequence": (SMALL.replace(sliding_window=30), 30),
+    "window_one_below_the_sequence": (SMALL.replace(sliding_window=29), 30),
+    "window_longer_than_the_sequence": (SMALL.replace(sliding_window=64), 30),
+    "window_of_one": (SMALL.replace(sliding_window=1), 12),
+    "yarn_past_its_original_length": (SMALL.replace(rope_full_attention=YARN), 50),
+    "yarn_with_given_attention_factor_not_truncated": (
         SMALL.replace(
             rope_full_attention=RopeParameters(
                 rope_type="yarn",
@@ -46,38 +46,37 @@ CASES: dict[str, tuple[Mellum2Architecture, int]] = {
         ),
         40,
     ),
-    "another theta on sliding layers": (
+    "another_theta_on_sliding_layers": (
         SMALL.replace(
             rope_sliding_attention=RopeParameters(rope_type="default", rope_theta=10_000.0)
         ),
         30,
     ),
-    "seven layers of period three": (
+    "seven_layers_of_period_three": (
         SMALL.replace(num_hidden_layers=7, layer_types=(S, S, F, S, S, F, S)),
         20,
     ),
-    "no period, full first": (SMALL.replace(layer_types=(F, F, S, F)), 20),
-    "full-attention mtp": (SMALL.replace(mtp_layer_types=(F,), rope_full_attention=YARN), 40),
-    "five experts, top three": (SMALL.replace(num_experts=5, num_experts_per_tok=3), 20),
-    "seven experts, top one of softmax over all": (
+    "no_period_full_first": (SMALL.replace(layer_types=(F, F, S, F)), 20),
+    "full_attention_mtp": (SMALL.replace(mtp_layer_types=(F,), rope_full_attention=YARN), 40),
+    "five_experts_top_three": (SMALL.replace(num_experts=5, num_experts_per_tok=3), 20),
+    "seven_experts_top_one_of_softmax_over_all": (
         SMALL.replace(num_experts=7, num_experts_per_tok=1, norm_topk_prob=False),
         20,
     ),
-    "not renormalised": (SMALL.replace(norm_topk_prob=False), 20),
-    "one kv head": (SMALL.replace(num_key_value_heads=1), 20),
-    "four kv heads": (SMALL.replace(num_key_value_heads=4), 20),
-    "no mtp": (SMALL.replace(num_mtp_layers=0), 20),
+    "not_renormalised": (SMALL.replace(norm_topk_prob=False), 20),
+    "one_kv_head": (SMALL.replace(num_key_value_heads=1), 20),
+    "four_kv_heads": (SMALL.replace(num_key_value_heads=4), 20),
+    "no_mtp": (SMALL.replace(num_mtp_layers=0), 20),
 }
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest absolute difference over the largest absolute value."""
+    """Return the largest absolute difference over the largest absolute value."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def twin(architecture: Mellum2Architecture, reference: Reference, **overrides):
-    """Build the torch backend with the reference's weights, strictly: no parameter left over on
-    either side."""
+    """Build the torch backend with the reference's weights; both have the same parameters."""
     model = build_model(architecture, backend="torch", parallel_output=True, **overrides)
     weights = to_megatron(
         architecture, {n: p.detach() for n, p in reference.named_parameters().items()}
@@ -113,13 +112,13 @@ def test_logits_equal_transformers(case):
 @pytest.mark.parametrize(
     "case",
     [
-        "window shorter than the sequence",
-        "yarn past its original length",
-        "five experts, top three",
-        "one kv head",
-        "four kv heads",
-        "no mtp",
-        "not renormalised",
+        "window_shorter_than_the_sequence",
+        "yarn_past_its_original_length",
+        "five_experts_top_three",
+        "one_kv_head",
+        "four_kv_heads",
+        "no_mtp",
+        "not_renormalised",
     ],
 )
 def test_gradients_equal_transformers(case):
@@ -148,10 +147,11 @@ def test_gradients_equal_transformers(case):
 
 
 WRONG_READINGS = {
-    "window one too wide": lambda a: a.replace(sliding_window=a.sliding_window + 1),
-    "window one too narrow": lambda a: a.replace(sliding_window=a.sliding_window - 1),
-    "attention factor on sliding layers": lambda a: a.replace(
-        rope_sliding_attention=RopeParameters(  # factor 1 leaves the frequencies and scales the logits
+    "window_one_too_wide": lambda a: a.replace(sliding_window=a.sliding_window + 1),
+    "window_one_too_narrow": lambda a: a.replace(sliding_window=a.sliding_window - 1),
+    "attention_factor_on_sliding_layers": lambda a: a.replace(
+        # Factor 1 keeps the frequencies; the attention factor still scales the logits.
+        rope_sliding_attention=RopeParameters(
             rope_type="yarn",
             rope_theta=500_000.0,
             factor=1.0,
@@ -159,7 +159,7 @@ WRONG_READINGS = {
             attention_factor=YARN.resolved_attention_factor,
         )
     ),
-    "no attention factor": lambda a: a.replace(
+    "no_attention_factor": lambda a: a.replace(
         rope_full_attention=RopeParameters(
             rope_type="yarn",
             rope_theta=500_000.0,
@@ -168,23 +168,22 @@ WRONG_READINGS = {
             attention_factor=1.0,
         )
     ),
-    "yarn on no layer": lambda a: a.replace(rope_full_attention=DEFAULT_ROPE),
-    "yarn on every layer": lambda a: a.replace(rope_sliding_attention=YARN),
-    "router not renormalised": lambda a: a.replace(norm_topk_prob=False),
-    "full-attention layer first in the period": lambda a: a.replace(layer_types=(F, S, S, S)),
-    "mtp layer with full attention": lambda a: a.replace(mtp_layer_types=(F,)),
+    "yarn_on_no_layer": lambda a: a.replace(rope_full_attention=DEFAULT_ROPE),
+    "yarn_on_every_layer": lambda a: a.replace(rope_sliding_attention=YARN),
+    "router_not_renormalised": lambda a: a.replace(norm_topk_prob=False),
+    "full_attention_layer_first_in_the_period": lambda a: a.replace(layer_types=(F, S, S, S)),
+    "mtp_layer_with_full_attention": lambda a: a.replace(mtp_layer_types=(F,)),
 }
 
 
-@pytest.mark.parametrize("wrong", [*WRONG_READINGS, "mtp fed the state before the final norm"])
+@pytest.mark.parametrize("wrong", [*WRONG_READINGS, "mtp_fed_the_state_before_the_final_norm"])
 def test_wrong_reading_would_be_caught(wrong):
-    """Against a reference with one thing misread, the comparison above fails by far more than its
-    tolerance."""
+    """A reference with one mistake differs by 100 times the tolerance of the comparison above."""
     architecture = SMALL.replace(rope_full_attention=YARN)
     misread = WRONG_READINGS.get(wrong, lambda a: a)(architecture)
     tokens = tokens_of(architecture, 50)
     right, reference = make_reference(architecture), make_reference(misread)
     with torch.no_grad():
-        logits, mtp_logits = reference.logits(tokens, mtp_from_pre_norm=wrong.startswith("mtp fed"))
+        logits, mtp_logits = reference.logits(tokens, mtp_from_pre_norm=wrong.startswith("mtp_fed"))
     ours, our_mtp = score_tokens(twin(architecture, right), tokens)
     assert max(relative_error(ours, logits), relative_error(our_mtp[:, :-1], mtp_logits)) > 1e-3

@@ -34,7 +34,7 @@ def test_mask_by_definition(queries: int, keys: int, window: int | None):
 
 
 def plain_attention(query, key, value, visible, scale):
-    """Softmax attention written out, one head at a time; `[s, b, n, d]` in, `[s, b, n * d]` out."""
+    """Return softmax attention, one head at a time; `[s, b, n, d]` in, `[s, b, n * d]` out."""
     repeat = query.shape[2] // key.shape[2]
     out = torch.empty_like(query)
     for b in range(query.shape[1]):
@@ -46,7 +46,7 @@ def plain_attention(query, key, value, visible, scale):
 
 
 @pytest.mark.parametrize("window", [None, 4, 64])
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "document mask"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one_document", "document_mask"])
 @pytest.mark.parametrize("queries", [12, 5])
 def test_core_attention_is_plain_attention(window: int | None, documents: bool, queries: int):
     """Both masks count: upstream's local attention forgets the given one on windowed layers."""
@@ -152,8 +152,8 @@ def test_router_losses_are_the_formulas():
     ("kind", "exact"), [(Mellum2Router, True), (TopKRouter, False)], ids=["ours", "upstream"]
 )
 def test_load_counts_stay_exact_in_bf16(kind: type[TopKRouter], exact: bool):
-    """300 micro-batches: BF16 counters stick at 256. Fails for `upstream` once Megatron keeps them
-    in float32."""
+    """After 300 micro-batches BF16 counters stick at 256. The upstream case fails once Megatron
+    keeps its counters in float32."""
     router = make_router(kind).bfloat16()
     hidden = torch.randn(7, 1, SMALL.hidden_size, dtype=torch.bfloat16)
     for _ in range(300):

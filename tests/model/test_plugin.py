@@ -1,5 +1,4 @@
-"""The layer spec on its own: a stock Megatron-LM command line with `--spec` builds the same
-model."""
+"""The layer spec alone: a stock Megatron-LM command line with `--spec` builds the same model."""
 
 from __future__ import annotations
 
@@ -22,17 +21,17 @@ pytestmark = pytest.mark.usefixtures("megatron_world")
 
 STOCK = (
     "--micro-batch-size 1 --seq-length 64 --max-position-embeddings 256 --train-iters 1 --lr 1e-3 "
-    "--transformer-impl local --no-rope-fusion --no-masked-softmax-fusion --no-gradient-accumulation-fusion "
-    "--no-persist-layer-norm --no-bias-swiglu-fusion --no-bias-dropout-fusion --use-cpu-initialization "
-    "--distributed-backend gloo --moe-token-dispatcher-type alltoall --moe-router-dtype fp32 "
-    "--tokenizer-type NullTokenizer"
+    "--transformer-impl local --no-rope-fusion --no-masked-softmax-fusion "
+    "--no-gradient-accumulation-fusion --no-persist-layer-norm --no-bias-swiglu-fusion "
+    "--no-bias-dropout-fusion --use-cpu-initialization --distributed-backend gloo "
+    "--moe-token-dispatcher-type alltoall --moe-router-dtype fp32 --tokenizer-type NullTokenizer"
 ).split()
 
 
 def stock_model(
     monkeypatch, architecture: Mellum2Architecture, words: list[str], spec: tuple[str, str]
 ):
-    """Build a model the way Megatron-LM's own entry point does: parser, validation, spec import,
+    """Build a model as Megatron-LM's entry point does: parser, validation, import of the spec,
     builder."""
     vocabulary = [
         "--vocab-size",
@@ -61,7 +60,7 @@ def without(words: list[str], *flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "window_given", [True, False], ids=["window on the command line", "window from the spec"]
+    "window_given", [True, False], ids=["window_on_the_command_line", "window_from_the_spec"]
 )
 def test_stock_builder_computes_the_same_logits(monkeypatch, window_given):
     words = architecture_arguments(ARCHITECTURE)

@@ -1,4 +1,4 @@
-"""The te backend without a GPU: its modules are built, not run. Same checkpoint keys as the torch
+"""The te backend without a GPU: its modules are built, not run, and compared with the torch
 backend's."""
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def test_both_backends_have_the_same_checkpoint_keys(tiny: dict[str, Any]):
 
 
 def test_te_layers_attend_by_their_type(tiny: dict[str, Any]):
-    """Window 64 on the three sliding layers and MTP, none on the full one, which alone has YaRN's
-    factor squared."""
+    """Three sliding layers and MTP have a window of 64; the full one has none, and YaRN's squared
+    factor."""
     assert tiny["windows"][:3] == [[63, 0]] * 3
     assert tiny["windows"][4] == [63, 0]
     assert tiny["windows"][3] in ([], [-1, 0], [-1, -1])
@@ -88,12 +88,12 @@ def test_the_mtp_projection_alone_leaves_fp8():
 
 
 def production_stages() -> list[tuple[str, int]]:
-    """Return (recipe, pipeline stage) for every production recipe that differs from the others in
-    what is built."""
+    """One rank passes Megatron's own validation at its real world size and dimensions."""
     kinds: dict[Any, list[tuple[str, int]]] = {}
     for name in recipe_names():
         run = recipe(name)
-        if run.layout.world_size is not None:  # recipes for a machine of a certain size
+        # Production recipes are for a number of GPUs; the others fit any.
+        if run.layout.world_size is not None:
             kind = (run.layout, run.precision, run.architecture, run.optimizer)
             kinds.setdefault(kind, [(name, stage) for stage in range(run.layout.pp)])
     return [stage for stages in kinds.values() for stage in stages]
@@ -101,8 +101,7 @@ def production_stages() -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("name", "stage"), production_stages())
 def test_production_recipe_is_built_at_its_true_size(name: str, stage: int):
-    """Megatron's own validation and configuration at the real world size, the model's real
-    dimensions, one rank."""
+    """One rank passes Megatron's own validation at the real world size and with real dimensions."""
     built, run = run_worker("recipe_model", name, str(stage)), recipe(name)
     assert built["world"] == run.layout.world_size
     assert built["parameters"] == built["expected"]

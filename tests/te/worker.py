@@ -1,7 +1,7 @@
-"""What the tests of the te backend do in a process of their own: Transformer Engine visible, no
-GPU.
+"""Functions of the te backend's tests, for a process of its own with Transformer Engine and no GPU.
 
-Its modules can be built without a driver, not run. Each function prints one JSON value.
+Its modules can be built without a driver, but not run. The process prints a function's result as
+JSON.
 """
 
 from __future__ import annotations
@@ -34,30 +34,29 @@ def activate_beside_transformer_engine() -> None:
 
 
 def sharded_tensors(model: Any) -> dict[str, list[int]]:
-    """Return global shapes by checkpoint key."""
+    """Return the global shape of each checkpoint key."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    found: dict[str, list[int]] = {}
+    shapes: dict[str, list[int]] = {}
 
     def walk(value: Any) -> None:
         if isinstance(value, ShardedTensor):
-            found[value.key] = list(value.global_shape)
+            shapes[value.key] = list(value.global_shape)
         elif isinstance(value, dict):
-            for each in value.values():
-                walk(each)
+            for item in value.values():
+                walk(item)
         elif isinstance(value, list | tuple):
-            for each in value:
-                walk(each)
+            for item in value:
+                walk(item)
 
     state = model.sharded_state_dict()
     apply_factories(state)
     walk(state)
-    return found
+    return shapes
 
 
 def tiny_models() -> dict[str, Any]:
-    """Build the tiny model with both backends: checkpoint keys, and what each te layer attends
-    with."""
+    """Return checkpoint keys of the tiny model with both backends, and windows and scales of te."""
     from mellum2_megatron.architecture import PRESETS
     from mellum2_megatron.architecture.mellum2 import RopeParameters
     from mellum2_megatron.model.provider import build_model
@@ -94,7 +93,7 @@ def tiny_models() -> dict[str, Any]:
 
 
 def projection_contexts() -> list[dict[str, bool]]:
-    """Which of the MTP layer's linear modules see FP8, without and with
+    """Return the MTP layer's linear modules and their FP8 state, without and with
     `precision.bf16_mtp_projection`."""
     from transformer_engine.pytorch import quantization
 
@@ -103,8 +102,7 @@ def projection_contexts() -> list[dict[str, bool]]:
 
 
 def _fp8_seen(choice: bool) -> dict[str, bool]:
-    """Run Megatron's forward functions in its FP8 context, Transformer Engine's kernels left out:
-    they need a GPU."""
+    """Run Megatron's forward functions in its FP8 context, without Transformer Engine's kernels."""
     from megatron.core import fp8_utils
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
@@ -144,10 +142,9 @@ def _fp8_seen(choice: bool) -> dict[str, bool]:
 
 
 def recipe_model(name: str, stage: str) -> dict[str, Any]:
-    """Take a recipe through Megatron's own validation at its world size, and build one rank of it
-    on the meta device.
+    """Validate a recipe with Megatron at its world size, and build one rank on the meta device.
 
-    The process group is torch's fake one: it has the world's size and moves nothing.
+    The process group is torch's fake one: it has the size of the world and moves no data.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -179,7 +176,8 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
         context_parallel_size=args.context_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        create_gloo_process_groups=False,  # real ones, over a store that no other rank reads
+        # They would be real groups, and wait for ranks that do not exist.
+        create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     config = core_transformer_config_from_args(args)
@@ -215,10 +213,10 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
 
 
 def padding_bytes(model: torch.nn.Module, args: Any) -> int:
-    """Return what Megatron's own layout of the buffers leaves empty, of BF16 weights and FP32
-    gradients.
+    """Return the padding of Megatron's buffers in bytes, for BF16 weights and FP32 gradients.
 
-    As `get_model` asks for it (megatron/training/training.py:1838-1893, 0.19.2); no buffer is made.
+    The layout is computed as in `get_model` (megatron/training/training.py:1838-1893, 0.19.2); no
+    buffer is made.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -242,7 +240,7 @@ def padding_bytes(model: torch.nn.Module, args: Any) -> int:
         config,
         expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_group().size(),
     )
-    elements = sum(each.bucket_indices[-1][1] for each in layout.layouts.values())
+    elements = sum(buffer.bucket_indices[-1][1] for buffer in layout.layouts.values())
     return (2 + 4) * (elements - sum(parameter.numel() for parameter in parameters))
 
 
