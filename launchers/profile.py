@@ -1,4 +1,4 @@
-"""Site profile: what a cluster wants to know of every job, written once in a small YAML file.
+"""Site profile: the settings that all jobs of a cluster share, in a small YAML file.
 
 ::
 
@@ -27,11 +27,11 @@ from mellum2_megatron.common.field_checks import require
 from mellum2_megatron.common.values import Reader, from_mapping, from_plain, read_yaml
 
 PROFILES_VARIABLE = "MELLUM2_PROFILES"
-"""Environment variable that names a folder of profiles, for a whole site."""
+"""Environment variable with a folder of profiles, for a whole site."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Slurm's: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes,
-# days-hours:minutes:seconds
+# sbatch --time: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes,
+# days-hours:minutes:seconds.
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
 )
@@ -51,17 +51,23 @@ _OWN_FLAGS = {
     "requeue": "tries",
     "no-requeue": "tries",
 }
-"""Flags of sbatch that have a key of their own."""
+"""Flag of sbatch -> key of the profile that sets it."""
 _GIVEN_FLAGS = (
-    "job-name output error open-mode ntasks ntasks-per-node array dependency chdir export input wrap parsable hold "
-    "test-only"
+    "job-name output error open-mode ntasks ntasks-per-node array dependency "
+    "chdir export input wrap parsable hold test-only"
 ).split()
-"""Flags of sbatch that a job of ours sets, or that would change what it is."""
+"""Flags of sbatch that a job sets itself, or that the batch script does not work with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mount:
-    """A folder of the host that a container sees; in YAML also ``SOURCE[:TARGET[:ro]]``."""
+    """Folder of the host inside a container; in YAML also ``SOURCE[:TARGET[:ro]]``.
+
+    Attributes:
+        source: folder of the host, absolute.
+        target: its path in the container, absolute.
+        read_only: mount without write access.
+    """
 
     source: str
     target: str
@@ -74,7 +80,7 @@ class Mount:
                 path.startswith("/"),
                 f"mount {name} {path}",
                 rule="must be an absolute path",
-                fix="write it from / on",
+                fix="write the path from / on",
             )
             require(
                 not re.search(r"[:,\n]", path),
@@ -86,16 +92,15 @@ class Mount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Container:
-    """The image that ranks run in.
+    """Container image of the ranks.
 
     Attributes:
-        image: a file (``.sqsh``, ``.sif``), or a registry's reference as the runtime writes it
+        image: image file (``.sqsh``, ``.sif``), or a registry's reference as the runtime writes it
             (``registry.site#nvidia/pytorch:25.10-py3``, ``docker://..``).
-        runtime: ``pyxis`` is a plugin of srun; ``apptainer`` and ``enroot`` are commands in front
-            of ours.
-        mounts: folders that it sees. Run, data and code must lie in them.
-        workdir: where commands start inside; None means the run's folder (with enroot: the
-            image's).
+        runtime: ``pyxis``, a plugin of srun; ``apptainer`` or ``enroot``, commands in front of
+            ours.
+        mounts: folders of the host inside the container. They must hold run, data and code.
+        workdir: working folder inside, default the run folder (with enroot: the image's).
         arguments: more arguments for srun (pyxis) or for the runtime's command.
     """
 
@@ -121,60 +126,61 @@ class Container:
 
     @property
     def image_file(self) -> Path | None:
-        """The image as a file of this machine or the shared disk; None for a registry's
-        reference."""
+        """Image file on this machine or the shared disk; None for a registry's reference."""
         if re.match(r"[a-z]+://", self.image) or "#" in self.image:
             return None
         looks_like_file = self.image.startswith(("/", "./", "../", "~")) or self.image.endswith(
             (".sqsh", ".sif")
         )
         if not looks_like_file and self.runtime == "pyxis":
-            return None  # `ubuntu:24.04` is Docker Hub's
+            # Pyxis reads `ubuntu:24.04` as an image of Docker Hub.
+            return None
         return Path(self.image).expanduser()
 
     def covers(self, path: str | os.PathLike[str]) -> bool:
-        """Whether the container sees ``path`` of the host, under the same name."""
+        """Return True if ``path`` of the host has the same name in the container."""
         inside = Path(path)
-        best = max(
+        # Mounts nest: the innermost one decides which folder of the host lies there.
+        innermost = max(
             (mount for mount in self.mounts if inside.is_relative_to(mount.target)),
             key=lambda mount: len(mount.target),
             default=None,
         )
-        return best is not None and Path(best.source) == Path(best.target)
+        return innermost is not None and Path(innermost.source) == Path(innermost.target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """What a site's jobs have in common.
+    """Settings that all jobs of a site share.
 
     Attributes:
-        name: the file's name without ending, unless it says otherwise.
+        name: name of the profile, default the file's name without its ending.
         executor: ``slurm``, or ``local`` for this machine.
-        device: what ranks compute on; ``auto`` is cuda where the profile has GPUs.
-        account: whom Slurm charges; ``none`` where it has no accounts. Slurm profiles must say.
-        partition, qos, time, memory: as sbatch takes them. Memory is a node's.
-        nodes: of a job, unless its layout or the command says otherwise.
-        gpus_per_node: 0 for CPU nodes.
-        gpu_request: how a node's GPUs are asked for: ``--gpus-per-node``, ``--gres=gpu:N``, or not
-            at all (whole nodes).
-        ranks_per_node: None means one a GPU, or 1 without GPUs.
-        cpus_per_task: cores of a node's task, which holds all its ranks. None leaves it to the
-            partition.
-        exclusive: take nodes whole.
+        device: device of the ranks; ``auto`` is cuda if the profile has GPUs.
+        account: account that Slurm charges, required for Slurm; ``none`` on a site without
+            accounts.
+        partition, qos, time: as sbatch takes them.
+        nodes: number of nodes, unless layout or command line give it.
+        gpus_per_node: GPUs of a node; 0 for CPU nodes.
+        gpu_request: form of the request for GPUs: ``--gpus-per-node``, ``--gres=gpu:N``, or none
+            (whole nodes).
+        ranks_per_node: ranks of a node, default one per GPU, or 1 without GPUs.
+        cpus_per_task: cores of a node's one task, shared by its ranks; default the partition's.
+        memory: memory of a node, as sbatch takes it.
+        exclusive: take whole nodes.
         sbatch: more flags of sbatch, by name without dashes; true for a flag without value.
         srun: more arguments for the srun that starts the ranks (``--mpi=none``).
-        container: None runs on the nodes as they are.
-        modules: loaded with ``module load``.
-        setup: lines of bash for the batch script, before anything is started.
-        environment: names of variables that jobs take from the shell that submits them; secrets go
-            here.
-        variables: variables that are no secrets, with their values.
-        python: interpreter; None means the one that submits, or ``python`` in a container.
-        runs: folder of runs, on a disk that all nodes share.
-        packager: ``shared`` runs the code where it is; ``git`` copies the commit into the run's
-            folder.
-        grace_seconds: how long before the time limit the run is told to save.
-        tries: how often a job that fails is started again without a new step.
+        container: container of the ranks; None runs on the nodes as they are.
+        modules: environment modules for ``module load``.
+        setup: lines of bash at the start of the batch script.
+        environment: names of variables that jobs take from the submitting shell, secrets among
+            them.
+        variables: other variables with their values.
+        python: interpreter, default the submitting one, or ``python`` in a container.
+        runs: folder of the run folders, on a disk that all nodes share.
+        packager: ``shared`` runs the code in place; ``git`` copies the commit into the run folder.
+        grace_seconds: seconds between the stop signal and the time limit.
+        tries: restarts of a failing job allowed without progress.
     """
 
     name: str
@@ -237,7 +243,26 @@ class Profile:
                 rule="is no long flag of sbatch",
                 fix="write its long name without dashes, such as constraint",
             )
-        self._check_variables()
+        for name in (*self.environment, *self.variables):
+            require(
+                _VARIABLE.fullmatch(name) is not None,
+                f"variable {name!r}",
+                rule="is no name of a variable",
+                fix="list names alone under environment, and NAME: value under variables",
+            )
+        for name in self.variables:
+            require(
+                _SECRET.search(name.upper()) is None,
+                f"variables.{name}",
+                rule="looks like a secret, which no file or script should hold",
+                fix=f"set it in your shell and list its name: environment: [{name}]",
+            )
+            require(
+                name not in self.environment,
+                f"{name} under environment and variables",
+                rule="it comes from the shell or from the profile",
+                fix="drop one of the two",
+            )
 
     def _check_numbers(self) -> None:
         lowest = {
@@ -271,80 +296,54 @@ class Profile:
                 fix=f"use {gpus}, or leave ranks_per_node out",
             )
 
-    def _check_variables(self) -> None:
-        for name in (*self.environment, *self.variables):
-            require(
-                _VARIABLE.fullmatch(name) is not None,
-                f"variable {name!r}",
-                rule="is no name of a variable",
-                fix="list names alone under environment, and NAME: value under variables",
-            )
-        for name in self.variables:
-            require(
-                _SECRET.search(name.upper()) is None,
-                f"variables.{name}",
-                rule="looks like a secret, which no file or script should hold",
-                fix=f"set it in your shell and list its name: environment: [{name}]",
-            )
-            require(
-                name not in self.environment,
-                f"{name} under environment and variables",
-                rule="it comes from the shell or from the profile",
-                fix="drop one of the two",
-            )
-
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:
-        """What ranks compute on, ``auto`` decided."""
+        """Device of the ranks, with ``auto`` resolved."""
         if self.device == "auto":
             return "cuda" if self.gpus_per_node else "cpu"
         return self.device
 
     @property
     def resolved_ranks_per_node(self) -> int:
-        """Ranks of a node."""
-        return self.ranks_per_node or max(
-            1, self.gpus_per_node if self.resolved_device == "cuda" else 1
-        )
+        """Ranks of a node, with the default resolved."""
+        if self.ranks_per_node is not None:
+            return self.ranks_per_node
+        return self.gpus_per_node if self.resolved_device == "cuda" else 1
 
 
 def minutes(time: str) -> float:
-    """Return a time as sbatch writes it, in minutes.
+    """Return a time limit of sbatch in minutes.
 
     >>> minutes("90"), minutes("1-12"), minutes("04:30:00")
     (90.0, 2160.0, 270.0)
 
     Raises:
-        InputError: it is none.
+        InputError: not a time of sbatch.
     """
-    found = _TIME.fullmatch(time)
-    if found is None:
+    match = _TIME.fullmatch(time)
+    if match is None:
         raise InputError(
             f"time: {time}",
             rule="is no time of Slurm",
             fix='write it like "1-12:00:00", days-hours:minutes:seconds',
         )
-    days, parts = (
-        found["days"],
-        [int(part or 0) for part in (found["first"], found["second"], found["third"])],
-    )
-    if days is not None or found["third"] is not None:
-        hours, mins, seconds = parts
-    else:
-        hours, mins, seconds = 0, parts[0], parts[1]
-    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+    first, second, third = (int(match[name] or 0) for name in ("first", "second", "third"))
+    # After days, and with three parts, the first part is hours; otherwise it is minutes.
+    if match["days"] is not None or match["third"] is not None:
+        return int(match["days"] or 0) * 1440 + first * 60 + second + third / 60
+    return first + second / 60
 
 
 def read_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     """Read a site profile.
 
     Args:
-        name_or_path: a file (it has a ``/`` or ends in ``.yaml``), or the name of one in
+        name_or_path: file (with a ``/``, or ending in ``.yaml``), or the name of one in
             ``./profiles``, ``$MELLUM2_PROFILES`` or ``~/.config/mellum2/profiles``.
 
     Raises:
-        InputError: no such profile, an unknown key (the nearest is named), a key given twice, a
-            wrong value, or one that looks like a secret.
+        InputError: no such profile, an unknown key, a key given twice, an invalid value, or a
+            value that looks like a secret.
     """
     path = find_profile(name_or_path)
     try:
@@ -360,7 +359,7 @@ def read_profile(name_or_path: str | os.PathLike[str]) -> Profile:
 
 
 def profile_folders() -> Iterator[Path]:
-    """Yield the folders in which a profile is looked up by its name, in this order."""
+    """Yield the folders of named profiles in the order of the search."""
     yield Path("profiles")
     if os.environ.get(PROFILES_VARIABLE):
         yield Path(os.environ[PROFILES_VARIABLE])
@@ -368,14 +367,18 @@ def profile_folders() -> Iterator[Path]:
 
 
 def profile_names() -> tuple[str, ...]:
-    """Return the names that `read_profile` finds, sorted."""
+    """Return the names of all profiles in `profile_folders`, sorted."""
     return tuple(
         sorted({path.stem for folder in profile_folders() for path in folder.glob("*.yaml")})
     )
 
 
 def find_profile(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return a profile's file; see `read_profile`."""
+    """Return the file of a profile.
+
+    Raises:
+        InputError: no profile of that name.
+    """
     given = os.fspath(name_or_path)
     if "/" in given or given.endswith((".yaml", ".yml")):
         return Path(given).expanduser()
@@ -392,7 +395,11 @@ def find_profile(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def profile_from_yaml(text: str, *, name: str) -> Profile:
-    """Read a profile's YAML; ``name`` is its name unless it gives one.
+    """Read a profile from YAML.
+
+    Args:
+        text: the YAML.
+        name: name of the profile, unless the YAML has one.
 
     Raises:
         InputError: see `read_profile`.
@@ -404,7 +411,7 @@ def profile_from_yaml(text: str, *, name: str) -> Profile:
 
 
 def _text(value: Any, key: str) -> str | None:
-    """Read text that YAML 1.1 likes to turn into numbers: 24:00:00 is 86400 to it."""
+    """Read text that YAML 1.1 turns into a number without quotes: 24:00:00 becomes 86400."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise InputError(
             f"{key}={value}",
@@ -416,6 +423,7 @@ def _text(value: Any, key: str) -> str | None:
 
 
 _QUOTED = {"time": "24:00:00", "memory": "512G", "account": "00123", "qos": "1", "partition": "1"}
+"""Key that needs quotes if its value looks like a number -> example of a value."""
 
 
 def _mounts(value: Any, key: str) -> tuple[Mount, ...]:
@@ -423,16 +431,15 @@ def _mounts(value: Any, key: str) -> tuple[Mount, ...]:
         raise InputError(
             f"{key}: {value!r}", rule="must be a list", fix="write [/lustre, /data:/data:ro]"
         )
-    return tuple(_mount(each, f"{key}[{number}]") for number, each in enumerate(value))
+    return tuple(_mount(item, f"{key}[{number}]") for number, item in enumerate(value))
 
 
 def _mount(value: Any, key: str) -> Mount:
     if not isinstance(value, str):
         return from_mapping(Mount, value, document="profile", key=key)
-    source, target, flag = (
-        (*value.split(":"), "", "")[:3] if value.count(":") < 3 else ("", "", value)
-    )
-    if flag not in ("", "ro", "rw") or not source:
+    parts = value.split(":")
+    source, target, flag = (*parts, "", "")[:3]
+    if len(parts) > 3 or flag not in ("", "ro", "rw") or not source:
         raise InputError(
             f"{key}={value!r}",
             rule="is no mount",
@@ -444,32 +451,32 @@ def _mount(value: Any, key: str) -> Mount:
 def _flags(value: Any, key: str) -> dict[str, str | int | bool]:
     return {
         name: from_plain(flag, str | int | bool, f"{key}.{name}")
-        for name, flag in _mapping(value, key)
+        for name, flag in _mapping(value, key).items()
     }
 
 
 def _variables(value: Any, key: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, text in _mapping(value, key):
+    variables: dict[str, str] = {}
+    for name, text in _mapping(value, key).items():
         if isinstance(text, int) and not isinstance(text, bool):
             text = str(text)
         if not isinstance(text, str) or "\n" in text:
-            # Not the value: what is written here by mistake may be a secret.
+            # The message leaves the value out: a secret may stand there by mistake.
             raise InputError(
                 f"{key}.{name}", rule="must be one line of text", fix='put it in quotes, like "1"'
             )
-        found[name] = text
-    return found
+        variables[name] = text
+    return variables
 
 
-def _mapping(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+def _mapping(value: Any, key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise InputError(
             f"{key}: {type(value).__name__}",
             rule="must be a mapping of names to values",
             fix="use {}",
         )
-    yield from value.items()
+    return value
 
 
 _READERS: dict[str, Reader] = {

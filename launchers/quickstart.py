@@ -1,4 +1,5 @@
-"""`mellum2 quickstart`: the whole way on a CPU, each step the command that a user would type."""
+"""`mellum2 quickstart`: from source code to a Hugging Face model on a CPU, each step a command that
+a user would type."""
 
 from __future__ import annotations
 
@@ -10,19 +11,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.common.files import write_json
+from mellum2_megatron.data.prepared_folder import load_prepared
+from mellum2_megatron.metrics import plot_loss, read_metrics
+from mellum2_megatron.metrics.log import METRICS_FILE, series
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROMPT = "def read_lines(path):\n"
 NEW_TOKENS = 64
 ACCEPTANCE_SEQUENCES = 16
-"""Validation sequences on which the MTP head's acceptance is measured."""
+"""Number of validation sequences for the MTP head's acceptance rate."""
 
-_SECONDS_TO_END = 40.0  # torch's agent kills ranks that do not end within 30
+_SECONDS_TO_END = 40.0
+"""Seconds for an interrupted step to end itself: torch's agent kills ranks after 30."""
 
 
 @dataclass
@@ -30,12 +40,12 @@ class Quickstart:
     """One walk from source code to a Hugging Face model.
 
     Attributes:
-        console: where the steps are announced.
-        output: folder of the run; the Hugging Face folder is `output/hf`.
-        data: folder of the prepared data; made if it is not there.
+        console: console for the steps and their results.
+        output: run folder; the Hugging Face folder is `output/hf`.
+        data: folder of the prepared data, made if absent.
         overrides: `key=value` words for the training recipe.
-        max_megabytes: size of the corpus.
-        seconds: time of each step that ran.
+        max_megabytes: size of the corpus, MB.
+        seconds: duration of each step that ran.
     """
 
     console: Console
@@ -51,62 +61,62 @@ class Quickstart:
         return self.output / "hf"
 
     def run(self) -> dict[str, Any]:
-        """Walk all steps and return the summary, which is also written to `output/summary.json`."""
-        self._prepare()
+        """Take all steps; return the summary, also written to `output/summary.json`."""
+        if (self.data / "corpus.json").exists():
+            self._announce("prepare", f"data: {self.data} is there already")
+        else:
+            self._step(
+                "prepare",
+                "make a corpus of the Python sources on this machine, and tokenize it",
+                *("data", "prepare", "--output", str(self.data)),
+                *("--max-megabytes", f"{self.max_megabytes:g}"),
+            )
         self._step(
             "train",
-            "train mellum2-tiny: two gloo ranks, experts divided between them, Muon, MTP, sliding windows",
-            [
-                "train",
-                "mellum2_tiny_pretrain",
-                "--device",
-                "cpu",
-                "--nproc",
-                "2",
-                "--output",
-                str(self.output),
-            ],
-            [f"data.path={self.data}", *self.overrides],
+            "train mellum2-tiny: two gloo ranks, experts divided between them, "
+            "Muon, MTP, sliding windows",
+            *("train", "mellum2_tiny_pretrain", "--device", "cpu", "--nproc", "2"),
+            *("--output", str(self.output), f"data.path={self.data}", *self.overrides),
         )
-        export = [
-            "convert",
+        self._step(
             "export",
-            "--megatron-path",
-            str(self.output),
-            "--hf-path",
-            str(self.hf),
-            "--overwrite",
-        ]
-        self._step("export", "export to a Hugging Face folder in the released layout", export)
+            "export to a Hugging Face folder in the released layout",
+            *("convert", "export", "--megatron-path", str(self.output)),
+            *("--hf-path", str(self.hf), "--overwrite"),
+        )
         parity = self._verify()
         texts = self._generate()
         summary = self._summarize(parity, texts)
-        self._plot(summary)
+        plot_loss(
+            self.output / METRICS_FILE,
+            self.output / "loss.png",
+            unigram_entropy=summary["valid_unigram_entropy"],
+            ln_vocab=summary["ln_vocab"],
+        )
         write_json(self.output / "summary.json", summary)
-        self._report(summary)
+        first, last = summary["first_validation_loss"], summary["last_validation_loss"]
+        self.console.print(
+            f"\n[bold]Done.[/] validation loss {first:.3f} -> [bold]{last:.3f}[/] nats a token "
+            f"(uniform guessing {summary['ln_vocab']:.3f}, "
+            f"unigram entropy {summary['valid_unigram_entropy']:.3f}); "
+            f"MTP acceptance {summary['mtp_acceptance']:.0%}\n"
+            f"{self.output}/: loss.png, metrics.jsonl, summary.json, checkpoints; "
+            f"{self.hf}/ for transformers",
+            highlight=False,
+            soft_wrap=True,
+        )
         return summary
 
-    def _prepare(self) -> None:
-        if (self.data / "corpus.json").exists():
-            self._announce("prepare", f"data: {self.data} is there already")
-            return
-        words = [
-            "data",
-            "prepare",
-            "--output",
-            str(self.data),
-            "--max-megabytes",
-            f"{self.max_megabytes:g}",
-        ]
-        self._step(
-            "prepare", "make a corpus of the Python sources on this machine, and tokenize it", words
-        )
+    # The last two steps run in this process: their figures go into the summary.
 
     def _verify(self) -> dict[str, Any]:
         from conversion.verification.verify import verify
 
-        words = ["verify", "--megatron-path", str(self.output), "--hf-path", str(self.hf)]
-        self._announce("verify", "compare Megatron's logits with transformers'", words)
+        self._announce(
+            "verify",
+            "compare Megatron's logits with transformers'",
+            *("verify", "--megatron-path", str(self.output), "--hf-path", str(self.hf)),
+        )
         start = time.monotonic()
         report = verify(self.output, self.hf)
         self.seconds["verify"] = time.monotonic() - start
@@ -130,15 +140,17 @@ class Quickstart:
     def _generate(self) -> dict[str, Any]:
         from conversion.huggingface.generation import generate
 
-        words = ["generate", "--hf-path", str(self.hf), "--prompt", PROMPT, "--use-mtp"]
         self._announce(
-            "generate", "continue a text in transformers, without and with the MTP head", words
+            "generate",
+            "continue a text in transformers, without and with the MTP head",
+            *("generate", "--hf-path", str(self.hf), "--prompt", PROMPT, "--use-mtp"),
         )
         start = time.monotonic()
         plain = generate(self.hf, PROMPT, max_new_tokens=NEW_TOKENS)
         drafted = generate(self.hf, PROMPT, use_mtp=True, max_new_tokens=NEW_TOKENS)
         self.seconds["generate"] = time.monotonic() - start
         self.console.print(plain.text, markup=False, highlight=False, style="cyan")
+        # The MTP head only drafts tokens, which the model then accepts or replaces.
         if drafted.token_ids != plain.token_ids:
             raise WorkError(
                 "greedy text with and without the MTP head differs",
@@ -152,11 +164,6 @@ class Quickstart:
 
     def _summarize(self, parity: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
         from conversion.huggingface.generation import mtp_acceptance
-        from mellum2_megatron.checkpoint import read_run
-        from mellum2_megatron.checkpoint.folder import RUN_FILE
-        from mellum2_megatron.data.prepared_folder import load_prepared
-        from mellum2_megatron.metrics import read_metrics
-        from mellum2_megatron.metrics.log import METRICS_FILE, series
 
         run = read_run(self.output / RUN_FILE)
         prepared = load_prepared(self.data)
@@ -182,7 +189,8 @@ class Quickstart:
             "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
         }
 
-    def _validation_tokens(self, length: int) -> Any:
+    def _validation_tokens(self, length: int) -> Tensor:
+        """Return up to `ACCEPTANCE_SEQUENCES` sequences of the validation data, [n, length]."""
         import torch
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -195,37 +203,29 @@ class Quickstart:
         rows = min(ACCEPTANCE_SEQUENCES, len(stream) // length)
         return torch.tensor(stream[: rows * length]).view(rows, length)
 
-    def _plot(self, summary: dict[str, Any]) -> None:
-        from mellum2_megatron.metrics import plot_loss
-        from mellum2_megatron.metrics.log import METRICS_FILE
+    def _step(self, name: str, purpose: str, *words: str) -> None:
+        """Run one command of mellum2 in a process of its own.
 
-        plot_loss(
-            self.output / METRICS_FILE,
-            self.output / "loss.png",
-            unigram_entropy=summary["valid_unigram_entropy"],
-            ln_vocab=summary["ln_vocab"],
-        )
-
-    def _report(self, summary: dict[str, Any]) -> None:
-        first, last = summary["first_validation_loss"], summary["last_validation_loss"]
-        self.console.print(
-            f"\n[bold]Done.[/] validation loss {first:.3f} -> [bold]{last:.3f}[/] nats a token "
-            f"(uniform guessing {summary['ln_vocab']:.3f}, unigram entropy {summary['valid_unigram_entropy']:.3f}); "
-            f"MTP acceptance {summary['mtp_acceptance']:.0%}\n"
-            f"{self.output}/: loss.png, metrics.jsonl, summary.json, checkpoints; {self.hf}/ for transformers",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    def _step(self, name: str, what: str, words: Sequence[str], more: Sequence[str] = ()) -> None:
-        command = [*words, *more]
-        self._announce(name, what, command)
+        Raises:
+            InputError, WorkError: the command failed with exit code 2, or another one.
+        """
+        self._announce(name, purpose, *words)
         start = time.monotonic()
-        code = _call([sys.executable, "-m", "mellum2_megatron", *command])
+        process = subprocess.Popen([sys.executable, "-m", "mellum2_megatron", *words])
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            # The terminal interrupts the command too, which first ends its own processes.
+            try:
+                process.wait(_SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+            raise
         self.seconds[name] = time.monotonic() - start
         if code == 130:
             raise KeyboardInterrupt
-        if code == 2:  # the step has said what is wrong
+        if code == InputError.exit_code:
             raise InputError(
                 f"step {name}", rule="was refused (see above)", fix="follow its message"
             )
@@ -234,34 +234,16 @@ class Quickstart:
                 f"step {name} failed with exit code {code} (see above)", fix="follow its message"
             )
 
-    def _announce(self, name: str, what: str, words: Sequence[str] = ()) -> None:
-        self.console.rule(f"[bold]{name}[/]: {what}", align="left")
+    def _announce(self, name: str, purpose: str, *words: str) -> None:
+        self.console.rule(f"[bold]{name}[/]: {purpose}", align="left")
         if words:
             self.console.print(
                 f"$ mellum2 {shlex.join(words)}", style="dim", soft_wrap=True, highlight=False
             )
 
 
-def _call(command: Sequence[str]) -> int:
-    """Run a command to its end and return its exit code.
-
-    An interrupt from the keyboard reaches the command too: it is given the time to end its own
-    processes.
-    """
-    process = subprocess.Popen(command)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        try:
-            process.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-        raise
-
-
 def run_quickstart(
     console: Console, *, output: Path, data: Path, overrides: Sequence[str], max_megabytes: float
 ) -> None:
-    """Walk the whole way; see `Quickstart`."""
+    """Take all steps of the quickstart; arguments as the attributes of `Quickstart`."""
     Quickstart(console, output, data, overrides, max_megabytes).run()

@@ -169,7 +169,7 @@ def _commands(job: ClusterJob) -> Iterator[str]:
     yield f'  {python} -m launchers.agent "$folder"/{RUN_FILE} {_words(agent)}'
     yield ")"
     if container is not None and container.runtime == "pyxis":
-        # Pyxis containers start through srun alone; --overlap: the step of the agents may not be gone yet.
+        # Only srun starts a Pyxis container. --overlap: the agents' step may not be gone yet.
         python = f"srun --nodes=1 --ntasks=1 --cpus-per-task=1 --overlap {python}"
     yield f'outcome=({python} -m launchers.outcome "$folder" --tries {profile.tries})'
 
