@@ -1,26 +1,34 @@
 # shellcheck shell=bash
-# Sourced by the set-up scripts, which define VENV, say and fail: install into $VENV with uv where it can be had, else with pip.
+# Install packages into $VENV with uv if available, else with pip.
+# Sourced by the set-up scripts, which define VENV, say and fail.
 
-# uv does not read pip's configuration: hand over a mirror or a certificate that the user gave pip.
-hand_over_pip_configuration() {
+# uv does not read pip's configuration: pass on the user's mirror and certificate.
+pass_on_pip_configuration() {
     local index certificate
-    index=${PIP_INDEX_URL:-$("$VENV/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
-    certificate=${PIP_CERT:-$("$VENV/bin/python" -m pip config get global.cert 2>/dev/null || true)}
-    if [ -n "$index" ] && [ -z "${UV_INDEX_URL:-}${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX="$index"; fi
-    if [ -n "$certificate" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE="$certificate"; fi
+    pip_option() { "$VENV/bin/python" -m pip config get "$1" 2>/dev/null || true; }
+    index=${PIP_INDEX_URL:-$(pip_option global.index-url)}
+    certificate=${PIP_CERT:-$(pip_option global.cert)}
+    if [ -n "$index" ] && [ -z "${UV_INDEX_URL:-}${UV_DEFAULT_INDEX:-}" ]; then
+        export UV_DEFAULT_INDEX="$index"
+    fi
+    if [ -n "$certificate" ] && [ -z "${SSL_CERT_FILE:-}" ]; then
+        export SSL_CERT_FILE="$certificate"
+    fi
 }
 
-# Arguments as of `pip install`.
+# Takes the arguments of `pip install`.
 install_packages() {
-    if "$VENV/bin/python" -m uv --version >/dev/null 2>&1 || "$VENV/bin/python" -m pip install --quiet uv; then
-        hand_over_pip_configuration
+    local python="$VENV/bin/python"
+    if "$python" -m uv --version >/dev/null 2>&1 || "$python" -m pip install --quiet uv; then
+        pass_on_pip_configuration
         say "installing with uv"
-        # Compiled now, or every process of every run compiles torch and megatron again where byte code is not written.
-        if "$VENV/bin/python" -m uv pip install --compile-bytecode --python "$VENV/bin/python" "$@"; then return; fi
+        # Where Python writes no byte code, every process would compile torch and megatron again.
+        if "$python" -m uv pip install --compile-bytecode --python "$python" "$@"; then return; fi
         say "uv did not succeed, see above; trying pip"
     else
-        say "uv is not to be had; using pip, which is slower"
+        say "uv is not available; using pip, which is slower"
     fi
-    "$VENV/bin/python" -m pip install "$@" ||
-        fail "the installation failed, see above. Fix: check the network and the free disk space (6 GB), then run this again."
+    "$python" -m pip install "$@" ||
+        fail "the installation failed, see above. Fix: check the network" \
+            "and the free disk space (6 GB), then run this again."
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Add Megatron-Bridge to .venv, beside Transformer Engine (scripts/setup_te.sh, run that first). No GPU is needed.
-# Nothing that is there changes its version: every package of constraints-bridge.txt is installed without dependencies.
+# Add Megatron-Bridge to .venv. Needs Transformer Engine (run scripts/setup_te.sh first), no GPU.
+# Every package of constraints-bridge.txt is installed without its dependencies, so that no
+# installed package changes its version.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +16,8 @@ fail() { printf '[setup-bridge] error: %s\n' "$*" >&2; exit 2; }
 "$PYTHON" -c "import torch, transformer_engine.pytorch" >/dev/null 2>&1 ||
     fail "Transformer Engine does not import. Fix: run scripts/setup_te.sh first."
 
-# The pins that are not met: absent packages, and those whose version another file pins otherwise.
+# Print the pins that are not met: `unmet absent` the packages that are not installed, `unmet other`
+# those in another version, which another file pins.
 unmet() {
     "$PYTHON" - "$PINS" "$1" <<'PY'
 import importlib.metadata, sys
@@ -35,7 +37,7 @@ PY
 
 absent=$(unmet absent)
 other=$(unmet other)
-[ -z "$other" ] || say "left as they are, in another version than $PINS has: $(echo $other)"
+[ -z "$other" ] || say "not changed, though $PINS has another version: $(echo $other)"
 if [ -n "$absent" ]; then
     say "installing $(echo $absent)"
     # shellcheck disable=SC2086  # one word a package
@@ -44,5 +46,7 @@ fi
 "$PYTHON" -W ignore -c "
 import torch
 import megatron.bridge.training.model_load_save, conversion.bridge
-" || fail "Megatron-Bridge is installed and does not import, see above. Fix: the message names what is missing."
-say "Megatron-Bridge $("$PYTHON" -c 'import importlib.metadata as m; print(m.version("megatron-bridge"))') is there"
+" || fail "Megatron-Bridge is installed and does not import, see above." \
+    "Fix: install the package that the message names."
+version=$("$PYTHON" -c 'import importlib.metadata as m; print(m.version("megatron-bridge"))')
+say "Megatron-Bridge $version is there"

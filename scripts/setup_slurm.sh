@@ -1,6 +1,6 @@
 #!/bin/bash
-# Installs Slurm and munge, so that the tests marked `slurm` can run here: Debian's and Ubuntu's own packages. No service is
-# left running; the tests start their own. Running it again changes nothing.
+# Install Slurm and munge from Debian's or Ubuntu's packages, for the tests marked `slurm`. No
+# service is left running; the tests start their own. A second run changes nothing.
 set -euo pipefail
 
 missing=()
@@ -13,7 +13,8 @@ if [[ ${#missing[@]} -eq 0 ]]; then
 fi
 
 if ! command -v apt-get > /dev/null; then
-  echo "error: ${missing[*]} missing, and this machine has no apt-get. Fix: install Slurm and munge with its own packages." >&2
+  echo "error: ${missing[*]} missing, and this machine has no apt-get." \
+    "Fix: install Slurm and munge with its own packages." >&2
   exit 2
 fi
 as_root=()
@@ -25,7 +26,7 @@ if [[ $EUID -ne 0 ]]; then
   as_root=(sudo)
 fi
 
-# Installing starts services that would only wait for a configuration, unless the policy says no.
+# The packages start services, which have no configuration here, unless a policy forbids it: 101.
 policy=/usr/sbin/policy-rc.d
 if [[ ! -e $policy ]]; then
   printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" > /dev/null
@@ -33,5 +34,6 @@ if [[ ! -e $policy ]]; then
   trap '"${as_root[@]}" rm -f "$policy"' EXIT
 fi
 "${as_root[@]}" apt-get -o Acquire::Retries=3 update -qq
-"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 install -y -qq --no-install-recommends slurm-wlm munge
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 \
+  install -y -qq --no-install-recommends slurm-wlm munge
 PATH="$PATH:/usr/sbin" slurmctld -V
