@@ -15,11 +15,11 @@ error_console = Console(stderr=True)
 
 
 def print_line(text: str) -> None:
-    """Print ``text`` as it is, without wrapping, markup or colours.
+    """Print ``text`` as it is, without wrapping, markup, emoji or colours.
 
     Paths and values stay in one piece, for ``grep`` and for copying.
     """
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(text, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def plain_table(*columns: Column | str, title: str | None = None, **options: Any) -> Table:

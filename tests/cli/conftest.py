@@ -1,4 +1,4 @@
-"""What the tests of the command line work on: made once, to be read or copied."""
+"""Data, checkpoints and runs for the tests of the command line; to be read or copied."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from tests.data.conftest import python_like
 
 @pytest.fixture(autouse=True)
 def _nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test whose `train`, meant to be refused, would start ranks."""
+
     def launch(*_: Any, **__: Any) -> None:
         raise AssertionError("ranks were started")
 
@@ -37,7 +39,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepare_result(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """`data prepare` in a process of its own: the folder, and what the command said."""
+    """Folder and result of `data prepare`, run in a process of its own."""
     folder = tmp_path_factory.mktemp("data") / "corpus"
     return folder, process("data", "prepare", "--output", folder, "--input", texts, *PREPARE)
 
@@ -62,13 +64,13 @@ def checkpoint(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def small_run(corpus: Path) -> list[str]:
-    """Words after `train` of a run that would work."""
+    """Arguments of a `train` that would work."""
     return [TINY, *SMALL, f"data.path={corpus}", "--device", "cpu"]
 
 
 @pytest.fixture
 def run_folder(small_run: list[str], tmp_path: Path) -> Path:
-    """What a run has left that was trained to step 100: every file but the weights."""
+    """Folder of a run trained to step 100, without the weights."""
     folder = tmp_path / "run"
     overrides = [*small_run[1:-2], f"checkpoint.output={folder}"]
     write_run_folder(apply_overrides(recipe(TINY), overrides))
@@ -80,7 +82,7 @@ def run_folder(small_run: list[str], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Make a file system of its own, with the mount options given (`size=1m`)."""
+    """Function that makes a file system of its own, with mount options (`size=1m`)."""
     made: list[Path] = []
 
     def mount(options: str) -> Path:

@@ -1,4 +1,4 @@
-"""The command line, run in this process or in one of its own, and how it ended."""
+"""Run the command line in this process or in one of its own."""
 
 from __future__ import annotations
 
@@ -35,14 +35,19 @@ PREPARE = ["--vocab-size", "360", "--workers", "1", "--valid-fraction", "0.2"]
 
 @dataclasses.dataclass
 class Result:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
     def refused(self, *named: str, code: int = 2) -> None:
-        """It must have ended with one message that names value, rule and fix, and nothing else."""
+        """Assert that it ended with one message of value, rule and fix, and printed nothing else.
+
+        Args:
+            named: texts that the message must contain.
+            code: exit code; 2 for bad input, 1 for a failure at work.
+        """
         assert self.code == code, self
         assert self.out == "", self
         assert self.err.startswith("error: "), self
@@ -56,19 +61,18 @@ class Result:
 def mellum2(*words: str | Path) -> Result:
     """Run the command line in this process."""
     out, err = io.StringIO(), io.StringIO()
+    # `quiet_upstream` changes loggers and `print` for the rest of a process: both are restored.
     levels = {
-        each: each.level
-        for each in logging.root.manager.loggerDict.values()
-        if isinstance(each, logging.Logger)
+        logger: logger.level
+        for logger in logging.root.manager.loggerDict.values()
+        if isinstance(logger, logging.Logger)
     }
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setattr(
-            builtins, "print", builtins.print
-        )  # `quiet_upstream` is for the rest of a process
+        patch.setattr(builtins, "print", builtins.print)
         patch.setattr(sys, "argv", ["mellum2", *map(str, words)])
         code = 0
         try:
@@ -97,7 +101,7 @@ def process(*words: str | Path, module: bool = False, **options: Any) -> Result:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every path below a folder, with the hash of what it holds."""
+    """Return every path below a folder with the hash of its content."""
     return {
         str(path.relative_to(folder)): "folder"
         if path.is_dir()

@@ -1,5 +1,4 @@
-"""What the command line refuses in one message, leaving nothing behind: bad files and taken
-targets."""
+"""Invalid files and occupied targets: one message, exit code 2, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -72,15 +71,8 @@ def test_a_folder_that_is_no_mellum2(
     mellum2("convert", "import", "--hf-path", folder, *target).refused(*named)
     mellum2("convert", "roundtrip", "--hf-path", folder).refused(*named)
     mellum2("verify", "--megatron-path", checkpoint, "--hf-path", folder).refused(*named)
-    mellum2(
-        "score",
-        "--tokens",
-        tmp_path / "tokens.npy",
-        "--out",
-        tmp_path / "out.npz",
-        "--hf-path",
-        folder,
-    ).refused(*named)
+    tokens, out = ["--tokens", tmp_path / "tokens.npy"], ["--out", tmp_path / "out.npz"]
+    mellum2("score", *tokens, *out, "--hf-path", folder).refused(*named)
     assert snapshot(tmp_path) == before
 
 
@@ -110,7 +102,7 @@ def test_checkpoints_of_another_architecture(
 def test_a_tracker_that_points_nowhere(
     tracker: str, run_folder: Path, small_run: list[str]
 ) -> None:
-    """Megatron would start over without a word."""
+    """Megatron itself would train anew, without an error."""
     (run_folder / TRACKER_FILE).write_text(tracker)
     before = snapshot(run_folder)
     mellum2("train", *small_run, "--output", run_folder).refused(TRACKER_FILE)
@@ -118,7 +110,7 @@ def test_a_tracker_that_points_nowhere(
 
 
 def _tokens_files(folder: Path) -> dict[str, str]:
-    """Name of a bad file of tokens, and what the message must say of it."""
+    """Write invalid files of tokens; return what the message on each must contain."""
     good = np.ones((2, 6), dtype=np.int64)
     np.save(folder / "good.npy", good)
     np.save(folder / "float.npy", good.astype(np.float32))
@@ -146,7 +138,7 @@ def _tokens_files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_tokens_that_are_none(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_invalid_files_of_tokens(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     files = _tokens_files(tmp_path)
     before = snapshot(tmp_path)
     for name, named in files.items():
@@ -174,10 +166,7 @@ def test_score_takes_one_checkpoint_and_writes_one_file(
     assert snapshot(tmp_path) == before
 
 
-# -- Targets ----------------------------------------------------------------------------------------------------------
-
-
-def test_targets_that_are_taken(
+def test_occupied_targets(
     hf_folder: Path,
     checkpoint: Path,
     texts: Path,
@@ -219,18 +208,11 @@ def test_a_disk_that_cannot_be_written(
     """A read-only file system, which stops even root."""
     disk = mounted("ro")
     np.save(tmp_path / "tokens.npy", np.ones((1, 4), dtype=np.int64))
+    tokens, out = ["--tokens", tmp_path / "tokens.npy"], ["--out", disk / "out.npz"]
     for words in (
         ["train", *small_run, "--output", disk / "run"],
         ["convert", "import", "--hf-path", hf_folder, "--megatron-path", disk / "checkpoint"],
         ["data", "prepare", "--input", texts, "--output", disk / "corpus"],
-        [
-            "score",
-            "--tokens",
-            tmp_path / "tokens.npy",
-            "--hf-path",
-            hf_folder,
-            "--out",
-            disk / "out.npz",
-        ],
+        ["score", *tokens, *out, "--hf-path", hf_folder],
     ):
         mellum2(*words).refused(str(disk), "not writable")

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints and writes when all is well."""
+"""The command line when all is well: output and files."""
 
 from __future__ import annotations
 
@@ -50,15 +50,23 @@ def test_planning_imports_no_heavy_library() -> None:
     program = f"""
 import sys
 from mellum2_megatron.cli import main
-for words in (["recipes"], ["info", "mellum2-12b"], ["info", "{TINY}", "layout.ep=4"], ["doctor", "--help"],
-              ["train", "{BIG}", "--nproc", "256", "--dry-run"], ["train", "{TINY}", "--dry-run"], ["train", "none"]):
+for words in (
+    ["recipes"],
+    ["info", "mellum2-12b"],
+    ["info", "{TINY}", "layout.ep=4"],
+    ["doctor", "--help"],
+    ["train", "{BIG}", "--nproc", "256", "--dry-run"],
+    ["train", "{TINY}", "--dry-run"],
+    ["train", "none"],
+):
     sys.argv = ["mellum2", *words]
     try:
         main()
     except SystemExit:
         pass
-    heavy = {{"torch", "transformers", "megatron", "tokenizers", "numpy", "safetensors"}} & set(sys.modules)
-    assert not heavy, (words, heavy)
+    heavy = {{"torch", "transformers", "megatron", "tokenizers", "numpy", "safetensors"}}
+    loaded = heavy & set(sys.modules)
+    assert not loaded, (words, loaded)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY
@@ -85,7 +93,7 @@ def test_info_of_the_released_model_states_its_exact_counts() -> None:
         assert count in shown.out
 
 
-def test_info_agrees_with_itself_whatever_it_is_given(hf_folder: Path) -> None:
+def test_info_is_the_same_of_a_recipe_a_preset_and_a_folder(hf_folder: Path) -> None:
     preset = json.loads(mellum2("info", "mellum2-tiny", "--json").out)
     of_recipe = json.loads(mellum2("info", TINY, "--json").out)
     assert of_recipe.pop("memory_per_rank") is not None
@@ -100,8 +108,7 @@ def test_info_agrees_with_itself_whatever_it_is_given(hf_folder: Path) -> None:
 
 
 def test_dry_run_is_a_run_file(small_run: list[str], tmp_path: Path) -> None:
-    """What `--dry-run` prints can be given to `train`, and then means the same run; overrides come
-    anywhere."""
+    """The output of `--dry-run` is a run file of the same run; overrides may stand anywhere."""
     output = tmp_path / "run"
     shown = mellum2("train", *small_run, "--dry-run", "--output", output, "optimizer.lr=1e-3")
     assert (shown.code, shown.err) == (0, "")

@@ -1,4 +1,4 @@
-"""A full disk: one message, and what was there before is there still."""
+"""Full disks: one message, and earlier files stay."""
 
 from __future__ import annotations
 
@@ -24,23 +24,13 @@ def test_a_full_disk(
     np.save(tmp_path / "tokens.npy", np.ones((8, 40), dtype=np.int64))
     (disk / "kept").write_text("kept")
     before = snapshot(disk)
+    tokens, out = ["--tokens", tmp_path / "tokens.npy"], ["--out", disk / "out.npz"]
     for code, words in (
         (2, ["train", *small_run, "--output", disk / "run"]),  # not even one checkpoint would fit
         (1, ["convert", "import", "--hf-path", hf_folder, "--megatron-path", disk / "checkpoint"]),
         (1, ["convert", "export", "--megatron-path", checkpoint, "--hf-path", disk / "hf"]),
         (1, ["data", "prepare", "--input", texts, "--output", disk / "x", *PREPARE]),
-        (
-            1,
-            [
-                "score",
-                "--tokens",
-                tmp_path / "tokens.npy",
-                "--hf-path",
-                hf_folder,
-                "--out",
-                disk / "out.npz",
-            ],
-        ),
+        (1, ["score", *tokens, *out, "--hf-path", hf_folder]),
     ):
         mellum2(*words).refused(str(disk), code=code)
         assert snapshot(disk) == before, words
@@ -50,8 +40,7 @@ def test_a_full_disk(
 def test_a_disk_that_fills_up_while_training(
     mounted: Callable[[str], Path], corpus: Path, small_run: list[str], tmp_path: Path
 ) -> None:
-    """Real ranks: the checkpoint that did not fit is gone, the earlier one is whole and is what a
-    resume would load."""
+    """Real ranks: the checkpoint that did not fit is removed, and the earlier one is complete."""
     disk = mounted("size=5m")  # a checkpoint takes 3.5 MB
     file = tmp_path / "run.yaml"
     file.write_text(mellum2("train", *small_run, "--dry-run", "--output", disk / "run").out)

@@ -1,4 +1,4 @@
-"""A small release and what it is made of, for the release tests."""
+"""Ingredients of a small release, for the release tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
-{%- if message.reasoning_content %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif -%}
+{%- if message.reasoning_content -%}
+{{- '<think>' + message.reasoning_content + '</think>' -}}
+{%- endif -%}
 {{- message.content + '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}

@@ -1,5 +1,4 @@
-"""Each check of a release folder, made to fail; and folders that pass, ours and transformers'
-own."""
+"""Each check of a release folder, made to fail; and folders that pass."""
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import conversion.release.model_checks as model_checks
 from conversion.huggingface.folder import INDEX_FILE
 from conversion.huggingface.generation import Generation
+from conversion.release import model_checks
 from conversion.release.check import Check
 from conversion.release.check_release import NEEDED_TO_RUN, check_release
 from conversion.release.release import ReleaseResult
@@ -30,7 +29,7 @@ Damage = Callable[[Path], None]
 
 @pytest.fixture
 def folder(released: ReleaseResult, tmp_path: Path) -> Path:
-    """A copy of a good release to damage; without the hashes that would notice any damage."""
+    """A copy of a good release to damage, without the hashes that any damage would break."""
     path = Path(shutil.copytree(released.path, tmp_path / "copy"))
     (path / "verification.json").unlink()
     (path / "weights_manifest.json").unlink()
@@ -70,9 +69,9 @@ def remove(name: str) -> Damage:
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object], files: int = 1) -> Damage:
     def damage(folder: Path) -> None:
-        found = load_tensors(folder)
-        change(found)
-        save_tensors(folder, found, files)
+        weights = load_tensors(folder)
+        change(weights)
+        save_tensors(folder, weights, files)
 
     return damage
 
@@ -92,24 +91,24 @@ def drop_rope(folder: Path) -> None:
     edit_json(folder / "config.json", rope_parameters=parameters)
 
 
-def drop_mtp(found: dict[str, torch.Tensor]) -> None:
-    for name in [name for name in found if name.startswith("mtp.")]:
-        del found[name]
+def drop_mtp(weights: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in weights if name.startswith("mtp.")]:
+        del weights[name]
 
 
 def poison(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda found: (
-        found["model.layers.1.mlp.experts.2.up_proj.weight"].view(-1)[7].fill_(value)
+    return lambda weights: (
+        weights["model.layers.1.mlp.experts.2.up_proj.weight"].view(-1)[7].fill_(value)
     )
 
 
 def shard_without_file(folder: Path) -> None:
-    tensors(lambda found: None, files=3)(folder)
+    tensors(lambda weights: None, files=3)(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
 
 
 def unlisted(folder: Path) -> None:
-    tensors(lambda found: None, files=2)(folder)
+    tensors(lambda weights: None, files=2)(folder)
     index = json.loads((folder / INDEX_FILE).read_text())
     del index["weight_map"]["model.norm.weight"]
     (folder / INDEX_FILE).write_text(json.dumps(index))
@@ -184,15 +183,15 @@ NO_THOUGHT = TEMPLATE.replace("+ message.reasoning_content +", "+")
         ("files", unlisted, "model.norm.weight not listed"),
         (
             "tensors",
-            tensors(lambda found: found.pop("model.norm.weight")),
+            tensors(lambda weights: weights.pop("model.norm.weight")),
             "model.norm.weight missing",
         ),
         (
             "tensors",
-            tensors(lambda found: found.update(extra=torch.zeros(2, dtype=torch.bfloat16))),
+            tensors(lambda weights: weights.update(extra=torch.zeros(2, dtype=torch.bfloat16))),
             "extra not part",
         ),
-        ("tensors", tensors(lambda found: found.pop("mtp.fc.weight")), "mtp.fc.weight missing"),
+        ("tensors", tensors(lambda weights: weights.pop("mtp.fc.weight")), "mtp.fc.weight missing"),
         ("MTP head", tensors(drop_mtp), "num_nextn_predict_layers=1, 0 in the tensors"),
         (
             "MTP head",
@@ -202,7 +201,7 @@ NO_THOUGHT = TEMPLATE.replace("+ message.reasoning_content +", "+")
         (
             "shapes",
             tensors(
-                lambda found: found.update(
+                lambda weights: weights.update(
                     {"lm_head.weight": torch.zeros(320, 23, dtype=torch.bfloat16)}
                 )
             ),
@@ -211,7 +210,7 @@ NO_THOUGHT = TEMPLATE.replace("+ message.reasoning_content +", "+")
         ("dtypes", config(dtype="float32"), "dtype='float32' in config.json, tensors are bfloat16"),
         (
             "dtypes",
-            tensors(lambda found: found.update({"model.norm.weight": torch.ones(24)})),
+            tensors(lambda weights: weights.update({"model.norm.weight": torch.ones(24)})),
             "F32",
         ),
         ("finite", tensors(poison(float("nan"))), r"experts\.2\.up_proj\.weight \(1 of 288\)"),
@@ -276,11 +275,11 @@ def test_one_damage_fails_its_check_alone(
     name: str, damage: Damage, message: str, folder: Path
 ) -> None:
     damage(folder)
-    found = failures(folder)
-    assert [check.name for check in found] == name.split(", ")
-    told = " / ".join(f"{check.value}: {check.rule}. Fix: {check.fix}." for check in found)
-    assert re.search(message, told)
-    assert all(check.rule and check.fix for check in found)
+    failed = failures(folder)
+    assert [check.name for check in failed] == name.split(", ")
+    messages = " / ".join(f"{check.value}: {check.rule}. Fix: {check.fix}." for check in failed)
+    assert re.search(message, messages)
+    assert all(check.rule and check.fix for check in failed)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(folder: Path, tmp_path: Path) -> None:
@@ -296,7 +295,7 @@ def test_a_changed_weight_differs_from_the_manifest(
     released: ReleaseResult, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(released.path, tmp_path / "copy"))
-    tensors(lambda found: found["lm_head.weight"][3, 4].add_(1))(path)
+    tensors(lambda weights: weights["lm_head.weight"][3, 4].add_(1))(path)
     (check,) = failures(path)
     assert (check.name, check.value) == ("manifest", "lm_head.weight")
 
@@ -312,7 +311,7 @@ def test_a_changed_file_differs_from_the_verification_card(
     assert (check.name, check.value) == ("verification card", "chat_template.jinja")
 
 
-def test_what_loads_the_model_is_left_out_after_damage(folder: Path) -> None:
+def test_checks_that_load_the_model_are_left_out_after_damage(folder: Path) -> None:
     tensors(poison(float("nan")))(folder)
     report = check_release(folder)
     running = [
@@ -365,7 +364,7 @@ def test_acceptance_below_the_floor(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_made_by_transformers_alone(tmp_path: Path) -> None:
-    """Fused experts lose nothing; what save_pretrained drops and never wrote is what fails."""
+    """Fused experts lose nothing; only the MTP head and the documents are missing."""
     from transformers import AutoModelForCausalLM
 
     source = write_model(tmp_path / "source")
@@ -373,13 +372,13 @@ def test_a_folder_made_by_transformers_alone(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, tmp_path / "saved" / name)
-    found = {check.name for check in failures(tmp_path / "saved", member=None)}
-    assert found == {"MTP head", "model card", "licence"}
+    failed = {check.name for check in failures(tmp_path / "saved", member=None)}
+    assert failed == {"MTP head", "model card", "licence"}
     before, after = load_tensors(source), unfused(load_tensors(tmp_path / "saved"))
     assert all(before[name].equal(after[name]) for name in after)
 
 
-def test_what_cannot_be_checked_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must be a folder"):
         check_release(tmp_path / "nowhere")
     with pytest.raises(InputError, match="must be a folder"):
@@ -391,9 +390,8 @@ def test_what_cannot_be_checked_is_refused(folder: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="--text"):
         check_release(folder, text=tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    assert [check.name for check in failures(tmp_path / "empty")] == [
-        "config", "files", "tokenizer files", "model card", "licence",
-    ]  # fmt: skip
+    failed = [check.name for check in failures(tmp_path / "empty")]
+    assert failed == ["config", "files", "tokenizer files", "model card", "licence"]
 
 
 def test_the_report_as_data_and_as_table(folder: Path) -> None:

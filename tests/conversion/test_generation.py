@@ -34,8 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def agreeing(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that continues token i with i + 1, and whose MTP head knows it: its drafts are right
-    every time.
+    """A model that continues token i with i + 1, and whose MTP head drafts the same.
 
     Embeddings are one-hot, attention and experts add nothing, and the head reads i as i + 1. The
     MTP head passes on the embedding of the token it is fed and ignores the hidden state.
@@ -56,7 +55,7 @@ def agreeing(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greedy(folder: Path, ids: list[int], count: int) -> list[int]:
-    """One full forward pass a token, no cache, no generate()."""
+    """Continue `ids` greedily: one full forward pass per token, no cache, no generate()."""
     from transformers import MellumForCausalLM
 
     model = MellumForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -82,7 +81,7 @@ def test_greedy_text_is_that_of_a_plain_loop(folder: Path, use_mtp: bool) -> Non
     assert (result.drafted is None) == (not use_mtp)
 
 
-def test_every_draft_of_a_head_that_knows_is_accepted(agreeing: Path) -> None:
+def test_every_draft_of_an_agreeing_head_is_accepted(agreeing: Path) -> None:
     result = generate(agreeing, "e", use_mtp=True, max_new_tokens=21)
     (first,) = result.prompt_ids
     assert result.token_ids == tuple(range(first + 1, first + 22))
@@ -172,7 +171,7 @@ def test_special_tokens_are_ids_and_not_text(agreeing: Path) -> None:
     assert result.text == last
 
 
-def test_what_cannot_be_generated_from_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_invalid_requests_are_refused(folder: Path, tmp_path: Path) -> None:
     without = make_folder(tmp_path / "without", num_mtp_layers=None, mtp_layer_types=None)
     assert generate(without, PROMPT, max_new_tokens=3).drafted is None
     with pytest.raises(InputError, match="--use-mtp"):

@@ -1,4 +1,4 @@
-"""Where two models part: layer by layer, by hooks, with a damage at a known place."""
+"""Errors layer by layer: a damage at a known place is found at that place."""
 
 from __future__ import annotations
 

@@ -35,10 +35,18 @@ def test_a_release_is_complete_and_holds_the_models_weights(
 ) -> None:
     folder = released.path
     assert sorted(path.name for path in folder.iterdir()) == [
-        "LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "verification.json",
+        "LICENSE",
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "verification.json",
         "weights_manifest.json",
-    ]  # fmt: skip
+    ]
     assert left_behind(folder) == [folder.name]
     before, after = load_tensors(chat_model), load_tensors(folder)
     assert before.keys() == after.keys()
@@ -57,7 +65,7 @@ def test_every_check_of_a_release_ran_and_passed(released: ReleaseResult) -> Non
     assert outcomes[LOGITS] == "pass"
 
 
-def test_the_verification_card_says_what_was_measured(released: ReleaseResult) -> None:
+def test_the_verification_card_has_the_measurements(released: ReleaseResult) -> None:
     card = json.loads((released.path / "verification.json").read_text())
     assert card["member"] == "instruct"
     assert card["checkpoint"] == {"name": "release", "iteration": None}
@@ -97,13 +105,20 @@ def test_the_model_card_is_filled_from_the_run(chat_checkpoint: Path, tmp_path: 
     assert front["license"] == "apache-2.0"
     tokens = run.schedule.samples(7) * run.data.sequence_length
     for row in (
-        "| recipe | mellum2_tiny_pretrain |", f"| tokens seen by the end of this run | {tokens:,} (",
-        "| started from | random weights |", "| step | 7 |",
-        f"| optimizer | {run.optimizer.name},", "| precision | bf16 |", "| layout | tp=1",
+        "| recipe | mellum2_tiny_pretrain |",
+        f"| tokens seen by the end of this run | {tokens:,} (",
+        "| started from | random weights |",
+        "| step | 7 |",
+        f"| optimizer | {run.optimizer.name},",
+        "| precision | bf16 |",
+        "| layout | tp=1",
         f"| code | mellum2-megatron 0.1.0, commit {'0f' * 20} with uncommitted changes |",
-        "| benchmark | score | shots |", "| HumanEval \\| pass@1 | 0.5 |  |", "| MBPP | n/a | 3 |",
-        "This release was not verified by running it.", "# Mellum 2 Base (0.03M)",
-    ):  # fmt: skip
+        "| benchmark | score | shots |",
+        "| HumanEval \\| pass@1 | 0.5 |  |",
+        "| MBPP | n/a | 3 |",
+        "This release was not verified by running it.",
+        "# Mellum 2 Base (0.03M)",
+    ):
         assert row in text, row
 
 

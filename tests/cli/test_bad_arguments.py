@@ -1,4 +1,4 @@
-"""What the command line refuses in one message: names and values that are none."""
+"""Invalid names and values on the command line: one message, exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_cuda_without_a_gpu(small_run: list[str], tmp_path: Path) -> None:
         (lambda text: '!!python/object/apply:os.mkdir ["owned"]', ["not YAML"]),
     ],
 )
-def test_a_run_file_that_is_none(
+def test_an_invalid_run_file(
     change: Callable[[str], str], named: list[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "bad.yaml"
@@ -117,7 +117,7 @@ def test_a_run_file_that_cannot_be_read(tmp_path: Path) -> None:
         (["data", "prepare", "--output", "x", "--max-megabytes", "inf"], ["--max-megabytes inf"]),
     ],
 )
-def test_names_of_nothing(
+def test_unknown_names(
     words: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
