@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.architecture.mellum2 import RopeParameters
+from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
 from tests.layouts.traffic import counting
 from tests.model.packing import packed_documents
 

@@ -12,8 +12,7 @@ import torch
 from transformers import MellumConfig, MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from mellum2_megatron.architecture import Mellum2Architecture, to_hf_config
-from mellum2_megatron.architecture.mellum2 import RopeParameters
+from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters, to_hf_config
 
 DEFAULT_ROPE = RopeParameters(rope_type="default", rope_theta=500_000.0)
 SMALL = Mellum2Architecture(

@@ -1,6 +1,6 @@
 """A user's own module, for `--spec tests.model.own_specs SPEC`."""
 
-from mellum2_megatron.architecture.mellum2 import RopeParameters
+from mellum2_megatron.architecture import RopeParameters
 from mellum2_megatron.model.layer_specs import layer_spec
 from tests.model.hf_reference import SMALL
 

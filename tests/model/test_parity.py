@@ -7,8 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
-from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.architecture.mellum2 import RopeParameters
+from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
 from mellum2_megatron.model.provider import build_model
 from mellum2_megatron.model.scoring import score_tokens
 from tests.model.hf_reference import DEFAULT_ROPE, SMALL, Reference, make_reference, to_megatron

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,6 +18,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 from mellum2_megatron.architecture import PRESETS, Mellum2Architecture, architecture_arguments
 from mellum2_megatron.model import layer_specs
 from mellum2_megatron.model.scoring import score_tokens
+from tests import REPOSITORY
 from tests.model.hf_reference import make_reference, to_megatron
 from tests.model.own_specs import ARCHITECTURE
 from tests.model.test_parity import relative_error, tokens_of
@@ -128,3 +134,26 @@ def test_every_preset_has_a_spec_under_its_name():
     yarn = specs["mellum2_12b_128k_torch"].submodules.self_attention.params["architecture"]
     assert yarn.rope_full_attention.rope_type == "yarn"
     assert yarn.rope_sliding_attention.rope_type == "default"
+
+
+@pytest.mark.slow
+def test_the_page_runs():
+    """The command that prints arguments, and the model alone, as docs/plugin.md has them."""
+    page = (REPOSITORY / "docs/plugin.md").read_text()
+    (printing,) = re.findall(r'^python -c "\n(.*?)"$', page, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (alone,) = [block for block in blocks if "score_tokens" in block]
+    alone += "print(tuple(logits.shape), tuple(mtp_logits.shape))"
+    words, shapes = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\n")[-2]
+        for program in (printing, alone)
+    ]
+    assert words.split() == architecture_arguments(PRESETS["mellum2-12b-128k"])
+    assert shapes == "(1, 4, 4096) (1, 4, 4096)"

@@ -57,8 +57,7 @@ def sharded_tensors(model: Any) -> dict[str, list[int]]:
 
 def tiny_models() -> dict[str, Any]:
     """Return checkpoint keys of the tiny model with both backends, and windows and scales of te."""
-    from mellum2_megatron.architecture import PRESETS
-    from mellum2_megatron.architecture.mellum2 import RopeParameters
+    from mellum2_megatron.architecture import PRESETS, RopeParameters
     from mellum2_megatron.model.provider import build_model
 
     yarn = RopeParameters(
