@@ -1,5 +1,4 @@
-"""Old path, promised by the run_config.yaml of older checkpoints: the module is now
-`conversion.bridge.model`."""
+"""Old path of `conversion.bridge.model`, named by the run_config.yaml of older checkpoints."""
 
 from conversion.bridge.model import Mellum2Bridge, Mellum2ModelProvider
 

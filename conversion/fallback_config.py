@@ -1,5 +1,5 @@
-"""Old path, promised by docs/bridge.md: the module is now
-`conversion.huggingface.fallback_config`."""
+"""Old path of `conversion.huggingface.fallback_config`, named by earlier versions of
+docs/bridge.md."""
 
 from conversion.huggingface.fallback_config import register_fallback_config
 

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mellum2_megatron.architecture import Shape as Shape
+from mellum2_megatron.architecture import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor

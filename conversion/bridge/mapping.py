@@ -1,7 +1,7 @@
 """Megatron-Bridge's mapping registry, made of the one table in `conversion.mapping`.
 
-Bridge names a Megatron weight as the model in memory does, the table as the checkpoint does;
-`parameter_pattern` is the difference. A ``*`` stands for a layer or an expert on both sides.
+Bridge names a Megatron weight as in the model in memory, the table as in a checkpoint;
+`parameter_pattern` translates. A ``*`` stands for a layer or an expert on both sides.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from conversion.mapping import PLACES, GroupedHeads, Place, Row, Same, StackedRo
 
 def mapping_registry() -> MegatronMappingRegistry:
     """Return the registry of every weight that a Mellum 2 model can have, MTP included."""
-    # Bridge goes by the names of Megatron's classes (models/conversion/param_mapping.py:1396-1434,
-    # 0.6.2).
+    # Bridge finds a weight's kind of parallelism by the name of its module's class
+    # (megatron/bridge/models/conversion/param_mapping.py:1396-1434, 0.6.2).
     AutoMapping.register_module_type("Mellum2Router", "replicated")
     return MegatronMappingRegistry(
         *(_mapping(place, row) for place in PLACES for row in place.rows)
@@ -25,21 +25,26 @@ def mapping_registry() -> MegatronMappingRegistry:
 
 
 def parameter_pattern(place: Place, row: Row) -> str:
-    """Return the name of a row's weight in the model, where the checkpoint has another.
+    """Return the name of a row's weight in the model in memory.
 
-    The checkpoint has one tensor for all layers and all experts, and calls the MTP layer's
-    ``mtp_model_layer`` ``transformer_layer``
+    A checkpoint has one tensor for all layers and all experts, and its ``transformer_layer`` is
+    ``mtp_model_layer`` in the model
     (megatron/core/transformer/multi_token_prediction.py:1551-1558, 0.19.2). Transformer Engine's
-    grouped linear has one weight an expert, numbered from 0.
+    grouped linear has one weight per expert, numbered from 0.
     """
-    prefix = (
-        place.megatron.replace(".transformer_layer.", ".mtp_model_layer.") + "*." * place.layer_axis
-    )
+    prefix = place.megatron.replace(".transformer_layer.", ".mtp_model_layer.")
+    if place.layer_axis:
+        prefix += "*."
     name = row.megatron.replace("experts.experts.", "experts.")
-    return prefix + name + "*" * row.per_expert
+    return prefix + name + ("*" if row.per_expert else "")
 
 
 def _mapping(place: Place, row: Row) -> Any:
+    """Return Bridge's mapping of a row, by the row's transform.
+
+    Raises:
+        TypeError: a transform that Bridge has no mapping for, which is a programming error.
+    """
     megatron = parameter_pattern(place, row)
     names = [
         (place.huggingface + name).format(layer="*", expert="*") for name, _ in row.huggingface

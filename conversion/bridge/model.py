@@ -1,7 +1,7 @@
-"""The two classes that Megatron-Bridge 0.6.2 asks for: a provider that builds the model, a bridge
-that fills it.
+"""The two classes of a model in Megatron-Bridge 0.6.2: a provider that builds it, a bridge that
+fills it with weights.
 
-Importing this module registers them; `conversion.bridge` is the one to import.
+Import `conversion.bridge`, which registers both and reports what is missing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch  # before Transformer Engine, which megatron.bridge imports and which needs torch's libraries loaded
+# Before megatron.bridge: it imports Transformer Engine, which needs torch's libraries loaded.
+import torch
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.utils import unwrap_model
@@ -42,13 +43,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Mellum2ModelProvider(GPTModelProvider):
-    """Bridge's provider of a Mellum 2 model: its fields are Megatron's configuration, its layers
-    are ours.
+    """Bridge's provider of a Mellum 2 model, with this project's layers.
+
+    Its other fields are Megatron's configuration. They must describe the same model as
+    ``architecture``, with one exception: `mtp_num_layers` of 0 or None leaves the MTP head out.
 
     Attributes:
-        architecture: `Mellum2Architecture.to_dict()`; a plain dictionary, so that
-            ``run_config.yaml`` can hold it. The other fields must describe the same model,
-            `mtp_num_layers` excepted: 0 or None leaves the MTP head out.
+        architecture: `Mellum2Architecture.to_dict()`, a plain dictionary for ``run_config.yaml``.
     """
 
     architecture: dict[str, Any] | None = None
@@ -57,8 +58,8 @@ class Mellum2ModelProvider(GPTModelProvider):
     def from_architecture(
         cls, architecture: Mellum2Architecture, dtype: torch.dtype = torch.bfloat16
     ) -> Mellum2ModelProvider:
-        """Return the provider of a model with weights of `dtype`; change its fields, then
-        `finalize` it."""
+        """Return the provider of a model with weights of ``dtype``, to `finalize` after any change
+        of its fields."""
         return cls(
             **provider_fields(architecture),
             activation_func=torch.nn.functional.silu,
@@ -68,11 +69,11 @@ class Mellum2ModelProvider(GPTModelProvider):
         )
 
     def finalize(self) -> None:
-        """Complete the configuration once no field changes any more.
+        """Complete the configuration; no field may change afterwards.
 
         Raises:
-            InputError: there is no architecture, or the fields describe another model; all
-                differences are named.
+            InputError: there is no architecture, or the fields describe another model; the message
+                names all differences.
         """
         architecture = self.built_architecture()
         if (
@@ -80,20 +81,21 @@ class Mellum2ModelProvider(GPTModelProvider):
             and architecture.num_mtp_layers != self.architecture["num_mtp_layers"]
         ):
             logger.warning(
-                "mtp_num_layers=%r: the model is built without its MTP head, and what is exported from it lacks mtp.*; "
-                "set mtp_num_layers=%d to keep it",
+                "mtp_num_layers=%r: the model is built without its MTP head, and what is exported "
+                "from it lacks mtp.*; set mtp_num_layers=%d to keep it",
                 self.mtp_num_layers,
                 self.architecture["num_mtp_layers"],
             )
+        # A list where it was read from run_config.yaml.
         window = vars(self)["window_size"]
-        self.window_size = None if window is None else tuple(window)  # a list in run_config.yaml
+        self.window_size = None if window is None else tuple(window)
         super().finalize()
         use_plain_initialization(self)
         require_matching_config(self, architecture)
 
     def built_architecture(self) -> Mellum2Architecture:
-        """Return the architecture of the model that `provide` builds: without the MTP head where
-        that is off.
+        """Return the architecture of the model that `provide` builds, without an MTP head that is
+        off.
 
         Raises:
             InputError: there is no architecture, or not a valid one.
@@ -116,13 +118,13 @@ class Mellum2ModelProvider(GPTModelProvider):
         """Build this rank's part of the model from Mellum 2's layer specs.
 
         Args:
-            pre_process, post_process: whether it holds the embedding, and the head; None asks the
-                process groups.
-            vp_stage: virtual pipeline stage.
+            pre_process: whether the part holds the embedding; None: by the pipeline rank.
+            post_process: whether the part holds the head; None: by the pipeline rank.
+            vp_stage: virtual pipeline stage, if there are several.
 
         Raises:
-            InputError: the fields describe another model than `architecture`, or Transformer Engine
-                is missing.
+            InputError: the fields describe another model than ``architecture``, or Transformer
+                Engine is missing.
         """
         stages = {"vp_stage": vp_stage, "vp_size": self.virtual_pipeline_model_parallel_size}
         if pre_process is None:
@@ -130,6 +132,7 @@ class Mellum2ModelProvider(GPTModelProvider):
         if post_process is None:
             post_process = is_vp_last_stage(**stages) and is_pp_last_stage(self._pg_collection.pp)
         architecture = self.built_architecture()
+        # Rows up to a multiple that tensor parallelism can split.
         if self.should_pad_vocab:
             rows = calculate_padded_vocab_size(
                 self.vocab_size, self.make_vocab_size_divisible_by, self.tensor_model_parallel_size
@@ -152,7 +155,7 @@ class Mellum2ModelProvider(GPTModelProvider):
     source="MellumForCausalLM", target=GPTModel, provider=Mellum2ModelProvider, model_type="mellum"
 )
 class Mellum2Bridge(MegatronModelBridge):
-    """Weights and configuration of Mellum 2 between Hugging Face's layout and a Megatron model in
+    """Conversion of weights and configuration between a Hugging Face folder and a Megatron model in
     memory."""
 
     def provider_bridge(self, hf_pretrained: Any) -> Mellum2ModelProvider:
@@ -179,12 +182,11 @@ class Mellum2Bridge(MegatronModelBridge):
     def build_conversion_tasks(
         self, hf_pretrained: Any, megatron_model: Any, *args: Any, **kwargs: Any
     ) -> list[Any]:
-        """Return Bridge's conversion tasks, complete.
+        """Return Bridge's conversion tasks, after a check that they are complete.
 
-        Bridge's own version logs a warning for a weight that it finds no mapping or no tensor for,
-        and goes on with what the model was initialised with
-        (models/conversion/model_bridge.py:1725-1742, 0.6.2); tensors of the folder that nothing
-        asks for it does not look at.
+        Bridge's own version logs a warning for a weight without a mapping or a tensor, and keeps
+        the weight's initial values (megatron/bridge/models/conversion/model_bridge.py:1725-1742,
+        0.6.2). It ignores tensors of the folder that no weight needs.
 
         Raises:
             InputError: a weight of the model without a mapping, or a tensor missing in or left over
@@ -200,49 +202,48 @@ class Mellum2Bridge(MegatronModelBridge):
                 rule="conversion.mapping has no row for it",
                 fix="build the model with Mellum2ModelProvider",
             )
+        # An export may have a configuration only: then there is no folder to compare with.
         if hasattr(hf_pretrained, "state"):
-            # A rank has tasks for its own experts only, so what the folder holds is compared with
-            # the whole table.
-            architecture = _built_architecture(megatron_model)
-            wanted = set(huggingface_shapes(derive(architecture)))
-            _require_all(wanted, set(hf_pretrained.state.source.get_all_keys()), hf_pretrained)
+            config = unwrap_model(megatron_model)[0].config
+            if not isinstance(config, Mellum2ModelProvider):
+                raise InputError(
+                    f"a Megatron model configured by {type(config).__name__}",
+                    rule="its architecture is not known",
+                    fix="build it with Mellum2ModelProvider, or through AutoBridge",
+                )
+            # The whole table rather than `tasks`: a rank has tasks for its own experts only.
+            expected = set(huggingface_shapes(derive(config.built_architecture())))
+            stored = set(hf_pretrained.state.source.get_all_keys())
+            folder = getattr(hf_pretrained, "model_name_or_path", "the Hugging Face folder")
+            _require_all(expected, stored, folder)
         return tasks
 
 
-def _built_architecture(megatron_model: Any) -> Mellum2Architecture:
-    config = unwrap_model(megatron_model)[0].config
-    if not isinstance(config, Mellum2ModelProvider):
+def _require_all(expected: set[str], stored: set[str], folder: object) -> None:
+    """Refuse a folder whose tensors are not those of the model; an MTP head that the model was
+    built without is left aside with a warning."""
+    if missing := sorted(expected - stored):
+        if any(name.endswith(".experts.gate_up_proj") for name in stored):
+            fix = (
+                "Bridge reads experts one by one: "
+                "`mellum2 convert import` and `export` unfuse these"
+            )
+        else:
+            fix = "give the complete folder; `mellum2 convert stitch-mtp` puts a lost MTP head back"
         raise InputError(
-            f"a Megatron model configured by {type(config).__name__}",
-            rule="its architecture is not known",
-            fix="build it with Mellum2ModelProvider, or through AutoBridge",
-        )
-    return config.built_architecture()
-
-
-def _require_all(wanted: set[str], there: set[str], hf_pretrained: Any) -> None:
-    where = getattr(hf_pretrained, "model_name_or_path", "the Hugging Face folder")
-    if missing := sorted(wanted - there):
-        fused = any(name.endswith(".experts.gate_up_proj") for name in there)
-        raise InputError(
-            f"{where}: {listed(missing)} missing",
+            f"{folder}: {listed(missing)} missing",
             rule="the Megatron model has a weight for it",
-            fix="Bridge reads experts one by one: `mellum2 convert import` and `export` unfuse these"
-            if fused
-            else "give the complete folder; `mellum2 convert stitch-mtp` puts a lost MTP head back",
+            fix=fix,
         )
-    extra = sorted(there - wanted)
-    if (
-        extra
-        and all(name.startswith("mtp.") for name in extra)
-        and not any(n.startswith("mtp.") for n in wanted)
-    ):
+    extra = sorted(stored - expected)
+    built_without_head = not any(name.startswith("mtp.") for name in expected)
+    if extra and built_without_head and all(name.startswith("mtp.") for name in extra):
         logger.warning(
-            "%s: its MTP head is left aside, for the Megatron model was built without one", where
+            "%s: its MTP head is left aside, for the Megatron model was built without one", folder
         )
     elif extra:
         raise InputError(
-            f"{where}: {listed(extra)} not part of the Megatron model",
+            f"{folder}: {listed(extra)} not part of the Megatron model",
             rule="every tensor of the folder is used",
             fix="give a folder whose config.json is its own",
         )

@@ -1,5 +1,4 @@
-"""Mellum 2 for Megatron-Bridge 0.6.2, and for NeMo-RL through it: importing this module registers
-it.
+"""Registers Mellum 2 with Megatron-Bridge 0.6.2, and through it with NeMo-RL, when it is imported.
 
 ::
 
@@ -8,7 +7,7 @@ it.
 
     bridge = AutoBridge.from_hf_pretrained("JetBrains/Mellum2-12B-A2.5B-Base")
 
-Nothing else in the project imports it. See docs/bridge.md.
+No other package of the project imports it. See docs/bridge.md.
 """
 
 from __future__ import annotations
@@ -29,13 +28,24 @@ try:
 except ImportError as error:
     raise BridgeImportError(
         "import conversion.bridge",
-        rule=f"it needs Megatron-Bridge and Transformer Engine, which cannot be imported here ({error})",
-        fix="run scripts/setup_te.sh and scripts/setup_bridge.sh, or use `mellum2 convert`, which needs neither",
+        rule=(
+            "it needs Megatron-Bridge and Transformer Engine, "
+            f"which cannot be imported here ({error})"
+        ),
+        fix=(
+            "run scripts/setup_te.sh and scripts/setup_bridge.sh, "
+            "or use `mellum2 convert`, which needs neither"
+        ),
     ) from error
 
 __all__ = ["BridgeImportError", "Mellum2Bridge", "Mellum2ModelProvider"]
 
-# From a ``run_config.yaml`` Bridge builds classes of packages that it knows, and those that it was
-# told of.
+OLD_PROVIDER = "conversion.bridge_model.Mellum2ModelProvider"
+"""The provider's path in the run_config.yaml of older checkpoints, where `conversion.bridge_model`
+keeps it."""
+
+# From a run_config.yaml Bridge builds classes of its own packages and those on this list only
+# (megatron/training/config/instantiate_utils.py:_resolve_target, 0.19.2).
 target_allowlist.add_exact(PROVIDER)
+target_allowlist.add_exact(OLD_PROVIDER)
 register_fallback_config()

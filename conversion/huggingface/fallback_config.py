@@ -1,9 +1,9 @@
-"""Mellum's configuration class for a transformers that has none (before 5.10.1) or none with MTP
+"""Mellum's configuration class for a transformers that has none (before 5.10.1) or one without MTP
 fields (before 5.20).
 
-Megatron-Bridge 0.6.2 wants transformers <= 5.12.1 and NeMo-RL an older one still; both read
-``config.json`` through `AutoConfig`. Nothing is registered when this module is imported;
-`register_fallback_config` does, when asked.
+Megatron-Bridge 0.6.2 needs transformers <= 5.12.1 and NeMo-RL an older one still; both read
+``config.json`` through `AutoConfig`. Importing this module registers nothing; call
+`register_fallback_config`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ MODEL_TYPE = "mellum"
 
 
 def register_fallback_config() -> bool:
-    """Register a `MellumConfig` with `AutoConfig` if transformers has none, or none with MTP
-    fields; say which.
+    """Register a `MellumConfig` with `AutoConfig` if transformers has none, or one without MTP
+    fields, and log it.
 
-    Where transformers has Mellum's model, `AutoModelForCausalLM` goes on finding it.
+    Where transformers has Mellum's model, `AutoModelForCausalLM` still finds it.
 
     Returns:
-        Whether one was registered.
+        True if a class was registered.
     """
     import transformers
 
     host, version = host_config(), transformers.__version__
-    if host is not None and _has_mtp_fields(host):
+    if host is not None and "num_mtp_layers" in getattr(host, "attribute_map", {}):
         logger.info(
-            "AutoConfig of transformers %s knows a MellumConfig with MTP fields: nothing registered",
+            "AutoConfig of transformers %s has a MellumConfig with MTP fields: nothing registered",
             version,
         )
         return False
@@ -42,20 +42,16 @@ def register_fallback_config() -> bool:
 
 
 def host_config() -> type | None:
-    """Return the class that `AutoConfig` takes for Mellum now; None if it knows none."""
+    """Return `AutoConfig`'s present class for Mellum; None if it has none."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    # Not `get`: it would pass by the mapping's own __getitem__, which imports the class.
+    # Not `get`, which would skip the mapping's own __getitem__: that imports the class.
     return CONFIG_MAPPING[MODEL_TYPE] if MODEL_TYPE in CONFIG_MAPPING else None  # noqa: SIM401
 
 
-def _has_mtp_fields(config: type) -> bool:
-    return "num_mtp_layers" in getattr(config, "attribute_map", {})
-
-
 def _plain_config() -> type:
-    """Return the configuration of a Mellum without MTP: models/mellum/configuration_mellum.py,
-    5.12.1."""
+    """Return the class of a Mellum without MTP
+    (transformers/models/mellum/configuration_mellum.py, 5.12.1)."""
     from transformers import PreTrainedConfig
 
     class MellumConfig(PreTrainedConfig):
@@ -102,21 +98,24 @@ def _plain_config() -> type:
                     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                 }
+            # Mellum's rope parameters are one set per layer type, which the base class would
+            # reject as unknown keys.
             super().__post_init__(
                 **kwargs, ignore_keys_at_rope_validation={"sliding_attention", "full_attention"}
             )
 
         def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
-            return kwargs  # one entry a layer type, and no older format to read
+            # Mellum has no older format that would have to be translated.
+            return kwargs
 
     return MellumConfig
 
 
 def _with_mtp_fields(base: Any) -> type:
-    """Return `base` with the MTP fields of transformers 5.20 and later.
+    """Return ``base`` with the MTP fields of transformers 5.20 and later.
 
-    It keeps its name, by which `AutoModelForCausalLM` finds the model class
-    (models/auto/auto_factory.py, 5.12.1).
+    The subclass has the same name, by which `AutoModelForCausalLM` finds the model class
+    (transformers/models/auto/auto_factory.py, 5.12.1).
     """
 
     class MellumConfig(base):  # type: ignore[misc]

@@ -1,8 +1,8 @@
-"""Hugging Face model folders, read: everything checked first, then tensor by tensor.
+"""Reads Hugging Face model folders: everything is checked first, then read tensor by tensor.
 
-`HfFolder.open` checks everything a folder can be checked for without reading weights (config,
-index, every safetensors header against the architecture) and raises one InputError that says what
-is wrong. Only safetensors files are opened; pickled weights (``*.bin``, ``*.pt``) never are.
+`HfFolder.open` compares config, index and every safetensors header with the architecture, without
+reading weights, and raises one InputError for the first problem. Only safetensors files are opened;
+pickled weights (``*.bin``, ``*.pt``), which can execute code, never are.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from conversion.mapping import Entry, FusedTensor, Shape, derive, fused_experts, huggingface_shapes
-from mellum2_megatron.architecture import Mellum2Architecture, from_hf_config
+from conversion.mapping import Entry, FusedTensor, derive, fused_experts, huggingface_shapes
+from mellum2_megatron.architecture import Mellum2Architecture, Shape, from_hf_config
 from mellum2_megatron.common.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# The dtypes a released model may be stored in: safetensors' name, torch's, and config.json's.
+# The dtypes of a released model: config.json's name, then safetensors' name and torch's dtype.
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "bfloat16": ("BF16", torch.bfloat16),
     "float16": ("F16", torch.float16),
@@ -45,12 +45,16 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` -> ``"bfloat16"``."""
+    """Return a dtype's name: ``torch.bfloat16`` -> ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """``"bfloat16"`` -> ``torch.bfloat16``; InputError unless it is one of `DTYPES`."""
+    """Return the dtype of a name: ``"bfloat16"`` -> ``torch.bfloat16``.
+
+    Raises:
+        InputError: a name that is not in `DTYPES`.
+    """
     if name not in DTYPES:
         raise InputError(
             f"dtype={name!r}",
@@ -62,8 +66,14 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """What a safetensors header says of one tensor; ``begin`` is where its bytes begin in the
-    file."""
+    """One tensor as a safetensors header describes it.
+
+    Attributes:
+        file: file that holds it.
+        dtype: safetensors' name, ``BF16``.
+        shape: sizes of its axes.
+        begin: position in the file of its first byte.
+    """
 
     file: Path
     dtype: str
@@ -76,10 +86,10 @@ class HfFolder:
 
     Attributes:
         path: the folder.
-        architecture: from its config.json.
-        entries: the mapping table for that architecture.
-        dtype: the dtype all its tensors share.
-        nbytes: size of its tensors.
+        architecture: architecture that its config.json describes.
+        entries: mapping table for that architecture.
+        dtype: dtype that all its tensors share.
+        nbytes: bytes of all its tensors.
     """
 
     def __init__(
@@ -107,11 +117,12 @@ class HfFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, lost_mtp: bool = False) -> HfFolder:
-        """Validate the folder at ``path``.
+        """Check the folder at ``path`` and return it.
 
         Args:
-            lost_mtp: the folder has no MTP head, although its config.json may announce one: read it
-                as a model without.
+            path: a Hugging Face model folder.
+            lost_mtp: read it as a model without MTP head, even if its config.json announces one;
+                refuse a folder that has one.
 
         Raises:
             InputError: no such folder; a missing or malformed config.json or index; a config of
@@ -146,15 +157,18 @@ class HfFolder:
         return opened
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return the tensor of released name ``name``, cut out of a fused expert tensor where that
-        is stored.
+        """Return the tensor of released name ``name``, in memory of its own.
 
-        Any thread may call it.
+        An expert's tensor may be a part of a fused one. Any thread may call it.
+
+        Raises:
+            InputError: the file shrank since it was opened.
         """
         part = self._slices.get(name)
         stored = self._tensors[part.name if part is not None else name]
         shape, begin = stored.shape, stored.begin
-        if part is not None:  # fused[expert, rows] is one run of bytes
+        # fused[expert, rows] is one run of bytes: rows are not the last axis.
+        if part is not None:
             _, rows, columns = stored.shape
             shape = (part.rows.stop - part.rows.start, columns)
             begin += (part.expert * rows + part.rows.start) * columns * self.dtype.itemsize
@@ -167,7 +181,7 @@ class HfFolder:
 
     @property
     def files(self) -> list[Path]:
-        """The files that say what the model is: config.json and those of the weights."""
+        """config.json and the files of the weights, sorted."""
         return sorted(
             {self.path / CONFIG_FILE, *(tensor.file for tensor in self._tensors.values())}
         )
@@ -197,8 +211,15 @@ def read_config(folder: Path) -> Mellum2Architecture:
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """Read a JSON object; InputError when it is absent, malformed, not an object, or names a key
-    twice."""
+    """Return the JSON object in a file.
+
+    Args:
+        path: the file.
+        why: rule of the error for a missing file.
+
+    Raises:
+        InputError: it is absent, malformed, not an object, or names a key twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -211,6 +232,7 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
 
 
 def _parse_json(text: str, where: str) -> dict[str, Any]:
+    # Python keeps the last of two equal keys, so the pairs are looked at before they are a dict.
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name, value in pairs:
@@ -234,28 +256,32 @@ def _parse_json(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-# -- reading: which files, what is in them
-# ----------------------------------------------------------------------------
+# -- files and headers -------------------------------------------------------------------------
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the folder's safetensors files; the index, if any, must agree with the
-    files."""
+    """Return every tensor of the folder's safetensors files by name.
+
+    Raises:
+        InputError: no weights, a damaged file, a tensor twice, or an index that differs from the
+            files.
+    """
     index = folder / INDEX_FILE
-    found = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
+    names = [file.name for file in files]
     weight_map = _read_index(index) if index.exists() else None
-    if not found:
+    if not files:
         _refuse_no_weights(folder)
     if weight_map is not None:
-        _check_index_files(folder, set(weight_map.values()), {file.name for file in found})
-    elif [file.name for file in found] != [WEIGHTS_FILE]:
+        _check_index_files(folder, set(weight_map.values()), set(names))
+    elif names != [WEIGHTS_FILE]:
         raise InputError(
-            f"{folder}: {listed([file.name for file in found])} without {INDEX_FILE}",
+            f"{folder}: {listed(names)} without {INDEX_FILE}",
             rule=f"weights are either one {WEIGHTS_FILE} or several files with an index",
             fix="copy the index file too",
         )
     tensors: dict[str, StoredTensor] = {}
-    for file in found:
+    for file in files:
         for name, tensor in _read_header(folder, file).items():
             if name in tensors:
                 raise InputError(
@@ -274,7 +300,9 @@ def _refuse_no_weights(folder: Path) -> None:
     if pickled:
         raise InputError(
             f"{folder}: {listed(pickled)}",
-            rule="only safetensors weights are read; pickled files can run code and are never opened",
+            rule=(
+                "only safetensors weights are read; pickled files can run code and are never opened"
+            ),
             fix="save the model as safetensors where you trust its source",
         )
     raise InputError(
@@ -297,14 +325,14 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index_files(folder: Path, named: set[str], found: set[str]) -> None:
-    if missing := sorted(named - found):
+def _check_index_files(folder: Path, named: set[str], present: set[str]) -> None:
+    if missing := sorted(named - present):
         raise InputError(
             f"{folder}: {listed(missing)} missing",
             rule=f"{INDEX_FILE} names these files",
             fix="copy the missing files, each directly into the folder",
         )
-    if extra := sorted(found - named):
+    if extra := sorted(present - named):
         raise InputError(
             f"{folder}: {listed(extra)} not named in {INDEX_FILE}",
             rule="every safetensors file belongs to the checkpoint",
@@ -337,8 +365,10 @@ def _check_index_names(
 def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
     check_inside(folder, file)
     try:
+        # The library compares sizes and offsets with the file. It keeps the last of two equal names,
+        # so the header is parsed here once more.
         with safe_open(file, framework="pt"):
-            pass  # the library checks sizes and offsets against the file; it keeps the last of two equal names
+            pass
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             text = stream.read(size).decode("utf-8")
@@ -362,8 +392,9 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
 
 
 def _read(stream: BinaryIO, begin: int, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-    """Read a tensor's bytes into memory of its own: no mapping of a whole file, no seek to
-    share."""
+    """Return a tensor read from position ``begin`` of an open file, in memory of its own."""
+    # Not mapped: the pages of a whole file would count as this process's memory. By position: the
+    # threads share the file and no seek.
     tensor = torch.empty(shape, dtype=dtype)
     view, done = tensor_bytes(tensor), 0
     while done < len(view):
@@ -377,13 +408,17 @@ def _read(stream: BinaryIO, begin: int, shape: Shape, dtype: torch.dtype) -> tor
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's values in row-major order as bytes, without a copy where it is contiguous."""
+    """Return the tensor's values in row-major order as bytes; no copy of a contiguous tensor."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """Refuse a link that leaves the folder; the Hugging Face cache's own (``snapshots/X/f ->
-    blobs/Y``) may."""
+    """Refuse a link that leaves the folder, those of the Hugging Face cache excepted
+    (``snapshots/X/f -> blobs/Y``).
+
+    Raises:
+        InputError: such a link.
+    """
     real, home = file.resolve(), folder.resolve()
     if not real.is_relative_to(home) and not real.is_relative_to(home.parent.parent / "blobs"):
         raise InputError(
@@ -393,14 +428,13 @@ def check_inside(folder: Path, file: Path) -> None:
         )
 
 
-# -- reading: against the architecture
-# --------------------------------------------------------------------------------
+# -- comparison with the architecture ----------------------------------------------------------
 
 
 def present_fused(
     architecture: Mellum2Architecture, tensors: dict[str, StoredTensor]
 ) -> dict[str, FusedTensor]:
-    """Those of transformers' fused expert tensors that a folder stores."""
+    """Return transformers' fused expert tensors among ``tensors``, by name."""
     return {name: fused for name, fused in fused_experts(architecture).items() if name in tensors}
 
 
@@ -411,7 +445,11 @@ def check_names(
     fused: dict[str, FusedTensor],
     architecture: Mellum2Architecture,
 ) -> None:
-    """Refuse tensors missing or extra for the architecture, and experts stored both ways."""
+    """Compare the tensors' names with the architecture.
+
+    Raises:
+        InputError: tensors missing or extra, or experts stored both fused and one by one.
+    """
     expected = set(huggingface_shapes(entries))
     for part in fused.values():
         if twice := sorted(set(part.slices) & set(tensors)):
@@ -422,27 +460,26 @@ def check_names(
             )
         expected = expected - set(part.slices) | {part.name}
     if missing := sorted(expected - set(tensors)):
-        lost_mtp = all(name.startswith("mtp.") for name in missing) and not any(
-            n.startswith("mtp.") for n in tensors
-        )
+        fix = "give a complete checkpoint whose config.json is its own"
+        has_mtp = any(name.startswith("mtp.") for name in tensors)
+        if not has_mtp and all(name.startswith("mtp.") for name in missing):
+            fix = (
+                "its MTP head was dropped (transformers' save_pretrained does so): "
+                "set num_nextn_predict_layers to 0 in config.json to convert without it"
+            )
         raise InputError(
             f"{folder}: {listed(missing)} missing",
             rule=f"{CONFIG_FILE} describes a model that has them",
-            fix="its MTP head was dropped (transformers' save_pretrained does so): set num_nextn_predict_layers to 0 "
-            "in config.json to convert without it"
-            if lost_mtp
-            else "give a complete checkpoint whose config.json is its own",
+            fix=fix,
         )
     if extra := sorted(set(tensors) - expected):
-        only_mtp = (
-            all(name.startswith("mtp.") for name in extra) and not architecture.num_mtp_layers
-        )
+        fix = "give a checkpoint whose config.json is its own"
+        if not architecture.num_mtp_layers and all(name.startswith("mtp.") for name in extra):
+            fix = "set num_nextn_predict_layers to 1 in config.json to keep the MTP head"
         raise InputError(
             f"{folder}: {listed(extra)} not part of the model",
             rule=f"{CONFIG_FILE} describes a model without them",
-            fix="set num_nextn_predict_layers to 1 in config.json to keep the MTP head"
-            if only_mtp
-            else "give a checkpoint whose config.json is its own",
+            fix=fix,
         )
 
 
@@ -452,7 +489,11 @@ def check_shapes(
     tensors: dict[str, StoredTensor],
     fused: dict[str, FusedTensor],
 ) -> None:
-    """Refuse tensors of another shape than the architecture gives them."""
+    """Compare the tensors' shapes with ``shapes``, the architecture's.
+
+    Raises:
+        InputError: tensors of another shape.
+    """
     expected = shapes | {name: part.shape for name, part in fused.items()}
     wrong = [
         f"{name} {list(tensor.shape)} (expected {list(expected[name])})"
@@ -468,7 +509,11 @@ def check_shapes(
 
 
 def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """The dtype that all tensors share; InputError for a mixture or another than `DTYPES`."""
+    """Return the dtype that all tensors share.
+
+    Raises:
+        InputError: a mixture of dtypes, or one that is not in `DTYPES`.
+    """
     by_dtype: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         by_dtype.setdefault(tensor.dtype, []).append(name)
@@ -491,6 +536,6 @@ def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
 
 
 def listed(names: Sequence[str], first: int = 3) -> str:
-    """``a, b, c and 7 more``."""
+    """Return the first names and the number of the others: ``a, b, c and 7 more``."""
     text = ", ".join(names[:first])
     return text if len(names) <= first else f"{text} and {len(names) - first} more"

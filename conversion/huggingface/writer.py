@@ -1,5 +1,5 @@
-"""Hugging Face model folders, written: safetensors streamed tensor by tensor, in the released
-layout."""
+"""Writes Hugging Face model folders in the released layout: safetensors files, filled tensor by
+tensor."""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# The size of the released model's files, which transformers' save_pretrained cut.
 MAX_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One safetensors file to write and the entries whose tensors it holds."""
+    """One safetensors file to write.
+
+    Attributes:
+        file: file name.
+        entries: entries whose tensors it holds, in order.
+    """
 
     file: str
     entries: tuple[Entry, ...]
@@ -50,8 +56,8 @@ class Shard:
 def plan_shards(
     entries: Iterable[Entry], dtype: torch.dtype, *, max_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """Cut ``entries`` into files of at most ``max_bytes`` (more only where one entry alone is
-    larger)."""
+    """Share out ``entries`` to files of at most ``max_bytes``; only a single entry may be
+    larger."""
     groups: list[list[Entry]] = []
     size = 0
     for entry in entries:
@@ -70,14 +76,16 @@ def plan_shards(
 
 
 def create_shard(folder: Path, shard: Shard, dtype: torch.dtype) -> dict[str, int]:
-    """Make one safetensors file of its final size, header written, and return where each tensor's
-    bytes belong.
+    """Create one safetensors file at its final size, with its header; keep one that exists.
 
-    ``safetensors.torch.save_file`` would need the whole file's tensors in memory at once. A file
-    that exists already, from an earlier attempt, is kept.
+    ``safetensors.torch.save_file`` would need all tensors of the file in memory at once.
+
+    Returns:
+        Position in the file of each tensor's first byte, by name.
     """
     header, begins, size = _header(shard, dtype)
     path = folder / shard.file
+    # An existing file is an earlier attempt's, with finished tensors in it.
     if not path.exists():
         with path.open("wb") as stream:
             stream.write(header)
@@ -86,18 +94,20 @@ def create_shard(folder: Path, shard: Shard, dtype: torch.dtype) -> dict[str, in
 
 
 def shard_size(shard: Shard, dtype: torch.dtype) -> int:
-    """Bytes of the file."""
+    """Return the size of the file in bytes."""
     return _header(shard, dtype)[2]
 
 
 def write_tensor(descriptor: int, begin: int, tensor: torch.Tensor) -> None:
-    """Write a tensor's bytes at ``begin`` of an open file; any thread may."""
+    """Write a tensor's bytes at position ``begin`` of an open file; any thread may call it."""
+    # One call may write a part only (man 2 pwrite).
     view, done = tensor_bytes(tensor), 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], begin + done)
 
 
 def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:
+    """Return the header's bytes, each tensor's position in the file, and the file's size."""
     code = next(code for code, stored in DTYPES.values() if stored == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -110,6 +120,7 @@ def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], in
                 "data_offsets": [begin, end],
             }
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    # The format's own padding: it aligns the tensors to 8 bytes.
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     del header["__metadata__"]
@@ -118,7 +129,7 @@ def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], in
 
 
 def write_index(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
-    """Write the index that several files need; nothing for a single one."""
+    """Write the index of several files; a single file has none."""
     if len(shards) == 1:
         return
     weight_map = {
@@ -135,8 +146,14 @@ def write_index(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> No
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files that ``source`` has into ``target`` (made when needed); return their
-    names."""
+    """Copy the tokenizer files of ``source`` into ``target``, which is created if there are any.
+
+    Returns:
+        Names of the files copied.
+
+    Raises:
+        InputError: a file is a link out of ``source``.
+    """
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in names:
         check_inside(source, source / name)
@@ -146,7 +163,14 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 def copy_generation_config(source: Path, target: Path) -> bool:
-    """Copy ``generation_config.json`` if ``source`` has one, and say so."""
+    """Copy ``generation_config.json``.
+
+    Returns:
+        False if ``source`` has none.
+
+    Raises:
+        InputError: it is a link out of ``source``, or no JSON object.
+    """
     path = source / GENERATION_CONFIG_FILE
     if not path.is_file():
         return False

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from conversion.huggingface.folder import HfFolder, dtype_name, listed, read_json, tensor_bytes
-from conversion.mapping import Shape, huggingface_shapes
+from conversion.mapping import huggingface_shapes
+from mellum2_megatron.architecture import Shape
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
 

@@ -45,8 +45,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from conversion.mapping import Shape
 from conversion.torch_dist.safe_metadata import read_metadata
+from mellum2_megatron.architecture import Shape
 from mellum2_megatron.common.errors import InputError, first_line
 
 CONFIG_FILE = "metadata.json"

@@ -37,9 +37,10 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from conversion.mapping import Entry, Shape
+from conversion.mapping import Entry
 from conversion.torch_dist.hashed_files import HashingStream, hashed_file
 from conversion.torch_dist.reader import COMMON_STATE_KEY, CONFIG_FILE
+from mellum2_megatron.architecture import Shape
 from mellum2_megatron.checkpoint.file_manifest import FileRecord, hash_files, write_manifest
 
 
