@@ -45,7 +45,7 @@ def make(folder: Path, layers: int, small: bool) -> None:
     each tensor."""
     import torch
 
-    from conversion.huggingface.folder import CONFIG_FILE
+    from conversion.huggingface.format import CONFIG_FILE
     from conversion.huggingface.writer import create_shard, plan_shards, write_index, write_tensor
     from conversion.mapping import derive
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conversion.huggingface.folder import HfFolder, dtype_name, listed, tensor_bytes
+from conversion.huggingface.folder import HfFolder
+from conversion.huggingface.format import dtype_name, listed, tensor_bytes
 from conversion.jobs.exporting import ExportJob
 from conversion.jobs.importing import ImportJob
 from conversion.jobs.job import ConversionRequest

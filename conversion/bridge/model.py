@@ -27,7 +27,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 
 from conversion.bridge.mapping import mapping_registry
-from conversion.huggingface.folder import listed
+from conversion.huggingface.format import listed
 from conversion.mapping import derive, huggingface_shapes
 from mellum2_megatron.architecture import Mellum2Architecture, from_hf_config, to_hf_config
 from mellum2_megatron.checkpoint.bridge_config import provider_fields

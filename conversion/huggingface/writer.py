@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from conversion.huggingface.folder import (
+from conversion.huggingface.format import (
     DTYPES,
     GENERATION_CONFIG_FILE,
     INDEX_FILE,

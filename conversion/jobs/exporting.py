@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from conversion.huggingface.folder import GENERATION_CONFIG_FILE, dtype_name, listed, torch_dtype
+from conversion.huggingface.format import GENERATION_CONFIG_FILE, dtype_name, listed, torch_dtype
 from conversion.huggingface.writer import copy_generation_config, copy_tokenizer
 from conversion.jobs.job import ConversionJob, ConversionRequest, ConversionUnit, Progress
 from conversion.jobs.safetensors_result import SafetensorsResult

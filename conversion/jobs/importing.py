@@ -9,7 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from conversion.huggingface.folder import HfFolder, dtype_name
+from conversion.huggingface.folder import HfFolder
+from conversion.huggingface.format import dtype_name
 from conversion.huggingface.writer import copy_generation_config, copy_tokenizer
 from conversion.jobs.job import (
     ConversionJob,

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 
-from conversion.huggingface.folder import dtype_name, torch_dtype
+from conversion.huggingface.format import dtype_name, torch_dtype
 from conversion.jobs.reports import ConversionPlan, ConversionReport
 from conversion.jobs.result_folder import (
     check_space,

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from conversion.huggingface.folder import HfFolder, dtype_name
+from conversion.huggingface.folder import HfFolder
+from conversion.huggingface.format import dtype_name
 from conversion.huggingface.writer import copy_generation_config, copy_tokenizer
 from conversion.jobs.job import ConversionJob, ConversionRequest, ConversionUnit, Progress
 from conversion.jobs.safetensors_result import SafetensorsResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversion.huggingface.folder import CONFIG_FILE, listed
+from conversion.huggingface.format import CONFIG_FILE, listed
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.files import size_text
 

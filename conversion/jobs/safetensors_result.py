@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from conversion.huggingface.folder import CONFIG_FILE, dtype_name
+from conversion.huggingface.format import CONFIG_FILE, dtype_name
 from conversion.huggingface.writer import (
     create_shard,
     plan_shards,

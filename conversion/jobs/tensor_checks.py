@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from conversion.huggingface.folder import dtype_name
+from conversion.huggingface.format import dtype_name
 from conversion.jobs.weights_manifest import Manifest, WeightRecord
 from mellum2_megatron.common.errors import InputError
 

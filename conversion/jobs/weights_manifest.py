@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from conversion.huggingface.folder import HfFolder, dtype_name, listed, read_json, tensor_bytes
+from conversion.huggingface.folder import HfFolder
+from conversion.huggingface.format import dtype_name, listed, read_json, tensor_bytes
 from conversion.mapping import huggingface_shapes
 from mellum2_megatron.architecture import Shape
 from mellum2_megatron.common.errors import InputError

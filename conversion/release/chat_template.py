@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.huggingface.folder import listed, read_json
+from conversion.huggingface.format import listed, read_json
 from mellum2_megatron.common.errors import InputError
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from conversion.huggingface.folder import CONFIG_FILE, listed, read_config, read_json
+from conversion.huggingface.folder import read_config
+from conversion.huggingface.format import CONFIG_FILE, listed, read_json
 from conversion.release.check import Check, named_check
 from conversion.release.members import BASE_PRETRAIN
 from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from conversion.huggingface.folder import CONFIG_FILE, PICKLED, check_inside, listed, read_json
+from conversion.huggingface.format import CONFIG_FILE, PICKLED, check_inside, listed, read_json
 from conversion.release.chat_template import TOKENIZER_CONFIG_FILE
 from conversion.release.check import Check, named_check
 from conversion.release.config_checks import config_checks

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from conversion.huggingface.folder import listed, read_config
+from conversion.huggingface.folder import read_config
+from conversion.huggingface.format import listed
 from conversion.huggingface.generation import Generation, generate, mtp_acceptance
 from conversion.huggingface.scoring import bars_on_terminals_only
 from conversion.release.check import Check, named_check

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.convert import export_hf
-from conversion.huggingface.folder import GENERATION_CONFIG_FILE, read_json
+from conversion.huggingface.format import GENERATION_CONFIG_FILE, read_json
 from conversion.jobs.reports import ConversionReport
 from conversion.jobs.result_folder import check_target
 from conversion.release.chat_template import (

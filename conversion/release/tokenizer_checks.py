@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conversion.huggingface.folder import CONFIG_FILE, GENERATION_CONFIG_FILE, listed, read_json
+from conversion.huggingface.format import CONFIG_FILE, GENERATION_CONFIG_FILE, listed, read_json
 from conversion.release.chat_template import (
     CHAT_TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,

@@ -6,18 +6,15 @@ from pathlib import Path
 
 import torch
 
-from conversion.huggingface.folder import (
-    CONFIG_FILE,
-    HfFolder,
+from conversion.huggingface.folder import HfFolder
+from conversion.huggingface.format import CONFIG_FILE, dtype_name, listed, read_json
+from conversion.huggingface.headers import (
     StoredTensor,
     check_names,
     check_shapes,
-    dtype_name,
-    listed,
     one_dtype,
     present_fused,
     read_headers,
-    read_json,
 )
 from conversion.jobs.weights_manifest import MANIFEST_FILE, Manifest, WeightRecord
 from conversion.mapping import derive, huggingface_shapes

@@ -27,7 +27,8 @@ TorchDtype = Annotated[
     typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: as it is"),
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", help="tensors in memory at a time; default: one a core")
+    int | None,
+    typer.Option("--workers", help="layers converted at a time; default: one per core, at most 8"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")]
 SkipHashes = Annotated[
@@ -57,8 +58,10 @@ def convert_import(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Hugging Face folder to Megatron checkpoint (torch_dist, any layout). Again after a failure,
-    it continues."""
+    """Convert a Hugging Face folder to a Megatron checkpoint (torch_dist).
+
+    The checkpoint serves every layout. After an interruption the same command continues.
+    """
     from conversion.convert import import_hf, plan_import
     from mellum2_megatron.config import Layout
     from mellum2_megatron.upstream import quiet_upstream
@@ -89,8 +92,10 @@ def convert_export(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Megatron checkpoint to Hugging Face folder in the released layout. Again after a failure, it
-    continues."""
+    """Convert a Megatron checkpoint to a Hugging Face folder.
+
+    The folder has the released layout. After an interruption the same command continues.
+    """
     from conversion.convert import export_hf, plan_export
     from mellum2_megatron.upstream import quiet_upstream
 
@@ -109,7 +114,7 @@ def convert_export(
 
 @convert_app.command("roundtrip")
 def convert_roundtrip(hf_path: HfPath, workers: Workers = None) -> None:
-    """Import and export again, and compare every byte."""
+    """Import a Hugging Face folder, export it again and compare every byte."""
     from conversion.convert import roundtrip
     from mellum2_megatron.upstream import quiet_upstream
 
@@ -133,8 +138,10 @@ def convert_stitch_mtp(
     allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put the MTP head of SRC back on DST, which an RL stack or save_pretrained took it from, in a
-    new folder."""
+    """Give DST the MTP head of SRC, in a new folder.
+
+    RL stacks and transformers' save_pretrained drop the head. SRC and DST stay unchanged.
+    """
     from conversion.convert import stitch_mtp
     from mellum2_megatron.upstream import quiet_upstream
 
@@ -152,7 +159,7 @@ def convert_stitch_mtp(
 
 @contextmanager
 def _layout_by_option() -> Iterator[None]:
-    """Name in errors what was given here: ``--ep 3`` rather than ``layout.ep=3``."""
+    """Rewrite keys in errors as this command's options: ``layout.ep=3`` becomes ``--ep 3``."""
     try:
         yield
     except InputError as error:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conversion.huggingface.folder import INDEX_FILE
+from conversion.huggingface.format import INDEX_FILE
 from conversion.huggingface.generation import Generation
 from conversion.release import model_checks
 from conversion.release.check import Check

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,30 @@ def refusals(root: Path) -> dict[str, str]:
         "another model": error(another_model),
         "no architecture": error(lambda: Mellum2ModelProvider().finalize()),
     }
+
+
+def old_path(root: Path) -> list[str]:
+    """Read our import with the provider's path of older checkpoints in its ``run_config.yaml``.
+
+    Leaves the exported weights in ``old_path_hf/`` and returns the differences of its provider from
+    the one read under the present path.
+    """
+    from megatron.bridge.training.model_load_save import load_model_config
+
+    present = root / "imported" / "small" / "release"
+    old = Path(shutil.copytree(present, root / "old_path" / "release"))
+    text = (old / "run_config.yaml").read_text()
+    path, old_path = "conversion.bridge.model.", "conversion.bridge_model."
+    assert text.count(path) == 1
+    (old / "run_config.yaml").write_text(text.replace(path, old_path))
+
+    bridge = AutoBridge.from_hf_pretrained(root / "hf" / "small")
+    model = bridge.load_megatron_model(old)
+    bridge.save_hf_pretrained(model, root / "old_path_hf", show_progress=False)
+    expected, read = load_model_config(str(present))[0], load_model_config(str(old))[0]
+    for provider in (expected, read):
+        provider.finalize()
+    return differences(expected, read, besides=set())
 
 
 def without_head(root: Path) -> dict[str, Any]:

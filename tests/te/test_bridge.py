@@ -96,6 +96,7 @@ def done(root: Path) -> dict[str, Any]:
         "known_before",
         "round_trips",
         "configurations",
+        "old_path",
         "refusals",
         "without_head",
         "synthesized",
@@ -163,6 +164,14 @@ def test_bridge_reads_the_run_config(done: dict[str, Any], root: Path):
     assert done["configurations"]["ConfigContainer"] == []
     config = json.loads((root / "hf" / "small" / "config.json").read_text())
     assert {key: done["synthesized"][key] for key in config} == config
+
+
+def test_bridge_reads_a_checkpoint_that_names_the_providers_old_path(
+    done: dict[str, Any], root: Path
+):
+    """Checkpoints name ``conversion.bridge_model``, which has moved; they are read as before."""
+    assert done["old_path"] == []
+    require_same(load_tensors(root / "old_path_hf"), load_tensors(root / "hf" / "small"))
 
 
 def test_bridge_has_no_mellum_of_its_own(done: dict[str, Any]):
