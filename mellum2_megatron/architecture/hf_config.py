@@ -43,6 +43,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Defaults of MellumConfig for the fields that carry over by name."""
 
+# Of MellumConfig too; the released files give 500,000 to both.
 _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -141,6 +142,7 @@ def to_hf_config(
 ) -> dict[str, Any]:
     """Return ``config.json`` as released for ``architecture``, keys sorted as by transformers."""
     config: dict[str, Any] = {name: getattr(architecture, name) for name in _DEFAULTS}
+    # The released files leave out ids that the model does not have.
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config[name] is None:
             del config[name]
@@ -150,7 +152,7 @@ def to_hf_config(
         "architectures": ["MellumForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "dtype": torch_dtype,
+        "dtype": torch_dtype,  # transformers 5's name of torch_dtype
         "hidden_act": "silu",
         "layer_types": list(architecture.layer_types),
         "mlp_layer_types": ["sparse"] * architecture.num_hidden_layers,
@@ -186,6 +188,7 @@ def _without_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
         if alias not in values:
             continue
         value = values.pop(alias)
+        # null and 0 both mean no layers (num_mtp_layers).
         if name in values and (values[name] or 0) != (value or 0):
             raise InputError(
                 f"{alias}={value!r} beside {name}={values[name]!r}",
@@ -272,10 +275,12 @@ def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
             rule="its entries are layer types",
             fix=nearest(unknown[0], _DEFAULT_ROPE),
         )
+    # Left over from a config of one rope for all layers; transformers reads only the entries.
     if set(given) & _ROPE_KEYS - {"truncate"}:
         logger.warning(
             "rope_parameters: ignoring %s beside the layer types", sorted(set(given) & _ROPE_KEYS)
         )
+    # A model without layers of one type may lack the entry; the field then has the default.
     used = {*fields["layer_types"], *fields["mtp_layer_types"]}
     ropes = {}
     for kind, default in _DEFAULT_ROPE.items():
@@ -343,6 +348,7 @@ def _read_rope(
             rope_theta=_as_float(theta),
             factor=_as_float(factor),
             original_max_position_embeddings=original,
+            # transformers takes its defaults for 0 and null alike.
             beta_fast=_as_float(entry.get("beta_fast") or 32),
             beta_slow=_as_float(entry.get("beta_slow") or 1),
             attention_factor=_as_float(entry.get("attention_factor")),

@@ -68,6 +68,7 @@ MEGATRON_FIELDS: tuple[MegatronField, ...] = (
     _value("moe_router_topk", "--moe-router-topk", lambda a: a.num_experts_per_tok),
     # Softmax over the chosen experts equals softmax over all, renormalised over the chosen.
     _switch("moe_router_pre_softmax", "--moe-router-pre-softmax", lambda a: not a.norm_topk_prob),
+    # None gives no argument: Megatron's own default is a model without MTP.
     _value("mtp_num_layers", "--mtp-num-layers", lambda a: a.num_mtp_layers or None),
 )
 """Facts with an argument of their own.
@@ -79,9 +80,9 @@ FIXED_FIELDS: dict[str, Any] = {
     "add_qkv_bias": False,
     "layernorm_zero_centered_gamma": False,
     "moe_router_score_function": "softmax",
-    "moe_layer_freq": 1,
+    "moe_layer_freq": 1,  # every layer is a mixture of experts
     "moe_shared_expert_intermediate_size": None,
-    "moe_expert_capacity_factor": None,
+    "moe_expert_capacity_factor": None,  # dropless
     "moe_router_num_groups": None,
     "moe_router_topk_scaling_factor": None,
     "multi_latent_attention": False,

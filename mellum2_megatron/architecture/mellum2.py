@@ -261,6 +261,7 @@ class Mellum2Architecture:
                     rule="Mellum2Architecture has no such field",
                     fix=nearest(name, known),
                 )
+        # Values of another type are left for __post_init__, which names them.
         layers = changes.get("num_hidden_layers")
         if isinstance(layers, int) and "layer_types" not in changes:
             period = _period(self.layer_types)
@@ -318,6 +319,7 @@ class Mellum2Architecture:
         for layer in range(self.num_mtp_layers if mtp else 0):
             yield Parameter("mtp.pre_fc_norm_embedding.weight", (hidden,), "norms", layer, mtp=True)
             yield Parameter("mtp.pre_fc_norm_hidden.weight", (hidden,), "norms", layer, mtp=True)
+            # Its input is the next token's embedding, then the trunk's hidden state.
             yield Parameter(
                 "mtp.fc.weight", (hidden, 2 * hidden), "mtp projection", layer, mtp=True
             )
@@ -356,6 +358,7 @@ class Mellum2Architecture:
         Both vocabulary matrices count in full, as in the published "2.5B active": a lookup touches
         one row of the embedding, yet 2,439,060,736 includes all 226,492,416 of its weights.
         """
+        # Experts of a layer have equal sizes, so the first ones stand for those that are chosen.
         for parameter in self.parameters(mtp=mtp):
             if parameter.expert is None or parameter.expert < self.num_experts_per_tok:
                 yield parameter
@@ -402,8 +405,9 @@ class Mellum2Architecture:
                 flops[parameter.component] = (
                     flops.get(parameter.component, 0) + per_weight * parameter.numel
                 )
-        heads_passes = self.num_mtp_layers if mtp else 0
-        flops["output head"] += heads_passes * per_weight * self.vocab_size * self.hidden_size
+        # The MTP layer's logits come from the shared head, which `parameters` lists once.
+        extra_heads = self.num_mtp_layers if mtp else 0
+        flops["output head"] += extra_heads * per_weight * self.vocab_size * self.hidden_size
         # Two products (QK^T and PV), a multiply and an add each.
         per_pair = 2 * 2 * passes * self.num_attention_heads * self.head_dim
         layers = self.layer_types + (self.mtp_layer_types if mtp else ())

@@ -104,6 +104,7 @@ class RopeParameters:
         if self.attention_factor is not None:
             return self.attention_factor
         assert self.factor is not None  # checked in __post_init__
+        # DeepSeek's variant, as in transformers: the ratio of two terms.
         if self.mscale and self.mscale_all_dim:
             return _yarn_mscale(self.factor, self.mscale) / _yarn_mscale(
                 self.factor, self.mscale_all_dim
@@ -112,4 +113,5 @@ class RopeParameters:
 
 
 def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    # YaRN's 0.1 ln(factor) + 1 (arXiv 2309.00071).
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

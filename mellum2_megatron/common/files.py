@@ -55,6 +55,7 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
     Raises:
         FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
     """
+    # An empty folder counts as free: users and schedulers often make the output folder ahead.
     target = Path(path)
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not overwrite:

@@ -108,6 +108,7 @@ def source_code(root: Path | None = None) -> Code:
         InputError: `SNAPSHOT_FILE` exists but is damaged.
     """
     root = root or project_root()
+    # Git first: a snapshot file may be left over in a checkout.
     version = _version(PROJECT) or "unknown"
     file = (root / SNAPSHOT_FILE).is_file()
     if (root / ".git").exists() or not file:

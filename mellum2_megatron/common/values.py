@@ -131,9 +131,10 @@ def from_mapping[T](
         name, full_key = field.name, full_keys[field.name]
         if name in values:
             value, nested = values[name], _dataclass_in(annotations[name])
+            is_null = value is None and nested is not annotations[name]  # of an optional section
             if full_key in readers:
                 arguments[name] = readers[full_key](value, full_key)
-            elif nested is not None and (value is not None or nested is annotations[name]):
+            elif nested is not None and not is_null:
                 arguments[name] = from_mapping(
                     nested,
                     value,
@@ -211,7 +212,10 @@ def _dataclass_in(annotation: Any) -> type | None:
     options = [annotation]
     if get_origin(annotation) in (Union, types.UnionType):
         options = [option for option in get_args(annotation) if option is not type(None)]
-    return options[0] if len(options) == 1 and dataclasses.is_dataclass(options[0]) else None  # type: ignore[return-value]  # an annotation is a type
+    if len(options) == 1 and dataclasses.is_dataclass(options[0]):
+        nested: type = options[0]  # type: ignore[assignment]  # an annotation is a type
+        return nested
+    return None
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -236,7 +240,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         if typed and value.lower() in _BOOLEANS:
             return _BOOLEANS[value.lower()]
     elif annotation is int:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool):  # a bool is an int in Python
             return value
         if typed and _INTEGER.fullmatch(value):
             return int(value)
@@ -257,6 +261,7 @@ def _convert(value: Any, annotation: Any) -> Any:
 
 def _convert_choice(value: Any, choices: tuple[Any, ...]) -> Any:
     for choice in choices:
+        # 1 == True in Python, so the types must agree too.
         if value == choice and type(value) in (type(choice), _Text):
             return choice
     close = get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)

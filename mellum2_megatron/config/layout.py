@@ -173,6 +173,7 @@ class Layout:
 
     def _sequence_problems(self, sequence_length: int) -> list[InputError | None]:
         given = f"data.sequence_length={sequence_length}"
+        # A late query sees more keys than an early one: an early and a late chunk for each rank.
         if self.cp > 1 and sequence_length % (2 * self.cp):
             working = [
                 cp
@@ -253,7 +254,9 @@ def pipeline_stages(
         return {0, last} if architecture.num_mtp_layers else {0}
     if parameter.mtp or parameter.layer is None:
         return {last}
-    return {parameter.layer * layout.pp * layout.vpp // architecture.num_hidden_layers % layout.pp}
+    # Chunk of the layer among pp * vpp equal chunks; chunk i lies on stage i mod pp.
+    chunk = parameter.layer * layout.pp * layout.vpp // architecture.num_hidden_layers
+    return {chunk % layout.pp}
 
 
 def _divides(name: str, ways: int, sizes: dict[str, int]) -> InputError | None:

@@ -151,6 +151,7 @@ class Optimizer:
             ("optimizer.muon_ns_steps", self.muon_ns_steps),
         ):
             require(value > 0, f"{key}={value}", rule="must be positive", fix="use the default")
+        # Both switches become Megatron's one, so gate and up cannot split without Q, K and V.
         if self.name == "muon" and self.muon_split_gate_up and not self.muon_split_qkv:
             raise InputError(
                 "optimizer.muon_split_gate_up=true with optimizer.muon_split_qkv=false",
@@ -169,6 +170,7 @@ class Optimizer:
 
     def uses_muon(self, parameter: Parameter) -> bool:
         """Return true if Muon updates ``parameter``, false if Adam does."""
+        # Megatron gives every hidden matrix to Muon; these two kinds have an option here.
         choices = {"router": self.muon_router, "mtp projection": self.muon_mtp_projection}
         return (
             self.name == "muon"

@@ -68,6 +68,7 @@ def _split(override: str) -> tuple[str, str]:
     known = keys()
     if key == "architecture" or key in known:
         return key, text.strip()
+    # Fix for an unknown key: a section's keys, fields of that name elsewhere, or the nearest key.
     section, name = key.partition(".")[0], key.rpartition(".")[2]
     inside = [candidate for candidate in known if candidate.startswith(f"{key}.")]
     same_name = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
@@ -98,6 +99,7 @@ def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:
         else change
         for name, change in changes.items()
     }
+    # Its own `replace` adapts the layer types to a new number of layers.
     if isinstance(instance, Mellum2Architecture):
         return instance.replace(**fields)
     return dataclasses.replace(instance, **fields)

@@ -226,6 +226,7 @@ class Checkpoint:
             fix="use 2, or null to keep all",
         )
         if self.retain_interval is not None:
+            # Only saved checkpoints can be kept: the next multiple is the nearest that works.
             above = (max(self.retain_interval, 1) // self.save_interval + 1) * self.save_interval
             require(
                 self.retain_interval > 0 and self.retain_interval % self.save_interval == 0,
@@ -288,6 +289,7 @@ class Run:
             rule=f"the run ends at schedule.train_samples={self.schedule.train_samples}",
             fix="use 0, or the last sample of the run that this one continues",
         )
+        # A source may name a section; a typo would silently leave a value without its source.
         known = keys()
         for key in self.sources:
             if key not in known and not any(name.startswith(f"{key}.") for name in known):
@@ -308,7 +310,10 @@ class Run:
         )
 
     def source(self, key: str) -> str | None:
-        """Return the source of ``key``: its own, or that of the innermost section that has one."""
+        """Return the source of ``key``: its own, or that of the innermost section that has one.
+
+        None if neither the key nor a section around it has a source.
+        """
         while key and key not in self.sources:
             key = key.rpartition(".")[0]
         return self.sources.get(key)
@@ -336,7 +341,7 @@ def _leaf_keys(cls: type, prefix: str) -> list[str]:
     leaves: list[str] = []
     for name, annotation in field_types(cls).items():
         if prefix + name == "sources":
-            continue
+            continue  # about keys, not one of them
         if dataclasses.is_dataclass(annotation):
             leaves += _leaf_keys(annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:

@@ -145,6 +145,7 @@ class Schedule:
         """
         _require_positive("train_steps", train_steps)
         _require_positive("first batch", len(batch_sizes))
+        # A size's first sample is all that the sizes before it consumed.
         starts, samples = [], 0
         for index, (step, size) in enumerate(batch_sizes):
             starts.append((samples, size))
@@ -156,6 +157,7 @@ class Schedule:
             style=style,
             train_samples=total,
             warmup_samples=counted.samples(warmup_steps),
+            # Counted from the end: the last steps have the batch size of the end.
             decay_samples=total - counted.samples(train_steps - decay_steps),
             batch_schedule=tuple(starts),
             micro_batch_size=micro_batch_size,
@@ -195,26 +197,29 @@ class Schedule:
         (megatron/core/optimizer_param_scheduler.py, 0.19.2) in the same order, so results are equal
         to the last bit. The first step of a warmup has rate 0.
         """
+        # Factors of 1.0 and float() look idle; they are Megatron's and decide the last bit.
         if self.warmup_samples > 0 and sample <= self.warmup_samples:
             return peak * float(sample) / float(self.warmup_samples)
         if sample > self.lr_horizon:
             return minimum
         if self.style == "cosine":
-            ratio = float(sample - self.warmup_samples) / float(
-                self.lr_horizon - self.warmup_samples
-            )
+            decay_length = self.lr_horizon - self.warmup_samples
+            ratio = float(sample - self.warmup_samples) / float(decay_length)
             return minimum + 0.5 * (math.cos(math.pi * ratio) + 1.0) * (peak - minimum)
         decay_start = self.lr_horizon - self.decay_samples
         if sample <= decay_start:
             return minimum + 1.0 * (peak - minimum)
-        return minimum + (1.0 - float(sample - decay_start) / float(self.decay_samples)) * (
-            peak - minimum
-        )
+        ratio = float(sample - decay_start) / float(self.decay_samples)
+        return minimum + (1.0 - ratio) * (peak - minimum)
 
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """Conversion between steps and samples for one batch schedule."""
+    """Conversion between steps and samples for one batch schedule.
+
+    Apart from `Schedule`, whose checks need a whole run: `Schedule.from_steps` counts before it has
+    one.
+    """
 
     schedule: tuple[tuple[int, int], ...]
 
@@ -239,9 +244,9 @@ class _Steps:
         for index, (_, size) in enumerate(self.schedule):
             count = steps - taken
             if index + 1 < len(self.schedule):
-                count = min(
-                    count, max(0, math.ceil((self.schedule[index + 1][0] - consumed) / size))
-                )
+                room = self.schedule[index + 1][0] - consumed
+                # A size may have no step at all, if the step before ran past its range.
+                count = min(count, max(0, math.ceil(room / size)))
             taken, consumed = taken + count, consumed + count * size
         return consumed
 

@@ -117,6 +117,7 @@ class TrainingConsole:
                 and ``left`` is estimated here.
         """
         shown = {**values, "step": float(step)}
+        # One figure for all layers: the busiest expert of the worst layer, 1.0 is even.
         loads = [value for name, value in values.items() if name.endswith("/max_over_mean")]
         if loads:
             shown["busiest"] = max(loads)
@@ -153,11 +154,11 @@ class TrainingConsole:
     def _seconds_left(self, samples: float) -> float | None:
         """Return the seconds left at the average speed since the first logged step.
 
-        None on that step, whose own speed includes start-up.
+        None on that step.
         """
         now = time.monotonic()
         if self._first is None or samples <= self._first[1]:
-            self._first = (now, samples)
+            self._first = (now, samples)  # start-up and compilation are before it
             return None
         began, first = self._first
         return (self._total_samples - samples) * (now - began) / (samples - first)

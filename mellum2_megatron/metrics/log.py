@@ -91,7 +91,7 @@ class MetricsLogger:
     ) -> None:
         self._active = rank == 0
         if not self._active:
-            return
+            return  # without folder, file and console: every method checks _active first
         self._folder = Path(output_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / METRICS_FILE
@@ -119,6 +119,7 @@ class MetricsLogger:
                     wandb_project, wandb_entity, run_name, dict(config or {}), resume_step
                 )
         except BaseException:
+            # A live progress bar would garble the error below it.
             self._console.close()
             raise
         self._file = path.open("a", encoding="utf-8")
@@ -214,6 +215,7 @@ class MetricsLogger:
                 "upload it with `wandb sync`"
             )
         id_file = self._folder / WANDB_ID_FILE
+        # A resumed run continues its W&B run by the id; a new run in the folder gets a new one.
         if not resume_step or not id_file.is_file():
             write_text(id_file, secrets.token_hex(8) + "\n")
         run = wandb.init(

@@ -57,6 +57,7 @@ PHASES = pretraining.three_phases(
     optimizer=Optimizer(),
     schedule=SCHEDULE,
     ends=[SCHEDULE.samples(step) for step in PHASE_STEPS],
+    # Tokens between two ends at 8,192 a sequence; a test compares them with the schedule.
     tokens=("282M tokens at 8K", "135M tokens at 8K", "81M tokens at 8K"),
     precision=Precision(compute="fp8"),
     data=[phase.data for phase in pretraining.PRETRAINING],

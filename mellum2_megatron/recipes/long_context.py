@@ -25,7 +25,7 @@ LONG_CONTEXT = Stage(
     name="long_context",
     summary="long context (117B tokens at 128K, layer-selective YaRN)",
     architecture=Mellum2Architecture.preset("mellum2-12b-128k"),
-    optimizer=Optimizer(lr=3e-5),
+    optimizer=Optimizer(lr=3e-5),  # all else as in pre-training
     schedule=Schedule.from_steps(
         train_steps=3_500,
         warmup_steps=100,

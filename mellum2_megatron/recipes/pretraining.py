@@ -139,6 +139,7 @@ def three_phases(
     for number, (phase, end, amount, own_data) in enumerate(
         zip(PHASES, ends, tokens, data, strict=True), 1
     ):
+        # The end of the last phase is the total of App. B, as in SOURCES.
         end_source = {}
         if number < len(PHASES):
             total = " + ".join(f"{earlier.tokens / 1e12:g}T" for earlier in PHASES[:number])

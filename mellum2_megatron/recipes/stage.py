@@ -145,5 +145,6 @@ def stage_run(family: StageFamily, stage: Stage, before: Stage | None, ending: s
             continue_from=folder if stage.start == "continue" else None,
             load=folder if stage.start == "weights" else None,
         ),
+        # Later sources win. The number of machines is the only value that hardware decides.
         sources={**COMMON_SOURCES, **stage.sources, "layout.dp": hardware.source},
     )
