@@ -42,8 +42,8 @@ def duration(seconds: float) -> str:
     >>> duration(59.4), duration(3725), duration(90061)
     ('0:59', '1:02:05', '25:01:01')
     """
-    whole = int(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
@@ -96,10 +96,10 @@ class TrainingConsole:
         if self._console.is_terminal:
             self._bar = _bar(self._console, total_steps, resume_step)
         start = f"resuming after step {resume_step}" if resume_step else "starting"
-        self.say(f"{title}: {start}, {total_steps} steps in all")
+        self.print_line(f"{title}: {start}, {total_steps} steps in all")
 
-    def say(self, text: str) -> None:
-        """Print one line."""
+    def print_line(self, text: str) -> None:
+        """Print ``text`` as one line, above the progress bar if there is one."""
         if self._bar is not None:
             self._console.print(text, markup=False)
         else:
@@ -131,7 +131,7 @@ class TrainingConsole:
         if self._bar is None:
             parts = [f"{column.title} {cell}" for column, cell in cells if cell]
             parts[0] = f"step {step}/{self._total_steps}"
-            self.say(" | ".join(parts))
+            self.print_line(" | ".join(parts))
             return
         if self._rows % _HEADER_EVERY == 0:
             self._console.print(
@@ -144,7 +144,7 @@ class TrainingConsole:
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Print a validation's values after ``step`` steps."""
         parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()]
-        self.say(f"step {step}/{self._total_steps} | validation | " + " | ".join(parts))
+        self.print_line(f"step {step}/{self._total_steps} | validation | " + " | ".join(parts))
 
     def close(self) -> None:
         """Remove the progress bar."""

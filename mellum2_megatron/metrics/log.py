@@ -140,7 +140,7 @@ class MetricsLogger:
         """Record an incident of a step, in words and numbers."""
         if self._active:
             self._record("event", step, values, note)
-            self._console.say(f"step {step}: {note}")
+            self._console.print_line(f"step {step}: {note}")
 
     def last_step(self, kind: Kind) -> int | None:
         """Return the last step of a kind in the file; None if there is none, or off rank 0."""
@@ -210,7 +210,7 @@ class MetricsLogger:
         mode: Any = os.environ.get("WANDB_MODE")
         if mode is None and "WANDB_API_KEY" not in os.environ:
             mode = "offline"
-            self._console.say(
+            self._console.print_line(
                 f"W&B: no WANDB_API_KEY, so the run stays in {self._folder / 'wandb'}; "
                 "upload it with `wandb sync`"
             )

@@ -1,5 +1,4 @@
-"""Which code made a run: Git repositories made here, packager's copies, installed packages, lines
-of a run folder."""
+"""Provenance of Git repositories made here, packagers' copies, packages and run folders."""
 
 from __future__ import annotations
 
@@ -50,9 +49,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_a_checkout_tells_its_commit_and_changes(checkout: Path) -> None:
     head = git(checkout, "rev-parse", "HEAD")
-    found = source_code(checkout)
-    assert (found.origin, found.commit, found.dirty) == ("git", head, False)
-    assert str(found) == f"commit {head}"
+    code = source_code(checkout)
+    assert (code.origin, code.commit, code.dirty) == ("git", head, False)
+    assert str(code) == f"commit {head}"
     (checkout / "runs").mkdir()
     (checkout / "runs" / "log").write_text("ignored files are no change")
     assert source_code(checkout).dirty is False
@@ -69,9 +68,9 @@ def test_an_environment_inside_a_checkout_is_no_checkout(checkout: Path) -> None
     """Its files are not the repository's, whatever commit that is at."""
     site = checkout / ".venv" / "site-packages"
     shutil.copytree(checkout / "mellum2_megatron", site / "mellum2_megatron")
-    found = source_code(site)
-    assert (found.origin, found.commit, found.dirty) == ("package", None, None)
-    assert str(found) == "commit not known (installed as a package, not run from a Git checkout)"
+    code = source_code(site)
+    assert (code.origin, code.commit, code.dirty) == ("package", None, None)
+    assert str(code) == "commit not known (installed as a package, not run from a Git checkout)"
 
 
 def test_a_copy_without_git_says_what_it_is_a_copy_of(checkout: Path, tmp_path: Path) -> None:
@@ -96,8 +95,8 @@ def test_a_checkout_that_git_does_not_read_has_no_commit(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    found = source_code(checkout)
-    assert (found.origin, found.commit, found.reason) == (
+    code = source_code(checkout)
+    assert (code.origin, code.commit, code.reason) == (
         "unknown",
         None,
         "git is not installed here",
@@ -117,9 +116,9 @@ def test_git_variables_of_the_caller_do_not_matter(
 ) -> None:
     """A hook runs with GIT_DIR of another repository."""
     monkeypatch.setenv("GIT_DIR", str(REPOSITORY / ".git"))
-    found = source_code(checkout)
+    code = source_code(checkout)
     monkeypatch.delenv("GIT_DIR")
-    assert found.commit == git(checkout, "rev-parse", "HEAD")
+    assert code.commit == git(checkout, "rev-parse", "HEAD")
 
 
 def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,4 @@
-"""The run's log read back by independent readers: json, TensorBoard's accumulator, W&B's own record
-reader."""
+"""The run's log, read back by independent readers: json, TensorBoard's accumulator, W&B's records."""
 
 from __future__ import annotations
 
@@ -72,26 +71,20 @@ def test_every_number_comes_back_exactly(tmp_path: Path) -> None:
 def test_an_event_has_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = logger(tmp_path, tensorboard=True)
     log.log_step(1, {"lm_loss": 1.0})
-    log.log_event(
-        2, "the loss is nan on rank 3: the update is skipped", {"value": math.nan, "rank": 3.0}
-    )
+    note = "the loss is nan on rank 3: the update is skipped"
+    log.log_event(2, note, {"value": math.nan, "rank": 3.0})
     log.close()
     raw = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
-    note = "the loss is nan on rank 3: the update is skipped"
     assert raw == {"kind": "event", "step": 2, "note": note, "value": "nan", "rank": 3.0}
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert (records[1].kind, records[1].note, records[1].values["rank"]) == ("event", note, 3.0)
     assert records[0].note == ""
     assert series(records, "rank") == ([], [])
     assert f"step 2: {note}" in capsys.readouterr().out
-    train(
-        logger(tmp_path, resume_step=1), range(2, 3)
-    )  # what the checkpoint does not know of is dropped
-    assert [record.kind for record in read_metrics(tmp_path / "metrics.jsonl")] == [
-        "train",
-        "train",
-        "valid",
-    ]
+    # Lines after the checkpoint's step are dropped, events too.
+    train(logger(tmp_path, resume_step=1), range(2, 3))
+    kinds = [record.kind for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert kinds == ["train", "train", "valid"]
 
 
 def test_numbers_that_json_lacks_survive_as_valid_json(tmp_path: Path) -> None:
@@ -176,16 +169,18 @@ def test_tensorboard_reads_the_same_series_across_a_resume(tmp_path: Path) -> No
         "train/samples",
         "train/expert_load/layer_03/max_over_mean",
     }
-    found = {event.step: event.value for event in events.Scalars("train/lm_loss")}
-    assert sorted(found) == list(range(1, 10))
+    losses = {event.step: event.value for event in events.Scalars("train/lm_loss")}
+    assert sorted(losses) == list(range(1, 10))
     assert len(events.Scalars("train/lm_loss")) == 9
-    for step, value in found.items():
+    for step, value in losses.items():
         assert value == pytest.approx(loss_at(step) + (100.0 if step <= 4 else 0.0), rel=1e-6)
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """Records of a LevelDB log with W&B's 7-byte file header: 32 KiB blocks of parts (checksum,
-    length, type, data)."""
+    """Yield the records of a LevelDB log with W&B's 7-byte file header.
+
+    It is 32 KiB blocks of parts, each with checksum, length, type and data.
+    """
     position, parts = 7, b""
     while position < len(data):
         room = 32768 - position % 32768
@@ -250,10 +245,10 @@ import os, sys
 import psutil
 from mellum2_megatron.metrics import MetricsLogger
 log = MetricsLogger(
-    sys.argv[1], rank=0, world_size=1, run_name="x", total_steps=3, total_samples=3, tensorboard=False,
-    wandb_project="mellum",
+    sys.argv[1], rank=0, world_size=1, run_name="x", total_steps=3, total_samples=3,
+    tensorboard=False, wandb_project="mellum",
 )
-(core,) = [each for each in psutil.Process().children() if each.name() == "wandb-core"]
+(core,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
 core.terminate()
 core.wait(30)
 for step in range(1, 4):
@@ -320,8 +315,8 @@ def show(file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_log_file_gets_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = show(io.StringIO(), monkeypatch).splitlines()
     common = (
-        "tokens 164K | lm loss 6.1235 | mtp loss 6.5000 | aux 1.01 | z 2.5 | grad norm 1.750 | lr 3.00e-04"
-        " | busiest expert 1.75x | tokens/s 5.23K | model TFLOP/s 0.123"
+        "tokens 164K | lm loss 6.1235 | mtp loss 6.5000 | aux 1.01 | z 2.5 | grad norm 1.750"
+        " | lr 3.00e-04 | busiest expert 1.75x | tokens/s 5.23K | model TFLOP/s 0.123"
     )
     assert lines == [
         "tiny on 2 processes: starting, 30 steps in all",
