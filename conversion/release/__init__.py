@@ -1,0 +1,1 @@
+"""Release folders: written from a checkpoint, and checked whoever made them."""

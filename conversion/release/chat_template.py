@@ -61,10 +61,8 @@ def read_template(folder: Path) -> str | None:
         return None
     template = read_json(folder / TOKENIZER_CONFIG_FILE, "").get("chat_template")
     if isinstance(template, list):  # several named templates, as older transformers wrote them
-        by_name = {
-            row.get("name"): row.get("template") for row in template if isinstance(row, dict)
-        }
-        template = by_name.get("default")
+        rows = [row for row in template if isinstance(row, dict) and row.get("name") == "default"]
+        template = rows[0].get("template") if rows else None
     return template if isinstance(template, str) else None
 
 

@@ -133,12 +133,12 @@ def release(
         text: file on which the MTP head's acceptance is measured; None leaves that check out.
         min_acceptance: smallest acceptance on ``text`` that passes, 0 to 1.
         overwrite: replace an earlier release.
-        check: False writes the folder unchecked, and its card says so.
+        check: False writes the folder unchecked, and its card states so.
         skip_run: leave out the checks that load the model, comparison with Megatron included.
 
     Raises:
         InputError: an ingredient is missing or does not fit; nothing was written.
-        WorkError: writing failed or a check did; nothing was left behind.
+        WorkError: writing or a check failed; no folder appears.
     """
     require_acceptance(min_acceptance)
     ingredients = _read_ingredients(
@@ -172,7 +172,7 @@ def release(
             measured = _measure(folder, ingredients, megatron_path, min_acceptance)
         _write_cards(folder, ingredients, measured, conversion.dtype)
         if check:
-            # After the cards, whose hashes are among what is checked.
+            # After the cards are written: they are checked too.
             why = "left out (--skip-run)"
             left_out = (*model_checks_left_out(why), Check.not_applicable(LOGITS, why))
             checks = (*file_checks(folder, member), *(measured.checks or left_out))
@@ -327,7 +327,6 @@ def _measure(
 def _write_cards(folder: Path, ingredients: _Ingredients, measured: _Measured, dtype: str) -> None:
     """Write verification.json and README.md."""
     checkpoint = ingredients.checkpoint
-    ran = [check for check in measured.checks if check.status != "not applicable"]
     verification: dict[str, Any] = {
         "member": ingredients.member,
         "software": {name: importlib.metadata.version(name) for name in _SOFTWARE},
@@ -358,7 +357,9 @@ def _write_cards(folder: Path, ingredients: _Ingredients, measured: _Measured, d
         logits=measured.logits,
         # The card states the logits' errors in rows of their own.
         measured=[
-            (check.name, f"{check.status}: {check.value}") for check in ran if check.name != LOGITS
+            (check.name, f"{check.status}: {check.value}")
+            for check in measured.checks
+            if check.status != "not applicable" and check.name != LOGITS
         ],
         code=source_code(),
         trained_with=recorded_code(checkpoint.root),

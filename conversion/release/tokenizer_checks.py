@@ -80,8 +80,8 @@ def agreeing_ids(folder: Path, architecture: Mellum2Architecture) -> str:
     """config.json, generation_config.json and the tokenizer name the same special tokens."""
     by_tokenizer: dict[str, int] = special_ids(folder)
     roles = [role for role in _ROLES if role in by_tokenizer]
-    # A token that is not marked special is also produced by encoding its own text: documents could
-    # end themselves.
+    # Encoding a text also yields those added tokens in it that are not marked special: a document
+    # that quotes the end-of-text token would end there.
     marked = special_tokens(folder).values()
     plain = sorted(role for role in roles if by_tokenizer[role] not in marked)
     if plain:
@@ -103,20 +103,20 @@ def agreeing_ids(folder: Path, architecture: Mellum2Architecture) -> str:
             fix=f"set it to {by_tokenizer['eos']}",
         )
     for role in _ROLES:
-        # A field that is absent contradicts nobody.
+        # An absent field contradicts none.
         named = {file: by_role[role] for file, by_role in ids.items() if by_role[role]}
         fewest = min(named.values(), key=len, default=frozenset())
         if role == "eos":
             # Generation may also stop elsewhere, at the end of a turn: more ids are fine.
-            agree = all(fewest <= found for found in named.values())
+            agree = all(fewest <= numbers for numbers in named.values())
         else:
-            agree = all(fewest == found for found in named.values())
+            agree = all(fewest == numbers for numbers in named.values())
         if agree:
             continue
         fix = f"name the {role}_token in {TOKENIZER_CONFIG_FILE} and write its id"
         if "tokenizer" in named:
             fix = f"write {sorted(named['tokenizer'])} wherever it is named"
-        stated = ", ".join(f"{sorted(found)} in {file}" for file, found in named.items())
+        stated = ", ".join(f"{sorted(numbers)} in {file}" for file, numbers in named.items())
         raise InputError(
             f"{role}_token_id: {stated}",
             rule="config, generation config and tokenizer agree",

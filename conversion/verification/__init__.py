@@ -1,0 +1,1 @@
+"""Comparison of a Megatron checkpoint with a Hugging Face folder: logits and hidden states."""
