@@ -1,27 +1,30 @@
 """Imports point one way, run in no circle, and load torch, megatron or transformers only where the
 tables below allow it.
 
-Every import of the source tree is read from the files themselves: at the top of a module, inside
-functions, classes and `try` blocks, under ``TYPE_CHECKING``, and those written as strings
-(``import_module("a.b")``, ``python -m a.b``). The order is the one of docs/architecture.md. To see
-a test fail, turn any import of the tree round.
+`tests.import_reader` finds the imports, those inside functions and strings too. The order of
+packages is the one of docs/architecture.md. To see a test fail, turn any import of the tree round.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
-import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from tests import REPOSITORY
+from tests.import_reader import (
+    HEAVY,
+    OUTER,
+    TOPS,
+    face,
+    imports,
+    imports_in,
+    modules,
+    package,
+)
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("common",),
@@ -52,11 +55,6 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """The order inside the packages that have folders of their own, read the same way."""
 
-OUTER = ("conversion", "launchers", "ablations")
-"""Packages beside `mellum2_megatron`; inside it only `cli` may import them."""
-
-HEAVY = ("torch", "megatron", "transformers")
-
 AT_IMPORT: dict[str, tuple[str, ...]] = {
     "mellum2_megatron.data.feed": ("torch",),
     "mellum2_megatron.model": ("torch", "megatron"),
@@ -82,136 +80,10 @@ OLD_PATHS = {
 """Modules kept under the path that older pages and checkpoints name; each imports its new place and
 nothing else."""
 
-LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
-TOPS = ("mellum2_megatron", *OUTER)
-
-# The functions that import a module by its name, whatever the name of their own module.
-IMPORTERS = ("import_module", "__import__", "run_module")
-
-
-@dataclass(frozen=True, slots=True)
-class Import:
-    """One import of the tree.
-
-    Attributes:
-        source, target: dotted names of modules; `target` may be a heavy library.
-        names: names taken from `target` by ``from target import names``.
-        line: line in the file of `source`.
-        eager: the import runs when `source` is imported.
-    """
-
-    source: str
-    target: str
-    names: tuple[str, ...]
-    line: int
-    eager: bool
-
-
-# -- Reading the tree ------------------------------------------------------------------------------
-
-
-@functools.cache
-def modules() -> Mapping[str, Path]:
-    """Dotted name -> file, of every module of the source tree."""
-    files = {}
-    for top in TOPS:
-        for file in sorted((REPOSITORY / top).rglob("*.py")):
-            parts = file.relative_to(REPOSITORY).with_suffix("").parts
-            files[".".join(parts).removesuffix(".__init__")] = file
-    return files
-
-
-@functools.cache
-def imports() -> tuple[Import, ...]:
-    """Every import of one of our modules or of a heavy library."""
-    return tuple(
-        entry
-        for name, file in modules().items()
-        for entry in imports_in(name, file.read_text(encoding="utf-8"))
-    )
-
-
-def imports_in(source: str, text: str) -> Iterator[Import]:
-    """Read the imports of module `source` from its `text`."""
-    tree = ast.parse(text, source)
-    eager = {id(node) for node in eager_nodes(tree)}
-    # A string that is a statement of its own is a docstring: it may name any module.
-    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
-        targets: Iterable[tuple[str, tuple[str, ...]]] = ()
-        if isinstance(node, ast.Import):
-            targets = [(alias.name, ()) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{source}:{node.lineno}: relative import; name the package"
-            targets = list(_taken_from(str(node.module), [alias.name for alias in node.names]))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in IMPORTERS:
-            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-            written = [arg.value for arg in arguments if isinstance(arg, ast.Constant)]
-            assert written, f"{source}:{node.lineno}: imports a module of a computed name"
-            targets = [(name, ()) for name in written if isinstance(name, str)]
-        elif isinstance(node, ast.Constant) and id(node) not in prose:
-            # A module may write its own name, and a package's main module that of the package.
-            own = (source, face(source))
-            targets = [(name, ()) for name in _named_in(node.value) if name not in own]
-        runs = id(node) in eager and not isinstance(node, ast.Constant)
-        for target, names in dict.fromkeys(targets):
-            if target.partition(".")[0] in (*TOPS, *HEAVY):
-                yield Import(source, target, names, node.lineno, eager=runs)
-
-
-def _taken_from(module: str, names: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """``from package import module`` imports that module; ``from module import name`` the module
-    that has the name."""
-    submodules = [name for name in names if f"{module}.{name}" in modules()]
-    yield from ((f"{module}.{name}", ()) for name in submodules)
-    if len(submodules) < len(names):
-        yield module, tuple(name for name in names if name not in submodules)
-
-
-def _named_in(value: object) -> list[str]:
-    """Return the modules of ours that a string has somebody run: ``a.b``, ``a.b:name``, or
-    ``python -m a.b`` inside a longer text."""
-    if not isinstance(value, str):
-        return []
-    names = re.findall(r"^([\w.]+)(?::\w+)?$|-m ([\w.]+)", value)
-    return [name for pair in names for name in pair if "." in name and name in modules()]
-
-
-def eager_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported: neither a function's body, nor lines that only a
-    type checker reads."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            # Decorators and default values do run.
-            decorators = [] if isinstance(child, ast.Lambda) else child.decorator_list
-            for part in (*decorators, child.args):
-                yield part
-                yield from eager_nodes(part)
-        elif isinstance(child, ast.If) and ast.unparse(child.test) in (
-            "TYPE_CHECKING",
-            "typing.TYPE_CHECKING",
-        ):
-            for part in child.orelse:
-                yield part
-                yield from eager_nodes(part)
-        else:
-            yield child
-            yield from eager_nodes(child)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
 # -- The rules -------------------------------------------------------------------------------------
-
-
-def package(module: str) -> str:
-    """``mellum2_megatron.config.run`` -> ``config``; ``conversion.convert`` -> ``conversion``."""
-    top, _, rest = module.partition(".")
-    return rest.partition(".")[0] if top == "mellum2_megatron" else top
-
-
-def face(module: str) -> str:
-    """``mellum2_megatron.config.run`` -> ``mellum2_megatron.config``: the package's own module."""
-    name = package(module)
-    return name if name in OUTER else f"mellum2_megatron.{name}"
 
 
 def room(module: str) -> tuple[int, str] | None:
@@ -366,34 +238,36 @@ def test_any_import_turned_round_is_found() -> None:
     ] == []
 
 
-IMPORTS_CLI = [
-    "import mellum2_megatron.cli",
-    "import mellum2_megatron.cli.app as app",
-    "from mellum2_megatron import cli",
-    "from mellum2_megatron.cli import main",
-    "from mellum2_megatron.cli.app import *",
-    "def f():\n    from mellum2_megatron.cli import main",
-    "class A:\n    import mellum2_megatron.cli",
-    "try:\n    import mellum2_megatron.cli\nexcept ImportError:\n    pass",
-    "if TYPE_CHECKING:\n    from mellum2_megatron.cli import main",
-    "import_module('mellum2_megatron.cli')",
-    "importlib.import_module(name='mellum2_megatron.cli')",
-    "f = lambda: __import__('mellum2_megatron.cli.app')",
-    "runpy.run_module('mellum2_megatron.cli.app')",
-    "load('mellum2_megatron.cli:main')",
-    "command = [python, '-m', 'mellum2_megatron.cli']",
-    "os.system('python -m mellum2_megatron.cli info')",
-]
+WAYS_TO_IMPORT = {
+    "plain": "import mellum2_megatron.cli",
+    "as": "import mellum2_megatron.cli.app as app",
+    "from_top": "from mellum2_megatron import cli",
+    "from_face": "from mellum2_megatron.cli import main",
+    "star": "from mellum2_megatron.cli.app import *",
+    "function": "def f():\n    from mellum2_megatron.cli import main",
+    "class": "class A:\n    import mellum2_megatron.cli",
+    "try": "try:\n    import mellum2_megatron.cli\nexcept ImportError:\n    pass",
+    "type_checking": "if TYPE_CHECKING:\n    from mellum2_megatron.cli import main",
+    "import_module": "import_module('mellum2_megatron.cli')",
+    "keyword": "importlib.import_module(name='mellum2_megatron.cli')",
+    "dunder": "f = lambda: __import__('mellum2_megatron.cli.app')",
+    "runpy": "runpy.run_module('mellum2_megatron.cli.app')",
+    "entry_point": "load('mellum2_megatron.cli:main')",
+    "list_of_words": "command = [python, '-m', 'mellum2_megatron.cli']",
+    "shell": "os.system('python -m mellum2_megatron.cli info')",
+}
 
 
-@pytest.mark.parametrize("text", IMPORTS_CLI)
-def test_every_way_to_import_is_read(text: str) -> None:
+@pytest.mark.parametrize("way", WAYS_TO_IMPORT)
+def test_every_way_to_import_is_read(way: str) -> None:
     source = "mellum2_megatron.config.run"
-    found = [entry.target for entry in imports_in(source, text)]
-    assert [target for target in found if wrong_way(source, target)], found
+    targets = [entry.target for entry in imports_in(source, WAYS_TO_IMPORT[way])]
+    assert [target for target in targets if wrong_way(source, target)], targets
 
 
-@pytest.mark.parametrize("text", ["from . import cli", "from .run import Run"])
+@pytest.mark.parametrize(
+    "text", ["from . import cli", "from .run import Run"], ids=["package", "module"]
+)
 def test_relative_imports_are_refused(text: str) -> None:
     with pytest.raises(AssertionError, match="relative import"):
         list(imports_in("mellum2_megatron.config.run", text))
@@ -440,33 +314,36 @@ def test_heavy_libraries_load_only_where_the_table_says() -> None:
     assert by_row == {name: set(libraries) for name, libraries in AT_IMPORT.items()}
 
 
-EAGER_TORCH = [
-    "import torch.nn.functional as F",
-    "class A:\n    import torch",
-    "try:\n    from torch import nn\nexcept ImportError:\n    pass",
-    "if not TYPE_CHECKING:\n    import torch",
-    "if TYPE_CHECKING:\n    pass\nelse:\n    import torch",
-    "def f(a=__import__('torch')): ...",
-    "@import_module('torch').no_grad()\ndef f(): ...",
-]
-LAZY_TORCH = [
-    "def f():\n    import torch",
-    "async def f():\n    if x:\n        import torch",
-    "f = lambda: __import__('torch')",
-    "if TYPE_CHECKING:\n    import torch",
-    "if typing.TYPE_CHECKING:\n    import torch",
-]
+EAGER = {
+    "as": "import torch.nn.functional as F",
+    "class": "class A:\n    import torch",
+    "try": "try:\n    from torch import nn\nexcept ImportError:\n    pass",
+    "not_type_checking": "if not TYPE_CHECKING:\n    import torch",
+    "else_of_type_checking": "if TYPE_CHECKING:\n    pass\nelse:\n    import torch",
+    "default_value": "def f(a=__import__('torch')): ...",
+    "decorator": "@import_module('torch').no_grad()\ndef f(): ...",
+}
+LAZY = {
+    "function": "def f():\n    import torch",
+    "async_function": "async def f():\n    if x:\n        import torch",
+    "lambda": "f = lambda: __import__('torch')",
+    "type_checking": "if TYPE_CHECKING:\n    import torch",
+    "typing": "if typing.TYPE_CHECKING:\n    import torch",
+}
 
 
-@pytest.mark.parametrize(
-    ("text", "eager"),
-    [*((text, True) for text in EAGER_TORCH), *((text, False) for text in LAZY_TORCH)],
-)
-def test_imports_that_run_at_import_are_told_from_the_others(text: str, eager: bool) -> None:
-    entries = list(imports_in("mellum2_megatron.config.run", text))
-    assert [(entry.target.partition(".")[0], entry.eager) for entry in entries] == [
-        ("torch", eager)
-    ]
+@pytest.mark.parametrize("way", [*EAGER, *LAZY])
+def test_imports_that_run_at_import_are_told_from_the_others(way: str) -> None:
+    entries = list(imports_in("mellum2_megatron.config.run", (EAGER | LAZY)[way]))
+    assert [entry.target.partition(".")[0] for entry in entries] == ["torch"]
+    assert entries[0].eager == (way in EAGER)
+
+
+def test_the_cpu_backend_is_imported_in_functions_only() -> None:
+    """A process that trains on GPUs never loads it."""
+    entries = [entry for entry in imports() if package(entry.target) == "cpu"]
+    assert any(package(entry.source) != "cpu" for entry in entries)
+    assert [entry for entry in entries if entry.eager and package(entry.source) != "cpu"] == []
 
 
 @pytest.mark.parametrize("allowed", [(), ("torch",)], ids=["none", "torch"])

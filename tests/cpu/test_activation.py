@@ -1,19 +1,14 @@
-"""Activation: explicit, early, refused where it must be, and nothing of it on the CUDA path."""
+"""Activation: explicit, early, and refused where it must be."""
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 from tests import REPOSITORY
-
-PACKAGE = REPOSITORY / "mellum2_megatron"
 
 
 def run(code: str, **environment: str) -> str:
@@ -154,43 +149,3 @@ def test_torch_compile_stays_for_everybody_else() -> None:
         exec("plain = torch.compile(function); decorated = torch.compile(fullgraph=True)(function)", scope)
         assert scope["plain"] is function and scope["decorated"] is function
     """)
-
-
-def _module_level_imports(tree: ast.Module) -> list[str]:
-    """Names imported when the module is, also inside `if` and `try`, but not inside functions or
-    TYPE_CHECKING."""
-    names: list[str] = []
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            waiting.extend(node.orelse)
-            continue
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute in this project"
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-        waiting.extend(ast.iter_child_nodes(node))
-    return names
-
-
-SOURCES = sorted(
-    path
-    for folder in ("mellum2_megatron", "conversion", "launchers", "ablations")
-    for path in (REPOSITORY / folder).rglob("*.py")
-    if (PACKAGE / "cpu") not in path.parents
-)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_nothing_else_imports_the_cpu_backend(path: Path) -> None:
-    imported = _module_level_imports(ast.parse(path.read_text()))
-    assert [name for name in imported if name.startswith("mellum2_megatron.cpu")] == []
-
-
-def test_the_check_above_sees_such_an_import() -> None:
-    source = "if True:\n    from mellum2_megatron import cpu\ndef f():\n    from mellum2_megatron import upstream\n"
-    assert _module_level_imports(ast.parse(source)) == ["mellum2_megatron.cpu"]
