@@ -1,4 +1,4 @@
-"""Runs and jobs whose files are there."""
+"""A run whose data and tokenizer exist on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 @pytest.fixture
 def run(corpus: PreparedData, tmp_path: Path) -> Run:
-    """A run that works on 2, 4, 6, 8 and 16 ranks, CPU or GPU."""
+    """Return a run that fits 2, 4, 6, 8 and 16 ranks, CPU or GPU."""
     schedule = {
         "batch_schedule": "[[0,48]]",
         "micro_batch_size": 1,

@@ -1,5 +1,4 @@
-"""The jobs whose scripts are kept in ``golden/``. ``python -m tests.launchers.golden_jobs`` writes
-them anew."""
+"""Jobs of the scripts in ``golden/``; ``python -m tests.launchers.golden_jobs`` rewrites them."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden_jobs() -> dict[str, ClusterJob]:
-    """File name -> job. None of their files is here."""
+    """Return the jobs by file name. Their run folders, images and data do not exist."""
     run = recipe("mellum2_tiny_pretrain")
     lustre = (
         Mount(source="/lustre", target="/lustre"),
@@ -99,6 +98,6 @@ def golden_jobs() -> dict[str, ClusterJob]:
 
 
 if __name__ == "__main__":
-    for name, each in golden_jobs().items():
-        (GOLDEN / f"{name}.sbatch").write_text(render(each))
+    for name, job in golden_jobs().items():
+        (GOLDEN / f"{name}.sbatch").write_text(render(job))
         sys.stdout.write(f"wrote {GOLDEN / name}.sbatch\n")

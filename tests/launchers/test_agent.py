@@ -1,5 +1,4 @@
-"""Agents of two nodes, both on this machine, with ranks that do what a test wants instead of
-training."""
+"""The agents of two nodes, both on this machine. Their ranks run a test's Python, no training."""
 
 from __future__ import annotations
 
@@ -31,12 +30,13 @@ RANK = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(__file__).parent
 rank = int(os.environ["RANK"])
-(folder / f"rank.{rank}").write_text(" ".join(os.environ[name] for name in ("GROUP_RANK", "LOCAL_RANK", "WORLD_SIZE")))
+names = ("GROUP_RANK", "LOCAL_RANK", "WORLD_SIZE")
+(folder / f"rank.{rank}").write_text(" ".join(os.environ[name] for name in names))
 """
 
 
 class Nodes:
-    """Two nodes with two ranks each."""
+    """A run on two nodes with two ranks each."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class Nodes:
         self.agents: list[subprocess.Popen[str]] = []
 
     def start(self, rank: str, *, nodes: tuple[int, ...] = (0, 1), of: int = 2) -> None:
-        """Start agents whose ranks run a piece of Python."""
+        """Start agents whose ranks run `rank`, Python source."""
         (self.folder / "rank.py").write_text(RANK + rank)
         for node in nodes:
             environment = {
@@ -79,12 +79,12 @@ class Nodes:
             )
 
     def wait(self) -> list[int]:
-        """Return the agents' exit codes; `output` has what they have said."""
+        """Return the agents' exit codes; their output is in `output`."""
         self.output = [agent.communicate(timeout=200)[0] for agent in self.agents]
         return [agent.returncode for agent in self.agents]
 
     def ranks(self) -> list[str]:
-        """What the ranks have left: node, number there, world."""
+        """Return node, local rank and world size of each rank."""
         return [path.read_text() for path in sorted(self.folder.glob("rank.[0-9]"))]
 
     def until(self, name: str) -> None:
@@ -105,7 +105,7 @@ def nodes(run: Run, tmp_path: Path) -> Nodes:
 
 
 def test_ranks_are_counted_in_the_order_of_the_nodes(nodes: Nodes):
-    nodes.start("", nodes=(1, 0))  # whoever comes first
+    nodes.start("", nodes=(1, 0))  # in whatever order they arrive
     assert nodes.wait() == [0, 0], nodes.output
     assert nodes.ranks() == ["0 0 4", "0 1 4", "1 0 4", "1 1 4"]
     assert [attempt.kind for attempt in read_attempts(nodes.folder)] == ["done"]
@@ -125,15 +125,14 @@ time.sleep(200)
         agent.send_signal(signal.SIGUSR1)
     assert nodes.wait() == [75, 75]
     assert nodes.reports() == [("n0", 75), ("n1", 75)]
-    assert [attempt.kind for attempt in read_attempts(nodes.folder)] == [
-        None
-    ]  # the batch script ends it
+    # The batch script records the end.
+    assert [attempt.kind for attempt in read_attempts(nodes.folder)] == [None]
 
 
 def test_a_signal_that_comes_before_the_ranks(nodes: Nodes):
     nodes.start("time.sleep(200)", nodes=(0,), of=1)
     end = time.monotonic() + 200
-    while not (nodes.folder / "attempts.jsonl").exists():  # torch is still to be imported
+    while not (nodes.folder / "attempts.jsonl").exists():  # before torch is imported
         assert time.monotonic() < end
         time.sleep(0.01)
     nodes.agents[0].send_signal(signal.SIGTERM)
@@ -180,7 +179,7 @@ def test_a_port_that_is_taken(nodes: Nodes):
     assert f"the 2 nodes did not meet at 127.0.0.1:{nodes.port}" in nodes.output[0]
 
 
-def test_what_has_failed_too_often_is_not_started(nodes: Nodes, monkeypatch: pytest.MonkeyPatch):
+def test_a_job_that_failed_too_often_is_not_started(nodes: Nodes, monkeypatch: pytest.MonkeyPatch):
     for restart in range(2):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))

@@ -1,4 +1,4 @@
-"""Jobs: what can be known before submission is checked before submission."""
+"""Jobs: all checks that are possible before the submission come before it."""
 
 from __future__ import annotations
 
@@ -81,12 +81,10 @@ def test_world(
 
 def test_gpus_of_a_node(run: Run):
     assert make_job(run, GPU).gpus_per_node == 8
-    assert (
-        make_job(changed(run, "layout.dp=2"), GPU).gpus_per_node == 2
-    )  # a small job leaves the others
-    assert (
-        make_job(run, dataclasses.replace(GPU, ranks_per_node=4)).gpus_per_node == 8
-    )  # the site wants it so
+    # A job with fewer ranks than a node has GPUs leaves the others to other jobs.
+    assert make_job(changed(run, "layout.dp=2"), GPU).gpus_per_node == 2
+    # A profile may take all GPUs of a node for fewer ranks.
+    assert make_job(run, dataclasses.replace(GPU, ranks_per_node=4)).gpus_per_node == 8
 
 
 def test_packages_are_the_nodes_not_this_machine_s(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -148,7 +146,7 @@ def test_data_that_is_not_there(run: Run):
 
 
 def test_checkpoint_of_a_job_before(run: Run, tmp_path: Path):
-    """What a stage starts from need not be there yet, if the job that makes it comes first."""
+    """A stage's starting checkpoint may be absent if the job before writes it."""
     first = tmp_path / "first"
     for key in ("load", "continue_from"):
         second = changed(run, f"checkpoint.{key}={first}")

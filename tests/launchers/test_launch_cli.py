@@ -1,5 +1,4 @@
-"""`mellum2 launch` as a user meets it, without NeMo-Run and without a Slurm: what it shows, writes
-and refuses."""
+"""`mellum2 launch` on the command line, without NeMo-Run and Slurm: output, files and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +25,10 @@ PROFILE = "account: none\nranks_per_node: 2\n"
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> Path:
-    """A folder with the run file, a profile and, in place of this checkout, one without changes."""
+    """Change to a folder with a run file and a profile.
+
+    A checkout without changes takes the place of this one.
+    """
     code = tmp_path / "code"
     (code / "mellum2_megatron").mkdir(parents=True)
     (code / "mellum2_megatron/__init__.py").write_text("")
@@ -37,13 +39,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> Path:
     ):
         subprocess.run(["git", "-C", str(code), *words], check=True)
     monkeypatch.setattr(packaging, "project_root", lambda: code)
-    here = tmp_path / "here"
-    here.mkdir()
-    (here / "run.yaml").write_text(to_yaml(run))
-    (here / "site.yaml").write_text(PROFILE)
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no profiles of the person who tests
-    return here
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "run.yaml").write_text(to_yaml(run))
+    (folder / "site.yaml").write_text(PROFILE)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))  # hides the profiles of whoever runs the tests
+    return folder
 
 
 @pytest.fixture
@@ -58,11 +60,11 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_nemo_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
-        lambda name, *rest: None if name == "nemo_run" else found(name, *rest),
+        lambda name, *rest: None if name == "nemo_run" else find_spec(name, *rest),
     )
 
 
@@ -71,14 +73,14 @@ def launch(*words: str | Path) -> Result:
 
 
 def refused(run: Run, result: Result, *named: str) -> None:
-    """One message, and nothing written."""
+    """Check that there is one message and nothing is written."""
     result.refused(*named)
     assert not Path(str(run.checkpoint.output)).exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is shown
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# Previews
+# ------------------------------------------------------------------------------
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(
@@ -105,9 +107,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert not Path(str(run.checkpoint.output)).exists()
 
 
-def test_a_dry_run_shows_also_what_would_be_refused(run: Run, place: Path, no_slurm: None) -> None:
-    """A recipe can be looked at before its data are there; what belongs to the run itself is
-    refused all the same."""
+def test_a_dry_run_shows_reasons_for_a_refusal(run: Run, place: Path, no_slurm: None) -> None:
+    """A dry run needs no data. A broken rule of the run itself is refused all the same."""
     (place.parent / "code/mellum2_megatron/__init__.py").write_text("changed")
     words = ["--profile", "site.yaml", "--dry-run"]
     shown = launch("mellum2_12b_pretrain_phase2", "--profile", "gpu.yaml", "--dry-run")
@@ -128,16 +129,16 @@ def test_a_dry_run_shows_also_what_would_be_refused(run: Run, place: Path, no_sl
 
 def test_the_estimate_follows_from_flops_and_the_named_rate() -> None:
     run = recipe("mellum2_12b_pretrain_phase2")
-    found = estimate(run, world_size=256, tflops=350.0)
-    # 17.570 GFLOP a token with windows and MTP; phase 2 has 2.79T tokens and begins where phase 1
-    # ends.
-    assert found.flops_per_token == pytest.approx(17.570e9, rel=1e-4)
-    assert found.tokens_per_second == pytest.approx(256 * 350e12 / 17.570e9, rel=1e-4)
-    assert found.tokens == pytest.approx(2.79e12, rel=1e-4)
-    assert found.days == pytest.approx(2.79e12 / (256 * 350e12 / 17.570e9) / 86400, rel=1e-3)
+    result = estimate(run, world_size=256, tflops=350.0)
+    # 17.570 GFLOP per token with windows and MTP. Phase 2 has 2.79T tokens of its own: its first
+    # sample is the one after phase 1.
+    assert result.flops_per_token == pytest.approx(17.570e9, rel=1e-4)
+    assert result.tokens_per_second == pytest.approx(256 * 350e12 / 17.570e9, rel=1e-4)
+    assert result.tokens == pytest.approx(2.79e12, rel=1e-4)
+    assert result.days == pytest.approx(2.79e12 / (256 * 350e12 / 17.570e9) / 86400, rel=1e-3)
 
 
-def test_the_estimate_says_that_it_is_none_of_a_measurement(place: Path, run: Run) -> None:
+def test_the_estimate_is_marked_as_not_measured(place: Path, run: Run) -> None:
     (place / "gpu.yaml").write_text("account: none\ngpus_per_node: 2\n")
     text = launch("run.yaml", "--profile", "gpu.yaml", "--dry-run").out
     assert "at an assumed 350 model TFLOP/s a rank" in text
@@ -174,7 +175,7 @@ def test_rendering_needs_neither_nemo_run_nor_slurm(
     assert f"sbatch {folder}/job.sbatch" in result.err
     assert (folder / "logs").is_dir()
     assert read_run(folder / "run.yaml").name == run.name
-    # What is printed can be piped into a file: with --dry-run nothing is written.
+    # With --dry-run nothing is written, and stdout has the script alone.
     other = launch(
         "run.yaml", "--profile", "site.yaml", "--render", "sbatch", "--dry-run", "--output", "other"
     )
@@ -193,9 +194,9 @@ def test_the_code_of_the_git_packager_lies_in_the_run_folder(run: Run, place: Pa
     assert written.out in shown.out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------
 
 
 def test_without_nemo_run_it_says_how_to_get_it(
@@ -225,7 +226,11 @@ def test_without_slurm(run: Run, no_slurm: None) -> None:
         (PROFILE.replace("account: none\n", ""), [], ["names no account", "set account"]),
         (PROFILE, ["layout.dp=4", "--nodes", "1"], ["layout.dp=4"]),
         (PROFILE, ["layout.ep=3"], ["layout.ep=3"]),
-        (PROFILE + "container: {image: /no/image.sqsh, runtime: pyxis}\n", [], ["container.image=/no/image.sqsh"]),
+        (
+            PROFILE + "container: {image: /no/image.sqsh, runtime: pyxis}\n",
+            [],
+            ["container.image=/no/image.sqsh"],
+        ),
         (PROFILE + "time: 24:00:00\n", [], ["quotes"]),
         (PROFILE, ["checkpoint.output=/dev/null/run"], ["/dev/null/run"]),
         (PROFILE, ["--nproc", "2"], ["--nproc 2", "ranks_per_node"]),
@@ -236,15 +241,14 @@ def test_without_slurm(run: Run, no_slurm: None) -> None:
         (PROFILE, ["--array", "sed=1"], ["sed"]),
         (PROFILE, ["sed=1"], ["sed"]),
     ],
-)  # fmt: skip
+)
 def test_bad_input(run: Run, place: Path, text: str, words: list[str], named: list[str]) -> None:
     (place / "site.yaml").write_text(text)
     refused(run, launch("run.yaml", "--profile", "site.yaml", *words), *named)
 
 
 def test_on_this_machine(run: Run, place: Path) -> None:
-    """One machine, with as many ranks as asked for; what does not fit it is refused as
-    everywhere."""
+    """One machine has one node with --nproc ranks; the run's rules hold as on a cluster."""
     shown = launch("run.yaml", "--executor", "local", "--nproc", "4", "--dry-run")
     assert "4 ranks: 1 node of 4 cpu ranks" in shown.out
     assert "#SBATCH" not in shown.out
@@ -302,14 +306,14 @@ def test_a_stage_without_its_predecessor(run: Run, key: str) -> None:
     )
 
 
-def test_logs_of_what_has_none(place: Path) -> None:
+def test_logs_without_a_launch(place: Path) -> None:
     launch("logs", "nix").refused("no such folder or job")
     launch("status").refused("nothing was launched")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Chains
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 def test_overrides_follow_their_stage() -> None:

@@ -1,5 +1,4 @@
-"""NeMo-Run: what it submits for us, what it says of it, and the facts of its own that ours works
-around."""
+"""NeMo-Run: submissions, states, its command line, and the facts that our script works around."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ SITE = Profile(
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where NeMo-Run keeps experiments; it reads the variable once, on import."""
+    """Move NeMo-Run's experiments to a temporary folder; it reads its variable once, on import."""
     if os.environ.get("MELLUM2_REQUIRE_SLURM") != "1":
         pytest.importorskip(
             "nemo_run", reason="NeMo-Run is not installed; `make setup-launch` installs it"
@@ -68,7 +67,7 @@ def run_(nemo: ModuleType) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def no_input(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """NeMo-Run's way to run commands, invoke, reads from the terminal, which pytest forbids."""
+    """Replace stdin: invoke, which runs NeMo-Run's commands, reads it, and pytest forbids that."""
     with Path(os.devnull).open() as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         yield
@@ -81,16 +80,16 @@ def run_file(run: Run, tmp_path: Path) -> str:
 
 
 def dry_script(run_: ModuleType, task: Any, executor: Any, name: str = "small") -> str:
-    """Return the script that an experiment of anybody's would submit."""
+    """Return the script that an experiment would submit."""
     with run_.Experiment("test", log_level="ERROR", clean_mode=True) as experiment:
         experiment.add(task, executor=executor, name=name)
         experiment.dryrun(log=False, delete_exp_dir=False)
         return Path(experiment._exp_dir, f"{name}_sbatch.sh").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it submits
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# Submission
+# ------------------------------------------------------------------------------
 
 
 def containers(folder: Path) -> dict[str, Container | None]:
@@ -108,8 +107,7 @@ def containers(folder: Path) -> dict[str, Container | None]:
 def test_the_script_is_ours(
     nemo: ModuleType, run_: ModuleType, run: Run, run_file: str, tmp_path: Path, kind: str
 ) -> None:
-    """One source of truth: what NeMo-Run submits is what `--render sbatch` writes, byte for
-    byte."""
+    """NeMo-Run submits the script of `--render sbatch`, byte for byte."""
     profile = dataclasses.replace(SITE, container=containers(tmp_path)[kind])
     code = tmp_path / "code"
     script = dry_script(
@@ -120,9 +118,8 @@ def test_the_script_is_ours(
     assert script == render(
         make_job(apply_overrides(run, ["seed=7"]), profile, name="small", nodes=2, code=code)
     )
-    assert not Path(
-        str(run.checkpoint.output)
-    ).exists()  # a dry run writes nothing but NeMo-Run's own files
+    # A dry run writes NeMo-Run's own files only.
+    assert not Path(str(run.checkpoint.output)).exists()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -148,8 +145,7 @@ def test_a_profile_survives_the_way_through_nemo_run(nemo: ModuleType, tmp_path:
 def test_submitting_an_experiment(
     nemo: ModuleType, run_: ModuleType, run: Run, run_file: str, fake: Fake, home: Path
 ) -> None:
-    """In somebody's own experiment: submitted, recorded in the run's folder, and NeMo-Run knows how
-    it is."""
+    """A user's own experiment: submission, record in the run folder, status and cancel."""
     fake("sbatch", "41\n")
     fake(
         "scontrol",
@@ -206,7 +202,7 @@ def test_on_this_machine(
     )
     assert launch.experiment
 
-    # What fails there fails here, in one message.
+    # A failure of the training is one message of `launch`.
     def broken(path: Any, value: Run) -> None:
         path.write_text(
             to_yaml(
@@ -237,8 +233,10 @@ def test_tasks_that_wait_for_each_other(
         chain = prepare_chain([first, second], SITE, root=tmp_path / "runs", allow_dirty=True)
     nemo.submit("chain", chain)
     assert words("sbatch")[1:] == [
-        "--dependency=afterok:41", "--kill-on-invalid-dep=yes", str(tmp_path / "runs/second/job.sbatch")
-    ]  # fmt: skip
+        "--dependency=afterok:41",
+        "--kill-on-invalid-dep=yes",
+        str(tmp_path / "runs/second/job.sbatch"),
+    ]
     written = from_yaml((tmp_path / "runs/second/run.yaml").read_text())
     assert written.checkpoint.load == str(tmp_path / "runs/first")
     assert read_launches(tmp_path / "runs/second")[0].dependency == ("afterok:41",)
@@ -252,8 +250,7 @@ def _package(*_: Any, **__: Any) -> Any:
 
 
 def test_a_small_job_of_a_large_node_stays_small(nemo: ModuleType, run: Run, fake: Fake) -> None:
-    """What was prepared is what is submitted, also where the layout needs fewer ranks than a node
-    has."""
+    """The prepared job is the submitted one, also with fewer ranks than a node has."""
     fake("sbatch", "41\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launchers.submission.package", _package)
@@ -267,7 +264,9 @@ def test_a_small_job_of_a_large_node_stays_small(nemo: ModuleType, run: Run, fak
     assert (prepared.job.folder / "job.sbatch").read_text() == render(prepared.job)
 
 
-def test_what_is_not_ours_is_refused(nemo: ModuleType, run_: ModuleType, run_file: str) -> None:
+def test_other_tasks_tunnels_and_profiles_are_refused(
+    nemo: ModuleType, run_: ModuleType, run_file: str
+) -> None:
     with pytest.raises(InputError, match="trainings of this project"):
         dry_script(run_, run_.Script(path="other.sh"), nemo.slurm_executor(SITE))
     executor = nemo.slurm_executor(SITE)
@@ -295,9 +294,9 @@ def test_one_state_for_all_tasks(nemo: ModuleType, states: list[str], wanted: st
     assert nemo.overall(states).name == wanted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Its own command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# NeMo-Run's command line
+# ------------------------------------------------------------------------------
 
 
 def test_recipes_and_profiles_are_factories(
@@ -328,7 +327,7 @@ def test_nemo_runs_command_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`nemo mellum2 launch training=RECIPE executor=PROFILE`, with choices of both."""
+    """`nemo mellum2 launch training=RECIPE executor=PROFILE`, with options of both."""
     from nemo_run.cli.api import create_cli
 
     (tmp_path / "profiles").mkdir()
@@ -343,7 +342,8 @@ def test_nemo_runs_command_line(
         "architecture.vocab_size=384",
         "seed=3",
     ]
-    training = f"training=mellum2_tiny_pretrain(overrides='{' '.join(overrides)}', output='{tmp_path}/runs/x')"
+    options = f"overrides='{' '.join(overrides)}', output='{tmp_path}/runs/x'"
+    training = f"training=mellum2_tiny_pretrain({options})"
     monkeypatch.setattr(
         sys,
         "argv",
@@ -365,14 +365,14 @@ def test_entry_points_lead_here(nemo: ModuleType) -> None:
     assert cli.load() is nemo
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Fault tolerance
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def resiliency(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nemo: ModuleType) -> Path:
-    """A package of that name, and its command."""
+    """Install a stand-in of the resiliency extension and its command."""
     (tmp_path / "site/nvidia_resiliency_ext").mkdir(parents=True)
     (tmp_path / "site/nvidia_resiliency_ext/__init__.py").write_text("")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.1")
@@ -414,9 +414,9 @@ def test_the_fault_tolerance_launcher_where_it_is_not_installed(
         nemo.fault_tolerance()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Why the script is ours: each of these fails when NeMo-Run has changed
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# Reasons for a script of our own: each test fails when NeMo-Run has changed
+# ------------------------------------------------------------------------------
 
 
 def their_script(run_: ModuleType, **settings: Any) -> str:
@@ -426,7 +426,7 @@ def their_script(run_: ModuleType, **settings: Any) -> str:
     )
 
 
-def test_upstream_wants_the_very_class_of_an_executor(
+def test_upstream_looks_an_executor_up_by_its_exact_class(
     nemo: ModuleType, run_: ModuleType, run_file: str
 ) -> None:
     @dataclasses.dataclass(kw_only=True)
@@ -438,13 +438,13 @@ def test_upstream_wants_the_very_class_of_an_executor(
     with pytest.raises(KeyError):
         get_executor_str(Other(account="x"))
     assert get_executor_str(nemo.slurm_executor(SITE)) == nemo.SCHEDULER
-    for known in (
+    for attribute in (
         "_PARALLEL_SUPPORTED_EXECUTORS",
         "_DETACH_SUPPORTED_EXECUTORS",
         "_DEPENDENCY_SUPPORTED_EXECUTORS",
     ):
-        assert nemo.Mellum2SlurmExecutor in getattr(run_.Experiment, known)
-        assert run_.SlurmExecutor in getattr(run_.Experiment, known)
+        assert nemo.Mellum2SlurmExecutor in getattr(run_.Experiment, attribute)
+        assert run_.SlurmExecutor in getattr(run_.Experiment, attribute)
 
 
 def test_upstream_exports_variables_unquoted(run_: ModuleType) -> None:
@@ -465,7 +465,7 @@ def test_upstream_signals_the_steps_and_requeues_failures_only(run_: ModuleType)
     assert script.count("scontrol requeue") == 1
 
 
-def test_upstream_does_not_know_how_an_array_is(
+def test_upstream_shows_arrays_as_unknown(
     run_: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemo_run.run.torchx_backend.schedulers import slurm
@@ -485,8 +485,8 @@ def test_upstream_packages_the_commit_alone(run_: ModuleType, tmp_path: Path) ->
     root.mkdir()
     (root / "a.py").write_text("VALUE = 1\n")
     commit = ["-c", "user.name=t", "-c", "user.email=t@x", "commit", "-qm", "first"]
-    for each in (["init", "-q"], ["add", "-A"], commit):
-        subprocess.run(["git", "-C", str(root), *each], check=True)
+    for command in (["init", "-q"], ["add", "-A"], commit):
+        subprocess.run(["git", "-C", str(root), *command], check=True)
     (root / "a.py").write_text("VALUE = 2\n")
     with contextlib.chdir(root):
         archive = run_.GitArchivePackager(include_submodules=False).package(root, str(job), "x")

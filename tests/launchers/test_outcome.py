@@ -1,4 +1,4 @@
-"""What follows from an attempt's end: a table of decisions, and the records behind them."""
+"""Decisions after an attempt's end, and the records behind them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BAD = RankFailure(
 
 
 def attempts(*ends: tuple[Kind | None, int]) -> list[Attempt]:
-    """Attempts of one job, each by how it ended and at which step."""
+    """Return attempts of one job, each from the kind and the step of its end."""
     return [
         Attempt(
             job="7",
@@ -55,21 +55,13 @@ def attempts(*ends: tuple[Kind | None, int]) -> list[Attempt]:
     [
         (0, [], "", ("done", 0)),
         (75, [Report(node="a", code=75), Report(node="b", code=75)], "USR1", ("stopped", 75)),
-        (
-            75,
-            [Report(node="a", code=75), Report(node="b", code=75)],
-            "",
-            ("stopped", 75),
-        ),  # by hand: scancel -s
-        (138, [], "USR1", ("stopped", 75)),  # before anybody listened
+        # Signalled by hand: scancel -s.
+        (75, [Report(node="a", code=75), Report(node="b", code=75)], "", ("stopped", 75)),
+        (138, [], "USR1", ("stopped", 75)),  # before a handler was installed
         (138, [Report(node="a", code=75)], "USR1", ("stopped", 75)),
         (138, [], "", ("failed", 1)),
-        (
-            137,
-            [Report(node="a", code=75)],
-            "",
-            ("stopped", 75),
-        ),  # srun --wait had enough of the other node
+        # srun --wait killed the other node.
+        (137, [Report(node="a", code=75)], "", ("stopped", 75)),
         (143, [], "TERM", ("ended", 75)),
         (75, [Report(node="a", code=75)], "TERM", ("ended", 75)),
         (137, [], "TERM", ("ended", 75)),
@@ -126,16 +118,12 @@ def test_the_reason_is_the_cause_on_whatever_node():
         ([("failed", 4)], 1),
         ([("failed", 4), ("failed", 4)], 2),
         ([("failed", 4), ("failed", 6)], 1),  # it got further
-        (
-            [("failed", 6), ("failed", 4), ("failed", 5)],
-            3,
-        ),  # further than the last time, not than ever
-        (
-            [("failed", 4), ("stopped", 4), ("failed", 4)],
-            2,
-        ),  # to be told to stop neither counts nor forgives
+        # Further than the last attempt, not than all before.
+        ([("failed", 6), ("failed", 4), ("failed", 5)], 3),
+        # A stop neither counts nor resets the count.
+        ([("failed", 4), ("stopped", 4), ("failed", 4)], 2),
         ([("failed", 4), ("stopped", 5), ("failed", 5)], 1),
-        ([(None, 4), (None, 4)], 2),  # nodes that failed
+        ([(None, 4), (None, 4)], 2),  # the nodes failed
         ([("ended", 4), ("ended", 4), ("ended", 4), ("ended", 4)], 0),  # preempted without a step
     ],
 )
@@ -150,7 +138,7 @@ def test_failures_count_until_a_new_step_is_reached(
     [
         ([("done", 9)], 3, False),
         ([("stopped", 0)], 0, True),
-        ([("ended", 4)], 3, False),  # Slurm requeues what it preempts; what was cancelled stays so
+        ([("ended", 4)], 3, False),  # Slurm requeues preempted jobs itself
         ([("refused", 0)], 3, False),
         ([("failed", 4)], 0, False),
         ([("failed", 4)], 1, True),
@@ -160,11 +148,11 @@ def test_failures_count_until_a_new_step_is_reached(
         ([("failed", 4)] * 4, 3, False),
     ],
 )
-def test_what_follows(ends: list[tuple[Kind | None, int]], tries: int, again: bool):
+def test_decision(ends: list[tuple[Kind | None, int]], tries: int, again: bool):
     assert decide(attempts(*ends), tries=tries).restart == again
 
 
-def test_messages_say_what_happens():
+def test_messages():
     assert "step 4 has not been passed in 1 start: starting again, 1 of 3 tries" in message(
         ("failed", 4)
     )
@@ -182,7 +170,7 @@ def message(*ends: tuple[Kind | None, int]) -> str:
 def start(
     monkeypatch: pytest.MonkeyPatch, job: int, restart: int = 0, series: int | None = None
 ) -> None:
-    """Be in a job."""
+    """Set the variables of a job."""
     monkeypatch.setenv("SLURM_JOB_ID", str(job))
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
     monkeypatch.setenv("MELLUM2_SERIES", str(series or job))
@@ -202,18 +190,17 @@ def test_a_job_from_begin_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert finish_attempt(tmp_path, code=1, tries=1).restart
     start(monkeypatch, 7, restart=1)
     assert start_attempt(tmp_path, tries=1) is None
-    assert not finish_attempt(
-        tmp_path, code=137, tries=1
-    ).restart  # its reports are not those of the first attempt
+    # The reports of the first attempt do not count for the second.
+    assert not finish_attempt(tmp_path, code=137, tries=1).restart
     first, second = read_attempts(tmp_path)
     assert (first.kind, first.begin_step, first.step, first.code) == ("failed", 0, 4, 1)
     assert first.reason.startswith("node b: rank 1 was ended by SIGKILL")
     assert (second.kind, second.begin_step, second.step) == ("failed", 4, 4)
 
-    start(monkeypatch, 8)  # submitted anew: somebody has looked at it
+    start(monkeypatch, 8)  # submitted anew: the count starts from zero
     assert start_attempt(tmp_path, tries=1) is None
     assert finish_attempt(tmp_path, code=1, tries=1).restart
-    start(monkeypatch, 9, series=8)  # a continuation is no new submission
+    start(monkeypatch, 9, series=8)  # a continuation counts on
     assert start_attempt(tmp_path, tries=1) is None
     assert not finish_attempt(tmp_path, code=1, tries=1).restart
 
@@ -238,7 +225,7 @@ def test_a_preempted_attempt_that_was_cut_off_is_no_failure(
         start(monkeypatch, 7, restart=restart)
         assert start_attempt(tmp_path, tries=0) is None
         outcome.write_report(tmp_path, 0, Report(node="a", code=75))
-    assert [each.kind for each in read_attempts(tmp_path)] == [
+    assert [attempt.kind for attempt in read_attempts(tmp_path)] == [
         "stopped",
         "stopped",
         "stopped",
@@ -247,7 +234,7 @@ def test_a_preempted_attempt_that_was_cut_off_is_no_failure(
 
 
 def test_an_end_without_a_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The first node's agent did not come so far."""
+    """Node 0's agent may die before it records the start."""
     start(monkeypatch, 7)
     assert finish_attempt(tmp_path, code=1, tries=1).restart
     start(monkeypatch, 7, restart=1)
@@ -273,7 +260,7 @@ def test_records_that_a_crash_has_cut_off(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(read_attempts(tmp_path)) == 1
     start(monkeypatch, 7, restart=1)
     start_attempt(tmp_path, tries=1)
-    assert [each.restart for each in read_attempts(tmp_path)] == [0, 1]
+    assert [attempt.restart for attempt in read_attempts(tmp_path)] == [0, 1]
 
 
 def test_long_reasons_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

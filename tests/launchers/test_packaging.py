@@ -1,5 +1,4 @@
-"""Which code a job runs: refusals, what an archive holds, and that nothing else of the checkout
-changes."""
+"""Packaged code: refusals, contents of an archive, and an unchanged checkout."""
 
 from __future__ import annotations
 
@@ -76,9 +75,9 @@ def test_an_archive_holds_the_commit_and_says_which(checkout: Path, tmp_path: Pa
     told = json.loads((made.folder / provenance.SNAPSHOT_FILE).read_text())
     head = git(checkout, "rev-parse", "HEAD").strip()
     assert (told["commit"], told["dirty"]) == (head, False)
-    # What the job itself will record, without a repository around it.
-    found = source_code(made.folder)
-    assert (found.origin, found.commit, found.dirty) == ("snapshot", head, False)
+    # The job records the same, without a repository around it.
+    code = source_code(made.folder)
+    assert (code.origin, code.commit, code.dirty) == ("snapshot", head, False)
 
 
 def test_allowed_changes_of_kept_files_go_along_and_are_said(
@@ -87,7 +86,7 @@ def test_allowed_changes_of_kept_files_go_along_and_are_said(
     (checkout / "mellum2_megatron/value.py").write_text("VALUE = 2\n")
     (checkout / "with blank.txt").unlink()
     (checkout / "launchers/new.py").write_text("")
-    git(checkout, "add", "launchers/new.py")  # kept from now on
+    git(checkout, "add", "launchers/new.py")  # tracked from now on
     (checkout / "unknown.py").write_text("")
     before = git(checkout, "status", "--porcelain")
     made = package(tmp_path / "run", "git", allow_dirty=True, root=checkout)
@@ -103,7 +102,7 @@ def test_allowed_changes_of_kept_files_go_along_and_are_said(
 
 
 def test_a_new_state_gets_a_folder_of_its_own(checkout: Path, tmp_path: Path) -> None:
-    """A job that waits keeps the code it was submitted with."""
+    """A waiting job keeps the code of its submission."""
     first = package(tmp_path / "run", "git", allow_dirty=True, root=checkout).folder
     (checkout / "mellum2_megatron/value.py").write_text("VALUE = 2\n")
     second = package(tmp_path / "run", "git", allow_dirty=True, root=checkout).folder

@@ -1,4 +1,4 @@
-"""Site profiles: read strictly, found by name, and every refusal says what to write instead."""
+"""Site profiles: strict reading, search by name, and a fix in every refusal."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def test_a_profile_with_everything():
         ),
         (
             "time: 24:00:00",
-            'time=86400: YAML has read it as a number. Fix: put it in quotes, like time: "24:00:00"',
+            "time=86400: YAML has read it as a number. "
+            'Fix: put it in quotes, like time: "24:00:00"',
         ),
         ("time: soon", 'time: soon: is no time of Slurm. Fix: write it like "1-12:00:00"'),
         ('time: "3"', "time: 3: must be longer than grace_seconds (180)"),
@@ -213,7 +214,7 @@ def test_samples_are_there():
     }
 
 
-def test_what_a_container_sees():
+def test_paths_in_a_container():
     container = Container(
         image="a.sif",
         runtime="apptainer",

@@ -1,5 +1,7 @@
-"""The script: as it was, as bash reads it, and what it does with each end of its step. Slurm's
-commands are stand-ins here that note how they are called; tests/slurm has the real ones."""
+"""The batch script: its bytes, its quoting, and its reaction to each end of its step.
+
+Stand-ins take the place of Slurm's commands and record their calls; tests/slurm has the real ones.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,7 @@ from tests.launchers.golden_jobs import GOLDEN, golden_jobs
 
 JOBS = golden_jobs()
 
-# Notes its words and variables; ends with what a file NAME.code says, once slept as NAME.sleep
-# says.
+# Records its arguments and variables, and exits with the code in the file NAME.code, default 0.
 STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, sys, time
 folder = pathlib.Path(os.environ["STAND_IN"])
@@ -53,8 +54,7 @@ sys.exit(int(code.read_text()) if code.exists() else 0)
 
 
 class Stage:
-    """A folder with stand-ins for Slurm and for the interpreter (`python`), in which a script can
-    run."""
+    """A folder with stand-ins for Slurm and for the interpreter (`python`) to run a script in."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder, folder / "bin"
@@ -64,7 +64,7 @@ class Stage:
             (self.bin / name).chmod(0o755)
 
     def start(self, job: ClusterJob, **environment: str) -> subprocess.Popen[str]:
-        """Start the job's script as Slurm would."""
+        """Start the job's script with Slurm's variables."""
         if job.profile.container is None:
             job = dataclasses.replace(
                 job, profile=dataclasses.replace(job.profile, python=str(self.bin / "python"))
@@ -95,12 +95,12 @@ class Stage:
         return process.returncode
 
     def ends(self, **codes: int) -> None:
-        """Let stand-ins end so; ``scontrol_requeue`` is that of ``scontrol requeue``."""
+        """Set exit codes of stand-ins; ``scontrol_requeue`` is for ``scontrol requeue``."""
         for name, code in codes.items():
             (self.folder / f"{name.replace('_', '.')}.code").write_text(str(code))
 
     def calls(self, name: str) -> list[list[str]]:
-        """How a stand-in was called."""
+        """Return the arguments of each call of a stand-in."""
         return [words[1:] for words, _, _ in self.lines() if words[0] == name]
 
     def lines(self) -> list[tuple[list[str], dict[str, str], int]]:
@@ -275,7 +275,7 @@ def test_a_continuation_where_requeueing_is_not_allowed(stage: Stage):
     assert words[1:] == ["--parsable", "--dependency=afterany:42", str(stage.folder / "script")]
     assert environment["MELLUM2_SERIES"] == "42"
     assert "SLURM_RESTART_COUNT" not in environment
-    # What waited for this job waits for the continuation, and for what else it waited for.
+    # A job that waited for this one waits for the continuation, and for its other conditions.
     updates = [words for words in stage.calls("scontrol") if words[0] == "update"]
     assert updates == [["update", "jobid=55", "dependency=afterok:99,afterany:7"]]
     assert "job 99 continues job 42" in stage.output

@@ -1,4 +1,4 @@
-"""Slurm's answers as it gives them (22.05, recorded), and what is said where it gives none."""
+"""Slurm's recorded answers (22.05), its refusals, and the run's records where it has forgotten."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from launchers import slurm, status
 from launchers.slurm import JobState
 from mellum2_megatron.common.errors import InputError, WorkError
 
-# What `scontrol --oneliner show job` printed, shortened by fields that nobody reads here.
+# Output of `scontrol --oneliner show job` without the fields that are not read.
 FAILED = (
-    "JobId=2 JobName=tiny UserId=root(0) GroupId=root(0) MCS_label=N/A Account=(null) QOS=(null) JobState=FAILED "
-    "Reason=NonZeroExitCode Dependency=(null) Requeue=1 Restarts=1 BatchFlag=1 Reboot=0 ExitCode=3:0 RunTime=00:00:01 "
-    "TimeLimit=365-00:00:00 AllocNode:Sid=localhost:31898 NodeList=n[1-2] BatchHost=n1 NumNodes=2 CPUs/Task=1 "
+    "JobId=2 JobName=tiny UserId=root(0) GroupId=root(0) MCS_label=N/A Account=(null) QOS=(null) "
+    "JobState=FAILED Reason=NonZeroExitCode Dependency=(null) Requeue=1 Restarts=1 BatchFlag=1 "
+    "Reboot=0 ExitCode=3:0 RunTime=00:00:01 TimeLimit=365-00:00:00 "
+    "AllocNode:Sid=localhost:31898 NodeList=n[1-2] BatchHost=n1 NumNodes=2 CPUs/Task=1 "
     "Command=/tmp/a b/job.sbatch WorkDir=/work StdErr=/tmp/a b/logs/tiny-2.log StdIn=/dev/null "
     "StdOut=/tmp/a b/logs/tiny-2.log Power= "
 )
@@ -28,8 +29,9 @@ WAITING_ARRAY = (
     "StdOut=/work/logs/sweep-7_4294967294.log Power= "
 )
 RUNNING_TASK = (
-    "JobId=8 ArrayJobId=7 ArrayTaskId=0 JobName=sweep JobState=RUNNING Reason=None Dependency=(null) Restarts=0 "
-    "ExitCode=0:0 RunTime=00:01:04 NodeList=n1 NumNodes=1 StdOut=/work/logs/sweep-7_0.log Power= "
+    "JobId=8 ArrayJobId=7 ArrayTaskId=0 JobName=sweep JobState=RUNNING Reason=None "
+    "Dependency=(null) Restarts=0 ExitCode=0:0 "
+    "RunTime=00:01:04 NodeList=n1 NumNodes=1 StdOut=/work/logs/sweep-7_0.log Power= "
 )
 
 Fake = Callable[..., None]
@@ -37,8 +39,7 @@ Fake = Callable[..., None]
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Put a program on PATH, which has nothing else, that prints, notes its words in NAME.words and
-    exits."""
+    """Make stand-ins, the only programs on PATH: each prints, records its words and exits."""
     folder = tmp_path / "programs"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -83,14 +84,14 @@ def test_a_job(fake: Fake) -> None:
 
 def test_tasks_of_an_array_each_have_a_state(fake: Fake) -> None:
     fake("scontrol", f"{WAITING_ARRAY}\n{RUNNING_TASK}\n")
-    found = slurm.states("7")
-    assert [(each.job_id, each.state, each.reason, each.exit_code) for each in found] == [
+    states = slurm.states("7")
+    assert [(state.job_id, state.state, state.reason, state.exit_code) for state in states] == [
         ("7_0", "RUNNING", None, None),
         ("7_1", "PENDING", "BeginTime", None),
         ("7_2", "PENDING", "BeginTime", None),
         ("7_9", "PENDING", "BeginTime", None),
     ]
-    assert not any(each.finished for each in found)
+    assert not any(state.finished for state in states)
 
 
 @pytest.mark.parametrize(
@@ -115,10 +116,11 @@ def test_accounting_is_asked_for_what_the_controller_has_forgotten(fake: Fake) -
     fake("scontrol", **UNKNOWN)
     fake(
         "sacct",
-        "7_0|CANCELLED by 1000|None|sweep|n1|00:03:00|0:15\n7_1|COMPLETED|None|sweep|n2|00:05:00|0:0\n",
+        "7_0|CANCELLED by 1000|None|sweep|n1|00:03:00|0:15\n"
+        "7_1|COMPLETED|None|sweep|n2|00:05:00|0:0\n",
     )
-    found = slurm.states("7")
-    assert [(each.job_id, each.state, each.reason, each.exit_code) for each in found] == [
+    states = slurm.states("7")
+    assert [(state.job_id, state.state, state.reason, state.exit_code) for state in states] == [
         ("7_0", "CANCELLED", None, 0),
         ("7_1", "COMPLETED", None, 0),
     ]
@@ -127,7 +129,7 @@ def test_accounting_is_asked_for_what_the_controller_has_forgotten(fake: Fake) -
 def test_submitting_returns_the_number(fake: Fake) -> None:
     fake("sbatch", "41;big\n")
     assert slurm.submit(Path("/a b/job.sbatch"), dependency=["afterok:7", "afterok:8"]) == "41"
-    # A job that waits for one that has failed would wait for ever.
+    # Without --kill-on-invalid-dep a job waits for ever for one that has failed.
     assert words("sbatch") == [
         "--parsable",
         "--dependency=afterok:7,afterok:8",
@@ -142,19 +144,23 @@ def test_submitting_returns_the_number(fake: Fake) -> None:
     ("said", "fix"),
     [
         (
-            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
+            "sbatch: error: Batch job submission failed: "
+            "Invalid account or account/partition combination specified",
             "account",
         ),
         (
-            "sbatch: error: invalid partition specified: nix\nsbatch: error: Batch job submission failed",
+            "sbatch: error: invalid partition specified: nix\n"
+            "sbatch: error: Batch job submission failed",
             "sinfo -s",
         ),
         (
-            "sbatch: error: Batch job submission failed: Requested node configuration is not available",
+            "sbatch: error: Batch job submission failed: "
+            "Requested node configuration is not available",
             "sinfo -o",
         ),
         (
-            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            "sbatch: error: Batch job submission failed: "
+            "Unable to contact slurm controller (connect failure)",
             "ping",
         ),
         ("sbatch: error: Batch job submission failed: something new", "see what Slurm says"),
@@ -200,9 +206,9 @@ def test_no_number_of_slurm(word: str) -> None:
         slurm.job_number(word)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # With the run's own records
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 def launch(folder: Path, job_id: str, **more: object) -> None:
@@ -253,8 +259,8 @@ def test_records_answer_where_slurm_has_forgotten(fake: Fake, tmp_path: Path) ->
     launch(tmp_path / "run", "12")
     attempt(tmp_path / "run", "12", step=4, kind="stopped")
     attempt(tmp_path / "run", "12", step=9, kind="done", restart=1)
-    (found,) = status.job_status(*status.find_job(str(tmp_path / "run")))
-    assert (found.job_id, found.state, found.source, found.step, found.attempts) == (
+    (record,) = status.job_status(*status.find_job(str(tmp_path / "run")))
+    assert (record.job_id, record.state, record.source, record.step, record.attempts) == (
         "12",
         "COMPLETED",
         "records",
@@ -266,9 +272,9 @@ def test_records_answer_where_slurm_has_forgotten(fake: Fake, tmp_path: Path) ->
 def test_nobody_knows(fake: Fake, tmp_path: Path) -> None:
     fake("scontrol", **UNKNOWN)
     launch(tmp_path / "run", "12")
-    (found,) = status.job_status(*status.find_job(str(tmp_path / "run")))
-    assert (found.state, found.source) == ("UNKNOWN", "nobody")
-    assert "no longer knows" in found.reason
+    (record,) = status.job_status(*status.find_job(str(tmp_path / "run")))
+    assert (record.state, record.source) == ("UNKNOWN", "nobody")
+    assert "no longer knows" in record.reason
 
 
 def test_every_task_of_an_array_has_its_own_records(fake: Fake, tmp_path: Path) -> None:
@@ -276,13 +282,13 @@ def test_every_task_of_an_array_has_its_own_records(fake: Fake, tmp_path: Path) 
     launch(tmp_path / "run", "12", tasks=2)
     attempt(tmp_path / "run" / "0", "12", step=3, kind="done")
     attempt(tmp_path / "run" / "1", "13", step=2, kind="failed", series="13")
-    found = status.job_status(*status.find_job(str(tmp_path / "run")))
-    assert [(each.job_id, each.state, each.step) for each in found] == [
+    tasks = status.job_status(*status.find_job(str(tmp_path / "run")))
+    assert [(task.job_id, task.state, task.step) for task in tasks] == [
         ("12_0", "COMPLETED", 3),
         ("12_1", "FAILED", 2),
     ]
     assert status.find_job(str(tmp_path / "run" / "1")) == (tmp_path / "run", "12_1")
-    assert status.job_status(*status.find_job(str(tmp_path / "run" / "1"))) == found[1:]
+    assert status.job_status(*status.find_job(str(tmp_path / "run" / "1"))) == tasks[1:]
 
 
 def test_a_folder_names_its_job_also_when_another_one_continues_it(
@@ -293,7 +299,7 @@ def test_a_folder_names_its_job_also_when_another_one_continues_it(
     attempt(tmp_path / "run", "12", step=4, kind="stopped")
     attempt(tmp_path / "run", "20", step=5, kind=None, series="12")
     assert status.find_job(str(tmp_path / "run")) == (tmp_path / "run", "20")
-    # Launched again, and that job has not begun; then one submitted by hand.
+    # Launched again, the new job not started yet; then a job submitted by hand.
     launch(tmp_path / "old", "41")
     attempt(tmp_path / "old", "40", step=5, kind="failed", hour=9)
     assert status.find_job(str(tmp_path / "old")) == (tmp_path / "old", "41")
@@ -304,7 +310,7 @@ def test_a_folder_names_its_job_also_when_another_one_continues_it(
 
 
 def test_a_folder_with_a_job_takes_no_second_one(fake: Fake, tmp_path: Path) -> None:
-    status.require_idle(tmp_path / "new")  # Slurm is not even asked
+    status.require_idle(tmp_path / "new")  # without a call of Slurm
     launch(tmp_path / "run", "7")
     fake("scontrol", WAITING_ARRAY + "\n")
     with pytest.raises(InputError, match=r"job 7_1 is PENDING.*mellum2 launch cancel 7_1"):
@@ -326,7 +332,7 @@ def test_a_number_names_its_folder_through_its_log(fake: Fake) -> None:
     assert status.find_job("2") == (None, "2")
 
 
-def test_what_was_never_launched_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_launch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder or job"):
         status.find_job(str(tmp_path / "nix"))
     with pytest.raises(InputError, match="nothing was launched"):
@@ -364,8 +370,8 @@ def test_following_shows_each_line_once_and_ends_with_the_job(
 ) -> None:
     monkeypatch.setattr(status, "POLL_SECONDS", 0.0)
     log = tmp_path / "log"
-    # What has been written before each look: nothing, no file, a line and a half, the rest without
-    # an end of line.
+    # Contents of the log before each look: no file, empty, a line and a half, two and a half, all
+    # without a final newline.
     chapters = iter([None, "", "one\ntw", "one\ntwo\nthr", "one\ntwo\nthree"])
     left = [4]
 

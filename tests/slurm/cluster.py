@@ -1,5 +1,4 @@
-"""A Slurm of one's own on this machine: munged, slurmctld and two slurmd, all in a temporary
-folder."""
+"""A private Slurm on this machine: munged, slurmctld and two slurmd in a temporary folder."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")
 CPUS = 32
-"""Of a node, whatever the machine has."""
+"""CPUs that each node claims, more than this machine may have."""
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 
-# What makes one machine look like a cluster: two names and ports of the same host, processes
-# followed without cgroups, more CPUs than there are. `cred_expire` is how long a requeued job waits
-# before it may start again (120 s otherwise).
+# One machine looks like a cluster: two node names and ports on one host, processes tracked without
+# cgroups, more CPUs than exist. A requeued job waits `cred_expire` seconds before it starts again
+# (default 120).
 _CONFIGURATION = """
 ClusterName=mellum2
 SlurmctldHost={host}(127.0.0.1)
@@ -65,8 +64,10 @@ PartitionName=spare Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEU
 
 
 class Cluster:
-    """The daemons; commands of Slurm run with `run`. Use it as a context manager, which leaves no
-    process behind."""
+    """Slurm's daemons, as a context manager that leaves no process behind.
+
+    `run` runs commands of Slurm.
+    """
 
     def __init__(self, folder: Path, *, kill_wait: int = 120) -> None:
         self.folder = folder
@@ -98,7 +99,8 @@ class Cluster:
         (self.folder / "state").mkdir()
         ports, host = _free_ports(1 + len(NODES)), socket.gethostname()
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} Gres=seat:1"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
+            f"CPUs={CPUS} Gres=seat:1"
             for name, port in zip(NODES, ports[1:], strict=True)
         )
         (self.folder / "slurm.conf").write_text(
@@ -111,8 +113,8 @@ class Cluster:
                 kill_wait=self._kill_wait,
             )
         )
-        # One seat a node, without a device behind it: jobs that want it preempt each other and
-        # nobody else.
+        # One seat per node, a resource without a device: only jobs that request it preempt each
+        # other.
         (self.folder / "gres.conf").write_text("Name=seat Count=1\n")
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
@@ -121,7 +123,7 @@ class Cluster:
             option: self.folder / f"munge.{option.removesuffix('-file')}"
             for option in ("key-file", "socket", "pid-file", "log-file", "seed-file")
         }
-        # --force: the folder's owner may be root, or its group may write.
+        # --force: munged refuses a folder of root, or one that its group may write to.
         self._daemon(
             "munged",
             "munged",
@@ -143,7 +145,7 @@ class Cluster:
         self._daemon(name, "slurmd", "-D", "-N", name)
 
     def stop_node(self, name: str) -> None:
-        """End the slurmd of a node and all that runs there, as a power failure does."""
+        """Kill the slurmd of a node and all processes of its jobs, as a power failure does."""
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
@@ -151,7 +153,7 @@ class Cluster:
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=stopped")
 
     def states(self) -> dict[str, str]:
-        """Name and state of every node."""
+        """Return the state of every node by its name."""
         output = self.run(
             "sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N %t", check=False
         )
@@ -160,7 +162,7 @@ class Cluster:
     def run(
         self, *command: str, check: bool = True, environment: dict[str, str] | None = None
     ) -> str:
-        """Run a command of Slurm and return what it prints."""
+        """Run a command of Slurm and return its output."""
         done = subprocess.run(
             command,
             env={**self.environment, **(environment or {})},
@@ -175,7 +177,7 @@ class Cluster:
         return done.stdout
 
     def log(self) -> str:
-        """The ends of all daemons' logs."""
+        """Return the last part of each daemon's log."""
         files = sorted(self.folder.glob("*.log"))
         return "\n".join(
             f"--- {file.name} ---\n{file.read_text(errors='replace')[-3000:]}" for file in files
@@ -192,7 +194,7 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
-        while left := self._processes():  # slurmd leaves its steps behind
+        while left := self._processes():  # slurmd does not end its steps
             _kill(left)
 
     def _daemon(self, name: str, program: str, *arguments: str) -> None:
@@ -206,19 +208,21 @@ class Cluster:
             )
 
     def _processes(self, node: str | None = None) -> list[psutil.Process]:
-        """What jobs have started here, on one node or all, and the steps' own daemons above it."""
-        found: dict[int, psutil.Process] = {}
+        """Return the processes of jobs on one node or all, with their slurmstepd."""
+        processes: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 environment = process.environ()
                 if environment.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
                     continue
                 if process.name() == "slurmstepd" and node is None:
-                    found[process.pid] = process
+                    processes[process.pid] = process
                 elif environment.get("SLURMD_NODENAME", "") in (NODES if node is None else (node,)):
-                    above = [each for each in process.parents() if each.name() == "slurmstepd"]
-                    found |= {each.pid: each for each in (process, *above)}
-        return list(found.values())
+                    daemons = [
+                        parent for parent in process.parents() if parent.name() == "slurmstepd"
+                    ]
+                    processes |= {member.pid: member for member in (process, *daemons)}
+        return list(processes.values())
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:
@@ -229,12 +233,12 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def missing_programs() -> list[str]:
-    """Slurm's and munge's programs that this machine lacks."""
+    """Return the programs of Slurm and munge that this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
 
 
 def wait_for(holds: Callable[[], bool], seconds: float, what: str, log: Callable[[], str]) -> None:
-    """Poll until something holds; fail with ``what`` and the log after so many seconds."""
+    """Poll until ``holds()`` is true; after ``seconds`` fail with ``what`` and the log."""
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:
@@ -245,9 +249,9 @@ def wait_for(holds: Callable[[], bool], seconds: float, what: str, log: Callable
 def _free_ports(count: int) -> Sequence[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for entry in sockets:
+            entry.bind(("127.0.0.1", 0))
+        return [entry.getsockname()[1] for entry in sockets]
     finally:
-        for each in sockets:
-            each.close()
+        for entry in sockets:
+            entry.close()

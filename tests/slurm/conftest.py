@@ -1,4 +1,4 @@
-"""A Slurm for the session; without one the tests are skipped, or fail where it is required."""
+"""A Slurm for the session. On a machine without it the tests are skipped, or fail if required."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ REQUIRED = "MELLUM2_REQUIRE_SLURM"
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One controller and two nodes on this machine."""
+    """Start one controller and two nodes on this machine."""
     missing = missing_programs()
     if missing:
-        reason = f"no Slurm on this machine ({', '.join(missing)} missing); scripts/setup_slurm.sh installs it"
+        reason = (
+            f"no Slurm on this machine ({', '.join(missing)} missing); "
+            "scripts/setup_slurm.sh installs it"
+        )
         if os.environ.get(REQUIRED) == "1":
             pytest.fail(f"{REQUIRED}=1, but {reason}")
         pytest.skip(reason)

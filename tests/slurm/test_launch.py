@@ -1,5 +1,5 @@
-"""`mellum2 launch` on a real Slurm, through NeMo-Run: a chain, an array, a preempted run; status,
-logs and cancel.
+"""`mellum2 launch` on a real Slurm through NeMo-Run: chain, array, preempted run; status, logs,
+cancel.
 
 As in test_scenarios.py all jobs are submitted at the start and train side by side.
 """
@@ -47,13 +47,13 @@ PROFILE: dict[str, Any] = {
     "grace_seconds": 60,
     "tries": 1,
 }
-"""Of one node with both ranks; PYTHONPATH lets a test hold a run in front of a step
+"""Profile with both ranks on one node. PYTHONPATH lets a test hold a run before a step
 (`faults/sitecustomize.py`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-    """The folder that everything is launched from, and the cluster."""
+    """The folder of all launches, and the cluster."""
 
     folder: Path
     slurm: Cluster
@@ -65,13 +65,13 @@ class Site:
         return result
 
     def status(self, *words: str | Path) -> list[dict[str, Any]]:
-        """What `mellum2 launch status` says."""
-        found: list[dict[str, Any]] = json.loads(self.launch("status", *words, "--json").out)
-        return found
+        """Return the output of `mellum2 launch status`."""
+        statuses: list[dict[str, Any]] = json.loads(self.launch("status", *words, "--json").out)
+        return statuses
 
     def states(self, *words: str | Path) -> list[str]:
-        """Its states alone."""
-        return [each["state"] for each in self.status(*words)]
+        """Return the states of `mellum2 launch status`."""
+        return [status["state"] for status in self.status(*words)]
 
     def wait(self, folder: Path, *states: str) -> None:
         """Wait until the jobs of a folder have these states."""
@@ -83,7 +83,7 @@ class Site:
         )
 
     def log(self, folder: Path) -> str:
-        """All that there is to be said when it goes wrong."""
+        """Return all logs, for the message of a failure."""
         logs = [
             f"--- {path.name} ---\n{path.read_text()}"
             for path in sorted((folder / "logs").glob("*.log"))
@@ -113,15 +113,15 @@ def site(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         for name, value in slurm.environment.items():
             patch.setenv(name, value)
         patch.chdir(folder)
-        patch.setattr("sys.stdin", nothing)  # NeMo-Run's way to run commands reads from it
+        patch.setattr("sys.stdin", nothing)  # invoke, which NeMo-Run runs commands with, reads it
         _write(folder, one, two)
         from nemo_run.config import get_nemorun_home, set_nemorun_home
 
         before = get_nemorun_home()
         set_nemorun_home(str(folder / "nemo home"))
-        found = Site(folder=folder, slurm=slurm)
-        _launch(found)
-        yield found
+        site = Site(folder=folder, slurm=slurm)
+        _launch(site)
+        yield site
         set_nemorun_home(before)
 
 
@@ -144,7 +144,7 @@ def _launch(site: Site) -> None:
     for name in ("runs/preempted", "runs/array/1"):
         (site.folder / name).mkdir(parents=True)
         (site.folder / name / "gate").write_text("3 hold")
-    dirty = "--allow-dirty"  # whoever works on the project tests it too
+    dirty = "--allow-dirty"  # tests run on uncommitted changes, too
     site.launch("one.yaml", "--profile", "./spare.yaml", "--output", "runs/preempted", dirty)
     site.launch(
         "pipeline",
@@ -235,16 +235,14 @@ def test_tasks_of_an_array_are_watched_and_cancelled_one_by_one(site: Site) -> N
     wait_for(
         lambda: site.states(folder)[0] == "COMPLETED", LONG, "first task", lambda: site.log(folder)
     )
-    assert [each["job_id"] for each in site.status(number)] == [f"{number}_0", f"{number}_1"]
+    assert [status["job_id"] for status in site.status(number)] == [f"{number}_0", f"{number}_1"]
     assert site.states(folder / "1") == ["RUNNING"]
     mellum2("launch", "logs", "runs/array").refused("2 tasks", f"{number}_0")
 
     site.launch("cancel", f"{number}_1")
     site.wait(folder, "COMPLETED", "CANCELLED")
-    assert (tracked_iteration(folder / "0"), tracked_iteration(folder / "1")) == (
-        STEPS,
-        3,
-    )  # the step it was in is saved
+    assert tracked_iteration(folder / "0") == STEPS
+    assert tracked_iteration(folder / "1") == 3  # the step at the cancellation is saved
     assert [read_run(folder / task / "run.yaml").seed for task in "01"] == [1, 2]
 
 
@@ -253,15 +251,14 @@ def test_logs(site: Site) -> None:
     site.wait(folder, "COMPLETED")
     number = read_launches(folder)[0].job_id
     everything = site.launch("logs", folder).out
-    assert everything.count("==> ") == 3  # the batch script's and two nodes'
+    assert everything.count("==> ") == 3  # logs of the batch script and of two nodes
     first = site.launch("logs", number, "--rank", "0").out
     second = site.launch("logs", number, "--rank", "1").out
     assert first in everything
     assert second in everything
     assert f"step {STEPS}/{STEPS}" in second  # the last rank has the losses
     mellum2("launch", "logs", number, "--rank", "2").refused("ranks 0 to 1")
-    followed = site.launch(
-        "logs", folder, "--follow"
-    ).out  # of a job that has ended: what there is, and how it ended
+    # For a job that has ended, --follow prints its log and its state.
+    followed = site.launch("logs", folder, "--follow").out
     assert second.rstrip("\n") in followed
     assert "COMPLETED" in followed

@@ -1,8 +1,7 @@
-"""What happens to a job on a real Slurm: it ends, is preempted, killed, cancelled, loses a node,
-fails.
+"""Events of a job on a real Slurm: end, time limit, preemption, killed rank, failure, lost node.
 
-Jobs of several tests train side by side; those to which something happens wait for it in front of a
-step (`faults/sitecustomize.py`). Every test drives one of them and compares what it leaves.
+Jobs of several tests train side by side. A job with an event is held before a step
+(`faults/sitecustomize.py`) until its test has come; the test then checks what the job leaves.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ pytestmark = [
 
 FAULTS = Path(__file__).parent / "faults"
 LONG = 900.0
-"""Seconds that nothing here takes, on whatever machine."""
+"""Time limit of a wait, seconds; no wait takes as long on any machine."""
 
 ENDED_BADLY = ("FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
 
@@ -54,7 +53,7 @@ PROFILE = Profile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submitted:
-    """A job that Slurm has, and its number."""
+    """A submitted job and its number."""
 
     job: ClusterJob
     number: str
@@ -65,20 +64,20 @@ class Submitted:
         return self.job.folder
 
     def state(self) -> str:
-        """Slurm's word for it: PENDING, RUNNING, COMPLETED, FAILED .."""
+        """Return Slurm's state: PENDING, RUNNING, COMPLETED, FAILED .."""
         return self.show("JobState")
 
     def show(self, key: str) -> str:
-        """A value of ``scontrol show job``."""
+        """Return a value of ``scontrol show job``."""
         output = self.slurm.run("scontrol", "--oneliner", "show", "job", self.number)
         return next(word.partition("=")[2] for word in output.split() if word.startswith(f"{key}="))
 
     def wait(self, *states: str) -> None:
-        """Wait until it is in one of these states."""
+        """Wait until the job is in one of these states."""
         wait_for(lambda: self.state() in states, LONG, f"job {self.number} {states}", self.log)
 
     def arrived(self) -> list[int]:
-        """Wait until both ranks stand in front of the gate; return their process numbers."""
+        """Wait until the gate holds both ranks; return their process ids."""
         files = [self.folder / f"arrived.{rank}" for rank in range(2)]
         wait_for(
             lambda: all(file.is_file() and file.read_text() for file in files),
@@ -89,11 +88,11 @@ class Submitted:
         return [int(file.read_text()) for file in files]
 
     def open_gate(self) -> None:
-        """Let the ranks go on."""
+        """Let the held ranks continue."""
         (self.folder / "gate").unlink()
 
     def log(self) -> str:
-        """All that the job and the daemons have said."""
+        """Return the logs of the job and of the daemons."""
         logs = [
             f"--- {path.name} ---\n{path.read_text()}"
             for path in sorted((self.job.folder / "logs").glob("*.log"))
@@ -101,7 +100,7 @@ class Submitted:
         return "\n".join([*logs, self.slurm.run("squeue"), self.slurm.log()])
 
     def kinds(self) -> list[str | None]:
-        """How its attempts ended."""
+        """Return the kinds of its attempts' ends."""
         return [attempt.kind for attempt in read_attempts(self.folder)]
 
 
@@ -111,8 +110,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 
 class Jobs:
-    """The jobs of the tests that were selected, in their order: those of the next tests start while
-    one is driven."""
+    """Jobs of the selected tests in their order, submitted `AHEAD` tests before they are used."""
 
     AHEAD = 2
 
@@ -124,14 +122,14 @@ class Jobs:
         self._submitted: dict[str, Submitted] = {}
 
     def __getitem__(self, name: str) -> Submitted:
-        for each in self._names[: self._names.index(name) + 1 + self.AHEAD]:
-            if each not in self._submitted:
-                self._submitted[each] = self._submit(each, **SCENARIOS[each])
+        for scenario in self._names[: self._names.index(name) + 1 + self.AHEAD]:
+            if scenario not in self._submitted:
+                self._submitted[scenario] = self._submit(scenario, **SCENARIOS[scenario])
         return self._submitted[name]
 
     def run(self, name: str, *overrides: str) -> Run:
-        """A run of six steps that saves every second."""
-        # No watch: a rank may stand in front of a step for as long as the jobs before it take.
+        """Return a run of six steps that saves after every second one."""
+        # No hang watch: the gate may hold a rank for as long as the tests before take.
         more = [
             "logging.tensorboard=false",
             "checkpoint.save_interval=2",
@@ -160,7 +158,7 @@ class Jobs:
 
 
 SCENARIOS: dict[str, dict[str, Any]] = {
-    # The script's own lines are read by sbatch, not by bash, and the logs' names by Slurm.
+    # sbatch, bash and Slurm's log patterns all read this name by rules of their own.
     "success": {"folder": """it's a "run", 100% #1 $HOME"""},
     "time_limit": {"gate": "4 hold", "time": "2"},
     "preemption": {"gate": "4 hold", "flags": ("--partition=spare", "--gres=seat:1")},
@@ -172,8 +170,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "chain": {"gate": "4 hold", "flags": ("--no-requeue",)},
     "lost_node": {"gate": "4 hold"},
 }
-"""Test -> how its job is submitted. Of a job whose gate holds, the ranks wait until the test has
-come to it."""
+"""Test -> options of its job. A gate with ``hold`` keeps the ranks waiting for the test."""
 
 
 @pytest.fixture(scope="session")
@@ -192,15 +189,15 @@ def jobs(
 
 
 def losses(folder: Path) -> dict[int, tuple[float, ...]]:
-    """What must not change: step -> losses, gradient norm and learning rate."""
+    """Return losses, gradient norm and learning rate by step; they must not change."""
     names = ("lm_loss", "mtp_loss", "grad_norm", "learning_rate")
     records = [record for record in read_metrics(folder / METRICS_FILE) if record.kind == "train"]
     assert [record.step for record in records] == list(range(1, STEPS + 1))
     return {record.step: tuple(record.values[name] for name in names) for record in records}
 
 
-def goes_on(job: Submitted, undisturbed: Submitted, kinds: list[str]) -> None:
-    """Wait for a job that was interrupted; it must have ended as if nothing had happened."""
+def check_resumed(job: Submitted, undisturbed: Submitted, kinds: list[str]) -> None:
+    """Wait for an interrupted job and compare it with an undisturbed one."""
     job.wait("COMPLETED", *ENDED_BADLY)
     assert job.state() == "COMPLETED", job.log()
     assert job.kinds() == kinds, job.log()
@@ -222,23 +219,21 @@ def test_success(jobs: Jobs):
 
 
 def test_time_limit(jobs: Jobs, slurm: Cluster):
-    """Before the limit the batch script hears SIGUSR1: all is saved, the job requeues itself, and
-    the run goes on."""
+    """Before the limit SIGUSR1 reaches the batch script: the run saves, the job is requeued and the
+    run resumes."""
     job = jobs["time_limit"]
     wait_for(lambda: job.kinds()[:1] == ["stopped"], LONG, "told to stop", job.log)
-    slurm.run(
-        "scontrol", "update", f"jobid={job.number}", "TimeLimit=30"
-    )  # as a busy machine may need
+    # A busy machine may need longer for the rest.
+    slurm.run("scontrol", "update", f"jobid={job.number}", "TimeLimit=30")
     job.open_gate()
     job.wait("COMPLETED", *ENDED_BADLY)
     kinds = job.kinds()
-    goes_on(job, jobs["success"], [*["stopped"] * (len(kinds) - 1), "done"])
+    check_resumed(job, jobs["success"], [*["stopped"] * (len(kinds) - 1), "done"])
     assert len(kinds) > 1
 
 
 def test_preemption(jobs: Jobs, slurm: Cluster):
-    """A job of higher priority takes the nodes: all is saved, Slurm requeues, and the run goes
-    on."""
+    """A job of higher priority takes the nodes: the run saves, Slurm requeues, the run resumes."""
     job = jobs["preemption"]
     job.arrived()
     urgent = slurm.run(
@@ -246,23 +241,22 @@ def test_preemption(jobs: Jobs, slurm: Cluster):
     )
     wait_for(lambda: job.kinds() == ["ended"], LONG, "preempted", job.log)
     job.open_gate()
-    goes_on(job, jobs["success"], ["ended", "done"])
+    check_resumed(job, jobs["success"], ["ended", "done"])
     assert "JobState=COMPLETED" in slurm.run("scontrol", "show", "job", urgent.strip())
 
 
 def test_killed_rank(jobs: Jobs):
-    """A rank dies: the job is requeued and starts from the last checkpoint; the record names the
-    node."""
+    """A rank dies: the job resumes from the last checkpoint, and the record names the node."""
     job = jobs["killed_rank"]
     pids = job.arrived()
     os.kill(pids[1], signal.SIGKILL)
     job.open_gate()
-    goes_on(job, jobs["success"], ["failed", "done"])
+    check_resumed(job, jobs["success"], ["failed", "done"])
     assert read_attempts(job.folder)[0].reason.startswith("node n2: rank 1 was ended by SIGKILL")
 
 
 def test_cancel(jobs: Jobs, slurm: Cluster):
-    """What is cancelled saves, as it is given time to, and stays cancelled."""
+    """A cancelled job saves in the time that Slurm gives it, and stays cancelled."""
     job = jobs["cancel"]
     job.arrived()
     slurm.run("scancel", job.number)
@@ -273,7 +267,7 @@ def test_cancel(jobs: Jobs, slurm: Cluster):
 
 
 def test_repeated_failure(jobs: Jobs):
-    """What fails again at the same step is not tried for ever."""
+    """A job that fails at the same step again is not restarted for ever."""
     job = jobs["repeated_failure"]
     job.wait("COMPLETED", *ENDED_BADLY)
     assert (job.state(), job.show("ExitCode")) == ("FAILED", "1:0")
@@ -284,7 +278,7 @@ def test_repeated_failure(jobs: Jobs):
 
 
 def test_bad_input(jobs: Jobs):
-    """What is refused once would be refused again."""
+    """Bad input is not retried."""
     job = jobs["bad_input"]
     job.wait("COMPLETED", *ENDED_BADLY)
     assert (job.state(), job.show("ExitCode")) == ("FAILED", "2:0")
@@ -299,15 +293,14 @@ def test_array(jobs: Jobs):
     for number, task in enumerate(tasks):
         task.wait("COMPLETED", *ENDED_BADLY)
         assert task.state() == "COMPLETED", job.log()
-        assert [each.kind for each in read_attempts(job.folder / str(number))] == ["done"]
+        assert [attempt.kind for attempt in read_attempts(job.folder / str(number))] == ["done"]
     undisturbed = losses(jobs["success"].folder)
     assert losses(job.folder / "0") == undisturbed
     assert losses(job.folder / "1") != undisturbed
 
 
 def test_chain(jobs: Jobs, slurm: Cluster):
-    """A stage waits for the one before it, also where that one may not be requeued and goes on as
-    another job."""
+    """A stage waits for its predecessor, also where that must continue as another job."""
     job = jobs["chain"]
     stage = jobs.run("second", f"checkpoint.load={job.folder}")
     second = make_job(
@@ -330,13 +323,12 @@ def test_chain(jobs: Jobs, slurm: Cluster):
     assert first.series == continuation.series == first.job == job.number
     assert continuation.job != first.job
     assert losses(job.folder) == losses(jobs["success"].folder)
-    assert (
-        losses(after.folder)[1] < losses(job.folder)[1]
-    )  # it starts from what the first has learnt
+    # It starts from the weights of the first.
+    assert losses(after.folder)[1] < losses(job.folder)[1]
 
 
 def test_lost_node(jobs: Jobs, slurm: Cluster):
-    """A node fails and comes back. This one is last: it takes everything on that node along."""
+    """A node fails and comes back. This test is last: all other jobs on the node end with it."""
     job = jobs["lost_node"]
     job.arrived()
     slurm.stop_node("n1")
@@ -345,4 +337,4 @@ def test_lost_node(jobs: Jobs, slurm: Cluster):
     job.open_gate()
     slurm.start_node("n1")
     slurm.run("scontrol", "update", "nodename=n1", "state=resume")
-    goes_on(job, jobs["success"], ["failed", "done"])
+    check_resumed(job, jobs["success"], ["failed", "done"])

@@ -1,9 +1,8 @@
-"""Put first on a job's PYTHONPATH: lets a test stop a rank in front of a step, and do something to
-it there.
+"""Hold or fail the ranks of a job before a step, for tests; put first on the job's PYTHONPATH.
 
-A file ``gate`` in the run's folder holds a number and a word. Before the first micro-batch of that
-optimizer step each rank leaves its process number in ``arrived.RANK`` and then, for ``hold``, waits
-until the file is gone or the rank is told to stop; for ``fail`` it raises.
+The file ``gate`` in the run folder holds a step and a word. Before the first micro-batch of that
+optimizer step each rank writes its process id to ``arrived.RANK``. With ``hold`` it then waits
+until the file is gone or a stop signal comes; with ``fail`` it raises.
 """
 
 from __future__ import annotations
@@ -19,35 +18,37 @@ def _install() -> None:
     from mellum2_megatron.faults.hang_watch import HangWatch
     from mellum2_megatron.faults.stop_request import StopRequest
 
-    folder, heard = Path(sys.orig_argv[3]).parent, []
+    # python -m mellum2_megatron.training RUN_FILE ..
+    folder, signals = Path(sys.orig_argv[3]).parent, []
     on_signal, count = StopRequest._on_signal, HangWatch.count_micro_batches
 
     def note_signal(self: Any, *args: Any) -> None:
-        heard.append(args)
+        signals.append(args)
         on_signal(self, *args)
 
     def gated(self: Any, forward_step: Any) -> Any:
         def step(*args: Any, **kwargs: Any) -> Any:
-            _wait(folder / "gate", heard)
+            _wait(folder / "gate", signals)
             return forward_step(*args, **kwargs)
 
         return count(self, step)
 
-    StopRequest._on_signal, HangWatch.count_micro_batches = note_signal, gated  # type: ignore[method-assign]
+    StopRequest._on_signal = note_signal  # type: ignore[method-assign]
+    HangWatch.count_micro_batches = gated  # type: ignore[method-assign]
 
 
-def _wait(gate: Path, heard: list[Any]) -> None:
+def _wait(gate: Path, signals: list[Any]) -> None:
     from megatron.training import get_args
 
     if not gate.is_file():
         return
-    at, word = gate.read_text().split()
-    if get_args().curr_iteration + 1 != int(at):
+    step, word = gate.read_text().split()
+    if get_args().curr_iteration + 1 != int(step):
         return
     (gate.parent / f"arrived.{os.environ['RANK']}").write_text(str(os.getpid()))
     if word == "fail":
         raise RuntimeError("the test wants it so")
-    while gate.exists() and not heard:
+    while gate.exists() and not signals:
         time.sleep(0.05)
 
 
