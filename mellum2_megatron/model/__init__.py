@@ -23,7 +23,8 @@ k      experts that compute a token                                   8
 v      vocabulary                                                 98304
 ====== ========================================================= ======
 
-A rank holds a share of some dimensions. Context parallelism divides s and t (`[s / cp, b, h]`), and
-sequence parallelism divides them again; tensor parallelism divides n, g and v, expert parallelism
-e. A docstring names the division where the code depends on it.
+A digit is the size of a dimension (`angles_s11d`). A rank holds a share of some dimensions. Context
+parallelism divides s and t (`[s / cp, b, h]`), and sequence parallelism divides them again; tensor
+parallelism divides n, g and v, expert parallelism e. A docstring names the division where the code
+depends on it.
 """

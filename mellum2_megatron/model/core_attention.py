@@ -279,7 +279,7 @@ def document_spans(
 
     Args:
         boundaries: document boundaries in the stream, from `context_parallel.document_boundaries`.
-        lengths: real tokens of each document, from there too.
+        lengths: real tokens of each document, from the same function.
         tokens: number of this rank's queries.
         cp: context-parallel ranks.
         rank: this rank among them.
