@@ -6,12 +6,21 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import typer
+from rich.text import Text
 
+from conversion.release.check_release import MIN_ACCEPTANCE
+from conversion.release.members import MEMBERS
+from mellum2_megatron.cli.app import app
 from mellum2_megatron.config import from_yaml
+from mellum2_megatron.data.prepare import DEFAULT_MAX_BYTES
 from mellum2_megatron.data.prepared_folder import load_prepared
 from tests import REPOSITORY
 from tests.cli.runner import BIG, TINY, Result, mellum2, process
@@ -43,6 +52,34 @@ def test_version_and_help() -> None:
         shown = mellum2(*command, "--help")
         assert shown.code == 0
         assert shown.err == ""
+
+
+def _commands(command: Any, name: str = "mellum2") -> Iterator[tuple[str, Any]]:
+    """Yield every command below `command` with its full name."""
+    yield name, command
+    for word, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, f"{name} {word}")
+
+
+def test_help_texts_survive_the_screen() -> None:
+    """rich takes square brackets for markup, and typer keeps a summary's line breaks."""
+    names = []
+    for name, command in _commands(typer.main.get_command(app)):
+        names.append(name)
+        for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
+            assert text is None or Text.from_markup(text).plain == text, (name, text)
+        assert command.help, name
+        assert "\n" not in command.help.partition("\n\n")[0], name
+    assert len(names) > 20
+
+
+def test_help_states_the_defaults_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert f"default: {DEFAULT_MAX_BYTES >> 20} MiB" in mellum2("data", "prepare", "--help").out
+    for command in ("release", "check-release"):
+        shown = mellum2(command, "--help").out
+        assert all(member in shown for member in MEMBERS)
+        assert f"[default: {MIN_ACCEPTANCE}]" in shown
 
 
 def test_planning_imports_no_heavy_library() -> None:
