@@ -91,7 +91,3 @@ def _options_of_mellum2(
     ] = False,
 ) -> None:
     pass
-
-
-if __name__ == "__main__":
-    main()
