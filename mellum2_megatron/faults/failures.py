@@ -1,8 +1,8 @@
-"""A run that fails says why in one message and leaves nothing half-written.
+"""Reports the one cause of a failed run, and leaves no half-written checkpoint behind.
 
-Ranks do not print what ended them: several fail at once, most of them only because another one did.
-Each leaves a report (`report_failure`) in the file that torch's elastic agent names for it, and the
-launcher prints the one that tells most (`launchers.local`). A rank that no launcher of ours started
+Several ranks fail at once, most of them only because another one did. So no rank prints its own
+failure: each leaves a report (`report_failure`) in the file that torch's elastic agent names for
+it, and the launcher prints the root cause (`launchers.local`). A rank without such a launcher
 prints its own.
 """
 
@@ -44,9 +44,6 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Kind = Literal["explained", "unexpected", "echo"]
 
-# What a rank meets when another one is gone (gloo, NCCL, TCPStore), and a failed save on all ranks
-# but the first (megatron/core/dist_checkpointing/strategies/state_dict_saver.py:258, 0.19.2: only
-# the coordinator gets details).
 _ECHOES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -54,9 +51,28 @@ _ECHOES = (
     "ncclRemoteError",
     "recvValue failed",
 )
+"""Errors of gloo, NCCL and the TCPStore on a rank whose peer is gone."""
+
+_NOT_FINITE = re.compile(
+    r"Rank (\d+), .*iteration (\d+): Unexpected result (.*) \(message='(.*)'\)", re.DOTALL
+)
+"""Error of `RerunStateMachine.validate_result` (megatron/core/rerun_state_machine.py:534, 0.19.2).
+It checks each micro-batch's loss (`training.step.sum_loss`) and each bucket's gradient norm
+(core/distributed/param_and_grad_buffer.py:339)."""
+
+_GRADIENT_WORD = "grad"
+"""Part of each message of Megatron's checks on gradients, as in "found NaN in local grad norm for
+bucket #0" (core/distributed/param_and_grad_buffer.py:349-369, 0.19.2); not of
+`training.step.LOSS_CHECK`."""
+
 _LAST_LINES = 12
-_GRACE_SECONDS = 25  # a little less than the agent's 30
+"""Lines of an unexpected error's message that are shown."""
+
+_GRACE_SECONDS = 25
+"""Seconds after the first failure from which a SIGKILL is the agent's: a little below its 30."""
+
 _FULL_BYTES = 16 * 2**20
+"""Free bytes below which a disk counts as full once a save has failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +80,13 @@ class RankFailure:
     """How one rank ended.
 
     Attributes:
-        rank: its number.
-        exit_code: of the process; minus the signal's number if a signal ended it.
-        kind: "explained" has a message for the user; "echo" is the effect of another rank's
-            failure.
+        rank: rank number.
+        exit_code: exit code of the process; minus the signal's number if a signal ended it.
+        kind: "explained" has a message for the user, "echo" is the effect of another rank's
+            failure, "unexpected" is the rest.
         message: one line or a few, without traceback; empty if the process left no report.
         traceback: empty if the process left no report.
-        ended: when, in seconds since the epoch.
+        ended: time of the end, seconds since the epoch.
     """
 
     rank: int
@@ -99,30 +115,29 @@ class RankFailure:
         )
 
     def error(self, traceback_file: Path | None) -> Mellum2Error:
-        """Return the error to show: the rank's own message, or which rank died of what."""
+        """Return the error to show: the rank's own message, or the rank and what ended it."""
         if self.kind == "explained":
             return RankError(self.message, exit_code=self.exit_code)
         if self.exit_code < 0:
             name = signal.Signals(-self.exit_code).name
             return WorkError(
                 f"rank {self.rank} was ended by {name}",
-                fix="if nobody sent it, the machine ran out of memory (see dmesg): lower schedule.micro_batch_size; "
-                "the same command resumes from the last checkpoint",
+                fix="if nobody sent it, the machine ran out of memory (see dmesg): lower "
+                "schedule.micro_batch_size; the same command resumes from the last checkpoint",
             )
         last = "\n".join(self.message.strip().splitlines()[-_LAST_LINES:]) or "it left no message"
-        where = (
-            f"the whole traceback is in {traceback_file}"
-            if traceback_file
-            else "run with --verbose for more"
-        )
+        if traceback_file:
+            more = f"the whole traceback is in {traceback_file}"
+        else:
+            more = "run with --verbose for more"
         return WorkError(
             f"rank {self.rank} failed with exit code {self.exit_code}: {last}",
-            fix=f"{where}; the same command resumes from the last checkpoint",
+            fix=f"{more}; the same command resumes from the last checkpoint",
         )
 
 
 class RankError(Mellum2Error):
-    """A rank's own complete message, and the exit code that it calls for."""
+    """A rank's own message, complete, and the exit code for it."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -130,50 +145,51 @@ class RankError(Mellum2Error):
 
 
 def root_cause(failures: list[RankFailure]) -> RankFailure:
-    """Return the failure that caused the others: an explained one, then a signal, then what is no
-    echo.
+    """Return the failure that caused the others.
 
-    SIGTERM comes last: the agent ends the other ranks with it, and with SIGKILL those that are
-    still there 30 s later (torch/distributed/elastic/multiprocessing/api.py:1023, 2.15).
+    An explained failure comes first, then a signal, an unexpected one, and an echo. SIGTERM comes
+    last: the agent ends the other ranks with it, and with SIGKILL those that are still there after
+    30 s (torch/distributed/elastic/multiprocessing/api.py:1023, 2.15).
     """
-    begin = min(failure.ended for failure in failures)
+    first_end = min(failure.ended for failure in failures)
 
     def order(failure: RankFailure) -> tuple[int, int]:
         if failure.kind == "explained":
             return 0, failure.rank
         if failure.exit_code < 0:
-            late = failure.exit_code == -signal.SIGKILL and failure.ended - begin >= _GRACE_SECONDS
-            return (4 if late or failure.exit_code == -signal.SIGTERM else 1), failure.rank
+            late = failure.ended - first_end >= _GRACE_SECONDS
+            by_agent = failure.exit_code == -signal.SIGTERM or (
+                failure.exit_code == -signal.SIGKILL and late
+            )
+            return (4 if by_agent else 1), failure.rank
         return (3 if failure.kind == "echo" else 2), failure.rank
 
     return min(failures, key=order)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # In a rank
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def report_failure(error: BaseException, *, to_launcher: bool, verbose: bool) -> int:
-    """Tell why this rank ends; call it while the exception is being handled.
+    """Report what ended this rank; call it while the exception is being handled.
 
     Args:
-        error: what ended it.
-        to_launcher: a launcher of ours collects the reports; otherwise the message goes to stderr.
+        error: exception that ended the rank.
+        to_launcher: write to the report file that a launcher of ours reads, not to stderr.
         verbose: print the traceback too.
 
     Returns:
-        Exit code of the process: 2 for bad input, else 1.
+        Exit code for the process: 2 for bad input, else 1.
     """
-    kind: Kind = (
-        "explained"
-        if isinstance(error, Mellum2Error)
-        else "echo"
-        if is_echo(error)
-        else "unexpected"
-    )
+    kind: Kind = "unexpected"
+    if isinstance(error, Mellum2Error):
+        kind = "explained"
+    elif is_echo(error):
+        kind = "echo"
     message = str(error) if kind == "explained" else f"{type(error).__name__}: {error}"
-    # str(int()): torch reads both this way
+    # Keys and the str(int()) as torch reads them
     # (torch/distributed/elastic/multiprocessing/errors/__init__.py, 2.15).
     extra = {
         "py_callstack": traceback.format_exc(),
@@ -183,7 +199,7 @@ def report_failure(error: BaseException, *, to_launcher: bool, verbose: bool) ->
     file = os.environ.get(ERROR_FILE_VARIABLE) if to_launcher else None
     written = False
     if file:
-        with suppress(OSError):
+        with suppress(OSError):  # a full disk, for one: the message then goes to stderr
             Path(file).write_text(
                 json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8"
             )
@@ -197,18 +213,18 @@ def report_failure(error: BaseException, *, to_launcher: bool, verbose: bool) ->
 
 @contextmanager
 def explained(output: Path) -> Iterator[None]:
-    """Turn what ends a run into a `WorkError` where it is not ours to debug.
+    """Turn the exceptions that a user can act on into a `WorkError`; others pass.
 
-    That is what the system refused (`OSError`), and a checkpoint that could not be written:
-    Megatron collects the ranks' exceptions, which lose their causes on the way, in a
-    `CheckpointException`.
+    These are non-finite values, what the system refused (`OSError`), and a checkpoint that could
+    not be written. In the last case Megatron collects the ranks' exceptions in a
+    `CheckpointException`, where they have lost their causes.
 
     Args:
-        output: folder of the run. What a failed save has written must still be there: it fills the
-            disk.
+        output: output folder of the run. It must still hold what a failed save has written, which
+            fills the disk.
 
     Raises:
-        WorkError: with the reason and what to do.
+        WorkError: the reason, and a fix.
     """
     try:
         yield
@@ -223,56 +239,45 @@ def explained(output: Path) -> Iterator[None]:
 
 def _explain(error: BaseException, output: Path) -> WorkError | None:
     causes = list(_causes(error))
-    not_finite = next((found for cause in causes if (found := _NOT_FINITE.match(str(cause)))), None)
+    matches = (_NOT_FINITE.match(str(cause)) for cause in causes)
+    not_finite = next((match for match in matches if match), None)
     if not_finite is not None:
-        return _not_finite(not_finite)
-    system = next((cause for cause in causes if isinstance(cause, OSError)), None)
-    saving = _is_checkpoint_error(error) and error.args[0] == "write"
-    if is_echo(error) or (system is None and not saving):
+        rank, iteration, value, message = not_finite.groups()
+        kind = "gradient" if is_gradient_check(message) else "loss"
+        number = re.search(r"-?(inf|nan)", value)
+        shown = number.group() if number else value
+        # Megatron counts a step when it begins (rerun_state_machine.py:303, 0.19.2), and its
+        # message adds one more.
+        return WorkError(
+            f"the {kind} is {shown} on rank {rank} at step {int(iteration) - 1}; "
+            "nothing was saved after it",
+            fix="look at the metrics before that step; resume from an earlier checkpoint with a "
+            "lower optimizer.lr or a smaller optimizer.clip_grad",
+        )
+    system_error = next((cause for cause in causes if isinstance(cause, OSError)), None)
+    is_save = _is_checkpoint_error(error) and error.args[0] == "write"
+    if is_echo(error) or (system_error is None and not is_save):
         return None
-    what = "a checkpoint could not be written" if saving else "the run stopped"
+    event = "a checkpoint could not be written" if is_save else "the run stopped"
     reasons = "; ".join(
         dict.fromkeys(first_line(cause) for cause in causes if not _is_checkpoint_error(cause))
     )
-    full = system is not None and system.errno in DISK_FULL
-    if (
-        full
-        or any(os.strerror(code) in reasons for code in DISK_FULL)
-        or (saving and _is_full(output))
-    ):
+    is_full = system_error is not None and system_error.errno in DISK_FULL
+    is_full = is_full or any(os.strerror(code) in reasons for code in DISK_FULL)
+    if is_save and not is_full:
+        # torch's writer reports a full disk as "unexpected pos", and on some ranks not at all.
+        is_full = shutil.disk_usage(existing_ancestor(output)).free < _FULL_BYTES
+    if is_full:
         return WorkError(
-            f"the disk of {output} is full: {what}",
-            fix="free space there and give the same command again, which resumes from the last complete checkpoint",
+            f"the disk of {output} is full: {event}",
+            fix="free space there and give the same command again, which resumes from the last "
+            "complete checkpoint",
         )
-    fix = "check that disk and its permissions; the same command resumes from the last complete checkpoint"
-    return WorkError(f"{what} ({reasons})", fix=fix)
-
-
-# RerunStateMachine.validate_result (megatron/core/rerun_state_machine.py:528, 0.19.2), asked about
-# each micro-batch's loss (train.sum_loss) and each bucket's gradient norm
-# (core/distributed/param_and_grad_buffer.py:339).
-_NOT_FINITE = re.compile(
-    r"Rank (\d+), .*iteration (\d+): Unexpected result (.*) \(message='(.*)'\)", re.DOTALL
-)
-
-
-def _not_finite(found: re.Match[str]) -> WorkError:
-    rank, iteration, value, message = found.groups()
-    kind = "gradient" if is_gradient_check(message) else "loss"
-    number = re.search(r"-?(inf|nan)", value)
-    # The machine counts a step when it begins (:303), and its message adds one more.
     return WorkError(
-        f"the {kind} is {number.group() if number else value} on rank {rank} at "
-        f"step {int(iteration) - 1}; nothing was saved after it",
-        fix="look at the metrics before that step; resume from an earlier checkpoint with a lower "
-        "optimizer.lr or a smaller optimizer.clip_grad",
+        f"{event} ({reasons})",
+        fix="check that disk and its permissions; the same command resumes from the last complete "
+        "checkpoint",
     )
-
-
-_GRADIENT_WORD = "grad"
-"""Part of each message of Megatron's checks on gradients, as in "found NaN in local grad norm for
-bucket #0" (core/distributed/param_and_grad_buffer.py:349-369, 0.19.2); not of
-`training.step.LOSS_CHECK`."""
 
 
 def is_gradient_check(message: str) -> bool:
@@ -281,15 +286,16 @@ def is_gradient_check(message: str) -> bool:
 
 
 def is_echo(error: BaseException) -> bool:
-    """Whether an exception is the effect of another rank's failure."""
+    """Return True if an exception is the effect of another rank's failure."""
     if _is_checkpoint_error(error):
+        # A failed save raises on all ranks; only the coordinator's exception holds the reasons
+        # (megatron/core/dist_checkpointing/strategies/state_dict_saver.py:258, 0.19.2).
         return not getattr(error, "failures", None)
     return any(sign in str(error) for sign in _ECHOES)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, what it was raised from, and what Megatron's save collected from the
-    ranks."""
+    """Yield an exception, its causes, and those that Megatron's save collected from the ranks."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -309,8 +315,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_checkpoint_error(error: BaseException) -> bool:
-    """Whether it is torch.distributed.checkpoint's CheckpointException; importing that takes
-    torch."""
+    """Return True for torch.distributed.checkpoint's CheckpointException, without loading torch."""
     return type(error).__name__ == "CheckpointException"
 
 
@@ -320,20 +325,20 @@ def _is_full(output: Path) -> bool:
     return shutil.disk_usage(existing_ancestor(output)).free < _FULL_BYTES
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Around the ranks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def only_complete_checkpoints(root: Path) -> Iterator[None]:
-    """Remove, on the way out, the checkpoints of ``root`` that were begun inside and not finished.
+    """Remove, on the way out, the checkpoints in ``root`` that were begun inside and not finished.
 
-    Megatron writes into ``iter_*`` in place and names the folder in its tracker once it is
-    complete; a newer folder than that is therefore a fragment. Those that were there before are
-    left alone: someone may have set the tracker back. A tracker that was cut off when the disk
-    filled up (Megatron truncates it first, megatron/training/checkpointing.py:1011, 0.19.2) names
-    the newest complete checkpoint again.
+    Megatron writes into ``iter_*`` in place, and writes the number into its tracker once all is
+    complete. So a folder with a higher number is a fragment. Folders from before stay: the tracker
+    may have been set back by hand. A tracker that was cut off when the disk filled up gets the
+    newest complete checkpoint again; Megatron truncates it first
+    (megatron/training/checkpointing.py:1011, 0.19.2).
     """
     before = {folder.name for folder in iteration_folders(root)}
     started_from = tracked_iteration(root)
@@ -341,13 +346,15 @@ def only_complete_checkpoints(root: Path) -> Iterator[None]:
         yield
     finally:
         last = tracked_iteration(root)
-        if last is None and (root / TRACKER_FILE).is_file() and not _is_release(root):
+        if last is None and (root / TRACKER_FILE).is_file() and not _tracks_release(root):
             finished = [
                 number
-                for number in _new(root, before)
+                for number in _new_iterations(root, before)
                 if is_complete(root / iteration_folder_name(number))
             ]
-            last = max([*finished, *([] if started_from is None else [started_from])], default=None)
+            if started_from is not None:
+                finished.append(started_from)
+            last = max(finished, default=None)
             _remove_newer(root, before, last)  # first: it makes the room that the tracker needs
             if last is None:
                 (root / TRACKER_FILE).unlink()
@@ -356,7 +363,7 @@ def only_complete_checkpoints(root: Path) -> Iterator[None]:
         _remove_newer(root, before, last)
 
 
-def _new(root: Path, before: set[str]) -> list[int]:
+def _new_iterations(root: Path, before: set[str]) -> list[int]:
     numbers = [
         iteration_number(folder.name)
         for folder in iteration_folders(root)
@@ -366,12 +373,13 @@ def _new(root: Path, before: set[str]) -> list[int]:
 
 
 def _remove_newer(root: Path, before: set[str], last: int | None) -> None:
-    for number in _new(root, before):
+    for number in _new_iterations(root, before):
         if last is None or number > last:
             shutil.rmtree(root / iteration_folder_name(number), ignore_errors=True)
 
 
-def _is_release(root: Path) -> bool:
+def _tracks_release(root: Path) -> bool:
+    """Return True if the tracker names an import's weights, which have no number."""
     try:
         return (root / TRACKER_FILE).read_text(encoding="utf-8").strip() == RELEASE
     except (OSError, UnicodeDecodeError):

@@ -1,10 +1,10 @@
-"""Names the rank that holds up all others.
+"""Stops a hung run and names the rank that holds up the others.
 
-When a rank hangs, the others wait for it in a collective. Their own time limit tells nobody whom
-they waited for; with NCCL it ends them without even an exception. So each rank has a thread that
-watches whether micro-batches still begin. When they do not, each tells the others through the store
-where it stands, and what each hears is enough to say who is behind: who does not answer, who is not
-waiting, or who has begun fewer micro-batches.
+When a rank hangs, the others wait for it in a collective. Their own time limit does not name it;
+with NCCL it ends them without even an exception. So a thread on each rank checks that micro-batches
+still start. When they do not, the ranks exchange their places in the code through the store. That
+is enough to find the rank: it does not answer, or does not wait, or has started fewer micro-batches
+than the others.
 """
 
 from __future__ import annotations
@@ -26,14 +26,22 @@ from typing import Any, Protocol
 from mellum2_megatron.common.errors import WorkError
 
 _ANSWER_SECONDS = 10.0
+"""Seconds in which a rank must have answered."""
+
 _WAITING_FILES = ("/torch/distributed/", "/torch/cuda/", "/torch/autograd/")
 _WAITING_CALLS = (".wait(", "synchronize(", ".item(", ".tolist(", ".cpu(")
+"""A line of Python in these files, or with these calls, is a wait for the device or other ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a rank stands: micro-batches begun, the innermost line of its main thread, and whether
-    that is a wait."""
+    """Place of a rank in the code.
+
+    Attributes:
+        beats: number of micro-batches started.
+        line: innermost line of the main thread, as "FILE:LINE in FUNCTION".
+        waiting: True if that line waits for the device or other ranks.
+    """
 
     beats: int
     line: str
@@ -41,7 +49,7 @@ class Place:
 
 
 class Store(Protocol):
-    """What is needed of torch.distributed's stores."""
+    """The methods used of torch.distributed's stores."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -53,11 +61,11 @@ class HangWatch:
 
     Args:
         rank, world_size: of this process.
-        timeout: seconds without a new micro-batch.
-        end: called with the error, from the watching thread; ends the process. The flag says that
-            of all ranks that answered this one is the first, and speaks for them.
+        timeout: seconds without a new micro-batch after which the run counts as hung.
+        end: called from the watching thread with the error; must end the process. Its second
+            argument is True on the first of the ranks that answered, which speaks for all.
         step: returns the step in progress.
-        store: returns a connection to the store of all ranks, for the watching thread alone.
+        store: returns a new connection to the store of all ranks, for the watching thread alone.
     """
 
     def __init__(
@@ -78,21 +86,25 @@ class HangWatch:
         self._thread: threading.Thread | None = None
 
     def count_micro_batches(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a `forward_step` that tells the watch when it begins; the first one starts it."""
+        """Wrap a `forward_step`: each call is a sign of life, and the first one starts the watch.
+
+        So nothing before it, as loading a checkpoint and building data sets, is limited in time.
+        """
 
         @functools.wraps(forward_step)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def counted_step(*args: Any, **kwargs: Any) -> Any:
             self._beats, self._since = self._beats + 1, time.monotonic()
             if self._thread is None:
+                # A daemon: it must not keep a process alive whose main thread has ended.
                 self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
                 self._thread.start()
             return forward_step(*args, **kwargs)
 
-        return step
+        return counted_step
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Watch nothing inside: a save takes as long as the disk takes."""
+        """Turn the watch off inside: a save takes as long as the disk takes."""
         self._pauses += 1
         try:
             yield
@@ -101,45 +113,48 @@ class HangWatch:
             self._since = time.monotonic()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the watching thread."""
         self._stopped.set()
+
+    def is_overdue(self, now: float) -> bool:
+        """Return True if a micro-batch should have started by `now` (`time.monotonic` seconds)."""
+        return not self._pauses and now - self._since > self.timeout
 
     def _run(self) -> None:
         while not self._stopped.wait(min(1.0, self.timeout / 10)):
             if self.is_overdue(time.monotonic()):
-                self._tell()
+                self._end_run()
                 return
 
-    def is_overdue(self, now: float) -> bool:
-        """Whether a micro-batch should have begun by now, on the clock of `time.monotonic`."""
-        return not self._pauses and now - self._since > self.timeout
-
-    def _tell(self) -> None:
-        here = _place(sys._current_frames().get(self._main), self._beats)
+    def _end_run(self) -> None:
+        own = _place(sys._current_frames().get(self._main), self._beats)
         try:
-            places = self._gather(here)
-        except RuntimeError:  # of torch: the store's own process does not answer
-            places = {self.rank: here}
-        first = self.rank == min(places)
-        if not first and self._stopped.wait(
-            _ANSWER_SECONDS / 2
-        ):  # a rank that ends takes its peers' collectives along
+            places = self._exchange(own)
+        except RuntimeError:  # of torch: the process that holds the store does not answer
+            places = {self.rank: own}
+        is_first = self.rank == min(places)
+        # A rank that ends takes its peers' collectives along: let the first one report before.
+        if not is_first and self._stopped.wait(_ANSWER_SECONDS / 2):
             return
-        message = blame(places, self.world_size)
+        limit = self.timeout
+        shown = f"{limit / 60:g} minutes" if limit >= 60 else f"{limit:g} seconds"
         error = WorkError(
-            f"step {self._step()}: no micro-batch has begun for {_duration(self.timeout)}: {message}",
-            fix="look at that rank's machine; the same command resumes from the last checkpoint. If the work takes so "
-            "long, raise timeout_minutes",
+            f"step {self._step()}: no micro-batch has begun for {shown}: "
+            f"{blame(places, self.world_size)}",
+            fix="look at that rank's machine; the same command resumes from the last checkpoint. "
+            "If the work takes so long, raise timeout_minutes",
         )
         if not self._stopped.is_set():
-            self._end(error, first)
+            self._end(error, is_first)
 
-    def _gather(self, here: Place) -> dict[int, Place]:
-        store, places = self._store(), {self.rank: here}
-        store.set(_key(self.rank), json.dumps(asdict(here)))
-        end = time.monotonic() + _ANSWER_SECONDS
-        while len(places) < self.world_size and time.monotonic() < end:
+    def _exchange(self, own: Place) -> dict[int, Place]:
+        """Publish this rank's place; return those of the ranks that answered in time, by rank."""
+        store, places = self._store(), {self.rank: own}
+        store.set(_key(self.rank), json.dumps(asdict(own)))
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while len(places) < self.world_size and time.monotonic() < deadline:
             for rank in range(self.world_size):
+                # `check` first: `get` would wait for a key that is missing.
                 if rank not in places and store.check([_key(rank)]):
                     places[rank] = Place(**json.loads(store.get(_key(rank))))
             time.sleep(0.1)
@@ -147,78 +162,64 @@ class HangWatch:
 
 
 def blame(places: Mapping[int, Place], world_size: int) -> str:
-    """Say which ranks the others wait for.
+    """Name the ranks that the others wait for, and every rank's place.
 
-    >>> here = Place(beats=3, line="torch/distributed/x.py:1 in wait", waiting=True)
-    >>> blame({0: here, 1: here}, 3)
+    >>> place = Place(beats=3, line="torch/distributed/x.py:1 in wait", waiting=True)
+    >>> blame({0: place, 1: place}, 3)
     'rank 2 does not answer; ranks 0, 1 are at torch/distributed/x.py:1 in wait'
     """
     silent = [rank for rank in range(world_size) if rank not in places]
+    busy = [rank for rank, place in sorted(places.items()) if not place.waiting]
     most = max(place.beats for place in places.values())
     behind = [rank for rank, place in sorted(places.items()) if place.beats < most]
-    busy = [rank for rank, place in sorted(places.items()) if not place.waiting]
+    culprits: list[int] = []
+    singular = plural = ""
     if silent:
-        culprits, what = silent, "does not answer"
+        culprits, singular, plural = silent, "does not answer", "do not answer"
     elif busy and len(busy) < len(places):
-        culprits, what = busy, "did not arrive"
-    elif (
-        behind
-    ):  # later pipeline stages are behind a stage that hangs, but then they wait and it does not
-        culprits, what = behind, "is behind"
-    else:
-        culprits, what = [], ""
-    named = (
-        [f"{_ranks(culprits)} {what if len(culprits) == 1 else _PLURAL[what]}"] if culprits else []
-    )
-    lines: dict[str, list[int]] = {}
+        culprits, singular, plural = busy, "did not arrive", "did not arrive"
+    elif behind:
+        # Last: later pipeline stages are behind a stage that hangs too, but it does not wait.
+        culprits, singular, plural = behind, "is behind", "are behind"
+    parts = []
+    if culprits:
+        parts.append(f"{_ranks(culprits)} {singular if len(culprits) == 1 else plural}")
+    ranks_at: dict[str, list[int]] = {}
     for rank in sorted(places, key=lambda rank: (rank not in culprits, rank)):
-        lines.setdefault(places[rank].line, []).append(rank)
-    standing = [
-        f"{_ranks(at)} {'is' if len(at) == 1 else 'are'} at {line}" for line, at in lines.items()
-    ]
-    return "; ".join(named + standing)
-
-
-_PLURAL = {
-    "does not answer": "do not answer",
-    "is behind": "are behind",
-    "did not arrive": "did not arrive",
-}
+        ranks_at.setdefault(places[rank].line, []).append(rank)
+    for line, ranks in ranks_at.items():
+        parts.append(f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} at {line}")
+    return "; ".join(parts)
 
 
 def default_store() -> Store:
-    """Return another connection to torch.distributed's store; one that waits no longer than a rank
-    needs to answer."""
+    """Return another connection to torch.distributed's store, with the time limit of an answer."""
     from torch.distributed.distributed_c10d import _get_default_store
 
+    # A clone: a call that waits locks its connection, and the main thread may be in one.
     store = _get_default_store().clone()
     store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
-    return store  # type: ignore[no-any-return]
+    return store  # type: ignore[no-any-return]  # torch's function has no types
 
 
 def _place(frame: FrameType | None, beats: int) -> Place:
     if frame is None:
         return Place(beats=beats, line="no line of Python", waiting=False)
     file = frame.f_code.co_filename
-    short = (
-        file.rpartition("/site-packages/")[2]
-        if "/site-packages/" in file
-        else os.path.relpath(file)
-    )
-    line = f"{short}:{frame.f_lineno} in {frame.f_code.co_name}"
+    if "/site-packages/" in file:
+        shown = file.rpartition("/site-packages/")[2]
+    else:
+        shown = os.path.relpath(file)
     source = linecache.getline(file, frame.f_lineno)
     waiting = any(part in file for part in _WAITING_FILES) or any(
         call in source for call in _WAITING_CALLS
     )
+    line = f"{shown}:{frame.f_lineno} in {frame.f_code.co_name}"
     return Place(beats=beats, line=line, waiting=waiting)
 
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
 
 
 def _key(rank: int) -> str:
