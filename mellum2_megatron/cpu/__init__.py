@@ -1,15 +1,14 @@
-"""Megatron-Core on a CPU with gloo: ``activate()`` before megatron is imported, then use Megatron
-as on a GPU.
+"""Megatron-Core on a CPU over gloo: call ``activate()`` before megatron is imported.
 
-Nothing happens when this package is imported, and nothing else in the project imports it at module
-level, so a process that trains on GPUs never sees it. What ``activate`` does, in order:
+Nothing happens when this package is imported, and the rest of the project imports it only where
+the device is "cpu": a process that trains on GPUs never loads it. ``activate``, in this order:
 
 1. refuses beside a usable GPU, and after megatron or Transformer Engine have been imported;
-2. hides Transformer Engine and apex from ``import`` (their kernels would be picked up and cannot
-   run);
-3. lets ``torch.cuda`` answer for the CPU (`device.py`), and ``torch.compile`` leave Megatron alone
-   (`compiling.py`);
-4. arranges for the named patches (`patches.py`) to be applied as Megatron's modules are imported.
+2. hides Transformer Engine and apex from ``import``: Megatron would pick up their kernels, which
+   cannot run;
+3. makes ``torch.cuda`` answer for the CPU (`device.py`), and ``torch.compile`` leave Megatron's
+   functions as they are (`compiling.py`);
+4. installs the named patches (`patches.py`), each applied when its module is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The switch: after `activate`, this process runs Megatron-Core on the CPU."""
+"""The switch to the CPU: after `activate`, Megatron-Core runs on it in this process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from mellum2_megatron.common.errors import InputError
 
 HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex")
 
+"""Packages whose kernels Megatron picks up if they import, and that run on a GPU only."""
+
 _active = False
 
 
 def is_active() -> bool:
-    """Whether `activate` has been called in this process."""
+    """Return True once `activate` was called in this process."""
     return _active
 
 
@@ -22,20 +24,30 @@ def activate() -> None:
     """Make this process run Megatron-Core on the CPU, for good. Calling it again does nothing.
 
     Raises:
-        InputError: a GPU is usable; megatron or Transformer Engine has been imported already; or an
-            installed version is not one that the patches were written for. Nothing has been changed
+        InputError: a GPU is usable, or megatron or Transformer Engine has been imported, or an
+            installed version is not one that the patches were written for. Nothing is changed
             then.
     """
     global _active
     if _active:
         return
-    _refuse_late_call()
+    imported = sorted(
+        name for name in sys.modules if name.startswith("megatron.") or name in HIDDEN
+    )
+    if imported:
+        raise InputError(
+            f"cpu.activate() after {imported[0]} was imported",
+            rule="Megatron decides at import time what it compiles and which kernels it uses",
+            fix="call mellum2_megatron.cpu.activate() before anything imports megatron or "
+            "transformer_engine",
+        )
     import torch
 
     if torch.cuda.is_available():
         raise InputError(
             f"device=cpu with {torch.cuda.get_device_name()} present",
-            rule="the CPU backend replaces parts of torch.cuda and refuses to do so where a GPU is usable",
+            rule="the CPU backend replaces parts of torch.cuda and refuses to do so where a GPU is "
+            "usable",
             fix="use device=cuda, or hide the GPUs with CUDA_VISIBLE_DEVICES=''",
         )
     from mellum2_megatron import upstream
@@ -46,10 +58,10 @@ def activate() -> None:
     patching.check_versions(PATCHES)
     upstream.activate()
     for name in HIDDEN:
-        sys.modules[name] = None  # type: ignore[assignment]  # `import` then raises, `find_spec` returns None
-    os.environ.setdefault(
-        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
-    )  # arguments.py:1437 asks for it; a CPU has no such queues
+        # `import` then raises, and `find_spec` returns None.
+        sys.modules[name] = None  # type: ignore[assignment]  # typed as a dict of modules
+    # Megatron asserts it (arguments.py:1437, 0.19.2), though a CPU has no such queues.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.install()
     compiling.install()
     patching.install(PATCHES)
@@ -58,18 +70,8 @@ def activate() -> None:
 
 
 def _not_about_shared_rng(record: logging.LogRecord) -> bool:
-    """Drop the warning of ``tensor_parallel/random.py:329``: here the device's generator *is* the
-    CPU's."""
+    """Drop a warning of ``tensor_parallel/random.py:329`` (0.19.2).
+
+    Here the device's random generator *is* the CPU's.
+    """
     return "CPU RNG state changed" not in record.getMessage()
-
-
-def _refuse_late_call() -> None:
-    imported = sorted(
-        name for name in sys.modules if name.startswith("megatron.") or name in HIDDEN
-    )
-    if imported:
-        raise InputError(
-            f"cpu.activate() after {imported[0]} was imported",
-            rule="Megatron decides at import time what it compiles and which kernels it uses",
-            fix="call mellum2_megatron.cpu.activate() before anything imports megatron or transformer_engine",
-        )

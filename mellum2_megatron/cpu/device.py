@@ -1,17 +1,17 @@
-"""``torch.cuda`` as Megatron uses it, answered by the CPU.
+"""Makes ``torch.cuda``, as Megatron uses it, answer for the CPU.
 
 Megatron-Core 0.19.2 calls ``torch.cuda.current_device()`` in 206 places and writes
-``device="cuda"`` in some eighty more. Two things make those run on a CPU:
+``device="cuda"`` in some eighty more. Two changes make those run on a CPU:
 
-* the functions and classes of ``torch.cuda`` that Megatron's training path calls get stand-ins
-  (`FACADE`): one device, number 0; streams and events that have nothing to wait for; the CPU's
-  default generator as the device's;
-* the functions that make tensors, and ``Tensor.to``, ``Tensor.cuda`` and friends, read the device
-  ``cuda`` as ``cpu``. Only these are wrapped: some 0.4 microseconds a call, 444 calls in a training
-  step of a two-layer test model, 0.2 % of its time. A ``TorchFunctionMode`` would do it in one
-  place, but adds 1.5 microseconds to every one of the 10,293 operations of that step, 11 %.
+* functions and classes of ``torch.cuda`` on Megatron's training path get stand-ins (`FACADE`): one
+  device, number 0; streams and events with nothing to wait for; the CPU's default random generator
+  as the device's;
+* functions that make tensors, and ``Tensor.to``, ``Tensor.cuda`` and their like, read the device
+  ``cuda`` as ``cpu``. Only these are wrapped. That costs some 0.4 microseconds a call, with 444
+  calls in a training step of a two-layer test model: 0.2 % of its time. A ``TorchFunctionMode``
+  would be one place, but adds 1.5 microseconds to each of that step's 10,293 operations: 11 %.
 
-``torch.cuda.is_available()`` stays false: other libraries ask it, and must not be told otherwise.
+``torch.cuda.is_available()`` stays false, since other libraries read it too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from typing import Any
 
 import torch
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams and events: work on a CPU is done when the call returns, so there is never anything to
-# wait for.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Streams and events: on a CPU work is done when the call returns, so there is nothing to wait for
+# ------------------------------------------------------------------------------------------------
 
 
 class Stream:
-    """The one stream: everything on it has already happened."""
+    """Stand-in for a CUDA stream: all work on it is done."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.cuda_stream = 0
@@ -49,7 +48,7 @@ class Stream:
         """Return at once."""
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Return ``event``, or a new one, which has already happened."""
+        """Return ``event``, or a new one; it has happened."""
         return event or Event()
 
     def synchronize(self) -> None:
@@ -59,6 +58,7 @@ class Stream:
         """Return True: all work is done."""
         return True
 
+    # Megatron compares streams; there is one, however many objects stand for it.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream)
 
@@ -67,7 +67,7 @@ class Stream:
 
 
 class Event:
-    """An event that has already happened."""
+    """Stand-in for a CUDA event: it has happened."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -109,35 +109,19 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
-def _memory_stats(device: Any = None) -> dict[str, int]:
-    return defaultdict(int)  # every counter Megatron may log is there, and is zero
-
-
-def _capability(device: Any = None) -> tuple[int, int]:
-    # Megatron compares it with 8 (BF16), 9 and 10 (kernels that no CPU has).
-    return 8, 0
-
-
-def _properties(device: Any = None) -> types.SimpleNamespace:
-    return types.SimpleNamespace(
-        name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1
-    )
-
-
-def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"torch.cuda.{name} has no counterpart on a CPU")
-
-    return refuse
+def _graph(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("torch.cuda.graph has no counterpart on a CPU")
 
 
 FACADE: dict[str, Any] = {
+    # Devices.
     "current_device": lambda: 0,
     "device_count": lambda: 1,
     "set_device": _nothing,
     "device": _no_context,
     "synchronize": _nothing,
     "empty_cache": _nothing,
+    # Streams, events and graphs.
     "Stream": Stream,
     "Event": Event,
     "current_stream": lambda device=None: _STREAM,
@@ -145,46 +129,55 @@ FACADE: dict[str, Any] = {
     "set_stream": _nothing,
     "stream": _no_context,
     "is_current_stream_capturing": lambda: False,
+    "graph": _graph,
+    # Random numbers.
     "get_rng_state": _get_rng_state,
     "set_rng_state": _set_rng_state,
     "manual_seed": _manual_seed,
     "manual_seed_all": _manual_seed,
     "random.get_rng_state": _get_rng_state,
     "random.set_rng_state": _set_rng_state,
-    "memory_stats": _memory_stats,
+    # Memory: every counter that Megatron may log is there, and is 0.
+    "memory_stats": lambda device=None: defaultdict(int),
     "memory_allocated": lambda device=None: 0,
     "memory_reserved": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 0,
     "max_memory_reserved": lambda device=None: 0,
     "reset_peak_memory_stats": _nothing,
-    "get_device_capability": _capability,
-    "get_device_properties": _properties,
+    # Properties. Megatron compares the capability with 8 (BF16), 9 and 10 (kernels of no CPU).
+    "get_device_capability": lambda device=None: (8, 0),
+    "get_device_properties": lambda device=None: types.SimpleNamespace(
+        name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1
+    ),
     "get_device_name": lambda device=None: "cpu",
+    # Profiler ranges.
     "nvtx.range_push": _nothing,
     "nvtx.range_pop": _nothing,
     "nvtx.range": _no_context,
-    "graph": _refuse("graph"),
 }
+"""Name in ``torch.cuda`` -> stand-in."""
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # device="cuda" means the CPU
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
-FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones",
-    "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "tensor", "zeros",
-    "zeros_like",
-)  # fmt: skip
+FACTORIES = tuple(
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
+    "rand rand_like randint randint_like randn randn_like randperm tensor zeros zeros_like".split()
+)
+"""Functions of ``torch`` that take a device."""
+
 NEW_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 _CPU = torch.device("cpu")
 
 
 def _is_cuda(device: Any) -> bool:
-    """Whether ``device`` (a torch.device, a string or an index) is what Megatron calls its GPU."""
+    """Return True if a torch.device, a string or an index is what Megatron calls its GPU."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     if isinstance(device, str):
         return device.startswith("cuda")
+    # A bool is an int to Python, and no device index.
     return isinstance(device, int) and not isinstance(device, bool)
 
 
@@ -195,9 +188,8 @@ def _factory(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):
                 kwargs["device"] = _CPU
-            kwargs.pop(
-                "pin_memory", None
-            )  # page-locked memory serves copies to a GPU, and asks for a driver
+            # Page-locked memory serves copies to a GPU, and needs its driver.
+            kwargs.pop("pin_memory", None)
         return original(*args, **kwargs)
 
     return make
@@ -215,26 +207,13 @@ def _tensor_to(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return to
 
 
-def _tensor_cuda(
-    self: torch.Tensor, device: Any = None, non_blocking: bool = False, **_: Any
-) -> torch.Tensor:
-    """Return the tensor itself, as ``Tensor.cuda`` does for a tensor that is on the device
-    already."""
-    return self
-
-
-def _is_pinned(self: torch.Tensor, device: Any = None) -> bool:
-    return False
-
-
-def _pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
-    """Return the tensor itself."""
+def _itself(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Return the tensor, as ``Tensor.cuda`` does for one that is on the device already."""
     return self
 
 
 def _copy(value: Any) -> Any:
-    """A function object of its own: torch._dynamo (trace_rules.py:3119, torch 2.15) refuses one
-    under two names."""
+    """Copy a function: torch._dynamo refuses one under two names (trace_rules.py:3119, 2.15)."""
     if not isinstance(value, types.FunctionType):
         return value
     copy = types.FunctionType(
@@ -269,8 +248,8 @@ def install() -> None:
         setattr(torch.Tensor, name, _factory(getattr(torch.Tensor, name)))
     tensor: Any = torch.Tensor
     tensor.to = _tensor_to(tensor.to)
-    tensor.cuda = _tensor_cuda
-    tensor.pin_memory = _pin_memory
-    tensor.is_pinned = _is_pinned
+    tensor.cuda = _itself
+    tensor.pin_memory = _copy(_itself)
+    tensor.is_pinned = lambda self, device=None: False
     tensor.record_stream = _nothing
     _installed = True

@@ -1,12 +1,16 @@
-"""What Megatron's optimizers expect of Transformer Engine's FusedAdam and of CUDA tensors, on a
-CPU.
+"""Adam and tensor types as Megatron's optimizers expect them of a GPU.
 
 Without Transformer Engine and apex, ``core/optimizer/__init__.py:33`` (0.19.2) falls back to
-``torch.optim.AdamW``, which keeps a ``step`` tensor per parameter. `DistributedOptimizer` handles
-that badly: loading makes all parameters share *one* step tensor (distrib_optimizer.py:1028), which
-then grows by the number of parameters an iteration; saving asserts that all steps are equal (:838);
-and the fully reshardable format raises KeyError('step'). `FusedAdam` below has the state layout of
-the fused optimizers instead, so the code path, and the checkpoint, are those of a GPU.
+``torch.optim.AdamW``, which keeps a ``step`` tensor for each parameter. `DistributedOptimizer`
+handles that badly:
+
+* loading makes all parameters share *one* step tensor (distrib_optimizer.py:1028), which then grows
+  by the number of parameters each iteration;
+* saving asserts that all steps are equal (:838);
+* the fully reshardable format raises KeyError('step').
+
+`FusedAdam` has the state layout of the fused optimizers instead, so the code path, and the
+checkpoint, are those of a GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam with the interface and state of the fused optimizers: ``step`` in the group, two moments
-    a parameter.
+    """Adam with the interface and state of the fused optimizers.
+
+    The state is ``step`` in the group, and two moments for each parameter.
 
     Args:
         params: parameters or groups, as for any torch optimizer; float32.
@@ -30,7 +35,7 @@ class FusedAdam(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled (AdamW) with ``adam_w_mode``, else added to the gradient.
         adam_w_mode: see ``weight_decay``.
-        capturable: must be false: there is no CUDA graph to capture into.
+        capturable: must be False: there is no CUDA graph to capture into.
     """
 
     def __init__(
@@ -56,48 +61,48 @@ class FusedAdam(torch.optim.Optimizer):
         if closure is not None:
             raise NotImplementedError("FusedAdam takes no closure")
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
             if not group["params"]:
-                continue  # as the fused optimizers: an empty group does not count
+                continue  # as the fused optimizers: an empty group counts no steps
             group["step"] = group.get("step", 0) + 1
-            if params:
-                self._update(group, params)
-
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        for param in params:
-            state = self.state[param]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment not in state:
-                    state[moment] = torch.zeros_like(param)
-        step = torch.tensor(float(group["step"]))
-        kernel = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
-        kernel(
-            params,
-            [param.grad for param in params if param.grad is not None],
-            [self.state[param]["exp_avg"] for param in params],
-            [self.state[param]["exp_avg_sq"] for param in params],
-            [],
-            [step] * len(params),
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            for param in params:
+                state = self.state[param]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(param)
+            kernel = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+            # The kernel takes a step tensor for each parameter, and only reads it.
+            step = torch.tensor(float(group["step"]))
+            kernel(
+                params,
+                [param.grad for param in params if param.grad is not None],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [],  # largest second moments, for amsgrad
+                [step] * len(params),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Within it ``tensor.type()`` names the CUDA types: ``torch.cuda.BFloat16Tensor`` for
-    ``torch.BFloat16Tensor``."""
+    """Make ``tensor.type()`` return CUDA names inside: ``torch.cuda.BFloat16Tensor``."""
     original = torch.Tensor.type
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
+        # With arguments it converts and returns a tensor. Under a TorchFunctionMode the original
+        # arrives here again, by name, and must not be renamed twice.
         if not isinstance(result, str) or result.startswith("torch.cuda."):
-            return result  # under a TorchFunctionMode the original arrives here again, by name
+            return result
         return result.replace("torch.", "torch.cuda.", 1)
 
     tensor: Any = torch.Tensor
@@ -109,7 +114,7 @@ def cuda_type_names() -> Iterator[None]:
 
 
 def with_cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``original`` within `cuda_type_names`."""
+    """Wrap a function to run within `cuda_type_names`."""
 
     @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,4 @@
-"""One process as a whole Megatron world: what building, scoring or converting a model in place
-needs."""
+"""One process as a whole Megatron world, to build, score or convert a model in place."""
 
 from __future__ import annotations
 
@@ -15,18 +14,16 @@ _DEFAULT_SEED = 1234
 
 
 def init_single_process(seed: int = _DEFAULT_SEED) -> bool:
-    """Initialise torch.distributed (gloo, one rank), Megatron's groups and its random number
-    trackers.
+    """Initialise torch.distributed (gloo, one rank), Megatron's groups and random number trackers.
 
-    The store lives in memory, so no port is taken and any number of such processes run side by
-    side.
+    The store lives in memory: no port is taken, and such processes run side by side.
 
     Args:
-        seed: of Megatron's random number trackers and of torch.
+        seed: seed of torch and of Megatron's random number trackers.
 
     Returns:
-        True when this call initialised them; False when they were already, and belong to someone
-        else.
+        True if this call initialised them, False if they were before; then `teardown` is the task
+        of whoever did.
 
     Raises:
         InputError: `activate` has not been called.
@@ -43,7 +40,7 @@ def init_single_process(seed: int = _DEFAULT_SEED) -> bool:
     if parallel_state.model_parallel_is_initialized():
         return False
     if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # no type stub has it
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     torch.manual_seed(seed)
@@ -63,11 +60,10 @@ def teardown() -> None:
 
 @contextlib.contextmanager
 def single_process(seed: int = _DEFAULT_SEED) -> Iterator[None]:
-    """`init_single_process` for the length of a ``with`` block; leaves an initialised world as it
-    was."""
-    mine = init_single_process(seed)
+    """Run `init_single_process` for a ``with`` block; a world initialised before stays as it is."""
+    is_ours = init_single_process(seed)
     try:
         yield
     finally:
-        if mine:
+        if is_ours:
             teardown()

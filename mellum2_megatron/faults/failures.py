@@ -77,7 +77,7 @@ _FULL_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankFailure:
-    """How one rank ended.
+    """End of one rank.
 
     Attributes:
         rank: rank number.
@@ -317,12 +317,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _is_checkpoint_error(error: BaseException) -> bool:
     """Return True for torch.distributed.checkpoint's CheckpointException, without loading torch."""
     return type(error).__name__ == "CheckpointException"
-
-
-def _is_full(output: Path) -> bool:
-    """Whether a failed save met a full disk: torch's writer says "unexpected pos", and on some
-    ranks nothing at all."""
-    return shutil.disk_usage(existing_ancestor(output)).free < _FULL_BYTES
 
 
 # ------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Event:
 
 @dataclass(kw_only=True, slots=True)
 class _StepRecord:
-    """What this rank has seen of the step in progress.
+    """Findings of this rank about the step in progress.
 
     Attributes:
         loss_sums: [loss of all tokens in nats, tokens] of this rank's micro-batches; None on a

@@ -1,11 +1,10 @@
-"""Named, versioned replacements of upstream objects, applied the moment the upstream module has
-been imported.
+"""Named, versioned replacements of upstream objects, applied as upstream modules are imported.
 
-A `Patch` says what is replaced, which upstream fact makes it necessary and for which versions that
-fact was read. `install` takes a table of them. Modules that are imported already are patched at
-once; the others right after they have executed, before any other module can do ``from x import y``.
-Names that other modules of the same distribution bound earlier (import cycles) are rebound, so one
-entry per upstream object is enough.
+A `Patch` holds the target, the upstream fact that makes it necessary, and the versions for which
+that fact was read. `install` takes a table of them. Modules that are imported already are patched
+at once. The others are patched right after they have executed, before another module can do
+``from x import y``. Modules of the same distribution that bound the name earlier (import cycles)
+are rebound, so one entry for each upstream object is enough.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ class Patch:
     """One replacement of one upstream object.
 
     Attributes:
-        name: unique within all tables; the tests and the logs use it.
+        name: name in tests and logs, unique within all tables.
         target: ``module:attribute`` or ``module:Class.attribute``.
-        replacement: given the original object, returns the one to put in its place.
+        replacement: function from the original object to the one to put in its place.
         why: the upstream fact, with file and line.
-        versions: the versions of ``distribution`` for which ``why`` was read, a PEP 440 specifier.
-        distribution: the distribution that ``target`` belongs to.
+        versions: versions of ``distribution`` for which ``why`` was read, a PEP 440 specifier.
+        distribution: distribution of the target.
     """
 
     name: str
@@ -58,18 +57,21 @@ class Patch:
         return self.target.partition(":")[2]
 
     def check_version(self) -> None:
-        """Raise InputError when the installed distribution is not one that `why` was read in."""
+        """Raise InputError if another version is installed than those in which `why` was read."""
         installed = importlib.metadata.version(self.distribution)
         if not SpecifierSet(self.versions).contains(installed, prereleases=True):
             raise InputError(
                 f"{self.distribution} {installed}",
-                rule=f"the work-around {self.name!r} was written for {self.distribution} {self.versions}",
+                rule=f"the work-around {self.name!r} was written for {self.distribution} "
+                f"{self.versions}",
                 fix=f"install {self.distribution}{self.versions}",
             )
 
     def apply(self) -> None:
-        """Replace the target, whose module must be imported, wherever its distribution has bound
-        it. Idempotent."""
+        """Replace the target wherever its distribution has bound it. Idempotent.
+
+        Its module must be imported.
+        """
         if self.name in _applied:
             return
         owner: Any = sys.modules[self.module]
@@ -79,23 +81,27 @@ class Patch:
         original = owner.__dict__[last]  # not getattr: a classmethod must stay one
         replacement = self.replacement(original)
         setattr(owner, last, replacement)
+        # Functions and classes only: a constant of the same name elsewhere is not this one.
         if not path and callable(original):
-            _rebind(last, original, replacement, root=self.module.partition(".")[0])
+            root = self.module.partition(".")[0] + "."
+            for name, module in list(sys.modules.items()):
+                bound = getattr(module, "__dict__", {}).get(last)
+                if name.startswith(root) and bound is original:
+                    setattr(module, last, replacement)
         _applied.add(self.name)
         logger.debug("patched %s (%s)", self.target, self.name)
 
 
 _applied: set[str] = set()
-
-
-def _rebind(name: str, old: Any, new: Any, *, root: str) -> None:
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith(root + ".") and getattr(module, "__dict__", {}).get(name) is old:
-            setattr(module, name, new)
+"""Names of the patches that are in place in this process."""
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls back right after a module of interest has executed."""
+    """Calls functions right after a module has executed.
+
+    Attributes:
+        callbacks: module name -> functions to call.
+    """
 
     def __init__(self) -> None:
         self.callbacks: dict[str, list[Callable[[], None]]] = {}
@@ -109,6 +115,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return None
+        # The loader is the module's own, with one method wrapped: source and data files stay
+        # readable through it.
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
@@ -116,7 +124,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             for callback in callbacks:
                 callback()
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # on this one loader
         return spec
 
 
@@ -124,8 +132,7 @@ _after_import = _AfterImport()
 
 
 def check_versions(patches: Iterable[Patch]) -> None:
-    """Raise InputError for the first patch that was not written for the installed version of its
-    distribution."""
+    """Raise InputError for the first patch that was written for another version."""
     for patch in patches:
         patch.check_version()
 
@@ -134,8 +141,8 @@ def install(patches: Iterable[Patch]) -> None:
     """Apply every patch now or, where its module is not imported yet, as soon as it is.
 
     Raises:
-        InputError: an installed version is not one the patch was written for. Nothing has been
-            patched then.
+        InputError: an installed version is not one the patch was written for. Nothing is patched
+            then.
     """
     table = list(patches)
     check_versions(table)
