@@ -1,8 +1,7 @@
-"""Is each patch still needed? One probe a patch, run with all the others applied and it left out,
-and then with it.
+"""One probe for each patch: it fails without the patch and passes with it, all others applied.
 
-`main` prints, as JSON, what each probe did: ``{name: {"without": error or null, "with": error or
-null}}``. Megatron is imported once, unpatched, on the CPU stand-ins for ``torch.cuda``; every probe
+`main` prints the outcomes as JSON: ``{name: {"without": error or null, "with": error or null}}``.
+Megatron is imported once, unpatched, on the CPU stand-ins for ``torch.cuda``; every probe
 runs in a fork of that process which installs the patches it is meant to see. `ADAM` is left out as
 a whole too: its four only make sense together.
 """
@@ -49,7 +48,7 @@ def outcomes() -> dict[str, dict[str, str | None]]:
 
 
 def check_still_needed(patch: Patch, without: dict[str, str]) -> None:
-    """Without the patch its probe ends as `without` says, with it the probe has nothing to say."""
+    """Check that the probe fails as in `without` when the patch is left out, and passes with it."""
     outcome = outcomes()[patch.name]
     error = outcome["without"]
     assert error is not None, (
@@ -70,9 +69,9 @@ def probe(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     return register
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Probes of mellum2_megatron/cpu/patches.py
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @probe("rng-state")
@@ -215,9 +214,9 @@ def _thd_partition() -> None:
     assert batch["labels"].tolist() == [[2, 3, 7, 8, 9, 10]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Parts
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def one_rank() -> None:
@@ -300,9 +299,9 @@ def _step(model: Any, optimizer: Any) -> None:
     optimizer.step()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The script
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def _fork(name: str, patches: list[Patch]) -> str | None:

@@ -16,9 +16,12 @@ def run(code: str, **environment: str) -> str:
     path = os.pathsep.join([str(REPOSITORY), environment.pop("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -26,10 +29,13 @@ def run(code: str, **environment: str) -> str:
 def test_importing_the_package_changes_nothing() -> None:
     run("""
         import torch
-        before = dict(vars(torch.cuda)), torch.empty, torch.Tensor.__dict__.get("to"), torch.compile
+        def state():
+            methods = torch.Tensor.__dict__
+            return dict(vars(torch.cuda)), torch.empty, methods.get("to"), torch.compile
+        before = state()
         from mellum2_megatron import cpu
         assert not cpu.is_active()
-        assert (dict(vars(torch.cuda)), torch.empty, torch.Tensor.__dict__.get("to"), torch.compile) == before
+        assert state() == before
     """)
 
 
@@ -71,8 +77,9 @@ def test_a_usable_gpu_is_refused() -> None:
 def test_another_megatron_is_refused_and_changes_nothing() -> None:
     printed = run("""
         import importlib.metadata
-        version = importlib.metadata.version
-        importlib.metadata.version = lambda name: "0.20.0" if name == "megatron-core" else version(name)
+        real = importlib.metadata.version
+        other = {"megatron-core": "0.20.0"}
+        importlib.metadata.version = lambda name: other.get(name) or real(name)
         import torch
         empty = torch.empty
         from mellum2_megatron import cpu
@@ -146,6 +153,7 @@ def test_torch_compile_stays_for_everybody_else() -> None:
         function = lambda x: x
         assert torch.compile(function) is not function
         scope = {"__name__": "megatron.core.somewhere", "torch": torch, "function": function}
-        exec("plain = torch.compile(function); decorated = torch.compile(fullgraph=True)(function)", scope)
+        exec("plain = torch.compile(function)", scope)
+        exec("decorated = torch.compile(fullgraph=True)(function)", scope)
         assert scope["plain"] is function and scope["decorated"] is function
     """)

@@ -110,7 +110,7 @@ def test_the_devices_generator_is_the_cpus() -> None:
 
 
 def test_rng_tracker_keeps_separate_sequences(caplog: pytest.LogCaptureFixture) -> None:
-    """What dropout relies on: a fork continues its own sequence and leaves the outer one alone,
+    """As dropout needs it: a fork continues its own sequence and leaves the outer one alone,
     without a warning."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 

@@ -1,5 +1,4 @@
-"""The table of CPU patches: each entry is needed by the installed Megatron, and does what it
-says."""
+"""The table of CPU patches: each entry is needed by the installed Megatron, and works."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ from mellum2_megatron.cpu.patches import PATCHES
 from mellum2_megatron.upstream.patching import Patch
 from tests.cpu import patch_probes
 
-# What upstream does without the patch: the start of the probe's error. When a line here no longer
-# holds, upstream has changed, and the patch is to be reconsidered.
+# Start of each probe's error without the patch. Where a line no longer holds, upstream has changed
+# and the patch must be reconsidered.
 WITHOUT = {
     "rng-state": "AssertionError: setting the state changed nothing",
     "loader-seed": "AssertionError: making the iterators drew random numbers",
@@ -24,7 +23,8 @@ WITHOUT = {
     "type-names-distributed": "TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor",
     "type-names-clip": "AssertionError",
     "write-results": "AssertionError: AutoProxy[Queue]: another process holds the results",
-    "thd-partition": "AttributeError: 'NoneType' object has no attribute 'thd_get_partitioned_indices'",
+    "thd-partition": "AttributeError: 'NoneType' object has no attribute "
+    "'thd_get_partitioned_indices'",
 }
 
 

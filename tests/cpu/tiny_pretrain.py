@@ -16,26 +16,69 @@ import torch
 
 SEQUENCE, VOCABULARY = 32, 127
 ARGUMENTS = {
-    "num-layers": 2, "hidden-size": 64, "num-attention-heads": 4, "group-query-attention": True,
-    "num-query-groups": 2, "kv-channels": 16, "ffn-hidden-size": 64, "seq-length": SEQUENCE,
-    "max-position-embeddings": SEQUENCE, "position-embedding-type": "rope", "normalization": "RMSNorm",
-    "swiglu": True, "disable-bias-linear": True, "qk-layernorm": True,
-    "untie-embeddings-and-output-weights": True, "attention-dropout": 0, "hidden-dropout": 0,
-    "window-size": "7,0", "window-attn-skip-freq": 2, "mtp-num-layers": 1, "mtp-loss-scaling-factor": 0.1,
-    "num-experts": 4, "moe-router-topk": 2, "moe-ffn-hidden-size": 32, "moe-router-dtype": "fp32",
-    "moe-router-load-balancing-type": "global_aux_loss", "moe-aux-loss-coeff": 1e-3, "moe-z-loss-coeff": 1e-3,
+    "num-layers": 2,
+    "hidden-size": 64,
+    "num-attention-heads": 4,
+    "group-query-attention": True,
+    "num-query-groups": 2,
+    "kv-channels": 16,
+    "ffn-hidden-size": 64,
+    "seq-length": SEQUENCE,
+    "max-position-embeddings": SEQUENCE,
+    "position-embedding-type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "disable-bias-linear": True,
+    "qk-layernorm": True,
+    "untie-embeddings-and-output-weights": True,
+    "attention-dropout": 0,
+    "hidden-dropout": 0,
+    "window-size": "7,0",
+    "window-attn-skip-freq": 2,
+    "mtp-num-layers": 1,
+    "mtp-loss-scaling-factor": 0.1,
+    "num-experts": 4,
+    "moe-router-topk": 2,
+    "moe-ffn-hidden-size": 32,
+    "moe-router-dtype": "fp32",
+    "moe-router-load-balancing-type": "global_aux_loss",
+    "moe-aux-loss-coeff": 1e-3,
+    "moe-z-loss-coeff": 1e-3,
     "moe-token-dispatcher-type": "alltoall",
-    "optimizer": "muon", "use-distributed-optimizer": True, "muon-momentum": 0.95, "muon-nesterov": True,
-    "muon-extra-scale-factor": 0.2, "bf16": True, "lr": 1e-2, "min-lr": 0, "weight-decay": 0.1, "clip-grad": 1.0,
-    "micro-batch-size": 1, "global-batch-size": 4, "train-iters": 4, "lr-decay-style": "constant",
-    "eval-iters": 0, "eval-interval": 1000, "log-interval": 1, "save-interval": 1000,
-    "num-workers": 0, "dataloader-type": "single",
-    "tokenizer-type": "NullTokenizer", "vocab-size": VOCABULARY, "make-vocab-size-divisible-by": 128,
-    "transformer-impl": "local", "distributed-backend": "gloo", "use-cpu-initialization": True,
-    "no-gradient-accumulation-fusion": True, "no-masked-softmax-fusion": True, "no-rope-fusion": True,
-    "no-persist-layer-norm": True, "no-bias-swiglu-fusion": True, "no-bias-dropout-fusion": True,
+    "optimizer": "muon",
+    "use-distributed-optimizer": True,
+    "muon-momentum": 0.95,
+    "muon-nesterov": True,
+    "muon-extra-scale-factor": 0.2,
+    "bf16": True,
+    "lr": 1e-2,
+    "min-lr": 0,
+    "weight-decay": 0.1,
+    "clip-grad": 1.0,
+    "micro-batch-size": 1,
+    "global-batch-size": 4,
+    "train-iters": 4,
+    "lr-decay-style": "constant",
+    "eval-iters": 0,
+    "eval-interval": 1000,
+    "log-interval": 1,
+    "save-interval": 1000,
+    "num-workers": 0,
+    "dataloader-type": "single",
+    "tokenizer-type": "NullTokenizer",
+    "vocab-size": VOCABULARY,
+    "make-vocab-size-divisible-by": 128,
+    "transformer-impl": "local",
+    "distributed-backend": "gloo",
+    "use-cpu-initialization": True,
+    "no-gradient-accumulation-fusion": True,
+    "no-masked-softmax-fusion": True,
+    "no-rope-fusion": True,
+    "no-persist-layer-norm": True,
+    "no-bias-swiglu-fusion": True,
+    "no-bias-dropout-fusion": True,
     "ckpt-format": "torch_dist",
-}  # fmt: skip
+}
 
 
 def arguments(**changes: Any) -> list[str]:
@@ -100,11 +143,18 @@ def model_provider(
     )
     mtp_spec = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
     return GPTModel(
-        config, spec, vocab_size=args.padded_vocab_size, max_sequence_length=args.max_position_embeddings,
-        pre_process=pre_process, post_process=post_process, position_embedding_type="rope",
-        share_embeddings_and_output_weights=False, mtp_block_spec=mtp_spec, vp_stage=vp_stage,
+        config,
+        spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=mtp_spec,
+        vp_stage=vp_stage,
         pg_collection=pg_collection,
-    )  # fmt: skip
+    )
 
 
 def _loss(
@@ -147,9 +197,12 @@ def pretrain(**changes: Any) -> dict[str, Any]:
 
     try:
         pretrain(
-            pretrain_cfg_container_from_args(args), datasets, ModelType.encoder_or_decoder,
-            functools.partial(forward_step, losses), model_provider=provider,
-        )  # fmt: skip
+            pretrain_cfg_container_from_args(args),
+            datasets,
+            ModelType.encoder_or_decoder,
+            functools.partial(forward_step, losses),
+            model_provider=provider,
+        )
     except SystemExit as leaving:  # --exit-interval
         if leaving.code:
             raise

@@ -1,4 +1,4 @@
-"""Is each patch of mellum2_megatron/upstream/patches.py still needed? See `patch_probes`."""
+"""Probes of the patches in mellum2_megatron/upstream/patches.py; see `patch_probes`."""
 
 from __future__ import annotations
 

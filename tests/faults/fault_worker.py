@@ -1,5 +1,4 @@
-"""What a rank does in the tests of checkpoints and faults: it trains, and something happens to it
-on the way."""
+"""Work of a rank in the tests of checkpoints and faults: training with a fault on the way."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What happens to a run: killed, told to stop, stuck, diverging, on a damaged checkpoint. Real
-ranks, real signals."""
+"""Faults of a run on real ranks: killed, stopped, hung, diverging, on a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -51,8 +50,8 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(
     small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    """One training that is told to stop, killed in a step and killed in a save equals one that was
-    left alone."""
+    """A training that is stopped, killed in a step and killed in a save equals an undisturbed
+    one."""
     output = tmp_path / "run"
     run = small_run(small_data, output, "checkpoint.save_interval=2", "checkpoint.keep_last=2")
 
@@ -266,7 +265,7 @@ def test_what_counts_as_a_stop(codes: list[int], told: bool, stop: bool) -> None
 
 
 def test_ranks_that_the_agent_killed_in_the_end_are_not_the_cause() -> None:
-    """Ranks in a collective do not hear SIGTERM; the agent gives them 30 seconds."""
+    """Python handles no SIGTERM during a collective; the agent gives a rank 30 seconds."""
     report = {"message": {"message": "ValueError: a bug", "extraInfo": {"kind": "unexpected"}}}
     failed = RankFailure.of(1, 1, report, ended=1000)
     killed = RankFailure.of(0, -signal.SIGKILL, {}, ended=1030)

@@ -84,8 +84,11 @@ class TestOnRanks:
         assert event.step == 4
         assert event.note == f"the {what} is nan on rank 1: the update is skipped"
         assert {name: value for name, value in event.values.items() if name != "value"} == {
-            "rank": 1, "samples": 24, "batch_size": 8, "skipped": 1,
-        }  # fmt: skip
+            "rank": 1,
+            "samples": 24,
+            "batch_size": 8,
+            "skipped": 1,
+        }
         assert math.isnan(event.values["value"])
         require_untouched(output, 4)
         assert not equal(state(output / "iter_0000004")[0], state(output / "iter_0000005")[0])
@@ -124,8 +127,10 @@ class TestOnRanks:
         )
         assert saved(output)[-1] == 4
         assert [event.note.partition(": ")[2] for event in events(output)] == [
-            "the update is skipped", "the update is skipped", "the run stops",
-        ]  # fmt: skip
+            "the update is skipped",
+            "the update is skipped",
+            "the run stops",
+        ]
 
     def test_there_is_no_state_before_the_first_update(
         self, small_data: PreparedData, tmp_path: Path

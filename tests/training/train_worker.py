@@ -1,4 +1,4 @@
-"""What a rank does in the training tests."""
+"""Work of a rank in the training tests."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ TINY, BIG = "mellum2_tiny_pretrain", "mellum2_12b_pretrain_phase1"
 
 
 def parsed(run: Run, monkeypatch: pytest.MonkeyPatch, *, world_size: int, device: Device) -> Any:
-    """What Megatron's argparse makes of the run's command line."""
+    """Return the run's command line as Megatron's argparse reads it."""
     from megatron.training.arguments import parse_args
 
     words = megatron_arguments(run, world_size=world_size, device=device)
@@ -274,7 +274,8 @@ def megatron_scheduler(
     from megatron.training import training
 
     monkeypatch.setattr(training, "get_args", lambda: args)
-    calculator.init_num_microbatches_calculator(  # as set_global_variables, megatron/training/global_vars.py:127
+    # As set_global_variables does (megatron/training/global_vars.py:127).
+    calculator.init_num_microbatches_calculator(
         rank=1,
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,

@@ -1,4 +1,4 @@
-"""The work-arounds for megatron-core 0.19.2: each still needed, each doing what it says."""
+"""The work-arounds for megatron-core 0.19.2: each is still needed, and works."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from mellum2_megatron.upstream.patching import Patch
 from tests import REPOSITORY
 from tests.cpu import patch_probes, upstream_probes
 
-# What upstream does without the patch: when a line here no longer holds, the patch is to be
-# reconsidered.
+# Start of each probe's error without the patch. Where a line no longer holds, upstream has changed
+# and the patch must be reconsidered.
 WITHOUT = {
     "compile-helpers": "SystemExit: 1",
     "layer-wise-layout": "AssertionError: Muon was set up without the layer-wise layout",
     "batch-ramp": "AssertionError: the ramp is ignored: the first batch has 4 sequences",
-    "fusion-without-apex": "RuntimeError: ColumnParallelLinear was called with gradient_accumulation_fusion set",
+    "fusion-without-apex": "RuntimeError: ColumnParallelLinear was called with "
+    "gradient_accumulation_fusion set",
     "context-mtp": "AssertionError: rank 0 of 2 weighs [0.3333",
     "muon-experts": "AssertionError: every rank owns all experts",
     "muon-groups-asked": "ValueError: Cannot merge two lists with different lengths (1 and 2",
@@ -91,8 +92,12 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code)],
-        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_upstreams_noise_is_heard_without_the_switch() -> None:
