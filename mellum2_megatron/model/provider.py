@@ -96,8 +96,8 @@ def model_provider(
         optimizer: optimizer settings, for the weights that Muon or Adam updates; Megatron's own
             choice if None.
         loss: loss settings, for those that Megatron has no argument for; Megatron's own if None.
-        precision: precision settings, for those that Megatron has no argument for; Megatron's own if
-            None.
+        precision: precision settings, for those that Megatron has no argument for; Megatron's own
+            if None.
     """
 
     def provide(
