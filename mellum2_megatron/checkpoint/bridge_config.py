@@ -1,14 +1,13 @@
-"""``run_config.yaml``: how Megatron-Bridge and NeMo-RL learn what model a Megatron checkpoint
-holds.
+"""``run_config.yaml``: the description of a checkpoint's model for Megatron-Bridge and NeMo-RL.
 
-Both look for it inside a checkpoint's iteration folder
-(megatron/bridge/training/utils/checkpoint_utils.py:131, 0.6.2) and build the class that its
-``model`` section names, here `conversion.bridge.model.Mellum2ModelProvider`. Without the file
-Bridge falls back to Megatron-LM's own arguments, which know neither the layer-selective rotation
-nor this MTP head. It is not written beside the iteration folders: a folder that holds it counts as
-an iteration itself (line 236).
+Both read it from the checkpoint's iteration folder
+(megatron/bridge/training/utils/checkpoint_utils.py:131, 0.6.2) and build the class named by its
+``model`` section: `conversion.bridge.model.Mellum2ModelProvider`. Without the file Bridge falls
+back to Megatron-LM's own arguments, which have no layer-selective rotation and not this MTP head.
+The file is not written beside the iteration folders: Bridge takes any folder that holds it for an
+iteration (line 236).
 
-Plain values only; neither Bridge nor torch is needed to write it.
+The file has plain values only, so neither Bridge nor torch is needed to write it.
 """
 
 from __future__ import annotations
@@ -35,19 +34,18 @@ RUN_CONFIG_FILE = "run_config.yaml"
 PROVIDER = "conversion.bridge.model.Mellum2ModelProvider"
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": None}
-"""Dtype of the weights -> the switch of Megatron's configuration that goes with it."""
+"""Dtype of the weights -> the boolean field of Megatron's configuration that selects it."""
 
 
 def provider_fields(architecture: Mellum2Architecture) -> dict[str, Any]:
-    """Return what the provider of this model is made from: fields of Megatron's `TransformerConfig`
-    and of Bridge's `GPTModelProvider` (megatron/bridge/models/gpt_provider.py, 0.6.2), as YAML
-    values.
+    """Return the fields of this model's provider as YAML values.
 
-    Dtypes and the activation function are not among them; they are references, not values.
+    They are fields of Megatron's `TransformerConfig` and of Bridge's `GPTModelProvider`
+    (megatron/bridge/models/gpt_provider.py, 0.6.2). Dtypes and the activation function are missing:
+    YAML holds only references to them (`run_config`).
     """
-    fields: dict[str, Any] = {
-        field.name: field.value(architecture) for field in MEGATRON_FIELDS
-    } | FIXED_FIELDS
+    fields: dict[str, Any] = {field.name: field.value(architecture) for field in MEGATRON_FIELDS}
+    fields |= FIXED_FIELDS
     fields |= {
         "architecture": architecture.to_dict(),
         "vocab_size": architecture.vocab_size,
@@ -65,36 +63,34 @@ def provider_fields(architecture: Mellum2Architecture) -> dict[str, Any]:
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         "moe_router_fusion": True,
-        # As Megatron-LM's arguments have them by default (megatron/training/arguments.py, 0.19.2).
+        # Defaults of Megatron-LM's arguments (megatron/training/arguments.py, 0.19.2).
         "apply_rope_fusion": True,
         "bias_activation_fusion": True,
         "bias_dropout_fusion": True,
         "persist_layer_norm": True,
         "cross_entropy_loss_fusion": False,
-        # The one way of context parallelism that Transformer Engine has for sliding windows and
-        # four key-value heads
-        # (transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py:5688,
-        # 2.20.2).
+        # Transformer Engine's only context parallelism for sliding windows with four key-value
+        # heads (transformer_engine/pytorch/attention/dot_product_attention/
+        # context_parallel.py:5688, 2.20.2).
         "cp_comm_type": "all_gather",
     }
     window = window_size(architecture)
     if window is not None:
         fields["window_size"] = list(window)
-        fields["window_attn_skip_freq"] = json.loads(
-            window_pattern(architecture)
-        )  # a period, or a list
+        # JSON, as Megatron's command line takes it: a period or a list of one flag per layer.
+        fields["window_attn_skip_freq"] = json.loads(window_pattern(architecture))
     return fields
 
 
 def run_config(architecture: Mellum2Architecture, dtype: str = "bfloat16") -> dict[str, Any]:
     """Return the content of ``run_config.yaml`` for a checkpoint of this model.
 
-    A ``torch_dist`` checkpoint is free of any layout, so parallel sizes are 1. It is offered as
-    weights alone: Bridge is told that there is neither optimizer nor random state to resume from.
+    A ``torch_dist`` checkpoint has no layout of its own, so parallel sizes are 1. The checkpoint is
+    declared as bare weights: Bridge must not resume from our optimizer and random state.
 
     Args:
         architecture: the model that the checkpoint holds.
-        dtype: of its weights.
+        dtype: dtype of its weights: bfloat16, float16 or float32.
 
     Raises:
         InputError: `dtype` is no training dtype.
@@ -104,14 +100,15 @@ def run_config(architecture: Mellum2Architecture, dtype: str = "bfloat16") -> di
             f"dtype={dtype!r}", rule=f"must be one of {', '.join(_DTYPES)}", fix="use bfloat16"
         )
     model: dict[str, Any] = {"_target_": PROVIDER} | provider_fields(architecture)
-    model |= {name: _DTYPES[dtype] == name for name in _DTYPES.values() if name is not None}
+    for switch in filter(None, _DTYPES.values()):
+        model[switch] = switch == _DTYPES[dtype]
     model |= {
         "params_dtype": _reference(f"torch.{dtype}"),
         "activation_func": _reference("torch.nn.functional.silu"),
     }
     model |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    # What Bridge's own save of bare weights writes
-    # (megatron/bridge/training/model_load_save.py:580-604, 0.6.2).
+    # The same sections as in Bridge's own save of bare weights
+    # (megatron/bridge/training/model_load_save.py:580-604, 0.6.2), null where it has nothing.
     return {
         "_target_": "megatron.bridge.training.config.ConfigContainer",
         "model": model,
@@ -129,7 +126,7 @@ def run_config(architecture: Mellum2Architecture, dtype: str = "bfloat16") -> di
 def write_run_config(
     folder: Path, architecture: Mellum2Architecture, dtype: str = "bfloat16"
 ) -> None:
-    """Write ``run_config.yaml`` into a checkpoint's iteration folder, at once or not at all.
+    """Write ``run_config.yaml`` into a checkpoint's iteration folder, in one step.
 
     Raises:
         InputError: `dtype` is no training dtype.
@@ -141,5 +138,5 @@ def write_run_config(
 
 
 def _reference(name: str) -> dict[str, Any]:
-    """Return what Bridge resolves to the object of that name, without calling it."""
+    """Return the mapping that Bridge resolves to the named object, without calling it."""
     return {"_target_": name, "_call_": False}

@@ -1,10 +1,10 @@
-"""The manifest of a checkpoint: size and SHA-256 of every file, written last, compared before
-anything is loaded.
+"""The manifest of a checkpoint: size and SHA-256 of every file.
 
-It is Megatron's own ``integrity.json`` (megatron/core/dist_checkpointing/validation.py:512,
-0.19.2), which its ``--verify-integrity`` reads too, with the sizes beside the hashes. Megatron's
-first rank hashes the files of all; here each rank hashes what it has written (`saving.py`), and
-checks its share of the files before it loads (`train.py`).
+It is written last and compared before anything is loaded. The format is Megatron's
+``integrity.json`` (megatron/core/dist_checkpointing/validation.py:512, 0.19.2) with sizes added, so
+Megatron's ``--verify-integrity`` reads it too. Megatron hashes all files on its first rank. Here
+each rank hashes the files it has written (checkpoint/saving.py), and checks its share of the files
+before it loads (checkpoint/checks.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mellum2_megatron.checkpoint.folder import (
+    RELEASE,
     TRACKER_FILE,
     CheckpointFolder,
     is_complete,
@@ -33,13 +34,13 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "integrity.json"
 
 _ALGORITHM = "sha256"
-_BLOCK = 8 * 2**20
-_THREADS = 8
+_BLOCK_BYTES = 8 * 2**20
+_MAX_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """A file of a checkpoint: its size in bytes, and its SHA-256 in hexadecimal digits."""
+    """Size of a file in bytes, and its SHA-256 in hexadecimal digits."""
 
     size: int
     sha256: str
@@ -51,24 +52,25 @@ def hash_files(
     threads: int | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, FileRecord]:
-    """Return the records of files by name, hashed side by side (hashlib lets other threads run).
+    """Return the records of files by name, several files hashed at once.
 
     Args:
         files: existing files of different names.
-        threads: how many at once; None takes one a core, at most 8.
-        advance: told how many bytes were read, from any thread.
+        threads: number of files hashed at once, default one for each core and at most 8.
+        advance: called with the number of bytes after each read, from any thread.
 
     Raises:
         OSError: a file cannot be read.
     """
     paths = list(files)
-    with ThreadPoolExecutor(threads or min(_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    # Threads, not processes: hashlib releases the interpreter lock while it hashes a block.
+    with ThreadPoolExecutor(threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         records = pool.map(lambda path: _record(path, advance), paths)
         return {path.name: record for path, record in zip(paths, records, strict=True)}
 
 
 def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
-    """Write the manifest into ``folder``, at once or not at all."""
+    """Write the manifest into ``folder``, in one step."""
     ordered = dict(sorted(records.items()))
     files = {name: record.sha256 for name, record in ordered.items()}
     sizes = {name: record.size for name, record in ordered.items()}
@@ -78,10 +80,10 @@ def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
 def read_manifest(folder: Path) -> dict[str, FileRecord] | None:
     """Return the records of a checkpoint's files by name; None if it has no manifest.
 
-    A manifest that Megatron wrote has no sizes, which are then -1.
+    Sizes are -1 in a manifest that Megatron wrote: it has hashes only.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the manifest is damaged.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -101,24 +103,26 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | None:
 
 
 def check_sizes(checkpoint: CheckpointFolder) -> None:
-    """Check that every file of a checkpoint's manifest is there in full; one without a manifest
-    cannot be checked.
+    """Check that every file in a checkpoint's manifest exists in full length.
+
+    Does nothing for a checkpoint without a manifest.
 
     Raises:
         InputError: a file is missing or of another size.
     """
     folder = checkpoint.iteration_dir
     for name, record in (read_manifest(folder) or {}).items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size is None:
+        path = folder / name
+        if not path.is_file():
             raise InputError(
-                f"{folder / name} is missing",
+                f"{path} is missing",
                 rule="the checkpoint's manifest names it",
                 fix=_fix(folder),
             )
+        size = path.stat().st_size
         if record.size not in (-1, size):
             raise InputError(
-                f"{folder / name} has {size} bytes",
+                f"{path} has {size} bytes",
                 rule=f"it was written with {record.size}",
                 fix=_fix(folder),
             )
@@ -132,7 +136,13 @@ def check_hashes(
     threads: int | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Compare the files of a checkpoint, or every ``parts``-th of them, with its manifest.
+    """Compare the files of a checkpoint, or a share of them, with its manifest.
+
+    Args:
+        checkpoint: the checkpoint.
+        part: index of the share, from 0.
+        parts: number of shares; together they cover every file once.
+        threads, advance: as for `hash_files`.
 
     Raises:
         InputError: a file has changed, or cannot be read.
@@ -141,24 +151,26 @@ def check_hashes(
     manifest = read_manifest(folder) or {}
     if not manifest and part == 0:
         logger.warning("%s has no %s, so damage would not be noticed", folder, MANIFEST_FILE)
-    mine = sorted(manifest, key=lambda name: (-manifest[name].size, name))[part::parts]
+    # Dealt out by size, so that all shares take about the same time.
+    share = sorted(manifest, key=lambda name: (-manifest[name].size, name))[part::parts]
     try:
-        found = hash_files((folder / name for name in mine), threads=threads, advance=advance)
+        records = hash_files((folder / name for name in share), threads=threads, advance=advance)
     except OSError as error:
         raise InputError(
             str(error.filename), rule=f"cannot be read ({error.strerror})", fix=_fix(folder)
         ) from error
-    for name in mine:
-        if found[name].sha256 != manifest[name].sha256:
+    for name in share:
+        read, written = records[name].sha256, manifest[name].sha256
+        if read != written:
             raise InputError(
                 f"{folder / name} has changed since it was written",
-                rule=f"its SHA-256 is {found[name].sha256[:12]}.., the manifest says {manifest[name].sha256[:12]}..",
+                rule=f"its SHA-256 is {read[:12]}.., in the manifest {written[:12]}..",
                 fix=_fix(folder),
             )
 
 
 def bytes_to_check(checkpoint: CheckpointFolder, *, part: int = 0, parts: int = 1) -> int:
-    """Return how many bytes `check_hashes` is going to read."""
+    """Return the number of bytes that `check_hashes` reads for a share."""
     sizes = sorted(
         (record.size for record in (read_manifest(checkpoint.iteration_dir) or {}).values()),
         reverse=True,
@@ -167,7 +179,8 @@ def bytes_to_check(checkpoint: CheckpointFolder, *, part: int = 0, parts: int = 
 
 
 def _record(path: Path, advance: Callable[[int], None]) -> FileRecord:
-    digest, size, block = hashlib.sha256(), 0, bytearray(_BLOCK)
+    # One reused block: a file of a checkpoint may have tens of gigabytes.
+    digest, size, block = hashlib.sha256(), 0, bytearray(_BLOCK_BYTES)
     view = memoryview(block)
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):
@@ -178,25 +191,23 @@ def _record(path: Path, advance: Callable[[int], None]) -> FileRecord:
 
 
 def _fix(folder: Path) -> str:
-    """Offer the newest earlier checkpoint that looks whole."""
-    number = iteration_number(folder.name)
-    earlier = [
-        each
-        for each in iteration_folders(folder.parent)
-        if (iteration_number(each.name) or 0) < (number or 0)
-    ]
-    for candidate in reversed(earlier):
-        if _looks_whole(candidate):
-            previous = iteration_number(candidate.name)
-            name = "release" if previous is None else previous
+    """Return the fix for a damaged checkpoint: the newest earlier one that looks complete."""
+    number = iteration_number(folder.name) or 0
+    for earlier in reversed(iteration_folders(folder.parent)):
+        # A release has no number and counts as iteration 0.
+        previous = iteration_number(earlier.name)
+        if (previous or 0) < number and _looks_complete(earlier):
+            tracked = RELEASE if previous is None else previous
             return (
-                f"go back to {candidate.name} with `echo {name} > {folder.parent / TRACKER_FILE}` and give the same "
-                "command again, or copy this one again from where it is whole"
+                f"go back to {earlier.name} with "
+                f"`echo {tracked} > {folder.parent / TRACKER_FILE}` and give the same command "
+                "again, or copy this one again from where it is whole"
             )
     return "copy it again from where it is whole; there is no earlier one to go back to"
 
 
-def _looks_whole(folder: Path) -> bool:
+def _looks_complete(folder: Path) -> bool:
+    """True if the save finished and all files have their size; nothing is hashed."""
     try:
         manifest = read_manifest(folder) or {}
         return is_complete(folder) and all(

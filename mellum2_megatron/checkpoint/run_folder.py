@@ -1,5 +1,4 @@
-"""What a run leaves beside its checkpoints: the resolved run, the architecture and the
-tokenizer."""
+"""Files of a run beside its checkpoints: the resolved run, the architecture, the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,8 +12,10 @@ from mellum2_megatron.data.tokens.tokenizer import copy_tokenizer
 
 
 def write_run_folder(run: Run) -> None:
-    """Write `run.yaml`, `architecture.json` and `tokenizer/` into the output folder, each at once
-    or not at all."""
+    """Write `run.yaml`, `architecture.json` and `tokenizer/` into the output folder.
+
+    Each of the three is replaced in one step, so a reader never finds half of it.
+    """
     root = output_folder(run)
     root.mkdir(parents=True, exist_ok=True)
     write_text(root / RUN_FILE, to_yaml(run))
@@ -42,7 +43,7 @@ def read_run(path: Path) -> Run:
 
 
 def output_folder(run: Run) -> Path:
-    """Return the folder of the run.
+    """Return the folder that the run writes to.
 
     Raises:
         InputError: the run names none.

@@ -82,7 +82,7 @@ def _print_machine() -> None:
     import torch
     from rich.markup import escape
 
-    from mellum2_megatron.planning.optional_packages import find_extras
+    from mellum2_megatron.planning.optional_packages import find_optional_packages
 
     table = plain_table(title="This machine", show_header=False)
     table.add_column(no_wrap=True)
@@ -100,6 +100,6 @@ def _print_machine() -> None:
     table.add_row("GPU", gpus)
     for package in _PACKAGES:
         table.add_row(package, importlib.metadata.version(package))
-    for extra in find_extras():
-        table.add_row(extra.name, escape(f"{extra.state}: {extra.detail}"))
+    for package in find_optional_packages():
+        table.add_row(package.name, escape(f"{package.state}: {package.detail}"))
     console.print(table)

@@ -1,5 +1,4 @@
-"""From a recipe's name or a run file to a resolved run, and the ranks and device it is meant
-for."""
+"""Resolve a recipe's name or a run file to a run, and to the ranks and device it is meant for."""
 
 from __future__ import annotations
 
@@ -16,27 +15,44 @@ from mellum2_megatron.recipes import recipe
 
 
 def plan(run: Run, device: str, nproc: int | None) -> tuple[Device, int]:
-    """Return the device and the ranks that a run is meant for, whether this machine has them or
-    not.
+    """Return the device and the number of ranks that a run is meant for.
 
-    "auto" means this machine, unless the run breaks a rule here that it keeps on GPUs (FP8, say):
-    then it means those.
+    Neither has to exist on this machine. ``auto`` is this machine's device, except for a run that
+    breaks a rule on a CPU and none on GPUs (an FP8 run): then it is ``cuda``.
+
+    Args:
+        run: a resolved run.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        nproc: number of ranks, default that of the layout.
 
     Raises:
-        InputError: `device` is none of "auto", "cpu" and "cuda".
+        InputError: another word for the device.
     """
     ranks = nproc or run.layout.world_size or run.layout.smallest_world_size
     if device == "cuda":
         return "cuda", ranks
-    here = resolve_device(device)
-    if device == "auto" and here == "cpu" and check(run, ranks, "cpu", machine=False):
-        return ("cpu" if check(run, ranks, "cuda", machine=False) else "cuda"), ranks
-    return here, ranks
+    resolved = resolve_device(device)
+    if (
+        device == "auto"
+        and resolved == "cpu"
+        and check(run, ranks, "cpu", machine=False)
+        and not check(run, ranks, "cuda", machine=False)
+    ):
+        return "cuda", ranks
+    return resolved, ranks
 
 
 def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = None) -> Run:
-    """Return the run of a recipe or a YAML file with overrides applied and an output folder
-    named."""
+    """Return the run of a recipe or a YAML file, with overrides and an output folder.
+
+    Args:
+        name: recipe, or path of a resolved run (``.yaml`` or ``.yml``).
+        overrides: ``key=value`` words.
+        output: folder of the run, default the run's own, else ``runs/NAME``.
+
+    Raises:
+        InputError: an unknown recipe, an unreadable file, or a bad override.
+    """
     run = read_run(Path(name)) if name.endswith((".yaml", ".yml")) else recipe(name)
     run = apply_overrides(run, overrides)
     folder = output or Path(run.checkpoint.output or Path("runs") / run.name)
@@ -46,10 +62,10 @@ def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = No
 
 
 def resolve_device(device: str) -> Device:
-    """Return "cpu" or "cuda"; "auto" takes a GPU where there is one.
+    """Return ``cpu`` or ``cuda``; ``auto`` takes a GPU if there is one.
 
     Raises:
-        InputError: another word, or "cuda" without a usable GPU.
+        InputError: another word, or ``cuda`` without a usable GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(
@@ -66,8 +82,10 @@ def resolve_device(device: str) -> Device:
 
 
 def _has_driver() -> bool:
-    """Whether NVIDIA's driver library loads: without it torch finds no GPU either, and takes
-    seconds to say so."""
+    """True if NVIDIA's driver library loads.
+
+    Without it torch finds no GPU either, and its import takes seconds.
+    """
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -76,8 +94,11 @@ def _has_driver() -> bool:
 
 
 def default_nproc(run: Run, device: Device) -> int:
-    """Return the ranks that `train` starts when not told: every GPU, or the fewest that the layout
-    needs on a CPU."""
+    """Return the number of ranks that `mellum2 train` starts by default.
+
+    On GPUs that is every GPU; on a CPU the layout's world size, else the fewest ranks it can run
+    on.
+    """
     if device == "cuda":
         import torch
 

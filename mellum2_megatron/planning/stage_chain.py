@@ -1,14 +1,14 @@
-"""Stages that follow each other: each a run of its own, which goes on from the one before it.
+"""Stages of one training: each is a run that starts from the one before it.
 
-`stage_chain` resolves them together, for a launcher that submits all of them at once;
-`check_predecessor` looks for what a single stage goes on from. No torch: both run on a login node.
+`stage_chain` resolves all of them, for a launcher that submits them at once. `check_predecessor`
+checks the run that a single stage starts from. No torch: both run on a login node.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mellum2_megatron.architecture import Mellum2Architecture
@@ -19,17 +19,16 @@ from mellum2_megatron.config import Run
 from mellum2_megatron.planning.rules import FROM_CHECKPOINT
 from mellum2_megatron.recipes import recipe, recipe_names
 
-_SHAPE = ("style", "horizon_samples", "warmup_samples", "decay_samples", "batch_schedule")
-
 
 def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
-    """Return the stages as runs whose folders lie in ``root``, each going on from the former's.
+    """Return the stages as runs with folders in ``root``, each starting from the one before it.
 
     Args:
         stages: names of recipes, or runs (with overrides applied), in the order in which they run.
-            All but the first go on from another run (`checkpoint.continue_from` or
-            `checkpoint.load`); which one is set here.
-        root: folder of the runs' folders, which have the runs' names.
+            All but the first must continue another run or take its weights
+            (`checkpoint.continue_from` or `checkpoint.load`). That setting is replaced by the
+            folder of the stage before.
+        root: parent of the runs' folders, which have the runs' names.
 
     Raises:
         InputError: an unknown recipe, two stages of one name, a stage that starts anew, or two that
@@ -40,22 +39,27 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
         raise InputError(
             "no stages", rule="a chain has one or more", fix="name recipes, see `mellum2 recipes`"
         )
-    for number, run in enumerate(runs):
-        if run.name in [earlier.name for earlier in runs[:number]]:
+    for index, run in enumerate(runs):
+        if run.name in [earlier.name for earlier in runs[:index]]:
             raise InputError(
                 f"stage {run.name}",
                 rule="is in the chain twice, and would find its own folder",
                 fix="name it once",
             )
-    chain = [_placed(runs[0], root)]
     for before, after in itertools.pairwise(runs):
-        _require_following(before, after)
-        folder = str(root / before.name)
-        if after.checkpoint.continue_from is not None:
-            rewired = dataclasses.replace(after.checkpoint, continue_from=folder)
-        else:
-            rewired = dataclasses.replace(after.checkpoint, load=folder)
-        chain.append(_placed(dataclasses.replace(after, checkpoint=rewired), root))
+        for rule, fix in _problems(before, after):
+            raise InputError(f"stage {after.name} after {before.name}", rule=rule, fix=fix)
+
+    chain = []
+    previous: str | None = None
+    for run in runs:
+        checkpoint = dataclasses.replace(run.checkpoint, output=str(root / run.name))
+        # The first stage keeps its own origin: a chain may begin in the middle of the training.
+        if previous is not None:
+            origin = "load" if checkpoint.continue_from is None else "continue_from"
+            checkpoint = dataclasses.replace(checkpoint, **{origin: previous})
+        chain.append(dataclasses.replace(run, checkpoint=checkpoint))
+        previous = checkpoint.output
     return tuple(chain)
 
 
@@ -109,100 +113,91 @@ def check_predecessor(run: Run, start: StartingPoint) -> None:
     )
 
 
-def _placed(run: Run, root: Path) -> Run:
-    return dataclasses.replace(
-        run, checkpoint=dataclasses.replace(run.checkpoint, output=str(root / run.name))
-    )
-
-
-def _require_following(before: Run, after: Run) -> None:
-    """Check that ``after`` goes on where ``before`` ends."""
-    checkpoint = after.checkpoint
-    if checkpoint.continue_from is not None and checkpoint.load is not None:
-        raise _broken(
-            before,
-            after,
-            "names both checkpoint.load and checkpoint.continue_from",
-            "set one to null",
-        )
-    if checkpoint.continue_from is not None:
-        _require_continuation(before, after)
-    elif checkpoint.load is not None:
-        _require_weights(before, after)
+def _problems(before: Run, after: Run) -> Iterator[tuple[str, str]]:
+    """Yield rule and fix of each reason why ``after`` does not start where ``before`` ends."""
+    load, continue_from = after.checkpoint.load, after.checkpoint.continue_from
+    if continue_from is not None and load is not None:
+        yield "names both checkpoint.load and checkpoint.continue_from", "set one to null"
+    elif continue_from is not None:
+        yield from _continuation_problems(before, after)
+    elif load is not None:
+        yield from _weights_problems(before, after)
     else:
-        raise _broken(
-            before,
-            after,
+        yield (
             "starts anew: checkpoint.continue_from and checkpoint.load are null",
-            f"set checkpoint.continue_from={before.name} to go on with all of its state, or checkpoint.load="
-            f"{before.name} to take its weights only",
+            f"set checkpoint.continue_from={before.name} to continue with all of its state, or "
+            f"checkpoint.load={before.name} to take its weights only",
         )
 
 
-def _require_continuation(before: Run, after: Run) -> None:
-    if after.architecture != before.architecture:
-        names = ", ".join(_differing(before.architecture, after.architecture))
-        raise _broken(
-            before,
-            after,
-            f"has another architecture ({names})",
+def _continuation_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]:
+    differing = _differing_fields(before.architecture, after.architecture)
+    if differing:
+        yield (
+            f"has another architecture ({', '.join(differing)})",
             "use one, or checkpoint.load for weights",
         )
     ends, first = before.schedule.train_samples, after.data.first_sample
+    # 0: the data are one stream over all phases, and the sample count is the place in it.
     if first not in (0, ends):
-        raise _broken(
-            before, after, f"has data that begin at sample {first:,}; the former ends at {ends:,}",
-            f"set data.first_sample={ends} in {after.name}, or schedule.train_samples={first} in {before.name}",
-        )  # fmt: skip
-    if after.schedule.train_samples <= ends:
-        raise _broken(
-            before, after, f"ends at sample {after.schedule.train_samples:,}; the former ends at {ends:,}",
-            f"set schedule.train_samples of {after.name} above that",
-        )  # fmt: skip
-    for name in _SHAPE:
-        there, here = (
-            run.schedule.lr_horizon if name == "horizon_samples" else getattr(run.schedule, name)
-            for run in (before, after)
+        yield (
+            f"has data that begin at sample {first:,}; the former ends at {ends:,}",
+            f"set data.first_sample={ends} in {after.name}, "
+            f"or schedule.train_samples={first} in {before.name}",
         )
-        if there != here:
-            raise _broken(
-                before, after, f"has schedule.{name}={_text(here)}; the former has {_text(there)}",
-                f"give both the same: one training has one schedule, and a phase ends at schedule.train_samples "
-                f"before schedule.horizon_samples={max(before.schedule.lr_horizon, after.schedule.lr_horizon)}",
-            )  # fmt: skip
+    if after.schedule.train_samples <= ends:
+        yield (
+            f"ends at sample {after.schedule.train_samples:,}; the former ends at {ends:,}",
+            f"set schedule.train_samples of {after.name} above that",
+        )
+    horizon = max(before.schedule.lr_horizon, after.schedule.lr_horizon)
+    old_schedule, new_schedule = _schedule_shape(before), _schedule_shape(after)
+    for name, old in old_schedule.items():
+        new = new_schedule[name]
+        if old != new:
+            yield (
+                f"has schedule.{name}={new}; the former has {old}",
+                "give both the same: one training has one schedule, and a phase ends at "
+                f"schedule.train_samples before schedule.horizon_samples={horizon}",
+            )
     for name in ("name", *FROM_CHECKPOINT):
         old, new = getattr(before.optimizer, name), getattr(after.optimizer, name)
         if old != new:
-            raise _broken(
-                before, after, f"has optimizer.{name}={new}; the former has {old}",
-                "give both the same: the optimizer's state goes with its settings",
-            )  # fmt: skip
+            yield (
+                f"has optimizer.{name}={new}; the former has {old}",
+                "give both the same: these settings are stored with the optimizer state",
+            )
 
 
-def _require_weights(before: Run, after: Run) -> None:
-    names = [
-        name for name in _differing(before.architecture, after.architecture) if name not in ROTATION
-    ]
-    if names:
-        raise _broken(
-            before, after, f"has another architecture ({', '.join(names)})",
+def _weights_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]:
+    differing = _differing_fields(before.architecture, after.architecture)
+    refused = [name for name in differing if name not in ROTATION]
+    if refused:
+        yield (
+            f"has another architecture ({', '.join(refused)})",
             f"let them differ in {', '.join(ROTATION)} only, which have no weights",
-        )  # fmt: skip
-    if after.data.first_sample:
-        raise _broken(
-            before, after, f"takes weights only, and has data.first_sample={after.data.first_sample:,}",
+        )
+    first = after.data.first_sample
+    if first:
+        yield (
+            f"takes weights only, and has data.first_sample={first:,}",
             "set data.first_sample=0: its training begins anew",
-        )  # fmt: skip
+        )
 
 
-def _differing(there: Mellum2Architecture, here: Mellum2Architecture) -> list[str]:
-    one, other = there.to_dict(), here.to_dict()
-    return [name for name in one if one[name] != other[name]]
+def _differing_fields(before: Mellum2Architecture, after: Mellum2Architecture) -> list[str]:
+    old, new = before.to_dict(), after.to_dict()
+    return [name for name in old if old[name] != new[name]]
 
 
-def _text(value: object) -> str:
-    return str([list(pair) for pair in value]) if isinstance(value, tuple) else str(value)
-
-
-def _broken(before: Run, after: Run, what: str, fix: str) -> InputError:
-    return InputError(f"stage {after.name} after {before.name}", rule=what, fix=fix)
+def _schedule_shape(run: Run) -> dict[str, object]:
+    """Return the fields that make the learning rate and the batch size, as they are shown."""
+    schedule = run.schedule
+    return {
+        "style": schedule.style,
+        # Not as given: null means the run's own end.
+        "horizon_samples": schedule.lr_horizon,
+        "warmup_samples": schedule.warmup_samples,
+        "decay_samples": schedule.decay_samples,
+        "batch_schedule": list(map(list, schedule.batch_schedule)),
+    }

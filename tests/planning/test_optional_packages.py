@@ -1,4 +1,4 @@
-"""Optional packages are told apart by what they hold, apex above all: another project owns its name
+"""Optional packages are recognised by their content, apex above all: another project owns its name
 on PyPI."""
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mellum2_megatron.planning.optional_packages import find_apex, find_extras, find_resiliency
+from mellum2_megatron.planning.optional_packages import (
+    find_apex,
+    find_optional_packages,
+    find_resiliency,
+)
 
 
 @pytest.fixture
@@ -61,9 +65,9 @@ def test_an_old_resiliency_extension_is_recognised(version: str, state: str, sit
     assert find_resiliency().state == state
 
 
-def test_every_extra_is_reported_and_none_imported() -> None:
+def test_every_optional_package_is_reported_and_none_imported() -> None:
     before = set(sys.modules)
-    names = [extra.name for extra in find_extras()]
+    names = [package.name for package in find_optional_packages()]
     assert names == [
         "Transformer Engine",
         "NVIDIA apex",
