@@ -1,8 +1,7 @@
-"""What a rank holds in its memory, before it is started. No torch: instant on a login node.
+"""Estimate of a rank's memory before it is started. No torch: instant on a login node.
 
-Weights, gradients and the padding of their buffers follow from the layout exactly: they are held
-against the buffers that Megatron makes (tests/planning/test_memory.py). Activations are a rough
-count.
+Weights, gradients and the padding of their buffers are exact; tests/planning/test_memory.py
+compares them with the buffers that Megatron makes. Activations are a rough count.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from mellum2_megatron.planning.rank_weights import (
 )
 
 WEIGHT_BYTES = 2
+"""BF16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """What one rank holds, in bytes.
+    """Memory of one rank, in bytes.
 
     Attributes:
-        parameters: number of weights on the rank.
-        weights: BF16 copies, plus the FP8 ones (plain and transposed) that Transformer Engine keeps
-            for FP8 compute.
-        gradients: the accumulation buffers; they are not sharded.
-        padding: of the buffers of weights and gradients: what stays empty because every
-            data-parallel rank's share is as long as the largest (docs/optimizer.md), and what
-            aligns weights and buckets.
+        parameters: number of weights on the rank (not bytes).
+        weights: BF16 weights, and the two FP8 copies (plain and transposed) that Transformer Engine
+            keeps for FP8 compute.
+        gradients: accumulation buffers; they are not sharded.
+        padding: unused parts of the buffers of weights and gradients. Every data-parallel rank's
+            share is as long as the largest (docs/optimizer.md), and weights and buckets are
+            aligned.
         optimizer: FP32 masters and states of the rank that has most.
-        activations: what the backward pass needs, without recomputation. A rough count of the
-            tensors kept.
+        activations: tensors kept for the backward pass, without recomputation. A rough count.
     """
 
     parameters: int
@@ -54,84 +53,91 @@ class Memory:
 
 
 def memory_per_rank(run: Run, *, world_size: int, backend: Backend = "te") -> Memory:
-    """Estimate the memory of the fullest rank: the largest of `memory_by_stage`."""
-    return max(
-        memory_by_stage(run, world_size=world_size, backend=backend),
-        key=lambda estimate: estimate.total,
-    )
+    """Estimate the memory of the fullest rank: the largest of `memory_by_stage`.
+
+    Args:
+        run: a resolved run.
+        world_size: number of ranks.
+        backend: backend of the modules.
+
+    Raises:
+        InputError: the layout does not fit.
+    """
+    stages = memory_by_stage(run, world_size=world_size, backend=backend)
+    return max(stages, key=lambda memory: memory.total)
 
 
 def memory_by_stage(run: Run, *, world_size: int, backend: Backend = "te") -> list[Memory]:
     """Estimate the memory of a rank of each pipeline stage.
 
-    Muon keeps master and momentum (8 bytes a weight) of whole matrices, each on one of the ranks
-    that hold the same ones; Adam keeps a master and two moments (12 bytes), divided evenly. Weights
-    gathered in FP8 are counted as BF16.
-
-    Raises:
-        InputError: the layout does not fit.
+    Muon keeps master and momentum (8 bytes a weight) of a whole matrix on one of the ranks that
+    hold it. Adam keeps a master and two moments (12 bytes), divided evenly. Weights gathered in FP8
+    are counted as BF16. Arguments and errors as for `memory_per_rank`.
     """
-    run.layout.validate(
-        run.architecture, world_size=world_size, sequence_length=run.data.sequence_length
-    )
-    return [_stage(run, world_size, backend, stage) for stage in range(run.layout.pp)]
-
-
-def _stage(run: Run, world_size: int, backend: Backend, stage: int) -> Memory:
     layout, model = run.layout, run.architecture
-    held = [
-        weight
-        for chunk in range(layout.vpp)
-        for weight in local_weights(model, layout, backend, stage=stage, chunk=chunk)
-    ]
-    count = sum(weight.numel for weight in held)
-    fp8 = sum(weight.numel for weight in held if computes_in_fp8(weight, run.precision, model))
+    layout.validate(model, world_size=world_size, sequence_length=run.data.sequence_length)
+    tokens = run.data.sequence_length * run.schedule.micro_batch_size
     gradient = gradient_bytes(run.precision)
-    empty = buffer_elements(run, world_size, backend, stage=stage) - count
-    return Memory(
-        parameters=count,
-        weights=WEIGHT_BYTES * count + 2 * fp8,
-        gradients=gradient * count,
-        padding=(WEIGHT_BYTES + gradient) * empty,
-        optimizer=8 * _most_owned(run, world_size, backend, stage)
-        + 12 * _adam_share(run, world_size, backend, stage),
-        activations=_activations(
-            model, layout, stage, run.data.sequence_length * run.schedule.micro_batch_size
-        ),
-    )
+    stages = []
+    for stage in range(layout.pp):
+        weights = [
+            weight
+            for chunk in range(layout.vpp)
+            for weight in local_weights(model, layout, backend, stage=stage, chunk=chunk)
+        ]
+        count = sum(weight.numel for weight in weights)
+        fp8 = sum(
+            weight.numel for weight in weights if computes_in_fp8(weight, run.precision, model)
+        )
+        unused = buffer_elements(run, world_size, backend, stage=stage) - count
+        adam = sum(
+            math.ceil(sum(weight.numel for weight in divided) / ranks)
+            for ranks, divided in adam_weights(run, world_size, backend, stage=stage)
+        )
+        muon = _most_owned(run, world_size, backend, stage)
+        stages.append(
+            Memory(
+                parameters=count,
+                weights=WEIGHT_BYTES * count + 2 * fp8,
+                gradients=gradient * count,
+                padding=(WEIGHT_BYTES + gradient) * unused,
+                optimizer=8 * muon + 12 * adam,
+                activations=_activations(model, layout, stage, tokens),
+            )
+        )
+    return stages
 
 
 def gradient_bytes(precision: Precision) -> int:
-    """Return the bytes of an accumulated gradient."""
+    """Return the size of one accumulated gradient, in bytes."""
     return 4 if precision.grad_reduce_in_fp32 else 2
 
 
 def computes_in_fp8(
     weight: Weight, precision: Precision, architecture: Mellum2Architecture
 ) -> bool:
-    """Whether the weight's products take FP8 inputs, of which Transformer Engine then keeps two
-    copies."""
-    if precision.compute != "fp8" or weight.component not in (
-        "attention",
-        "experts",
-        "mtp projection",
-    ):
+    """True if the weight is multiplied in FP8: Transformer Engine then keeps two FP8 copies."""
+    if precision.compute != "fp8":
         return False
     if weight.component == "mtp projection":
         return not precision.bf16_mtp_projection
+    if weight.component not in ("attention", "experts"):
+        return False
     layer = weight.name.removeprefix("decoder.layers.").split(".")[0]
-    if layer.isdigit():  # of the decoder
+    if layer.isdigit():  # a decoder layer; the MTP layer is always in FP8
         end = architecture.num_hidden_layers - precision.bf16_last_layers
         return precision.bf16_first_layers <= int(layer) < end
     return True
 
 
 def _most_owned(run: Run, world_size: int, backend: Backend, stage: int) -> int:
-    """Return the elements of the matrices that Muon updates on the rank that has most of them."""
+    """Return the largest number of elements that Muon updates on one rank of a stage."""
     layout = run.layout
-    owned = {each.group: each.elements for each in ownership(run, world_size, backend, stage=stage)}
-    # Tensor-parallel ranks are neighbours, and so are the ranks with different experts
-    # (layout_report.process_groups).
+    owned = {
+        owners.group: owners.elements for owners in ownership(run, world_size, backend, stage=stage)
+    }
+    # A rank owns matrices of both groups. Tensor-parallel ranks are neighbours, and so are the
+    # ranks with different experts (layout_report.process_groups).
     neighbours = {"dense": layout.tp, "experts": layout.etp * layout.ep}
     return max(
         sum(elements[rank // neighbours[group]] for group, elements in owned.items())
@@ -139,32 +145,28 @@ def _most_owned(run: Run, world_size: int, backend: Backend, stage: int) -> int:
     )
 
 
-def _adam_share(run: Run, world_size: int, backend: Backend, stage: int) -> int:
-    """Return the elements that Adam updates on a rank."""
-    return sum(
-        math.ceil(sum(weight.numel for weight in weights) / ranks)
-        for ranks, weights in adam_weights(run, world_size, backend, stage=stage)
-    )
-
-
 def _activations(architecture: Mellum2Architecture, layout: Layout, stage: int, tokens: int) -> int:
-    """Return the bytes that the backward pass of ``tokens`` tokens needs on a rank of pipeline
-    stage ``stage``."""
+    """Return the bytes kept for the backward pass on a rank of a pipeline stage.
+
+    Args:
+        architecture, layout: model and layout.
+        stage: pipeline stage, from 0.
+        tokens: tokens of a micro-batch, before context parallelism divides them.
+    """
     a = architecture
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    attention = (
-        3 * a.hidden_size + 2 * (queries + 2 * keys) + queries
-    )  # two norms' inputs, q/k/v before and after RoPE
+    # Elements of a token in one layer: the norms' inputs, q/k/v before and after RoPE, the
+    # attention's output; then the input and the inner activations of each expert it goes to.
+    attention = 3 * a.hidden_size + 2 * (queries + 2 * keys) + queries
     experts = a.hidden_size + a.num_experts_per_tok * (a.hidden_size + 3 * a.moe_intermediate_size)
     local = tokens // (layout.cp * layout.tp)
     layers = a.num_hidden_layers // layout.pp
-    in_flight = min(
-        layout.pp, layout.pp - stage
-    )  # one-forward-one-backward keeps that many micro-batches
+    # One-forward-one-backward: a stage has started as many micro-batches as there are stages after
+    # it, itself included, before the first gradient comes back.
+    in_flight = layout.pp - stage
     kept = 2 * local * (attention + experts) * layers * in_flight
     if stage == layout.pp - 1:
-        heads = 1 + a.num_mtp_layers
-        kept += heads * 6 * local * a.vocab_size + a.num_mtp_layers * 2 * local * (
-            attention + experts
-        )  # BF16 and FP32
+        # Logits of each head in BF16 and FP32 (6 bytes), and the MTP layer.
+        kept += (1 + a.num_mtp_layers) * 6 * local * a.vocab_size
+        kept += a.num_mtp_layers * 2 * local * (attention + experts)
     return kept

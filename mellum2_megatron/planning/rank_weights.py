@@ -1,8 +1,7 @@
-"""Which weights a rank holds, in Megatron's order, and which data-parallel rank updates each
-matrix. No torch.
+"""The weights of a rank in Megatron's order, and the data-parallel rank that updates each matrix.
 
-Both are held against the model and the optimizer that Megatron builds
-(tests/planning/test_optimizer_report.py).
+tests/planning/test_optimizer_report.py compares both with the model and the optimizer that Megatron
+builds. No torch.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from mellum2_megatron.architecture import Component, Mellum2Architecture, Parameter, Shape
@@ -22,10 +21,10 @@ class Weight:
     """One parameter of a rank.
 
     Attributes:
-        name: Megatron's, with the layer's number in the whole model and the expert's on this rank.
-        shape: on this rank, ``[out, in]`` for a matrix.
-        component: what it belongs to.
-        split: dimension that tensor parallelism divides, or None.
+        name: Megatron's name; layers are counted over the whole model, experts on this rank.
+        shape: shape on this rank, ``[out, in]`` for a matrix.
+        component: part of the model that it belongs to.
+        split: dimension that tensor parallelism divides, default none.
     """
 
     name: str
@@ -40,6 +39,7 @@ class Weight:
 
     @property
     def numel(self) -> int:
+        """Number of elements on this rank."""
         return math.prod(self.shape)
 
 
@@ -51,15 +51,24 @@ def local_weights(
     stage: int = 0,
     chunk: int = 0,
 ) -> list[Weight]:
-    """Return the weights of virtual stage ``chunk`` on a rank of pipeline stage ``stage``, in
-    Megatron's order."""
+    """Return the weights of a rank in Megatron's order.
+
+    Args:
+        architecture: the model.
+        layout: its layout.
+        backend: backend of the modules; it decides where norms lie and how experts are stored.
+        stage: pipeline stage of the rank, from 0.
+        chunk: virtual stage of the rank, from 0.
+    """
+    # Layers are dealt out in turn: chunk 0 of all stages comes before chunk 1 of the first.
     part = chunk * layout.pp + stage
     layers = architecture.num_hidden_layers // (layout.pp * layout.vpp)
     first, last = part == 0, part == layout.pp * layout.vpp - 1
     hidden, mtp = architecture.hidden_size, architecture.num_mtp_layers
     vocabulary = (architecture.vocab_size // layout.tp, hidden)
     weights: list[Weight] = []
-    if first or (last and mtp):  # the MTP layer embeds the next token itself
+    # The MTP layer embeds the next token itself, so the last stage has a copy of the embedding.
+    if first or (last and mtp):
         weights.append(
             Weight(
                 name="embedding.word_embeddings.weight",
@@ -92,9 +101,11 @@ def local_weights(
 def _layer(
     architecture: Mellum2Architecture, layout: Layout, backend: Backend, prefix: str
 ) -> Iterator[Weight]:
+    """Yield the weights of one decoder layer, or of the MTP layer's."""
     a, hidden = architecture, architecture.hidden_size
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     attention = f"{prefix}self_attention."
+    # Transformer Engine fuses the input norm into the QKV projection (below).
     if backend == "torch":
         yield _norm(f"{prefix}input_layernorm.weight", hidden)
     shape = (hidden, queries // layout.tp)
@@ -111,24 +122,21 @@ def _layer(
     )
     width, count = a.moe_intermediate_size // layout.etp, a.num_experts // layout.ep
     shapes = {"linear_fc1": ((2 * width, hidden), 0), "linear_fc2": ((hidden, width), 1)}
-    order = (
-        itertools.product(range(count), shapes) if backend == "torch" else _by_name(shapes, count)
-    )
-    for expert, name in order:
-        inside = (
-            f"local_experts.{expert}.{name}.weight"
-            if backend == "torch"
-            else f"{name}.weight{expert}"
-        )
-        shape, split = shapes[name]
+    if backend == "torch":  # one module for each expert
+        names = [
+            (f"local_experts.{expert}.{linear}.weight", linear)
+            for expert in range(count)
+            for linear in shapes
+        ]
+    else:  # a grouped linear layer holds one matrix of every expert
+        names = [
+            (f"{linear}.weight{expert}", linear) for linear in shapes for expert in range(count)
+        ]
+    for name, linear in names:
+        shape, split = shapes[linear]
         yield Weight(
-            name=f"{prefix}mlp.experts.{inside}", shape=shape, component="experts", split=split
+            name=f"{prefix}mlp.experts.{name}", shape=shape, component="experts", split=split
         )
-
-
-def _by_name(names: Iterable[str], count: int) -> Iterator[tuple[int, str]]:
-    """A grouped linear layer holds one matrix of every expert."""
-    return ((expert, name) for name in names for expert in range(count))
 
 
 def _norm(name: str, size: int) -> Weight:
@@ -136,34 +144,33 @@ def _norm(name: str, size: int) -> Weight:
 
 
 def uses_muon(weight: Weight, optimizer: Optimizer) -> bool:
-    """Whether Muon updates the weight; Adam does otherwise."""
+    """True if Muon updates the weight; otherwise Adam does."""
     return optimizer.uses_muon(Parameter(weight.name, weight.shape, weight.component))
 
 
 _ALIGNMENT = 64
-"""Elements that a matrix' place in the gradient buffer is a multiple of
+"""Alignment of a matrix's offset in the gradient buffer, in elements
 (core/optimizer/param_layout.py:26, 0.19.2)."""
 
 _FULL = 0.9
-"""A bucket is closed no earlier than when it fills so much of what its largest matrix makes it
-take."""
+"""A bucket may close once its elements reach this fraction of ranks x its largest matrix
+(core/optimizer/layer_wise_optimizer.py:322, 0.19.2)."""
 
 
 def assign_owners(
     sizes: Sequence[int], ranks: int, bucket_size: int | None
 ) -> tuple[list[int], int]:
-    """Return which data-parallel rank holds the state of each matrix and updates it, and the
-    buffer's length.
+    """Assign each matrix to the data-parallel rank that holds its state and updates it.
 
-    Matrices go into buckets in the order of the backward pass; inside one, the largest first, each
-    to the rank with the least so far. In the buffers of weights and gradients, which every rank has
-    in full, each rank's share of a bucket takes as much room as the largest
-    (megatron/core/optimizer/layer_wise_optimizer.py:196-370, 0.19.2).
+    Matrices go into buckets in the order of the backward pass. Inside a bucket the largest comes
+    first, and each goes to the rank with the fewest elements so far. Every rank has the whole
+    buffers of weights and gradients. In them all ranks' shares of a bucket are as long as the
+    largest share (megatron/core/optimizer/layer_wise_optimizer.py:196-370, 0.19.2).
 
     Args:
         sizes: elements of each matrix, in the order of the forward pass.
-        ranks: that divide the state among them.
-        bucket_size: elements at which a bucket is closed; None for one bucket.
+        ranks: number of ranks that divide the state.
+        bucket_size: elements at which a bucket closes; None: one bucket.
 
     Returns:
         Owner of each matrix, and elements of the buffer that holds them all.
@@ -171,6 +178,7 @@ def assign_owners(
     owners = [0] * len(sizes)
     bucket: list[int] = []
     buffer = 0
+    # A bucket's end is a multiple of lcm(ranks, 128) (core/optimizer/param_layout.py:33, 0.19.2).
     share = math.lcm(_ALIGNMENT, math.lcm(ranks, 128) // ranks)
 
     def close() -> None:
@@ -198,17 +206,16 @@ def assign_owners(
 def adam_buffer_length(
     sizes: Sequence[int], ranks: int, bucket_size: int | None, *, alone: Container[int] = ()
 ) -> int:
-    """Return the length of a buffer of weights whose state the ranks divide element by element, as
-    under Adam.
+    """Return the length, in elements, of a buffer of weights under Adam.
 
-    Each weight is aligned, and each bucket's end is a multiple of the ranks
-    (megatron/core/optimizer/distrib_optimizer.py:506-585, 0.19.2).
+    The ranks divide its state element by element. Each weight is aligned, and each bucket's end is
+    a multiple of the ranks (megatron/core/optimizer/distrib_optimizer.py:506-585, 0.19.2).
 
     Args:
         sizes: elements of each weight, in the order of the forward pass.
-        ranks: that divide the state among them.
-        bucket_size: elements at which a bucket is closed; None for one bucket.
-        alone: weights, by their place in ``sizes``, that have a bucket of their own.
+        ranks: number of ranks that divide the state.
+        bucket_size: elements at which a bucket closes; None: one bucket.
+        alone: indices in ``sizes`` of weights with a bucket of their own.
     """
     unit = math.lcm(ranks, 128)
     start = end = 0  # of the open bucket
@@ -227,8 +234,11 @@ def _round_up(value: int, unit: int) -> int:
 
 
 def bucket_size(run: Run, world_size: int, *, stage: int, chunk: int) -> int | None:
-    """Return the elements of a gradient bucket (megatron/training/training.py:1552-1568 and
-    1861-1868, 0.19.2)."""
+    """Return the elements at which a gradient bucket closes; None: one bucket for all weights.
+
+    As megatron/training/training.py:1552-1568 and 1861-1868 (0.19.2).
+    """
+    # Megatron disables buckets for all pipeline stages and virtual stages but the first.
     if not run.optimizer.overlap_grad_reduce or stage or chunk:
         return None
     return max(40_000_000, 1_000_000 * run.layout.data_parallel(world_size) * run.layout.cp)
@@ -236,12 +246,13 @@ def bucket_size(run: Run, world_size: int, *, stage: int, chunk: int) -> int | N
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ownership:
-    """How the matrices under Muon are divided among ranks that hold the same weights.
+    """Division of the matrices under Muon among ranks that hold the same weights.
 
     Attributes:
-        group: ``dense``, or ``experts`` where these have data-parallel ranks of their own.
-        owned: the matrices of each rank in the group.
-        buffer: elements of the buffers that hold these weights, and their gradients, on every rank.
+        group: ``dense``, or ``experts`` if these have data-parallel ranks of their own.
+        owned: matrices of each rank in the group.
+        buffer: elements of the buffer of these weights on every rank; gradients have another one
+            of that length.
     """
 
     group: str
@@ -250,61 +261,76 @@ class Ownership:
 
     @property
     def elements(self) -> list[int]:
-        """Elements that each rank updates."""
+        """Number of elements that each rank updates."""
         return [sum(weight.numel for weight in own) for own in self.owned]
 
 
 def ownership(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> list[Ownership]:
-    """Return the owners of all matrices under Muon on pipeline stage ``stage``, by group."""
-    found = []
+    """Return the owners of all matrices under Muon on a pipeline stage, one entry for each group.
+
+    Args:
+        run: a resolved run.
+        world_size: number of ranks.
+        backend: backend of the modules.
+        stage: pipeline stage, from 0.
+    """
+    groups = []
     for group, count in _replicas(run.layout, world_size).items():
         owned: list[list[Weight]] = [[] for _ in range(count)]
         buffer = 0
         for chunk in range(run.layout.vpp):
             size = bucket_size(run, world_size, stage=stage, chunk=chunk)
             weights = [
-                each
-                for each in _members(run, backend, group, stage, chunk)
-                if uses_muon(each, run.optimizer)
+                weight
+                for weight in _members(run, backend, group, stage, chunk)
+                if uses_muon(weight, run.optimizer)
             ]
             owners, length = assign_owners([weight.numel for weight in weights], count, size)
             buffer += length
             for weight, owner in zip(weights, owners, strict=True):
                 owned[owner].append(weight)
-        found.append(Ownership(group=group, owned=tuple(map(tuple, owned)), buffer=buffer))
-    return found
+        groups.append(Ownership(group=group, owned=tuple(map(tuple, owned)), buffer=buffer))
+    return groups
 
 
 def adam_weights(
     run: Run, world_size: int, backend: Backend, *, stage: int = 0
 ) -> list[tuple[int, list[Weight]]]:
-    """Return what Adam updates on pipeline stage ``stage``, by buffer: the ranks that divide it,
-    and its weights."""
-    return [
-        (
-            count,
-            [
-                each
-                for each in _members(run, backend, group, stage, chunk)
-                if not uses_muon(each, run.optimizer)
-            ],
-        )
-        for group, count in _replicas(run.layout, world_size).items()
-        for chunk in range(run.layout.vpp)
-    ]
+    """Return the weights that Adam updates on a pipeline stage, one entry for each buffer.
+
+    Args:
+        run, world_size, backend, stage: as for `ownership`.
+
+    Returns:
+        Number of ranks that divide the buffer's state, and the weights in it. Groups come in the
+        order of `ownership`; inside one, the virtual stages from 0.
+    """
+    buffers = []
+    for group, count in _replicas(run.layout, world_size).items():
+        for chunk in range(run.layout.vpp):
+            weights = [
+                weight
+                for weight in _members(run, backend, group, stage, chunk)
+                if not uses_muon(weight, run.optimizer)
+            ]
+            buffers.append((count, weights))
+    return buffers
 
 
 def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> int:
-    """Return the elements of all buffers of weights on a rank of pipeline stage ``stage``;
-    gradients have as many."""
+    """Return the elements of all buffers of weights on a rank of a pipeline stage.
+
+    Gradients have as many. Arguments as for `ownership`.
+    """
     layout = run.layout
-    total = sum(each.buffer for each in ownership(run, world_size, backend, stage=stage))
+    total = sum(owners.buffer for owners in ownership(run, world_size, backend, stage=stage))
     chunks = itertools.cycle(range(layout.vpp))
     for (ranks, weights), chunk in zip(
         adam_weights(run, world_size, backend, stage=stage), chunks, strict=False
     ):
-        # The first and the last stage hold the same embedding (core/models/common/language_module/
-        # language_module.py:262-284, 0.19.2); its gradient is summed apart from the others.
+        # The first and the last stage hold the same embedding. Its gradient is summed between
+        # them, in a bucket of its own (core/models/common/language_module/
+        # language_module.py:262-284, 0.19.2).
         shared = layout.pp > 1 and run.architecture.num_mtp_layers > 0
         alone = {
             place
@@ -317,8 +343,10 @@ def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int =
 
 
 def _replicas(layout: Layout, world_size: int) -> dict[str, int]:
-    """Return how many ranks hold the same weights, by group; experts are one if their ranks are not
-    the others'."""
+    """Return the number of ranks that hold the same weights, by group.
+
+    Experts are a group if their data-parallel ranks differ from the other weights'.
+    """
     ranks = {"dense": layout.data_parallel(world_size) * layout.cp}
     if experts_have_own_data_parallel_group(layout):
         ranks["experts"] = layout.expert_data_parallel(world_size)
@@ -326,12 +354,15 @@ def _replicas(layout: Layout, world_size: int) -> dict[str, int]:
 
 
 def experts_have_own_data_parallel_group(layout: Layout) -> bool:
-    """Whether experts are reduced in groups of their own (core/tensor_parallel/layers.py:961,
-    0.19.2)."""
+    """True if experts are reduced among other ranks than the rest of the model.
+
+    megatron/core/tensor_parallel/layers.py:961 (0.19.2).
+    """
     return layout.ep > 1 or layout.etp != layout.tp
 
 
 def _members(run: Run, backend: Backend, group: str, stage: int, chunk: int) -> list[Weight]:
+    """Return the weights of a group on one virtual stage."""
     apart = experts_have_own_data_parallel_group(run.layout)
     return [
         weight
