@@ -1,5 +1,5 @@
-"""`mellum2 info`: what a model weighs and costs, as data and as tables. No torch: instant on a
-login node."""
+"""`mellum2 info`: size and cost of a model, as data and as tables. No torch: instant on a login
+node."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def architecture_report(
     sequence_length: int | None = None,
     memory: Memory | None = None,
 ) -> dict[str, Any]:
-    """Return every figure of ``architecture`` as JSON types.
+    """Return every figure of an architecture as JSON types.
 
     Args:
-        sequence_length: tokens per sequence that FLOPs are averaged over;
-            ``max_position_embeddings`` when None.
+        architecture: the model.
+        sequence_length: tokens per sequence that FLOPs are averaged over, default
+            ``max_position_embeddings``.
         memory: estimate for one rank of a layout
-            (`mellum2_megatron.planning.memory.memory_per_rank`), where one is known.
+            (`mellum2_megatron.planning.memory.memory_per_rank`), default none.
 
     Returns:
         ``sequence_length``; ``parameters`` (``total``, ``total_with_mtp``, ``active``,
@@ -47,6 +48,9 @@ def architecture_report(
     """
     length = architecture.max_position_embeddings if sequence_length is None else sequence_length
     total = architecture.num_parameters(mtp=True)
+    memory_row = None
+    if memory is not None:
+        memory_row = dataclasses.asdict(memory) | {"total": memory.total}
     return {
         "sequence_length": length,
         "parameters": {
@@ -67,38 +71,31 @@ def architecture_report(
         "components": _components(architecture, length),
         "layers": _layers(architecture, length),
         "misaligned_dimensions": architecture.misaligned_dimensions(),
-        "memory_per_rank": None
-        if memory is None
-        else dataclasses.asdict(memory) | {"total": memory.total},
+        "memory_per_rank": memory_row,
     }
 
 
 def _components(architecture: Mellum2Architecture, length: int) -> list[dict[str, Any]]:
-    """One row per component of the trunk in the order of a forward pass, then the MTP head as a
-    whole."""
+    """Return one row per component of the trunk in forward order, then one of the MTP head."""
     trunk = architecture.flops_by_component(length, mtp=False)
-    both = architecture.flops_by_component(length, mtp=True)
-    names = list(dict.fromkeys(p.component for p in architecture.parameters(mtp=False)))
-    order: list[str] = []
-    for name in names:
-        order += [name, "attention scores"] if name == "attention" else [name]
+    flops: dict[str, float] = {}
+    for parameter in architecture.parameters(mtp=False):
+        flops[parameter.component] = trunk.get(parameter.component, 0)
+        if parameter.component == "attention":
+            # Products of queries, keys and values: FLOPs without parameters.
+            flops["attention scores"] = trunk.get("attention scores", 0)
+    if architecture.num_mtp_layers:
+        with_mtp = architecture.flops_by_component(length, mtp=True)
+        flops[MTP_ROW] = sum(with_mtp.values()) - sum(trunk.values())
     rows: dict[str, dict[str, Any]] = {
         name: {
             "component": name,
             "parameters": 0,
             "active": 0,
-            "flops_per_token": trunk.get(name, 0) / length,
+            "flops_per_token": total / length,
         }
-        for name in order
+        for name, total in flops.items()
     }
-    if architecture.num_mtp_layers:
-        extra = (sum(both.values()) - sum(trunk.values())) / length
-        rows[MTP_ROW] = {
-            "component": MTP_ROW,
-            "parameters": 0,
-            "active": 0,
-            "flops_per_token": extra,
-        }
     for parameter in architecture.parameters():
         rows[MTP_ROW if parameter.mtp else parameter.component]["parameters"] += parameter.numel
     for parameter in architecture.active_parameters():
@@ -107,10 +104,11 @@ def _components(architecture: Mellum2Architecture, length: int) -> list[dict[str
 
 
 def _layers(architecture: Mellum2Architecture, length: int) -> list[dict[str, Any]]:
+    """Return one row for each type of layer that the model has."""
     kinds: tuple[LayerType, ...] = ("sliding_attention", "full_attention")
     rows = []
     for kind in kinds:
-        indices = [i for i, layer in enumerate(architecture.layer_types) if layer == kind]
+        indices = [index for index, layer in enumerate(architecture.layer_types) if layer == kind]
         mtp = architecture.mtp_layer_types.count(kind)
         if not indices and not mtp:
             continue
@@ -133,14 +131,16 @@ def _layers(architecture: Mellum2Architecture, length: int) -> list[dict[str, An
 
 def render(report: Mapping[str, Any], *, title: str = "Mellum 2") -> RenderableType:
     """Return the report of `architecture_report` as rich tables that fit 80 columns."""
-    parts: list[RenderableType] = [
-        _summary_table(report, title),
-        _component_table(report),
-        _layer_table(report),
-    ]
+    tables = [_summary_table(report, title), _component_table(report), _layer_table(report)]
     if report["memory_per_rank"] is not None:
-        parts.append(_memory_table(report["memory_per_rank"]))
-    parts = [line for part in parts for line in (part, "")][:-1]
+        memory = _table("Memory per rank (estimate)", "", "GiB")
+        for name, size in report["memory_per_rank"].items():
+            if name != "parameters":
+                memory.add_row(name, f"{size / 2**30:,.2f}")
+        tables.append(memory)
+    parts: list[RenderableType] = []
+    for table in tables:
+        parts += ["", table] if parts else [table]
     if report["misaligned_dimensions"]:
         sizes = ", ".join(
             f"{name} = {size}" for name, size in report["misaligned_dimensions"].items()
@@ -184,7 +184,9 @@ def _component_table(report: Mapping[str, Any]) -> Table:
 def _layer_table(report: Mapping[str, Any]) -> Table:
     table = _table("By layer type", "", "layers", "window", "keys/query", "RoPE")
     for row in report["layers"]:
-        layers = _ranges(row["layers"]) + (" + MTP" if row["mtp_layers"] else "")
+        layers = _ranges(row["layers"])
+        if row["mtp_layers"]:
+            layers += " + MTP"
         rope = f"theta {row['rope_theta']:,.0f}"
         if row["rope_type"] == "yarn":
             rope += f"\nYaRN x{row['rope_factor']:g}\nattention x{row['attention_factor']:.4f}"
@@ -194,41 +196,38 @@ def _layer_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _memory_table(memory: Mapping[str, int]) -> Table:
-    table = _table("Memory per rank (estimate)", "", "GiB")
-    for name, size in memory.items():
-        if name != "parameters":
-            table.add_row(name, f"{size / 2**30:,.2f}")
-    return table
-
-
 def _table(title: str, *columns: str) -> Table:
+    """Return an empty table: text columns to the left, numbers to the right."""
     table = plain_table(title=title)
     for column in columns:
-        text = column in ("", "layers", "RoPE")
-        table.add_column(
-            column, justify="left" if text else "right", no_wrap=column not in ("layers", "RoPE")
-        )
+        wraps = column in ("layers", "RoPE")
+        is_text = wraps or column == ""
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=not wraps)
     return table
 
 
 def _gflop(flops: float) -> str:
-    """Return FLOPs with three decimals of the unit that keeps small models readable."""
+    """Return FLOPs in GFLOP or MFLOP with three decimals, ``-`` for none."""
+    if not flops:
+        return "-"
     unit, scale = ("GFLOP", 1e9) if flops >= 1e9 else ("MFLOP", 1e6)
-    return f"{flops / scale:,.3f} {unit}" if flops else "-"
+    return f"{flops / scale:,.3f} {unit}"
 
 
 def _ranges(indices: Sequence[int]) -> str:
-    """Write ``[0, 1, 2, 4]`` as ``0-2 4``; a long list as its count and stride.
+    """Return ascending layer numbers as count and ranges, shortened to three.
 
-    >>> _ranges([3, 7, 11, 15, 19])
-    '5: 3 7 .. 19'
+    >>> _ranges([0, 1, 2, 4]), _ranges([3, 7, 11, 15, 19]), _ranges([])
+    ('4: 0-2 4', '5: 3 7 .. 19', '0')
     """
-    runs = [
-        [i for _, i in run]
-        for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
-    ]
-    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    if not indices:
+        return "0"
+    words = []
+    # Within a range of consecutive numbers, number minus place is constant.
+    for _, group in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in group]
+        first, last = numbers[0], numbers[-1]
+        words.append(str(first) if first == last else f"{first}-{last}")
     if len(words) > 3:
         words = [*words[:2], "..", words[-1]]
-    return f"{len(indices)}: " + " ".join(words) if indices else "0"
+    return f"{len(indices)}: " + " ".join(words)
