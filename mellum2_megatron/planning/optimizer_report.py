@@ -1,5 +1,7 @@
-"""`mellum2 info --optimizer`: which weight is updated how, and by whom. No torch: instant on a
-login node."""
+"""`mellum2 info --optimizer`: the update of every weight, and the ranks that make it.
+
+No torch: instant on a login node.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,17 @@ from rich.table import Table
 from mellum2_megatron.architecture import Mellum2Architecture, Shape
 from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.config import Backend, Layout, Optimizer, Run
-from mellum2_megatron.planning.rank_weights import (
-    Ownership,
-    Weight,
-    local_weights,
-    ownership,
-    uses_muon,
-)
+from mellum2_megatron.planning.memory import WEIGHT_BYTES, gradient_bytes
+from mellum2_megatron.planning.rank_weights import Weight, local_weights, ownership, uses_muon
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
-    """What Muon orthogonalises at once.
+    """A matrix that Muon orthogonalises at once: a weight, or a part of a split one.
 
     Attributes:
-        part: of a weight that is split, which part; ``weight`` for a whole one.
-        shape: ``[out, in]``.
+        part: ``query``, ``key``, ``value``, ``gate`` or ``up``; ``weight`` for an unsplit one.
+        shape: ``[out, in]``, over the tensor-parallel ranks that orthogonalise it together.
         scale: factor of the orthogonalised update, without the learning rate.
     """
 
@@ -40,19 +37,25 @@ class Matrix:
 
 
 def decayed(weight: Weight) -> bool:
-    """Whether weight decay applies: to matrices only (megatron/core/optimizer/__init__.py:112-116,
-    0.19.2)."""
+    """True if weight decay applies: to matrices only.
+
+    megatron/core/optimizer/__init__.py:112-116 (0.19.2).
+    """
     return len(weight.shape) > 1
 
 
 def matrices(
     weight: Weight, architecture: Mellum2Architecture, layout: Layout, optimizer: Optimizer
 ) -> list[Matrix]:
-    """Return what Muon orthogonalises of a weight that it updates.
+    """Return the matrices that Muon makes of a weight.
 
-    Queries, keys and values are interleaved by group in one weight; Muon takes the queries of all
+    Queries, keys and values are interleaved by group in one weight. Muon takes the queries of all
     groups as one matrix, likewise keys and values
     (megatron/core/optimizer/emerging_optimizers.py:294-330, 0.19.2).
+
+    Args:
+        weight: a weight that Muon updates, as one rank holds it.
+        architecture, layout, optimizer: parts of the run.
     """
     rows, columns = weight.shape
     parts = {"weight": rows}
@@ -64,17 +67,19 @@ def matrices(
         parts = {"gate": rows // 2, "up": rows // 2}
     ways = layout.etp if weight.component == "experts" else layout.tp
     if optimizer.muon_tp_mode == "blockwise" or weight.split is None:
-        ways = 1
-    found = []
+        ways = 1  # blockwise: each rank orthogonalises its own part
+    result = []
     for part, size in parts.items():
         shape = (size * ways, columns) if weight.split == 0 else (size, columns * ways)
-        found.append(Matrix(part=part, shape=shape, scale=scale(shape, optimizer)))
-    return found
+        result.append(Matrix(part=part, shape=shape, scale=scale(shape, optimizer)))
+    return result
 
 
 def scale(shape: Shape, optimizer: Optimizer) -> float:
-    """Return the factor of a matrix' update
-    (emerging_optimizers/orthogonalized_optimizers/muon.py:136, 0.3.0)."""
+    """Return the factor of a matrix's update.
+
+    emerging_optimizers/orthogonalized_optimizers/muon.py:136 (0.3.0).
+    """
     rows, columns = shape
     factor = {
         "spectral": max(rows, columns),
@@ -85,15 +90,15 @@ def scale(shape: Shape, optimizer: Optimizer) -> float:
 
 
 def optimizer_report(run: Run, *, world_size: int, backend: Backend) -> dict[str, Any]:
-    """Return how every weight of the run is updated, as JSON types.
+    """Return the update of every weight of the run, as JSON types.
 
     Args:
         run: a resolved run.
-        world_size: ranks of the run.
-        backend: whose modules the model is made of.
+        world_size: number of ranks.
+        backend: backend of the modules.
 
     Returns:
-        ``optimizer``, ``lr``, ``weight_decay``, ``world_size``; ``weights``, one row a kind:
+        ``optimizer``, ``lr``, ``weight_decay``, ``world_size``; ``weights``, one row for each kind:
         ``name``, ``count`` over one rank of each pipeline stage, ``shape`` on a rank,
         ``optimizer``, ``weight_decay``, ``lr``, ``matrices`` (``part``, ``shape``, ``scale``);
         ``owners``, one row for each pipeline stage and group of ranks: ``stage``, ``group``,
@@ -111,106 +116,100 @@ def optimizer_report(run: Run, *, world_size: int, backend: Backend) -> dict[str
         for chunk in range(layout.vpp)
         for weight in local_weights(architecture, layout, backend, stage=stage, chunk=chunk)
     ]
-    rows = [
-        _owner_row(stage, owners)
-        for stage in range(layout.pp if optimizer.name == "muon" else 0)
-        for owners in ownership(run, world_size, backend, stage=stage)
-    ]
+    owner_rows = []
+    if optimizer.name == "muon":
+        for stage in range(layout.pp):
+            for owners in ownership(run, world_size, backend, stage=stage):
+                elements, total = owners.elements, sum(owners.elements)
+                owner_rows.append(
+                    {
+                        "stage": stage,
+                        "group": owners.group,
+                        "ranks": len(elements),
+                        "matrices": sum(map(len, owners.owned)),
+                        "matrices_per_rank": list(map(len, owners.owned)),
+                        "elements_per_rank": elements,
+                        "balance": max(elements) * len(elements) / total if total else 1.0,
+                        "buffer_elements": owners.buffer,
+                    }
+                )
     return {
         "optimizer": optimizer.name,
         "lr": optimizer.lr,
         "weight_decay": optimizer.weight_decay,
         "world_size": world_size,
         "weights": _weight_rows(weights, run),
-        "owners": rows,
-        "warnings": _warnings(run, rows),
+        "owners": owner_rows,
+        "warnings": _warnings(run, owner_rows),
     }
 
 
 def _weight_rows(weights: Sequence[Weight], run: Run) -> list[dict[str, Any]]:
+    """Return one row for each kind of weight, in the order in which kinds first occur."""
     optimizer = run.optimizer
     rows: dict[str, dict[str, Any]] = {}
     for weight in weights:
+        if weight.kind in rows:
+            rows[weight.kind]["count"] += 1
+            continue
         muon = uses_muon(weight, optimizer)
-        found = matrices(weight, run.architecture, run.layout, optimizer) if muon else []
-        row = rows.setdefault(
-            weight.kind,
-            {
-                "name": weight.kind,
-                "count": 0,
-                "shape": list(weight.shape),
-                "optimizer": "muon" if muon else "adam",
-                "weight_decay": optimizer.weight_decay if decayed(weight) else 0.0,
-                "lr": optimizer.lr,
-                "matrices": [
-                    {"part": m.part, "shape": list(m.shape), "scale": m.scale} for m in found
-                ],
-            },
-        )
-        row["count"] += 1
+        parts = matrices(weight, run.architecture, run.layout, optimizer) if muon else []
+        rows[weight.kind] = {
+            "name": weight.kind,
+            "count": 1,
+            "shape": list(weight.shape),
+            "optimizer": "muon" if muon else "adam",
+            "weight_decay": optimizer.weight_decay if decayed(weight) else 0.0,
+            "lr": optimizer.lr,
+            "matrices": [
+                {"part": matrix.part, "shape": list(matrix.shape), "scale": matrix.scale}
+                for matrix in parts
+            ],
+        }
     return list(rows.values())
 
 
-def _owner_row(stage: int, owners: Ownership) -> dict[str, Any]:
-    elements = owners.elements
-    total = sum(elements)
-    return {
-        "stage": stage,
-        "group": owners.group,
-        "ranks": len(elements),
-        "matrices": sum(map(len, owners.owned)),
-        "matrices_per_rank": [len(own) for own in owners.owned],
-        "elements_per_rank": elements,
-        "balance": max(elements) * len(elements) / total if total else 1.0,
-        "buffer_elements": owners.buffer,
-    }
-
-
-def _warnings(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = []
+def _warnings(run: Run, owner_rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return sentences about updates that depend on the layout, and about idle ranks."""
+    warnings = []
     optimizer, layout = run.optimizer, run.layout
     if (
         optimizer.name == "muon"
         and optimizer.muon_tp_mode == "blockwise"
         and (layout.tp > 1 or layout.etp > 1)
     ):
-        found.append(
-            f"optimizer.muon_tp_mode=blockwise with layout.tp={layout.tp}, layout.etp={layout.etp}: each rank "
-            "orthogonalises its part of a matrix, so the update depends on the layout; duplicated does not"
+        warnings.append(
+            f"optimizer.muon_tp_mode=blockwise with layout.tp={layout.tp}, "
+            f"layout.etp={layout.etp}: each rank orthogonalises its part of a matrix, "
+            "so the update depends on the layout; duplicated does not"
         )
-    bytes_each = 2 + (
-        4 if run.precision.grad_reduce_in_fp32 else 2
-    )  # weights in BF16, and gradients
-    for row in rows:
-        where = f"{row['group']} matrices" + (f" of stage {row['stage']}" if layout.pp > 1 else "")
-        idle, empty = (
-            row["matrices_per_rank"].count(0),
-            row["buffer_elements"] - sum(row["elements_per_rank"]),
+    element_bytes = WEIGHT_BYTES + gradient_bytes(run.precision)
+    for row in owner_rows:
+        idle = row["matrices_per_rank"].count(0)
+        if not idle or not row["matrices"]:
+            continue
+        group = f"{row['group']} matrices"
+        if layout.pp > 1:
+            group += f" of stage {row['stage']}"
+        unused = row["buffer_elements"] - sum(row["elements_per_rank"])
+        warnings.append(
+            f"{group}: a matrix has one owner, so {idle} of {row['ranks']} ranks update none of "
+            f"the {row['matrices']}, and {unused * element_bytes / 2**30:.1f} GiB of every rank's "
+            "buffers stay empty"
         )
-        if idle and row["matrices"]:
-            found.append(
-                f"{where}: a matrix has one owner, so {idle} of {row['ranks']} ranks update none of the "
-                f"{row['matrices']}, and {empty * bytes_each / 2**30:.1f} GiB of every rank's buffers stay empty"
-            )
-    return found
-
-
-# -- as tables
-# --------------------------------------------------------------------------------------------------------
+    return warnings
 
 
 def render_optimizer(report: Mapping[str, Any], *, title: str) -> RenderableType:
     """Return the report of `optimizer_report` as rich tables."""
     lr, decay = report["lr"], report["weight_decay"]
-    parts: list[RenderableType] = [
-        _weight_table(
-            report, f"{title}: peak learning rate {lr:g}, weight decay {decay:g} on matrices"
-        )
-    ]
+    heading = f"{title}: peak learning rate {lr:g}, weight decay {decay:g} on matrices"
+    parts: list[RenderableType] = [_weight_table(report, heading)]
     if report["owners"]:
-        parts.append(_owner_table(report["owners"]))
-    parts += [f"Note: {warning}." for warning in report["warnings"]]
-    return Group(*[line for part in parts for line in (part, "")][:-1])
+        parts += ["", _owner_table(report["owners"])]
+    for warning in report["warnings"]:
+        parts += ["", f"Note: {warning}."]
+    return Group(*parts)
 
 
 def _weight_table(report: Mapping[str, Any], title: str) -> Table:
@@ -224,34 +223,37 @@ def _weight_table(report: Mapping[str, Any], title: str) -> Table:
     }
     table = _table(title, columns)
     for name, count, row in _short_rows(report["weights"]):
-        parts = row["matrices"]
-        named = [
-            f"{m['part']} {_shape(m['shape'])}" if len(parts) > 1 else _shape(m["shape"])
-            for m in parts
-        ]
+        lines = [_shape(matrix["shape"]) for matrix in row["matrices"]]
+        if len(lines) > 1:
+            names = [matrix["part"] for matrix in row["matrices"]]
+            lines = [f"{part} {shape}" for part, shape in zip(names, lines, strict=True)]
         if not row["weight_decay"]:
-            named.append("no decay")
-        scales = [f"{m['scale']:.4g}" for m in parts]
+            lines.append("no decay")
+        scales = [f"{matrix['scale']:.4g}" for matrix in row["matrices"]]
         table.add_row(
-            count, name, _shape(row["shape"]), row["optimizer"], "\n".join(named), "\n".join(scales)
+            count, name, _shape(row["shape"]), row["optimizer"], "\n".join(lines), "\n".join(scales)
         )
     return table
 
 
 def _short_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Return name inside its layer, count (``28 + 1`` with the MTP layer's) and row, for rows that
-    differ otherwise."""
-    inside = re.compile(
+    """Return name, count and row of each kind of weight; the MTP layer's join the decoder's.
+
+    The name is the one inside the layer, the count then ``28 + 1``.
+    """
+    surroundings = re.compile(
         r"^(decoder|mtp)\.layers\.\*\.|(mtp_model_layer|self_attention|mlp)\.|\.weight\*?$"
     )
-    found: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
+    joined: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
     for row in rows:
-        name = inside.sub("", row["name"])
-        if row["name"].startswith("mtp.") and name not in found:
-            name = f"MTP {name}"
-        count = f"{found[name][1]} + {row['count']}" if name in found else f"{row['count']:,}"
-        found[name] = (name, count, row)
-    return list(found.values())
+        name, count = surroundings.sub("", row["name"]), f"{row['count']:,}"
+        if name in joined:
+            _, decoder_count, _ = joined[name]
+            count = f"{decoder_count} + {row['count']}"
+        elif row["name"].startswith("mtp."):
+            name = f"MTP {name}"  # norms and projection that only the MTP head has
+        joined[name] = (name, count, row)
+    return list(joined.values())
 
 
 def _owner_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -262,7 +264,8 @@ def _owner_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
     for row in rows:
         counts = row["matrices_per_rank"]
-        spread = f"{min(counts)} to {max(counts)}" if min(counts) != max(counts) else str(counts[0])
+        fewest, most = min(counts), max(counts)
+        spread = str(most) if fewest == most else f"{fewest} to {most}"
         table.add_row(
             str(row["stage"]),
             row["group"],
