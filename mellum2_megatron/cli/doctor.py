@@ -100,6 +100,6 @@ def _print_machine() -> None:
     table.add_row("GPU", gpus)
     for package in _PACKAGES:
         table.add_row(package, importlib.metadata.version(package))
-    for package in find_optional_packages():
-        table.add_row(package.name, escape(f"{package.state}: {package.detail}"))
+    for optional in find_optional_packages():
+        table.add_row(optional.name, escape(f"{optional.state}: {optional.detail}"))
     console.print(table)

@@ -55,9 +55,10 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
     for run in runs:
         checkpoint = dataclasses.replace(run.checkpoint, output=str(root / run.name))
         # The first stage keeps its own origin: a chain may begin in the middle of the training.
-        if previous is not None:
-            origin = "load" if checkpoint.continue_from is None else "continue_from"
-            checkpoint = dataclasses.replace(checkpoint, **{origin: previous})
+        if previous is not None and checkpoint.continue_from is not None:
+            checkpoint = dataclasses.replace(checkpoint, continue_from=previous)
+        elif previous is not None:
+            checkpoint = dataclasses.replace(checkpoint, load=previous)
         chain.append(dataclasses.replace(run, checkpoint=checkpoint))
         previous = checkpoint.output
     return tuple(chain)
