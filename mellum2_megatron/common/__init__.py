@@ -1,0 +1,1 @@
+"""For every package: errors, checks of fields, typed values, atomic files, console, provenance."""

@@ -54,7 +54,7 @@ LONG_CONTEXT = Stage(
         "layout": (
             "EP 8 and CP 8 as in the report's SFT at the same length (report §5.1); §4 gives none"
         ),
-        "layout.dp": "report §5.1: 16 nodes of 8 H200",
+        "layout.dp": "report §5.1: 16 nodes of 8 H200",  # other hardware has its own source
         "optimizer.lr": "report §4",
         "schedule": "report §4: WHD of 3,500 steps with 500 of decay",
         "schedule.warmup_samples": (

@@ -79,7 +79,7 @@ SOURCES = {
         "report §2: 8,192 native; released Base-Pretrain config.json"
     ),
     "layout": "report §3: EP 8, TP 1, PP 1",
-    "layout.dp": "report §3: 32 nodes of 8 H200",
+    "layout.dp": "report §3: 32 nodes of 8 H200",  # other hardware has its own source
     "schedule.style": "report §3: WHD",
     "schedule.train_samples": "report App. B: the last of 323,459 steps",
     "schedule.horizon_samples": (
