@@ -151,6 +151,7 @@ def plan_job(
         tasks=tuple(tasks),
         dependency=tuple(dependency),
     )
+    # machine=False: neither files nor packages of this machine count here.
     for task in job.runs:
         enforce(task, world_size=job.world_size, device=job.device, machine=False)
     return job
@@ -248,8 +249,10 @@ def _world(run: Run, profile: Profile, nodes: int | None) -> tuple[int, int]:
     ranks, wanted = profile.resolved_ranks_per_node, run.layout.world_size
     if nodes is not None:
         return nodes, ranks
+    # A layout without dp fits many sizes: the profile chooses one.
     if wanted is None and profile.nodes is not None:
         return profile.nodes, ranks
+    # A small run takes a part of one node.
     if wanted is not None and wanted < ranks:
         return 1, wanted
     return math.ceil((wanted or run.layout.smallest_world_size) / ranks), ranks
@@ -264,6 +267,7 @@ def _check_container(job: ClusterJob, container: Container) -> None:
             fix="name an image on a disk that the nodes share, "
             "or a registry's reference (docker://..)",
         )
+    # A path must have the same name inside: run.yaml holds it as it is on the host.
     paths = {"--output": job.folder, "the code": job.code}
     for run in job.runs:
         for _, prefix in (*run.data.train_blend, *run.data.valid_blend):

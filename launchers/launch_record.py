@@ -86,6 +86,7 @@ def record_launch(
         packager=job.profile.packager,
         command=tuple(sys.argv),
     )
+    # Rewritten as a whole and atomically: a reader never sees half an entry.
     write_json(
         job.folder / LAUNCH_FILE,
         {"launches": [asdict(entry) for entry in (*read_launches(job.folder), launch)]},

@@ -158,6 +158,7 @@ def reached_step(folder: Path) -> int:
         with (folder / METRICS_FILE).open("rb") as file:
             # metrics.jsonl of a long run is large; its last row is within the tail.
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            # The last piece is empty, or a line that is being written.
             lines = file.read().split(b"\n")[:-1]
     except OSError:
         lines = []
@@ -175,6 +176,7 @@ def failures_in_place(attempts: Sequence[Attempt]) -> int:
 
     Stops and preemptions do not count. An attempt without an end was on a machine that failed.
     """
+    # Every new furthest step resets the count; -1, so that the first attempt does too.
     furthest, count = -1, 0
     for attempt in attempts:
         reached = attempt.begin_step if attempt.step is None else attempt.step
@@ -194,9 +196,11 @@ def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, s
     """
     if code == 0:
         return "done", 0, "the run has ended"
+    # One node is enough: all of them read the same run file and the same data.
     refusal = next((report for report in reports if report.code == InputError.exit_code), None)
     if refusal is not None:
         return "refused", refusal.code, refusal.message
+    # Slurm sends TERM itself, and then requeues the job or not; USR1 comes before the time limit.
     if told == "TERM":
         return "ended", STOPPED, "Slurm ended the job (cancelled, preempted or out of time)"
     if reports:
@@ -293,6 +297,7 @@ def start_attempt(folder: Path, *, tries: int) -> Decision | None:
     earlier = _of_series(folder, series)
     if earlier and earlier[-1].ended is None:
         cut_off = earlier[-1]
+        # Agents may have reported a save before Slurm killed the batch script.
         reports = read_reports(folder, cut_off.job, cut_off.restart)
         if reports and all(report.code == STOPPED for report in reports):
             _record_end(folder, cut_off.job, cut_off.restart, STOPPED, "stopped", _PREEMPTED)
@@ -301,6 +306,7 @@ def start_attempt(folder: Path, *, tries: int) -> Decision | None:
         earlier = _of_series(folder, series)
     decision = decide(earlier, tries=tries) if earlier else None
     _record_start(folder, job, restart)
+    # Slurm may requeue a job after any end; only repeated failure keeps it from running.
     if decision is not None and decision.kind == "failed" and not decision.restart:
         return decision
     return None
@@ -418,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.folder, code=options.code, told=options.told, tries=options.tries
     )
     sys.stderr.write(f"mellum2: {decision.message}\n")
+    # Never 0 without a restart: the script would requeue the job.
     return 0 if decision.restart else decision.exit_code or 1
 
 

@@ -80,6 +80,7 @@ def changes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the changed tracked files and the untracked files, relative to ``root``."""
     changed: list[str] = []
     untracked: list[str] = []
+    # -z: names with blanks come unquoted. --no-renames: one name per entry.
     entries = _git(root, "status", "--porcelain", "-z", "--no-renames", "--", ".").split("\0")
     for entry in filter(None, entries):
         (untracked if entry.startswith("??") else changed).append(entry[3:])
@@ -123,8 +124,10 @@ def package(
         notes.append(f"untracked files are not packaged: {_listed(untracked)}")
     tree = _tree(root, with_changes=bool(changed))
     assert code.commit is not None
+    # The tree's hash tells two sets of uncommitted changes apart.
     name = f"{code.commit[:12]}-{tree[:12]}" if code.dirty else code.commit[:12]
     folder = run_folder.absolute() / CODE_FOLDER / name
+    # The snapshot file is written last, so a folder with it is complete.
     if write and not (folder / SNAPSHOT_FILE).is_file():
         with (
             atomic_directory(folder, overwrite=True) as temporary,
@@ -142,6 +145,7 @@ def package(
 
 def _tree(root: Path, *, with_changes: bool) -> str:
     """Return the hash of Git's tree of ``root``: that of HEAD, or with changes of tracked files."""
+    # The project may be a subfolder of a larger repository.
     prefix = _git(root, "rev-parse", "--show-prefix").strip()
     if not with_changes:
         return _git(root, "rev-parse", f"HEAD:{prefix}").strip()

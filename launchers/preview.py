@@ -55,6 +55,7 @@ def estimate(run: Run, *, world_size: int, tflops: float) -> Estimate:
         tflops=tflops,
         flops_per_token=flops,
         tokens_per_second=world_size * tflops * 1e12 / flops,
+        # train_samples counts from the first sample of phase 1; this run starts at first_sample.
         tokens=(run.schedule.train_samples - run.data.first_sample) * length,
     )
 
@@ -106,6 +107,7 @@ def show(
         notes: further lines, printed after the estimate.
     """
     title = "# Shared part of the array's runs" if job.tasks else "# The run"
+    # `out` neither wraps nor marks up: run and script can be copied from the screen.
     console.out(title, style="bold", highlight=False)
     console.out(to_yaml(job.run), highlight=False)
     for table in render_layout(layout_report(job.run, world_size=job.world_size)):

@@ -36,6 +36,7 @@ _TIME = re.compile(
     r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
 )
 _MEMORY = re.compile(r"\d+[KMGT]?")
+# Profiles are shared, copied and committed, so a variable whose name looks secret is refused.
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL")
 _OWN_FLAGS = {
     "account": "account",
@@ -127,6 +128,7 @@ class Container:
     @property
     def image_file(self) -> Path | None:
         """Image file on this machine or the shared disk; None for a registry's reference."""
+        # docker://.. and the like, and the REGISTRY#IMAGE of Pyxis.
         if re.match(r"[a-z]+://", self.image) or "#" in self.image:
             return None
         looks_like_file = self.image.startswith(("/", "./", "../", "~")) or self.image.endswith(
@@ -213,6 +215,7 @@ class Profile:
     def __post_init__(self) -> None:
         self._check_numbers()
         if self.time is not None:
+            # Otherwise the job would be told to stop as soon as it starts.
             limit = minutes(self.time)
             require(
                 limit * 60 > self.grace_seconds,
@@ -226,6 +229,7 @@ class Profile:
             rule="is a node's memory, a number with K, M, G or T",
             fix='write it like "512G", or "0" for all of it',
         )
+        # `**profile.sbatch` comes last in the script's header: it must not replace a flag there.
         for flag in self.sbatch:
             key = _OWN_FLAGS.get(flag)
             require(
@@ -355,6 +359,7 @@ def read_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     try:
         return profile_from_yaml(text, name=path.stem)
     except InputError as error:
+        # The message names a key; several profiles may be in use.
         raise InputError(f"{path}: {error.value}", rule=error.rule, fix=error.fix) from None
 
 
@@ -382,6 +387,7 @@ def find_profile(name_or_path: str | os.PathLike[str]) -> Path:
     given = os.fspath(name_or_path)
     if "/" in given or given.endswith((".yaml", ".yml")):
         return Path(given).expanduser()
+    # A project's own profile comes before the site's, and that before the user's.
     for folder in profile_folders():
         if (folder / f"{given}.yaml").is_file():
             return folder / f"{given}.yaml"
@@ -458,6 +464,7 @@ def _flags(value: Any, key: str) -> dict[str, str | int | bool]:
 def _variables(value: Any, key: str) -> dict[str, str]:
     variables: dict[str, str] = {}
     for name, text in _mapping(value, key).items():
+        # `OMP_NUM_THREADS: 8` is plain enough without quotes; YAML's `yes` and 1.0 are not.
         if isinstance(text, int) and not isinstance(text, bool):
             text = str(text)
         if not isinstance(text, str) or "\n" in text:

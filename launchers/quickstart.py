@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,7 @@ class Quickstart:
 
     def run(self) -> dict[str, Any]:
         """Take all steps; return the summary, also written to `output/summary.json`."""
+        # `data prepare` moves a finished folder into place, so this one is complete.
         if (self.data / "corpus.json").exists():
             self._announce("prepare", f"data: {self.data} is there already")
         else:
@@ -223,8 +225,9 @@ class Quickstart:
                 process.wait()
             raise
         self.seconds[name] = time.monotonic() - start
-        if code == 130:
+        if code == 128 + signal.SIGINT:
             raise KeyboardInterrupt
+        # The command has printed its own message.
         if code == InputError.exit_code:
             raise InputError(
                 f"step {name}", rule="was refused (see above)", fix="follow its message"

@@ -42,9 +42,10 @@ def render(job: ClusterJob) -> str:
 
     `launchers.batch_job.write_job` writes it, with the folders that it needs.
     """
+    modules = [f"module load {shlex.join(job.profile.modules)}"] if job.profile.modules else []
     fields = {
         "HEADER": "\n".join(_header(job)),
-        "SITE": "\n".join(_site(job)),
+        "SITE": "\n".join([*modules, *job.profile.setup]),
         "ENVIRONMENT": "\n".join(_environment(job)),
         "COMMANDS": "\n".join(_commands(job)),
         "ARRAY": ' --array="$SLURM_ARRAY_TASK_ID"' if job.tasks else "",
@@ -64,6 +65,7 @@ def log_patterns(job: ClusterJob) -> tuple[str, str]:
     Slurm fills in ``%x`` (job name), ``%j`` (job), ``%A_%a`` (array and task) and ``%n`` (node).
     """
     name = "%x-%A_%a" if job.tasks else "%x-%j"
+    # A % in the folder's own name would be read as a pattern.
     folder = str(job.folder / LOGS_FOLDER).replace("%", "%%")
     return f"{folder}/{name}.log", f"{folder}/{name}-node%n.log"
 
@@ -119,15 +121,10 @@ def _directive_value(value: str) -> str:
     return '"' + value.replace('"', r"\"") + '"'
 
 
-def _site(job: ClusterJob) -> Iterator[str]:
-    if job.profile.modules:
-        yield f"module load {shlex.join(job.profile.modules)}"
-    yield from job.profile.setup
-
-
 def _environment(job: ClusterJob) -> Iterator[str]:
     # After the site's own lines: many module systems read variables that are not set.
     yield "set -u"
+    # Each task of an array is a run of its own, in a folder below the array's.
     folder = shlex.quote(str(job.folder))
     yield f'folder={folder}/"$SLURM_ARRAY_TASK_ID"' if job.tasks else f"folder={folder}"
     for name, value in job.profile.variables.items():
@@ -199,6 +196,7 @@ def _apptainer(container: Container, job: ClusterJob) -> Iterator[str]:
     yield "done"
     yield "container=("
     yield "  apptainer exec" + (" --nv" if job.device == "cuda" else "")
+    # The default working folder is that of the caller, which the image may not have.
     yield f"  {_words(['--pwd', container.workdir or str(job.folder)])}"
     yield from (f"  {_words(['--bind', _mount(mount)])}" for mount in container.mounts)
     yield f"  {_words([*container.arguments, _image(container)])}"

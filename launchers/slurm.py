@@ -163,6 +163,7 @@ def _parse(line: str) -> list[JobState]:
         return []
     # The one value that may hold blanks: it ends before the next key.
     log = re.search(r"\sStdOut=(/.*?)(?=\s[A-Za-z][A-Za-z:/]*=|\s*$)", line)
+    # Users know a task as ARRAY_TASK; its own JobId is another number.
     job, tasks = values.get("ArrayJobId") or values["JobId"], values.get("ArrayTaskId")
     numbers: tuple[int | None, ...] = expand(tasks) if tasks and tasks != "N/A" else (None,)
     state = values["JobState"]
@@ -188,6 +189,7 @@ def _parse(line: str) -> list[JobState]:
 
 
 def _known(value: str | None) -> str:
+    # scontrol and sacct write an absent value in different ways.
     return "" if value in (None, "(null)", "None", "None assigned") else str(value)
 
 
@@ -195,6 +197,7 @@ def _accounting(job_id: str) -> tuple[JobState, ...]:
     """Return states from the accounting database; nothing where accounting is off."""
     if shutil.which("sacct") is None:
         return ()
+    # --allocations: one row per job or task, none for its steps.
     words = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}"]
     done = _run([*words, "--format=JobID,State,Reason,JobName,NodeList,Elapsed,ExitCode"])
     if done.returncode:
@@ -243,6 +246,7 @@ def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _failure(done: subprocess.CompletedProcess[str]) -> WorkError:
+    # Slurm may write several lines; the error is one sentence.
     message = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
     fixes = (fix for words, fix in _FIXES.items() if words in message)
     return WorkError(

@@ -135,6 +135,7 @@ def require_idle(folder: Path) -> None:
     launches = [launch for launch in read_launches(folder) if launch.executor == "slurm"]
     last_jobs = [launch.job_id for launch in launches[-1:]]
     last_jobs += [attempt.job for attempt in read_attempts(folder)[-1:]]
+    # The last launch may wait for its first attempt, while a job submitted by hand runs.
     for job_id in dict.fromkeys(last_jobs):
         for state in slurm.states(job_id):
             if not state.finished:
@@ -241,6 +242,7 @@ def follow(find_log: Callable[[], Path | None], ended: Callable[[], bool]) -> It
         last_look = ended()
         log = find_log()
         if log is not None and log.is_file():
+            # Without a launch record this is the last node that has a log by now.
             if log != current:
                 current, position = log, 0
             with log.open(encoding="utf-8", errors="replace") as file:

@@ -279,6 +279,7 @@ def _checked(planned: Submission, *, show_only: bool) -> Submission:
         check_predecessors,
         lambda: check_files(job, starts, before=planned.before),
     ]
+    # Independent of each other: a dry run shows all that is wrong, a launch the first.
     problems = []
     for check in checks:
         try:

@@ -34,6 +34,7 @@ class Mellum2SlurmExecutor(nemo_run.SlurmExecutor):  # type: ignore[misc]
         waits_for: Slurm's conditions on jobs outside the experiment, such as ``afterok:123``.
     """
 
+    # Without a default in NeMo-Run's class; here the profile has it.
     account: str = ""
     profile_yaml: str = ""
     nodes: int | None = None
@@ -57,6 +58,7 @@ class Mellum2SlurmExecutor(nemo_run.SlurmExecutor):  # type: ignore[misc]
         job = plan_job(
             run,
             self.profile,
+            # NeMo-Run's name of the task in the experiment.
             name=self.job_name,
             nodes=self.nodes,
             time=self.time,

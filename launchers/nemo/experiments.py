@@ -43,6 +43,7 @@ def submit(title: str, submissions: Sequence[Submission]) -> None:
                 name=job.name,
                 dependencies=list(submission.after),
             )
+        # Slurm keeps the jobs; nothing has to run here while they wait.
         experiment.run(detach=True)
 
 
@@ -67,6 +68,7 @@ def run_here(job: ClusterJob) -> bool:
             tail_logs=True,
         )
         experiment.run()
+        # SCHEDULER://SESSION/APP
         handle = experiment.jobs[0].handle
         record_launch(job, job_id=handle.rpartition("/")[2], experiment=experiment._id, script=None)
     return bool(experiment.jobs[0].state == AppState.SUCCEEDED)

@@ -17,6 +17,7 @@ from mellum2_megatron.cli.options import AsJson, Overrides, RecipeOrRun
 from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError, WorkError
 
+# Commands import the launchers themselves, so that `mellum2 --help` loads none of them.
 if TYPE_CHECKING:
     from launchers.status import Status
     from launchers.submission import Submission
@@ -239,6 +240,7 @@ def launch_logs(
             which, rule="Slurm no longer knows where its logs are", fix="give the run's folder"
         )
     number, task = slurm.job_number(job)
+    # Each task of an array has logs of its own.
     tasks = [state.job_id for state in slurm.states(number)]
     if task is None and any("_" in job_id for job_id in tasks):
         raise InputError(
@@ -349,6 +351,7 @@ def _submit(title: str, submissions: Sequence[Submission]) -> list[str]:
     ]
     for line in dict.fromkeys(lines):  # the stages of a chain share most remarks
         print_line(line)
+    # After the checks of all jobs: a refused one leaves nothing behind.
     for submission in submissions:
         submission.write_code()
     nemo.submit(title, submissions)
