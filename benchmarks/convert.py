@@ -1,5 +1,4 @@
-"""Conversion against a plain copy of the same bytes and against what others do, on one disk in one
-run.
+"""Conversion against a plain copy of the same bytes and against other converters, in one run.
 
 ::
 
@@ -8,16 +7,18 @@ run.
     python benchmarks/convert.py --layers 2 --small    # megabytes: does it run at all
 
 Each step is a process of its own, so that its peak memory is its own. Every step ends with its
-bytes on the disk (fsync). The page cache is warm for all alike: the source was just written. Needs
-five times the model's size on the disk of --folder, and its size in memory twice for transformers
-and Megatron-Bridge (--skip-transformers and --skip-bridge leave them out). Bridge takes part where
-it is importable beside Transformer Engine (scripts/setup_bridge.sh), on a CPU by the same means as
-its tests.
+bytes on the disk (fsync). The page cache is warm for all of them: the source was just written.
+
+The disk of --folder needs room for five times the model. transformers and Megatron-Bridge need
+twice the model's size in memory; --skip-transformers and --skip-bridge leave them out. Bridge takes
+part where it can be imported beside Transformer Engine (scripts/setup_bridge.sh), on a CPU by the
+same means as its tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,12 @@ _CHUNK = 16 * 2**20
 
 
 def architecture(layers: int, small: bool) -> Mellum2Architecture:
-    """The released model, or the tiny one, with ``layers`` layers."""
+    """Return the architecture of the released model, or of the tiny one, with ``layers`` layers."""
     return PRESETS["mellum2-tiny" if small else "mellum2-12b"].replace(num_hidden_layers=layers)
 
 
 def make(folder: Path, layers: int, small: bool) -> None:
-    """Write a Hugging Face folder of random weights; a pool of random numbers, shifted, stands for
-    each tensor."""
+    """Write a Hugging Face folder of random weights."""
     import torch
 
     from conversion.huggingface.format import CONFIG_FILE
@@ -55,9 +56,11 @@ def make(folder: Path, layers: int, small: bool) -> None:
     largest = max(
         torch.Size(source.shape).numel()
         for shard in shards
-        for e in shard.entries
-        for source in e.sources
+        for entry in shard.entries
+        for source in entry.sources
     )
+    # One pool of random numbers for all tensors, shifted for each: to draw billions of them would
+    # take longer than the benchmark.
     pool = torch.randn(largest + 4096).mul_(0.02).bfloat16()
     for shard in shards:
         begins = create_shard(folder, shard, torch.bfloat16)
@@ -87,8 +90,8 @@ def copy(source: Path, target: Path) -> None:
 
 
 def transformers(source: Path, target: Path) -> None:
-    """What converters that load the model do on its Hugging Face side alone: load it whole, save it
-    whole."""
+    """Load the whole model with transformers and save it: the Hugging Face half of converters that
+    build the model."""
     import torch
     from transformers import MellumForCausalLM
 
@@ -97,7 +100,7 @@ def transformers(source: Path, target: Path) -> None:
 
 
 def bridge_import(source: Path, target: Path) -> None:
-    """Megatron-Bridge: a Hugging Face folder becomes a Megatron checkpoint, through the model."""
+    """Import with Megatron-Bridge, through a model in memory."""
     bridge = _bridge(source)
     model = bridge.to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
     bridge.save_megatron_model(model, target)
@@ -105,8 +108,7 @@ def bridge_import(source: Path, target: Path) -> None:
 
 
 def bridge_export(source: Path, target: Path) -> None:
-    """Megatron-Bridge: and back. ``source`` is a Hugging Face folder beside which its checkpoint
-    lies."""
+    """Export with Megatron-Bridge: ``bridge_import``'s checkpoint, which lies beside ``source``."""
     bridge = _bridge(source)
     model = bridge.load_megatron_model(source.with_name("bridge"))
     bridge.save_hf_weights(model, target, show_progress=False)
@@ -135,23 +137,19 @@ def _sync(folder: Path) -> None:
 
 def step(name: str, source: Path, target: Path, workers: int | None) -> None:
     """Do one step in this process and print its seconds and peak resident bytes as JSON."""
-    from conversion.convert import (
-        export_hf,
-        import_hf,
-    )  # outside the clock, as torch's import is for all
+    # Outside the clock, as torch's import is for every step.
+    from conversion.convert import export_hf, import_hf
 
+    steps: dict[str, Callable[[Path, Path], object]] = {
+        "import": functools.partial(import_hf, workers=workers),
+        "export": functools.partial(export_hf, workers=workers),
+        "copy": copy,
+        "transformers": transformers,
+        "bridge-import": bridge_import,
+        "bridge-export": bridge_export,
+    }
     start, cpu = time.monotonic(), time.process_time()
-    if name == "import":
-        import_hf(source, target, workers=workers)
-    elif name == "export":
-        export_hf(source, target, workers=workers)
-    else:
-        {
-            "copy": copy,
-            "transformers": transformers,
-            "bridge-import": bridge_import,
-            "bridge-export": bridge_export,
-        }[name](source, target)
+    steps[name](source, target)
     result = {
         "seconds": time.monotonic() - start,
         "cpu": time.process_time() - cpu,
@@ -161,8 +159,8 @@ def step(name: str, source: Path, target: Path, workers: int | None) -> None:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process; getrusage's figure would include the parent's before
-    exec."""
+    """Return the peak resident bytes of this process."""
+    # Not getrusage: its figure includes the parent's memory before exec.
     line = next(
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -187,17 +185,18 @@ def measure(name: str, source: Path, target: Path, workers: int | None) -> dict[
 
 
 def run(layers: int, arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]]:
-    """All steps for one size; prints a line each."""
+    """Do all steps for one size, print a line for each and return their results by name."""
     hf, megatron = work / "hf", work / "megatron"
     make(hf, layers, arguments.small)
     nbytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
     sys.stdout.write(f"{layers} layers, {size_text(nbytes)}\n")
+    # The copy twice, before and after: a disk is seldom equally fast throughout.
     steps = [
         ("copy", hf, work / "copy"),
         ("import", hf, megatron),
         ("export", megatron, work / "exported"),
+        ("copy again", hf, work / "copy"),
     ]
-    steps += [("copy again", hf, work / "copy")]
     if not arguments.skip_transformers:
         steps.append(("transformers", hf, work / "transformers"))
     if not arguments.skip_bridge:
@@ -218,11 +217,14 @@ def run(layers: int, arguments: argparse.Namespace, work: Path) -> dict[str, dic
         shutil.rmtree(folder, ignore_errors=True)
     best_copy = min(results["copy"]["seconds"], results["copy again"]["seconds"])
     for name in ("import", "export"):
-        line = f"  {name} at {best_copy / results[name]['seconds']:.2f} of the faster copy's speed"
-        if "transformers" in results:
-            line += f", {results['transformers']['seconds'] / results[name]['seconds']:.2f} times transformers'"
-        if f"bridge-{name}" in results:
-            line += f", {results[f'bridge-{name}']['seconds'] / results[name]['seconds']:.2f} times Megatron-Bridge's"
+        seconds = results[name]["seconds"]
+        line = f"  {name} at {best_copy / seconds:.2f} of the faster copy's speed"
+        for rival, label in (
+            ("transformers", "transformers"),
+            (f"bridge-{name}", "Megatron-Bridge"),
+        ):
+            if rival in results:
+                line += f", {results[rival]['seconds'] / seconds:.2f} times that of {label}"
         sys.stdout.write(line + "\n")
     return results
 
