@@ -42,7 +42,7 @@ def checkpoint_copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model with a tokenizer, of extended context; without card, licence and chat
+    """A small model of extended context with a tokenizer, without card, licence and chat
     template."""
     return write_model(tmp_path_factory.mktemp("chat") / "model")
 

@@ -1,5 +1,4 @@
-"""Random Hugging Face folders made by transformers itself, so that their layout owes nothing to the
-converter."""
+"""Random Hugging Face folders written by transformers, independent of the converter's own table."""
 
 from __future__ import annotations
 
@@ -46,7 +45,8 @@ SMALL: dict[str, Any] = {
     },
 }
 
-# Shapes that a mapping can get wrong one by one: heads, groups, experts, period, MTP.
+# Each variant changes sizes that a wrong mapping could confuse: heads, groups, experts, layer
+# types, MTP.
 VARIANTS: dict[str, dict[str, Any]] = {
     "small": {},
     "one key/value head": {"num_key_value_heads": 1, "num_experts": 5},
@@ -71,8 +71,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def models(changes: dict[str, Any], seed: int = 0) -> tuple[MellumForCausalLM, MtpModel | None]:
-    """Return transformers' model and MTP head with every parameter random (norms included),
-    float32."""
+    """Return transformers' model and MTP head in float32, every parameter random, norms
+    included."""
     config = MellumConfig(**{**SMALL, **changes})
     generator = torch.Generator().manual_seed(seed)
     main = MellumForCausalLM(config).eval()
@@ -88,8 +88,8 @@ def models(changes: dict[str, Any], seed: int = 0) -> tuple[MellumForCausalLM, M
 
 
 def mtp_tensors(mtp: MtpModel) -> dict[str, torch.Tensor]:
-    """The MTP head under transformers' module names, renamed by hand to the checkpoints' ``mtp.*``
-    (experts fused)."""
+    """Return the MTP head's tensors, experts fused, by the checkpoints' ``mtp.*`` names; the
+    translation from transformers' names is written by hand."""
     top = {
         "enorm": "pre_fc_norm_embedding",
         "hnorm": "pre_fc_norm_hidden",
@@ -99,7 +99,7 @@ def mtp_tensors(mtp: MtpModel) -> dict[str, torch.Tensor]:
     result = {}
     for name, tensor in mtp.state_dict().items():
         if not name.startswith("layers.0."):
-            continue  # embedding and head are the trunk's
+            continue  # the trunk's embedding and head
         first, _, rest = name.removeprefix("layers.0.").partition(".")
         result[f"mtp.layers.0.{rest}" if first == "mtp_block" else f"mtp.{top[first]}.{rest}"] = (
             tensor
@@ -108,8 +108,8 @@ def mtp_tensors(mtp: MtpModel) -> dict[str, torch.Tensor]:
 
 
 def unfused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts one by one: gate rows first, then up (``MellumExperts.forward`` chunks in that
-    order)."""
+    """Return the tensors with experts one by one: gate's rows come first, then up's, the order in
+    which ``MellumExperts.forward`` cuts them."""
     result = {}
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):
@@ -135,8 +135,7 @@ def write_folder(
     files: int = 1,
     seed: int = 0,
 ) -> Path:
-    """Write a random model: its tensors in ``files`` safetensors files, its config as transformers
-    writes it."""
+    """Write a random model: ``files`` safetensors files, and config.json by transformers."""
     main, mtp = models(changes or {}, seed)
     tensors = {**main.state_dict(), **(mtp_tensors(mtp) if mtp is not None else {})}
     tensors = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
@@ -171,7 +170,7 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], files: int = 1)
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the folder's files."""
+    """Return every tensor of the folder's files by name."""
     return {
         name: tensor
         for file in sorted(folder.glob("*.safetensors"))

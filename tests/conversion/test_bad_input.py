@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def refused(folder: Path, target: Path, message: str) -> str:
-    """Import must fail with a message that matches, and leave nothing."""
+    """Require that an import fails with a message that matches, and leaves nothing; return it."""
     with pytest.raises(InputError, match=message) as caught:
         import_hf(folder, target / "never")
     assert not (target / "never").exists()
@@ -232,8 +232,7 @@ def test_the_layout_of_the_hub_cache_is_read(hf_folder: Path, tmp_path: Path) ->
     assert roundtrip(snapshot).ok
 
 
-# -- Megatron checkpoints
-# ---------------------------------------------------------------------------------------------
+# -- Megatron checkpoints ------------------------------------------------------------------------
 
 
 def not_exported(folder: Path, target: Path, message: str) -> None:
@@ -356,7 +355,8 @@ def test_chunks_must_cover_their_tensor(tmp_path: Path) -> None:
     "key",
     [
         "optimizer.state.exp_avg.decoder.layers.mlp.router.weight",
-        "chained_1.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).param",
+        "chained_1.optimizer.distributed.dp_group_idx_0.gbuf_idx_0."
+        "dtype_(torch.bfloat16, torch.float32).param",
         "chained_0.optimizer.state.fp32_param.output_layer.weight",
     ],
 )

@@ -18,8 +18,7 @@ from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.config import Layout
 from tests.conversion.folders import load_tensors, save_tensors, write_folder
 
-# -- manifests
-# --------------------------------------------------------------------------------------------------------
+# -- manifests -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def exported(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def flip(path: Path, position: int) -> None:
-    """Change the lowest mantissa bit of one value: a number still, and no size tells."""
+    """Change the lowest mantissa bit of one value, which stays finite; no size changes."""
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
@@ -91,8 +90,7 @@ def test_a_manifest_of_other_weights(exported: Path, tmp_path: Path) -> None:
     assert not plan_import(exported, tmp_path / "out").hashes
 
 
-# -- finite values
-# ----------------------------------------------------------------------------------------------------
+# -- finite values -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -101,7 +99,7 @@ def test_a_manifest_of_other_weights(exported: Path, tmp_path: Path) -> None:
 def test_aminmax_sees_every_value_that_is_not_finite(
     dtype: torch.dtype, value: float, place: int
 ) -> None:
-    """What the check relies on: NaN propagates wherever it is (vector width, tail)."""
+    """The check relies on it: NaN propagates from any position, in a full vector or in the rest."""
     for size in (1, 7, 4099):
         tensor = torch.randn(size).to(dtype)
         assert torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
@@ -123,7 +121,7 @@ def test_overflow_in_a_narrower_dtype(tmp_path: Path) -> None:
     import_hf(source, tmp_path / "out", dtype="float32")
 
 
-# -- plans ------------------------------------------------------------------------------------------------------------
+# -- plans ---------------------------------------------------------------------------------------
 
 
 def test_plans_say_what_happens_and_touch_nothing(
@@ -155,7 +153,7 @@ def test_plans_say_what_happens_and_touch_nothing(
 
 
 def test_peak_memory_is_the_largest_tensor_of_each_worker(hf_folder: Path, tmp_path: Path) -> None:
-    """Here that is linear_qkv [64, 24] beside its parts, in every layer; never the model."""
+    """The largest is linear_qkv [64, 24] beside its parts, in every layer; never the model."""
     peaks = [
         plan_import(hf_folder, tmp_path / "out", workers=workers).peak_memory
         for workers in (1, 2, 3)
@@ -163,7 +161,7 @@ def test_peak_memory_is_the_largest_tensor_of_each_worker(hf_folder: Path, tmp_p
     assert peaks == [count * 2 * 64 * 24 * 2 for count in (1, 2, 3)]
 
 
-# -- layouts ----------------------------------------------------------------------------------------------------------
+# -- layouts -------------------------------------------------------------------------------------
 
 
 def test_a_layout_the_model_cannot_have(hf_folder: Path, tmp_path: Path) -> None:
@@ -179,8 +177,7 @@ def test_a_layout_the_model_cannot_have(hf_folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "never").exists()
 
 
-# -- progress
-# ---------------------------------------------------------------------------------------------------------
+# -- progress ------------------------------------------------------------------------------------
 
 
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,8 +204,7 @@ def test_disk_errors_name_the_continuation(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# -- command line
-# -----------------------------------------------------------------------------------------------------
+# -- command line --------------------------------------------------------------------------------
 
 
 def test_options_reach_the_conversion(hf_copy: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Import and export: bytes, layout, and what transformers makes of the exported folder."""
+"""Import and export: bytes, layout, and the exported folder as transformers loads it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_round_trip_keeps_every_byte(
     import_hf(source, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "out")
     before, after = unfused(load_tensors(source)), load_tensors(tmp_path / "out")
-    assert after.keys() == before.keys()  # the released layout, whatever came in
+    assert after.keys() == before.keys()  # the released layout, from fused experts too
     assert all(
         torch.equal(before[name].view(torch.int16), after[name].view(torch.int16))
         for name in before
@@ -233,7 +233,7 @@ def test_tokenizer_given_at_export(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_padded_vocabulary_is_cut_off(checkpoint: Path, hf_folder: Path, tmp_path: Path) -> None:
-    """A tensor-parallel run stores the embedding and the head with rows up to a multiple of 128 x
+    """A tensor-parallel run pads the rows of the embedding and the head to a multiple of 128 x
     TP."""
     source = TorchDistReader(checkpoint / "release")
 
@@ -273,8 +273,7 @@ def test_manifests_hold_what_was_written(hf_folder: Path, checkpoint: Path, tmp_
     assert router["sha256"] == hashlib.sha256(gate.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-# -- targets and interruptions
-# ----------------------------------------------------------------------------------------
+# -- targets and interruptions -------------------------------------------------------------------
 
 
 def test_an_existing_target_needs_overwrite(
@@ -317,8 +316,7 @@ def test_overwrite_replaces_conversions_only(
 
 @pytest.mark.parametrize("limit", [3000, 9000, 150_000])
 def test_a_disk_that_fills_up_is_reported_plainly(limit: int, tmp_path: Path) -> None:
-    """A file-size limit fails the write itself, wherever it comes: metadata, mid-archive,
-    mid-tensor."""
+    """A limit on file sizes fails the write itself: in the metadata, in an archive, in a tensor."""
     source = write_folder(tmp_path / "hf", {"vocab_size": 4096})
     import_hf(source, tmp_path / "megatron")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -332,7 +330,7 @@ def test_a_disk_that_fills_up_is_reported_plainly(limit: int, tmp_path: Path) ->
         assert not (tmp_path / "out").exists()
         kept = (tmp_path / ".out.partial").exists()
         assert kept == ("the same command continues it" in str(caught.value))
-        convert_one(origin, tmp_path / "out")  # now there is room
+        convert_one(origin, tmp_path / "out")  # without the limit
         shutil.rmtree(tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 

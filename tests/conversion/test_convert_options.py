@@ -1,4 +1,4 @@
-"""Options of `mellum2 convert` under the names that users of Megatron-Bridge know."""
+"""Options of `mellum2 convert` under the names of Megatron-Bridge."""
 
 from __future__ import annotations
 

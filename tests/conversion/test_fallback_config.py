@@ -1,5 +1,4 @@
-"""The fallback configuration class against transformers' own, as if transformers did not have
-it."""
+"""The fallback configuration class against transformers' own, which is hidden meanwhile."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from tests.conversion.folders import SMALL
 
 
 def without_mtp_fields() -> type:
-    """What transformers 5.10 to 5.19 have: the class without its three MTP fields and their
+    """Return the class of transformers 5.10 to 5.19, without the three MTP fields and their
     alias."""
 
     class Older(MellumConfig):
@@ -56,11 +55,11 @@ def test_it_reads_a_config_as_transformers_does(
     with caplog.at_level(logging.WARNING):
         assert register_fallback_config()
     assert ("no MellumConfig" if older_transformers == "absent" else "no MTP fields") in caplog.text
-    found = AutoConfig.from_pretrained(tmp_path)
-    assert type(found) is not type(expected)
-    assert plain(found) == plain(expected)
-    assert (found.num_mtp_layers, found.num_experts) == (mtp, 3)
-    found.save_pretrained(tmp_path / "again")
+    fallback = AutoConfig.from_pretrained(tmp_path)
+    assert type(fallback) is not type(expected)
+    assert plain(fallback) == plain(expected)
+    assert (fallback.num_mtp_layers, fallback.num_experts) == (mtp, 3)
+    fallback.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_text() == (
         tmp_path / "config.json"
     ).read_text()

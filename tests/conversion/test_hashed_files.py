@@ -1,5 +1,4 @@
-"""Files of an imported checkpoint: hashed while they are written, without zip checksums, readable
-by torch."""
+"""Files of an imported checkpoint: hashed as they are written, without zip checksums."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A conversion that stops half-way leaves nothing that looks finished, and the same call finishes
-it."""
+"""An interrupted conversion leaves nothing that looks complete; the same call completes it."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ def both(kind: str, hf_folder: Path, checkpoint: Path) -> tuple[Convert, Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file; of `.metadata`, which names the moment of its writing, and its hash only that
-    they are there."""
+    """Return the bytes of every file; none of `.metadata`, which holds a random identifier, and of
+    the manifest, which holds its hash."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     moments = (".metadata", MANIFEST_FILE)
     return {
@@ -41,8 +40,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def hashing(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -> list[str]:
-    """Do ``act`` when the ``at``-th tensor is hashed; return the list that fills with the names of
-    all of them."""
+    """Call ``act`` when tensor number ``at`` is hashed; return the list of names hashed so far,
+    which keeps growing."""
     original, names = WeightRecord.of, []
 
     def counted(name: str, tensor: torch.Tensor) -> WeightRecord:
@@ -103,28 +102,27 @@ def test_the_same_call_continues(
 def test_a_killed_process_is_continued(
     kind: str, hf_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The partial folder as it was at one moment, with a journal line cut off, as after a power
-    failure."""
+    """The partial folder of one moment, its journal cut off in a line, as after a power failure."""
     convert, source = both(kind, hf_folder, checkpoint)
     out, partial, saved = tmp_path / "out", partial_folder(tmp_path / "out"), tmp_path / "saved"
     with monkeypatch.context() as patch:
         hashing(patch, 40, lambda: shutil.copytree(partial, saved) and None)
         convert(source, out, workers=1)
-    whole = contents(out)
+    uninterrupted = contents(out)
     shutil.rmtree(out)
     with (saved / JOURNAL_FILE).open("a") as journal:
         journal.write('{"unit": "2", "files": {}, "payl')
     shutil.copytree(saved, partial)
     convert(source, out)
-    assert contents(out) == whole
+    assert contents(out) == uninterrupted
 
-    # A finished file is lost: its units are done again.
+    # A finished file is lost: its units are converted again.
     shutil.rmtree(out)
     for file in [*(saved / "result").rglob("*.distcp"), *(saved / "result").rglob("*.safetensors")]:
         file.unlink()
     saved.rename(partial)
     convert(source, out)
-    assert contents(out) == whole
+    assert contents(out) == uninterrupted
 
 
 @BOTH
@@ -167,7 +165,7 @@ def test_a_folder_that_only_has_the_name_is_left_alone(hf_folder: Path, tmp_path
     assert (partial / "thesis.txt").exists()
 
 
-# -- workers ----------------------------------------------------------------------------------------------------------
+# -- workers -------------------------------------------------------------------------------------
 
 
 @BOTH

@@ -1,5 +1,4 @@
-"""The table against shapes written out by hand, against transformers' modules, and its transforms
-against loops."""
+"""The table against shapes written by hand and transformers' modules, transforms against loops."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Real Megatron on the other side: it loads what import writes, export reads what it saves, the
-logits agree."""
+"""Against Megatron itself: it loads an import, its save is exported, and the logits agree."""
 
 from __future__ import annotations
 
@@ -69,8 +68,7 @@ def test_verify_from_folder_to_report(hf_folder: Path, checkpoint: Path, tmp_pat
 
 
 def test_every_key_megatron_asks_for_is_written(checkpoint: Path) -> None:
-    """``load`` above already fails for a missing one; this names them, and shows that no weight is
-    superfluous."""
+    """`load` already fails for a missing key; this test names it, and finds superfluous weights."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
     from mellum2_megatron.model.provider import build_model
@@ -132,8 +130,7 @@ def _swap_query_heads(tensors: dict[str, torch.Tensor]) -> None:
     "wrong", [_swap_gate_and_up, _swap_mtp_norms, _swap_experts, _swap_query_heads]
 )
 def test_verification_sees_a_wrong_mapping(wrong: Any, tmp_path: Path) -> None:
-    """The checks themselves can fail: one confusion in the weights, and the logits are far
-    apart."""
+    """The comparison can fail: one confusion of weights moves the logits far apart."""
     from mellum2_megatron.model.scoring import score_tokens
 
     source = write_folder(tmp_path / "hf", dtype=torch.float32)
@@ -151,8 +148,7 @@ def test_verification_sees_a_wrong_mapping(wrong: Any, tmp_path: Path) -> None:
     assert report.mtp.relative_error > 1e-2
 
 
-# -- transformers' side, without Megatron
-# -----------------------------------------------------------------------------
+# -- transformers' side, without Megatron --------------------------------------------------------
 
 
 def test_scores_are_what_transformers_generation_drafts(tmp_path: Path) -> None:
@@ -182,7 +178,7 @@ def test_scores_are_what_transformers_generation_drafts(tmp_path: Path) -> None:
 
 
 def test_mtp_layer_of_a_type_the_trunk_does_not_have(tmp_path: Path) -> None:
-    """transformers' own `MtpModel` would fail: it borrows the trunk's rotary embedding."""
+    """transformers' own `MtpModel` would fail: it uses the trunk's rotary embedding."""
     from mellum2_megatron.model.scoring import score_tokens
 
     source = write_folder(

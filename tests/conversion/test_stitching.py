@@ -1,4 +1,4 @@
-"""A head that `save_pretrained` dropped comes back, byte for byte, and onto nothing else."""
+"""An MTP head that `save_pretrained` dropped is put back byte by byte, on the same model only."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from tests.conversion.folders import VARIANTS, load_tensors, save_tensors, unfus
 
 @pytest.fixture
 def lost(hf_folder: Path, tmp_path: Path) -> Path:
-    """What transformers' own save leaves of `hf_folder`: no head, though the config announces
-    one."""
+    """`hf_folder` as transformers saves it: without its head, which the config still announces."""
     folder = tmp_path / "lost"
     MellumForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
@@ -39,9 +38,9 @@ def test_the_head_comes_back(announced: bool, lost: Path, hf_folder: Path, tmp_p
     before = {path: path.read_bytes() for path in [*lost.iterdir(), *hf_folder.iterdir()]}
     report = stitch_mtp(hf_folder, lost, tmp_path / "out")
     expected = load_tensors(hf_folder) | {"model.norm.weight": tensors["model.norm.weight"]}
-    found = load_tensors(tmp_path / "out")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    stitched = load_tensors(tmp_path / "out")
+    assert stitched.keys() == expected.keys()
+    assert all(torch.equal(stitched[name], expected[name]) for name in expected)
     assert report.tensors == len(expected)
     assert {path: path.read_bytes() for path in before} == before
     head = MtpModel.from_pretrained(
@@ -56,8 +55,8 @@ def test_a_float32_trunk_gets_the_head_without_loss(
 ) -> None:
     save_tensors(lost, {name: tensor.float() for name, tensor in load_tensors(lost).items()})
     stitch_mtp(hf_folder, lost, tmp_path / "out")
-    found, head = load_tensors(tmp_path / "out"), load_tensors(hf_folder)
-    assert torch.equal(found["mtp.fc.weight"], head["mtp.fc.weight"].float())
+    stitched, head = load_tensors(tmp_path / "out"), load_tensors(hf_folder)
+    assert torch.equal(stitched["mtp.fc.weight"], head["mtp.fc.weight"].float())
 
 
 @pytest.mark.parametrize(

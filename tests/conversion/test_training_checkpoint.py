@@ -1,5 +1,4 @@
-"""Import, Megatron's own training loop at several layouts, export: with learning rate 0 every byte
-must come back."""
+"""Import, a step of Megatron's training loop at learning rate 0, export: every byte is the same."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What the tests of the Megatron-Bridge integration do in processes of their own: Bridge,
-Transformer Engine, no GPU.
+"""Functions of the Megatron-Bridge tests that need a process of their own: Bridge, Transformer
+Engine, no GPU.
 
-Each function takes the folder that the test has prepared, leaves files there and returns what
-becomes JSON.
+Each function takes the folder that the test has prepared, leaves files there and returns JSON
+values.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ ARGUMENT = {
     "moe_z_loss_coeff",
     "cp_comm_type",
 }
-"""Fields about a run or a machine, which the arguments resolve or set and the provider leaves to
-Bridge's recipes."""
+"""Fields of a run or a machine, which the arguments set and the provider leaves to Bridge's
+recipes."""
 
 
 def round_trips(root: Path) -> None:
-    """For each model in ``hf/``: load, save as Megatron and as Hugging Face; read our import, save
-    as Hugging Face."""
+    """For each model in ``hf/``: save Bridge's model as Megatron and Hugging Face, and our import as
+    Hugging Face."""
     for folder in sorted((root / "hf").iterdir()):
         bridge = AutoBridge.from_hf_pretrained(folder)
         model = bridge.to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
@@ -53,8 +53,8 @@ def round_trips(root: Path) -> None:
 
 
 def configurations(root: Path) -> dict[str, list[str]]:
-    """Differences between the provider's configuration, ours from Megatron's arguments, and those
-    read from files."""
+    """Return the differences of the provider's configuration from our training's, and of the
+    providers read from files from one another."""
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.model_load_save import load_model_config
     from megatron.bridge.utils.instantiate_utils import InstantiationMode
@@ -89,8 +89,8 @@ def configurations(root: Path) -> dict[str, list[str]]:
     from_container = ConfigContainer.from_yaml(
         str(small / "run_config.yaml"), mode=InstantiationMode.STRICT
     ).model
-    for each in (from_folder, from_file, from_container):
-        each.finalize()
+    for read in (from_folder, from_file, from_container):
+        read.finalize()
     return {
         "arguments": differences(ours, provider, besides=ARGUMENT),
         "load_model_config": differences(from_folder, from_file, besides={"hf_model_id"}),
@@ -99,8 +99,8 @@ def configurations(root: Path) -> dict[str, list[str]]:
 
 
 def differences(expected: Any, found: Any, *, besides: set[str]) -> list[str]:
-    """Name the dataclass fields of `expected` that `found` has otherwise; functions compare by
-    their names."""
+    """Return the dataclass fields in which `found` differs from `expected`; functions are compared
+    by name."""
 
     def comparable(value: Any) -> Any:
         if callable(value):
@@ -117,7 +117,7 @@ def differences(expected: Any, found: Any, *, besides: set[str]) -> list[str]:
 
 
 def refusals(root: Path) -> dict[str, str]:
-    """The error of each attempt that must fail."""
+    """Return the error of each attempt that must fail."""
     from conversion.bridge import mapping as bridge_mapping
     from conversion.bridge.register import Mellum2ModelProvider
     from conversion.mapping import MTP
@@ -201,7 +201,7 @@ def without_head(root: Path) -> dict[str, Any]:
 
 
 def synthesized(root: Path) -> dict[str, Any]:
-    """The config that Bridge makes from our import's run_config.yaml alone."""
+    """Return the config that Bridge makes of our import's run_config.yaml alone."""
     bridge = AutoBridge.from_auto_config(
         str(root / "imported" / "small" / "release"), str(root / "hf" / "small")
     )
@@ -209,13 +209,12 @@ def synthesized(root: Path) -> dict[str, Any]:
 
 
 def known_before(root: Path) -> bool:
-    """Whether Bridge has a bridge of its own for Mellum 2."""
+    """Return True if Bridge has a bridge of its own for Mellum 2."""
     return "MellumForCausalLM" in KNOWN_BEFORE
 
 
 def split(root: Path) -> None:
-    """On two ranks: load and export the model with each way of splitting it, all ranks taking
-    part."""
+    """On two ranks: load and export the model with each kind of parallelism."""
     from megatron.core import parallel_state
 
     torch.distributed.init_process_group("gloo")

@@ -1,5 +1,4 @@
-"""Mellum 2 through Megatron-Bridge against our own converter, byte by byte; its modules are built,
-not run."""
+"""Megatron-Bridge against this project's converter, byte by byte; models are built, not run."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ pytestmark = [
     pytest.mark.te,
     pytest.mark.skipif(
         os.environ.get("MELLUM2_REQUIRE_BRIDGE") != "1" and not bridge_is_installed(),
-        reason="Megatron-Bridge is not installed (scripts/setup_te.sh, then scripts/setup_bridge.sh)",
+        reason="no Megatron-Bridge here: scripts/setup_te.sh, then scripts/setup_bridge.sh",
     ),
 ]
 
@@ -73,7 +72,7 @@ def run_worker(root: Path, *functions: str, ranks: int = 1) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models as Hugging Face folders and imported by us, and three folders that are wrong."""
+    """Models as Hugging Face folders and as our imports, and three damaged folders."""
     root = tmp_path_factory.mktemp("bridge")
     for name, changes in MODELS.items():
         import_hf(write_model(root / "hf" / name, **changes), root / "imported" / name)
@@ -91,7 +90,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(root: Path) -> dict[str, Any]:
-    """What everything that needs one process came to."""
+    """The results of all functions that need one process."""
     functions = (
         "known_before",
         "round_trips",
@@ -122,8 +121,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bridge_loads_what_our_importer_writes(name: str, root: Path, done: dict[str, Any]):
-    """Every tensor of the model that AutoBridge filled, saved by Bridge, has our import's key and
-    bytes."""
+    """AutoBridge's model, saved by Bridge, has the keys and the bytes of our import."""
     ours = checkpoint_tensors(root / "imported" / name / "release")
     assert any(key.startswith("mtp.") for key in ours) is (name != "no-mtp")
     require_same(checkpoint_tensors(root / "bridge_megatron" / name / "iter_0000000"), ours)
@@ -131,7 +129,7 @@ def test_bridge_loads_what_our_importer_writes(name: str, root: Path, done: dict
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bridge_exports_what_it_was_given(name: str, root: Path, done: dict[str, Any]):
-    """From the model it loaded, and from our import, which it builds by its run_config.yaml."""
+    """From the model it loaded, and from our import, whose run_config.yaml names the provider."""
     original = load_tensors(root / "hf" / name)
     require_same(load_tensors(root / "bridge_hf" / name), original)
     require_same(load_tensors(root / "read_back" / name), original)
@@ -158,8 +156,7 @@ def test_provider_is_configured_as_our_training_is(done: dict[str, Any]):
 
 
 def test_bridge_reads_the_run_config(done: dict[str, Any], root: Path):
-    """The provider from the file equals the one from the Hugging Face folder, read leniently and
-    strictly."""
+    """Read leniently and strictly, it gives the provider that the Hugging Face folder gives."""
     assert done["configurations"]["load_model_config"] == []
     assert done["configurations"]["ConfigContainer"] == []
     config = json.loads((root / "hf" / "small" / "config.json").read_text())
@@ -175,7 +172,7 @@ def test_bridge_reads_a_checkpoint_that_names_the_providers_old_path(
 
 
 def test_bridge_has_no_mellum_of_its_own(done: dict[str, Any]):
-    """Once it has one, ours should make way for it."""
+    """Once it has one, ours should be dropped."""
     assert done["known_before"] is False
 
 
