@@ -97,6 +97,7 @@ def _import_job(
     hf_path: PathLike, request: ConversionRequest, layout: Layout | None
 ) -> Iterator[ImportJob]:
     with HfFolder.open(hf_path) as hf:
+        # Checked here for the user's sake: a torch_dist checkpoint itself has no layout.
         if layout is not None:
             layout.validate(
                 hf.architecture,
@@ -224,12 +225,14 @@ def roundtrip(
         megatron, exported = Path(name) / "megatron", Path(name) / "hf"
         import_hf(hf_path, megatron, workers=workers, checks=any_value)
         export_hf(megatron, exported, workers=workers, checks=any_value)
+        # Before the comparison: the two copies need not be on the disk longer than necessary.
         shutil.rmtree(megatron)
         with HfFolder.open(hf_path) as before, HfFolder.open(exported) as after:
             names = [source.name for entry in before.entries for source in entry.sources]
             differing = [
                 name
                 for name in names
+                # Equal bytes of another dtype would be other values.
                 if before.dtype != after.dtype
                 or tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))
             ]
@@ -253,6 +256,7 @@ def open_checkpoint(checkpoint: CheckpointFolder) -> TorchDistReader:
     reader = TorchDistReader(checkpoint.iteration_dir)
     entries = derive(checkpoint.architecture)
     expected = megatron_shapes(entries)
+    # Names before shapes: a model of another kind is told by its missing and extra weights.
     fix = "give a checkpoint whose architecture.json is its own"
     if missing := sorted(set(expected) - set(reader.tensors)):
         raise InputError(

@@ -124,12 +124,12 @@ class Row:
 
     @property
     def per_expert(self) -> bool:
-        """Whether the Megatron tensor has an expert axis."""
+        """True if the Megatron tensor has an expert axis."""
         return "{expert}" in self.huggingface[0][0]
 
     @property
     def padded_vocabulary(self) -> bool:
-        """Whether Megatron may store more rows than the vocabulary has, up to a multiple of
+        """True if Megatron may store more rows than the vocabulary has, up to a multiple of
         ``--make-vocab-size-divisible-by`` times the tensor-parallel size."""
         return self.shape.startswith("V")
 
@@ -146,6 +146,7 @@ EMBEDDING = (_row("embedding.word_embeddings.weight", "V H", ("model.embed_token
 
 # The same rows serve every decoder layer and the MTP layer's transformer layer.
 LAYER = (
+    # Transformer Engine fuses this norm into linear_qkv, and the torch backend keeps its key.
     _row("self_attention.linear_qkv.layer_norm_weight", "H", ("input_layernorm.weight", "H")),
     _row(
         "self_attention.linear_qkv.weight",
@@ -155,11 +156,14 @@ LAYER = (
         ("self_attn.v_proj.weight", "K H"),
         transform=GroupedHeads(),
     ),
+    # Per head: one weight [D] serves all of them.
     _row("self_attention.q_layernorm.weight", "D", ("self_attn.q_norm.weight", "D")),
     _row("self_attention.k_layernorm.weight", "D", ("self_attn.k_norm.weight", "D")),
     _row("self_attention.linear_proj.weight", "H Q", ("self_attn.o_proj.weight", "H Q")),
     _row("pre_mlp_layernorm.weight", "H", ("post_attention_layernorm.weight", "H")),
     _row("mlp.router.weight", "E H", ("mlp.gate.weight", "E H")),
+    # "experts" twice: the grouped module takes the key of its counterpart with a module per expert
+    # (moe/experts.py:951-952).
     _row(
         "mlp.experts.experts.linear_fc1.weight",
         "F+F H",
@@ -174,6 +178,7 @@ LAYER = (
     ),
 )
 
+# Embedding and head are two tensors: Mellum 2 does not tie them.
 HEAD = (
     _row("decoder.final_layernorm.weight", "H", ("model.norm.weight", "H")),
     _row("output_layer.weight", "V H", ("lm_head.weight", "V H")),
@@ -255,6 +260,7 @@ class Place:
     mtp: bool = False
 
 
+# Megatron keeps MTP depths apart instead of stacking them on an axis; Mellum 2 has one.
 _MTP_LAYER = "mtp.layers.0.transformer_layer."
 
 PLACES = (
@@ -367,6 +373,7 @@ def extra_states(architecture: Mellum2Architecture) -> list[str]:
             prefix = f"{place.megatron}{module.format(expert='')}._extra_state/shard"
             for expert in range(architecture.num_experts if per_expert else 1):
                 axes = _leading_axes(architecture, place, layer, expert if per_expert else None)
+                # Megatron writes a single object as the first of one.
                 axes = axes or [Axis(index=0, size=1)]
                 indices = ".".join(str(axis.index) for axis in axes)
                 sizes = ".".join(str(axis.size) for axis in axes)

@@ -192,6 +192,7 @@ class Mellum2Bridge(MegatronModelBridge):
             InputError: a weight of the model without a mapping, or a tensor missing in or left over
                 from the folder.
         """
+        # Bridge leaves None where it has no mapping, at the weight's position.
         tasks: list[Any] = super().build_conversion_tasks(
             hf_pretrained, megatron_model, *args, **kwargs
         )

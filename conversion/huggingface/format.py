@@ -15,6 +15,7 @@ CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Weights in Python's pickle format, which can execute code: named in an error, never opened.
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # The dtypes of a released model: config.json's name, then safetensors' name and torch's dtype.
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
@@ -46,6 +47,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the tensor's values in row-major order as bytes; no copy of a contiguous tensor."""
+    # Through uint8: numpy has no bfloat16.
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
@@ -108,6 +110,7 @@ def check_inside(folder: Path, file: Path) -> None:
     Raises:
         InputError: such a link.
     """
+    # Otherwise a downloaded folder could copy any file of this machine into a released one.
     real, home = file.resolve(), folder.resolve()
     if not real.is_relative_to(home) and not real.is_relative_to(home.parent.parent / "blobs"):
         raise InputError(

@@ -162,6 +162,7 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
             rule=f"it must be a complete safetensors file ({error})",
             fix="it is truncated or damaged: copy or download it again",
         ) from error
+    # ``__metadata__`` is free text of the writer, not a tensor.
     header = parse_json(text, str(file))
     header.pop("__metadata__", None)
     return {
@@ -169,6 +170,7 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
             file=file,
             dtype=info["dtype"],
             shape=tuple(info["shape"]),
+            # After the 8 bytes of the header's size and the header.
             begin=8 + size + info["data_offsets"][0],
         )
         for name, info in header.items()
@@ -202,6 +204,7 @@ def check_names(
                 rule="experts are stored either one by one or fused, not both",
                 fix="remove one of the two",
             )
+        # The fused tensor stands in for all the tensors it holds.
         expected = expected - set(part.slices) | {part.name}
     if missing := sorted(expected - set(tensors)):
         fix = "give a complete checkpoint whose config.json is its own"
@@ -258,6 +261,7 @@ def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
     Raises:
         InputError: a mixture of dtypes, or one that is not in `DTYPES`.
     """
+    # By safetensors' names: torch may have no dtype for a quantised format.
     by_dtype: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         by_dtype.setdefault(tensor.dtype, []).append(name)
@@ -269,6 +273,7 @@ def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
                 fix="convert an unquantised checkpoint",
             )
     if len(by_dtype) > 1:
+        # The rarest are the likely mistake, so they are the ones named.
         common, *others = sorted(by_dtype, key=lambda dtype: -len(by_dtype[dtype]))
         odd = [f"{name} ({dtype})" for dtype in others for name in by_dtype[dtype]]
         raise InputError(

@@ -25,6 +25,7 @@ from conversion.huggingface.format import (
 )
 from conversion.mapping import Entry
 
+# Tokenizer files under transformers' names; other files of a folder are not copied.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -58,6 +59,7 @@ def plan_shards(
 ) -> list[Shard]:
     """Share out ``entries`` to files of at most ``max_bytes``; only a single entry may be
     larger."""
+    # An entry is not cut: its tensors are converted together, and written to one file.
     groups: list[list[Entry]] = []
     size = 0
     for entry in entries:

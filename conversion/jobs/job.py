@@ -169,6 +169,7 @@ class ConversionJob(ABC):
             WorkError: the disk is too full.
         """
         target, workers = self.request.target, self.request.workers
+        # The same checks in the same order as `result_folder`, which `run` enters.
         check_target(target, self.source, self.request.overwrite)
         done = finished_units(target, self._identity())
         free = check_space(target, sum(unit.nbytes for unit in self.units if unit.name not in done))
@@ -210,6 +211,7 @@ class ConversionJob(ABC):
             overwrite=self.request.overwrite,
             identity=self._identity(),
         ) as result:
+            # After a resume too: it reopens the files, and keeps those that exist.
             self.prepare(result.folder)
             todo = [unit for unit in self.units if unit.name not in result.done]
             already = self.nbytes - sum(unit.nbytes for unit in todo)
@@ -240,14 +242,17 @@ class ConversionJob(ABC):
     def _identity(self) -> dict[str, Any]:
         """Everything that the written bytes depend on; a partial result of any other identity is
         discarded."""
+        # Sizes and times rather than hashes: a hash would read the whole source once more.
         stats = {str(path): path.stat() for path in self.source_files}
         return {
             "conversion": self.kind,
+            # Another version may write other bytes; half a result of each would be neither.
             "version": importlib.metadata.version("mellum2-megatron"),
             "source": str(self.source.resolve()),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
             "dtype": dtype_name(self.dtype),
             "checks": asdict(self.request.checks),
+            # Units by name and size: another cut into files moves tensors between them.
             "units": {unit.name: unit.nbytes for unit in self.units},
             "architecture": self.architecture.to_dict(),
         }

@@ -117,7 +117,7 @@ class RoundTripReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing changed."""
+        """True if nothing changed."""
         return not self.differing and self.same_architecture
 
     def __str__(self) -> str:

@@ -42,6 +42,8 @@ class SafetensorsPart:
     def write(self, source: Source, checked: CheckedTensor) -> None:
         """Write the tensor ``source``; it is hashed unless its check has done so."""
         tensor, record = checked
+        # The header is on the disk already: other bytes would shift nothing, and be read as wrong
+        # values.
         if (tuple(tensor.shape), tensor.dtype) != (source.shape, self._dtype):
             raise ValueError(f"{source}: {tuple(tensor.shape)} {tensor.dtype} does not fit")
         write_tensor(self._descriptor, self._begins[source.name], tensor)
@@ -63,11 +65,11 @@ class SafetensorsResult:
     def units(self, peak: Callable[[Entry], int]) -> list[ConversionUnit]:
         """Return the units: each group's part of each file.
 
-        A unit per file would leave workers idle: the small models are one file.
-
         Args:
             peak: function that returns the most bytes in memory for an entry.
         """
+        # Not a unit per file: a model of few files would leave workers idle, and an interruption
+        # would lose up to 5 GB of work instead of a layer.
         units = []
         for shard in self._shards:
             for group, entries in groupby(shard.entries, key=lambda entry: entry.group):

@@ -45,6 +45,7 @@ class WeightRecord:
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> WeightRecord:
         """Hash ``tensor``."""
+        # hashlib releases the interpreter's lock, so workers hash side by side.
         digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         return cls(
             name=name, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype), sha256=digest
@@ -80,6 +81,7 @@ class Manifest:
             return None
         weights = read_json(path, "it was just there").get("weights")
         try:
+            # No weights at all is damage too: every model has some.
             records = [WeightRecord.from_dict(values) for values in weights or ()]
             if not records or not all(isinstance(record.sha256, str) for record in records):
                 raise ValueError("no weights")
@@ -116,6 +118,7 @@ class Manifest:
         Raises:
             InputError: the first difference, by name.
         """
+        # A Megatron checkpoint may mix dtypes; a Hugging Face folder has one.
         dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
         if differing := sorted(set(shapes) ^ set(self.records)):
             verb = "lists" if differing[0] in self.records else "does not list"
@@ -139,6 +142,7 @@ class Manifest:
         expected = self.records[record.name].sha256
         if record.sha256 != expected:
             raise InputError(
+                # Twelve digits are enough to recognise a hash, and leave the message readable.
                 f"tensor {record.name!r} has SHA-256 {record.sha256[:12]}..., "
                 f"{self.path} lists {expected[:12]}...",
                 rule="its values must be those that were written",

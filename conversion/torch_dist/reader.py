@@ -114,6 +114,8 @@ class TorchDistReader:
         _check_files(folder, metadata)
         self.tensors: dict[str, StoredTensor] = {}
         self.skipped: dict[str, int] = {}
+        # Every key must be a weight or of a known kind: a new kind of state that matters to the
+        # model would otherwise be dropped in silence.
         for key, stored in metadata.state_dict_metadata.items():
             kind = next((kind for kind, pattern in NOT_WEIGHTS if pattern.search(key)), None)
             if kind is not None:
@@ -201,6 +203,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     for name, end in sorted(ends.items()):
+        # The name comes out of a file that anybody may have written.
         if Path(name).name != name:
             raise InputError(
                 f"{folder}: storage file {name!r}",
@@ -228,6 +231,7 @@ def _stored_tensor(folder: Path, key: str, stored: TensorStorageMetadata) -> Sto
             rule="a tensor's chunks cover it exactly",
             fix="the checkpoint is incomplete: copy it again, or use an earlier one",
         )
+    # Megatron and our writer store layers apart; any other cut is read without the index.
     chunks_of_layer: dict[int, list[ChunkStorageMetadata]] = {}
     if all(len(chunk.sizes) and chunk.sizes[0] == 1 for chunk in stored.chunks):
         for chunk in stored.chunks:

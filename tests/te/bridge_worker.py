@@ -41,7 +41,7 @@ recipes."""
 
 
 def round_trips(root: Path) -> None:
-    """For each model in ``hf/``: save Bridge's model as Megatron and Hugging Face, and our import as
+    """Save each model of ``hf/``, loaded by Bridge, as Megatron and Hugging Face, and our import as
     Hugging Face."""
     for folder in sorted((root / "hf").iterdir()):
         bridge = AutoBridge.from_hf_pretrained(folder)
