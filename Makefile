@@ -1,13 +1,15 @@
-# `make quickstart` and `make test` need nothing but this checkout, a network and about 6 GB of disk.
+# `make quickstart` and `make test` need this checkout, a network and about 6 GB of disk.
 VENV ?= .venv
 PYTHON312 := $(VENV)/bin/python
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-launch setup-te setup-bridge quickstart test test-launch test-te lint typecheck pytest clean
+.PHONY: help setup setup-launch setup-te setup-bridge quickstart
+.PHONY: test test-launch test-te lint typecheck pytest clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) \
+		| sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 setup:  ## find Python 3.12, make .venv and install everything (quick when up to date)
 	@scripts/setup.sh
@@ -15,16 +17,16 @@ setup:  ## find Python 3.12, make .venv and install everything (quick when up to
 setup-launch: setup  ## add NeMo-Run to .venv, for `mellum2 launch`
 	@scripts/setup_launch.sh
 
-setup-te: setup  ## add Transformer Engine to .venv, built here (no GPU needed; 12 minutes on two cores the first time)
+setup-te: setup  ## build Transformer Engine into .venv, no GPU needed (12 minutes once)
 	@scripts/setup_te.sh
 
 setup-bridge: setup-te  ## add Megatron-Bridge to .venv, for conversion.bridge
 	@scripts/setup_bridge.sh
 
-quickstart: setup  ## train, convert, verify and talk to a small Mellum 2 on this machine, no GPU needed
+quickstart: setup  ## train, convert, verify and run a small Mellum 2, no GPU needed
 	@$(VENV)/bin/mellum2 quickstart
 
-test: setup lint typecheck pytest  ## set-up, linters, type checker and the CPU test suite
+test: setup lint typecheck pytest  ## set-up, linter, type checker and the CPU test suite
 
 lint: setup  ## ruff, check and format
 	$(PYTHON312) -m ruff check .
@@ -33,15 +35,18 @@ lint: setup  ## ruff, check and format
 typecheck: setup  ## mypy
 	$(PYTHON312) -m mypy
 
-# One thread per process: the tests start several processes, and more threads than cores make gloo crawl.
-pytest: setup  ## the CPU test suite; PYTEST_ARGS="tests/test_x.py -k name" for a part of it
-	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -m "not gpu and not te and not launch and not slurm" $(PYTEST_ARGS)
+# One thread per process: the tests start several processes, and gloo slows down a lot when there
+# are more threads than cores.
+pytest: setup  ## the CPU test suite; PYTEST_ARGS="tests/config -k name" for a part
+	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest \
+		-m "not gpu and not te and not launch and not slurm" $(PYTEST_ARGS)
 
-test-launch: setup-launch  ## install NeMo-Run and Slurm (root needed for Slurm) and run the tests of launching
+test-launch: setup-launch  ## install NeMo-Run and Slurm (as root), run the launch tests
 	@scripts/setup_slurm.sh
-	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_SLURM=1 $(PYTHON312) -m pytest -m "launch or slurm" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_SLURM=1 $(PYTHON312) -m pytest \
+		-m "launch or slurm" $(PYTEST_ARGS)
 
-test-te: setup-bridge  ## build Transformer Engine, add Megatron-Bridge, and run the tests that construct their models (no GPU needed)
+test-te: setup-bridge  ## build Transformer Engine, add Megatron-Bridge, run their tests (no GPU)
 	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_BRIDGE=1 $(PYTHON312) -m pytest -m te $(PYTEST_ARGS)
 
 clean:  ## remove caches and build outputs; runs/, data/ and .venv stay

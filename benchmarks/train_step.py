@@ -1,5 +1,5 @@
-"""One training step of a full-width slice of Mellum 2 12B, in every way that this project and its
-users could run it.
+"""Time one training step of a full-width slice of Mellum 2 12B: our backends, optimizers and
+precisions, and transformers' model beside them.
 
 ::
 
@@ -8,10 +8,10 @@ users could run it.
     python -m benchmarks.train_step --arms te-bf16-muon-mtp transformers-bf16-adam
     python -m benchmarks.train_step --small      # a tiny model on a CPU: does it run at all
 
-Every arm is a process of its own, so that its memory and its kernels' state are its own. The first
-arm runs again in the middle and at the end: what it differs by is drift. A large matrix product,
-before and after, is the machine's rate. Writes results.json, step.png and each arm's log into
---output. Exit code 1 if an arm failed.
+Each arm runs in a fresh process, so that no memory or kernel state of another arm remains. The
+first arm runs again in the middle and at the end: the difference between its runs is the machine's
+drift. A large matrix product, before and after, gives the machine's own rate. Writes results.json,
+step.png and one log per arm into --output. Exit code 1 if an arm failed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from mellum2_megatron.planning.memory import memory_per_rank
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NO_GPU = "needs a GPU with Transformer Engine"
-MEMORY_SHARE = 0.8  # of the GPU's memory that the estimate of the largest arm may fill
-PERIOD = 4  # layers of one period of the attention pattern
+MEMORY_SHARE = 0.8  # largest estimate of an arm's memory, as a share of the GPU's
+PERIOD = 4  # layers in one period of the attention pattern: three sliding, one full
 
 ARMS = (
     Spec(name="te-bf16-muon-mtp", kind="megatron", backend="te"),
@@ -56,7 +56,7 @@ SMALL_ARMS = (
     Spec(name="torch-bf16-adam-mtp", kind="megatron", optimizer="adam"),
     Spec(name="torch-bf16-muon", kind="megatron", mtp=False),
 )
-"""Further arms of the small mode, which has no te arms to vary."""
+"""Further arms of the small mode, which cannot run the te arms."""
 
 _TE = ARMS[0]
 TUNING = tuple(
@@ -79,18 +79,21 @@ TUNING = tuple(
         ),
     )
 )
-"""Variants of the first arm by words of Megatron's command line (0.19.2); the last of a repeated
-option counts."""
+"""Variants of the first arm: words added to and removed from Megatron's command line (0.19.2).
+Where an option is repeated, its last value counts."""
 
 OVERHEAD = ("torch-bf16-adam", "transformers-bf16-adam")
-"""The arms whose ratio is the CPU backend's overhead over plain torch."""
+"""Two arms with AdamW and without MTP. Their ratio is the overhead of Megatron on the CPU backend
+over plain torch."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure the arms and report."""
+    """Measure all arms, print the tables and write the results; return the exit code."""
     options = _parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
     options.output.mkdir(parents=True, exist_ok=True)
+    # This process never starts CUDA: its context would take memory from the arms. The matrix
+    # product therefore reports the machine too.
     first = _run_arm(_gemm(options, small=options.small), options)
     if first["status"] != "measured":
         console.print(f"[red]the matrix product failed: {first['reason']}[/]")
@@ -115,9 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     for table in tables(results):
         console.print(table)
     console.print(f"written: {options.output}/results.json, step.png")
-    return int(
-        any(arm["status"] == "failed" for arm in results["arms"]) or last["status"] == "failed"
-    )
+    return int(any(run["status"] == "failed" for run in (*results["arms"], last)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,25 +129,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_train_step"))
     parser.add_argument(
-        "--arms", nargs="+", metavar="NAME", help="these arms only, in this order; repeats allowed"
+        "--arms", nargs="+", metavar="NAME", help="run these arms only, in this order, repeats too"
     )
     parser.add_argument(
-        "--tune", action="store_true", help="variants of the first arm too (GPU only)"
+        "--tune", action="store_true", help="also run the variants of the first arm (GPU only)"
     )
     parser.add_argument(
-        "--small", action="store_true", help="tiny model on the CPU; automatic without a GPU"
+        "--small", action="store_true", help="tiny model on a CPU; the default without a GPU"
     )
     parser.add_argument(
-        "--layers", type=int, help=f"decoder layers; as many times {PERIOD} as fit if not given"
+        "--layers", type=int, help=f"decoder layers; default: the multiple of {PERIOD} that fits"
     )
     parser.add_argument(
         "--batch",
         type=int,
-        help="sequences a step (16, a GPU's share of 4,096 among 256; small: 4)",
+        help="sequences a step; default: 16 (4,096 sequences on 256 GPUs), small: 4",
     )
     parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds an arm may take")
+    parser.add_argument("--timeout", type=float, default=300, help="time limit of an arm, seconds")
     return parser
 
 
@@ -164,16 +165,24 @@ def _gemm(options: argparse.Namespace, *, small: bool) -> Spec:
 def _plan(
     options: argparse.Namespace, small: bool, machine: dict[str, Any]
 ) -> tuple[list[Spec], dict[str, str]]:
-    """Return the arms in the order of their runs, and why the others are left out.
+    """Choose the arms to run.
+
+    Returns:
+        The arms in the order of their runs, and the reason for each arm left out, by its name.
 
     Raises:
-        InputError: an unknown arm, or one that cannot run here.
+        InputError: an unknown arm, or one that cannot run on this machine.
     """
     has_te = not small and machine["versions"]["transformer-engine"] is not None
     known = (*ARMS, *(SMALL_ARMS if small else ()), *(TUNING if options.tune else ()))
     left_out = {spec.name: NO_GPU for spec in known if spec.backend == "te" and not has_te}
     able = {spec.name: spec for spec in known if spec.name not in left_out}
-    names = options.arms or _interleaved(list(able))
+    names = options.arms
+    if not names:
+        # The first arm again in the middle and at the end, for the drift.
+        every = list(able)
+        middle = (len(every) + 1) // 2
+        names = [*every[:middle], every[0], *every[middle:], every[0]]
     for name in names:
         if name not in able:
             rule = left_out.get(name, "there is no such arm")
@@ -183,24 +192,19 @@ def _plan(
     )
     settings = {"small": small, "layers": layers, "warmup": options.warmup, "steps": options.steps}
     settings["batch"] = options.batch or (4 if small else 16)
-    seen: set[str] = set()
-    specs = []
-    for name in names:
-        specs.append(dataclasses.replace(able[name], **settings, profile=name not in seen))
-        seen.add(name)
+    # One profile per arm: a repetition is there for its times.
+    specs = [
+        dataclasses.replace(able[name], **settings, profile=name not in names[:number])
+        for number, name in enumerate(names)
+    ]
     return specs, left_out
 
 
-def _interleaved(names: list[str]) -> list[str]:
-    """The first arm again in the middle and at the end."""
-    middle = (len(names) + 1) // 2
-    return [*names[:middle], names[0], *names[middle:], names[0]]
-
-
 def _fitting_layers(spec: Spec, memory_bytes: int) -> int:
-    """Whole periods of the attention pattern that fit with Adam and MTP, the largest arm; at least
-    one."""
+    """Return the number of layers of all arms: whole periods that fit, at least one, at most the
+    12B's 28."""
     layers = PERIOD
+    # AdamW with MTP takes the most memory; all arms get the depth that it allows.
     while layers + PERIOD <= 28:
         run = dataclasses.replace(spec, layers=layers + PERIOD, mtp=True).run
         run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, name="adam"))
@@ -212,15 +216,21 @@ def _fitting_layers(spec: Spec, memory_bytes: int) -> int:
 
 
 def _run_arm(spec: Spec, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure an arm in a fresh process; its output goes to a log."""
+    """Measure an arm in a fresh process, with its output in a log.
+
+    Returns:
+        ``status``: ``measured`` with the figures of `train_step_arm.measure`, or ``failed`` with a
+        ``reason``.
+    """
     logs = options.output / "logs"
     logs.mkdir(exist_ok=True)
     log = logs / f"{spec.name.replace('/', '_')}.log"
     with tempfile.TemporaryDirectory(prefix="mellum2-benchmark-") as folder:
-        question, answer = Path(folder, "spec.json"), Path(folder, "out.json")
-        write_json(question, dataclasses.asdict(spec))
+        spec_file, figures_file = Path(folder, "spec.json"), Path(folder, "out.json")
+        write_json(spec_file, dataclasses.asdict(spec))
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec.small else {}
-        words = [sys.executable, "-m", "benchmarks.train_step_arm", str(question), str(answer)]
+        module = "benchmarks.train_step_arm"
+        words = [sys.executable, "-m", module, str(spec_file), str(figures_file)]
         with log.open("a") as stream:
             try:
                 done = subprocess.run(
@@ -234,8 +244,8 @@ def _run_arm(spec: Spec, options: argparse.Namespace) -> dict[str, Any]:
                 )
             except subprocess.TimeoutExpired:
                 return {"status": "failed", "reason": f"not done in {options.timeout:g} s"}
-        if done.returncode == 0 and answer.exists():
-            return {"status": "measured", **json.loads(answer.read_text())}
+        if done.returncode == 0 and figures_file.exists():
+            return {"status": "measured", **json.loads(figures_file.read_text())}
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     reasons = [line for line in lines if "Error" in line] or lines or ["no output"]
     return {
@@ -245,15 +255,15 @@ def _run_arm(spec: Spec, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _figures(spec: Spec, arm: dict[str, Any]) -> dict[str, Any]:
-    """Add what follows from the times."""
-    found = {"arm": spec.name, **arm}
+    """Add the figures derived from the times: median, spread, tokens and model FLOPs a second."""
+    figures = {"arm": spec.name, **arm}
     if arm["status"] != "measured":
-        return found
+        return figures
     run, seconds = spec.run, sorted(arm["seconds"])
     median = statistics.median(seconds)
     tokens = spec.batch * run.data.sequence_length
     flops = run.architecture.flops_per_token(run.data.sequence_length, mtp=spec.mtp)
-    return found | {
+    return figures | {
         "median_seconds": median,
         "spread": (seconds[-1] - seconds[0]) / median,
         "tokens_per_second": tokens / median,
@@ -265,6 +275,7 @@ def _figures(spec: Spec, arm: dict[str, Any]) -> dict[str, Any]:
 def _header(
     options: argparse.Namespace, small: bool, gemm: dict[str, Any], specs: list[Spec]
 ) -> dict[str, Any]:
+    """Return the results before the first arm: machine, code, and the settings of all arms."""
     run = specs[0].run
     return {
         "mode": "small" if small else "gpu",
@@ -289,7 +300,7 @@ def _header(
 
 
 def _commit() -> str | None:
-    """The repository's revision, with a + for uncommitted changes; None outside of git."""
+    """Return the repository's commit, with a + for uncommitted changes; None outside Git."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -297,17 +308,16 @@ def _commit() -> str | None:
         ).stdout
 
     try:
-        return git("rev-parse", "HEAD").strip() + (
-            "+" if git("status", "--porcelain").strip() else ""
-        )
+        changed = bool(git("status", "--porcelain").strip())
+        return git("rev-parse", "HEAD").strip() + "+" * changed
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def _finish(results: dict[str, Any], gemms: list[dict[str, Any]], left_out: dict[str, str]) -> None:
-    """Add what needs all arms: the matrix product's rate, shares of it, drift, the overhead, and
-    what is missing."""
-    rates = [each["flops_per_second"] for each in gemms if each["status"] == "measured"]
+    """Add the figures that need all arms: shares of the matrix product's rate, drift, the CPU
+    backend's overhead, and the arms left out."""
+    rates = [gemm["flops_per_second"] for gemm in gemms if gemm["status"] == "measured"]
     results["gemm"] = {
         "size": gemms[0]["size"],
         "runs": rates,
@@ -320,7 +330,7 @@ def _finish(results: dict[str, Any], gemms: list[dict[str, Any]], left_out: dict
     for arm in measured:
         medians.setdefault(arm["arm"], []).append(arm["median_seconds"])
     results["drift"] = {
-        name: max(each) / min(each) - 1 for name, each in medians.items() if len(each) > 1
+        name: max(runs) / min(runs) - 1 for name, runs in medians.items() if len(runs) > 1
     }
     results["cpu_overhead"] = None
     ours, plain = ([arm for arm in measured if arm["arm"] == name] for name in OVERHEAD)
@@ -337,7 +347,7 @@ def _finish(results: dict[str, Any], gemms: list[dict[str, Any]], left_out: dict
 
 
 def _median(runs: list[dict[str, Any]], times: str) -> float:
-    """Median over the steps of all runs of an arm."""
+    """Return the median over the steps of all runs of an arm, seconds."""
     return statistics.median(seconds for run in runs for seconds in run[times])
 
 

@@ -1,9 +1,12 @@
-"""One arm of `train_step.py`, alone in its process: ``python -m benchmarks.train_step_arm SPEC.json
-OUT.json``.
+"""Measure one arm of `train_step.py` in a process of its own.
 
-Megatron's arms go the way of ``mellum2 train``: the run's command line,
-`megatron.training.pretrain`, and its own `train_step` between two time stamps. Left out are what
-surrounds that step in a run: logging, validation, saving.
+::
+
+    python -m benchmarks.train_step_arm SPEC.json OUT.json
+
+Megatron's arms run as ``mellum2 train`` does: the run's command line, `megatron.training.pretrain`,
+and Megatron's `train_step` between two time stamps. Logging, validation and saving lie outside the
+measured step.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import os
 import platform
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -34,15 +38,20 @@ SEED = 7
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """What an arm measures.
+    """The settings of one arm.
 
     Attributes:
+        name: name in tables and in ``--arms``.
         kind: ``megatron``, ``transformers``, or ``gemm`` for one large matrix product.
-        words: further words of Megatron's command line.
-        without: words that are taken out of it.
+        backend, compute, optimizer, mtp: the run's settings that arms differ by; Megatron only.
+        words: words added to Megatron's command line.
+        without: words removed from it.
+        small: the tiny model on a CPU instead of the 12B's slice.
         layers: decoder layers.
         batch: sequences a step.
-        profile: run one more step under the profiler at the end.
+        warmup: steps before the timed ones.
+        steps: timed steps.
+        profile: run one further step under the profiler, after the timed ones.
     """
 
     name: str
@@ -62,7 +71,7 @@ class Spec:
 
     @property
     def run(self) -> Run:
-        """The recipe this arm is a variant of, on one process and without data files."""
+        """The arm's variant of a recipe, for one process and without data files."""
         base = recipe(
             "mellum2_tiny_pretrain" if self.small else "mellum2_4layer_pretrain_1gpu_h200_fp8"
         )
@@ -83,7 +92,9 @@ class Spec:
                 batch_sizes=((0, self.batch),),
                 micro_batch_size=base.schedule.micro_batch_size,
             ),
+            # Random tokens need no loader processes.
             data=dataclasses.replace(base.data, workers=0),
+            # Megatron logs inside its loop; an interval above all steps keeps it silent.
             logging=dataclasses.replace(
                 base.logging, log_interval=1000, eval_iterations=0, tensorboard=False
             ),
@@ -91,11 +102,13 @@ class Spec:
 
 
 class Clock:
-    """Times of steps in seconds: CUDA events on a GPU, `perf_counter` on a CPU; then one profiled
-    step.
+    """Times the steps of one arm: CUDA events on a GPU, `perf_counter` on a CPU.
 
-    On a CPU also the processor's time in all threads of this process, which a busy machine changes
-    less.
+    Attributes:
+        seconds: wall time of each timed step.
+        cpu_seconds: processor time of each timed step, all threads; on a CPU only. A busy machine
+            changes it less than the wall time.
+        profile: result of the profiled step, as `profiled` returns it; None before it.
     """
 
     def __init__(self, spec: Spec, *, cuda: bool) -> None:
@@ -106,10 +119,17 @@ class Clock:
         self._calls = 0
 
     def step(self, work: Callable[[], Any], model: torch.nn.Module | None = None) -> Any:
-        """Run one step: warm-up, timed, or under the profiler, by its number."""
+        """Run one step and return its result: first the warm-up, then the timed steps, then the
+        profiled one."""
         self._calls += 1
         if self._calls > self.spec.warmup + self.spec.steps:
-            return self._profiled(work, model)
+            # Not timed: the profiler slows the step down.
+            from benchmarks.train_step_profile import named_parts, profiled
+
+            results: list[Any] = []
+            with nullcontext() if model is None else named_parts(model):
+                self.profile = profiled(lambda: results.append(work()), cuda=self.cuda)
+            return results[0]
         if self._calls <= self.spec.warmup:
             return work()
         if not self.cuda:
@@ -118,26 +138,19 @@ class Clock:
             self.seconds.append(time.perf_counter() - start)
             self.cpu_seconds.append(time.process_time() - busy)
             return result
+        # Kernels of the step before must not run inside this one's events.
         torch.cuda.synchronize()
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
         result = work()
         after.record()
         torch.cuda.synchronize()
-        self.seconds.append(before.elapsed_time(after) / 1e3)
+        self.seconds.append(before.elapsed_time(after) / 1e3)  # milliseconds
         return result
-
-    def _profiled(self, work: Callable[[], Any], model: torch.nn.Module | None) -> Any:
-        from benchmarks.train_step_profile import named_parts, profiled
-
-        results: list[Any] = []
-        with nullcontext() if model is None else named_parts(model):
-            self.profile = profiled(lambda: results.append(work()), cuda=self.cuda)
-        return results[0]
 
 
 class _RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Uniformly random text; sample ``i`` is the same in every arm."""
+    """Uniformly random tokens, `[samples, length + 1]`; sample ``i`` is the same in every arm."""
 
     def __init__(self, architecture: Mellum2Architecture, length: int, samples: int) -> None:
         generator = torch.Generator().manual_seed(SEED)
@@ -189,7 +202,9 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
     def train_step(
         step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if "step" not in vars(optimizer):  # the first time
+        # Megatron makes the optimizer inside `pretrain`, so its first step is the first chance to
+        # wrap it; an attribute of the instance marks it as wrapped.
+        if "step" not in vars(optimizer):
             optimizer.step = in_part("optimizer", optimizer.step)
         return clock.step(lambda: original(step, data, model, optimizer, *args, **kwargs), model[0])
 
@@ -198,7 +213,9 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
     ) -> tuple[Any, None, None]:
         return _RandomTokens(run.architecture, run.data.sequence_length, samples[0]), None, None
 
-    datasets.is_distributed = True  # type: ignore[attr-defined]
+    # Without the mark Megatron asks the provider on the first tensor-parallel rank only
+    # (megatron/training/training.py:4547-4550, 0.19.2).
+    datasets.is_distributed = True  # type: ignore[attr-defined]  # a mark on the function itself
     with mock.patch.object(training, "train_step", train_step):
         pretrain(
             pretrain_cfg_container_from_args(parse_and_validate_args()),
@@ -210,8 +227,8 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
 
 
 def transformers(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
-    """Train `MellumForCausalLM` as its users do: weights and optimizer state in BF16, no auxiliary
-    loss, no MTP."""
+    """Train `MellumForCausalLM` as its users would: weights and AdamW state in BF16, no auxiliary
+    loss, no MTP head."""
     from transformers import AutoConfig, MellumForCausalLM
 
     from benchmarks.train_step_profile import in_part
@@ -247,13 +264,18 @@ def transformers(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> No
         update()
         optimizer.zero_grad(set_to_none=True)
 
+    # Each pass of the loop is a step: warm-up, timed and profiled steps take `total` batches.
     for batch in text.split(spec.batch):
         clock.step(lambda batch=batch: train_step(batch), model)
 
 
 def gemm(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-    """Multiply two random BF16 matrices, large on a GPU; return the rate and what machine this
-    is."""
+    """Multiply two random square BF16 matrices.
+
+    Returns:
+        ``size`` of the matrices, ``flops_per_second`` and ``machine``.
+    """
+    # 20 products a step, so that the launch of a kernel does not count.
     size, repeats = (8192, 20) if device == "cuda" else (512, 1)
     generator = torch.Generator(device).manual_seed(SEED)
     left, right = (
@@ -266,6 +288,8 @@ def gemm(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> dict[str, 
 
 
 def _machine(device: Literal["cpu", "cuda"]) -> dict[str, Any]:
+    """Return the device, its memory in bytes (GPU only) and the versions of packages."""
+
     def version(name: str) -> str | None:
         try:
             return metadata.version(name)
@@ -273,7 +297,7 @@ def _machine(device: Literal["cpu", "cuda"]) -> dict[str, Any]:
             return None
 
     names = ("torch", "megatron-core", "transformers", "transformer-engine", "emerging-optimizers")
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "device": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -282,12 +306,18 @@ def _machine(device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "memory_bytes": properties.total_memory}
-    return found
+        machine |= {"device": properties.name, "memory_bytes": properties.total_memory}
+    return machine
 
 
 def measure(spec: Spec) -> dict[str, Any]:
-    """Run one arm here and return its figures."""
+    """Run one arm in this process.
+
+    Returns:
+        ``on``, the device; ``seconds`` and ``cpu_seconds`` of each timed step; ``profile``;
+        ``peak_memory_bytes``, torch's own on a GPU, the process's on a CPU. For ``gemm`` also the
+        figures of `gemm`.
+    """
     device: Literal["cpu", "cuda"] = (
         "cpu" if spec.small or not torch.cuda.is_available() else "cuda"
     )
@@ -305,7 +335,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return result | {
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
@@ -315,25 +345,18 @@ def measure(spec: Spec) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Read a `Spec`, measure it, write the figures."""
+    """Read a `Spec`, measure it and write its figures, both as JSON."""
     spec_path, out = sys.argv[1:3]
     values = json.loads(Path(spec_path).read_text())
     spec = Spec(**values | {name: tuple(values[name]) for name in ("words", "without")})
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(
-        environment | {"MASTER_PORT": os.environ.get("MASTER_PORT", str(_free_port()))}
-    )
-    write_json(out, measure(spec))
-    sys.stdout.flush()
-    os._exit(0)  # nothing is left to save, and NCCL may wait at exit
-
-
-def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        free_port = str(probe.getsockname()[1])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", free_port)
+    write_json(out, measure(spec))
+    sys.stdout.flush()
+    os._exit(0)  # the figures are written, and NCCL may wait at a normal exit
 
 
 if __name__ == "__main__":

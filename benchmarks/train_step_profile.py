@@ -1,8 +1,9 @@
-"""Where the time of one training step goes, by part of the model, from torch.profiler.
+"""Time of one training step by part of the model, from torch.profiler.
 
-Every module that belongs to a part is a named range while its forward pass runs. A kernel belongs
-to the innermost range around the operator that launched it; in the backward pass, to the range of
-the forward operator with the same sequence number, which is how autograd numbers its nodes.
+The forward pass of each module that belongs to a part runs inside a named range. In the forward
+pass a kernel counts for the innermost range around the operator that launched it. In the backward
+pass it counts for the range of the forward operator with the same sequence number: autograd gives
+an operator and its backward node one number.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ PARTS = (
     "communication",
     "other",
 )
-"""Parts of a step. Attention has its projections, the grouped GEMM the experts' activation."""
+"""Parts of a step. ``attention`` includes its projections, ``grouped GEMM`` the experts'
+activation."""
 
 _PREFIX = "part::"
+# The last name of a module's path, of Megatron's and of transformers' modules.
 _MODULES = {
     "self_attention": "attention",
     "self_attn": "attention",
@@ -41,8 +44,8 @@ _MODULES = {
     "lm_head": "vocabulary and loss",
 }
 _NORM_MODULE = re.compile(r"(norm|layernorm)$")
-# What no module runs, or a fused module runs among others, by the name of the operator or of its
-# kernel.
+# Operators and kernels told by their own names: communication belongs to no module, and Transformer
+# Engine computes norms inside its linear layers.
 _NAMES = (
     (
         re.compile(r"nccl|gloo|c10d|all_?reduce|reduce_?scatter|all_?gather|all_?to_?all", re.I),
@@ -55,7 +58,7 @@ _LOSS = re.compile(r"cross_?entropy|log_?softmax|nll_loss", re.I)
 
 @contextmanager
 def named_parts(model: torch.nn.Module) -> Iterator[None]:
-    """Name every part's range inside ``model`` while the block runs."""
+    """Put ``model``'s modules into the ranges of their parts while the block runs."""
     handles = []
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
@@ -70,6 +73,7 @@ def named_parts(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _range(module: torch.nn.Module, part: str) -> list[Any]:
+    """Put the forward pass of ``module`` into a range; return the handles of the two hooks."""
     open_ranges: list[Any] = []
 
     def enter(*_: Any) -> None:
@@ -86,7 +90,7 @@ def _range(module: torch.nn.Module, part: str) -> list[Any]:
 
 
 def in_part(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` with its time given to ``part``."""
+    """Return ``function`` inside the range of ``part``."""
 
     def ranged(*args: Any, **kwargs: Any) -> Any:
         with torch.profiler.record_function(_PREFIX + part):
@@ -99,9 +103,9 @@ def profiled(step: Callable[[], Any], *, cuda: bool, largest: int = 10) -> dict[
     """Run ``step`` once under the profiler.
 
     Returns:
-        ``unit``: what was added up, kernels on the GPU or operators on the CPU; ``seconds``, their
-        sum; ``share`` of every part in it; ``top``, the ``largest`` operators or kernels with their
-        shares.
+        ``unit``: ``GPU kernels`` or ``CPU operators``; ``seconds``: the sum of their times;
+        ``share``: each part's share of it, 0 to 1; ``top``: the ``largest`` kernels or operators,
+        each with its share.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if cuda:
@@ -121,14 +125,15 @@ def profiled(step: Callable[[], Any], *, cuda: bool, largest: int = 10) -> dict[
 
 
 def _spent(events: list[Any], cuda: bool) -> tuple[Counter[str], Counter[str]]:
-    """Return microseconds by part, and by operator or kernel."""
+    """Return microseconds by part, and by kernel (operator on a CPU)."""
     on_cpu = [
         event
         for event in events
         if event.device_type == torch.autograd.DeviceType.CPU and not event.is_async
     ]
     on_cpu.sort(key=lambda event: event.time_range.start)
-    # Operators peek at the number of the node that comes next: the last one to see it made it.
+    # An operator that makes no backward node carries the number of the next node to come. The last
+    # operator with a number is therefore the one that made its node.
     forward: dict[tuple[int, int], str] = {}
     for event in on_cpu:
         part = _enclosing(event)
@@ -137,7 +142,7 @@ def _spent(events: list[Any], cuda: bool) -> tuple[Counter[str], Counter[str]]:
     spent: Counter[str] = Counter()
     names: Counter[str] = Counter()
     for event in on_cpu:
-        where = _enclosing(event) or _of_backward(event, forward)
+        part = _enclosing(event) or _of_backward(event, forward)
         if cuda:
             costs = [
                 (kernel.name, kernel.duration)
@@ -147,10 +152,11 @@ def _spent(events: list[Any], cuda: bool) -> tuple[Counter[str], Counter[str]]:
         else:
             costs = [(event.name, event.self_cpu_time_total)]
         for name, microseconds in costs:
-            spent[_part(name, where)] += microseconds
+            spent[_part(name, part)] += microseconds
             if not name.startswith(_PREFIX):
                 names[name[:80]] += microseconds
-    if cuda:  # kernels without an operator
+    if cuda:
+        # Kernels that the profiler attributes to no operator.
         on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
         total = sum(
             event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation
@@ -159,17 +165,19 @@ def _spent(events: list[Any], cuda: bool) -> tuple[Counter[str], Counter[str]]:
     return spent, names
 
 
-def _part(name: str, where: str | None) -> str:
-    if where == "optimizer":
-        return where
-    for pattern, part in _NAMES:
+def _part(name: str, part: str | None) -> str:
+    """Return the part of a kernel or operator inside the range of ``part``; None is outside all."""
+    # The optimizer's own reductions (gradient norm, gathered weights) stay with it.
+    if part == "optimizer":
+        return part
+    for pattern, named in _NAMES:
         if pattern.search(name):
-            return part
-    return where or ("vocabulary and loss" if _LOSS.search(name) else "other")
+            return named
+    return part or ("vocabulary and loss" if _LOSS.search(name) else "other")
 
 
 def _enclosing(event: Any) -> str | None:
-    """Innermost part around an operator."""
+    """Return the part of the innermost range around an operator, if any."""
     while event is not None:
         if event.name.startswith(_PREFIX):
             return str(event.name.removeprefix(_PREFIX))
@@ -178,7 +186,7 @@ def _enclosing(event: Any) -> str | None:
 
 
 def _of_backward(event: Any, forward: dict[tuple[int, int], str]) -> str | None:
-    """The part whose forward pass an operator of the backward pass belongs to."""
+    """Return the part of the forward operator that a backward operator belongs to, if any."""
     while event is not None:
         if event.scope == 1:  # BACKWARD_FUNCTION, as in torch/autograd/profiler_util.py:224 (2.15)
             return forward.get((event.sequence_nr, event.fwd_thread))

@@ -1,4 +1,4 @@
-"""Tables and the picture of `train_step.py`'s results."""
+"""Tables and a bar chart of `train_step.py`'s results."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from rich.table import Table
 from benchmarks.train_step_profile import PARTS
 from mellum2_megatron.common.files import atomic_path, size_text
 
-SMALL_NOTE = "Small mode: a tiny model on a CPU, to show that the benchmark runs. Its figures mean nothing about speed on GPUs."
+SMALL_NOTE = (
+    "Small mode: a tiny model on a CPU, to show that the benchmark runs. "
+    "Its figures mean nothing about speed on GPUs."
+)
 REFERENCE = {
     "name": "Moonlight-16B-A3B in Megatron-Bridge, BF16, natural routing, per H100 of 16",
     "model_flops_per_second": 387e12,
 }
-"""The best published rate of a model of this kind and size; multi-GPU, so its step also
-communicates."""
+"""Best published rate of a mixture-of-experts model of this size. Its 16 GPUs communicate; one GPU
+does not."""
 
 
 def _rate(flops_per_second: float) -> str:
@@ -26,15 +29,15 @@ def _rate(flops_per_second: float) -> str:
 
 
 def tables(results: dict[str, Any]) -> list[Table | str]:
-    """Return what is printed: speed, where the time goes, and remarks."""
+    """Return the printed report: speed, time by part, and remarks."""
     return [_speed(results), _profile(results), *_remarks(results)]
 
 
 def _speed(results: dict[str, Any]) -> Table:
     size = results["slice"]
     table = Table(
-        title=f"One training step, {size['layers']} layers, {size['batch']} x {size['sequence_length']} tokens, "
-        f"on {results['machine']['device']}",
+        title=f"One training step, {size['layers']} layers, "
+        f"{size['batch']} x {size['sequence_length']} tokens, on {results['machine']['device']}",
         caption=results["note"],
     )
     table.add_column("arm", no_wrap=True)
@@ -57,7 +60,7 @@ def _speed(results: dict[str, Any]) -> Table:
 
 
 def _profile(results: dict[str, Any]) -> Table:
-    table = Table(title="Where the time of one step goes")
+    table = Table(title="Time of one step by part")
     table.add_column("arm", no_wrap=True)
     for part in PARTS:
         table.add_column(part, justify="right")
@@ -85,15 +88,16 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     if results["cpu_overhead"]:
         ratio = results["cpu_overhead"]
         lines.append(
-            f"CPU backend over plain torch, {ratio['of']} / {ratio['over']}: {ratio['processor']:.2f} in processor "
-            f"time, {ratio['wall']:.2f} in wall time"
+            f"CPU backend over plain torch, {ratio['of']} / {ratio['over']}: "
+            f"{ratio['processor']:.2f} in processor time, {ratio['wall']:.2f} in wall time"
         )
     lines.append(f"{results['command']}, commit {results['commit']}, {results['date']}")
     return lines
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw the model FLOP/s of every run of every arm as bars."""
+    """Draw the model FLOP/s of each measured arm as a bar, in the order of the runs."""
+    # The canvas is chosen here, so that no display is needed and pyplot's state stays untouched.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,5 +1,5 @@
-"""One process without a GPU runs the CPU backend; with one, Megatron runs as it is and nothing of
-`cpu` is imported."""
+"""Fixtures for all tests. Without a GPU the CPU backend is activated; with one, `cpu` is never
+imported."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     from mellum2_megatron import cpu
 
-    cpu.activate()  # before any test module imports megatron
+    # Activation is refused once megatron is imported, which most test modules do at the top.
+    cpu.activate()
 
 
 @pytest.fixture(scope="session")
 def megatron_world() -> Iterator[None]:
-    """Megatron's parallel state for one process."""
+    """Megatron's parallel state for one process, without a GPU."""
     if torch.cuda.is_available():
         pytest.skip("the one-process CPU world is for machines without a GPU")
     from mellum2_megatron import cpu
@@ -33,6 +34,7 @@ def megatron_world() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """A corpus of 30 files, for the runs of `tests.training.test_train`."""
+    # Imported here, so that light tests can be collected without the training code.
     from tests.training.test_train import small_corpus
 
     return small_corpus(tmp_path_factory.mktemp("data"))
@@ -40,16 +42,17 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 @pytest.fixture(scope="session")
 def trained(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Six uninterrupted steps on two ranks, the experts divided between them: to be read, or
-    copied."""
+    """Folder of a run of six steps on two ranks with `layout.ep=2`; read-only, shared by all
+    tests."""
     from tests.training.test_train import small_run, train
 
     folder = train(small_run(small_data, tmp_path_factory.mktemp("run") / "straight"), nproc=2)
     before = _stamps(folder)
     yield folder
-    assert _stamps(folder) == before, "a test has changed the run that all of them share"
+    assert _stamps(folder) == before, "a test has changed the run that all tests share"
 
 
 def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return size and time of change of each file below `folder`."""
     stats = {path: path.stat() for path in folder.rglob("*")}
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}

@@ -1,9 +1,8 @@
 """Run one function in several processes that form a gloo world, quickly and without a TCP port.
 
-The processes are forked from a server that has activated the CPU backend and imported Megatron once
-(some 13 s of imports), so a run pays only for what it does. Each child initialises
-torch.distributed through a file store, writes its output into a file, which a failure shows, and
-returns what the function returns.
+The processes are forked from a server that has activated the CPU backend and imported Megatron:
+about 13 s of imports, paid once. Each child initialises torch.distributed through a file store,
+redirects its output into a file, and pickles the function's result into another.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _SHOWN_OUTPUT = 6000  # characters of each rank's output in a failure message
 
 
 class DistributedError(AssertionError):
-    """A rank failed, died or did not finish; the message holds every rank's output."""
+    """A rank failed, died or did not finish; the message shows the end of every rank's output."""
 
 
 def run_distributed(
@@ -45,9 +44,11 @@ def run_distributed(
             **kwargs)``, after ``torch.distributed`` is initialised; ``RANK``, ``WORLD_SIZE`` and
             ``LOCAL_RANK`` are set.
         nproc: number of processes.
-        timeout: seconds after which all processes are killed.
-        environment: variables for the children, on top of their own.
-        backend: ``gloo``, or ``nccl`` for fresh processes with a GPU each, without the CPU backend.
+        args, kwargs: arguments of ``function``; they are pickled.
+        timeout: seconds until all processes are killed, default 120.
+        environment: variables added to the children's environment.
+        backend: ``gloo``, or ``nccl`` for fresh processes with one GPU each, without the CPU
+            backend.
 
     Raises:
         DistributedError: a child raised, died, or was still running after ``timeout`` seconds.
@@ -74,9 +75,11 @@ def start_distributed(
     backend: str = "gloo",
     **kwargs: Any,
 ) -> World:
-    """Start what `run_distributed` runs and return at once, for tests that kill or signal ranks."""
+    """Start the processes of `run_distributed` and return at once, for tests that kill or signal
+    ranks."""
     context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
     if backend == "gloo":
+        # Only the first call starts the server; the preload of later calls is ignored.
         context.set_forkserver_preload([f"{__name__}_preload"])
     job = (function, args, kwargs, nproc, str(folder), environment or {}, backend)
     processes = [context.Process(target=_child, args=(rank, *job)) for rank in range(nproc)]
@@ -86,19 +89,30 @@ def start_distributed(
 
 
 class World:
-    """The processes of one run. ``processes[rank].pid`` is there to be killed or signalled."""
+    """The processes of one run.
+
+    Attributes:
+        processes: by rank; tests kill or signal ``processes[rank].pid``.
+        folder: folder of the store, and of every rank's output and result.
+    """
 
     def __init__(self, processes: Sequence[ForkServerProcess], folder: Path) -> None:
         self.processes, self.folder = processes, folder
 
     def results(self, *, timeout: float) -> list[Any]:
-        """Wait for every rank; return what each returned. One rank's failure ends the others after
-        a short grace."""
+        """Wait for all ranks and return their results, by rank.
+
+        Raises:
+            DistributedError: a rank failed, died, or was still running after ``timeout`` seconds.
+        """
         deadline = time.monotonic() + timeout
         while any(process.is_alive() for process in self.processes):
             if any(process.exitcode not in (None, 0) for process in self.processes):
+                # The others may wait in a collective for the failed rank. They get 2 s, in which
+                # a rank with a failure of its own can still write it down.
                 deadline = min(deadline, time.monotonic() + 2)
-                self._join(deadline)
+                for process in self.processes:
+                    process.join(max(0.0, deadline - time.monotonic()))
                 break
             if time.monotonic() > deadline:
                 break
@@ -116,8 +130,8 @@ class World:
         ]
 
     def kill(self) -> None:
-        """End every process that is still there, and what it has started (Megatron's saver has a
-        manager process)."""
+        """Kill all processes with their process groups, to which the manager process of Megatron's
+        background saver belongs."""
         for process in self.processes:
             if process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -125,22 +139,15 @@ class World:
             process.join()
 
     def output(self, rank: int | None = None) -> str:
-        """What one rank, or each, has written to its standard output and error so far: the end of
-        it."""
-        ranks = range(len(self.processes)) if rank is None else [rank]
-        return "\n".join(f"--- rank {rank} ---\n{self._output(rank)}" for rank in ranks)
-
-    def _output(self, rank: int) -> str:
-        path = self._file(rank, "output")
-        return (
-            path.read_text(errors="replace")[-_SHOWN_OUTPUT:]
-            if path.exists()
-            else "(ended before it began)"
-        )
-
-    def _join(self, deadline: float) -> None:
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+        """Return the end of the standard output and error of one rank, or of all ranks."""
+        texts = []
+        for number in range(len(self.processes)) if rank is None else [rank]:
+            path = self._file(number, "output")
+            text = "(no output: ended before it started)"
+            if path.exists():
+                text = path.read_text(errors="replace")[-_SHOWN_OUTPUT:]
+            texts.append(f"--- rank {number} ---\n{text}")
+        return "\n".join(texts)
 
     def _file(self, rank: int, kind: str) -> Path:
         return self.folder / f"{kind}.{rank}"
@@ -156,8 +163,9 @@ def _child(
     environment: dict[str, str],
     backend: str,
 ) -> None:
-    """Body of each process: redirect output, join the world, call the function, leave its
+    """Body of each process: redirect the output, join the world, call the function, write its
     result."""
+    # By file descriptor, so that output of C++ code (gloo, NCCL) is redirected too.
     output = os.open(
         os.path.join(folder, f"output.{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
     )
@@ -165,7 +173,7 @@ def _child(
     os.dup2(output, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.setsid()  # a group of its own, to be killed whole
+    os.setsid()  # a new process group, which `World.kill` kills as one
     os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc)

@@ -1,13 +1,12 @@
-"""Imported once by the server that `tests/distributed.py` forks its processes from."""
+"""Imports of the server from which `tests/distributed.py` forks its processes."""
 
 from __future__ import annotations
 
 import importlib
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: a forked process cannot use its parent's thread pool
+# Before torch is imported: a forked process cannot use its parent's thread pool.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -19,7 +18,7 @@ cpu.activate()
 for name in (
     "emerging_optimizers.orthogonalized_optimizers",
     "megatron.training",
-    # What a first training run would import at work:
+    # Imported by a run's first save, first tokenizer and first compiled function.
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.tokenizers.text",
     "torch._dynamo",

@@ -1,4 +1,5 @@
-"""benchmarks/train_step.py: its small mode end to end, its plan, and whose time is whose."""
+"""benchmarks/train_step.py: its small mode from end to end, its choice of arms, and the time by
+part."""
 
 from __future__ import annotations
 
@@ -20,19 +21,8 @@ MACHINE = {"versions": {"transformer-engine": "2.20.2"}, "memory_bytes": 80 * 2*
 
 
 @pytest.mark.slow
-def test_the_small_mode_measures_and_says_what_it_is_worth(tmp_path: Path) -> None:
-    words = [
-        "--small",
-        "--warmup",
-        "1",
-        "--steps",
-        "2",
-        "--arms",
-        OURS,
-        THEIRS,
-        "--output",
-        str(tmp_path),
-    ]
+def test_the_small_mode_measures_and_disclaims_its_figures(tmp_path: Path) -> None:
+    words = f"--small --warmup 1 --steps 2 --arms {OURS} {THEIRS} --output {tmp_path}".split()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.train_step", *words],
         cwd=REPOSITORY,
@@ -83,8 +73,8 @@ def test_the_small_mode_measures_and_says_what_it_is_worth(tmp_path: Path) -> No
 
 
 def test_backward_operators_belong_to_their_forward_modules_part() -> None:
-    """`mm` runs in the backward pass only, `addmm` in the forward pass, and no module but the
-    experts has either."""
+    """`addmm` runs in the forward pass only, `mm` in the backward pass only, and both only in the
+    experts."""
     model = torch.nn.ModuleDict(
         {"norm": torch.nn.LayerNorm(256), "experts": torch.nn.Linear(256, 256)}
     )
@@ -93,10 +83,10 @@ def test_backward_operators_belong_to_their_forward_modules_part() -> None:
         model["experts"](model["norm"](torch.randn(512, 256))).exp().sum().backward()
 
     with named_parts(model):
-        found = profiled(step, cuda=False, largest=1000)
-    products = found["top"]["aten::mm"] + found["top"]["aten::addmm"]
-    assert found["share"]["grouped GEMM"] >= products
-    assert found["share"]["norm"] >= found["top"]["aten::native_layer_norm_backward"] > 0
+        profile = profiled(step, cuda=False, largest=1000)
+    share, top = profile["share"], profile["top"]
+    assert share["grouped GEMM"] >= top["aten::mm"] + top["aten::addmm"]
+    assert share["norm"] >= top["aten::native_layer_norm_backward"] > 0
     assert not model["experts"]._forward_hooks
 
 
@@ -130,15 +120,14 @@ def test_without_transformer_engine_or_gpu_te_arms_are_named_as_missing(
 
 
 def test_the_slice_grows_with_the_memory() -> None:
-    """Every fourth layer has full attention; 28 layers of the 12B and an 80 GiB GPU do not go
-    together."""
+    """In whole periods of four layers, as far as the GPU's memory allows."""
     small, large = (
         train_step._fitting_layers(train_step.ARMS[0], gib * 2**30) for gib in (79, 139)
     )
     assert (small, large) == (4, 8)
 
 
-def test_a_variant_takes_out_only_words_that_are_there() -> None:
+def test_a_variant_removes_only_words_of_the_command_line() -> None:
     from mellum2_megatron.upstream import megatron_arguments
 
     for spec in train_step.TUNING:
@@ -147,6 +136,6 @@ def test_a_variant_takes_out_only_words_that_are_there() -> None:
         assert spec.words or spec.without
 
 
-def test_an_unknown_arm_is_refused_with_those_there_are() -> None:
+def test_an_unknown_arm_is_refused_with_a_list_of_the_arms() -> None:
     with pytest.raises(train_step.InputError, match="te-bf16-muon-mtp"):
         plan("--arms", "te-bf16")

@@ -1,4 +1,4 @@
-"""The launcher that the multi-process tests stand on: results, failures, timeouts, kills."""
+"""`tests.distributed`, the base of all multi-process tests: results, failures, timeouts, kills."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def hang() -> None:
 
 
 def collectives() -> dict[str, object]:
-    """What Megatron asks of gloo in this project's layouts, with values that are exact in any
-    precision."""
+    """Return results of the collectives that Megatron uses in this project's layouts; BF16 holds
+    all values exactly."""
     rank, peer = torch.distributed.get_rank(), 1 - torch.distributed.get_rank()
     result: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -57,9 +57,8 @@ def collectives() -> dict[str, object]:
         for work in torch.distributed.batch_isend_irecv(pair):
             work.wait()
         result[f"p2p {dtype}"] = received.tolist()
-        uneven = torch.empty(
-            2 + 4 * rank, dtype=dtype
-        )  # each rank sends 1 element to rank 0 and 3 to rank 1
+        # Each rank sends 1 element to rank 0 and 3 elements to rank 1.
+        uneven = torch.empty(2 + 4 * rank, dtype=dtype)
         torch.distributed.all_to_all_single(uneven, ramp, [1 + 2 * rank] * 2, [1, 3])
         result[f"all_to_all {dtype}"] = uneven.tolist()
     both = [torch.ones(2), torch.ones(3)]
@@ -106,21 +105,19 @@ def test_a_killed_rank_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_gloo_does_what_megatron_asks_of_it() -> None:
-    """With torch 2.15 no collective needs emulating; where an older gloo lacks one, this names
-    it."""
+    """No collective needs emulating with torch 2.15; the failure names the one an older gloo
+    lacks."""
     zero, one = run_distributed("tests.test_distributed:collectives", 2)
     for dtype in (torch.float32, torch.bfloat16):
-        assert (zero[f"reduce_scatter {dtype}"], one[f"reduce_scatter {dtype}"]) == ([1, 3], [5, 7])
-        assert (zero[f"reduce_scatter avg {dtype}"], one[f"reduce_scatter avg {dtype}"]) == (
-            [0.5, 1.5],
-            [2.5, 3.5],
-        )
-        assert zero[f"all_gather {dtype}"] == one[f"all_gather {dtype}"] == [0, 1, 2, 3, 1, 2, 3, 4]
-        assert zero[f"max {dtype}"] == [1, 2, 3, 4]
-        assert (zero[f"p2p {dtype}"], one[f"p2p {dtype}"]) == ([1, 2, 3, 4], [0, 1, 2, 3])
-        assert (zero[f"all_to_all {dtype}"], one[f"all_to_all {dtype}"]) == (
-            [0, 1],
-            [1, 2, 3, 2, 3, 4],
-        )
+        for name, at_zero, at_one in (
+            ("reduce_scatter", [1, 3], [5, 7]),
+            ("reduce_scatter avg", [0.5, 1.5], [2.5, 3.5]),
+            ("all_gather", [0, 1, 2, 3, 1, 2, 3, 4], [0, 1, 2, 3, 1, 2, 3, 4]),
+            ("max", [1, 2, 3, 4], [1, 2, 3, 4]),
+            ("p2p", [1, 2, 3, 4], [0, 1, 2, 3]),
+            ("all_to_all", [0, 1], [1, 2, 3, 2, 3, 4]),
+        ):
+            assert zero[f"{name} {dtype}"] == at_zero, name
+            assert one[f"{name} {dtype}"] == at_one, name
     assert zero["coalesced"] == [[2, 2], [2, 2, 2]]
     assert zero["max bool"] == [True]

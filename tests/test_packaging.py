@@ -1,5 +1,5 @@
-"""What an installation promises: pins without addresses, every dependency pinned, all packages
-shipped, no apex."""
+"""Properties of an installation: plain pins, every dependency pinned, all packages shipped, no
+apex."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from packaging.utils import canonicalize_name
 from setuptools import find_namespace_packages
 
 from tests import REPOSITORY
+from tests.import_reader import TOPS
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 CONSTRAINTS = "constraints.txt"
 
 
 def _pins(name: str) -> dict[str, str]:
+    """Return package -> version of a constraints file."""
     lines = [
         line
         for line in (REPOSITORY / name).read_text().splitlines()
@@ -31,6 +33,7 @@ def _pins(name: str) -> dict[str, str]:
 
 
 def _requirements(*extras: str) -> list[Requirement]:
+    """Return the project's requirements, with those of `extras`."""
     project = PROJECT["project"]
     lists = [
         project["dependencies"],
@@ -60,7 +63,8 @@ def test_apex_is_no_dependency() -> None:
 
 def test_every_top_level_package_is_shipped() -> None:
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert include == [f"{top}*" for top in TOPS]
     shipped = set(find_namespace_packages(str(REPOSITORY), include=include))
-    for top in ("mellum2_megatron", "conversion", "launchers", "ablations"):
+    for top in TOPS:
         folders = {path.parent for path in (REPOSITORY / top).rglob("*.py")}
         assert {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders} <= shipped
