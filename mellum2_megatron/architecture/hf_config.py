@@ -118,19 +118,19 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
     if isinstance(fields["eos_token_id"], list):
         fields["eos_token_id"] = tuple(fields["eos_token_id"])
 
+    # Checked ahead of the others: the absent lists below get their length from it.
     layers = fields["num_hidden_layers"]
     require_positive_int("num_hidden_layers", layers)
     fields["layer_types"] = _layer_types(values, "layer_types", "full_attention", layers)
-    fields["num_mtp_layers"] = values.get("num_nextn_predict_layers") or 0
-    # Folders whose MTP head was dropped keep its list; transformers ignores the list then.
-    fields["mtp_layer_types"] = (
-        _layer_types(values, "mtp_layer_types", "sliding_attention", fields["num_mtp_layers"])
-        if fields["num_mtp_layers"]
-        else ()
-    )
     _require_sparse(values, "mlp_layer_types", layers)
-    if fields["num_mtp_layers"]:
-        _require_sparse(values, "mtp_mlp_layer_types", fields["num_mtp_layers"])
+    mtp_layers = values.get("num_nextn_predict_layers") or 0  # null means none
+    fields["num_mtp_layers"], fields["mtp_layer_types"] = mtp_layers, ()
+    # Folders whose MTP head was dropped keep its lists; transformers ignores them then.
+    if mtp_layers:
+        fields["mtp_layer_types"] = _layer_types(
+            values, "mtp_layer_types", "sliding_attention", mtp_layers
+        )
+        _require_sparse(values, "mtp_mlp_layer_types", mtp_layers)
     fields.update(_rope_fields(values, fields))
     architecture = Mellum2Architecture(**fields)
     _warn_of_oddities(values, architecture)
@@ -308,13 +308,14 @@ def _read_rope(
         raise InputError(
             f"{where}={entry!r}", rule="it must be an object", fix="give rope_type and rope_theta"
         )
-    rope_type = entry.get("rope_type", entry.get("type", "default"))
+    rope_type = entry.get("rope_type", entry.get("type", "default"))  # "type" is the old name
     if entry.get("partial_rotary_factor") not in (None, 1):
         raise InputError(
             f"{where}.partial_rotary_factor={entry['partial_rotary_factor']!r}",
             rule="Mellum 2 rotates whole heads",
             fix="convert a folder with partial_rotary_factor 1",
         )
+    # Collected, to name all ignored keys of the entry in one warning.
     ignored = sorted(set(entry) - _ROPE_KEYS)
     theta = entry.get("rope_theta")
     if theta is None:

@@ -36,7 +36,7 @@ class InputError(Mellum2Error):
 
     def __init__(self, value: str, *, rule: str, fix: str) -> None:
         self.value, self.rule, self.fix = value, rule, fix
-        super().__init__(f"{value}: {rule}. Fix: {fix}.")
+        super().__init__(f"{value}: {rule}. Fix: {fix}.")  # one line, for logs and `grep`
 
 
 class WorkError(Mellum2Error):

@@ -181,6 +181,7 @@ def read_yaml(text: str, *, document: str, fix: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
+        # Only marked errors have a line; the plain message spans several lines.
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
         place = f"{document}, line {mark.line + 1}" if mark else document

@@ -189,6 +189,7 @@ class Layout:
                     f"or a sequence length that is a multiple of {2 * self.cp}",
                 )
             ]
+        # Sequence parallelism divides what context parallelism leaves of a sequence.
         if sequence_length // self.cp % self.tp:
             return [
                 InputError(
@@ -203,6 +204,8 @@ class Layout:
     def _world_problems(
         self, architecture: Mellum2Architecture, world_size: int
     ) -> list[InputError | None]:
+        # Attention and experts divide the same ranks independently; each leaves its own data
+        # parallelism.
         dense, expert = self.tp * self.cp * self.pp, self.ep * self.etp * self.pp
         unit = self.smallest_world_size
         below, above = world_size // unit * unit, (world_size // unit + 1) * unit
@@ -217,6 +220,7 @@ class Layout:
                 )
             ]
         if world_size % expert:
+            # Any ep works that divides the experts and fits the ranks at the given etp and pp.
             experts = divisors(architecture.num_experts)
             working = [ep for ep in experts if world_size % (ep * self.etp * self.pp) == 0]
             return [
@@ -252,7 +256,7 @@ def pipeline_stages(
     if parameter.component == "embedding":
         # The MTP layer, on the last stage, embeds the next token itself.
         return {0, last} if architecture.num_mtp_layers else {0}
-    if parameter.mtp or parameter.layer is None:
+    if parameter.mtp or parameter.layer is None:  # MTP head, final norm and output head
         return {last}
     # Chunk of the layer among pp * vpp equal chunks; chunk i lies on stage i mod pp.
     chunk = parameter.layer * layout.pp * layout.vpp // architecture.num_hidden_layers

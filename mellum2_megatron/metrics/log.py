@@ -171,7 +171,7 @@ class MetricsLogger:
         if note:
             line["note"] = note
         for name, value in values.items():
-            number = float(value)
+            number = float(value)  # of a tensor or NumPy scalar too
             line[name] = number if math.isfinite(number) else str(number)
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()  # a killed run must not lose logged steps
@@ -302,5 +302,6 @@ def _drop_after(path: Path, step: int) -> None:
             for number, line in enumerate(lines, start=1)
             if _parse(line, f"{path} line {number}").step <= step
         ]
+    # Atomic: a job killed here is started again and must find the old lines.
     with atomic_path(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -50,6 +50,7 @@ def plot_loss(
             fix="name the metrics.jsonl of a training run",
         )
     figure, axes = _figure(title)
+    # MTP first, so that the main curve lies on top.
     mtp_steps, mtp_losses = series(records, "mtp_loss")
     if mtp_steps:
         axes.plot(
@@ -62,6 +63,7 @@ def plot_loss(
     axes.plot(steps, losses, color=_LM, linewidth=1.8, label="next token, training")
     valid_steps, valid_losses = series(records, "lm_loss", "valid")
     if valid_steps:
+        # Points, not a line: validations are rare. Whole even at the right edge.
         axes.plot(
             valid_steps,
             valid_losses,
@@ -159,6 +161,7 @@ def _token_axis(axes: Axes, records: list[Record]) -> None:
     def to_steps(count: Any) -> Any:
         return np.interp(count, known_tokens, known_steps)
 
+    # Both directions are needed: matplotlib places ticks by the inverse.
     top = axes.secondary_xaxis("top", functions=(to_tokens, to_steps))
     top.set_xlabel("tokens", color=_MUTED)
     top.tick_params(colors=_MUTED, length=0)

@@ -74,6 +74,7 @@ PHASES = pretraining.three_phases(
     },
 )
 
+# The 12B's stage at fewer layers, steps and tokens; learning rate and precision stay.
 LONG_CONTEXT = replace(
     long_context.LONG_CONTEXT,
     summary="long context (52.4M tokens at 32K, layer-selective YaRN)",

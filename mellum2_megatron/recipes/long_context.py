@@ -31,13 +31,13 @@ LONG_CONTEXT = Stage(
         warmup_steps=100,
         decay_steps=500,
         batch_sizes=((0, SEQUENCES),),
-        micro_batch_size=1,
+        micro_batch_size=1,  # one sequence is already the work of CP ranks
     ),
     precision=Precision(compute="fp8"),
     data=Data(path="data/long_context", sequence_length=SEQUENCE_LENGTH),
     logging=Logging(log_interval=10, eval_interval=500, eval_iterations=4),
     save_interval=500,
-    start="weights",
+    start="weights",  # the optimizer state belongs to the other schedule
     hardware={
         "": _H200_128,
         "_128gpu_h200_fp8": _H200_128,

@@ -18,6 +18,7 @@ MELLUM2_12B = StageFamily(
     name="mellum2_12b", title="Mellum 2 12B", stages=(*PRETRAINING, LONG_CONTEXT)
 )
 
+# A table, not decorators: one place lists all names, whatever is imported first.
 _RECIPES: dict[str, Callable[..., Run]] = {
     **stage_recipes(MELLUM2_12B),
     **stage_recipes(FOUR_LAYERS),
