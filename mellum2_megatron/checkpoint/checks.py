@@ -47,6 +47,7 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
     if (root / ARCHITECTURE_FILE).exists():
         _require_same_architecture(run, root, "checkpoint.output", "choose another --output")
     elif iteration_folders(root) or (root / TRACKER_FILE).exists():
+        # Megatron would load them into this run's model, or fail on shapes much later.
         raise InputError(
             f"checkpoint.output={root}",
             rule=f"holds checkpoints without {ARCHITECTURE_FILE}, "
@@ -78,6 +79,8 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
             rule="its data begin where another run ended",
             fix="name that run's folder as checkpoint.continue_from, or set data.first_sample=0",
         )
+    # Sizes cost one stat for each file, so every process checks all of them; hashes are shared
+    # among the ranks (`check_share`).
     if start.checkpoint is not None and run.checkpoint.verify != "off":
         check_sizes(start.checkpoint)
     place, needed = existing_ancestor(root), checkpoint_bytes(run)
@@ -102,9 +105,11 @@ def check_share(run: Run, start: StartingPoint, *, rank: int, world_size: int) -
     source = start.checkpoint
     if source is None or run.checkpoint.verify != "hash":
         return
+    # The ranks of a machine hash at the same time and share its cores.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
     total = bytes_to_check(source, part=rank, parts=world_size)
+    # Shares are about equal, so the bar of rank 0 stands for all.
     if rank or total < _SHOW_PROGRESS_FROM:
         check_hashes(source, part=rank, parts=world_size, threads=threads)
         return
@@ -140,6 +145,7 @@ def _check_continuation(run: Run, start: StartingPoint) -> None:
             fix="use checkpoint.load, or name a run's output folder",
         )
     if start.names_iteration:
+        # --load is given the folder, and Megatron then takes the iteration in its tracker.
         raise InputError(
             key,
             rule="a run continues the newest checkpoint of another",
@@ -149,6 +155,7 @@ def _check_continuation(run: Run, start: StartingPoint) -> None:
         raise start.before_error
     assert start.before is not None
     before = start.before.schedule
+    # Megatron keeps the sample count of the checkpoint, and counts batches by the run's schedule.
     reached, reached_by_run = (
         schedule.samples(source.iteration) for schedule in (before, run.schedule)
     )

@@ -97,6 +97,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | None:
         }
     except FileNotFoundError:
         return None
+    # The last three: valid JSON of another form.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         rule = f"must be a manifest of {_ALGORITHM} hashes ({type(error).__name__}: {error})"
         raise InputError(str(path), rule=rule, fix=_fix(folder)) from error
@@ -150,6 +151,7 @@ def check_hashes(
     folder = checkpoint.iteration_dir
     manifest = read_manifest(folder) or {}
     if not manifest and part == 0:
+        # Another tool's checkpoint, or one from before manifests: loaded all the same.
         logger.warning("%s has no %s, so damage would not be noticed", folder, MANIFEST_FILE)
     # Dealt out by size, so that all shares take about the same time.
     share = sorted(manifest, key=lambda name: (-manifest[name].size, name))[part::parts]

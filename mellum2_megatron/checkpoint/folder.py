@@ -66,8 +66,10 @@ class CheckpointFolder:
 
 
 def iteration_folder_name(iteration: int) -> str:
-    """``100`` -> ``"iter_0000100"``, as `get_checkpoint_name` of Megatron
-    (training/checkpointing.py, 0.19.2)."""
+    """``100`` -> ``"iter_0000100"``.
+
+    As Megatron's `get_checkpoint_name` (training/checkpointing.py, 0.19.2).
+    """
     return f"iter_{iteration:07d}"
 
 
@@ -108,8 +110,10 @@ def names_checkpoint(path: Path) -> bool:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
-    """Find the checkpoint of a path: DIR (its tracker's iteration), ``DIR/iter_*`` or
-    ``DIR/release``.
+    """Find the checkpoint of a path.
+
+    Args:
+        path: ``DIR`` (for the iteration in its tracker), ``DIR/iter_*`` or ``DIR/release``.
 
     Raises:
         InputError: no such folder, no or a broken tracker, a tracked iteration that is gone, an
@@ -140,8 +144,10 @@ def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
 
 
 def tracked_iteration(root: Path) -> int | None:
-    """Return the iteration that the tracker names; None for a release, or without a readable
-    tracker."""
+    """Return the iteration that the tracker names.
+
+    None for a release, or without a readable tracker.
+    """
     try:
         text = (root / TRACKER_FILE).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -150,7 +156,7 @@ def tracked_iteration(root: Path) -> int | None:
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:
-    """Point Megatron's ``--load`` at ``iteration``, or at the release when None."""
+    """Make ``iteration`` the one that Megatron's ``--load`` loads; None: the release."""
     write_text(root / TRACKER_FILE, RELEASE if iteration is None else str(iteration))
 
 

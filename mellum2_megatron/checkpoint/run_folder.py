@@ -18,6 +18,7 @@ def write_run_folder(run: Run) -> None:
     """
     root = output_folder(run)
     root.mkdir(parents=True, exist_ok=True)
+    # On a resume, run.yaml is replaced too: it describes the run's latest start.
     write_text(root / RUN_FILE, to_yaml(run))
     write_architecture(root, run.architecture)
     with atomic_directory(root / TOKENIZER_FOLDER, overwrite=True) as folder:

@@ -178,7 +178,7 @@ def bytes_sent(
     """
     layout, model = run.layout, run.architecture
     tokens = run.data.sequence_length * run.schedule.micro_batch_size // layout.cp
-    # Bytes of the hidden states [tokens, hidden] of one micro-batch.
+    # Hidden states [tokens, hidden] of one micro-batch, in bytes.
     hidden = tokens * model.hidden_size * element
     # Outside of attention and experts a rank has the hidden states of a 1/tp part of the tokens.
     part = hidden / layout.tp
@@ -233,7 +233,9 @@ def _expert_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> 
     # To the experts and back, forward and backward.
     passes = 4 * len(_kinds(model, layout, stage))
     if layout.dispatcher == "allgather":
+        # Every rank of the expert groups gets all tokens, used or not.
         return passes * float(layout.ep * layout.etp - 1)
+    # All-to-all: a copy for each expert of a token; then all expert-tensor ranks get the tokens.
     copies = model.num_experts_per_tok
     return passes * copies * (_ring_share(layout.ep) + (layout.etp - 1))
 
@@ -255,6 +257,7 @@ def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float
     layout, model = run.layout, run.architecture
     gradient = gradient_bytes(run.precision)
     backend = run.resolved_backend("cuda")
+    # Adam's buffers without the alignment of weights: too small to matter.
     parts = [
         (ranks, sum(weight.numel for weight in weights))
         for ranks, weights in adam_weights(run, world_size, backend, stage=stage)

@@ -86,9 +86,11 @@ def memory_by_stage(run: Run, *, world_size: int, backend: Backend = "te") -> li
             for weight in local_weights(model, layout, backend, stage=stage, chunk=chunk)
         ]
         count = sum(weight.numel for weight in weights)
+        # Under FP8 compute the BF16 weight stays: it is what ranks gather.
         fp8 = sum(
             weight.numel for weight in weights if computes_in_fp8(weight, run.precision, model)
         )
+        # Buffers are longer than the weights in them; nothing else lies in the rest.
         unused = buffer_elements(run, world_size, backend, stage=stage) - count
         adam = sum(
             math.ceil(sum(weight.numel for weight in divided) / ranks)
@@ -159,6 +161,7 @@ def _activations(architecture: Mellum2Architecture, layout: Layout, stage: int, 
     # attention's output; then the input and the inner activations of each expert it goes to.
     attention = 3 * a.hidden_size + 2 * (queries + 2 * keys) + queries
     experts = a.hidden_size + a.num_experts_per_tok * (a.hidden_size + 3 * a.moe_intermediate_size)
+    # Sequence parallelism divides the tokens among tensor-parallel ranks too.
     local = tokens // (layout.cp * layout.tp)
     layers = a.num_hidden_layers // layout.pp
     # One-forward-one-backward: a stage has started as many micro-batches as there are stages after

@@ -60,14 +60,16 @@ def matrices(
     rows, columns = weight.shape
     parts = {"weight": rows}
     if weight.name.endswith("linear_qkv.weight") and optimizer.muon_split_qkv:
+        # Rows of a group: its query heads, then one key and one value head.
         heads = architecture.num_attention_heads // architecture.num_key_value_heads
         group = rows // (heads + 2)
         parts = {"query": heads * group, "key": group, "value": group}
     elif ".linear_fc1." in weight.name and optimizer.muon_split_gate_up:
         parts = {"gate": rows // 2, "up": rows // 2}
+    # Unless blockwise, a matrix that ranks divide is orthogonalised as a whole.
     ways = layout.etp if weight.component == "experts" else layout.tp
     if optimizer.muon_tp_mode == "blockwise" or weight.split is None:
-        ways = 1  # blockwise: each rank orthogonalises its own part
+        ways = 1
     result = []
     for part, size in parts.items():
         shape = (size * ways, columns) if weight.split == 0 else (size, columns * ways)
@@ -191,6 +193,7 @@ def _warnings(run: Run, owner_rows: Sequence[Mapping[str, Any]]) -> list[str]:
         group = f"{row['group']} matrices"
         if layout.pp > 1:
             group += f" of stage {row['stage']}"
+        # Shares of a buffer are equally long, so an idle rank's share is padding on every rank.
         unused = row["buffer_elements"] - sum(row["elements_per_rank"])
         warnings.append(
             f"{group}: a matrix has one owner, so {idle} of {row['ranks']} ranks update none of "

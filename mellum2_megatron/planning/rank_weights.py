@@ -108,6 +108,8 @@ def _layer(
     # Transformer Engine fuses the input norm into the QKV projection (below).
     if backend == "torch":
         yield _norm(f"{prefix}input_layernorm.weight", hidden)
+    # Megatron makes the output projection in Attention and QKV in its subclass
+    # (core/transformer/attention.py:413 and 1681, 0.19.2).
     shape = (hidden, queries // layout.tp)
     yield Weight(name=f"{attention}linear_proj.weight", shape=shape, component="attention", split=1)
     if backend == "te":
@@ -191,6 +193,7 @@ def assign_owners(
         buffer += ranks * _round_up(max(loads), share)
         bucket.clear()
 
+    # The backward pass reaches the last weights first.
     largest = total = 0
     for index in reversed(range(len(sizes))):
         bucket.append(index)
@@ -230,6 +233,7 @@ def adam_buffer_length(
 
 
 def _round_up(value: int, unit: int) -> int:
+    """Return the smallest multiple of ``unit`` that is not below ``value``."""
     return -(-value // unit) * unit
 
 

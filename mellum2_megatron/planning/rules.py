@@ -148,7 +148,7 @@ def check(
         if entry.machine and not machine:
             continue
         if any(violation.rule is entry.after for violation in violations):
-            continue
+            continue  # it computes with quotients that are no whole numbers then
         violations += [Violation(rule=entry, problem=problem) for problem in entry.find(planned)]
     return violations
 
@@ -227,6 +227,7 @@ def batches_divide(planned: PlannedRun) -> Problems:
         (f"schedule.batch_schedule: {size} sequences", size)
         for size in dict.fromkeys(size for _, size in planned.run.schedule.batch_schedule)
     ]
+    # By default validation takes a batch of the schedule, which is checked above.
     eval_batch = planned.run.logging.eval_batch_size
     if eval_batch is not None:
         batches.append((f"logging.eval_batch_size={eval_batch}", eval_batch))
@@ -456,6 +457,7 @@ def data_present(planned: PlannedRun) -> Problems:
 def resume_fits(planned: PlannedRun) -> Problems:
     """A resumed or continued run can read the optimizer state of its checkpoint."""
     start, run, before = planned.start, planned.run, planned.checkpoint_run
+    # An unreadable run.yaml of weights is no problem: only their architecture matters.
     if start.has_state and start.before_error is not None:
         yield start.before_error
     if before is None:
@@ -465,6 +467,7 @@ def resume_fits(planned: PlannedRun) -> Problems:
     apart_in_checkpoint, apart_in_run = map(
         experts_have_own_data_parallel_group, (checkpoint_layout, run_layout)
     )
+    # Muon's state can be moved between the two groupings (upstream/muon_groups.py).
     if run.optimizer.name == "adam" and apart_in_checkpoint != apart_in_run:
         tp = run_layout.tp
         if apart_in_checkpoint:
@@ -519,6 +522,7 @@ def resume_keeps_optimizer(planned: PlannedRun) -> Problems:
     if before is None or before.optimizer.name != planned.run.optimizer.name:
         return  # settings of two optimizers do not compare
     for name, reason in FROM_CHECKPOINT.items():
+        # Under Adam the fields of Muon have no effect.
         if name.startswith("muon_") and before.optimizer.name != "muon":
             continue
         saved, wanted = getattr(before.optimizer, name), getattr(planned.run.optimizer, name)

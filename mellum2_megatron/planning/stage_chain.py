@@ -41,6 +41,7 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
         )
     for index, run in enumerate(runs):
         if run.name in [earlier.name for earlier in runs[:index]]:
+            # Folders have the names of the runs.
             raise InputError(
                 f"stage {run.name}",
                 rule="is in the chain twice, and would find its own folder",
@@ -99,6 +100,8 @@ def check_predecessor(run: Run, start: StartingPoint) -> None:
     if before is None or step is None:
         return  # an import is finished by itself
     reached = before.schedule.samples(step)
+    # A continuation needs all samples before its own data, not the end of the former's schedule.
+    # Weights are taken at that end, where the learning rate has decayed.
     if reached >= (
         run.data.first_sample if start.kind == "continue" else before.schedule.train_samples
     ):

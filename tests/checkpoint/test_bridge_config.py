@@ -25,7 +25,7 @@ def model(tmp_path: Path) -> dict[str, Any]:
     return yaml.safe_load((tmp_path / RUN_CONFIG_FILE).read_text())["model"]
 
 
-def test_it_says_what_the_model_is(model: dict[str, Any]):
+def test_it_describes_the_model(model: dict[str, Any]):
     expected = {
         "_target_": "conversion.bridge.model.Mellum2ModelProvider",
         "num_layers": 28,
@@ -97,7 +97,9 @@ def test_writing_needs_neither_torch_nor_bridge(tmp_path: Path):
         "import sys\nfrom pathlib import Path\nfrom mellum2_megatron.architecture import PRESETS\n"
         "from mellum2_megatron.checkpoint.bridge_config import write_run_config\n"
         "write_run_config(Path(sys.argv[1]), PRESETS['mellum2-tiny'])\n"
-        "import json\nprint(json.dumps(sorted({'torch', 'megatron', 'omegaconf', 'transformers'} & set(sys.modules))))"
+        "import json\n"
+        "heavy = {'torch', 'megatron', 'omegaconf', 'transformers'}\n"
+        "print(json.dumps(sorted(heavy & set(sys.modules))))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
@@ -107,8 +109,7 @@ def test_writing_needs_neither_torch_nor_bridge(tmp_path: Path):
 
 
 def test_import_writes_it_into_the_release(tmp_path: Path):
-    """In the iteration's folder and not beside it, where Bridge would take the whole folder for one
-    iteration."""
+    """In the iteration's folder: Bridge takes a folder that holds the file for an iteration."""
     import torch
 
     from conversion.convert import import_hf

@@ -1,5 +1,4 @@
-"""Checkpoints: what a resume gets back, on the same layout and on others; manifests; which
-checkpoints are kept."""
+"""Checkpoints: state after a resume, on the same layout and on others; manifests; pruning."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ TENSORS_OF_OPTIMIZER = ("fp32_param", "momentum_buffer", "exp_avg", "exp_avg_sq"
 
 
 def state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Everything that is in a checkpoint, tensors and objects by key, read by torch alone."""
+    """All tensors and all objects of a checkpoint by key, read by torch alone."""
     reader = FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata
     values: dict[str, Any] = {
@@ -87,7 +86,10 @@ def at_step(source: Path, output: Path, step: int) -> Path:
 
 
 def resume(run: Run, nproc: int, copy: Path) -> Path:
-    """Resume a run, first saving what it has loaded into ``copy``; return that checkpoint."""
+    """Resume a run at step 3, and save the loaded state into ``copy`` before its first step.
+
+    Returns the checkpoint with that state.
+    """
     file = Path(str(run.checkpoint.output)) / "requested.yaml"
     file.write_text(to_yaml(run))
     run_distributed("tests.faults.fault_worker:reload", nproc, str(file), str(copy), timeout=300)
@@ -95,8 +97,7 @@ def resume(run: Run, nproc: int, copy: Path) -> Path:
 
 
 def test_everything_comes_back(trained: Path, small_data: PreparedData, tmp_path: Path) -> None:
-    """On the same layout: what was loaded, what it becomes after three more steps, and what was
-    logged on the way."""
+    """On the same layout: the loaded state, the state three steps later, and the logged values."""
     run = small_run(small_data, at_step(trained, tmp_path / "run", 3))
     loaded = resume(run, 2, tmp_path / "copy")
     for expected, found in (
@@ -116,7 +117,8 @@ def test_everything_comes_back(trained: Path, small_data: PreparedData, tmp_path
         assert (
             common["args"].consumed_train_samples == found_common["args"].consumed_train_samples > 0
         )
-        assert equal(common["optimizer"], found_common["optimizer"])  # steps, rates
+        # Steps and learning rates: those are no tensors.
+        assert equal(common["optimizer"], found_common["optimizer"])
         generators = {key for key in objects if key.startswith("rng_state")}
         assert generators
         assert all(equal(objects[key], found_objects[key]) for key in generators)
@@ -167,7 +169,7 @@ def of_dp2(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def of_cp2(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Likewise, each of which sees half of every sequence."""
+    """Six steps of two ranks that have all experts, each of which sees half of every sequence."""
     return train(
         small_run(small_data, tmp_path_factory.mktemp("cp2") / "run", "layout.ep=1", "layout.cp=2"),
         nproc=2,
@@ -195,8 +197,7 @@ def test_data_and_context_parallelism_change(
 
 
 def require_all_of_it(source: Path, run: Run, nproc: int) -> None:
-    """Resume a run of another layout at step 3: it gets the state to the bit, and its losses to
-    rounding."""
+    """Resume a run of another layout at step 3: same state to the bit, same losses to rounding."""
     output = Path(str(run.checkpoint.output))
     loaded = resume(run, nproc, output.with_name("copy"))
     tensors, objects = state(source / "iter_0000003")
@@ -217,7 +218,7 @@ def require_all_of_it(source: Path, run: Run, nproc: int) -> None:
 def test_expert_tensor_parallelism_begins(
     of_dp2: Path, small_data: PreparedData, tmp_path: Path
 ) -> None:
-    """Experts get ranks of their own where they shared those of the other weights."""
+    """Experts get data-parallel ranks of their own; before, they shared the other weights'."""
     run = small_run(small_data, at_step(of_dp2, tmp_path / "run", 3), "layout.ep=1", "layout.etp=2")
     require_all_of_it(of_dp2, run, 2)
 
@@ -257,14 +258,13 @@ def muon_groups(objects: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def steps(value: Any) -> set[Any]:
-    """Adam's step counts, wherever they are."""
+    """Collect Adam's step counts from a nested state."""
     if isinstance(value, dict):
         return {value["step"]} if "step" in value else set().union(*map(steps, value.values()))
     return set().union(*map(steps, value)) if isinstance(value, list) else set()
 
 
 # -- Manifests
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["at_once", "in_the_background"])
@@ -320,7 +320,7 @@ DAMAGE = {
 
 
 def check(run: Run) -> None:
-    """All that two ranks check before they train."""
+    """Run the checks that two ranks make before they train."""
     start = StartingPoint.of(run)
     check_run_folder(run, start)
     for rank in range(2):
@@ -409,8 +409,7 @@ def test_shares_cover_every_file_once(trained: Path, monkeypatch: pytest.MonkeyP
     assert sorted(seen) == sorted(read_manifest(trained / "iter_0000006") or {})
 
 
-# -- Which are there
-# --------------------------------------------------------------------------------------------------
+# -- Pruning
 
 
 def checkpoints(root: Path, *numbers: int, tracked: int) -> None:

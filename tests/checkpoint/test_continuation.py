@@ -1,4 +1,4 @@
-"""One training in several runs: the next goes on from the former's state, on data of its own."""
+"""One training in several runs: each continues the former's state, on data of its own."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ def test_two_runs_are_one_training(
     small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    """Steps, rates, losses and weights of an uninterrupted run, to the bit, with the first half in
-    another folder."""
+    """Same steps, rates, losses and weights as an uninterrupted run, to the bit."""
     second = train(
         small_run(small_data, tmp_path / "second", f"checkpoint.continue_from={first_phase}"),
         nproc=2,
@@ -60,8 +59,7 @@ def test_two_runs_are_one_training(
 def test_a_phase_starts_its_own_data(
     first_phase: Path, small_data: PreparedData, tmp_path: Path
 ) -> None:
-    """Its first step sees what the first step of a fresh run with the same weights and data sees;
-    then it resumes."""
+    """Its first step has the loss of a fresh run with these weights and data. Then it resumes."""
     own = [
         "data.first_sample=16",
         f"checkpoint.continue_from={first_phase}",
@@ -107,12 +105,11 @@ def test_samples_before_the_first_are_never_read() -> None:
         dataset[99]
 
 
-# -- what does not fit
-# ------------------------------------------------------------------------------------------------
+# -- State that does not fit
 
 
 def folder_of(run: Run, root: Path, *, step: int | None) -> Path:
-    """What a run leaves at a step, as far as checks read it."""
+    """Write the files of a run at a step, as far as checks read them; None: a release."""
     root.mkdir(parents=True)
     folder = root / ("release" if step is None else iteration_folder_name(step))
     folder.mkdir()
@@ -182,7 +179,7 @@ def test_data_of_a_later_phase_need_the_former(tmp_path: Path) -> None:
         check_folder(run)
     with pytest.raises(InputError, match=r"the run ends at schedule.train_samples=4640"):
         tiny("data.first_sample=4640")
-    # Once it has a checkpoint of its own, the former is not asked for any more.
+    # With a checkpoint of its own the run does not need the former any more.
     folder_of(run, tmp_path / "own", step=10)
     check_folder(tiny(f"checkpoint.output={tmp_path / 'own'}", "data.first_sample=16"))
 
@@ -203,12 +200,14 @@ def test_data_of_a_later_phase_need_the_former(tmp_path: Path) -> None:
 def test_settings_that_come_from_the_checkpoint_stay(
     tmp_path: Path, where: str, change: str, kept: str | None
 ) -> None:
-    """The first two end in a ValueError, the next in a missing key, momentum and betas are silently
-    the old ones."""
+    """Without the rule: a ValueError for rates, a missing key for ``muon_router``, and silently the
+    old value for momentum and betas."""
     root = folder_of(tiny(), tmp_path / "before", step=100)
     places = {"checkpoint.output": str(tmp_path / "new")} | {where: str(root)}
     run = tiny(*(f"{key}={value}" for key, value in places.items()), change.lower())
-    found = [each for each in check(run, 2, "cpu") if each.rule.name == "resume-keeps-optimizer"]
-    assert [each.problem.value for each in found] == (
-        [f"{change} with a checkpoint of {kept} in {root}"] if kept else []
-    )
+    values = [
+        violation.problem.value
+        for violation in check(run, 2, "cpu")
+        if violation.rule.name == "resume-keeps-optimizer"
+    ]
+    assert values == ([f"{change} with a checkpoint of {kept} in {root}"] if kept else [])

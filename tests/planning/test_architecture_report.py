@@ -1,5 +1,4 @@
-"""`mellum2 info`'s data adds up to the architecture's own figures, and its rendering keeps every
-number whole."""
+"""`mellum2 info`: figures add up to the architecture's, and tables print every number in full."""
 
 from __future__ import annotations
 

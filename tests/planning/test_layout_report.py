@@ -1,5 +1,4 @@
-"""What a layout is said to come to, against what Megatron does: groups, weights on a rank, bytes on
-the wire."""
+"""The layout report compared with Megatron: groups, weights on a rank, bytes on the wire."""
 
 from __future__ import annotations
 
@@ -34,8 +33,10 @@ MEASURED: dict[str, tuple[int, Case]] = {
 
 
 def run_of(case: Case) -> Run:
-    """Return a run that has the layout tests' model, batch and `case`'s layout, and gradients
-    without padding."""
+    """Return a run with the model and batch of the layout tests and `case`'s layout.
+
+    Adam, whose buffers have no padding.
+    """
     run = recipe(TINY)
     ways = {
         name: getattr(case, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dispatcher")
@@ -71,18 +72,17 @@ def test_parameters_are_those_of_the_modules(name: str):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", MEASURED)
 def test_bytes_are_those_on_the_wire(name: str):
-    """In float32, as the layout tests run: exact, but for experts, whose load is uneven and
-    weighted besides."""
+    """In float32, as the layout tests run. Exact but for experts, whose load is uneven."""
     ranks, case = MEASURED[name]
     run = run_of(case)
     micro_batches = BATCH // run.layout.data_parallel(ranks)
     measured: dict[str, list[float]] = {}
     expected: dict[str, list[float]] = {}
     for outcome in outcomes(name):
-        said = bytes_sent(
+        reported = bytes_sent(
             run, world_size=ranks, stage=outcome.ranks["pp"], micro_batches=micro_batches, element=4
         )
-        for axis, size in said.items():
+        for axis, size in reported.items():
             measured.setdefault(axis, []).append(outcome.sent.get(axis, 0.0))
             expected.setdefault(axis, []).append(size)
     assert sum(map(sum, expected.values())) > 0
@@ -110,18 +110,16 @@ def test_bytes_are_those_on_the_wire(name: str):
     ids=parameter_id,
 )
 def test_muon_sends_the_padding_of_its_buffers_too(nproc: int, overrides: tuple[str, ...]):
-    run = muon_run(
-        "backend=torch", *overrides
-    )  # the order of weights, and so who owns what, is the backend's
-    said = bytes_sent(run, world_size=nproc, stage=0, micro_batches=1)["dp"]
+    # The backend decides the order of weights, and with it the owners.
+    run = muon_run("backend=torch", *overrides)
+    expected = bytes_sent(run, world_size=nproc, stage=0, micro_batches=1)["dp"]
     owned = ownership(run, nproc, "torch")
     ((dense, adams), *_) = adam_weights(run, nproc, "torch")
     small = buffer_elements(run, nproc, "torch") - sum(each.buffer for each in owned)
-    small -= sum(
-        weight.numel for weight in adams
-    )  # what aligns Adam's weights, left out of the report
+    # Padding that aligns Adam's weights: left out of the report.
+    small -= sum(weight.numel for weight in adams)
     for sent in run_distributed("tests.model.optimizer_worker:bytes_of_a_step", nproc, run):
-        assert sent == said + 6 * small * (dense - 1) / dense
+        assert sent == expected + 6 * small * (dense - 1) / dense
     assert sum(each.buffer - sum(each.elements) for each in owned) > 0
 
 

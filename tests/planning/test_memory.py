@@ -1,5 +1,4 @@
-"""Memory of a rank: its buffers against those that Megatron makes, and figures that follow by
-hand."""
+"""Memory of a rank: buffers compared with Megatron's, and figures computed by hand."""
 
 from __future__ import annotations
 
@@ -32,10 +31,8 @@ TP = ("layout.tp=2", "layout.sp=true")
         (2, ("layout.pp=2", "layout.vpp=2")),
         (2, ("layout.etp=2", "optimizer.muon_router=false")),
         (4, (*TP, "layout.ep=2")),
-        (
-            4,
-            ("layout.pp=2", "layout.ep=2", "architecture.vocab_size=97"),
-        ),  # the shared embedding makes a difference
+        # An odd vocabulary: the bucket of the shared embedding changes the padding.
+        (4, ("layout.pp=2", "layout.ep=2", "architecture.vocab_size=97")),
         (4, ("layout.cp=2", "optimizer.name=adam", "layout.ep=2")),
     ],
     ids=parameter_id,
@@ -82,8 +79,8 @@ def test_memory_of_one_rank_is_the_whole_model() -> None:
 
 
 def test_memory_divides_what_the_layout_divides() -> None:
-    # EP 8 leaves 8 of 64 experts, which is also what a token activates: the report's 2.52B active
-    # parameters
+    # EP 8 leaves 8 of 64 experts, as many as a token activates: the report's 2.52B active
+    # parameters.
     shared = memory(BIG, Layout(ep=8), 256)
     assert shared.parameters == 2_520_615_680
     expert_matrices = 29 * 8 * 3 * 896 * 2304
@@ -117,18 +114,15 @@ def test_at_256_ranks_most_of_the_dense_buffer_is_empty() -> None:
     found = memory_per_rank(recipe("mellum2_12b_pretrain_phase1"), world_size=256)
     dense = 29 * (2304 * (4096 + 2 * 512) + 4096 * 2304 + 64 * 2304) + 2304 * 4608
     empty = 256 * 5120 * 2304 - dense
-    experts, largest = (
-        29 * 8 * 3 * 896 * 2304,
-        47_480_832,
-    )  # of 32 ranks the fullest owns as much as 23 matrices fc2
+    experts = 29 * 8 * 3 * 896 * 2304
+    largest = 47_480_832  # elements of the fullest of 32 ranks: as many as 23 matrices fc2
     assert largest == 23 * 896 * 2304
     assert found.padding == 6 * (empty + 32 * largest - experts)
     assert found.optimizer < 8 * (largest + 5120 * 2304) + 12 * (2 * 226_492_416 + 200_000) / 256
 
 
 def test_the_fullest_rank_owns_matrices_of_both_groups() -> None:
-    """Dense and expert shares of one rank are added up where its two places meet, not the largest
-    of each."""
+    """The sum of one rank's dense and expert shares, not of the largest of each."""
     from mellum2_megatron.planning.memory import _most_owned
     from mellum2_megatron.planning.rank_weights import ownership
 

@@ -34,8 +34,7 @@ def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in found["weights"]}
 
 
-# -- against Megatron
-# -------------------------------------------------------------------------------------------------
+# -- Compared with Megatron
 
 
 @pytest.mark.distributed
@@ -49,18 +48,15 @@ def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     ],
     ids=parameter_id,
 )
-def test_the_real_optimizer_does_what_the_report_says(
-    nproc: int, overrides: tuple[str, ...]
-) -> None:
-    """Names, shapes and order; which optimizer; decay and rate; every rank's matrices; the buffers'
-    lengths."""
+def test_megatrons_optimizer_matches_the_report(nproc: int, overrides: tuple[str, ...]) -> None:
+    """Names, shapes and order; optimizer, decay and rate; every rank's matrices; buffer lengths."""
     run = run_of(*overrides)
     outcomes: list[Outcome] = run_distributed(
         "tests.model.optimizer_worker:update", nproc, run, steps=0
     )
     weights = local_weights(run.architecture, run.layout, "torch")
     kinds = {weight.name: weight.kind for weight in weights}
-    said = rows(report(run, nproc, backend="torch"))
+    reported = rows(report(run, nproc, backend="torch"))
     owners = {each.group: each for each in ownership(run, nproc, "torch")}
     for rank, outcome in enumerate(outcomes):
         assert outcome.names == [(weight.name, weight.shape) for weight in weights]
@@ -69,7 +65,7 @@ def test_the_real_optimizer_does_what_the_report_says(
             expected = [sorted(weight.name for weight in own) for own in owners[group].owned]
             assert [sorted(names) for names in ranks] == expected, rank
         for name, part in outcome.parts.items():
-            row = said[kinds[local_name(name, run, rank)]]
+            row = reported[kinds[local_name(name, run, rank)]]
             assert (
                 row["optimizer"]
                 == {"TensorParallelMuon": "muon", "FusedAdam": "adam"}[part.optimizer]
@@ -82,10 +78,10 @@ def test_the_real_optimizer_does_what_the_report_says(
 
 
 def local_name(name: str, run: Run, rank: int) -> str:
-    """A global name as the rank has it."""
-    here = run.architecture.num_experts // run.layout.ep
+    """Return the rank's own name of a weight named over the whole model."""
+    count = run.architecture.num_experts // run.layout.ep
     for expert in range(run.architecture.num_experts):
-        name = name.replace(f"local_experts.{expert}.", f"local_experts.{expert % here}.")
+        name = name.replace(f"local_experts.{expert}.", f"local_experts.{expert % count}.")
     return name
 
 
@@ -115,14 +111,14 @@ def test_pipeline_stages_hold_the_whole_model_once() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 8, 32, 256])
 @pytest.mark.parametrize("bucket", [None, 40_000_000, 256_000_000])
 def test_owners_are_megatrons(ranks: int, bucket: int | None) -> None:
-    """Its own layout function, on the sizes of the 12B's matrices, and on random ones."""
+    """Megatron's own layout function, on the sizes of the 12B's matrices and on random ones."""
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
     run = apply_overrides(recipe(BIG), ["layout.ep=8"])
     real = [w.numel for w in local_weights(run.architecture, run.layout, "te") if len(w.shape) == 2]
     shuffled = random.Random(ranks)
     for sizes in (real, [shuffled.randrange(1, 90_000_000) for _ in range(200)]):
-        # All that the function reads of a parameter.
+        # The function reads nothing else of a parameter.
         params = [
             SimpleNamespace(data=SimpleNamespace(nelement=lambda size=size: size)) for size in sizes
         ]
@@ -143,14 +139,13 @@ class _Hashable:
         self.data = namespace.data
 
 
-# -- what it says
-# -----------------------------------------------------------------------------------------------------
+# -- The report
 
 
 def test_the_12b_as_the_report_trains_it() -> None:
     found = report(recipe(BIG), 256)
-    said = rows(found)
-    qkv = said["decoder.layers.*.self_attention.linear_qkv.weight"]
+    reported = rows(found)
+    qkv = reported["decoder.layers.*.self_attention.linear_qkv.weight"]
     assert (qkv["count"], qkv["optimizer"], qkv["weight_decay"], qkv["lr"]) == (
         28,
         "muon",
@@ -163,14 +158,14 @@ def test_the_12b_as_the_report_trains_it() -> None:
         ("value", [512, 2304]),
     ]
     assert [m["scale"] for m in qkv["matrices"]] == [0.2 * math.sqrt(4096), 0.2 * 48, 0.2 * 48]
-    up = said["decoder.layers.*.mlp.experts.linear_fc1.weight*"]
+    up = reported["decoder.layers.*.mlp.experts.linear_fc1.weight*"]
     assert (up["count"], [m["shape"] for m in up["matrices"]]) == (28 * 8, [[1792, 2304]])
     assert (
-        said["output_layer.weight"]["optimizer"]
-        == said["embedding.word_embeddings.weight"]["optimizer"]
+        reported["output_layer.weight"]["optimizer"]
+        == reported["embedding.word_embeddings.weight"]["optimizer"]
         == "adam"
     )
-    norm = said["decoder.layers.*.pre_mlp_layernorm.weight"]
+    norm = reported["decoder.layers.*.pre_mlp_layernorm.weight"]
     assert (norm["optimizer"], norm["weight_decay"], norm["matrices"]) == ("adam", 0.0, [])
     dense, experts = found["owners"]
     assert (dense["ranks"], dense["matrices"], dense["matrices_per_rank"].count(0)) == (
@@ -186,11 +181,11 @@ def test_the_12b_as_the_report_trains_it() -> None:
 
 def test_options_show() -> None:
     chosen = [*OPTIONS, "optimizer.muon_split_gate_up=true"]
-    said = rows(report(apply_overrides(recipe(BIG), chosen), 256))
-    parts = said["mtp.layers.*.mtp_model_layer.mlp.experts.linear_fc1.weight*"]["matrices"]
+    reported = rows(report(apply_overrides(recipe(BIG), chosen), 256))
+    parts = reported["mtp.layers.*.mtp_model_layer.mlp.experts.linear_fc1.weight*"]["matrices"]
     assert [(m["part"], m["shape"]) for m in parts] == [("gate", [896, 2304]), ("up", [896, 2304])]
-    assert said["decoder.layers.*.mlp.router.weight"]["optimizer"] == "adam"
-    assert said["mtp.layers.*.eh_proj.weight"]["optimizer"] == "adam"
+    assert reported["decoder.layers.*.mlp.router.weight"]["optimizer"] == "adam"
+    assert reported["mtp.layers.*.eh_proj.weight"]["optimizer"] == "adam"
     unsplit = rows(report(apply_overrides(recipe(BIG), ["optimizer.muon_split_qkv=false"]), 256))
     (whole,) = unsplit["decoder.layers.*.self_attention.linear_qkv.weight"]["matrices"]
     assert whole["shape"] == [5120, 2304]
@@ -227,7 +222,7 @@ def test_adam_has_no_owners_of_matrices() -> None:
     assert {row["optimizer"] for row in found["weights"]} == {"adam"}
 
 
-def test_layouts_that_upstream_would_train_another_way_are_refused() -> None:
+def test_layouts_that_upstream_would_train_differently_are_refused() -> None:
     """With more ranks than key-value heads Megatron stops splitting Q, K and V, with a DEBUG
     line."""
     run = apply_overrides(recipe(BIG), ["layout.tp=8", "layout.sp=true", "layout.dp=null"])
@@ -251,8 +246,7 @@ def test_tables_name_every_kind_in_80_columns() -> None:
     assert "168 of 256 ranks" in text
 
 
-# -- what is refused when the optimizer is built
-# ----------------------------------------------------------------------
+# -- Refused when the optimizer is built
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""Rules: each fires on its own bad combination, names the values, and is silent once its fix is
-applied."""
+"""Rules: each is broken by its own bad combination, names the values, and holds after its fix."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ from mellum2_megatron.recipes import recipe
 
 TINY, BIG = "mellum2_tiny_pretrain", "mellum2_12b_pretrain_phase1"
 
-# recipe, device, ranks, overrides that break the rule, the rule, what must be named, overrides that
-# apply its fix
+# recipe, device, ranks, overrides that break the rule, name of the rule, part of the value, and
+# overrides that apply its fix
 CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
     (
         TINY,
@@ -156,7 +155,7 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "device", "ranks", "bad", "rule", "named", "fix"), CASES)
-def test_a_rule_fires_and_its_fix_works(
+def test_a_broken_rule_is_reported_and_its_fix_works(
     name: str, device: Device, ranks: int, bad: list[str], rule: str, named: str, fix: list[str]
 ) -> None:
     run = apply_overrides(recipe(name), bad)
@@ -199,11 +198,11 @@ def test_muon_is_what_forbids_the_gather() -> None:
 
 
 def broken_on_this_machine(run: Run, device: Device = "cpu") -> list[tuple[str, str]]:
-    return [(found.rule.name, found.problem.value) for found in check(run, 2, device)]
+    return [(violation.rule.name, violation.problem.value) for violation in check(run, 2, device)]
 
 
 def with_data(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The run, with its data taken to be there."""
+    """Return the run; its data count as present."""
     monkeypatch.setattr("mellum2_megatron.data.feed.datasets.check_data", lambda run: None)
     return run
 
@@ -214,7 +213,7 @@ def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     assert check(run, 2, "cpu", machine=False) == []
 
 
-def test_packages_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     run = with_data(apply_overrides(recipe(TINY), ["logging.wandb_project=p"]), monkeypatch)
     monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
     assert broken_on_this_machine(run) == [("packages-present", "logging.wandb_project=p")]

@@ -1,5 +1,4 @@
-"""Stages that follow each other: chains that fit and chains that do not, and the tiny ones run one
-after another."""
+"""Stages of one training: chains that fit, chains that do not, and the tiny stages in a row."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def test_every_recipes_stages_follow(names: tuple[str, ...], tmp_path: Path) -> 
         given = recipe(name)
         for field in ("architecture", "layout", "optimizer", "schedule", "data", "logging"):
             assert getattr(run, field) == getattr(given, field), field
-    # The same by hand: a recipe starts from the folder that `mellum2 train` gives the one before.
+    # Started one by one: a recipe names the default folder of the one before.
     for before, after in itertools.pairwise(map(recipe, names)):
         assert f"runs/{before.name}" in (after.checkpoint.continue_from, after.checkpoint.load)
 
@@ -97,11 +96,13 @@ def test_a_chain_begins_where_its_first_stage_does(tmp_path: Path) -> None:
                 changed(TINY[0], "schedule.horizon_samples=null", "schedule.decay_samples=0"),
                 TINY[1],
             ],
-            "has schedule.horizon_samples=768; the former has 440.*before schedule.horizon_samples=768",
+            "has schedule.horizon_samples=768; the former has 440.*"
+            "before schedule.horizon_samples=768",
         ),
         (
             [TINY[0], changed(TINY[1], "schedule.batch_schedule=[[0,4],[16,8]]")],
-            r"has schedule.batch_schedule=\[\[0, 4\], \[16, 8\]\]; the former has \[\[0, 4\], \[32, 8\]\]",
+            r"has schedule.batch_schedule=\[\[0, 4\], \[16, 8\]\]; "
+            r"the former has \[\[0, 4\], \[32, 8\]\]",
         ),
         (
             [TINY[0], changed(TINY[1], "optimizer.lr=1e-3")],
@@ -121,7 +122,8 @@ def test_a_chain_begins_where_its_first_stage_does(tmp_path: Path) -> None:
         ),
         (
             [TINY[2], changed(TINY[3], "architecture.num_experts=4")],
-            r"has another architecture \(num_experts\).*differ in max_position_embeddings, rope_full_attention",
+            r"has another architecture \(num_experts\).*"
+            "differ in max_position_embeddings, rope_full_attention",
         ),
         (
             [TINY[2], changed(TINY[3], "data.first_sample=4")],
@@ -151,7 +153,8 @@ def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
     root = folder_of(phase1, tmp_path / TINY[0], step=40)
     with pytest.raises(
         InputError,
-        match=rf"{TINY[0]} is at step 40 of 59.*it is not finished. Fix: continue it to the end, with the command",
+        match=rf"{TINY[0]} is at step 40 of 59.*it is not finished. "
+        "Fix: continue it to the end, with the command",
     ):
         check_stage(phase2)
     (root / "latest_checkpointed_iteration.txt").write_text("59")
@@ -165,9 +168,8 @@ def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
     ):
         check_stage(long_context)
     check_stage(apply_overrides(long_context, [f"checkpoint.load={root}/iter_0000080"]))
-    folder_of(
-        long_context, tmp_path / TINY[3], step=10
-    )  # its own: what it started from may be gone
+    # With a checkpoint of its own a stage does not need the one before any more.
+    folder_of(long_context, tmp_path / TINY[3], step=10)
     check_stage(long_context)
     with pytest.raises(InputError, match=r"name the folder where it is: checkpoint.load=DIR"):
         check_stage(
@@ -178,8 +180,8 @@ def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
 
 
 def test_weights_may_get_another_rotation(tmp_path: Path) -> None:
-    """`checkpoint.load` takes phase 3's weights into the model with YaRN; state goes on in the same
-    model only."""
+    """`checkpoint.load` takes phase 3's weights into the model with YaRN; state needs the same
+    model."""
     root = folder_of(changed(TINY[2]), tmp_path / "phase3", step=100)
     output = f"checkpoint.output={tmp_path}/out"
     check_folder(changed(TINY[3], f"checkpoint.load={root}", output, "checkpoint.verify=off"))
@@ -210,8 +212,8 @@ LONG = [
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_tiny_stages_run_one_after_another(small_data: PreparedData, tmp_path: Path) -> None:
-    """Steps, samples and rates are those of one schedule over the phases; then long context with
-    their weights."""
+    """Steps, samples and rates of the phases are those of one schedule; long context takes their
+    weights."""
     own = [*SMALL, f"data.path={small_data.path}"]
     runs = stage_chain(
         [
@@ -247,7 +249,8 @@ def test_the_tiny_stages_run_one_after_another(small_data: PreparedData, tmp_pat
         for folder in folders[:3]
         for step, rate in losses(folder, "learning_rate").items()
     }
-    whole = runs[2].schedule  # each logs the rate of the step that follows
+    # The schedule of all three phases. A step logs the rate of the step that follows.
+    whole = runs[2].schedule
     for step, sample in samples.items():
         assert rates[step] == pytest.approx(
             whole.learning_rate(sample, peak=2e-3, minimum=0.0), rel=1e-6
@@ -256,7 +259,7 @@ def test_the_tiny_stages_run_one_after_another(small_data: PreparedData, tmp_pat
     assert losses(folders[3], "learning_rate") == {1: pytest.approx(2e-4), 2: 0.0}
     assert [read_records(folder)[0]["from_step"] for folder in folders] == [None, 3, 4, None]
 
-    # What a stage loaded before its first step is what the former had saved after its last.
+    # The state before a stage's first step equals the former's state after its last.
     for before, after, step in ((0, 1, 3), (1, 2, 4)):
         last = iteration_folder_name(step)
         expected, _ = state(folders[before] / last)
