@@ -42,6 +42,6 @@ def dataset_provider(run: Run, after_load: Callable[[], None]) -> Callable[..., 
             valid_set = FixedValidation(valid_set, period=per_validation, length=samples[1])
         return train_set, valid_set, None
 
-    # Built on every rank, with barriers inside; Megatron reads the mark (training.py:1350).
+    # Built on every rank, with barriers inside; Megatron reads the mark (training.py:4547).
     provide.is_distributed = True  # type: ignore[attr-defined]  # functions take attributes
     return provide

@@ -15,6 +15,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from megatron.training import get_args
+
 from mellum2_megatron.checkpoint.saving import with_manifest, with_retention
 from mellum2_megatron.upstream import patching
 from mellum2_megatron.upstream.patching import Patch
@@ -103,7 +106,7 @@ def hooks(parts: LoopParts) -> tuple[Patch, ...]:
             name="stop-signal",
             target="megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER",
             replacement=lambda _: parts.stop,
-            why="training/dist_signal_handler.py:49 listens to one signal, once Megatron is set "
+            why="training/dist_signal_handler.py:68 listens to one signal, once Megatron is set "
             "up; schedulers send either of two, at any time",
         ),
     )
@@ -119,13 +122,11 @@ def install_hooks(parts: LoopParts) -> None:
         InputError: the installed megatron-core is not the version of an entry. Ranks notice before
             this, in ``upstream.activate``.
     """
-    import torch
-    from megatron.training import get_args
-
     # torch.save's own checksum costs several times what writing does, and torch.load never reads
     # it; the manifest has a SHA-256 of every file.
     torch.serialization.set_crc32_options(False)
     patching.install(hooks(parts))
-    # Makes the loop ask the handler after each step (training.py:3247). As an argument from the
-    # start it would make Megatron install its own handler over ours.
+    # The loop then calls the handler after each step (training.py:3247), and data loaders' workers,
+    # which are started later, survive a stop signal too (datasets/data_samplers.py:94). Set from
+    # the start it would make Megatron install its own handler (global_vars.py:149).
     get_args().exit_signal_handler = True

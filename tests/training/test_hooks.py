@@ -29,6 +29,7 @@ from mellum2_megatron.faults.failures import is_gradient_check
 from mellum2_megatron.faults.step_guard import STATE_FILE, Event, StepGuard
 from mellum2_megatron.faults.stop_request import StopRequest
 from mellum2_megatron.recipes import recipe
+from mellum2_megatron.training import hooks as training_hooks
 from mellum2_megatron.training import metrics as training_metrics
 from mellum2_megatron.training.hooks import LoopParts, hooks, install_hooks
 from mellum2_megatron.training.metrics import TrainingMetrics
@@ -66,10 +67,14 @@ CITED = [
     ("training/training.py", 2588, "writer = get_tensorboard_writer()"),
     ("training/training.py", 3086, "save_checkpoint("),
     ("training/training.py", 3247, "if args.exit_signal_handler:"),
+    ("training/training.py", 3772, "save_checkpoint_and_time("),
     ("training/training.py", 3856, ") = train_step("),
     ("training/training.py", 3985, "report_memory_flag = training_log("),
     ("training/training.py", 4155, "sys.exit(exit_code)"),
     ("training/checkpointing.py", 827, "async_save_request = dist_checkpointing.save("),
+    ("training/datasets/data_samplers.py", 94, "if args.exit_signal_handler:"),
+    ("training/dist_signal_handler.py", 68, "signal.signal(self.sig, handler)"),
+    ("training/global_vars.py", 149, "if args.exit_signal_handler:"),
     ("training/global_vars.py", 83, "_ensure_var_is_not_initialized(_GLOBAL_SIGNAL_HANDLER"),
     ("core/rerun_state_machine.py", 534, "raise RuntimeError(full_message)"),
     ("core/optimizer/optimizer.py", 1862, "found_inf_flag = self.prepare_grads()"),
@@ -118,7 +123,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         curr_iteration=6, consumed_train_samples=48, exit_signal_handler=False, iteration=0
     )
     monkeypatch.setattr("megatron.training.get_args", lambda: args)
-    monkeypatch.setattr(training_metrics, "get_args", lambda: args)
+    for module in (training_hooks, training_metrics):
+        monkeypatch.setattr(module, "get_args", lambda: args)
     monkeypatch.setattr(
         num_microbatches_calculator, "get_current_running_global_batch_size", lambda: 8
     )
