@@ -16,7 +16,7 @@ from mellum2_megatron.config import apply_overrides
 from mellum2_megatron.recipes import recipe
 from tests.cli.runner import PREPARE, SMALL, TINY, Result, mellum2, process
 from tests.conversion.folders import write_folder
-from tests.data.conftest import python_like
+from tests.small import python_like
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from conversion.convert import import_hf
 from conversion.release.release import ReleaseResult, release
 from tests.conversion.folders import write_folder
 from tests.conversion.releases import TEMPLATE, write_model
-from tests.data.conftest import python_like
+from tests.small import python_like
 
 
 @pytest.fixture(scope="session")

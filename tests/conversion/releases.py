@@ -8,7 +8,7 @@ from typing import Any
 
 from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
 from tests.conversion.folders import write_folder
-from tests.data.conftest import python_like
+from tests.small import python_like
 
 VOCABULARY = 320
 

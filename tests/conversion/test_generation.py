@@ -14,7 +14,7 @@ from conversion.huggingface.generation import Generation, generate, mtp_acceptan
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
 from tests.conversion.folders import load_tensors, save_tensors, write_folder
-from tests.data.conftest import python_like
+from tests.small import python_like
 
 VOCAB = 320
 PROMPT = "def layer(self):\n    return "

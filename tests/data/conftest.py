@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 
 from mellum2_megatron.data.prepare import prepare
 from mellum2_megatron.data.prepared_folder import PreparedData
+from tests.small import python_like
 
 HOSTILE = {
     "emoji": "x = '\U0001f9d1\U0001f3fd\u200d\U0001f680 \u2603 \u00e9 e\u0301 \ufb01'"
@@ -25,32 +25,6 @@ HOSTILE = {
     "dashes": "=" * 5000 + "\n",
 }
 NUL = "before\0after\n\0\0"
-
-
-def python_like(seed: int) -> str:
-    """Return a few hundred to a few thousand characters that look like code."""
-    rng = random.Random(seed)
-    names = [
-        first + second
-        for first in ("model", "layer", "expert", "router")
-        for second in ("", "_index", "_weight")
-    ]
-    names += [
-        "token",
-        "hidden_state",
-        "scale",
-        "sliding_window",
-        "attention_mask",
-        "position",
-        "gradient",
-        "optimizer",
-    ]
-    lines = [f"def {rng.choice(names)}_{seed}(self, {rng.choice(names)}):"]
-    for _ in range(rng.randrange(5, 60)):
-        indent = "    " * rng.randrange(1, 4)
-        target, array, index = rng.choice(names), rng.choice(names), rng.randrange(1000)
-        lines.append(f"{indent}{target} = {array}[{index}] + {rng.random():.4f}")
-    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from mellum2_megatron.data.corpus.discovery import (
     read_document,
     select,
 )
-from tests.data.conftest import HOSTILE, NUL, python_like
+from tests.data.conftest import HOSTILE, NUL
+from tests.small import python_like
 
 
 def take(

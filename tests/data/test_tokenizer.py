@@ -21,7 +21,8 @@ from mellum2_megatron.data.tokens.tokenizer import (
     train_tokenizer,
     vocab_size,
 )
-from tests.data.conftest import HOSTILE, NUL, python_like
+from tests.data.conftest import HOSTILE, NUL
+from tests.small import python_like
 
 
 @pytest.fixture(scope="module")

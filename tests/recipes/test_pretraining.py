@@ -18,6 +18,8 @@ from tests.upstream.test_arguments import megatron_scheduler, validated
 PHASES = tuple(f"mellum2_12b_pretrain_phase{number}" for number in (1, 2, 3))
 ON_GPUS = tuple(name for name in recipe_names() if "tiny" not in name)
 ENDINGS = ("", "_256gpu_h200_fp8", "_128gpu_h200_fp8", "_8gpu_h200_fp8")
+UNCHANGED = ("architecture", "layout", "optimizer", "loss", "precision", "seed", "backend")
+"""Fields of `Run` that all phases of one training share."""
 
 
 def world_size(run: Run) -> int:
@@ -48,15 +50,7 @@ def test_phases_are_one_training(ending: str) -> None:
         assert after.checkpoint.load is None
         assert after.data.path != before.data.path
     for run in runs:
-        for field in (
-            "architecture",
-            "layout",
-            "optimizer",
-            "loss",
-            "precision",
-            "seed",
-            "backend",
-        ):
+        for field in UNCHANGED:
             assert getattr(run, field) == getattr(runs[0], field), field
         assert (
             dataclasses.replace(
@@ -199,15 +193,7 @@ def test_small_trainings_are_one_in_the_reports_proportions(training: str) -> No
     )
     for before, after in itertools.pairwise(runs):
         assert after.data.first_sample == before.schedule.train_samples
-        for field in (
-            "architecture",
-            "layout",
-            "optimizer",
-            "loss",
-            "precision",
-            "seed",
-            "backend",
-        ):
+        for field in UNCHANGED:
             assert getattr(after, field) == getattr(before, field), field
     for run in runs:
         assert run.schedule.horizon_samples == horizon

@@ -20,9 +20,8 @@ from mellum2_megatron.data.prepare import prepare
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from mellum2_megatron.recipes import recipe
-from tests.data.conftest import python_like
 from tests.distributed import run_distributed
-from tests.small import SMALL_MODEL
+from tests.small import SMALL_MODEL, python_like
 
 pytestmark = pytest.mark.distributed
 
