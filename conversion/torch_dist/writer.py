@@ -195,6 +195,9 @@ class TorchDistWriter:
 
         Args:
             groups: `GroupFile.written` of every group, in order.
+
+        Raises:
+            ValueError: a chunk was not written, which is a programming error.
         """
         plans = [SavePlan([_write_item(chunk) for chunk in chunks]) for chunks in self._groups]
         objects = [
@@ -212,6 +215,9 @@ class TorchDistWriter:
         results = []
         for plan, group in zip(plans, groups, strict=True):
             indices = {(item.index.fqn, _offset(item.index)): item.index for item in plan.items}
+            # A chunk that .metadata promises and no file holds would only fail at a load.
+            if missing := set(indices) - {(place.key, place.offset) for place in group.placed}:
+                raise ValueError(f"{len(missing)} chunks were not written, one is {missing.pop()}")
             results.append(
                 [
                     WriteResult(

@@ -57,6 +57,17 @@ def test_a_group_that_was_not_finished_is_not_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]  # no .metadata
 
 
+def test_a_chunk_that_was_forgotten_is_not_promised(tmp_path: Path) -> None:
+    tensor = torch.ones(3)
+    chunks = [whole_chunk("v", tensor), whole_chunk("w", tensor)]
+    writer = TorchDistWriter(tmp_path, [chunks], common={})
+    with writer.open_group(0) as group:
+        group.write("v", (0,), tensor)
+    with pytest.raises(ValueError, match=r"1 chunks were not written, one is \('w', \(0,\)\)"):
+        writer.finish([group.written])
+    assert not (tmp_path / ".metadata").exists()
+
+
 def test_a_chunk_of_another_dtype_is_refused(tmp_path: Path) -> None:
     writer = TorchDistWriter(tmp_path, [[whole_chunk("w", torch.ones(3))]], common={})
     with writer.open_group(0) as group, pytest.raises(TypeError, match=r"w: a torch\.bfloat16"):
