@@ -122,6 +122,7 @@ def _bridge(folder: Path) -> Any:
     activate_beside_transformer_engine()
     from megatron.bridge import AutoBridge
 
+    import conversion.bridge  # noqa: F401  # registers Mellum 2
     from mellum2_megatron.cpu import init_single_process
 
     init_single_process()

@@ -26,6 +26,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 KNOWN_BEFORE = AutoBridge.list_supported_models()
 
+import conversion.bridge  # noqa: E402, F401  # registers Mellum 2
 
 ARGUMENT = {
     "use_cpu_initialization",
