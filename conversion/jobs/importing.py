@@ -98,8 +98,7 @@ class ImportJob(ConversionJob):
                     for source in entry.sources
                 ]
                 tensor = entry.transform.join([part.tensor for part in parts], self.architecture)
-                # A single part that is joined to itself was hashed by its check: a second pass
-                # over half of the model's bytes is saved.
+                # A single part, joined to itself, was hashed by its check already.
                 checked = parts[0].record if tensor is parts[0].tensor else None
                 if checked is not None:
                     records.append(replace(checked, name=entry.label))
@@ -124,6 +123,7 @@ class ImportJob(ConversionJob):
         write_architecture(folder, self.architecture)
         copy_tokenizer(self.source, folder / TOKENIZER_FOLDER)
         copy_generation_config(self.source, folder)
+        # None: the tracker names the release instead of an iteration.
         write_tracker(folder, None)
 
     def _peak(self, entry: Entry) -> int:

@@ -1,10 +1,10 @@
 """The engine of every conversion: one description that `ConversionJob.plan` reports and
 `ConversionJob.run` carries out.
 
-A conversion's own module tells the way of its tensors from file to file, in one function:
+The way of a tensor from file to file is one function of each conversion's own module:
 `importing.ImportJob.convert`, `exporting.ExportJob.convert`, `mtp_stitching.StitchJob.convert`.
-This module knows no tensor. It shares out units to workers, counts progress, keeps finished units
-for the next attempt and turns the result into a report.
+No tensor passes through this module. It shares out units to workers, counts progress, keeps
+finished units for the next attempt and makes the report.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.byte_progress import byte_progress
 
 Progress = Callable[[int], None]
-"""To be called with the bytes of each tensor once it is converted; raises CancelledError when
-another unit has failed."""
+"""A function to call with the bytes of each converted tensor; it raises CancelledError when another
+unit has failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

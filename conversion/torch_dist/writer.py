@@ -3,8 +3,8 @@ group.
 
 The data files are written here, as ``torch.distributed.checkpoint``'s own writer does it
 (torch/distributed/checkpoint/filesystem.py:_write_files_from_queue, 2.15): objects, then tensors,
-one after the other. That writer asks a planner for each tensor when its turn comes, on a queue of
-its own; here the caller writes them in its own loop. ``.metadata`` is left to the original.
+one after the other. That writer calls back for each tensor from a queue of its own; here the caller
+writes them in its own loop. ``.metadata`` is written by the original.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ class TorchDistWriter:
         common: Megatron's common state (``checkpoint_version``, ``iteration``,
             ``content_metadata``), plain values.
         empty_states: keys of ``_extra_state`` objects to store as None, as Megatron's own linears
-            do (``core/tensor_parallel/layers.py:1232``, 0.19.2); None tells Transformer Engine that
-            there is nothing to restore.
+            do (``core/tensor_parallel/layers.py:1232``, 0.19.2); Transformer Engine restores
+            nothing from None.
     """
 
     def __init__(
