@@ -1,0 +1,88 @@
+"""What the pages name exists: files, modules, functions, and the order of the packages."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from mellum2_megatron.config import keys
+from tests import REPOSITORY
+from tests.test_imports import LEVELS, OUTER, modules
+
+PAGES = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for path in (
+        REPOSITORY / "README.md",
+        REPOSITORY / "CONTRIBUTING.md",
+        *(REPOSITORY / "docs").rglob("*.md"),
+    )
+)
+SUFFIXES = ("json", "jsonl", "yaml", "md", "py", "sh")
+TOPS = ("mellum2_megatron", *OUTER, "tests", "benchmarks", "docs", "scripts")
+
+
+def _names(page: str) -> set[str]:
+    """Words of a page that may name a file, a module or a function."""
+    return set(re.findall(r"[\w./-]*\w", (REPOSITORY / page).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    paths = {
+        name
+        for name in _names(page)
+        if re.fullmatch(rf"({'|'.join(TOPS)})/[\w./-]+\.(py|md|sh|png|yaml|txt)", name)
+    }
+    assert [path for path in sorted(paths) if not (REPOSITORY / path).is_file()] == []
+
+
+def _defined(module: str) -> set[str]:
+    """Names bound at the top of a module: definitions, assignments, imports."""
+    bound = set()
+    for node in ast.parse(modules()[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name for alias in node.names}
+    return bound
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_inside_the_repository_leads_somewhere(page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    links = {link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link}
+    folder = (REPOSITORY / page).parent
+    assert [link for link in sorted(links) if not (folder / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_module_and_function_that_a_page_names_exists(page: str) -> None:
+    settings = {".".join(key.split(".")[:end]) for key in keys() for end in (2, 3)}
+    wrong = []
+    for name in sorted(_names(page) - settings):
+        # Pages leave out `mellum2_megatron.` where that reads better: `planning.rules.enforce`.
+        top = name.partition(".")[0]
+        full = name if top in ("mellum2_megatron", *OUTER) else f"mellum2_megatron.{name}"
+        parts = full.split(".")
+        if len(parts) < 3 or ".".join(parts[:2]) not in modules() or parts[-1] in SUFFIXES:
+            continue
+        prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        module = next(prefix for prefix in prefixes if prefix in modules())
+        inside = parts[module.count(".") + 1 :]
+        if inside and inside[0] not in _defined(module):
+            wrong.append(name)
+    assert wrong == []
+
+
+def test_the_order_of_packages_is_the_one_that_is_tested() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `(\w+)/` \|", text, re.MULTILINE)
+    levels: dict[str, list[str]] = {}
+    for number, package in rows:
+        levels.setdefault(number, []).append(package)
+    assert [sorted(packages) for packages in levels.values()] == [sorted(level) for level in LEVELS]
