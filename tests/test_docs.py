@@ -53,6 +53,12 @@ def _defined(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_lines_have_at_most_100_columns(page: str) -> None:
+    lines = (REPOSITORY / page).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_inside_the_repository_leads_somewhere(page: str) -> None:
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     links = {link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link}
@@ -86,3 +92,15 @@ def test_the_order_of_packages_is_the_one_that_is_tested() -> None:
     for number, package in rows:
         levels.setdefault(number, []).append(package)
     assert [sorted(packages) for packages in levels.values()] == [sorted(level) for level in LEVELS]
+
+
+def test_the_public_names_of_each_package_exist() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| `(\w+)/` \|.*\|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == sum(map(len, LEVELS))
+    for package, names in rows:
+        top = package if package in OUTER else f"mellum2_megatron.{package}"
+        own = [module for module in modules() if f"{module}.".startswith(f"{top}.")]
+        defined = set().union(*(_defined(module) for module in own))
+        public = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", names)]
+        assert [name for name in public if name not in defined] == [], package
