@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from mellum2_megatron.checkpoint.folder import (
 )
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import to_yaml
+from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning.rules import check
 from mellum2_megatron.upstream import megatron_arguments
 from tests.checkpoint.test_continuation import check_folder, folder_of, tiny
+from tests.distributed import run_distributed
+from tests.training.test_train import small_run
 
 STEP = 12_000
 
@@ -245,3 +249,32 @@ def test_arguments_follow_the_starting_point(own: Path, other: Path) -> None:
     folder_of(tiny(), own, step=2)
     assert loads(f"checkpoint.continue_from={other}") == here
     assert loads(f"checkpoint.load={other}") == weights  # Megatron reads --load first
+
+
+# -- The line
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("origin", "line"),
+    [
+        ("", "starts anew in {output}"),
+        ("output", "resumes step 6 of {output}"),
+        ("continue_from", "continues {trained} after step 6"),
+        ("load", "takes the weights of {trained}/iter_0000006"),
+    ],
+    ids=["new", "resume", "continue", "weights"],
+)
+def test_the_first_rank_states_the_start_once(
+    origin: str, line: str, trained: Path, small_data: PreparedData, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    if origin == "output":
+        shutil.copytree(trained, output)
+    named = [f"checkpoint.{origin}={trained}"] if origin in ("continue_from", "load") else []
+    file = tmp_path / "requested.yaml"
+    file.write_text(to_yaml(small_run(small_data, output, *named)))
+    outputs = run_distributed("tests.training.train_worker:announce", 2, str(file))
+    expected = line.format(output=output, trained=trained)
+    assert outputs == [f"mellum2_tiny_pretrain {expected}\n", ""]

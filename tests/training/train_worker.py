@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,17 @@ def train(run_file: str, order: Sequence[int] | None = None) -> None:
     if order is not None:
         loop.forward_step = _reordering(loop.forward_step, order)
     rank_main.train(read_run(Path(run_file)), device="cpu")
+
+
+def announce(run_file: str) -> str:
+    """Return the standard output of this rank until Megatron's loop, which does not run."""
+    from mellum2_megatron.checkpoint import read_run
+    from mellum2_megatron.training import loop, rank_main
+
+    loop.run_loop = lambda *args, **kwargs: None
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        rank_main.train(read_run(Path(run_file)), device="cpu")
+    return output.getvalue()
 
 
 def _reordering(forward_step: Any, order: Sequence[int]) -> Any:
