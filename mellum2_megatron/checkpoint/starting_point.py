@@ -59,6 +59,7 @@ class StartingPoint:
         """
         settings = run.checkpoint
         kind: Kind
+        # A checkpoint of its own comes first: other folders are for the run's first start.
         if settings.output is not None and (Path(settings.output) / TRACKER_FILE).is_file():
             kind, folder = "resume", Path(settings.output)
         elif settings.continue_from is not None:
@@ -101,6 +102,7 @@ class StartingPoint:
         """True if `folder` is one checkpoint inside a run's folder, not that run's newest."""
         if self.folder is None or self.checkpoint is None:
             return False
+        # As `find_checkpoint` makes the root: without following links.
         return self.checkpoint.root != Path(os.path.abspath(self.folder))
 
     @property
@@ -126,6 +128,7 @@ class StartingPoint:
         if self.kind == "new":
             return f"{run.name} starts anew in {run.checkpoint.output}"
         checkpoint = self.require_checkpoint()
+        # A release has weights only, also in the run's own folder.
         if self.kind == "weights" or checkpoint.iteration is None:
             return f"{run.name} takes the weights of {checkpoint.iteration_dir}"
         if self.kind == "resume":

@@ -38,6 +38,7 @@ def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
     """
     layout, architecture, length = run.layout, run.architecture, run.data.sequence_length
     layout.validate(architecture, world_size=world_size, sequence_length=length)
+    # The report is about GPUs, also when it is printed on a login node.
     memory = memory_by_stage(run, world_size=world_size, backend=run.resolved_backend("cuda"))
     micro_batches = run.schedule.final_batch_size // (
         run.schedule.micro_batch_size * layout.data_parallel(world_size)
@@ -91,6 +92,7 @@ def process_groups(layout: Layout, world_size: int) -> dict[str, list[list[int]]
     experts = {name: sizes[name] for name in ("etp", "ep", "expert dp", "pp")}
     groups = {name: _groups(attention, {name}) for name in attention}
     groups |= {name: _groups(experts, {name}) for name in ("etp", "ep", "expert dp")}
+    # Gradients are reduced, and state is divided, among these.
     return groups | {"dp with cp": _groups(attention, {"dp", "cp"})}
 
 

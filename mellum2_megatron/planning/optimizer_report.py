@@ -151,6 +151,7 @@ def _weight_rows(weights: Sequence[Weight], run: Run) -> list[dict[str, Any]]:
     optimizer = run.optimizer
     rows: dict[str, dict[str, Any]] = {}
     for weight in weights:
+        # Weights of one kind have one shape, on every stage.
         if weight.kind in rows:
             rows[weight.kind]["count"] += 1
             continue

@@ -328,6 +328,7 @@ def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int =
     """
     layout = run.layout
     total = sum(owners.buffer for owners in ownership(run, world_size, backend, stage=stage))
+    # `adam_weights` goes through all virtual stages for each group.
     chunks = itertools.cycle(range(layout.vpp))
     for (ranks, weights), chunk in zip(
         adam_weights(run, world_size, backend, stage=stage), chunks, strict=False

@@ -358,6 +358,7 @@ def fp8_dimensions(planned: PlannedRun) -> Problems:
     if planned.run.precision.compute != "fp8":
         return
     model, layout = planned.run.architecture, planned.run.layout
+    # Dimensions of the matrices on one rank.
     heads = model.num_attention_heads * model.head_dim // layout.tp
     sizes = {
         "architecture.hidden_size": model.hidden_size,

@@ -164,6 +164,7 @@ def _continuation_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]
                 "give both the same: one training has one schedule, and a phase ends at "
                 f"schedule.train_samples before schedule.horizon_samples={horizon}",
             )
+    # Here in advance what `resume_keeps_optimizer` checks once there is a checkpoint.
     for name in ("name", *FROM_CHECKPOINT):
         old, new = getattr(before.optimizer, name), getattr(after.optimizer, name)
         if old != new:
