@@ -12,7 +12,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_NOISY = ("megatron", "emerging_optimizers")
+# Megatron imports modelopt, a package of Megatron-Bridge, where it is installed.
+_NOISY = ("megatron", "emerging_optimizers", "modelopt")
 
 
 def quiet_upstream() -> None:
@@ -31,6 +32,8 @@ def quiet_upstream() -> None:
     warnings.filterwarnings("ignore", module=rf"(.*/)?({'|'.join(_NOISY)})([./]|$)")
     # Loading a checkpoint with the APIs that Megatron still calls (torch 2.15).
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\.")
+    # Scripted functions of modelopt and of Megatron's fused kernels (torch 2.15).
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     warnings.filterwarnings(
         "ignore", message="'pin_memory' argument is set as true but no accelerator"
     )
