@@ -9,7 +9,8 @@ import pytest
 
 from mellum2_megatron.config import keys
 from tests import REPOSITORY
-from tests.test_imports import LEVELS, OUTER, modules
+from tests.import_reader import OUTER, modules, package
+from tests.test_imports import AT_IMPORT, LEVELS
 
 PAGES = sorted(
     path.relative_to(REPOSITORY).as_posix()
@@ -85,22 +86,24 @@ def test_every_module_and_function_that_a_page_names_exists(page: str) -> None:
     assert wrong == []
 
 
-def test_the_order_of_packages_is_the_one_that_is_tested() -> None:
+def test_the_table_of_packages_is_the_tested_order() -> None:
     text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \| `(\w+)/` \|", text, re.MULTILINE)
-    levels: dict[str, list[str]] = {}
-    for number, package in rows:
-        levels.setdefault(number, []).append(package)
-    assert [sorted(packages) for packages in levels.values()] == [sorted(level) for level in LEVELS]
+    rows = re.findall(r"^\| *(\d+) *\| *`(\w+)/` *\|[^|]*\|([^|]*)\|", text, re.MULTILINE)
+    levels: dict[int, tuple[str, ...]] = {}
+    for number, name, _ in rows:
+        levels[int(number)] = (*levels.get(int(number), ()), name)
+    assert levels == dict(enumerate(LEVELS, 1))
+    light = {name for _, name, libraries in rows if libraries.strip() == "none"}
+    assert light == {name for level in LEVELS for name in level} - set(map(package, AT_IMPORT))
 
 
 def test_the_public_names_of_each_package_exist() -> None:
     text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \d+ \| `(\w+)/` \|.*\|(.*)\|$", text, re.MULTILINE)
     assert len(rows) == sum(map(len, LEVELS))
-    for package, names in rows:
-        top = package if package in OUTER else f"mellum2_megatron.{package}"
+    for row_package, names in rows:
+        top = row_package if row_package in OUTER else f"mellum2_megatron.{row_package}"
         own = [module for module in modules() if f"{module}.".startswith(f"{top}.")]
         defined = set().union(*(_defined(module) for module in own))
         public = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", names)]
-        assert [name for name in public if name not in defined] == [], package
+        assert [name for name in public if name not in defined] == [], row_package

@@ -1,4 +1,4 @@
-"""The run's log, read back by independent readers: json, TensorBoard's accumulator, W&B's records."""
+"""metrics.jsonl, the console, TensorBoard and W&B offline, also after an interrupted run."""
 
 from __future__ import annotations
 
