@@ -169,7 +169,9 @@ def run_ranks(
                 RankFailure.of(rank, failure.exitcode, failure.error_file_data, failure.timestamp)
                 for rank, failure in error.failures.items()
             ]
-            stopped = is_stop((failure.exit_code for failure in failures), told=bool(stop_signals))
+            stopped = is_stop(
+                (failure.exit_code for failure in failures), signalled=bool(stop_signals)
+            )
             return STOPPED if stopped else failures
         except SignalException as error:
             return 128 + int(error.sigval)

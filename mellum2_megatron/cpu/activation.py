@@ -9,7 +9,6 @@ import sys
 from mellum2_megatron.common.errors import InputError
 
 HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex")
-
 """Packages whose kernels Megatron picks up if they import, and that run on a GPU only."""
 
 _active = False
@@ -21,11 +20,11 @@ def is_active() -> bool:
 
 
 def activate() -> None:
-    """Make this process run Megatron-Core on the CPU, for good. Calling it again does nothing.
+    """Make Megatron-Core run on the CPU for the rest of the process; a second call does nothing.
 
     Raises:
         InputError: a GPU is usable, or megatron or Transformer Engine has been imported, or an
-            installed version is not one that the patches were written for. Nothing is changed
+            installed version is not one that the patches were written for. Nothing has been changed
             then.
     """
     global _active
@@ -60,7 +59,7 @@ def activate() -> None:
     for name in HIDDEN:
         # `import` then raises, and `find_spec` returns None.
         sys.modules[name] = None  # type: ignore[assignment]  # typed as a dict of modules
-    # Megatron asserts it (arguments.py:1437, 0.19.2), though a CPU has no such queues.
+    # Megatron asserts this variable (arguments.py:1437, 0.19.2), though a CPU has no such queues.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.install()
     compiling.install()

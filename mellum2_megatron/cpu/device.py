@@ -177,7 +177,7 @@ def _is_cuda(device: Any) -> bool:
         return device.type == "cuda"
     if isinstance(device, str):
         return device.startswith("cuda")
-    # A bool is an int to Python, and no device index.
+    # Python counts a bool as an int, but it is no device index.
     return isinstance(device, int) and not isinstance(device, bool)
 
 
@@ -232,7 +232,7 @@ def install() -> None:
     if _installed:
         return
     # `with torch.device("meta")` recognises factories by identity, in a table that is built at
-    # first use: have it built of the originals, which are what reaches it.
+    # first use. Build it now, from the originals: those are what the wrappers call.
     from torch.utils import _device
 
     _device._device_constructors()

@@ -1,4 +1,4 @@
-"""Adam and tensor types as Megatron's optimizers expect them of a GPU.
+"""Adam and tensor type names in the form that Megatron's optimizers expect on a GPU.
 
 Without Transformer Engine and apex, ``core/optimizer/__init__.py:33`` (0.19.2) falls back to
 ``torch.optim.AdamW``, which keeps a ``step`` tensor for each parameter. `DistributedOptimizer`

@@ -1,4 +1,4 @@
-"""One process as a whole Megatron world, to build, score or convert a model in place."""
+"""One process as a complete Megatron world, to build, score or convert a model in place."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def init_single_process(seed: int = _DEFAULT_SEED) -> bool:
         seed: seed of torch and of Megatron's random number trackers.
 
     Returns:
-        True if this call initialised them, False if they were before; then `teardown` is the task
-        of whoever did.
+        True if this call initialised them; the caller then owes a `teardown`. False if they were
+        initialised before.
 
     Raises:
         InputError: `activate` has not been called.

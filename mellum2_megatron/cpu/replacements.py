@@ -64,7 +64,7 @@ def check_arguments(args: Namespace) -> None:
         (
             args.distributed_backend != "gloo",
             f"distributed_backend={args.distributed_backend}",
-            "processes on CPUs talk over gloo",
+            "processes on CPUs communicate over gloo",
             "gloo",
         ),
         (
@@ -100,7 +100,7 @@ def check_arguments(args: Namespace) -> None:
 
 
 def splits_as_numpy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace `maybe_move_tensor_to_cpu`: no copy, but still numpy where that is wanted."""
+    """Replace `maybe_move_tensor_to_cpu`: no copy, but numpy as ever if `as_numpy`."""
 
     @functools.wraps(original)
     def maybe_move_tensor_to_cpu(

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk, as `mellum2 data prepare` writes it: read and checked."""
+"""Reads and checks a prepared corpus, the folder that `mellum2 data prepare` writes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class PreparedData:
         vocab_size: rows that an embedding needs for the tokenizer.
         special_ids: ids of the tokenizer's special tokens, by role.
         splits: size of each split.
-        valid_unigram_entropy_nats: entropy of the validation split's token distribution: no
-            predictor without context has a lower loss on it.
+        valid_unigram_entropy_nats: entropy of the validation split's token distribution, in nats;
+            the lowest loss of any predictor without context.
         tokenizer_sha256: SHA-256 of ``tokenizer.json``, hexadecimal.
         seed: seed of the sample and the split.
         corpus: content of ``corpus.json``.

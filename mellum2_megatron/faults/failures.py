@@ -85,7 +85,7 @@ class RankFailure:
         kind: "explained" has a message for the user, "echo" is the effect of another rank's
             failure, "unexpected" is the rest.
         message: one line or a few, without traceback; empty if the process left no report.
-        traceback: empty if the process left no report.
+        traceback: Python traceback; empty if the process left no report.
         ended: time of the end, seconds since the epoch.
     """
 
@@ -173,7 +173,7 @@ def root_cause(failures: list[RankFailure]) -> RankFailure:
 
 
 def report_failure(error: BaseException, *, to_launcher: bool, verbose: bool) -> int:
-    """Report what ended this rank; call it while the exception is being handled.
+    """Report the exception that ended this rank; call it while that is being handled.
 
     Args:
         error: exception that ended the rank.
@@ -215,12 +215,12 @@ def report_failure(error: BaseException, *, to_launcher: bool, verbose: bool) ->
 def explained(output: Path) -> Iterator[None]:
     """Turn the exceptions that a user can act on into a `WorkError`; others pass.
 
-    These are non-finite values, what the system refused (`OSError`), and a checkpoint that could
-    not be written. In the last case Megatron collects the ranks' exceptions in a
+    These are non-finite values, errors of the operating system (`OSError`), and a checkpoint that
+    could not be written. In the last case Megatron collects the ranks' exceptions in a
     `CheckpointException`, where they have lost their causes.
 
     Args:
-        output: output folder of the run. It must still hold what a failed save has written, which
+        output: output folder of the run, with the files of a failed save still in it: they are what
             fills the disk.
 
     Raises:
@@ -330,9 +330,9 @@ def only_complete_checkpoints(root: Path) -> Iterator[None]:
 
     Megatron writes into ``iter_*`` in place, and writes the number into its tracker once all is
     complete. So a folder with a higher number is a fragment. Folders from before stay: the tracker
-    may have been set back by hand. A tracker that was cut off when the disk filled up gets the
-    newest complete checkpoint again; Megatron truncates it first
-    (megatron/training/checkpointing.py:1011, 0.19.2).
+    may have been set back by hand. A disk that fills up while the tracker is written leaves it
+    empty, because Megatron truncates it first (megatron/training/checkpointing.py:1011, 0.19.2).
+    It is then set to the newest complete checkpoint.
     """
     before = {folder.name for folder in iteration_folders(root)}
     started_from = tracked_iteration(root)

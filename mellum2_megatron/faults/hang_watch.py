@@ -1,10 +1,10 @@
 """Stops a hung run and names the rank that holds up the others.
 
-When a rank hangs, the others wait for it in a collective. Their own time limit does not name it;
-with NCCL it ends them without even an exception. So a thread on each rank checks that micro-batches
-still start. When they do not, the ranks exchange their places in the code through the store. That
-is enough to find the rank: it does not answer, or does not wait, or has started fewer micro-batches
-than the others.
+When a rank hangs, the others wait for it in a collective. The collective's own time limit does not
+name that rank, and with NCCL it kills processes without an exception. So a thread on each rank
+checks that micro-batches still start. When they do not, the ranks exchange their places in the code
+through torch.distributed's store. The hung rank is the one that does not answer, or is not waiting,
+or has started fewer micro-batches than the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from mellum2_megatron.common.errors import WorkError
 
 _ANSWER_SECONDS = 10.0
-"""Seconds in which a rank must have answered."""
+"""Seconds that a rank has to answer."""
 
 _WAITING_FILES = ("/torch/distributed/", "/torch/cuda/", "/torch/autograd/")
 _WAITING_CALLS = (".wait(", "synchronize(", ".item(", ".tolist(", ".cpu(")
@@ -49,7 +49,7 @@ class Place:
 
 
 class Store(Protocol):
-    """The methods used of torch.distributed's stores."""
+    """Methods of torch.distributed's stores that the watch uses."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -60,10 +60,11 @@ class HangWatch:
     """Watches one rank's main thread.
 
     Args:
-        rank, world_size: of this process.
+        rank: rank of this process.
+        world_size: number of ranks.
         timeout: seconds without a new micro-batch after which the run counts as hung.
         end: called from the watching thread with the error; must end the process. Its second
-            argument is True on the first of the ranks that answered, which speaks for all.
+            argument is True on the first of the ranks that answered, which reports for all.
         step: returns the step in progress.
         store: returns a new connection to the store of all ranks, for the watching thread alone.
     """
@@ -88,7 +89,7 @@ class HangWatch:
     def count_micro_batches(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a `forward_step`: each call is a sign of life, and the first one starts the watch.
 
-        So nothing before it, as loading a checkpoint and building data sets, is limited in time.
+        Loading a checkpoint and building data sets come earlier, and have no time limit.
         """
 
         @functools.wraps(forward_step)
@@ -133,7 +134,7 @@ class HangWatch:
         except RuntimeError:  # of torch: the process that holds the store does not answer
             places = {self.rank: own}
         is_first = self.rank == min(places)
-        # A rank that ends takes its peers' collectives along: let the first one report before.
+        # A rank that exits breaks its peers' collectives: let the first one report before that.
         if not is_first and self._stopped.wait(_ANSWER_SECONDS / 2):
             return
         limit = self.timeout
@@ -142,7 +143,7 @@ class HangWatch:
             f"step {self._step()}: no micro-batch has begun for {shown}: "
             f"{blame(places, self.world_size)}",
             fix="look at that rank's machine; the same command resumes from the last checkpoint. "
-            "If the work takes so long, raise timeout_minutes",
+            "If a micro-batch needs more time than that, raise timeout_minutes",
         )
         if not self._stopped.is_set():
             self._end(error, is_first)

@@ -15,9 +15,9 @@ class LossHistory:
     [None, None, None, None, 2.9, None]
 
     Args:
-        window: number of steps to remember; nothing is a spike before there are as many.
+        window: number of losses to keep; no loss counts as a spike before that many are kept.
         factor: a loss above ``factor`` times the median is a spike.
-        losses: losses of the steps before, oldest first.
+        losses: losses of earlier steps, oldest first; default none.
     """
 
     def __init__(self, *, window: int, factor: float, losses: Sequence[float] = ()) -> None:
@@ -25,7 +25,7 @@ class LossHistory:
         self._losses = deque(losses, maxlen=window)
 
     def add(self, loss: float) -> float | None:
-        """Remember a step's loss. Return the median before it if it is a spike, else None."""
+        """Keep a step's loss. Return the median before it if it is a spike, else None."""
         median = statistics.median(self._losses) if len(self._losses) == self.window else None
         # Spikes too: one hardly moves the median, and a loss that stays up becomes the normal one.
         self._losses.append(loss)
@@ -33,5 +33,5 @@ class LossHistory:
 
     @property
     def losses(self) -> list[float]:
-        """Losses that are remembered, oldest first."""
+        """Losses of the last steps, oldest first, at most ``window`` of them."""
         return list(self._losses)

@@ -1,12 +1,15 @@
 """Skips or stops an optimizer step with non-finite values or a loss spike (`Stability`).
 
-Two points of Megatron's step are used, and no more communication than one gather of four numbers a
-rank. `validate_result` is called with every micro-batch's loss and every gradient bucket, before
-any of it is reduced over ranks (megatron/core/distributed/param_and_grad_buffer.py:339, 0.19.2):
-here it records a non-finite value instead of raising. `prepare_grads` is the last point before the
-optimizer changes anything (core/optimizer/optimizer.py:1862): here all ranks gather their records,
-so that all decide alike, and it returns True to skip the update. ``training/hooks.py`` puts the
-wrappers in place.
+Two functions of Megatron's step are wrapped (``training/hooks.py`` installs the wrappers):
+
+- `validate_result` gets every micro-batch's loss and every gradient bucket, before they are reduced
+  over ranks (megatron/core/distributed/param_and_grad_buffer.py:339, 0.19.2). Wrapped, it records a
+  non-finite value instead of raising.
+- `prepare_grads` is the last point before the optimizer changes anything
+  (core/optimizer/optimizer.py:1862). Wrapped, it gathers all ranks' records, so that all decide
+  alike, and returns True to skip the update.
+
+The gather of four numbers per rank is the only communication added to a step.
 """
 
 from __future__ import annotations
@@ -39,11 +42,11 @@ class Event:
     Attributes:
         step: step number, from 1.
         note: the finding and the action taken.
-        value: loss, or norm of the gradient bucket, in which it was seen.
-        rank: first rank that saw it; None for a mean over all ranks.
+        value: the bad loss, or norm of a gradient bucket.
+        rank: first rank with a bad value; None where `value` is a mean over all ranks.
         samples: training samples consumed by the end of the step.
         batch_size: samples in the step.
-        skipped: True if the update was left out.
+        skipped: True if the update was skipped.
     """
 
     step: int
@@ -56,7 +59,7 @@ class Event:
 
     @property
     def values(self) -> dict[str, float]:
-        """The numeric attributes, as the log wants them."""
+        """The numeric attributes, in the form that the log takes."""
         numbers = {
             "value": float(self.value),
             "samples": float(self.samples),
@@ -77,7 +80,7 @@ class _StepRecord:
             pipeline stage without a loss.
         not_finite: first non-finite value of each kind; 0 for none.
         judged: True once the ranks have decided about this step.
-        skipped: the decision.
+        skipped: True if they decided to skip the update.
     """
 
     loss_sums: torch.Tensor | None = None
@@ -102,14 +105,14 @@ class StepGuard:
         self._step: _StepRecord | None = None  # None outside a step, as in validation
 
     def load(self, checkpoints: Path, *, iteration: int) -> None:
-        """Restore what `save` wrote into the checkpoint that the run resumes from, if any.
+        """Restore the state that `save` wrote into the checkpoint of this iteration, if any.
 
         Args:
             checkpoints: output folder of the run.
             iteration: number of the checkpoint.
         """
         file = checkpoints / iteration_folder_name(iteration) / STATE_FILE
-        # None in a new run, in one that continues another, and in checkpoints older than the guard.
+        # A new run has no such file, nor one that continues another run, nor an old checkpoint.
         if not self.settings.is_watching or not file.is_file():
             return
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -120,7 +123,7 @@ class StepGuard:
         self._skips_in_a_row = int(state["skipped_in_a_row"])
 
     def save(self, folder: Path) -> None:
-        """Write what a resume needs into a checkpoint's folder; one rank calls it."""
+        """Write the state that a resume needs into a checkpoint's folder; one rank calls it."""
         if self.settings.is_watching:
             state = {"losses": self._history.losses, "skipped_in_a_row": self._skips_in_a_row}
             write_json(folder / STATE_FILE, state)
@@ -240,11 +243,11 @@ class StepGuard:
             ranks = [rank for rank, row in enumerate(rows) if row[column]]
             if ranks:
                 value = rows[ranks[0]][column]
-                others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
-                finding = f"the {kind} is {value} on rank {ranks[0]}{others}"
+                more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+                finding = f"the {kind} is {value} on rank {ranks[0]}{more}"
                 return self._apply("skip", finding, value, ranks[0])
 
-        # Tensor-parallel ranks repeat sums and tokens alike, which leaves the mean as it is.
+        # Tensor-parallel ranks repeat the same sums and tokens, which does not change the mean.
         tokens = sum(row[1] for row in rows)
         loss = sum(row[0] for row in rows) / tokens if tokens else math.nan
         median = self._history.add(loss) if math.isfinite(loss) else None
@@ -269,7 +272,7 @@ class StepGuard:
         step, batch_size = args.curr_iteration + 1, _batch_size()
         self._skips_in_a_row = self._skips_in_a_row + 1 if action == "skip" else 0
         too_many = self._skips_in_a_row > settings.max_skips
-        # The first update of all cannot be skipped: an optimizer without state cannot be saved.
+        # The first update of a run cannot be skipped: an optimizer without state cannot be saved.
         stops = action == "stop" or too_many or (action == "skip" and step == 1)
         if stops:
             outcome = "the run stops"

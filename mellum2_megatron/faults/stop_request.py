@@ -22,8 +22,8 @@ class StopRequest:
     """Takes the place of Megatron's `DistributedSignalHandler` (``training/hooks.py``).
 
     Attributes:
-        received: this process got a stop signal.
-        agreed: all ranks have learned that one of them did.
+        received: True once this process got a stop signal.
+        agreed: True once the ranks have exchanged that at least one of them got one.
     """
 
     def __init__(self) -> None:
@@ -48,14 +48,15 @@ class StopRequest:
         self.received = True
 
 
-def is_stop(exit_codes: Iterable[int], *, told: bool) -> bool:
+def is_stop(exit_codes: Iterable[int], *, signalled: bool) -> bool:
     """Return True if ranks ended because they were stopped.
 
     Args:
         exit_codes: exit codes of the ranks that did not end with 0; minus the signal's number where
             a signal ended the rank.
-        told: the launcher passed a stop signal on. It ends ranks that do not listen yet.
+        signalled: True if the launcher passed a stop signal on, which ends ranks that do not listen
+            yet.
     """
     codes = set(exit_codes)
     stopped = {STOPPED, *(-number for number in STOP_SIGNALS)}
-    return codes <= stopped and (STOPPED in codes or told)
+    return codes <= stopped and (STOPPED in codes or signalled)

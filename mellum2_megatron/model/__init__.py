@@ -19,7 +19,7 @@ d      head dimension                                               128
 i      queries of one call of the attention kernel
 j      keys that these queries may see
 e      routed experts                                                64
-k      experts that compute a token                                   8
+k      experts that each token is routed to                           8
 v      vocabulary                                                 98304
 ====== ========================================================= ======
 

@@ -8,8 +8,8 @@ layer type             window                           rotation and scale of th
                                                         multiplies the scale (report §4)
 ====================== ================================ ===================================
 
-Megatron has one rotary embedding a model, and picks windowed layers by arithmetic on the layer
-number, which the MTP layer (always number 1) and a model with another pattern do not follow.
+Megatron has one rotary embedding per model, and picks windowed layers by arithmetic on the layer
+number. The MTP layer (always number 1) and models with another pattern do not follow that rule.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Mellum2SelfAttention(SelfAttention):
         layer_number: 1-based number within the decoder, or within the MTP block. It is global under
             pipeline parallelism (megatron/core/transformer/transformer_layer.py:343-348, 0.19.2).
         architecture: the model's description.
-        layer_types: attention type of every layer of the stack, decoder or MTP, whatever part of
-            it this pipeline stage holds.
+        layer_types: attention type of every layer of the stack (decoder or MTP), layers of other
+            pipeline stages included.
 
     Raises:
         ValueError: `config` describes another model than `architecture`; all differing arguments
@@ -119,7 +119,7 @@ class Mellum2SelfAttention(SelfAttention):
         shared = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         cp_group = self.pg_collection.cp
-        # Megatron passes angles of packed documents whole, all others cut to the rank's share.
+        # Megatron passes all angles for packed documents, else only those of the rank's share.
         length = shared.size(0) if packed or cp_group is None else shared.size(0) * cp_group.size()
         own_angles = self._rotary_table(length, packed=packed, cp_group=cp_group)
         output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
@@ -156,8 +156,8 @@ def build_core_attention(
             `require_matching_config` accepts no other.
         **kwargs: further arguments of `builder`, from Megatron.
     """
-    # A copy for the core attention alone: Megatron changes the shared one during training, and
-    # every other module has to see that.
+    # A copy for the core attention alone: Megatron changes the shared configuration during
+    # training, and all other modules must keep seeing those changes.
     layer_config = copy.copy(config)
     # Megatron and Transformer Engine count the keys *before* the query.
     layer_config.window_size = None if window is None else (window - 1, 0)

@@ -141,14 +141,15 @@ def document_padding(
 ) -> torch.Tensor:
     """Return `[1, tokens]`, true where this rank's token is padding after a document.
 
-    Computed on the device: reading boundaries back would stall it once a layer.
+    Computed on the device: a copy of the boundaries to the host would stall it in every layer.
 
     Args:
         packed: Megatron's description of the packed batch, with padded boundaries.
         tokens: number of tokens of this rank, `t / cp / sp`.
         cp_group: context-parallel group, which divides each document in zigzag order; None for one
             rank.
-        sp_group: sequence-parallel group, which divides the rest in order; None for one rank.
+        sp_group: sequence-parallel group, which divides a context-parallel rank's tokens in order;
+            None for one rank.
     """
     cp, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
     first = 0 if sp_group is None else tokens * sp_group.rank()

@@ -96,15 +96,15 @@ class TorchCoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Compute the attention of this rank's queries.
 
         Args:
-            query: `[s / cp, b, n, d]`; packed: `[t / cp, n, d]`. There may be fewer queries than
-                keys without documents and context parallelism: they are then the last positions.
+            query: `[s / cp, b, n, d]`; packed: `[t / cp, n, d]`. Without packing and context
+                parallelism there may be fewer queries than keys: those of the last positions.
             key, value: `[s / cp, b, g, d]`, g divides n; packed: `[t / cp, g, d]`.
             attention_mask: `[b or 1, 1, s / cp, s]`, true where attention is forbidden, *in
-                addition* to causality and the window; keys in the order of the whole sequence. None
-                if packed.
+                addition* to causality and the window; keys in the order of the undivided sequence.
+                None if packed.
             packed_seq_params: THD format. Document i occupies `cu_seqlens_q_padded[i] ... [i + 1]`
                 of the stream, and its first `cu_seqlens_q[i + 1] - cu_seqlens_q[i]` tokens are
                 real. The rest is padding: it attends to nothing, its output is 0 and it has no
@@ -127,7 +127,8 @@ class TorchCoreAttention(MegatronModule):
         if documents is not None:
             if attention_mask is not None or documents.local_cp_size is not None:
                 raise NotImplementedError(
-                    "packed documents go without attention mask and with a fixed context group"
+                    "packed documents take no attention mask and need a fixed context-parallel "
+                    "group"
                 )
             boundaries, lengths = document_boundaries(documents, query.size(0) * cp, cp)
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
@@ -240,11 +241,11 @@ class Span:
     document_start: int
 
     def queries(self) -> slice:
-        """Return the place of the span among this rank's queries."""
+        """Return the slice of this rank's queries that the span covers."""
         return slice(self.query_start, self.query_start + self.size)
 
     def keys(self, window: int | None) -> slice:
-        """Return the keys that any query of the span may see, its own document's alone."""
+        """Return the slice of keys that the queries may see, all of the span's own document."""
         first = 0 if window is None else max(0, self.position_in_document - window + 1)
         end = self.position_in_document + self.size
         return slice(self.document_start + first, self.document_start + end)
@@ -284,7 +285,7 @@ def document_spans(
         cp: context-parallel ranks.
         rank: this rank among them.
     """
-    # One rank holds each document as one chunk: halves would be two calls of the kernel.
+    # A single rank takes each document as one chunk: two halves would double the kernel calls.
     chunks, numbers = (1, (0,)) if cp == 1 else (2 * cp, (rank, 2 * cp - 1 - rank))
     query_start = 0
     for (start, end), length in zip(itertools.pairwise(boundaries), lengths, strict=True):

@@ -5,8 +5,8 @@
 - `torch`: plain PyTorch modules on any device. The reference, and the backend of a machine without
   a GPU.
 
-At the end of this module stands one layer spec for each preset and backend under a plain name, for
-a stock Megatron-LM command line::
+For a stock Megatron-LM command line this module ends with one layer spec for each preset and
+backend, under a plain name::
 
     --spec mellum2_megatron.model.layer_specs mellum2_12b            # te
     --spec mellum2_megatron.model.layer_specs mellum2_12b_torch
@@ -181,8 +181,7 @@ def mtp_block_spec(
     *,
     vp_stage: int | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the spec of the multi-token-prediction block; None on a stage or in a model without
-    it.
+    """Return the spec of the MTP block; None on a pipeline stage, or in a model, without it.
 
     The arguments are those of `decoder_block_spec`.
     """

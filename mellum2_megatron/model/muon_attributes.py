@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def mark_parameters(model: torch.nn.Module, optimizer: Optimizer) -> None:
-    """Mark the weights of a model that is not wrapped yet.
+    """Mark a model's weights; call it before DistributedDataParallel wraps the model.
 
     Args:
         model: a `GPTModel`, or one pipeline stage of it.

@@ -14,8 +14,8 @@ class TorchRMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` built the way Megatron's specs build norms.
 
     It normalises the last dimension: hidden states `[s, b, h]`, or the queries `[s, b, n, d]` and
-    keys `[s, b, g, d]` of each head. Megatron's wrapper for torch norms refuses sequence
-    parallelism (megatron/core/transformer/torch_norm.py:49, 0.19.2).
+    keys `[s, b, g, d]` of each head. Megatron's own wrapper for torch norms is not used: it refuses
+    sequence parallelism (megatron/core/transformer/torch_norm.py:49, 0.19.2).
 
     Args:
         config: the model's configuration; must ask for RMSNorm.
@@ -33,7 +33,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
                 "use --normalization RMSNorm"
             )
         super().__init__(hidden_size, eps=eps)
-        # Each tensor-parallel rank normalises its share of the sequence. By this tag Megatron sums
-        # the weight's gradient over them (megatron/core/distributed/finalize_model_grads.py:452,
-        # 0.19.2).
+        # With sequence parallelism a tensor-parallel rank normalises only its part of the sequence.
+        # This tag makes Megatron sum the weight's gradient over those ranks
+        # (megatron/core/distributed/finalize_model_grads.py:452, 0.19.2).
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -46,7 +46,8 @@ def build_model(
         architecture: the model's description.
         backend: "te" for Transformer Engine's modules, "torch" for plain ones.
         config: Megatron's configuration; derived from the architecture if None.
-        pre_process, post_process: true if this pipeline stage holds the embedding, and the head.
+        pre_process: true if this pipeline stage holds the embedding.
+        post_process: true if this pipeline stage holds the output head.
         parallel_output: leave the logits split over tensor-parallel ranks, `[b, s, v / tp]`.
         vp_stage: virtual pipeline stage, or None without virtual stages.
         pg_collection: process groups; Megatron's global ones if None.
@@ -87,17 +88,16 @@ def model_provider(
     loss: Loss | None = None,
     precision: Precision | None = None,
 ) -> Callable[..., GPTModel]:
-    """Return the `model_provider` that `megatron.training.pretrain` calls for every (virtual)
-    pipeline stage.
+    """Return the `model_provider` of Megatron's `pretrain`, called for each (virtual) stage.
 
     Args:
         architecture: the model's description.
         backend: "te" for Transformer Engine's modules, "torch" for plain ones.
-        optimizer: optimizer settings, for the weights that Muon or Adam updates; Megatron's own
-            choice if None.
-        loss: loss settings, for those that Megatron has no argument for; Megatron's own if None.
-        precision: precision settings, for those that Megatron has no argument for; Megatron's own
+        optimizer: optimizer settings, which choose the weights that Muon updates; Megatron's choice
             if None.
+        loss: loss settings, read only for those without a Megatron argument; Megatron's defaults
+            if None.
+        precision: precision settings, read likewise; Megatron's defaults if None.
     """
 
     def provide(
@@ -112,7 +112,7 @@ def model_provider(
             from megatron.training.arguments import core_transformer_config_from_args
 
             config = core_transformer_config_from_args(get_args())
-        # Both change the configuration, so they come before the modules read it.
+        # Modules read the configuration when they are built: change it before that.
         use_plain_initialization(config)
         if precision is not None and precision.bf16_mtp_projection:
             keep_mtp_projection_in_bf16(config)

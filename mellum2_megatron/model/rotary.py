@@ -1,8 +1,8 @@
 """Rotary angles of one attention layer type, built from Megatron's own embeddings.
 
 Mellum 2 rotates every layer with theta 500,000; the 128K model applies YaRN to its full-attention
-layers alone (report §4). Megatron has one rotary embedding a model, so each layer asks for its own
-table here instead.
+layers alone (report §4). Megatron has one rotary embedding per model. Here each layer uses the
+table of its own type instead.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class RotaryTable:
 
         Args:
             length: positions of the whole sequence, before context parallelism divides it.
-            packed: the batch is in THD format. The table is then returned whole, because the
-                rotation looks up each document's positions itself.
+            packed: true for a batch in THD format. The rotation then looks up each document's
+                positions itself, and needs the complete table on every rank.
             cp_group: context-parallel group; unless `packed`, the rank's two zigzag chunks are
                 returned.
 

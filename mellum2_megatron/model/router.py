@@ -1,5 +1,4 @@
-"""Mellum 2's router: Megatron's with exact load counts, and losses that depend neither on padding
-nor on the parallel layout."""
+"""Mellum 2's router: exact load counts, and losses independent of padding and parallel layout."""
 
 from __future__ import annotations
 
@@ -23,10 +22,10 @@ class Mellum2Router(TopKRouter):
     - With padding the z-loss is the mean over all real tokens.
 
     Attributes:
-        last_global_load: tokens sent to each expert over the last whole batch, all ranks together:
-            `[e]`, float32; None before the first batch ends.
-        exact_gradient: give the global load-balancing loss the gradient of its value
-            (`config.Loss.aux_loss_gradient`); false by default.
+        last_global_load: tokens sent to each expert in the last complete batch, summed over all
+            ranks: `[e]`, float32; None before the first batch ends.
+        exact_gradient: give the global load-balancing loss its true gradient
+            (`config.Loss.aux_loss_gradient`); default false.
     """
 
     last_global_load: torch.Tensor | None = None
@@ -62,19 +61,19 @@ class Mellum2Router(TopKRouter):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attach the loss to `activation`, so that it is differentiated with it, and log it.
+        """Attach the loss to `activation`, so that the backward pass includes it, and log it.
 
         Args:
             activation: routing probabilities `[t, e]`.
-            aux_loss_coeff: coefficient that `aux_loss` holds already.
+            aux_loss_coeff: coefficient of the loss, already multiplied into `aux_loss`.
             aux_loss: the balancing loss, a scalar.
         """
         name = args[0] if args else kwargs["aux_loss_name"]
         if self.exact_gradient and name == "global_load_balancing_loss":
-            # Each data-parallel rank differentiates its own part of a sum over the ranks. The part
-            # is divided by the tokens of all ranks here, and by the ranks again when DDP averages
-            # gradients (router.py:494-524, 0.19.2; Megatron-LM issue 3672). The value is right, so
-            # only its gradient is multiplied.
+            # Each data-parallel rank differentiates its own part of a sum over the ranks. Upstream
+            # divides the part by the tokens of all ranks, and DDP's mean of gradients divides by
+            # the number of ranks once more (router.py:494-524, 0.19.2; Megatron-LM issue 3672).
+            # The value is right, so only its gradient is multiplied.
             ranks = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
             aux_loss = aux_loss.detach() + ranks * (aux_loss - aux_loss.detach())
         result: torch.Tensor = super().attach_and_log_load_balancing_loss(
@@ -119,7 +118,8 @@ class Mellum2Router(TopKRouter):
         layers = self.config.num_layers
         get_moe_metrics_tracker().record(
             "z_loss",
-            # Each rank has its part of the mean: the tracker's average has to be their sum.
+            # Each rank's `mean` is only its part of the total. The tracker averages over ranks, so
+            # the factor turns that average into the sum of the parts.
             mean * self.tp_cp_group.size(),
             self.layer_number + layers * self.is_mtp_layer,  # MTP layers follow the decoder's
             layers + (self.config.mtp_num_layers or 0),

@@ -1,4 +1,4 @@
-"""Megatron's transformer layer, with the padding of packed documents kept from its router."""
+"""Megatron's transformer layer, whose router ignores the padding between packed documents."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 
 
 class Mellum2TransformerLayer(TransformerLayer):
-    """`TransformerLayer` whose router leaves padding between packed documents out of its losses and
-    counts.
+    """`TransformerLayer` that leaves padding between documents out of router losses and counts.
 
     Megatron's `padding_mask` is wrong after the first stage (not split for sequence parallelism:
     megatron/core/models/gpt/gpt_model.py:352, 0.19.2) and shifted by one token for MTP
-    (megatron/core/transformer/multi_token_prediction.py:1103); each layer therefore derives it from
+    (megatron/core/transformer/multi_token_prediction.py:1103). Each layer therefore derives it from
     `cu_seqlens`. Padding is still routed and computed, as in the rest of the model.
     """
 
@@ -38,7 +37,7 @@ class Mellum2TransformerLayer(TransformerLayer):
             packed_seq_params: THD format of the batch, or None.
         """
         padded = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q_padded
-        # Without padding both boundaries are one tensor; inference has no losses to protect.
+        # Without padding both attributes are the same tensor. Inference computes no router loss.
         if self.training and padded is not None and padded is not packed_seq_params.cu_seqlens_q:
             padding_mask = document_padding(
                 packed_seq_params,

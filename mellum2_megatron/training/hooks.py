@@ -36,8 +36,8 @@ class LoopParts:
     Attributes:
         checkpoint: checkpoint settings of the run.
         metrics: log of the run.
-        guard: judges each step's losses and gradients.
-        stop: stop signals that this rank got.
+        guard: check of each step's losses and gradients.
+        stop: stop request of this rank.
         pause_watch: context manager in which the hang watch is off.
     """
 
@@ -56,7 +56,7 @@ def hooks(parts: LoopParts) -> tuple[Patch, ...]:
             target="megatron.training.global_vars:_GLOBAL_TENSORBOARD_WRITER",
             replacement=parts.metrics.replace_writer,
             why="training/training.py:2588 gives a step's losses, rate and gradient norm to a "
-            "TensorBoard writer and to nobody else",
+            "TensorBoard writer and to nothing else",
         ),
         Patch(
             name="end-of-step",
@@ -119,8 +119,8 @@ def install_hooks(parts: LoopParts) -> None:
     (training/global_vars.py:83, 0.19.2).
 
     Raises:
-        InputError: the installed megatron-core is not the version of an entry. Ranks notice before
-            this, in ``upstream.activate``.
+        InputError: the installed megatron-core is not the version of an entry. In a rank
+            ``upstream.activate`` has raised it earlier.
     """
     # torch.save's own checksum costs several times what writing does, and torch.load never reads
     # it; the manifest has a SHA-256 of every file.

@@ -1,4 +1,4 @@
-"""Wires one run into Megatron's `pretrain`. Imported once Megatron may be (see `rank_main`).
+"""Wires one run into Megatron's `pretrain`. Import it only after `rank_main` has activated us.
 
 Order in which Megatron 0.19.2 calls us, on every rank:
 
@@ -7,7 +7,7 @@ Order in which Megatron 0.19.2 calls us, on every rank:
    the log, restores the guard and installs ``hooks.hooks``;
 3. for each step, `train_step`: `forward_step` and `sum_loss` for each micro-batch, `prepare_grads`
    once, then `training_log`;
-4. where a save is due, `save_checkpoint`; where a rank was told to stop, that and `SystemExit`.
+4. `save_checkpoint` where a save is due; after a stop signal a save, then `SystemExit`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def run_loop(
 
     Args:
         run: a resolved run, checked.
-        start: its starting point.
+        start: starting point of the run.
         world_size: number of ranks.
-        device: what to compute on.
-        stop: listens already.
-        watch: started by the first micro-batch.
+        device: "cpu" or "cuda".
+        stop: stop request of this rank, already listening.
+        watch: hang watch of this rank, started by the first micro-batch.
 
     Raises:
         SystemExit: Megatron's way to leave the loop early, after a stop request and a save

@@ -1,4 +1,4 @@
-"""Metrics of each step, taken from Megatron as it reports them and written to the run's log.
+"""Metrics of each step: captured when Megatron reports them, and written to the run's log.
 
 On the last rank Megatron reports losses, learning rate and gradient norm to a TensorBoard writer,
 one scalar a call. `ScalarCapture` takes the writer's place. `training_log`, which reports them, is
@@ -44,7 +44,7 @@ VALIDATION_NAMES = {"lm loss validation": "lm_loss"}
 
 
 class ScalarCapture:
-    """Stands where Megatron expects a `SummaryWriter`, and keeps the latest scalars by name.
+    """Stand-in for Megatron's `SummaryWriter` that keeps the latest scalars by name.
 
     Args:
         on_validation: called with step and values when a validation loss arrives.
@@ -86,7 +86,7 @@ class TrainingMetrics:
 
     @property
     def log(self) -> MetricsLogger:
-        """The log; there is one once `open` was called."""
+        """The log; exists after `open`."""
         assert self._log is not None
         return self._log
 
@@ -104,7 +104,7 @@ class TrainingMetrics:
         return provide
 
     def open(self) -> None:
-        """Open the log; call it once a checkpoint, if any, is restored (its step is needed)."""
+        """Open the log; call it after a checkpoint, if any, is restored: its step is needed."""
         args = get_args()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         logging, schedule = self.run.logging, self.run.schedule

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         help="write a failure to the launcher's report file, not to stderr",
     )
     options = parser.parse_args(argv)
-    # An interrupt ends a rank at once: Python's own handler waits while a collective runs.
+    # Ctrl-C must end a rank at once: Python's own handler would wait for the running collective.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         finished = train(
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
         torch.distributed.destroy_process_group()
         if not finished:
-            # At once: a signal that the launcher still sends would be taken for the reason.
+            # At once: a later signal of the launcher would replace this exit code.
             _end(STOPPED)
     except SystemExit:
         raise
@@ -107,7 +107,7 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
 
     Args:
         run: a resolved run.
-        device: what to compute on; "cpu" activates the CPU backend.
+        device: "cpu" (activates the CPU backend) or "cuda".
         verbose: keep Megatron's own output.
         to_launcher: see `failures.report_failure`.
 
@@ -128,18 +128,24 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     output, stop = output_folder(run), StopRequest()
     stop.listen()
 
-    def end_hung_rank(error: WorkError, first: bool) -> None:
-        # A launcher picks one of all ranks' reports; without one the first rank speaks for all.
-        if first or to_launcher:
+    def end_hung_rank(error: WorkError, is_first: bool) -> None:
+        # A launcher picks one of all ranks' reports; without one the first rank reports for all.
+        if is_first or to_launcher:
             report_failure(error, to_launcher=to_launcher, verbose=False)
         _end(error.exit_code)
+
+    def current_step() -> int:
+        from megatron.training import get_args
+
+        # Megatron counts finished steps.
+        return int(get_args().curr_iteration) + 1
 
     watch = HangWatch(
         rank=rank,
         world_size=world_size,
         timeout=run.timeout_minutes * 60,
         end=end_hung_rank,
-        step=_current_step,
+        step=current_step,
         store=default_store,
     )
     if rank == 0:
@@ -178,9 +184,3 @@ def _activate(device: Device, *, verbose: bool) -> None:
         cpu.activate()
     else:
         upstream.activate()
-
-
-def _current_step() -> int:
-    from megatron.training import get_args
-
-    return int(get_args().curr_iteration) + 1

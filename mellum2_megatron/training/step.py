@@ -113,7 +113,8 @@ def sum_loss(
     """
     assert loss_mask is not None
     loss = torch.sum(output.view(-1).float() * loss_mask.view(-1))
-    # As in Megatron-LM's pretrain_gpt.py. Its DistributedDataParallel checks the gradients.
+    # As in Megatron-LM's pretrain_gpt.py. Gradients are checked by Megatron's
+    # DistributedDataParallel.
     get_rerun_state_machine().validate_result(
         result=loss.detach(),
         rejection_func=lambda value: not value.isfinite(),

@@ -14,6 +14,17 @@ from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Backend, Device, Run
 
+_TORCH_BACKEND = (
+    *("--transformer-impl", "local"),
+    # Kernels of Transformer Engine and apex, on by default (arguments.py and
+    # transformer_config.py:2165-2187).
+    "--no-rope-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-gradient-accumulation-fusion",
+    "--no-persist-layer-norm",
+)
+"""Flags of the backend of plain torch modules."""
+
 _CPU = (
     *("--distributed-backend", "gloo"),
     "--use-cpu-initialization",
@@ -32,12 +43,12 @@ def megatron_arguments(
     backend: Backend | None = None,
     start: StartingPoint | None = None,
 ) -> list[str]:
-    """Return the arguments that make ``megatron.training.pretrain`` compute ``run``.
+    """Return the arguments with which ``megatron.training.pretrain`` trains ``run``.
 
     Args:
         run: a resolved run, checked by ``planning.rules.enforce``.
         world_size: number of ranks that will be started.
-        device: what they compute on.
+        device: "cpu" or "cuda".
         backend: library of the model's modules; default the run's own for the device.
         start: starting point of the run, default `StartingPoint.of(run)`.
 
@@ -65,8 +76,14 @@ def megatron_arguments(
         *_data(run),
         *_logging(run),
         *_checkpoint(run, start or StartingPoint.of(run)),
-        *_faults(run),
-        *_backend(backend),
+        # Later than our own hang watch, which names the rank that the others wait for
+        # (faults/hang_watch.py).
+        *("--distributed-timeout-minutes", str(math.ceil(run.timeout_minutes) + 1)),
+        # A non-finite value ends the run at once. The other modes repeat the step to distinguish
+        # a broken GPU from a diverging run, save, and wait to be started on another node
+        # (core/rerun_state_machine.py).
+        *("--rerun-mode", "disabled"),
+        *(("--transformer-impl", "transformer_engine") if backend == "te" else _TORCH_BACKEND),
         *(_CPU if device == "cpu" else ()),
     ]
 
@@ -228,8 +245,7 @@ def _blend(blend: tuple[tuple[float, str], ...]) -> list[str]:
 
 
 def _logging(run: Run) -> list[str]:
-    """Return the logging flags; metrics, TensorBoard and W&B are ours, so Megatron's writers stay
-    off."""
+    """Return the logging flags. Megatron's own TensorBoard and W&B writers stay off: ours log."""
     return [
         *("--log-interval", str(run.logging.log_interval)),
         *("--eval-interval", str(run.logging.eval_interval)),
@@ -261,29 +277,3 @@ def _checkpoint(run: Run, start: StartingPoint) -> list[str]:
         # or step count (megatron/training/checkpointing.py:2095-2106).
         words += ["--pretrained-checkpoint", checkpoint.load]
     return words
-
-
-def _faults(run: Run) -> list[str]:
-    return [
-        # Later than our own hang watch, which names the rank that the others wait for
-        # (faults/hang_watch.py).
-        *("--distributed-timeout-minutes", str(math.ceil(run.timeout_minutes) + 1)),
-        # A non-finite value ends the run at once. The other modes repeat the step to distinguish
-        # a broken GPU from a diverging run, save, and wait to be started on another node
-        # (core/rerun_state_machine.py).
-        *("--rerun-mode", "disabled"),
-    ]
-
-
-def _backend(backend: Backend) -> list[str]:
-    if backend == "te":
-        return ["--transformer-impl", "transformer_engine"]
-    return [
-        *("--transformer-impl", "local"),
-        # Kernels of Transformer Engine and apex, on by default (arguments.py and
-        # transformer_config.py:2165-2187).
-        "--no-rope-fusion",
-        "--no-masked-softmax-fusion",
-        "--no-gradient-accumulation-fusion",
-        "--no-persist-layer-norm",
-    ]

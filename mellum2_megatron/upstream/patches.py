@@ -1,10 +1,10 @@
 """Work-arounds that every user of the megatron-core 0.19.2 wheel needs, on a GPU as on a CPU.
 
-`activate` applies the table `PATCHES`; call it before training, before or after Megatron is
-imported. Each entry states the upstream fact and the version in which it was read. Each has a test
+`activate` applies the table `PATCHES`. Call it before training starts; Megatron may be imported
+already. Each entry states the upstream fact and the version in which it was read. Each has a test
 (``tests/upstream/test_patches.py``) that fails once upstream no longer needs the entry. The code is
-in `replacements` and `muon_groups`. What a subclass can put right is in ``model/`` instead, as the
-router's load counts in float32. What a run replaces in the training loop is in
+in `replacements` and `muon_groups`. Faults that a subclass can mend are mended in ``model/``, for
+one the router's load counts in BF16. Replacements in the training loop are in
 ``training/hooks.py``.
 """
 
@@ -29,9 +29,8 @@ PATCHES: tuple[Patch, ...] = (
         name="layer-wise-layout",
         target="megatron.core.optimizer:_get_megatron_emerging_optimizer",
         replacement=replacements.refuse_wrong_muon_setup,
-        why="core/optimizer/__init__.py:820 falls back to another algorithm without a word when "
-        "DDP was not given the layer-wise layout, and training/models/dist_utils.py:243 never "
-        "gives it",
+        why="core/optimizer/__init__.py:820 silently falls back to another algorithm when DDP was "
+        "not given the layer-wise layout, and training/models/dist_utils.py:243 never gives it",
     ),
     Patch(
         name="batch-ramp",
@@ -46,9 +45,9 @@ PATCHES: tuple[Patch, ...] = (
         "LayerWiseDistributedOptimizer.shard_params",
         replacement=replacements.shard_experts,
         why="core/optimizer/layer_wise_optimizer.py:552 lets every rank own all matrices when data "
-        "parallelism is 1, but with tp > etp tensor-parallel ranks hold the same experts, of whose "
-        "gradients DDP gives each a part: wrong gradient norm and momentum, and a checkpoint that "
-        "two ranks write",
+        "parallelism is 1; but with tp > etp several tensor-parallel ranks hold the same experts, "
+        "and DDP gives each rank a part of their gradients: wrong gradient norm and momentum, and "
+        "a checkpoint that two ranks write",
     ),
     Patch(
         name="muon-groups-asked",

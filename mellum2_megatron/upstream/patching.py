@@ -81,7 +81,7 @@ class Patch:
         original = owner.__dict__[last]  # not getattr: a classmethod must stay one
         replacement = self.replacement(original)
         setattr(owner, last, replacement)
-        # Functions and classes only: a constant of the same name elsewhere is not this one.
+        # Functions and classes only: an equal constant elsewhere need not be this one.
         if not path and callable(original):
             root = self.module.partition(".")[0] + "."
             for name, module in list(sys.modules.items()):
@@ -138,7 +138,7 @@ def check_versions(patches: Iterable[Patch]) -> None:
 
 
 def install(patches: Iterable[Patch]) -> None:
-    """Apply every patch now or, where its module is not imported yet, as soon as it is.
+    """Apply every patch now, or as soon as its module is imported.
 
     Raises:
         InputError: an installed version is not one the patch was written for. Nothing is patched

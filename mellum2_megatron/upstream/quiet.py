@@ -1,4 +1,4 @@
-"""Hides Megatron's own output below errors: a matter of taste, and no work-around."""
+"""Hides Megatron's own output below errors. A matter of taste, not a work-around."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import logging
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ def quiet_upstream() -> None:
     """
     for name in (*_NOISY, "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # It logs an error of a checkpoint's writer and then raises it
+    # This module logs an error of a checkpoint's writer and then raises it too
     # (core/dist_checkpointing/strategies, 0.19.2).
     logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(
         logging.CRITICAL
@@ -37,18 +36,17 @@ def quiet_upstream() -> None:
     warnings.filterwarnings(
         "ignore", message="'pin_memory' argument is set as true but no accelerator"
     )
+    original = builtins.print
+    if hasattr(original, "__wrapped__"):
+        return  # replaced by an earlier call
+
     # Megatron prints in some two hundred places, without a switch; print itself is one place.
-    if not hasattr(builtins.print, "__wrapped__"):
-        builtins.print = _print_unless_noisy(builtins.print)
-
-
-def _print_unless_noisy(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def print_(*values: Any, **options: Any) -> None:
+    def print_unless_noisy(*values: Any, **options: Any) -> None:
         caller = sys._getframe(1).f_globals.get("__name__") or ""
         if caller.partition(".")[0] in _NOISY and options.get("file") in (None, sys.stdout):
             logger.debug("%s: %s", caller, " ".join(map(str, values)))
         else:
             original(*values, **options)
 
-    return print_
+    builtins.print = print_unless_noisy

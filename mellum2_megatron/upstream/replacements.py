@@ -195,10 +195,13 @@ def share_mtp_count(
 ) -> Callable[..., torch.Tensor]:
     """Wrap `process_mtp_loss`: weight each context-parallel rank by the average rank's counts.
 
-    With f the MTP factor, and n counted and m predicted tokens of this rank, upstream weights the
-    loss of a token by f n / m (``calculate_per_token_loss``) or f / m. Right are n' and m' of the
-    average rank. So the loss is multiplied by m / m', which leaves f n / m' or f / m'; and in the
-    first case f by n', with the flag off, which leaves f n' / m'.
+    Let f be the MTP factor, and n and m the counted and predicted tokens of this rank. Upstream
+    weights a token's loss by f n / m with ``calculate_per_token_loss``, else by f / m. Correct are
+    f n' / m' and f / m', with n' and m' of the average rank. Two changes lead there:
+
+    - the loss is multiplied by m / m', so that upstream's 1 / m becomes 1 / m';
+    - with ``calculate_per_token_loss``, f is multiplied by n' and the flag is turned off, so that
+      upstream adds no factor n.
     """
 
     @functools.wraps(original)

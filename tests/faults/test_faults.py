@@ -250,7 +250,7 @@ def test_a_save_takes_as_long_as_it_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "told", "stop"),
+    ("codes", "signalled", "stop"),
     [
         ([STOPPED, STOPPED], False, True),
         ([STOPPED, -signal.SIGTERM], False, True),  # the agent's, to a rank that was about to leave
@@ -260,8 +260,8 @@ def test_a_save_takes_as_long_as_it_takes() -> None:
         ([STOPPED, -signal.SIGKILL], True, False),
     ],
 )
-def test_what_counts_as_a_stop(codes: list[int], told: bool, stop: bool) -> None:
-    assert is_stop(codes, told=told) is stop
+def test_what_counts_as_a_stop(codes: list[int], signalled: bool, stop: bool) -> None:
+    assert is_stop(codes, signalled=signalled) is stop
 
 
 def test_ranks_that_the_agent_killed_in_the_end_are_not_the_cause() -> None:

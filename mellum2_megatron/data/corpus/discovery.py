@@ -56,10 +56,10 @@ class Source:
         licence: licence as stated by the package.
         root: folder of the files, or the one file.
         files: all files, in order.
-        given: true if the user named the file itself: it must be readable text. A file found in a
-            folder is left out and counted if it is not.
-        file_limit: longest file taken, in bytes; longer files are left out and counted. Default: no
-            limit.
+        given: true if the user named the file itself, which must then be readable text. An
+            unreadable file of a folder is left out and counted instead.
+        file_limit: longest file taken, in bytes; longer ones are left out and counted. Default
+            None: no limit.
     """
 
     name: str
@@ -296,12 +296,16 @@ def select(
         if digest in seen:
             left_out["duplicate"] += 1
             continue
-        # Ends the sample: to pass over long documents would prefer short ones.
+        # The sample ends here: skipping long documents instead would favour short ones.
         if max_bytes is not None and total + len(data) > max_bytes:
             break
         seen.add(digest)
         total += len(data)
         advance(len(data))
+        # Uniform in [0, 1) and a function of content and seed alone: an even split that stays the
+        # same when files are moved or added.
+        draw = hashlib.blake2b(digest, digest_size=8, key=str(seed).encode()).digest()
+        fraction = int.from_bytes(draw, "big") / 2**64
         documents.append(
             Document(
                 source=candidate.source,
@@ -311,7 +315,7 @@ def select(
                 length=candidate.length,
                 size=len(data),
                 digest=digest,
-                split="valid" if _fraction(digest, seed) < valid_fraction else "train",
+                split="valid" if fraction < valid_fraction else "train",
             )
         )
     # Datasets keep this order, whatever the order of reading was.
@@ -338,8 +342,7 @@ def read_document(document: Document) -> str:
 
 
 def _walk(root: Path, *, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the files under ``root`` in sorted order; hidden files and links to folders are left
-    out."""
+    """Yield the files under ``root``, sorted, without hidden ones and links to folders."""
 
     def refuse(error: OSError) -> None:
         rule = f"the folder cannot be listed ({error.strerror})"
@@ -446,9 +449,3 @@ def _read_text(path: Path, line: int, offset: int, length: int) -> str:
 
 def _hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _fraction(digest: bytes, seed: int) -> float:
-    """Return a number in [0, 1), uniform over content hashes."""
-    hashed = hashlib.blake2b(digest, digest_size=8, key=str(seed).encode()).digest()
-    return int.from_bytes(hashed, "big") / 2**64

@@ -1,4 +1,4 @@
-"""Training data that begin in the middle of a run, for a phase with data of its own."""
+"""Training set of a phase with its own data, which starts in the middle of the sample count."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Blend = tuple[tuple[float, str], ...]
+"""(weight, prefix of an indexed dataset) of each dataset in a mixture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

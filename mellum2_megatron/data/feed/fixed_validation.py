@@ -14,8 +14,8 @@ class FixedValidation(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """A validation set that starts over after `period` samples.
 
     Megatron's sampler moves on: each validation of a run reads the next samples
-    (megatron/training/training.py:4553, 0.19.2). Two losses would differ by the data as much as by
-    the model.
+    (megatron/training/training.py:4553, 0.19.2). Two validation losses would then differ by their
+    data as much as by the model.
 
     Args:
         dataset: validation samples, at least `period` of them.

@@ -1,5 +1,4 @@
-"""The tokenizer of a corpus: a byte-level BPE trained here, or any fast Hugging Face tokenizer
-folder.
+"""The tokenizer of a corpus: a byte-level BPE trained here, or a fast Hugging Face tokenizer.
 
 A document's text may itself spell a special token (the sources of ``transformers`` are full of
 ``<|endoftext|>``). Such text is encoded as ordinary characters: only this package places document
@@ -102,19 +101,21 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int) -> N
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    others = [token for token in RESERVED_TOKENS if token not in roles.values()]
+    additional = [token for token in RESERVED_TOKENS if token not in roles.values()]
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **roles,
-            "additional_special_tokens": others,
+            "additional_special_tokens": additional,
             # True would delete blanks before punctuation when transformers decodes.
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
-    write_json(folder / "special_tokens_map.json", {**roles, "additional_special_tokens": others})
+    write_json(
+        folder / "special_tokens_map.json", {**roles, "additional_special_tokens": additional}
+    )
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -161,7 +162,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def vocab_size(folder: Path) -> int:
-    """Return the rows that an embedding needs: one more than the tokenizer's highest id."""
+    """Return the number of rows that an embedding needs: the tokenizer's highest id plus 1."""
     # Not the number of entries: ids may have holes.
     return 1 + max(load_tokenizer(folder).get_vocab(with_added_tokens=True).values())
 
