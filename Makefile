@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` need this checkout, a network and about 6 GB of disk.
+# `make quickstart` and `make test` need this checkout, a network and about 5 GB of disk.
 VENV ?= .venv
 PYTHON312 := $(VENV)/bin/python
 export VENV
@@ -37,9 +37,9 @@ typecheck: setup  ## mypy
 
 # One thread per process: the tests start several processes, and gloo slows down a lot when there
 # are more threads than cores.
-pytest: setup  ## the CPU test suite; PYTEST_ARGS="tests/config -k name" for a part
+pytest: setup  ## the CPU test suite; PYTEST_ARGS="tests/config", MARKS="not slow" for a part
 	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest \
-		-m "not gpu and not te and not launch and not slurm" $(PYTEST_ARGS)
+		-m "not gpu and not te and not launch and not slurm$(if $(MARKS), and ($(MARKS)))" $(PYTEST_ARGS)
 
 test-launch: setup-launch  ## install NeMo-Run and Slurm (as root), run the launch tests
 	@scripts/setup_slurm.sh
