@@ -1,10 +1,10 @@
 """`Mellum2Architecture` <-> Hugging Face ``config.json``.
 
 The reader gives an absent key the default of transformers 5.23's ``MellumConfig``
-(``transformers/models/mellum/configuration_mellum.py``), so a folder means the same here as there.
-In particular, absent ``layer_types`` are all full attention, and the absent sliding RoPE base is
-10,000. A key that changes the arithmetic into something Mellum 2 cannot express is refused. A key
-that nothing reads is dropped with a warning.
+(``transformers/models/mellum/configuration_mellum.py``), so both read a folder alike. In
+particular, absent ``layer_types`` mean full attention in every layer, and the RoPE base of sliding
+layers defaults to 10,000. A key that asks for arithmetic outside Mellum 2 is refused. An unknown
+key is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -43,14 +43,17 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Defaults of MellumConfig for the fields that carry over by name."""
 
-# Of MellumConfig too; the released files give 500,000 to both.
 _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
 }
+"""MellumConfig's default of ``rope_parameters``. The released files give both a base of 500,000."""
 
 _ALIASES = {"num_local_experts": "num_experts", "num_mtp_layers": "num_nextn_predict_layers"}
-"""``MellumConfig.attribute_map``: `save_pretrained` writes these, released folders the values."""
+"""Second names of two keys (``MellumConfig.attribute_map``) -> the names in released folders.
+
+`save_pretrained` of transformers writes the second names.
+"""
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
@@ -66,7 +69,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "logits_mup_width_multiplier": (None,),
     "unpadded_vocab_size": (None,),
 }
-"""Keys that change the arithmetic in transformers, with the only values Mellum 2 can express."""
+"""Keys that change the arithmetic in transformers, with the only values that fit Mellum 2."""
 
 _HARMLESS = frozenset(
     """
@@ -86,6 +89,7 @@ _ROPE_KEYS = frozenset(
     attention_factor mscale mscale_all_dim truncate partial_rotary_factor
     """.split()
 )
+"""Keys of one entry of ``rope_parameters`` that transformers reads."""
 
 
 def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
@@ -118,14 +122,14 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
     if isinstance(fields["eos_token_id"], list):
         fields["eos_token_id"] = tuple(fields["eos_token_id"])
 
-    # Checked ahead of the others: the absent lists below get their length from it.
+    # Checked before the rest: the default of every absent list below takes its length from it.
     layers = fields["num_hidden_layers"]
     require_positive_int("num_hidden_layers", layers)
     fields["layer_types"] = _layer_types(values, "layer_types", "full_attention", layers)
     _require_sparse(values, "mlp_layer_types", layers)
     mtp_layers = values.get("num_nextn_predict_layers") or 0  # null means none
     fields["num_mtp_layers"], fields["mtp_layer_types"] = mtp_layers, ()
-    # Folders whose MTP head was dropped keep its lists; transformers ignores them then.
+    # A folder that lost its MTP head keeps the head's lists; transformers ignores them too.
     if mtp_layers:
         fields["mtp_layer_types"] = _layer_types(
             values, "mtp_layer_types", "sliding_attention", mtp_layers
@@ -140,7 +144,12 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
 def to_hf_config(
     architecture: Mellum2Architecture, torch_dtype: str = "bfloat16"
 ) -> dict[str, Any]:
-    """Return ``config.json`` as released for ``architecture``, keys sorted as by transformers."""
+    """Return ``config.json`` as released for ``architecture``, keys sorted as by transformers.
+
+    Args:
+        architecture: the model.
+        torch_dtype: dtype of the weights, default ``bfloat16``.
+    """
     config: dict[str, Any] = {name: getattr(architecture, name) for name in _DEFAULTS}
     # The released files leave out ids that the model does not have.
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -168,7 +177,7 @@ def to_hf_config(
     if not (
         architecture.rope_full_attention.truncate and architecture.rope_sliding_attention.truncate
     ):
-        # Beside the layer types, not inside them: see _rope_fields.
+        # transformers reads it beside the layer types, not inside them: see `_rope_fields`.
         config["rope_parameters"]["truncate"] = False
     if architecture.num_mtp_layers:
         config["num_nextn_predict_layers"] = architecture.num_mtp_layers
@@ -225,9 +234,10 @@ def _require_fixed_values(values: Mapping[str, Any]) -> None:
 def _layer_types(
     values: Mapping[str, Any], name: str, default: str, layers: Any
 ) -> tuple[Any, ...]:
+    """Return the list of layer types under ``name``; if absent, ``default`` for every layer."""
     given = values.get(name)
     if given is None:
-        # A malformed count is left for the checks of Mellum2Architecture.
+        # A malformed number of layers is left to the checks of Mellum2Architecture.
         return (default,) * (layers if is_int(layers) else 0)
     if not isinstance(given, list | tuple):
         raise InputError(
@@ -275,12 +285,12 @@ def _rope_fields(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
             rule="its entries are layer types",
             fix=nearest(unknown[0], _DEFAULT_ROPE),
         )
-    # Left over from a config of one rope for all layers; transformers reads only the entries.
+    # Keys of the older form, one rotation for all layers; transformers reads only the entries.
     if set(given) & _ROPE_KEYS - {"truncate"}:
         logger.warning(
             "rope_parameters: ignoring %s beside the layer types", sorted(set(given) & _ROPE_KEYS)
         )
-    # A model without layers of one type may lack the entry; the field then has the default.
+    # An entry may be missing if no layer has its type; the field then takes the default.
     used = {*fields["layer_types"], *fields["mtp_layer_types"]}
     ropes = {}
     for kind, default in _DEFAULT_ROPE.items():
@@ -308,14 +318,14 @@ def _read_rope(
         raise InputError(
             f"{where}={entry!r}", rule="it must be an object", fix="give rope_type and rope_theta"
         )
-    rope_type = entry.get("rope_type", entry.get("type", "default"))  # "type" is the old name
+    rope_type = entry.get("rope_type", entry.get("type", "default"))  # "type": older transformers
     if entry.get("partial_rotary_factor") not in (None, 1):
         raise InputError(
             f"{where}.partial_rotary_factor={entry['partial_rotary_factor']!r}",
             rule="Mellum 2 rotates whole heads",
             fix="convert a folder with partial_rotary_factor 1",
         )
-    # Collected, to name all ignored keys of the entry in one warning.
+    # Collected over the branches below, so that one warning names all ignored keys.
     ignored = sorted(set(entry) - _ROPE_KEYS)
     theta = entry.get("rope_theta")
     if theta is None:
@@ -349,7 +359,7 @@ def _read_rope(
             rope_theta=_as_float(theta),
             factor=_as_float(factor),
             original_max_position_embeddings=original,
-            # transformers takes its defaults for 0 and null alike.
+            # `or`: transformers takes its defaults for 0 and null alike.
             beta_fast=_as_float(entry.get("beta_fast") or 32),
             beta_slow=_as_float(entry.get("beta_slow") or 1),
             attention_factor=_as_float(entry.get("attention_factor")),
@@ -380,13 +390,13 @@ def _rope_entry(rope: RopeParameters) -> dict[str, Any]:
 def _as_float(value: Any) -> Any:
     """Return an int as a float, since JSON may hold 500000.0 as either.
 
-    Anything else is returned as it is, for the checks of `Mellum2Architecture`.
+    Any other value is returned unchanged and left to the checks of `Mellum2Architecture`.
     """
     return float(value) if is_int(value) else value
 
 
 def _warn_of_oddities(values: Mapping[str, Any], architecture: Mellum2Architecture) -> None:
-    """Log unknown keys, and token ids outside the vocabulary; transformers accepts both."""
+    """Warn of unknown keys, and of token ids outside the vocabulary; transformers accepts both."""
     read = {
         *_DEFAULTS,
         *_FIXED,

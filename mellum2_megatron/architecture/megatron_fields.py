@@ -1,7 +1,7 @@
-"""The architecture in Megatron's terms: one table of configuration fields and their arguments.
+"""The architecture in Megatron's terms: a table of configuration fields and their arguments.
 
-`model.transformer_config` builds and checks a `TransformerConfig` from it. `upstream.arguments`
-renders the command line from it.
+`model.transformer_config` builds Megatron's `TransformerConfig` from the table, or checks a given
+one against it. `upstream.arguments` renders the command line from it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class MegatronField:
         name: field of `TransformerConfig`.
         flag: argument of Megatron-LM that sets it.
         value: function from an architecture to the field's value.
-        is_switch: true for an argument without a value, given if the field is true.
-        inverted: give a switch if the field is false.
+        is_switch: true for an argument without a value, given if the field is true; default false.
+        inverted: for a switch: true if it is given when the field is false; default false.
     """
 
     name: str
@@ -68,10 +68,10 @@ MEGATRON_FIELDS: tuple[MegatronField, ...] = (
     _value("moe_router_topk", "--moe-router-topk", lambda a: a.num_experts_per_tok),
     # Softmax over the chosen experts equals softmax over all, renormalised over the chosen.
     _switch("moe_router_pre_softmax", "--moe-router-pre-softmax", lambda a: not a.norm_topk_prob),
-    # None gives no argument: Megatron's own default is a model without MTP.
+    # No argument for None: Megatron's own default is a model without MTP.
     _value("mtp_num_layers", "--mtp-num-layers", lambda a: a.num_mtp_layers or None),
 )
-"""Facts with an argument of their own.
+"""Facts that an argument of Megatron-LM sets.
 
 Sliding window and rotation differ by layer; the layer spec sets them (`model.attention`).
 """
@@ -96,14 +96,14 @@ FIXED_FIELDS: dict[str, Any] = {
 def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
     """Return the arguments of Megatron-LM that describe this model.
 
-    Together with the layer spec (`model.layer_specs`) they determine it; all other arguments are
-    about training.
+    Together with the layer spec (`model.layer_specs`) they determine the model. All other
+    arguments concern training.
     """
     words = ["--group-query-attention", "--untie-embeddings-and-output-weights"]
     for field in MEGATRON_FIELDS:
         words += field.arguments(architecture)
     theta = architecture.rope_sliding_attention.rope_theta
-    # The model's shared angles: every layer replaces them by its own, so only the type matters.
+    # Megatron's shared angles. Each layer replaces them by its own, so the base has no effect.
     words += ["--position-embedding-type", "rope", "--rotary-base", str(int(theta))]
     words += ["--attention-dropout", "0.0", "--hidden-dropout", "0.0"]
     window = window_size(architecture)
@@ -130,8 +130,12 @@ def window_size(architecture: Mellum2Architecture) -> tuple[int, int] | None:
 
 
 def window_pattern(architecture: Mellum2Architecture) -> str:
-    """Return ``--window-attn-skip-freq``: period of full layers, or a list of 0 (full) and 1."""
+    """Return the value of ``--window-attn-skip-freq``.
+
+    It is the period n if every n-th layer is full, else a list of 1 (sliding) and 0 (full).
+    """
     sliding = [layer_type == "sliding_attention" for layer_type in architecture.layer_types]
+    # From 2: a period of 1 would make every layer full.
     for period in range(2, len(sliding) + 1):
         if sliding == [number % period != 0 for number in range(1, len(sliding) + 1)]:
             return str(period)

@@ -1,9 +1,9 @@
-"""The one description of Mellum 2, from which model, converter, recipes and every figure derive.
+"""The single description of Mellum 2; model, converter, recipes and all figures derive from it.
 
 `Mellum2Architecture` holds the numbers of the released Hugging Face ``config.json`` under their own
 names. `Mellum2Architecture.parameters` lists every tensor of the released safetensors layout.
-Parameter counts, active parameters and FLOPs are sums over that one list. No torch here: describing
-a 12B model is instant.
+Parameter counts, active parameters and FLOPs are sums over that list. No torch: describing a 12B
+model is instant.
 """
 
 from __future__ import annotations
@@ -26,17 +26,6 @@ from mellum2_megatron.common.field_checks import (
 )
 from mellum2_megatron.common.values import from_mapping
 
-__all__ = [
-    "ALIGNMENT",
-    "PRESETS",
-    "Component",
-    "LayerType",
-    "Mellum2Architecture",
-    "Parameter",
-    "RopeParameters",
-    "Shape",
-]
-
 Shape = tuple[int, ...]
 LayerType = Literal["sliding_attention", "full_attention"]
 Component = Literal[
@@ -54,10 +43,10 @@ class Parameter(NamedTuple):
         name: key in the safetensors files, e.g. ``model.layers.3.mlp.experts.7.up_proj.weight``.
         shape: as stored, ``[out, in]`` for a matrix.
         component: row of `mellum2 info` that counts it.
-        layer: index inside its stack (trunk, or MTP with ``mtp``); None for embedding, final norm
-            and head.
-        expert: index of the routed expert; None outside experts.
-        mtp: true for a tensor of the multi-token-prediction head.
+        layer: index inside its stack (trunk, or MTP with ``mtp``); None (default) for embedding,
+            final norm and head.
+        expert: index of the routed expert; None (default) outside experts.
+        mtp: true for a tensor of the multi-token-prediction head, default false.
     """
 
     name: str
@@ -80,29 +69,32 @@ class Mellum2Architecture:
     Field names and meanings are those of transformers' ``MellumConfig`` (5.23).
 
     Attributes:
-        vocab_size: rows of embedding and output head; the two are separate matrices.
+        vocab_size: rows of the embedding and of the output head, which are separate matrices.
         hidden_size: width of the residual stream.
         intermediate_size: width of a dense MLP. Carried for ``config.json`` only: no layer of the
             family is dense.
         num_hidden_layers: trunk layers.
-        num_attention_heads, num_key_value_heads: query heads, and heads of keys and values.
+        num_attention_heads: query heads of a layer.
+        num_key_value_heads: key heads of a layer, and as many value heads.
         head_dim: width of a head.
-        moe_intermediate_size: width of one expert.
-        num_experts, num_experts_per_tok: routed experts of a layer, and those that a token uses.
-        norm_topk_prob: renormalise the probabilities over a token's experts, default true.
+        moe_intermediate_size: inner width of one expert.
+        num_experts: routed experts of a layer.
+        num_experts_per_tok: experts that one token uses in a layer.
+        norm_topk_prob: renormalise the router's probabilities over a token's experts, default true.
         router_aux_loss_coef: coefficient in ``config.json``, default 0.001. `mellum2 train` reads
             the run's ``loss.aux_loss_coef`` instead.
-        sliding_window: keys that a query of a sliding layer sees, itself included: key ``j`` is
-            visible to query ``i`` iff ``0 <= i - j < sliding_window`` (report §2). None without
-            sliding layers.
+        sliding_window: keys that a query of a sliding layer sees, its own included: query ``i``
+            sees key ``j`` iff ``0 <= i - j < sliding_window`` (report §2). None without sliding
+            layers.
         layer_types: attention type of each trunk layer.
         rope_full_attention, rope_sliding_attention: rotary embedding of each attention type.
         rms_norm_eps: epsilon of every norm, default 1e-6.
         initializer_range: standard deviation of the initial weights, default 0.02.
         max_position_embeddings: context length in tokens.
-        num_mtp_layers, mtp_layer_types: multi-token-prediction layers, 0 (default) or 1, and their
-            attention types.
-        bos_token_id, eos_token_id, pad_token_id: token ids in ``config.json``; None: absent.
+        num_mtp_layers: multi-token-prediction layers, 0 (default) or 1.
+        mtp_layer_types: attention type of each multi-token-prediction layer, default none.
+        bos_token_id, eos_token_id, pad_token_id: token ids in ``config.json``; None (default):
+            absent.
 
     Raises:
         InputError: a value that no Mellum 2 model can have.
@@ -134,10 +126,19 @@ class Mellum2Architecture:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE_INTEGERS:
-            require_positive_int(name, getattr(self, name))
-        for name in ("rms_norm_eps", "initializer_range"):
-            require_positive_number(name, getattr(self, name))
+        require_positive_int("vocab_size", self.vocab_size)
+        require_positive_int("hidden_size", self.hidden_size)
+        require_positive_int("intermediate_size", self.intermediate_size)
+        require_positive_int("num_hidden_layers", self.num_hidden_layers)
+        require_positive_int("num_attention_heads", self.num_attention_heads)
+        require_positive_int("num_key_value_heads", self.num_key_value_heads)
+        require_positive_int("head_dim", self.head_dim)
+        require_positive_int("moe_intermediate_size", self.moe_intermediate_size)
+        require_positive_int("num_experts", self.num_experts)
+        require_positive_int("num_experts_per_tok", self.num_experts_per_tok)
+        require_positive_int("max_position_embeddings", self.max_position_embeddings)
+        require_positive_number("rms_norm_eps", self.rms_norm_eps)
+        require_positive_number("initializer_range", self.initializer_range)
         require(
             is_number(self.router_aux_loss_coef) and self.router_aux_loss_coef >= 0,
             f"router_aux_loss_coef={self.router_aux_loss_coef!r}",
@@ -169,9 +170,23 @@ class Mellum2Architecture:
             fix=f"use at most {self.num_experts}",
         )
         self._check_layers()
-        self._check_token_ids()
+        # Types only: transformers merely warns of an id outside the vocabulary, and released
+        # folders hold such ids.
+        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        for name, value in (
+            ("bos_token_id", self.bos_token_id),
+            ("pad_token_id", self.pad_token_id),
+            *(("eos_token_id", token) for token in eos),
+        ):
+            require(
+                value is None or is_int(value),
+                f"{name}={value!r}",
+                rule="a token id is a whole number",
+                fix="use an id or null",
+            )
 
     def _check_layers(self) -> None:
+        """Refuse layer types that are unknown or do not match the numbers of layers."""
         require(
             is_int(self.num_mtp_layers) and self.num_mtp_layers in (0, 1),
             f"num_mtp_layers={self.num_mtp_layers!r}",
@@ -212,22 +227,6 @@ class Mellum2Architecture:
                 fix="use e.g. 1024",
             )
 
-    def _check_token_ids(self) -> None:
-        # Types only: transformers merely warns of an id outside the vocabulary, and released
-        # folders hold some.
-        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        for name, value in (
-            ("bos_token_id", self.bos_token_id),
-            ("pad_token_id", self.pad_token_id),
-            *(("eos_token_id", token) for token in eos),
-        ):
-            require(
-                value is None or is_int(value),
-                f"{name}={value!r}",
-                rule="a token id is a whole number",
-                fix="use an id or null",
-            )
-
     @classmethod
     def preset(cls, name: str) -> Mellum2Architecture:
         """Return the preset called ``name``.
@@ -246,9 +245,9 @@ class Mellum2Architecture:
     def replace(self, **changes: Any) -> Mellum2Architecture:
         """Return a variant with ``changes`` applied and validated.
 
-        Two changes adapt another field unless it is changed too. ``num_hidden_layers`` continues
-        or cuts the repeating pattern of ``layer_types``. ``num_mtp_layers`` sets
-        ``mtp_layer_types`` to sliding, as in the released layout.
+        Two changes adapt another field, unless that one is changed too. ``num_hidden_layers``
+        continues or cuts the repeating pattern of ``layer_types``. ``num_mtp_layers`` makes the
+        MTP layers sliding, as in the released layout.
 
         Raises:
             InputError: an unknown field (the nearest is named) or an invalid value.
@@ -261,7 +260,7 @@ class Mellum2Architecture:
                     rule="Mellum2Architecture has no such field",
                     fix=nearest(name, known),
                 )
-        # Values of another type are left for __post_init__, which names them.
+        # A value of another type is left to __post_init__, which refuses it by name.
         layers = changes.get("num_hidden_layers")
         if isinstance(layers, int) and "layer_types" not in changes:
             period = _period(self.layer_types)
@@ -355,10 +354,10 @@ class Mellum2Architecture:
     def active_parameters(self, *, mtp: bool = True) -> Iterator[Parameter]:
         """Yield the parameters that one token uses: all but the experts it is not routed to.
 
-        Both vocabulary matrices count in full, as in the published "2.5B active": a lookup touches
+        Both vocabulary matrices count in full, as in the published "2.5B active". A lookup reads
         one row of the embedding, yet 2,439,060,736 includes all 226,492,416 of its weights.
         """
-        # Experts of a layer have equal sizes, so the first ones stand for those that are chosen.
+        # Experts of a layer have equal sizes, so the first ones stand for the routed ones.
         for parameter in self.parameters(mtp=mtp):
             if parameter.expert is None or parameter.expert < self.num_experts_per_tok:
                 yield parameter
@@ -372,9 +371,13 @@ class Mellum2Architecture:
         return sum(parameter.numel for parameter in self.active_parameters(mtp=mtp))
 
     def visible_pairs(self, layer_type: LayerType, sequence_length: int) -> int:
-        """Return the (query, key) pairs of one head of such a layer in one causal sequence.
+        """Return the number of (query, key) pairs of one head in one causal sequence.
 
-        Query ``i`` (from 0) sees ``i + 1`` keys, and at most ``sliding_window`` on a sliding layer.
+        Query ``i`` (from 0) sees ``i + 1`` keys, on a sliding layer at most ``sliding_window``.
+
+        Args:
+            layer_type: attention type of the head's layer.
+            sequence_length: tokens of the sequence.
         """
         require_positive_int("sequence_length", sequence_length)
         window = sequence_length
@@ -387,15 +390,15 @@ class Mellum2Architecture:
     def flops_by_component(self, sequence_length: int, mtp: bool = True) -> dict[str, int]:
         """Return the model FLOPs of one sequence, forward and backward, by component.
 
-        A weight of a matrix costs one multiply and one add per token and pass. The backward pass is
-        two such passes (gradients of inputs and of weights). ``attention scores`` is QK^T and PV
-        over `visible_pairs`. Not counted: the embedding (a lookup), norms, softmax, activations and
-        recomputation. The MTP head runs over the whole sequence, and the shared output head runs
-        once more for it.
+        A matrix weight costs one multiply and one add per token and pass. The backward pass counts
+        as two passes (gradients of inputs and of weights). ``attention scores`` is QK^T and PV over
+        `visible_pairs`. Not counted: the embedding (a lookup), norms, softmax, activations and
+        recomputation. The MTP head runs over the whole sequence and runs the shared output head a
+        second time.
 
         Args:
             sequence_length: tokens of one causal sequence that is one document.
-            mtp: count the multi-token-prediction head, if the model has one.
+            mtp: count the multi-token-prediction head, if the model has one; default true.
         """
         passes = 3  # one forward, two backward
         per_weight = 2 * passes * sequence_length  # a multiply and an add
@@ -427,8 +430,8 @@ class Mellum2Architecture:
     def misaligned_dimensions(self, alignment: int = ALIGNMENT) -> dict[str, int]:
         """Return the matrix dimensions that break the alignment rule (report §2), by field.
 
-        The router's output (``num_experts``) is exempt: 64 in the released model, and computed in
-        FP32, never in FP8.
+        The router's output (``num_experts``, 64 in the released model) is exempt: it is computed
+        in FP32, never in FP8.
         """
         dimensions = {
             "vocab_size": self.vocab_size,
@@ -438,21 +441,6 @@ class Mellum2Architecture:
             "num_key_value_heads * head_dim": self.num_key_value_heads * self.head_dim,
         }
         return {name: size for name, size in dimensions.items() if size % alignment}
-
-
-_POSITIVE_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_experts_per_tok",
-    "max_position_embeddings",
-)
 
 
 def _period(types: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
@@ -466,7 +454,7 @@ def _period(types: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
 _ROPE = RopeParameters(rope_type="default", rope_theta=500_000.0)
 _PERIOD: tuple[LayerType, ...] = ("sliding_attention",) * 3 + ("full_attention",)
 
-# report §2, table "Architecture configuration"; released config.json
+# Source: report §2, table "Architecture configuration"; released config.json.
 _MELLUM2_12B = Mellum2Architecture(
     vocab_size=98304,
     hidden_size=2304,
@@ -491,7 +479,7 @@ _MELLUM2_12B = Mellum2Architecture(
 
 PRESETS: dict[str, Mellum2Architecture] = {
     "mellum2-12b": _MELLUM2_12B,
-    # report §4: YaRN on the full-attention layers only
+    # Report §4: YaRN on the full-attention layers only. attention_factor is 0.1 ln(16) + 1.
     "mellum2-12b-128k": _MELLUM2_12B.replace(
         max_position_embeddings=131072,
         rope_full_attention=RopeParameters(
@@ -502,7 +490,7 @@ PRESETS: dict[str, Mellum2Architecture] = {
             attention_factor=1.2772588722239782,
         ),
     ),
-    # the same code path at a size two CPU cores can train
+    # All parts of the 12B at a size that two CPU cores can train.
     "mellum2-tiny": _MELLUM2_12B.replace(
         vocab_size=4096,
         hidden_size=256,
@@ -519,4 +507,4 @@ PRESETS: dict[str, Mellum2Architecture] = {
         eos_token_id=1,
     ),
 }
-"""The models of this repository; others are derived by `Mellum2Architecture.replace`."""
+"""Named models of this repository; `Mellum2Architecture.replace` derives others."""

@@ -21,19 +21,23 @@ class RopeParameters:
     """Rotary embedding of one layer type: an entry of ``config.json``'s ``rope_parameters``.
 
     YaRN (arXiv 2309.00071) is evaluated as in
-    ``transformers/modeling_rope_utils.py:_compute_yarn_parameters`` (5.23). All fields but the
-    first two are YaRN's.
+    ``transformers/modeling_rope_utils.py:_compute_yarn_parameters`` (5.23). All fields except the
+    first two belong to YaRN.
 
     Attributes:
         rope_type: ``default`` or ``yarn``.
         rope_theta: base of the rotation's frequencies.
-        factor: context length divided by the original one.
-        original_max_position_embeddings: context length before the extension, in tokens.
-        beta_fast, beta_slow: rotations over the original context above which a frequency stays, and
-            below which it is interpolated; default 32 and 1.
-        attention_factor: factor on cos and sin; None: the paper's, see `resolved_attention_factor`.
-        mscale, mscale_all_dim: DeepSeek's terms of that factor; None: absent.
-        truncate: round the two bounds to whole dimensions, default true.
+        factor: context length divided by the original one; None (default) without YaRN.
+        original_max_position_embeddings: context length before the extension, in tokens; None
+            (default) without YaRN.
+        beta_fast: a frequency with more rotations than this over the original context stays as it
+            is, default 32.
+        beta_slow: a frequency with fewer rotations than this over the original context is
+            interpolated, default 1.
+        attention_factor: factor on cos and sin; None (default): the paper's, see
+            `resolved_attention_factor`.
+        mscale, mscale_all_dim: DeepSeek's two terms of that factor; None (default): absent.
+        truncate: round the dimensions at both bounds to whole numbers, default true.
 
     Raises:
         InputError: an unknown ``rope_type``, a YaRN without ``factor`` or
@@ -59,11 +63,17 @@ class RopeParameters:
             rule="Mellum 2 layers use 'default' or 'yarn' RoPE",
             fix="use 'default', or 'yarn' with factor and original_max_position_embeddings",
         )
-        for name in ("rope_theta", "beta_fast", "beta_slow"):
-            require_positive_number(f"rope.{name}", getattr(self, name))
-        for name in ("factor", "attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, name) is not None:
-                require_positive_number(f"rope.{name}", getattr(self, name))
+        require_positive_number("rope.rope_theta", self.rope_theta)
+        require_positive_number("rope.beta_fast", self.beta_fast)
+        require_positive_number("rope.beta_slow", self.beta_slow)
+        if self.factor is not None:
+            require_positive_number("rope.factor", self.factor)
+        if self.attention_factor is not None:
+            require_positive_number("rope.attention_factor", self.attention_factor)
+        if self.mscale is not None:
+            require_positive_number("rope.mscale", self.mscale)
+        if self.mscale_all_dim is not None:
+            require_positive_number("rope.mscale_all_dim", self.mscale_all_dim)
         require(
             isinstance(self.truncate, bool),
             f"rope.truncate={self.truncate!r}",
@@ -87,6 +97,7 @@ class RopeParameters:
                 fix="use 32 and 1",
             )
             return
+        # transformers ignores YaRN's fields on a default RoPE, so a set one would be a mistake.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(
@@ -98,13 +109,13 @@ class RopeParameters:
 
     @property
     def resolved_attention_factor(self) -> float:
-        """Factor on cos and sin, hence squared on the attention logits; 1.0 for a default RoPE."""
+        """Factor on cos and sin, 1.0 for a default RoPE; attention logits get its square."""
         if self.rope_type == "default":
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
         assert self.factor is not None  # checked in __post_init__
-        # DeepSeek's variant, as in transformers: the ratio of two terms.
+        # DeepSeek's variant, as in transformers: the ratio of the two terms.
         if self.mscale and self.mscale_all_dim:
             return _yarn_mscale(self.factor, self.mscale) / _yarn_mscale(
                 self.factor, self.mscale_all_dim

@@ -1,1 +1,1 @@
-"""For every package: errors, checks of fields, typed values, atomic files, console, provenance."""
+"""Shared by all packages: errors, field checks, typed values, atomic files, console, provenance."""

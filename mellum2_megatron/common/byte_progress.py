@@ -21,20 +21,21 @@ from mellum2_megatron.common.console import error_console
 from mellum2_megatron.common.files import size_text
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Seconds between two lines where standard error is no terminal."""
+"""Seconds between two progress lines when standard error is not a terminal."""
 
 
 @contextmanager
 def byte_progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances a progress display by a number of bytes, from any thread.
 
-    The display has size, speed and time left.
+    The display shows bytes done, speed and time left.
 
     Args:
         what: label, such as ``import``.
         total: bytes of the whole work.
-        done: bytes that an earlier attempt finished.
+        done: bytes that an earlier attempt finished, default 0.
     """
+    # A bar would fill a log file with control characters.
     if not error_console.is_terminal:
         yield LineProgress(what, total, done)
         return
@@ -51,7 +52,12 @@ def byte_progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[
 
 
 class LineProgress:
-    """Writes ``import: 3.20 of 24.30 GB, 310 MB/s, 68 s left`` every `SECONDS_BETWEEN_LINES`."""
+    """Writes ``import: 3.20 of 24.30 GB, 310 MB/s, 68 s left`` every `SECONDS_BETWEEN_LINES`.
+
+    Args:
+        what, total, done: as for `byte_progress`.
+        clock: function that returns seconds, default the monotonic clock.
+    """
 
     def __init__(
         self, what: str, total: int, done: int = 0, *, clock: Callable[[], float] = time.monotonic
@@ -59,7 +65,7 @@ class LineProgress:
         self._what, self._total, self._clock = what, total, clock
         self._before = self._done = done
         self._start = self._last = clock()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # hashing and copying threads report at the same time
 
     def __call__(self, nbytes: int) -> None:
         with self._lock:
@@ -68,7 +74,7 @@ class LineProgress:
             if now - self._last < SECONDS_BETWEEN_LINES:
                 return
             self._last = now
-            # An earlier attempt's bytes took no time in this one.
+            # Bytes of an earlier attempt took no time in this one, so they do not count as speed.
             speed = (self._done - self._before) / (now - self._start)
             left = (self._total - self._done) / speed
             sys.stderr.write(

@@ -1,4 +1,4 @@
-"""Output for people: two consoles, lines in one piece, tables without frames."""
+"""Output for people: two consoles, unwrapped lines, tables without frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ error_console = Console(stderr=True)
 def print_line(text: str) -> None:
     """Print ``text`` as it is, without wrapping, markup, emoji or colours.
 
-    Paths and values stay in one piece, for ``grep`` and for copying.
+    A path or value is then never broken over two lines, so ``grep`` finds it.
     """
     console.print(text, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
@@ -30,7 +30,7 @@ def plain_table(*columns: Column | str, title: str | None = None, **options: Any
         title: bold line above the table.
         options: further arguments of ``rich.table.Table``.
     """
-    from rich.table import Table  # 7 ms, which `mellum2 recipes` and a rank can do without
+    from rich.table import Table  # takes 7 ms; most commands and ranks print no table
 
     return Table(
         *columns,

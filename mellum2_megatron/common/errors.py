@@ -27,9 +27,9 @@ class InputError(Mellum2Error):
     """Input that cannot work (exit code 2); raised before a process starts or a file changes.
 
     Args:
-        value: the input, with its name (``layout.ep=3``).
-        rule: broken rule (``ep must divide num_experts (8)``).
-        fix: input that works (``use ep=1, 2, 4 or 8``).
+        value: refused input with its name, such as ``layout.ep=3``.
+        rule: broken rule, such as ``ep must divide num_experts (8)``.
+        fix: input that works, such as ``use ep=1, 2, 4 or 8``.
     """
 
     exit_code = 2
@@ -59,6 +59,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     "did you mean 'layout.ep'"
     """
     names = sorted(known)
+    # Below 0.6 (difflib's default) the guess is mostly wrong, and the list helps more.
     close = get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}"
@@ -68,7 +69,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return an error in one line: its message's first line, or its class if it has none.
 
-    An operating system's error reads ``No space left on device: FILE``, without its number.
+    An `OSError` reads ``No space left on device: FILE``, without the error number.
     """
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

@@ -21,6 +21,7 @@ def is_int(value: object) -> TypeGuard[int]:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return true for a finite int or float that is no bool."""
+    # In Python a bool is an int, and a YAML true would pass as 1.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -42,6 +43,16 @@ def require_positive_number(name: str, value: object) -> None:
         rule="it must be a finite number > 0",
         fix="give a positive number",
     )
+
+
+def require_positive(name: str, value: float, *, fix: str = "use 1 or more") -> None:
+    """Raise InputError unless ``value``, a number already, is above 0."""
+    require(value > 0, f"{name}={value}", rule="must be positive", fix=fix)
+
+
+def require_not_negative(name: str, value: float, *, fix: str) -> None:
+    """Raise InputError unless ``value``, a number already, is 0 or more."""
+    require(value >= 0, f"{name}={value}", rule="must not be negative", fix=fix)
 
 
 def divisors(number: int) -> list[int]:

@@ -27,16 +27,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp gives 0600; released files must be readable as usual.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        # First the content, then the name: after a power loss the name never points at less.
+        # mkstemp gives 0600; a released file must be readable to others as usual.
+        temporary.chmod(_without_umask(0o666))
+        # Content before name: after a power loss the name must not point at missing content.
         _fsync(temporary)
         os.replace(temporary, target)
         _fsync(target.parent)
     except OSError as error:
-        # A full disk comes without a name, or with the temporary one that no user has given.
+        # The error of a full disk names no file, or the temporary one that the user never gave.
         if error.filename is None or error.filename == str(temporary):
             error.filename = str(target)
         raise
@@ -55,8 +53,8 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
     Raises:
         FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
     """
-    # An empty folder counts as free: users and schedulers often make the output folder ahead.
     target = Path(path)
+    # An empty folder counts as free: users and schedulers often create the output folder first.
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not overwrite:
         raise FileExistsError(str(target))
@@ -66,16 +64,14 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
     )
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        temporary.chmod(_without_umask(0o777))
         move_into_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def move_into_place(folder: Path, target: Path) -> None:
-    """Rename ``folder`` to ``target`` on the same disk.
+    """Rename ``folder`` to ``target``, which lies on the same disk.
 
     An existing target is moved aside first, put back if the rename fails, and deleted only after
     the new folder is in place.
@@ -95,9 +91,9 @@ def move_into_place(folder: Path, target: Path) -> None:
 
 
 def remove_directory(path: str | os.PathLike[str]) -> None:
-    """Delete a folder, renaming it first, so that no other process finds half of it.
+    """Rename a folder, then delete it, so that no other process finds half of it.
 
-    A crash on the way leaves ``.NAME.*.old``. The next call for a folder beside it removes that.
+    A crash in between leaves ``.NAME.*.old``, which the next call for a folder beside it removes.
     """
     target = Path(path)
     for leftover in target.parent.glob(".*.old"):
@@ -125,7 +121,7 @@ def existing_ancestor(path: str | os.PathLike[str]) -> Path:
 
 
 def check_writable(name: str, path: str | os.PathLike[str], *, folder: bool) -> None:
-    """Check that a file or folder can be written at ``path``, whether it exists or not.
+    """Check that a file or folder at ``path``, existing or not, can be written.
 
     Args:
         name: the user's name for it (``--out``), for messages.
@@ -162,6 +158,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` to ``path`` atomically as indented JSON with a final newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _without_umask(mode: int) -> int:
+    """Return the permissions ``mode`` without the bits of the process's umask."""
+    umask = os.umask(0)  # a umask can be read only by setting one
+    os.umask(umask)
+    return mode & ~umask
 
 
 def _fsync(path: Path) -> None:

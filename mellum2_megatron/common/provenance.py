@@ -8,7 +8,7 @@ Each start of a run appends one line to ``DIR/provenance.jsonl``::
      "world_size": 256, "from_step": 12000, "slurm": {"SLURM_JOB_ID": "4711"}}
 
 A copy of the code without its Git repository (a packager's archive) has `SNAPSHOT_FILE` at its
-root. Without either, the commit is recorded as unknown.
+root. Without a repository and without that file the commit is recorded as unknown.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ SNAPSHOT_FILE = "PROVENANCE.json"
 """File at the root of a copy of the code without Git repository; see `write_snapshot`."""
 
 RECORDS_FILE = "provenance.jsonl"
-"""File in the folder of a run; see `record`."""
+"""File in a run's folder; see `record`."""
 
 PROJECT = "mellum2-megatron"
+"""Name of this project's distribution."""
+
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -45,6 +47,8 @@ PACKAGES = (
     "transformers",
     "nemo-run",
 )
+"""Distributions whose versions are recorded, if installed."""
+
 SLURM_VARIABLES = (
     "SLURM_JOB_ID",
     "SLURM_ARRAY_JOB_ID",
@@ -53,7 +57,9 @@ SLURM_VARIABLES = (
 )
 
 _GIT_SECONDS = 30
-_COMMIT = "0123456789abcdef"
+"""Time limit of one call of Git, which can hang on a network disk."""
+
+_HEX_DIGITS = frozenset("0123456789abcdef")
 
 Origin = Literal["git", "snapshot", "package", "unknown"]
 
@@ -66,10 +72,10 @@ class Code:
         origin: ``git``: a checkout. ``snapshot``: a copy of one, with `SNAPSHOT_FILE`. ``package``:
             an installed package. ``unknown``: a checkout that Git cannot read (``reason``).
         version: version of the package.
-        commit: full hash; None: unknown.
-        dirty: uncommitted changes, including files that Git neither tracks nor ignores; None:
-            unknown.
-        reason: reason for an unknown commit.
+        commit: full hash; None (default): unknown.
+        dirty: true with uncommitted changes, which include files that Git neither tracks nor
+            ignores; None (default): unknown.
+        reason: reason for an unknown commit; None (default) if the commit is known.
     """
 
     origin: Origin
@@ -98,8 +104,8 @@ def project_root() -> Path:
 def source_code(root: Path | None = None) -> Code:
     """Return the origin of the code in ``root``.
 
-    Git answers for a package whose files it tracks. An environment inside a checkout is therefore
-    no checkout.
+    Git counts only if it tracks the package's files. A package installed into ``.venv`` inside a
+    checkout is therefore not recorded as that checkout.
 
     Args:
         root: folder that holds the package; None: the running package's.
@@ -108,15 +114,15 @@ def source_code(root: Path | None = None) -> Code:
         InputError: `SNAPSHOT_FILE` exists but is damaged.
     """
     root = root or project_root()
-    # Git first: a snapshot file may be left over in a checkout.
     version = _version(PROJECT) or "unknown"
-    file = (root / SNAPSHOT_FILE).is_file()
-    if (root / ".git").exists() or not file:
+    snapshot = root / SNAPSHOT_FILE
+    # A checkout's own repository comes before the file, which may be left over from packaging.
+    if (root / ".git").exists() or not snapshot.is_file():
         code = _from_git(root, version)
         if code is not None:
             return code
-    if file:
-        return _from_snapshot(root / SNAPSHOT_FILE)
+    if snapshot.is_file():
+        return _from_snapshot(snapshot)
     return Code(
         origin="package",
         version=version,
@@ -128,8 +134,8 @@ def write_snapshot(folder: Path, code: Code | None = None) -> Path:
     """Write `SNAPSHOT_FILE` into a copy of the code that has no Git repository; return its path.
 
     Args:
-        folder: root of the copy, which holds the package's folder.
-        code: origin of the copied code; None: the running code's.
+        folder: root of the copy; the package's folder lies in it.
+        code: origin of the copied code; None (default): that of the running code.
     """
     path = folder / SNAPSHOT_FILE
     write_json(path, asdict(code or source_code()) | {"time": _now()})
@@ -146,15 +152,14 @@ def record(
 ) -> dict[str, Any]:
     """Append one line to the run's `RECORDS_FILE` and return its content.
 
-    The number of machines comes from torchrun's or Slurm's environment.
-
     Args:
         output: folder of the run.
         event: ``start`` of the ranks, or ``launch`` of a job, whose ranks may run other code.
-        world_size: number of ranks.
-        from_step: step of the checkpoint that this start resumes; None for a new run.
-        more: further keys of the line.
+        world_size: number of ranks; None (default): unknown.
+        from_step: step of the checkpoint that this start resumes; None (default) for a new run.
+        more: further keys of the line, default none.
     """
+    # torchrun counts its agents, one for each machine; Slurm counts nodes before torchrun runs.
     hosts = os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES")
     line: dict[str, Any] = {
         "event": event,
@@ -183,7 +188,7 @@ def read_records(output: Path) -> list[dict[str, Any]]:
         try:
             value = json.loads(text)
         except ValueError:
-            continue  # half a line, of a machine that went down
+            continue  # half a line, left by a crash
         if isinstance(value, dict):
             records.append(value)
     return records
@@ -198,20 +203,20 @@ def recorded_code(output: Path) -> tuple[Code, ...]:
         try:
             code = _code(line["code"], str(output / RECORDS_FILE))
         except (KeyError, InputError):
-            continue
+            continue  # a damaged line must not block the release of a finished run
         if code not in codes:
             codes.append(code)
     return tuple(codes)
 
 
 def _from_git(root: Path, version: str) -> Code | None:
-    """Return the code's commit by Git; None if Git does not track the package."""
+    """Return the code with the commit that Git reports; None if Git does not track the package."""
     is_checkout = (root / ".git").exists()
     file = root / mellum2_megatron.__name__ / "__init__.py"
     try:
         tracked = _git(root, "ls-files", "--error-unmatch", str(file))
         if tracked.returncode:
-            # Git refuses a checkout that belongs to another user.
+            # Git refuses a checkout that belongs to another user (safe.directory).
             if is_checkout and "dubious ownership" in tracked.stderr:
                 return _unknown(version, f"Git refuses: {tracked.stderr.strip().splitlines()[0]}")
             return None
@@ -232,7 +237,7 @@ def _from_git(root: Path, version: str) -> Code | None:
 
 
 def _git(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    # Inside a Git hook GIT_DIR names another repository. Messages are matched in English.
+    # Inside a Git hook GIT_DIR names another repository. `_from_git` matches an English message.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment["LC_ALL"] = "C"
     return subprocess.run(
@@ -269,7 +274,7 @@ def _code(value: Any, where: str) -> Code:
     try:
         commit, dirty, origin = value.get("commit"), value.get("dirty"), value["origin"]
         if commit is not None and not (
-            isinstance(commit, str) and commit and set(commit) <= set(_COMMIT)
+            isinstance(commit, str) and commit and set(commit) <= _HEX_DIGITS
         ):
             raise ValueError(f"commit {commit!r}")
         if dirty not in (True, False, None):
@@ -301,13 +306,13 @@ def _now() -> str:
 
 
 def _append(path: Path, line: str) -> None:
-    """Append a line in one write and sync it; end a half line that a crash left before it."""
+    """Append a line and sync it; first end a half line that a crash may have left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        # One write with O_APPEND: lines of several processes do not mix.
+        # One write with O_APPEND keeps the lines of several processes apart.
         os.write(descriptor, (("\n" if torn else "") + line + "\n").encode())
         os.fsync(descriptor)
     finally:

@@ -1,5 +1,5 @@
 """Values of dataclass fields, converted by the field's own annotation: from override text, from
-YAML and JSON, and back.
+YAML and JSON, and back to plain values.
 
 One converter serves ``a.b=c`` on the command line, run files, site profiles and
 ``architecture.json``. All of them accept the same values and name the same expected type.
@@ -20,7 +20,7 @@ import yaml
 from mellum2_megatron.common.errors import InputError, nearest
 
 Reader = Callable[[Any, str], Any]
-"""Reader of one key: takes the value as YAML gives it and the full key, returns the field."""
+"""Reader of one key: a function of the value as YAML gives it and the full key, to the field."""
 
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
 _BOOLEANS = {"true": True, "false": False}
@@ -102,9 +102,10 @@ def from_mapping[T](
         cls: the dataclass.
         values: mapping as YAML or JSON gives it.
         document: the file's kind, for messages (``run file``).
-        key: full key of the mapping in the document; empty for the document itself.
-        on_default: called with the full key of each absent field that takes its default.
-        readers: own readers of fields, by full key, in place of `from_plain`.
+        key: full key of the mapping in the document; empty (default): the document itself.
+        on_default: called with the full key of each absent field that takes its default; None
+            (default): not called.
+        readers: readers to use in place of `from_plain`, by full key; default none.
 
     Raises:
         InputError: not a mapping, an unknown key, an absent key without default, or a value of
@@ -131,7 +132,8 @@ def from_mapping[T](
         name, full_key = field.name, full_keys[field.name]
         if name in values:
             value, nested = values[name], _dataclass_in(annotations[name])
-            is_null = value is None and nested is not annotations[name]  # of an optional section
+            # `D | None` given as null: no dataclass to build.
+            is_null = value is None and nested is not annotations[name]
             if full_key in readers:
                 arguments[name] = readers[full_key](value, full_key)
             elif nested is not None and not is_null:
@@ -189,7 +191,7 @@ def read_yaml(text: str, *, document: str, fix: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML reader that refuses a key given twice; YAML silently takes the last."""
+    """YAML reader that refuses a key given twice; PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         earlier: list[Any] = []
@@ -203,7 +205,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _Text(str):
-    """Text typed by a person. Its type is still open, unlike that of a string out of YAML."""
+    """Text of an override, to be read as any type; a plain str out of YAML is only text."""
 
     __slots__ = ()
 
@@ -231,6 +233,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
             raise MismatchError
         return {name: _convert(item, get_args(annotation)[1]) for name, item in value.items()}
+    # Below, text is read as another type only if a person typed it: in YAML, "1" is not 1.
     typed = isinstance(value, _Text)
     if annotation is type(None):
         if value is None or (typed and value.lower() in _NULLS):
@@ -270,7 +273,7 @@ def _convert_choice(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
-    # null first: `str | None` reads the text null as absence. Then in the annotation's order.
+    # null first, so that `str | None` reads the text null as None; then the annotation's order.
     hints: list[str] = []
     for option in sorted(options, key=lambda option: option is not type(None)):
         try:
@@ -296,6 +299,7 @@ def _split(text: str) -> list[Any]:
 
     Brackets may be parentheses, and the outer pair may be left out.
     """
+    # As YAML lists: they nest and quote already. BaseLoader leaves every item text.
     listed = text.strip().replace("(", "[").replace(")", "]")
     if not listed.startswith("[") or _closes_early(listed):
         listed = f"[{listed}]"

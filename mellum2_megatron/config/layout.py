@@ -1,4 +1,4 @@
-"""A parallel layout: the ways of each parallelism, and checks that they fit a model."""
+"""A parallel layout: degrees of each parallelism, and checks that they fit model and ranks."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ CpCommType = Literal["p2p", "all_gather"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Ways of each parallelism.
+    """Degree of each parallelism, in ways: the number of parts, one for each rank.
 
     Attention runs on ``tp * cp * pp * dp`` ranks. The same ranks hold the experts as
     ``etp * ep * pp * expert dp``.
 
     Attributes:
         tp: tensor-parallel ways of attention, embedding and output layer, default 1.
-        sp: sequence parallelism: split the activations between tensor-parallel regions along the
-            sequence. Required with ``tp > 1``, since Megatron refuses to train an MoE without it
-            (megatron/core/transformer/moe/moe_layer.py:629, 0.19.2). Default false.
+        sp: sequence parallelism, default false: outside tensor-parallel regions, split activations
+            along the sequence. Required with ``tp > 1``: Megatron refuses to train an MoE without
+            it (megatron/core/transformer/moe/moe_layer.py:629, 0.19.2).
         pp: pipeline stages, default 1.
         vpp: virtual stages of each pipeline rank (interleaved schedule); 1 (default) is the plain
             schedule.
-        ep: expert-parallel ways: ranks that divide the experts of a layer, default 1.
+        ep: expert-parallel ways, default 1; the ranks divide the experts of a layer.
         etp: tensor-parallel ways inside an expert, default 1.
-        cp: context-parallel ways: ranks that divide each sequence, default 1.
-        dp: data-parallel ways; None (default): the ranks that the others leave.
-        dispatcher: Megatron's exchange of tokens between the ranks of the experts, default
+        cp: context-parallel ways, default 1; the ranks divide each sequence.
+        dp: data-parallel ways; None (default): all ranks that the other parallelisms leave.
+        dispatcher: Megatron's way of sending tokens to the ranks of their experts, default
             ``alltoall``.
 
     Raises:
@@ -88,7 +88,7 @@ class Layout:
     @property
     def smallest_world_size(self) -> int:
         """Smallest number of ranks that this layout can run on."""
-        # Attention and experts divide the same ranks of a stage in two ways.
+        # Attention and experts divide the ranks of a stage independently, so both must divide it.
         ranks = self.pp * math.lcm(self.tp * self.cp, self.ep * self.etp)
         return ranks if self.world_size is None else math.lcm(ranks, self.world_size)
 
@@ -98,7 +98,7 @@ class Layout:
         return None if self.dp is None else self.tp * self.cp * self.pp * self.dp
 
     def data_parallel(self, world_size: int) -> int:
-        """Return the ranks, of ``world_size``, that train on different sequences."""
+        """Return the number of ranks, of ``world_size``, that train on different sequences."""
         return world_size // (self.tp * self.cp * self.pp)
 
     def expert_data_parallel(self, world_size: int) -> int:
@@ -110,15 +110,15 @@ class Layout:
 
         Sliding layers gather: Transformer Engine's p2p has no window, and its a2a needs KV heads
         divisible by ``cp`` (transformer_engine/pytorch .../context_parallel.py:4644-4647 and
-        5688-5694, 2.20.2). Full layers use p2p, which overlaps. The two mix in one model, because
-        both take the same zigzag split of the sequence.
+        5688-5694, 2.20.2). Full layers use p2p, which overlaps with compute. One model can mix
+        them, because both take the same zigzag split of the sequence.
         """
         kinds: list[CpCommType] = [
             "all_gather" if kind == "sliding_attention" else "p2p"
             for kind in architecture.layer_types
         ]
-        # The MTP layer reads the first entry, because its layer number is 1. So the first layer
-        # gathers if either of the two slides.
+        # Megatron gives the MTP layer number 1, so it reads the first entry too. That entry must
+        # gather if either of the two layers slides.
         if "sliding_attention" in architecture.mtp_layer_types:
             kinds[0] = "all_gather"
         return tuple(kinds)
@@ -126,21 +126,26 @@ class Layout:
     def problems(
         self, architecture: Mellum2Architecture, *, world_size: int, sequence_length: int
     ) -> list[InputError]:
-        """Return the misfits of layout, model, sequence and ranks, as errors that are not raised.
+        """Return an error, not raised, for each misfit of layout, model, sequence and ranks.
 
-        The fix of each names the nearest values that work.
+        Each fix names the nearest values that work.
+
+        Args:
+            architecture: the model.
+            world_size: number of ranks.
+            sequence_length: tokens of one sequence.
         """
-        misfits = [
+        problems = [
             *self._model_problems(architecture),
             *self._sequence_problems(sequence_length),
             *self._world_problems(architecture, world_size),
         ]
-        return [misfit for misfit in misfits if misfit is not None]
+        return [problem for problem in problems if problem is not None]
 
     def validate(
         self, architecture: Mellum2Architecture, *, world_size: int, sequence_length: int
     ) -> None:
-        """Raise the first of :meth:`problems`.
+        """Raise the first of `problems`; the arguments are the same.
 
         Raises:
             InputError: the layout does not fit the model, the sequence or the number of ranks.
@@ -151,29 +156,28 @@ class Layout:
             raise problem
 
     def _model_problems(self, architecture: Mellum2Architecture) -> list[InputError | None]:
-        # With more ranks than KV heads Megatron replicates them, and Muon stops splitting Q, K and
-        # V with no more than a DEBUG line (megatron/core/optimizer/emerging_optimizers.py:294-324,
-        # 0.19.2): refused.
-        heads = {
+        # More tp ranks than KV heads would do for Megatron, which replicates the heads. But Muon
+        # then stops splitting Q, K and V, with no more than a DEBUG line
+        # (megatron/core/optimizer/emerging_optimizers.py:294-324, 0.19.2).
+        sizes_by_tp = {
             "num_attention_heads": architecture.num_attention_heads,
             "num_key_value_heads": architecture.num_key_value_heads,
             "vocab_size": architecture.vocab_size,
         }
-        layers = {"num_hidden_layers": architecture.num_hidden_layers}
-        stage = {"num_hidden_layers / pp": architecture.num_hidden_layers // self.pp}
-        experts = {"num_experts": architecture.num_experts}
-        width = {"moe_intermediate_size": architecture.moe_intermediate_size}
+        layers = architecture.num_hidden_layers
         return [
-            _divides("tp", self.tp, heads),
-            _divides("pp", self.pp, layers),
-            _divides("vpp", self.vpp, stage),
-            _divides("ep", self.ep, experts),
-            _divides("etp", self.etp, width),
+            _divides("tp", self.tp, sizes_by_tp),
+            _divides("pp", self.pp, {"num_hidden_layers": layers}),
+            _divides("vpp", self.vpp, {"num_hidden_layers / pp": layers // self.pp}),
+            _divides("ep", self.ep, {"num_experts": architecture.num_experts}),
+            _divides(
+                "etp", self.etp, {"moe_intermediate_size": architecture.moe_intermediate_size}
+            ),
         ]
 
     def _sequence_problems(self, sequence_length: int) -> list[InputError | None]:
         given = f"data.sequence_length={sequence_length}"
-        # A late query sees more keys than an early one: an early and a late chunk for each rank.
+        # A late query sees more keys than an early one, so a rank takes an early and a late chunk.
         if self.cp > 1 and sequence_length % (2 * self.cp):
             working = [
                 cp
@@ -204,19 +208,19 @@ class Layout:
     def _world_problems(
         self, architecture: Mellum2Architecture, world_size: int
     ) -> list[InputError | None]:
-        # Attention and experts divide the same ranks independently; each leaves its own data
-        # parallelism.
+        # Attention and experts divide the same ranks independently. What either leaves is its
+        # own data parallelism.
         dense, expert = self.tp * self.cp * self.pp, self.ep * self.etp * self.pp
         unit = self.smallest_world_size
         below, above = world_size // unit * unit, (world_size // unit + 1) * unit
-        start = f"start {below} or {above} ranks" if below else f"start {above} ranks"
+        fix_ranks = f"start {below} or {above} ranks" if below else f"start {above} ranks"
         if world_size % dense:
             return [
                 InputError(
                     f"layout.tp={self.tp}, layout.cp={self.cp}, layout.pp={self.pp} "
                     f"on {world_size} ranks",
                     rule=f"tp * cp * pp = {dense} must divide the number of ranks",
-                    fix=f"{start}, or lower one of the three",
+                    fix=f"{fix_ranks}, or lower one of the three",
                 )
             ]
         if world_size % expert:
@@ -228,7 +232,7 @@ class Layout:
                     f"layout.ep={self.ep}, layout.etp={self.etp}, layout.pp={self.pp} "
                     f"on {world_size} ranks",
                     rule=f"ep * etp * pp = {expert} must divide the number of ranks",
-                    fix=f"{_use('ep', self.ep, working)}, or {start}" if working else start,
+                    fix=f"{_use('ep', self.ep, working)}, or {fix_ranks}" if working else fix_ranks,
                 )
             ]
         if self.dp is not None and self.dp != world_size // dense:
@@ -251,10 +255,13 @@ def is_hidden_matrix(parameter: Parameter) -> bool:
 def pipeline_stages(
     parameter: Parameter, architecture: Mellum2Architecture, layout: Layout
 ) -> set[int]:
-    """Return the pipeline stages that hold ``parameter``; virtual stages are dealt out in turn."""
+    """Return the pipeline stages that hold ``parameter``.
+
+    Virtual stages are dealt out to the pipeline ranks in turn.
+    """
     last = layout.pp - 1
     if parameter.component == "embedding":
-        # The MTP layer, on the last stage, embeds the next token itself.
+        # The MTP layer, on the last stage, embeds the next token with a copy of its own.
         return {0, last} if architecture.num_mtp_layers else {0}
     if parameter.mtp or parameter.layer is None:  # MTP head, final norm and output head
         return {last}
@@ -264,6 +271,7 @@ def pipeline_stages(
 
 
 def _divides(name: str, ways: int, sizes: dict[str, int]) -> InputError | None:
+    """Return the error if a degree of the layout does not divide all of the named sizes."""
     broken = [f"{field} ({size})" for field, size in sizes.items() if size % ways]
     if not broken:
         return None
@@ -275,7 +283,7 @@ def _divides(name: str, ways: int, sizes: dict[str, int]) -> InputError | None:
 
 
 def _use(name: str, wanted: int, working: Iterable[int]) -> str:
-    """Return ``use layout.ep=4 or 8``: the working values next to the wanted one on both sides."""
+    """Return ``use layout.ep=4 or 8``: the nearest working values below and above ``wanted``."""
     ordered = sorted(working)
     below = [value for value in ordered if value <= wanted][-1:]
     above = [value for value in ordered if value > wanted][:1]

@@ -1,4 +1,4 @@
-"""Loss terms, and the update: Muon for the matrices, Adam for everything else."""
+"""Loss terms, and the optimizer: Muon for the matrices, Adam for everything else."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Literal
 
 from mellum2_megatron.architecture import Parameter
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.field_checks import (
+    require,
+    require_not_negative,
+    require_positive,
+)
 from mellum2_megatron.config.layout import is_hidden_matrix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Terms beside the next-token loss.
+    """Terms added to the next-token loss, and the loss's mean.
 
     Attributes:
         aux_loss_coef: coefficient of the router's load-balancing loss, default 1e-3 (report §3;
@@ -21,16 +25,16 @@ class Loss:
         aux_loss_type: tokens that the load-balancing loss balances over. ``global_aux_loss``
             (default, report §3): those of all ranks in the step's micro-batches so far; its value
             depends on the layout (docs/layouts.md). ``aux_loss``: one micro-batch.
-            ``seq_aux_loss``: one sequence. The last two are equal in every layout.
-        aux_loss_gradient: gradient of the global loss. ``megatron`` (default): divided by the
-            data-parallel ranks once too often (Megatron-LM issue 3672), so on 256 of them a
-            coefficient of 1e-3 acts like 4e-6 on one. ``exact``: the gradient of the logged loss,
+            ``seq_aux_loss``: one sequence. The last two do not depend on the layout.
+        aux_loss_gradient: gradient of ``global_aux_loss``. ``megatron`` (default) divides it by the
+            number of data-parallel ranks once too often (Megatron-LM issue 3672): on 256 ranks a
+            coefficient of 1e-3 acts like 4e-6 on one. ``exact`` is the gradient of the logged loss
             on any number of ranks.
         z_loss_coef: coefficient of the z-loss on the router's logits, default 1e-3 (report §3).
         mtp_factor: weight of the multi-token-prediction loss, default 0.1 (report §2).
-        per_token: take one mean over all counted tokens of a step, default false. With false the
-            loss is the mean of the means over micro-batches (and context-parallel ranks). The two
-            differ where masks or documents leave unequal numbers of tokens.
+        per_token: true: one mean over all counted tokens of a step. False (default): the mean of
+            the means of micro-batches (and context-parallel ranks). The two differ if these count
+            unequal numbers of tokens, because of masks or documents.
 
     Raises:
         InputError: a negative coefficient.
@@ -44,17 +48,14 @@ class Loss:
     per_token: bool = False
 
     def __post_init__(self) -> None:
-        for key, value in (
-            ("loss.aux_loss_coef", self.aux_loss_coef),
-            ("loss.z_loss_coef", self.z_loss_coef),
-            ("loss.mtp_factor", self.mtp_factor),
-        ):
-            require(value >= 0, f"{key}={value}", rule="must not be negative", fix="use 0 or more")
+        require_not_negative("loss.aux_loss_coef", self.aux_loss_coef, fix="use 0 or more")
+        require_not_negative("loss.z_loss_coef", self.z_loss_coef, fix="use 0 or more")
+        require_not_negative("loss.mtp_factor", self.mtp_factor, fix="use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimizer:
-    """Settings of the update; the defaults are the report's (report §3).
+    """Settings of the optimizer; the defaults are the report's (report §3).
 
     With ``muon`` every two-dimensional weight except embedding and output layer is updated by Muon,
     the rest by Adam, at one learning rate (megatron/core/optimizer/emerging_optimizers.py:128-130,
@@ -75,16 +76,17 @@ class Optimizer:
         muon_tp_mode: orthogonalisation under tensor parallelism. ``blockwise`` (default): each
             rank's shard by itself. ``duplicated``, ``distributed``: the whole matrix.
         muon_split_qkv: orthogonalise Q, K and V separately, default true.
-        muon_split_gate_up: orthogonalise an expert's gate and up projections separately, default
-            false: Megatron keeps the two in one weight and takes it as one matrix. The report does
+        muon_split_gate_up: orthogonalise an expert's gate and up projections separately. False
+            (default): as one matrix, since Megatron keeps the two in one weight. The report does
             not say.
-        muon_router: update the routers' weights by Muon, default true as in Megatron; false: Adam.
-        muon_mtp_projection: update by Muon the matrix that joins hidden state and embedding in
-            front of the MTP layer, default true as in Megatron; false: Adam.
-        adam_beta1, adam_beta2, adam_eps: Adam's moving averages and epsilon, default 0.9, 0.95 and
-            1e-8.
-        overlap_grad_reduce, overlap_param_gather: hide communication behind the backward and the
-            forward pass, default true.
+        muon_router: optimizer of the routers' weights. True (default, as in Megatron): Muon; false:
+            Adam.
+        muon_mtp_projection: optimizer of the matrix in front of the MTP layer, which joins hidden
+            state and embedding. True (default, as in Megatron): Muon; false: Adam.
+        adam_beta1, adam_beta2: factors of Adam's two moving averages, default 0.9 and 0.95.
+        adam_eps: epsilon in Adam's denominator, default 1e-8.
+        overlap_grad_reduce: reduce gradients during the backward pass, default true.
+        overlap_param_gather: gather weights during the next forward pass, default true.
 
     Raises:
         InputError: a value outside its range, or a combination that Megatron refuses.
@@ -112,11 +114,8 @@ class Optimizer:
     overlap_param_gather: bool = True
 
     def __post_init__(self) -> None:
-        require(
-            self.lr > 0,
-            f"optimizer.lr={self.lr}",
-            rule="must be positive",
-            fix="use 3e-4 as the report does (3e-5 from long context on)",
+        require_positive(
+            "optimizer.lr", self.lr, fix="use 3e-4 as the report does (3e-5 from long context on)"
         )
         require(
             0 <= self.min_lr <= self.lr,
@@ -135,23 +134,14 @@ class Optimizer:
                 rule="must be at least 0 and below 1",
                 fix="use for example 0.95",
             )
-        for key, value in (
-            ("optimizer.weight_decay", self.weight_decay),
-            ("optimizer.clip_grad", self.clip_grad),
-        ):
-            require(
-                value >= 0,
-                f"{key}={value}",
-                rule="must not be negative",
-                fix="use 0 to switch it off",
-            )
-        for key, value in (
-            ("optimizer.adam_eps", self.adam_eps),
-            ("optimizer.muon_extra_scale", self.muon_extra_scale),
-            ("optimizer.muon_ns_steps", self.muon_ns_steps),
-        ):
-            require(value > 0, f"{key}={value}", rule="must be positive", fix="use the default")
-        # Both switches become Megatron's one, so gate and up cannot split without Q, K and V.
+        off = "use 0 to switch it off"
+        require_not_negative("optimizer.weight_decay", self.weight_decay, fix=off)
+        require_not_negative("optimizer.clip_grad", self.clip_grad, fix=off)
+        default = "use the default"
+        require_positive("optimizer.adam_eps", self.adam_eps, fix=default)
+        require_positive("optimizer.muon_extra_scale", self.muon_extra_scale, fix=default)
+        require_positive("optimizer.muon_ns_steps", self.muon_ns_steps, fix=default)
+        # Megatron has one switch for both, so gate and up cannot split without Q, K and V.
         if self.name == "muon" and self.muon_split_gate_up and not self.muon_split_qkv:
             raise InputError(
                 "optimizer.muon_split_gate_up=true with optimizer.muon_split_qkv=false",
@@ -170,7 +160,7 @@ class Optimizer:
 
     def uses_muon(self, parameter: Parameter) -> bool:
         """Return true if Muon updates ``parameter``, false if Adam does."""
-        # Megatron gives every hidden matrix to Muon; these two kinds have an option here.
+        # Megatron gives every hidden matrix to Muon; two kinds of matrix have an option here.
         choices = {"router": self.muon_router, "mtp projection": self.muon_mtp_projection}
         return (
             self.name == "muon"

@@ -1,4 +1,4 @@
-"""Overrides ``a.b=c``: strict about keys, and typed by the field that they set."""
+"""Overrides ``a.b=c``: unknown keys are refused, values converted to the field's type."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
     Args:
         run: the run, left unchanged.
         overrides: full keys (``layout.ep``) with values as in `from_text`; later ones win.
-            ``architecture=PRESET`` exchanges the whole model, at any position in the list. Two
-            fields of the architecture follow others unless they are given too:
-            ``architecture.num_hidden_layers`` continues or cuts the pattern of ``layer_types``, and
-            ``architecture.num_mtp_layers`` makes the MTP layers slide.
+            ``architecture=PRESET`` exchanges the whole model before the others apply, wherever it
+            stands. Layer types follow ``architecture.num_hidden_layers`` and
+            ``architecture.num_mtp_layers``, see `Mellum2Architecture.replace`.
 
     Returns:
         A new run. The source of an overridden key is the override itself.
@@ -36,12 +35,15 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
     for key, text in pairs:
         if key == "architecture":
             run = dataclasses.replace(run, architecture=Mellum2Architecture.preset(text))
+            # The old model's sources do not hold for the new one. The dot matches whole names,
+            # the section's own source included.
             sources = {
                 sourced: source
                 for sourced, source in sources.items()
                 if not f"{sourced}.".startswith("architecture.")
             }
             sources["architecture"] = f"override architecture={text}"
+    # A tree of changes, applied at once: values that fit only together pass the checks.
     changes: dict[str, Any] = {}
     for key, text in pairs:
         if key != "architecture":
@@ -56,7 +58,7 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
 
 
 def _split(override: str) -> tuple[str, str]:
-    """Return key and text of an override; refuse an unknown key."""
+    """Return key and value text of an override; refuse an unknown key."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -68,7 +70,7 @@ def _split(override: str) -> tuple[str, str]:
     known = keys()
     if key == "architecture" or key in known:
         return key, text.strip()
-    # Fix for an unknown key: a section's keys, fields of that name elsewhere, or the nearest key.
+    # Most likely first: a section without its field, a field without its section, a typo.
     section, name = key.partition(".")[0], key.rpartition(".")[2]
     inside = [candidate for candidate in known if candidate.startswith(f"{key}.")]
     same_name = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
@@ -89,9 +91,9 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:
-    """Rebuild nested dataclasses from the inside out.
+    """Rebuild nested dataclasses from the inside out, each one once.
 
-    Each is rebuilt once, so values changed together are validated together.
+    Values that are changed together are therefore validated together.
     """
     fields = {
         name: _replace(getattr(instance, name), change)
@@ -99,7 +101,7 @@ def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:
         else change
         for name, change in changes.items()
     }
-    # Its own `replace` adapts the layer types to a new number of layers.
+    # The architecture's own `replace` adapts the layer types to a new number of layers.
     if isinstance(instance, Mellum2Architecture):
         return instance.replace(**fields)
     return dataclasses.replace(instance, **fields)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.field_checks import require, require_not_negative
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """Number formats of a run; the masters of the weights are FP32 in every case.
+    """Number formats of a run; the master weights are FP32 in every case.
 
     The report trains in "BF16 + FP8 hybrid, tensorwise recipe, amax most-recent" (report §3). The
-    tensorwise recipe scales by the current amax. There is no field for the amax algorithm: Megatron
-    reads ``--fp8-amax-compute-algo`` for the delayed recipe only
+    tensorwise recipe scales by the current amax (largest absolute value). No field sets the amax
+    algorithm, because Megatron reads ``--fp8-amax-compute-algo`` for the delayed recipe only
     (megatron/core/fp8_utils.py:733-742, 0.19.2).
 
     Attributes:
@@ -22,16 +22,17 @@ class Precision:
             multiplications (GPU and Transformer Engine only). Attention itself stays in BF16.
         fp8_format: ``hybrid`` (default): E4M3 in the forward pass, E5M2 for the gradients of
             outputs. ``e4m3``: E4M3 for both.
-        fp8_recipe: scales. ``tensorwise`` (default): one for each tensor, from its current amax.
-            ``delayed``: one for each tensor, from its amax history. ``blockwise``: one for each
-            block.
+        fp8_recipe: choice of the FP8 scales. ``tensorwise`` (default): one for each tensor, from
+            its current amax. ``delayed``: one for each tensor, from its amax history.
+            ``blockwise``: one for each block.
         fp8_param_gather: all-gather updated weights as FP8 instead of BF16, default false. Refused
             beside Muon (``planning/rules.py``).
-        bf16_first_layers, bf16_last_layers: decoder layers at either end that stay in BF16 under
-            FP8 compute, default 0. The router computes in FP32 in every case. The MTP layer follows
-            ``compute`` (megatron/core/transformer/multi_token_prediction.py:1180, 0.19.2).
-        bf16_mtp_projection: keep in BF16, under FP8 compute, the MTP layer's matrix that joins
-            hidden state and embedding; default false.
+        bf16_first_layers, bf16_last_layers: number of decoder layers at either end that stay in
+            BF16 under FP8 compute, default 0. The router computes in FP32 in every case. The MTP
+            layer follows ``compute`` (megatron/core/transformer/multi_token_prediction.py:1180,
+            0.19.2).
+        bf16_mtp_projection: under FP8 compute, keep in BF16 the matrix in front of the MTP layer,
+            which joins hidden state and embedding; default false.
         grad_reduce_in_fp32: accumulate and reduce gradients in FP32, default true.
 
     Raises:
@@ -52,9 +53,7 @@ class Precision:
             ("precision.bf16_first_layers", self.bf16_first_layers),
             ("precision.bf16_last_layers", self.bf16_last_layers),
         ):
-            require(
-                layers >= 0, f"{key}={layers}", rule="must not be negative", fix="use 0 for none"
-            )
+            require_not_negative(key, layers, fix="use 0 for none")
             require(
                 not layers or self.compute == "fp8",
                 f"{key}={layers} with precision.compute={self.compute}",

@@ -1,6 +1,7 @@
-"""A run: all that decides the numbers `mellum2 train` computes, as one typed value.
+"""A run: everything that decides the numbers of a training, as one typed value.
 
-`to_yaml` and `from_yaml` are exact inverses: ``run.yaml`` beside a run's checkpoints is complete.
+`to_yaml` and `from_yaml` are exact inverses, so the ``run.yaml`` beside a run's checkpoints is
+complete.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import yaml
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError, nearest
-from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.field_checks import (
+    require,
+    require_not_negative,
+    require_positive,
+)
 from mellum2_megatron.common.values import field_types, from_mapping, read_yaml, to_plain
 from mellum2_megatron.config.layout import Layout
 from mellum2_megatron.config.optimizer import Loss, Optimizer
@@ -38,16 +43,17 @@ class Data:
         path: folder written by ``mellum2 data prepare``: ``train_document.{bin,idx}``,
             ``valid_document.{bin,idx}``, ``tokenizer/``, ``corpus.json``.
         sequence_length: tokens of one sequence, 2 or more.
-        tokenizer: tokenizer folder in Hugging Face format; None: ``path/tokenizer``.
-        train, valid: ``(weight, prefix)`` pairs of Megatron indexed datasets to blend in place of
-            the folder's own two; a prefix is a path without ``.bin`` or ``.idx``. Default: none.
-        seed: seed of the shuffling; None: the run's seed.
+        tokenizer: tokenizer folder in Hugging Face format; None (default): ``path/tokenizer``.
+        train, valid: Megatron indexed datasets to blend in place of the folder's own two, as
+            ``(weight, prefix)`` pairs; a prefix is a path without ``.bin`` or ``.idx``. Default:
+            none.
+        seed: seed of the shuffling; None (default): the run's seed.
         workers: reading processes of each rank, default 2; 0: the rank itself reads.
-        cache: folder of the shuffling index, which Megatron builds once for each data set; None:
-            beside the data.
-        first_sample: sample of the training at which these data begin, default 0. A run that
-            continues another one on data of its own (``checkpoint.continue_from``) begins at that
-            run's ``schedule.train_samples``, as the phases of the report's pre-training do.
+        cache: folder of the shuffling index, which Megatron builds once for each data set; None
+            (default): ``path/cache``.
+        first_sample: sample count of the training at which this run's data begin, default 0. A run
+            that continues another one (``checkpoint.continue_from``) on data of its own begins at
+            that run's ``schedule.train_samples``. The phases of the report's pre-training do so.
 
     Raises:
         InputError: a length, weight or number outside its range.
@@ -70,26 +76,11 @@ class Data:
             rule="must be 2 or more",
             fix="use 8192",
         )
-        require(
-            self.workers >= 0,
-            f"data.workers={self.workers}",
-            rule="must not be negative",
-            fix="use 0 to read in the rank itself",
-        )
-        require(
-            self.first_sample >= 0,
-            f"data.first_sample={self.first_sample}",
-            rule="must not be negative",
-            fix="use 0",
-        )
+        require_not_negative("data.workers", self.workers, fix="use 0 to read in the rank itself")
+        require_not_negative("data.first_sample", self.first_sample, fix="use 0")
         for key, blend in (("data.train", self.train), ("data.valid", self.valid)):
             for weight, prefix in blend:
-                require(
-                    weight > 0,
-                    f"{key}: weight of {prefix}={weight}",
-                    rule="must be positive",
-                    fix="drop the set instead",
-                )
+                require_positive(f"{key}: weight of {prefix}", weight, fix="drop the set instead")
 
     @property
     def tokenizer_folder(self) -> str:
@@ -115,12 +106,12 @@ class Logging:
         log_interval: steps between two lines of console and metrics, default 10.
         eval_interval: steps between two validations, default 1000.
         eval_iterations: batches of a validation, default 10; 0: no validation.
-        eval_batch_size: sequences of a validation batch; None: the training batch at the end of
-            the run.
+        eval_batch_size: sequences of a validation batch; None (default): as in the last training
+            step of the run.
         tensorboard: write TensorBoard events, default true.
-        wandb_project: project on Weights & Biases; None: do not log to W&B.
-        wandb_entity, wandb_name: W&B account and display name; None: the default account, the
-            run's ``name``.
+        wandb_project: project on Weights & Biases; None (default): do not log to W&B.
+        wandb_entity: W&B account; None (default): the user's default one.
+        wandb_name: display name in W&B; None (default): the run's ``name``.
 
     Raises:
         InputError: an interval or number outside its range, or W&B fields without a project.
@@ -136,30 +127,12 @@ class Logging:
     wandb_name: str | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.log_interval > 0,
-            f"logging.log_interval={self.log_interval}",
-            rule="must be positive",
-            fix="use 1 or more",
-        )
-        require(
-            self.eval_interval > 0,
-            f"logging.eval_interval={self.eval_interval}",
-            rule="must be positive",
-            fix="use 1 or more",
-        )
-        require(
-            self.eval_batch_size is None or self.eval_batch_size > 0,
-            f"logging.eval_batch_size={self.eval_batch_size}",
-            rule="must be positive",
-            fix="use 1 or more",
-        )
-        require(
-            self.eval_iterations >= 0,
-            f"logging.eval_iterations={self.eval_iterations}",
-            rule="must not be negative",
-            fix="use 0",
-        )
+        require_positive("logging.log_interval", self.log_interval)
+        require_positive("logging.eval_interval", self.eval_interval)
+        if self.eval_batch_size is not None:
+            require_positive("logging.eval_batch_size", self.eval_batch_size)
+        require_not_negative("logging.eval_iterations", self.eval_iterations, fix="use 0")
+        # Without a project nothing is logged to W&B, so these two would be dropped in silence.
         require(
             self.wandb_entity is None or self.wandb_project is not None,
             f"logging.wandb_entity={self.wandb_entity}",
@@ -176,27 +149,29 @@ class Logging:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """Checkpoints: where a run saves and where it starts; intervals are in optimizer steps.
+    """Checkpoints that a run writes, and the one it starts from; intervals are in optimizer steps.
 
     Attributes:
-        output: run folder; None until ``mellum2 train --output`` sets it. A checkpoint in it is
-            resumed.
+        output: run folder; None (default) until ``mellum2 train --output`` sets it. If it holds a
+            checkpoint, the run resumes that one.
         save_interval: steps between two checkpoints, default 1000. The last step saves too.
         retain_interval: interval of the checkpoints to keep for good, a multiple of
-            ``save_interval``; the others are pruned, except the newest. None: keep all.
-        keep_last: number of newest checkpoints to keep; None: 1 with a ``retain_interval``, else
-            all. With 2 or more, one is left if the newest turns out to be damaged.
+            ``save_interval``; the others are pruned, except the newest. None (default): keep all,
+            or only the newest ``keep_last``.
+        keep_last: number of newest checkpoints to keep; None (default): 1 with a
+            ``retain_interval``, else all. With 2 or more, an intact one is left if the newest turns
+            out to be damaged.
         verify: comparison with the checkpoint's manifest before loading. ``hash``: content of
             every file. ``size``: sizes only. ``off``: none. Default ``hash``.
-        async_save: write checkpoints in the background of training, default false; GPUs only.
+        async_save: write checkpoints while training continues, default false; GPUs only.
         any_layout: store optimizer state in a form that every layout can resume, default true.
             With false only the number of data-parallel ranks may change. Adam runs then save
             faster, because no rank collects the state of the others.
-        load: checkpoint folder whose weights alone start the run (an imported model, or another
-            run) if ``output`` has no checkpoint. Optimizer state and step count start anew.
-        continue_from: checkpoint folder of another run to continue if ``output`` has no checkpoint,
-            with all of its state: weights, optimizer, step and sample count, random numbers. Used
-            for the next phase of one training.
+        load: checkpoint folder of an imported model or another run, default none. Its weights start
+            this run if ``output`` has no checkpoint; optimizer state and step count start anew.
+        continue_from: checkpoint folder of another run, default none. Its whole state starts this
+            run if ``output`` has no checkpoint: weights, optimizer, step and sample count, random
+            numbers. Used for the next phase of one training.
 
     Raises:
         InputError: an interval or number outside its range.
@@ -213,20 +188,13 @@ class Checkpoint:
     continue_from: str | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.save_interval > 0,
-            f"checkpoint.save_interval={self.save_interval}",
-            rule="must be positive",
-            fix="use 1 or more",
-        )
-        require(
-            self.keep_last is None or self.keep_last > 0,
-            f"checkpoint.keep_last={self.keep_last}",
-            rule="must be positive",
-            fix="use 2, or null to keep all",
-        )
+        require_positive("checkpoint.save_interval", self.save_interval)
+        if self.keep_last is not None:
+            require_positive(
+                "checkpoint.keep_last", self.keep_last, fix="use 2, or null to keep all"
+            )
         if self.retain_interval is not None:
-            # Only saved checkpoints can be kept: the next multiple is the nearest that works.
+            # Only a step that saves can be kept, so the fix names the next multiple.
             above = (max(self.retain_interval, 1) // self.save_interval + 1) * self.save_interval
             require(
                 self.retain_interval > 0 and self.retain_interval % self.save_interval == 0,
@@ -242,7 +210,7 @@ class Run:
 
     Attributes:
         name: name of the recipe.
-        description: one line.
+        description: one line about the recipe.
         architecture: the model.
         layout, optimizer, loss, schedule, precision, stability, data, logging, checkpoint: one
             section each, see their classes.
@@ -250,10 +218,10 @@ class Run:
             default 1234.
         backend: implementation of the layers. ``te``: Transformer Engine, on GPUs. ``torch``: plain
             PyTorch, anywhere. ``auto`` (default): te on a GPU, torch on a CPU.
-        timeout_minutes: longest time without a new micro-batch, default 10. The run then stops and
-            names the slow ranks.
-        sources: source of a value, by key (``optimizer.lr``) or section (``optimizer``); see
-            `source`.
+        timeout_minutes: longest time without a new micro-batch, in minutes, default 10. The run
+            then stops and names the slow ranks.
+        sources: sources of the values, by key (``optimizer.lr``) or section (``optimizer``), such
+            as a place in the report; see `source`. Default none.
 
     Raises:
         InputError: a value outside its range, or a source of a key that no run has.
@@ -277,19 +245,14 @@ class Run:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(
-            self.timeout_minutes > 0,
-            f"timeout_minutes={self.timeout_minutes}",
-            rule="must be positive",
-            fix="use 10",
-        )
+        require_positive("timeout_minutes", self.timeout_minutes, fix="use 10")
         require(
             self.data.first_sample < self.schedule.train_samples,
             f"data.first_sample={self.data.first_sample}",
             rule=f"the run ends at schedule.train_samples={self.schedule.train_samples}",
             fix="use 0, or the last sample of the run that this one continues",
         )
-        # A source may name a section; a typo would silently leave a value without its source.
+        # Checked, because a mistyped key would silently leave a value without its source.
         known = keys()
         for key in self.sources:
             if key not in known and not any(name.startswith(f"{key}.") for name in known):
@@ -310,9 +273,9 @@ class Run:
         )
 
     def source(self, key: str) -> str | None:
-        """Return the source of ``key``: its own, or that of the innermost section that has one.
+        """Return the source of ``key``: its own, or that of the innermost section around it.
 
-        None if neither the key nor a section around it has a source.
+        None if neither the key nor a section around it has one.
         """
         while key and key not in self.sources:
             key = key.rpartition(".")[0]
@@ -341,7 +304,7 @@ def _leaf_keys(cls: type, prefix: str) -> list[str]:
     leaves: list[str] = []
     for name, annotation in field_types(cls).items():
         if prefix + name == "sources":
-            continue  # about keys, not one of them
+            continue  # `sources` describes the other keys and cannot be set itself
         if dataclasses.is_dataclass(annotation):
             leaves += _leaf_keys(annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
@@ -358,7 +321,7 @@ def to_yaml(run: Run) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """One key a line, lists in brackets."""
+    """YAML writer that gives each key a line and writes lists in brackets."""
 
     def represent_sequence(
         self, tag: str, sequence: Iterable[Any], flow_style: bool | None = None
@@ -383,6 +346,6 @@ def from_yaml(text: str) -> Run:
 
 
 def _warn_of_default(key: str) -> None:
-    # Files are written complete, so that a later change of a default cannot change an old run. A
-    # file can therefore lack only keys that are younger than the file.
+    # `to_yaml` writes every key, so that a new default cannot change an old run. A missing key is
+    # therefore younger than the file.
     logger.warning("the run file is from before %s existed; taking its default", key)

@@ -1,9 +1,9 @@
 """Learning rate and batch size over a run, counted in samples (packed sequences) as in Megatron.
 
-A point of the run keeps its sample count when the batch size changes. Megatron's iteration-based
-learning-rate arguments do not: with a batch ramp they are multiplied by ``micro_batch_size * dp``
-instead of the real batch (megatron/training/arguments.py:684-686 and training.py:1911-1922,
-0.19.2).
+Samples, not steps: a point of the training keeps its sample count when the batch size changes.
+Megatron's iteration-based learning-rate arguments are wrong under a batch ramp. It multiplies them
+by ``micro_batch_size * dp`` instead of the real batch (megatron/training/arguments.py:684-686 and
+training.py:1911-1922, 0.19.2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.field_checks import (
+    require,
+    require_not_negative,
+    require_positive,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,14 +29,14 @@ class Schedule:
         style: ``whd`` (default): linear warmup, hold, linear decay (report §3; Megatron's WSD with
             linear decay). ``cosine``: decay from the end of the warmup to the horizon (report
             §5.1).
-        train_samples: last sample of the run, counted from the first sample ever trained on; the
-            end of a step.
-        horizon_samples: last sample of the learning-rate schedule; None: ``train_samples``. A run
-            that is one phase of a longer training stops before its horizon.
+        train_samples: sample count at which the run ends, counted over the whole training, earlier
+            phases included. It must be the end of a step.
+        horizon_samples: sample count at which the learning-rate schedule ends; None (default):
+            ``train_samples``. A run that is one phase of a longer training stops before it.
         warmup_samples: length of the linear warmup from 0 to the peak, default 0.
         decay_samples: length of the ``whd`` decay, which ends at the horizon; default 0.
         batch_schedule: ``(first sample, sequences a step)`` pairs; a single pair is a constant
-            batch. A new size holds from the first step that starts at or after its sample.
+            batch. A size applies from the first step that starts at or after its sample.
         micro_batch_size: sequences of one forward pass of a rank, default 1.
 
     Raises:
@@ -48,8 +52,8 @@ class Schedule:
     micro_batch_size: int = 1
 
     def __post_init__(self) -> None:
-        _require_positive("schedule.train_samples", self.train_samples)
-        _require_positive("schedule.micro_batch_size", self.micro_batch_size)
+        require_positive("schedule.train_samples", self.train_samples)
+        require_positive("schedule.micro_batch_size", self.micro_batch_size)
         self._check_batch_schedule()
         self._check_lengths()
         steps = self.steps(self.train_samples)
@@ -86,18 +90,8 @@ class Schedule:
 
     def _check_lengths(self) -> None:
         warmup, decay, horizon = self.warmup_samples, self.decay_samples, self.lr_horizon
-        require(
-            warmup >= 0,
-            f"schedule.warmup_samples={warmup}",
-            rule="must not be negative",
-            fix="use 0 for none",
-        )
-        require(
-            decay >= 0,
-            f"schedule.decay_samples={decay}",
-            rule="must not be negative",
-            fix="use 0 for none",
-        )
+        require_not_negative("schedule.warmup_samples", warmup, fix="use 0 for none")
+        require_not_negative("schedule.decay_samples", decay, fix="use 0 for none")
         require(
             self.train_samples <= horizon,
             f"schedule.train_samples={self.train_samples}",
@@ -111,7 +105,8 @@ class Schedule:
             rule="a cosine decays from the end of the warmup to the horizon",
             fix="set schedule.decay_samples=0",
         )
-        # Without a decay one sample must remain after the warmup: a cosine divides by the rest.
+        # Without a decay one sample must remain after the warmup: the cosine divides by the number
+        # of samples that do.
         room = horizon - decay if decay else horizon - 1
         require(
             warmup <= room,
@@ -133,19 +128,24 @@ class Schedule:
         micro_batch_size: int = 1,
         style: Literal["whd", "cosine"] = "whd",
     ) -> Self:
-        """Build a schedule that is given in optimizer steps, as reports do.
+        """Build a schedule from lengths in optimizer steps, as reports give them.
 
         Args:
             train_steps: steps of the whole run, warmup and decay included.
             batch_sizes: ``(first step, sequences a step)`` pairs.
-            warmup_steps: length of the warmup. It is linear in samples, and so in steps unless the
-                batch changes during the warmup.
-            decay_steps: length of the decay at the end of the run.
+            warmup_steps: length of the warmup, default 0. The warmup is linear in samples, so in
+                steps only if the batch is constant during it.
+            decay_steps: length of the decay at the end of the run, default 0.
             micro_batch_size, style: see `Schedule`.
         """
-        _require_positive("train_steps", train_steps)
-        _require_positive("first batch", len(batch_sizes))
-        # A size's first sample is all that the sizes before it consumed.
+        require_positive("train_steps", train_steps)
+        require(
+            bool(batch_sizes),
+            "batch_sizes=()",
+            rule="a schedule has one batch size or more",
+            fix="use ((0, SIZE),)",
+        )
+        # A size starts at the sample that all sizes before it have consumed.
         starts, samples = [], 0
         for index, (step, size) in enumerate(batch_sizes):
             starts.append((samples, size))
@@ -157,7 +157,7 @@ class Schedule:
             style=style,
             train_samples=total,
             warmup_samples=counted.samples(warmup_steps),
-            # Counted from the end: the last steps have the batch size of the end.
+            # A difference of two counts: the steps of the decay have the batch size of the end.
             decay_samples=total - counted.samples(train_steps - decay_steps),
             batch_schedule=tuple(starts),
             micro_batch_size=micro_batch_size,
@@ -165,7 +165,7 @@ class Schedule:
 
     @property
     def lr_horizon(self) -> int:
-        """Last sample of the learning-rate schedule."""
+        """Sample count at which the learning-rate schedule ends."""
         return self.train_samples if self.horizon_samples is None else self.horizon_samples
 
     @property
@@ -197,7 +197,7 @@ class Schedule:
         (megatron/core/optimizer_param_scheduler.py, 0.19.2) in the same order, so results are equal
         to the last bit. The first step of a warmup has rate 0.
         """
-        # Factors of 1.0 and float() look idle; they are Megatron's and decide the last bit.
+        # Factors of 1.0 and float() look idle, but they are Megatron's and decide the last bit.
         if self.warmup_samples > 0 and sample <= self.warmup_samples:
             return peak * float(sample) / float(self.warmup_samples)
         if sample > self.lr_horizon:
@@ -217,13 +217,13 @@ class Schedule:
 class _Steps:
     """Conversion between steps and samples for one batch schedule.
 
-    Apart from `Schedule`, whose checks need a whole run: `Schedule.from_steps` counts before it has
-    one.
+    A class of its own, because `Schedule.from_steps` counts before it has a valid `Schedule`.
     """
 
     schedule: tuple[tuple[int, int], ...]
 
     def size(self, sample: int) -> int:
+        """Return the sequences of the step that starts after ``sample`` samples."""
         current = self.schedule[0][1]
         for start, size in self.schedule:
             if sample >= start:
@@ -231,6 +231,7 @@ class _Steps:
         return current
 
     def steps(self, samples: int) -> int:
+        """Return the fewest steps that consume at least ``samples`` samples."""
         consumed = steps = 0
         ends = [start for start, _ in self.schedule[1:]] + [samples]
         for (_, size), end in zip(self.schedule, ends, strict=True):
@@ -240,16 +241,13 @@ class _Steps:
         return steps
 
     def samples(self, steps: int) -> int:
+        """Return the samples that the first ``steps`` steps consume."""
         consumed = taken = 0
         for index, (_, size) in enumerate(self.schedule):
             count = steps - taken
             if index + 1 < len(self.schedule):
                 room = self.schedule[index + 1][0] - consumed
-                # A size may have no step at all, if the step before ran past its range.
+                # A size has no step at all if the step before it ran past its range.
                 count = min(count, max(0, math.ceil(room / size)))
             taken, consumed = taken + count, consumed + count * size
         return consumed
-
-
-def _require_positive(key: str, value: int) -> None:
-    require(value > 0, f"{key}={value}", rule="must be positive", fix="use 1 or more")

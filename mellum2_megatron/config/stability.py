@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.field_checks import require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,19 +13,19 @@ class Stability:
     """Reaction to a step with a non-finite value or a loss spike.
 
     A skipped update leaves weights and optimizer state unchanged on every rank. The step still
-    counts: its samples are not seen again, and the learning-rate schedule advances.
+    counts: its samples are not used again, and the learning-rate schedule advances.
 
     Attributes:
         not_finite: reaction to a NaN or infinite loss or gradient on any rank. ``stop`` (default)
-            ends the run in that step. ``skip`` skips the update, except the first of a run, which
-            creates the optimizer state.
+            ends the run in that step. ``skip`` skips the update, except the first one of a run,
+            which creates the optimizer state.
         spike: reaction to a loss above ``spike_factor`` times the median of the last
             ``spike_window`` steps. ``record`` (default) logs an event, ``skip`` skips the update,
             ``stop`` ends the run, ``ignore`` does nothing.
-        spike_factor: threshold of a spike, above 1, default 1.3.
-        spike_window: steps of the median, 2 or more, default 100. Fewer steps make no spike. A
-            resumed run keeps its window; a run that continues another one starts an empty window,
-            because its data may differ.
+        spike_factor: threshold of a spike as a multiple of the median, above 1, default 1.3.
+        spike_window: number of steps that the median is taken over, 2 or more, default 100. Until
+            there are as many, no step is a spike. A resumed run keeps its window. A run that
+            continues another one starts an empty one, because its data may differ.
         max_skips: updates that may be skipped in a row, default 5; the next one ends the run.
 
     Raises:
@@ -51,14 +51,13 @@ class Stability:
             rule="must be 2 or more",
             fix="use 100",
         )
-        require(
-            self.max_skips > 0,
-            f"stability.max_skips={self.max_skips}",
-            rule="must be positive",
-            fix="use 5",
-        )
+        require_positive("stability.max_skips", self.max_skips, fix="use 5")
 
     @property
     def is_watching(self) -> bool:
-        """True if steps must be checked by us; Megatron itself stops at a non-finite value."""
+        """True if this project must check each step.
+
+        Megatron by itself stops at a non-finite value, which is all that ``stop`` and ``ignore``
+        need.
+        """
         return self.not_finite == "skip" or self.spike != "ignore"

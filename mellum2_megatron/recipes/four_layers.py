@@ -1,6 +1,6 @@
-"""Four layers of the 12B at full width, for one GPU: the production path, small.
+"""Four layers of the 12B at full width, for one GPU: all of the production path, little depth.
 
-`FOUR_LAYERS` runs every stage in the report's proportions. `four_layer_pretraining` is one longer
+`FOUR_LAYERS` has every stage, in the report's proportions. `four_layer_pretraining` is one longer
 pre-training without phases.
 """
 
@@ -21,28 +21,24 @@ from mellum2_megatron.config import (
 )
 from mellum2_megatron.recipes import long_context, pretraining
 from mellum2_megatron.recipes.hardware import ONE_GPU
-from mellum2_megatron.recipes.stage import COMMON_SOURCES, StageFamily
+from mellum2_megatron.recipes.stage import COMMON_SOURCES, LENGTHS, StageFamily
 
 LAYERS = 4
 """One period of the attention pattern: three sliding layers and a full one."""
 
 LONG_SEQUENCE_LENGTH = 32_768
-"""Tokens a sequence of the long-context stage: what one H200 holds."""
+"""Tokens a sequence in the long-context stage: as many as one H200 holds."""
 
 PHASE_STEPS = (588, 845, 1_000)
-"""Step after which each phase ends: the report's shares of 323,459 steps."""
+"""Step at which each phase ends: the same shares of 1,000 steps as the report's of 323,459."""
 
 HARDWARE = {"_1gpu_h200_fp8": ONE_GPU}
 
 SOURCES = {
-    "architecture": "report §2, table Architecture configuration, but for the depth",
+    "architecture": "report §2, table Architecture configuration, except the depth",
     "architecture.num_hidden_layers": "ours: one period of the attention pattern",
     "layout": "ours: one GPU",
 }
-
-LENGTHS = (
-    "report §3: WHD and a batch that doubles; its lengths are ours, in the report's proportions"
-)
 
 SCHEDULE = Schedule.from_steps(
     train_steps=PHASE_STEPS[-1],
@@ -57,7 +53,7 @@ PHASES = pretraining.three_phases(
     optimizer=Optimizer(),
     schedule=SCHEDULE,
     ends=[SCHEDULE.samples(step) for step in PHASE_STEPS],
-    # Tokens between two ends at 8,192 a sequence; a test compares them with the schedule.
+    # Samples between two ends, times 8,192; a test compares these texts with the schedule.
     tokens=("282M tokens at 8K", "135M tokens at 8K", "81M tokens at 8K"),
     precision=Precision(compute="fp8"),
     data=[phase.data for phase in pretraining.PRETRAINING],
@@ -66,15 +62,15 @@ PHASES = pretraining.three_phases(
     hardware=HARDWARE,
     sources={
         **SOURCES,
-        "schedule.train_samples": LENGTHS,
-        "schedule.horizon_samples": LENGTHS,
-        "schedule.warmup_samples": LENGTHS,
-        "schedule.decay_samples": LENGTHS,
-        "schedule.batch_schedule": LENGTHS,
+        **dict.fromkeys(
+            LENGTHS,
+            "report §3: WHD and a batch that doubles; "
+            "lengths are ours, in the report's proportions",
+        ),
     },
 )
 
-# The 12B's stage at fewer layers, steps and tokens; learning rate and precision stay.
+# The 12B's stage with fewer layers, steps and tokens; learning rate and precision are the same.
 LONG_CONTEXT = replace(
     long_context.LONG_CONTEXT,
     summary="long context (52.4M tokens at 32K, layer-selective YaRN)",
@@ -93,11 +89,11 @@ LONG_CONTEXT = replace(
     sources={
         **long_context.LONG_CONTEXT.sources,
         **SOURCES,
-        "schedule": "report §4: WHD; its lengths are ours, in the report's proportions",
+        "schedule": "report §4: WHD; lengths are ours, in the report's proportions",
         "schedule.warmup_samples": "ours, in the report's proportions",
         "schedule.batch_schedule": "ours: 0.5M tokens a step",
         "data.sequence_length": (
-            "ours: what one GPU holds; the rotation is the 128K one (report §4)"
+            "ours: as long as one GPU holds; the rotation is that of 128K (report §4)"
         ),
     },
 )
@@ -131,7 +127,7 @@ def four_layer_pretraining() -> Run:
             **COMMON_SOURCES,
             **SOURCES,
             "schedule": (
-                "report §3: WHD and a batch that doubles; its lengths are ours: one billion tokens"
+                "report §3: WHD and a batch that doubles; lengths are ours: one billion tokens"
             ),
             "schedule.micro_batch_size": "report App. B",
             "data.sequence_length": "report §3: packed into 8,192 tokens",

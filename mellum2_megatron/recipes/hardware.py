@@ -9,11 +9,11 @@ from mellum2_megatron.config import Layout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """The machines of one stage.
+    """Machines that a stage runs on.
 
     Attributes:
-        label: the machines in a recipe's description, such as ``256 GPUs``.
-        layout: parallel layout that fills them.
+        label: name in a recipe's description, such as ``256 GPUs``.
+        layout: parallel layout that uses all of them.
         source: source of their number, recorded for ``layout.dp``.
     """
 
@@ -23,12 +23,12 @@ class Hardware:
 
 
 def h200_nodes(gpus: int, *, source: str, cp: int = 1) -> Hardware:
-    """Return nodes of 8 H200 with the experts of a layer inside one node (report §3: EP 8).
+    """Return nodes of 8 H200; EP 8 keeps the experts of a layer inside one node (report §3).
 
     Args:
-        gpus: GPUs of all nodes together.
-        source: source of their number.
-        cp: context-parallel ways; the rest is data parallel.
+        gpus: number of GPUs in all nodes together.
+        source: source of that number.
+        cp: context-parallel ways, default 1; the rest is data parallel.
     """
     return Hardware(label=f"{gpus} GPUs", layout=Layout(ep=8, cp=cp, dp=gpus // cp), source=source)
 

@@ -1,6 +1,7 @@
 """Long context: 3,500 steps at 131,072 tokens from the weights of phase 3 (report §4).
 
-The stage has a schedule of its own. Its model is phase 3's with YaRN on the full-attention layers.
+The stage has a schedule of its own. Its model is that of phase 3, with YaRN on the full-attention
+layers.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ LONG_CONTEXT = Stage(
     name="long_context",
     summary="long context (117B tokens at 128K, layer-selective YaRN)",
     architecture=Mellum2Architecture.preset("mellum2-12b-128k"),
-    optimizer=Optimizer(lr=3e-5),  # all else as in pre-training
+    optimizer=Optimizer(lr=3e-5),  # report §4; everything else as in pre-training
     schedule=Schedule.from_steps(
         train_steps=3_500,
         warmup_steps=100,
         decay_steps=500,
         batch_sizes=((0, SEQUENCES),),
-        micro_batch_size=1,  # one sequence is already the work of CP ranks
+        micro_batch_size=1,  # CP ranks already share one sequence
     ),
     precision=Precision(compute="fp8"),
     data=Data(path="data/long_context", sequence_length=SEQUENCE_LENGTH),
@@ -42,7 +43,7 @@ LONG_CONTEXT = Stage(
         "": _H200_128,
         "_128gpu_h200_fp8": _H200_128,
         "_256gpu_h200_fp8": h200_nodes(
-            256, cp=CP, source="ours: the nodes that the report's pre-training began with (§3)"
+            256, cp=CP, source="ours: as many nodes as at the start of the pre-training (report §3)"
         ),
         "_8gpu_h200_fp8": h200_nodes(8, cp=CP, source="ours: the same training on one node"),
     },
@@ -52,20 +53,20 @@ LONG_CONTEXT = Stage(
             "report §4: YaRN on the full-attention layers only; released config"
         ),
         "layout": (
-            "EP 8 and CP 8 as in the report's SFT at the same length (report §5.1); §4 gives none"
+            "report §5.1: EP 8 and CP 8, for its SFT at the same length; §4 gives no layout"
         ),
         "layout.dp": "report §5.1: 16 nodes of 8 H200",  # other hardware has its own source
         "optimizer.lr": "report §4",
         "schedule": "report §4: WHD of 3,500 steps with 500 of decay",
         "schedule.warmup_samples": (
-            "ours: 100 steps, as in the report's SFT (§5.1); §4 gives none"
+            "ours: 100 steps, as in the report's SFT (§5.1); §4 gives no warmup"
         ),
         "schedule.batch_schedule": (
-            "report §4: 117B tokens in 3,500 steps of 131,072 tokens make 256 sequences"
+            "report §4: 117B tokens in 3,500 steps are 256 sequences of 131,072 tokens a step"
         ),
-        "schedule.micro_batch_size": "ours: one sequence is eight ranks' work",
+        "schedule.micro_batch_size": "ours: eight ranks share one sequence",
         "data.sequence_length": "report §4",
-        "checkpoint.load": "ours: weights only, since the stage has a schedule of its own",
+        "checkpoint.load": "ours: weights only, because the stage has a schedule of its own",
     },
 )
 """The long-context stage of the 12B."""

@@ -1,12 +1,13 @@
 """Pre-training: the report's three phases of one schedule (report §3, App. B).
 
-A phase is a run of its own, with its own data and folder. It continues the phase before it with
-weights, optimizer state, step and sample count (``checkpoint.continue_from``). Step 1 is therefore
-the first of phase 1 and step 323,459 the last of phase 3, under one learning-rate schedule.
+A phase is a run with its own data and folder. It continues the phase before it with weights,
+optimizer state, step and sample count (``checkpoint.continue_from``). One learning-rate schedule
+covers all steps, from step 1 of phase 1 to step 323,459 at the end of phase 3.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,9 +25,9 @@ TRAIN_STEPS = 323_459
 RAMP_STEPS = 12_128
 """Steps at 2,048 sequences before the batch doubles.
 
-The report gives neither the length nor the shape of the ramp. With one step from 2,048 to 4,096 its
-two totals leave no choice: 323,459 steps see 10.65T tokens (report §3) only if about 12,128 of them
-were half as large.
+The report gives neither length nor shape of the ramp. If the batch doubles once, its two totals
+decide the length: 323,459 steps see 10.65T tokens (report §3) only if about 12,128 of them have
+2,048 sequences.
 """
 
 SCHEDULE = Schedule.from_steps(
@@ -44,10 +45,10 @@ class Phase:
     """One phase of pre-training.
 
     Attributes:
-        name: the report's name.
-        tokens: tokens of the phase (report §3). The three add up to 10.66T, 0.01T more than the
-            total of the report, which ends the last phase.
-        schedule: course of the learning rate, for the description.
+        name: name in the report.
+        tokens: number of tokens (report §3). The three add up to 10.66T, 0.01T more than the
+            report's total; the last phase ends at the total.
+        schedule: part of the learning-rate schedule, for the recipe's description.
     """
 
     name: str
@@ -62,17 +63,15 @@ PHASES = (
 )
 
 
-def _phase_ends() -> tuple[int, ...]:
-    ends, tokens = [], 0.0
-    for phase in PHASES[:-1]:
-        tokens += phase.tokens
-        # A run ends after a whole step, so a phase may see up to one step more than its tokens.
-        ends.append(SCHEDULE.samples(SCHEDULE.steps(round(tokens / SEQUENCE_LENGTH))))
-    return (*ends, SCHEDULE.train_samples)
-
-
-PHASE_ENDS = _phase_ends()
-"""Sample after the last one of each phase, on whole steps."""
+PHASE_ENDS = (
+    # A run ends after a whole step, so a phase may see up to one step more than its tokens.
+    *(
+        SCHEDULE.samples(SCHEDULE.steps(round(tokens / SEQUENCE_LENGTH)))
+        for tokens in itertools.accumulate(phase.tokens for phase in PHASES[:-1])
+    ),
+    SCHEDULE.train_samples,
+)
+"""Sample count at which each phase ends."""
 
 SOURCES = {
     "architecture.max_position_embeddings": (
@@ -83,18 +82,19 @@ SOURCES = {
     "schedule.style": "report §3: WHD",
     "schedule.train_samples": "report App. B: the last of 323,459 steps",
     "schedule.horizon_samples": (
-        "report App. B: 323,459 steps, of which RAMP_STEPS at 2,048 sequences"
+        "report App. B: 323,459 steps, the first RAMP_STEPS of them at 2,048 sequences"
     ),
     "schedule.warmup_samples": "report App. B: 2,000 steps, all of them at 2,048 sequences",
     "schedule.decay_samples": "report App. B: the last 49,306 steps, at 4,096 sequences",
     "schedule.batch_schedule": (
-        "report §3: 2,048 to 4,096; when follows from steps and tokens, see RAMP_STEPS"
+        "report §3: 2,048, then 4,096; the step follows from the totals of steps and tokens "
+        "(RAMP_STEPS)"
     ),
     "schedule.micro_batch_size": "report App. B",
     "data.sequence_length": "report §3: packed into 8,192 tokens",
-    "data.first_sample": "where the former phase ended; each phase has data of its own (report §3)",
+    "data.first_sample": "end of the phase before; each phase has its own data (report §3)",
     "checkpoint.continue_from": (
-        "the report's one schedule of 323,459 steps: state and step count go on"
+        "report App. B: one schedule of 323,459 steps, so all state and the step count continue"
     ),
 }
 
@@ -104,7 +104,7 @@ HARDWARE = {
     "": _H200_256,
     "_256gpu_h200_fp8": _H200_256,
     "_128gpu_h200_fp8": h200_nodes(
-        128, source="report §3: 16 nodes of 8 H200, as later in the training"
+        128, source="report §3: 16 nodes of 8 H200, in the later part of the training"
     ),
     "_8gpu_h200_fp8": h200_nodes(8, source="ours: the same training on one node"),
 }
@@ -130,16 +130,16 @@ def three_phases(
         architecture: the model.
         optimizer, precision, logging, save_interval, hardware: see `Stage`.
         schedule: schedule of the whole pre-training.
-        ends: sample after the last one of each phase.
-        tokens: each phase's tokens, for its description.
-        data: each phase's data.
-        sources: overrides of `SOURCES`, which give each end as the report's.
+        ends: sample count at which each phase ends.
+        tokens: number of tokens of each phase, as text for its description.
+        data: data of each phase; ``first_sample`` is set here.
+        sources: overrides of `SOURCES` and of the report's phase ends.
     """
     stages = []
     for number, (phase, end, amount, own_data) in enumerate(
         zip(PHASES, ends, tokens, data, strict=True), 1
     ):
-        # The end of the last phase is the total of App. B, as in SOURCES.
+        # `SOURCES` has the source of the last end: the total of App. B.
         end_source = {}
         if number < len(PHASES):
             total = " + ".join(f"{earlier.tokens / 1e12:g}T" for earlier in PHASES[:number])
@@ -152,7 +152,7 @@ def three_phases(
                 summary=f"phase {number} of 3 ({phase.name}, {amount}): {phase.schedule}",
                 architecture=architecture,
                 optimizer=optimizer,
-                # The horizon stays that of the whole: a phase stops in the middle of the schedule.
+                # A phase ends in the middle of the one learning-rate schedule.
                 schedule=replace(
                     schedule, train_samples=end, horizon_samples=schedule.train_samples
                 ),

@@ -18,7 +18,7 @@ MELLUM2_12B = StageFamily(
     name="mellum2_12b", title="Mellum 2 12B", stages=(*PRETRAINING, LONG_CONTEXT)
 )
 
-# A table, not decorators: one place lists all names, whatever is imported first.
+# A table, not decorators: its content does not depend on which modules are imported.
 _RECIPES: dict[str, Callable[..., Run]] = {
     **stage_recipes(MELLUM2_12B),
     **stage_recipes(FOUR_LAYERS),
@@ -29,7 +29,10 @@ _RECIPES: dict[str, Callable[..., Run]] = {
 
 
 def register(function: Callable[..., Run]) -> Callable[..., Run]:
-    """Add ``function`` to the recipes under its own name; for code outside this package."""
+    """Add ``function`` to the recipes under its own name: a decorator for outside this package.
+
+    A recipe of the same name is replaced.
+    """
     _RECIPES[function.__name__] = function
     return function
 
@@ -49,7 +52,7 @@ def recipe(name: str, **choices: Any) -> Run:
 
     Args:
         name: one of `recipe_names`.
-        **choices: keyword arguments of that recipe's function.
+        **choices: keyword arguments of the recipe's function.
 
     Raises:
         InputError: an unknown recipe or choice; the message names the nearest.

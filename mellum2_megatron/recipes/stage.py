@@ -1,8 +1,8 @@
-"""A stage of a training as one value, and the one function that makes a run of it.
+"""A stage of a training as one value, and the function that makes a run of it.
 
 A `StageFamily` is a training at one size, such as the 12B: stages that follow each other. A
-`Stage` holds all in which they differ. To add a stage, write its value in a module of its own and
-put it into the families' ``stages``.
+`Stage` holds everything that differs between stages. To add a stage, write its value in a module
+of its own and add it to ``stages`` of each family.
 """
 
 from __future__ import annotations
@@ -24,40 +24,48 @@ from mellum2_megatron.config import (
 )
 from mellum2_megatron.recipes.hardware import Hardware
 
-OPERATION = "ours: how the run is operated"
-STABILITY = (
-    "ours: report §3.6 tells of spikes and their cause, not of a rule for steps that have one"
+BF16_LAYERS = "ours: the report names no layer that stays in BF16"
+
+OPERATION_SOURCES = {
+    "stability": "ours: report §3.6 describes spikes and their cause, but no rule for such steps",
+    **dict.fromkeys(
+        ("data", "logging", "checkpoint", "seed", "backend", "timeout_minutes"),
+        "ours: operation of the run",
+    ),
+}
+"""Sources of the sections that the report leaves open; part of `COMMON_SOURCES`."""
+
+LENGTHS = (
+    "schedule.train_samples",
+    "schedule.horizon_samples",
+    "schedule.warmup_samples",
+    "schedule.decay_samples",
+    "schedule.batch_schedule",
 )
-BF16_LAYERS = "the report names no layer that stays in BF16"
+"""Keys of a schedule that a smaller training scales, for one source of all five."""
 
 COMMON_SOURCES = {
     "architecture": "report §2, table Architecture configuration; released config.json",
     "layout.dispatcher": "ours: dropless all-to-all; the report names none",
     "optimizer": "report §3, App. B",
     "optimizer.muon_split_qkv": "Megatron's default; the report does not say",
-    "optimizer.muon_split_gate_up": "Megatron's way; the report does not say",
-    "optimizer.muon_router": "Megatron's way; the report does not say",
-    "optimizer.muon_mtp_projection": "Megatron's way; the report does not say",
+    "optimizer.muon_split_gate_up": "Megatron's default; the report does not say",
+    "optimizer.muon_router": "Megatron's default; the report does not say",
+    "optimizer.muon_mtp_projection": "Megatron's default; the report does not say",
     "optimizer.muon_extra_scale": "report §3, after Moonlight (arXiv 2502.16982, §2.2)",
     "loss": "report §3",
-    "loss.aux_loss_gradient": "Megatron's, as the report's stack had it: see docs/layouts.md",
+    "loss.aux_loss_gradient": "Megatron's, as in the report's stack; see docs/layouts.md",
     "loss.mtp_factor": "report §2",
     "precision": "report §3: BF16 + FP8 hybrid, tensorwise, gradients reduced in FP32",
     "precision.fp8_param_gather": (
-        "not the report's: wrong beside Muon in megatron-core 0.19.2, see rules.py"
+        "ours: with Muon, megatron-core 0.19.2 gathers wrong FP8 weights (rule muon-gathers-bf16)"
     ),
     "precision.bf16_first_layers": BF16_LAYERS,
     "precision.bf16_last_layers": BF16_LAYERS,
     "precision.bf16_mtp_projection": BF16_LAYERS,
-    "stability": STABILITY,
-    "data": OPERATION,
-    "logging": OPERATION,
-    "checkpoint": OPERATION,
-    "seed": OPERATION,
-    "backend": OPERATION,
-    "timeout_minutes": OPERATION,
+    **OPERATION_SOURCES,
 }
-"""Sources that the stages share; a stage's own `Stage.sources` override them key by key."""
+"""Sources that all stages share; `Stage.sources` overrides them key by key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,16 +73,16 @@ class Stage:
     """One stage of a training at one size.
 
     Attributes:
-        name: name of the stage inside a recipe's name, such as ``pretrain_phase1``.
-        summary: stage, tokens and schedule in one phrase, for the description.
+        name: part of the recipe's name, such as ``pretrain_phase1``.
+        summary: stage, tokens and schedule in one phrase, for the recipe's description.
         architecture: the model, with this stage's context length and rotation.
         optimizer, schedule, precision, data, logging: sections of the run.
         save_interval: optimizer steps between two checkpoints.
         start: state taken from the stage before. ``new``: none. ``continue``: all of it, under one
             schedule. ``weights``: the weights alone, under a new schedule.
-        hardware: machines by the ending that they give the recipe's name. An empty ending is the
-            short name.
-        sources: source of a value by its key; overrides `COMMON_SOURCES`.
+        hardware: machines, by the ending of the recipe's name, such as ``_8gpu_h200_fp8``. An empty
+            ending gives the short name.
+        sources: sources of the values, by key; they override `COMMON_SOURCES`.
     """
 
     name: str
@@ -96,8 +104,8 @@ class StageFamily:
     """A training at one size.
 
     Attributes:
-        name: beginning of its recipes' names.
-        title: beginning of their descriptions.
+        name: beginning of the recipes' names.
+        title: beginning of the recipes' descriptions.
         stages: stages in order; each starts from the one before it.
     """
 
@@ -107,7 +115,7 @@ class StageFamily:
 
 
 def stage_recipes(family: StageFamily) -> dict[str, Callable[[], Run]]:
-    """Return the family's recipes by name: every stage on every hardware that it lists."""
+    """Return the family's recipes by name: each stage on each of its `Stage.hardware`."""
     recipes: dict[str, Callable[[], Run]] = {}
     before: Stage | None = None
     for stage in family.stages:
@@ -129,6 +137,7 @@ def stage_run(family: StageFamily, stage: Stage, before: Stage | None, ending: s
         ending: key of ``stage.hardware``.
     """
     hardware = stage.hardware[ending]
+    # The default folder of the stage before, on the same hardware.
     folder = f"runs/{family.name}_{before.name}{ending}" if before else None
     return Run(
         name=f"{family.name}_{stage.name}{ending}",
@@ -145,6 +154,6 @@ def stage_run(family: StageFamily, stage: Stage, before: Stage | None, ending: s
             continue_from=folder if stage.start == "continue" else None,
             load=folder if stage.start == "weights" else None,
         ),
-        # Later sources win. The number of machines is the only value that hardware decides.
+        # Later sources win. Hardware gives one source only: that of its number of machines.
         sources={**COMMON_SOURCES, **stage.sources, "layout.dp": hardware.source},
     )

@@ -1,8 +1,11 @@
-"""Mellum 2 on two CPU cores: the quickstart, and every stage of the training in a minute or two.
+"""Mellum 2 on two CPU cores: the quickstart, and each stage of the training in a minute or two.
 
 ::
 
-    mellum2 train mellum2_tiny_pretrain_phase1 && mellum2 train mellum2_tiny_pretrain_phase2 && ..
+    mellum2 train mellum2_tiny_pretrain_phase1
+    mellum2 train mellum2_tiny_pretrain_phase2
+    mellum2 train mellum2_tiny_pretrain_phase3
+    mellum2 train mellum2_tiny_long_context
 """
 
 from __future__ import annotations
@@ -23,40 +26,42 @@ from mellum2_megatron.config import (
 )
 from mellum2_megatron.recipes import long_context, pretraining
 from mellum2_megatron.recipes.hardware import Hardware
-from mellum2_megatron.recipes.stage import OPERATION, STABILITY, StageFamily
+from mellum2_megatron.recipes.stage import LENGTHS, OPERATION_SOURCES, StageFamily
 
 DATA = "data/quickstart"
+"""Corpus of all tiny recipes, which `mellum2 quickstart` prepares."""
+
 SEQUENCE_LENGTH = 256
-"""Tokens a sequence: half the native context, and four windows."""
+"""Tokens a sequence: half the native context, and four attention windows."""
 
 EXTENSION = 4
-"""Factor by which the long-context stage lengthens context and sequences; 16 in the report (§4)."""
+"""Factor of the long-context stage on context and sequence length; 16 in the report (§4)."""
 
 PHASE_STEPS = (59, 84, 100)
-"""Step after which each phase ends: the report's shares of 323,459 steps."""
+"""Step at which each phase ends: the same shares of 100 steps as the report's of 323,459."""
 
 ARCHITECTURE = Mellum2Architecture.preset("mellum2-tiny")
-# 2e-3 was tuned at this size and batch. On a CPU there is no compute to overlap with.
+# 2e-3 was tuned at this size and batch. Overlap needs a device that computes meanwhile.
 OPTIMIZER = Optimizer(lr=2e-3, overlap_grad_reduce=False, overlap_param_gather=False)
 
 PROPORTIONS = "preset mellum2-tiny: the report's proportions at a size two CPU cores can train"
-TWO_RANKS = "two ranks share the experts, as eight do in the report (report §3)"
-LEARNING_RATE = "tuned at this size and batch; the report's 3e-4 is for the 12B"
-LENGTHS = "as in the report (report §3) in proportion, in a few minutes on two cores"
+TWO_RANKS = "ours: two ranks share the experts, as eight do in the report (§3)"
+LEARNING_RATE = "ours: tuned at this size and batch; the report's 3e-4 is for the 12B"
+BF16 = "ours: BF16, because FP8 needs a GPU"
 
-OVERLAP_SOURCES = {
-    "optimizer.overlap_grad_reduce": "nothing to hide behind on a CPU",
-    "optimizer.overlap_param_gather": "nothing to hide behind on a CPU",
-}
+OVERLAP_SOURCES = dict.fromkeys(
+    ("optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
+    "ours: no overlap of communication on a CPU, which has no other device to compute meanwhile",
+)
 
 STAGE_SOURCES = {
     "architecture": PROPORTIONS,
     "architecture.max_position_embeddings": "ours: eight windows",
     **OVERLAP_SOURCES,
-    "precision": "BF16: FP8 needs a GPU",
-    "precision.fp8_param_gather": "no FP8",
-    "schedule.micro_batch_size": "ours: two ranks, and a batch that grows",
-    "data.seed": "ours: the phases share one corpus, each in an order of its own",
+    "precision": BF16,
+    "precision.fp8_param_gather": BF16,
+    "schedule.micro_batch_size": "ours: the smallest batch of 4 is one micro-batch on each of two ranks",
+    "data.seed": "ours: the phases share one corpus, and each shuffles it differently",
 }
 
 SCHEDULE = Schedule.from_steps(
@@ -88,11 +93,9 @@ PHASES = pretraining.three_phases(
         "optimizer.lr": LEARNING_RATE,
         "layout": TWO_RANKS,
         "data.sequence_length": "ours: half the native context, four windows",
-        "schedule.train_samples": LENGTHS,
-        "schedule.horizon_samples": LENGTHS,
-        "schedule.warmup_samples": LENGTHS,
-        "schedule.decay_samples": LENGTHS,
-        "schedule.batch_schedule": LENGTHS,
+        **dict.fromkeys(
+            LENGTHS, "ours: in proportion to the report's (§3), for a few minutes on two cores"
+        ),
     },
 )
 
@@ -101,7 +104,7 @@ LONG_CONTEXT = replace(
     summary="long context (41K tokens at 1K, layer-selective YaRN)",
     architecture=ARCHITECTURE.replace(
         max_position_embeddings=EXTENSION * ARCHITECTURE.max_position_embeddings,
-        # YaRN on the full-attention layers, scaled as the released model's.
+        # YaRN on the full-attention layers, with the attention factor of the released model's rule.
         rope_full_attention=RopeParameters(
             rope_type="yarn",
             rope_theta=ARCHITECTURE.rope_full_attention.rope_theta,
@@ -110,7 +113,7 @@ LONG_CONTEXT = replace(
             attention_factor=0.1 * math.log(EXTENSION) + 1,
         ),
     ),
-    optimizer=replace(OPTIMIZER, lr=2e-4),  # a tenth of the phases', as 3e-5 is of 3e-4 (§4)
+    optimizer=replace(OPTIMIZER, lr=2e-4),  # a tenth of the phases' rate, as in the report (§4)
     schedule=Schedule.from_steps(
         train_steps=20, warmup_steps=2, decay_steps=5, batch_sizes=((0, 2),), micro_batch_size=1
     ),
@@ -128,12 +131,12 @@ LONG_CONTEXT = replace(
             "ours: four times the native context; report §4: sixteen times"
         ),
         "architecture.rope_full_attention": "report §4: YaRN on the full-attention layers only",
-        "optimizer.lr": "a tenth of the phases' rate, as in the report (§4)",
-        "layout": "EP 2 and CP 2 where the 12B has EP 8 and CP 8",
-        "schedule": "WHD as in the report (§4), in a minute on two cores",
+        "optimizer.lr": "ours: a tenth of the phases' rate, as in the report (§4)",
+        "layout": "ours: EP 2 and CP 2 in place of the 12B's EP 8 and CP 8",
+        "schedule": "report §4: WHD; lengths are ours, for a minute on two cores",
         "schedule.warmup_samples": "ours: two steps",
-        "schedule.batch_schedule": "ours: what two cores can do",
-        "schedule.micro_batch_size": "one sequence is the work of all context-parallel ranks",
+        "schedule.batch_schedule": "ours: as much as two cores can do",
+        "schedule.micro_batch_size": "ours: the context-parallel ranks share one sequence",
         "data.sequence_length": "ours: four times the phases', and twice the native context",
     },
 )
@@ -142,7 +145,7 @@ TINY = StageFamily(name="mellum2_tiny", title="Tiny Mellum 2", stages=(*PHASES, 
 
 
 def quickstart() -> Run:
-    """Return ``mellum2_tiny_pretrain``: one pre-training without phases, ten minutes long."""
+    """Return ``mellum2_tiny_pretrain``: one pre-training without phases, in ten minutes."""
     return Run(
         name="mellum2_tiny_pretrain",
         description="A 4-layer Mellum 2 that learns Python source on two CPU cores in minutes; "
@@ -168,16 +171,10 @@ def quickstart() -> Run:
             **OVERLAP_SOURCES,
             "loss": "report §2, §3",
             "schedule": (
-                "WHD and a batch that doubles, as in the report (report §3), "
-                "in ten minutes on two cores"
+                "report §3: WHD and a batch that doubles; "
+                "lengths are ours, for ten minutes on two cores"
             ),
-            "precision": "BF16: FP8 needs a GPU",
-            "stability": STABILITY,
-            "data": OPERATION,
-            "logging": OPERATION,
-            "checkpoint": OPERATION,
-            "seed": OPERATION,
-            "backend": OPERATION,
-            "timeout_minutes": OPERATION,
+            "precision": BF16,
+            **OPERATION_SOURCES,
         },
     )

@@ -17,7 +17,7 @@ from conversion.release.check_release import check_release
 from conversion.release.members import MEMBERS
 from conversion.release.model_card import read_evaluation
 from conversion.release.release import LOGITS, ReleaseResult, release
-from mellum2_megatron.architecture.mellum2 import RopeParameters
+from mellum2_megatron.architecture import RopeParameters
 from mellum2_megatron.checkpoint.folder import read_architecture, write_architecture
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.config import to_yaml
