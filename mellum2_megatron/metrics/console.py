@@ -13,11 +13,20 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _HEADER_EVERY = 25
-"""Rows between two lines of column titles."""
+"""Number of rows between two lines of column titles."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Column:
+    """A column of the console.
+
+    Attributes:
+        title: title above the column, and label in a plain line.
+        key: name of the value in a step's metrics.
+        form: function from the value to its text.
+        width: width in a terminal, in characters.
+    """
+
     title: str
     key: str
     form: Callable[[float], str]
@@ -68,10 +77,10 @@ class TrainingConsole:
     """Prints one row for each logged step.
 
     Args:
-        title: title in the first line.
-        total_steps: optimizer steps of the whole run.
-        total_samples: sequences of the whole run. The time left is estimated from samples, because
-            batches may grow.
+        title: run and processes, for the first line.
+        total_steps: step at which the run ends.
+        total_samples: sample count at which the run ends. The time left is estimated from samples,
+            because the batch may grow.
         resume_step: step of the loaded checkpoint; 0 for a new run.
         file: output stream; None: standard output.
     """
@@ -113,11 +122,10 @@ class TrainingConsole:
 
         Args:
             step: the step, from 1.
-            values: values by the keys of `_COLUMNS`. ``busiest`` is taken from the expert loads,
-                and ``left`` is estimated here.
+            values: metrics by name, as in ``metrics.jsonl``. Those without a column are not shown.
         """
         shown = {**values, "step": float(step)}
-        # One figure for all layers: the busiest expert of the worst layer, 1.0 is even.
+        # One number for all layers: load of the busiest expert in the worst layer; 1.0 is even.
         loads = [value for name, value in values.items() if name.endswith("/max_over_mean")]
         if loads:
             shown["busiest"] = max(loads)
@@ -130,6 +138,7 @@ class TrainingConsole:
         ]
         if self._bar is None:
             parts = [f"{column.title} {cell}" for column, cell in cells if cell]
+            # A terminal's progress bar shows the total; a plain line must give it.
             parts[0] = f"step {step}/{self._total_steps}"
             self.print_line(" | ".join(parts))
             return
@@ -142,7 +151,7 @@ class TrainingConsole:
         self._bar.update(self._bar.task_ids[0], completed=step)
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Print a validation's values after ``step`` steps."""
+        """Print the losses of a validation after ``step`` steps."""
         parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()]
         self.print_line(f"step {step}/{self._total_steps} | validation | " + " | ".join(parts))
 
@@ -158,7 +167,8 @@ class TrainingConsole:
         """
         now = time.monotonic()
         if self._first is None or samples <= self._first[1]:
-            self._first = (now, samples)  # start-up and compilation are before it
+            # Counted from the first row on: steps before it include start-up and compilation.
+            self._first = (now, samples)
             return None
         began, first = self._first
         return (self._total_samples - samples) * (now - began) / (samples - first)

@@ -1,5 +1,4 @@
-"""A run's log: ``metrics.jsonl``, TensorBoard, Weights & Biases and the console, fed with the same
-numbers.
+"""A run's log: the same numbers in ``metrics.jsonl``, TensorBoard, Weights & Biases and console.
 
 ``metrics.jsonl`` holds one JSON object a line::
 
@@ -43,7 +42,7 @@ class Record:
         kind: ``train``: a training step. ``valid``: a validation. ``event``: an incident.
         step: optimizer step.
         values: numbers by name.
-        note: description of an event.
+        note: description of an event, empty for the other kinds.
     """
 
     kind: Kind
@@ -60,15 +59,15 @@ class MetricsLogger:
         rank: rank of this process.
         world_size: number of ranks, for the title.
         run_name: title on the console and display name in W&B.
-        total_steps: optimizer steps of the whole run.
-        total_samples: sequences of the whole run.
-        tensorboard: write TensorBoard events.
-        wandb_project: project on Weights & Biases; None: do not log to W&B. Without an API key in
-            the environment the W&B run stays in ``output_dir/wandb`` (offline mode), for
+        total_steps: step at which the run ends.
+        total_samples: sample count at which the run ends.
+        tensorboard: write TensorBoard events, default true.
+        wandb_project: project on Weights & Biases; None (default): do not log to W&B. Without an
+            API key in the environment the W&B run stays in ``output_dir/wandb`` (offline mode), for
             ``wandb sync``.
-        wandb_entity: W&B account; None: the default one.
-        config: values to record with the W&B run.
-        resume_step: step of the loaded checkpoint; 0 for a new run.
+        wandb_entity: W&B account; None (default): the user's default one.
+        config: values to record with the W&B run, default none.
+        resume_step: step of the loaded checkpoint; 0 (default) for a new run.
 
     Raises:
         InputError: W&B is asked for and not installed, or an existing ``metrics.jsonl`` is damaged.
@@ -91,7 +90,7 @@ class MetricsLogger:
     ) -> None:
         self._active = rank == 0
         if not self._active:
-            return  # without folder, file and console: every method checks _active first
+            return  # no folder, file or console exists here; every method checks `_active` first
         self._folder = Path(output_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / METRICS_FILE
@@ -109,7 +108,7 @@ class MetricsLogger:
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                # Readers forget what an earlier process logged after the checkpoint.
+                # TensorBoard then hides what an earlier process logged after the checkpoint.
                 purge = resume_step + 1 if resume_step else 0
                 self._tensorboard = SummaryWriter(
                     str(self._folder / "tensorboard"), purge_step=purge
@@ -119,7 +118,7 @@ class MetricsLogger:
                     wandb_project, wandb_entity, run_name, dict(config or {}), resume_step
                 )
         except BaseException:
-            # A live progress bar would garble the error below it.
+            # A progress bar that stays alive would garble the error's text.
             self._console.close()
             raise
         self._file = path.open("a", encoding="utf-8")
@@ -171,7 +170,7 @@ class MetricsLogger:
         if note:
             line["note"] = note
         for name, value in values.items():
-            number = float(value)  # of a tensor or NumPy scalar too
+            number = float(value)  # tensors and NumPy scalars are no JSON
             line[name] = number if math.isfinite(number) else str(number)
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()  # a killed run must not lose logged steps
@@ -185,7 +184,7 @@ class MetricsLogger:
 
     @contextmanager
     def _surviving_its_process(self) -> Iterator[None]:
-        """Drop W&B, instead of failing, if its own process is gone.
+        """Continue without W&B if W&B's own process is gone.
 
         Slurm sends SIGTERM to every process of a step. It ends W&B's process (0.31) while the ranks
         still have to save.
@@ -207,6 +206,7 @@ class MetricsLogger:
                 rule="W&B is not installed",
                 fix="pip install 'mellum2-megatron[wandb]', or set logging.wandb_project=null",
             ) from error
+        # W&B would ask for a key on the terminal, which a batch job does not have.
         mode: Any = os.environ.get("WANDB_MODE")
         if mode is None and "WANDB_API_KEY" not in os.environ:
             mode = "offline"
@@ -232,21 +232,21 @@ class MetricsLogger:
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         if run.offline and resume_step:
-            # Each offline start writes a file of its own. Its upload replaces the rows of earlier
-            # ones from the first on (wandb issue 4624), and a killed process loses the rows of its
-            # last 15 seconds. So the newest file is made complete.
+            # Each offline start writes a file of its own. Uploading it replaces all rows of earlier
+            # files (wandb issue 4624), and a killed process has lost the rows of its last 15
+            # seconds. So the newest file gets all earlier rows too.
             for record in read_metrics(self._folder / METRICS_FILE):
                 _log_to_wandb(run, record.kind, record.step, record.values)
         return run
 
 
 def _log_to_wandb(run: Any, kind: Kind, step: int, values: Mapping[str, float]) -> None:
-    # Not wandb's own step, which may only grow: a resumed run repeats steps.
+    # As a metric, because W&B's own step may only grow and a resumed run repeats steps.
     run.log({"step": step, **{f"{kind}/{name}": float(value) for name, value in values.items()}})
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
-    """Read a ``metrics.jsonl`` in file order, without the unfinished last line of a killed process.
+    """Read a ``metrics.jsonl`` in file order, without a last line that a killed process cut short.
 
     Raises:
         InputError: there is no such file, or another line is not a metrics object.
@@ -258,6 +258,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
             rule="there is no such metrics file",
             fix="name the metrics.jsonl of a training run",
         )
+    # Every complete line ends in a newline, so the last item is empty or cut short.
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     return [
         _parse(line, f"{path} line {number}") for number, line in enumerate(lines[:-1], start=1)
@@ -267,7 +268,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
 def series(
     records: Iterable[Record], name: str, kind: Kind = "train"
 ) -> tuple[list[int], list[float]]:
-    """Return steps and values of one metric, in file order."""
+    """Return steps and values of one metric in records of one kind, in file order."""
     points = [
         (record.step, record.values[name])
         for record in records
@@ -291,7 +292,7 @@ def _parse(line: str, where: str) -> Record:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to and including ``step``, atomically; none for a new run (step 0)."""
+    """Drop the lines after ``step`` from the file; for a new run (step 0) drop all."""
     if not path.is_file():
         return
     kept: list[str] = []
@@ -302,6 +303,6 @@ def _drop_after(path: Path, step: int) -> None:
             for number, line in enumerate(lines, start=1)
             if _parse(line, f"{path} line {number}").step <= step
         ]
-    # Atomic: a job killed here is started again and must find the old lines.
+    # Atomic: a job that is killed here starts again and needs the lines that were kept.
     with atomic_path(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

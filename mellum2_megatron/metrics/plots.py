@@ -32,10 +32,11 @@ def plot_loss(
     """Draw the training loss, the MTP loss and the validation loss over steps.
 
     Args:
-        metrics_path: ``metrics.jsonl``.
+        metrics_path: ``metrics.jsonl`` of the run.
         png_path: picture to write.
-        unigram_entropy: loss of the best predictor without context, in nats a token.
-        ln_vocab: loss of a uniform guess, in nats a token.
+        unigram_entropy: reference line: loss of the best guess without context, in nats a token;
+            None (default): no line.
+        ln_vocab: reference line: loss of a uniform guess, in nats a token; None (default): no line.
         title: title of the picture.
 
     Raises:
@@ -50,7 +51,7 @@ def plot_loss(
             fix="name the metrics.jsonl of a training run",
         )
     figure, axes = _figure(title)
-    # MTP first, so that the main curve lies on top.
+    # Drawn first, so that the main curve lies on top.
     mtp_steps, mtp_losses = series(records, "mtp_loss")
     if mtp_steps:
         axes.plot(
@@ -63,7 +64,7 @@ def plot_loss(
     axes.plot(steps, losses, color=_LM, linewidth=1.8, label="next token, training")
     valid_steps, valid_losses = series(records, "lm_loss", "valid")
     if valid_steps:
-        # Points, not a line: validations are rare. Whole even at the right edge.
+        # Points, not a line, because validations are rare; unclipped at the right edge.
         axes.plot(
             valid_steps,
             valid_losses,
@@ -146,13 +147,14 @@ def _limits(axes: Axes, losses: list[float], references: list[float | None]) -> 
 
 
 def _token_axis(axes: Axes, records: list[Record]) -> None:
-    """Add an axis of tokens along the top, if the log has them."""
+    """Add an axis of tokens along the top, if the records have them."""
     steps, tokens = series(records, "tokens")
     if len(steps) < 2 or tokens[-1] <= 0:
         return
     from mellum2_megatron.metrics.console import short_number
 
-    # Tokens a step may grow during the run. Beyond its end the average is continued.
+    # The batch may grow, so tokens are interpolated, not scaled. Past the end the average
+    # continues, for an axis that reaches further than the last step.
     known_steps, known_tokens = [0, *steps, 2 * steps[-1]], [0.0, *tokens, 2 * tokens[-1]]
 
     def to_tokens(step: Any) -> Any:
@@ -161,7 +163,7 @@ def _token_axis(axes: Axes, records: list[Record]) -> None:
     def to_steps(count: Any) -> Any:
         return np.interp(count, known_tokens, known_steps)
 
-    # Both directions are needed: matplotlib places ticks by the inverse.
+    # matplotlib places the ticks of a secondary axis by the inverse function.
     top = axes.secondary_xaxis("top", functions=(to_tokens, to_steps))
     top.set_xlabel("tokens", color=_MUTED)
     top.tick_params(colors=_MUTED, length=0)

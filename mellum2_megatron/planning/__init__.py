@@ -1,5 +1,5 @@
-"""The needs of a run, and the reasons why it cannot work, before anything starts. No torch.
+"""Needs of a run, and reasons why it cannot work, found before anything starts. No torch.
 
-Import from the modules: several have the name of their main function (`stage_chain`, the three
-reports), which a face would hide.
+Import from the modules. Several have the name of their main function (`stage_chain`, the three
+reports), which a re-export here would hide.
 """

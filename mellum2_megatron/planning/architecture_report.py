@@ -1,5 +1,7 @@
-"""`mellum2 info`: size and cost of a model, as data and as tables. No torch: instant on a login
-node."""
+"""`mellum2 info`: size and cost of a model, as data and as tables.
+
+No torch: instant on a login node.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from mellum2_megatron.common.files import size_text
 from mellum2_megatron.planning.memory import Memory
 
 MTP_ROW = "MTP head"
+"""Name of the row that adds up all components of the multi-token-prediction head."""
+
 _BYTES = {"bfloat16": 2, "float32": 4}
+"""Bytes of one weight, by dtype."""
 
 
 def architecture_report(
@@ -30,10 +35,9 @@ def architecture_report(
 
     Args:
         architecture: the model.
-        sequence_length: tokens per sequence that FLOPs are averaged over, default
+        sequence_length: tokens of the sequence that FLOPs are averaged over, default
             ``max_position_embeddings``.
-        memory: estimate for one rank of a layout
-            (`mellum2_megatron.planning.memory.memory_per_rank`), default none.
+        memory: memory of one rank of a layout (`planning.memory.memory_per_rank`), default none.
 
     Returns:
         ``sequence_length``; ``parameters`` (``total``, ``total_with_mtp``, ``active``,
@@ -82,7 +86,7 @@ def _components(architecture: Mellum2Architecture, length: int) -> list[dict[str
     for parameter in architecture.parameters(mtp=False):
         flops[parameter.component] = trunk.get(parameter.component, 0)
         if parameter.component == "attention":
-            # Products of queries, keys and values: FLOPs without parameters.
+            # Products of queries, keys and values: FLOPs without parameters, in a row of their own.
             flops["attention scores"] = trunk.get("attention scores", 0)
     if architecture.num_mtp_layers:
         with_mtp = architecture.flops_by_component(length, mtp=True)
@@ -131,11 +135,50 @@ def _layers(architecture: Mellum2Architecture, length: int) -> list[dict[str, An
 
 def render(report: Mapping[str, Any], *, title: str = "Mellum 2") -> RenderableType:
     """Return the report of `architecture_report` as rich tables that fit 80 columns."""
-    tables = [_summary_table(report, title), _component_table(report), _layer_table(report)]
+    summary = _table(title, "", "without MTP", "with MTP")
+    parameters, flops = report["parameters"], report["flops_per_token"]
+    summary.add_row("parameters", f"{parameters['total']:,}", f"{parameters['total_with_mtp']:,}")
+    summary.add_row(
+        "active parameters", f"{parameters['active']:,}", f"{parameters['active_with_mtp']:,}"
+    )
+    summary.add_row(
+        f"FLOPs per token at {report['sequence_length']:,}",
+        _gflop(flops["total"]),
+        _gflop(flops["total_with_mtp"]),
+    )
+    for dtype in report["bytes"]:
+        sizes = [_BYTES[dtype] * parameters[key] for key in ("total", "total_with_mtp")]
+        summary.add_row(f"weights in {dtype}", *(size_text(size) for size in sizes))
+    tensors = report["tensors"]
+    summary.add_row("tensors", f"{tensors['total']:,}", f"{tensors['total_with_mtp']:,}")
+
+    components = _table("By component", "", "parameters", "active", "FLOPs per token")
+    for row in report["components"]:
+        components.add_row(
+            row["component"],
+            f"{row['parameters']:,}",
+            f"{row['active']:,}",
+            _gflop(row["flops_per_token"]),
+        )
+
+    layer_types = _table("By layer type", "", "layers", "window", "keys/query", "RoPE")
+    for row in report["layers"]:
+        layers = _ranges(row["layers"])
+        if row["mtp_layers"]:
+            layers += " + MTP"
+        # On lines of its own: the table must fit 80 columns.
+        rope = f"theta {row['rope_theta']:,.0f}"
+        if row["rope_type"] == "yarn":
+            rope += f"\nYaRN x{row['rope_factor']:g}\nattention x{row['attention_factor']:.4f}"
+        window = "all" if row["window"] is None else f"{row['window']:,}"
+        kind = row["layer_type"].removesuffix("_attention")
+        layer_types.add_row(kind, layers, window, f"{row['keys_per_query']:,.1f}", rope)
+
+    tables = [summary, components, layer_types]
     if report["memory_per_rank"] is not None:
         memory = _table("Memory per rank (estimate)", "", "GiB")
         for name, size in report["memory_per_rank"].items():
-            if name != "parameters":
+            if name != "parameters":  # a number of weights, not bytes
                 memory.add_row(name, f"{size / 2**30:,.2f}")
         tables.append(memory)
     parts: list[RenderableType] = []
@@ -147,53 +190,6 @@ def render(report: Mapping[str, Any], *, title: str = "Mellum 2") -> RenderableT
         )
         parts.append(f"Not a multiple of 128 (slower and no FP8 on GPUs, report §2): {sizes}")
     return Group(*parts)
-
-
-def _summary_table(report: Mapping[str, Any], title: str) -> Table:
-    table = _table(title, "", "without MTP", "with MTP")
-    parameters, flops = report["parameters"], report["flops_per_token"]
-    table.add_row("parameters", f"{parameters['total']:,}", f"{parameters['total_with_mtp']:,}")
-    table.add_row(
-        "active parameters", f"{parameters['active']:,}", f"{parameters['active_with_mtp']:,}"
-    )
-    table.add_row(
-        f"FLOPs per token at {report['sequence_length']:,}",
-        _gflop(flops["total"]),
-        _gflop(flops["total_with_mtp"]),
-    )
-    for dtype in report["bytes"]:
-        sizes = [_BYTES[dtype] * parameters[key] for key in ("total", "total_with_mtp")]
-        table.add_row(f"weights in {dtype}", *(size_text(size) for size in sizes))
-    tensors = report["tensors"]
-    table.add_row("tensors", f"{tensors['total']:,}", f"{tensors['total_with_mtp']:,}")
-    return table
-
-
-def _component_table(report: Mapping[str, Any]) -> Table:
-    table = _table("By component", "", "parameters", "active", "FLOPs per token")
-    for row in report["components"]:
-        table.add_row(
-            row["component"],
-            f"{row['parameters']:,}",
-            f"{row['active']:,}",
-            _gflop(row["flops_per_token"]),
-        )
-    return table
-
-
-def _layer_table(report: Mapping[str, Any]) -> Table:
-    table = _table("By layer type", "", "layers", "window", "keys/query", "RoPE")
-    for row in report["layers"]:
-        layers = _ranges(row["layers"])
-        if row["mtp_layers"]:
-            layers += " + MTP"
-        rope = f"theta {row['rope_theta']:,.0f}"
-        if row["rope_type"] == "yarn":
-            rope += f"\nYaRN x{row['rope_factor']:g}\nattention x{row['attention_factor']:.4f}"
-        window = "all" if row["window"] is None else f"{row['window']:,}"
-        kind = row["layer_type"].removesuffix("_attention")
-        table.add_row(kind, layers, window, f"{row['keys_per_query']:,.1f}", rope)
-    return table
 
 
 def _table(title: str, *columns: str) -> Table:

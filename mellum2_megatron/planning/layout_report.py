@@ -1,7 +1,7 @@
 """Consequences of a layout: process groups, load of each pipeline stage, bytes that ranks send.
 
-No torch: instant on a login node. Bytes follow from the algorithms alone. Where n ranks gather or
-reduce-scatter a buffer of S bytes, each rank sends S (n - 1) / n, as in a ring.
+No torch: instant on a login node. Bytes follow from the algorithms alone: to gather or
+reduce-scatter a buffer of S bytes, each of n ranks sends S (n - 1) / n, as in a ring.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from mellum2_megatron.planning.memory import gradient_bytes, memory_by_stage
 from mellum2_megatron.planning.rank_weights import adam_weights, ownership
 
 BF16_BYTES = 2
+"""Size of an activation and of a gathered weight."""
 
 
 def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
-    """Return everything that follows from a run's layout on ``world_size`` ranks, as JSON types.
+    """Return everything that follows from a run's layout, as JSON types.
+
+    Args:
+        run: a resolved run.
+        world_size: number of ranks.
 
     Returns:
         ``ways`` of each parallelism; ``groups`` by name, with ``size``, ``count`` and the ranks of
@@ -38,7 +43,7 @@ def layout_report(run: Run, *, world_size: int) -> dict[str, Any]:
     """
     layout, architecture, length = run.layout, run.architecture, run.data.sequence_length
     layout.validate(architecture, world_size=world_size, sequence_length=length)
-    # The report is about GPUs, also when it is printed on a login node.
+    # Figures of GPUs, even if the report is printed on a login node.
     memory = memory_by_stage(run, world_size=world_size, backend=run.resolved_backend("cuda"))
     micro_batches = run.schedule.final_batch_size // (
         run.schedule.micro_batch_size * layout.data_parallel(world_size)
@@ -92,7 +97,7 @@ def process_groups(layout: Layout, world_size: int) -> dict[str, list[list[int]]
     experts = {name: sizes[name] for name in ("etp", "ep", "expert dp", "pp")}
     groups = {name: _groups(attention, {name}) for name in attention}
     groups |= {name: _groups(experts, {name}) for name in ("etp", "ep", "expert dp")}
-    # Gradients are reduced, and state is divided, among these.
+    # Gradients are reduced and optimizer state is divided among these ranks.
     return groups | {"dp with cp": _groups(attention, {"dp", "cp"})}
 
 
@@ -123,10 +128,10 @@ def stage_layers(architecture: Mellum2Architecture, layout: Layout, stage: int) 
 
 
 def _other_parts(architecture: Mellum2Architecture, layout: Layout, stage: int) -> list[str]:
-    """Return the parts of the model on a stage that are no decoder layers."""
+    """Return the parts of the model on a stage beside its decoder layers."""
     first, last = stage == 0, stage == layout.pp - 1
     mtp = last and architecture.num_mtp_layers > 0
-    # The MTP layer embeds the next token itself.
+    # The MTP layer embeds the next token itself, with a copy of the embedding.
     present = {"embedding": first or mtp, "output head": last, "MTP": mtp}
     return [part for part, is_present in present.items() if is_present]
 
@@ -146,8 +151,8 @@ def _kinds(architecture: Mellum2Architecture, layout: Layout, stage: int) -> lis
 def _stage_flops(architecture: Mellum2Architecture, layout: Layout, stage: int, length: int) -> int:
     """Return the FLOPs of one sequence in a stage, forward and backward.
 
-    Counted as in `Mellum2Architecture.flops_by_component`: a weight takes 6 a token, a pair of
-    query and key 12 for each channel of a head.
+    Counted as in `Mellum2Architecture.flops_by_component`: 6 for each weight and token, 12 for each
+    pair of query and key and each channel of the heads.
     """
     weights = 0
     for parameter in architecture.active_parameters():
@@ -169,20 +174,21 @@ def bytes_sent(
 ) -> dict[str, int]:
     """Return the bytes that a rank of a pipeline stage sends in one step, by parallelism.
 
-    Assumes evenly loaded experts. Leaves out routing weights, norms, counts and losses: all small.
+    Experts are assumed evenly loaded. Routing weights, norms, counts and losses are left out as
+    small.
 
     Args:
         run: a resolved run.
         world_size: number of ranks.
         stage: pipeline stage, from 0.
         micro_batches: micro-batches of the step on each data-parallel rank.
-        element: size of an activation or a gathered weight, in bytes.
+        element: size of an activation or a gathered weight, in bytes, default BF16's.
     """
     layout, model = run.layout, run.architecture
     tokens = run.data.sequence_length * run.schedule.micro_batch_size // layout.cp
     # Hidden states [tokens, hidden] of one micro-batch, in bytes.
     hidden = tokens * model.hidden_size * element
-    # Outside of attention and experts a rank has the hidden states of a 1/tp part of the tokens.
+    # Outside of attention and experts, sequence parallelism leaves a rank 1/tp of the tokens.
     part = hidden / layout.tp
     sent = {
         "tp": _tensor_parallel(model, layout, stage) * hidden * micro_batches,
@@ -202,9 +208,9 @@ def _ring_share(ranks: int) -> float:
 def _tensor_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> float:
     """Return the number of hidden states ``[tokens, hidden]`` that sequence parallelism sends.
 
-    A column-parallel projection gathers its input, again for its weight's gradient, and scatters
-    its input's gradient. A row-parallel one scatters its output and gathers the output's gradient
-    (megatron/core/tensor_parallel/layers.py:480-620, 0.19.2).
+    A column-parallel projection gathers its input, gathers it again for the weight's gradient, and
+    scatters the input's gradient. A row-parallel one scatters its output and gathers the output's
+    gradient (megatron/core/tensor_parallel/layers.py:480-620, 0.19.2).
     """
     column, row = 3, 2
     other_parts = _other_parts(model, layout, stage)
@@ -214,8 +220,8 @@ def _tensor_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> 
     if "output head" in other_parts:
         count += column * (1 + model.num_mtp_layers)
     if "MTP" in other_parts:
-        # Its embedding. Its projection reads two hidden states and gathers its output, which is
-        # divided by columns.
+        # The embedding of the next token; then the projection, which reads two hidden states, and
+        # whose output is divided by columns and gathered.
         count += row + 2 * column + 2
     return count * _ring_share(layout.tp)
 
@@ -223,8 +229,8 @@ def _tensor_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> 
 def _context_parallel(model: Mellum2Architecture, layout: Layout, stage: int, unit: int) -> float:
     """Return the bytes of keys and values sent for one micro-batch.
 
-    They are gathered (or passed around) forward, and their gradients scattered backward.
-    Transformer Engine fetches them again for the backward pass: half as much, not counted here.
+    They are gathered (or passed around) forward, and their gradients are scattered backward. Not
+    counted: Transformer Engine fetches them again for the backward pass, which is half as much.
     """
     width = 2 * model.num_key_value_heads * model.head_dim / layout.tp
     return 2 * len(_kinds(model, layout, stage)) * width * unit * (layout.cp - 1)
@@ -232,12 +238,12 @@ def _context_parallel(model: Mellum2Architecture, layout: Layout, stage: int, un
 
 def _expert_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> float:
     """Return the number of hidden states of a rank's tokens sent to experts and back."""
-    # To the experts and back, forward and backward.
+    # To the experts and back, in the forward and in the backward pass.
     passes = 4 * len(_kinds(model, layout, stage))
     if layout.dispatcher == "allgather":
-        # Every rank of the expert groups gets all tokens, used or not.
+        # Every rank of the expert groups gets all tokens, whether its experts use them or not.
         return passes * float(layout.ep * layout.etp - 1)
-    # All-to-all: a copy for each expert of a token; then all expert-tensor ranks get the tokens.
+    # All-to-all sends a copy to each expert of a token. Expert-tensor ranks then gather copies.
     copies = model.num_experts_per_tok
     return passes * copies * (_ring_share(layout.ep) + (layout.etp - 1))
 
@@ -246,7 +252,8 @@ def _pipeline_parallel(layout: Layout, stage: int) -> float:
     """Return the number of hidden states and gradients sent to other stages in a micro-batch."""
     if layout.pp == 1:
         return 0.0
-    # The first virtual stage of all sends no gradient, the last one no activation.
+    # Two messages for each virtual stage, except no gradient from the first of all and no
+    # activation from the last.
     ends = (stage == 0) + (stage == layout.pp - 1)
     return 2 * layout.vpp - ends
 
@@ -254,12 +261,12 @@ def _pipeline_parallel(layout: Layout, stage: int) -> float:
 def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float:
     """Return the bytes of gradients reduced and weights gathered, once a step.
 
-    Muon's buffers are sent with their padding.
+    Muon's buffers are sent in full length, padding included.
     """
     layout, model = run.layout, run.architecture
     gradient = gradient_bytes(run.precision)
     backend = run.resolved_backend("cuda")
-    # Adam's buffers without the alignment of weights: too small to matter.
+    # The alignment of weights in Adam's buffers is too small to matter.
     parts = [
         (ranks, sum(weight.numel for weight in weights))
         for ranks, weights in adam_weights(run, world_size, backend, stage=stage)
@@ -277,24 +284,17 @@ def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float
 
 def render_layout(report: dict[str, Any]) -> list[Table]:
     """Return the report of `layout_report` as rich tables that fit 80 columns."""
-    tables = [_stage_table(report)]
-    if any(group["size"] > 1 for group in report["groups"].values()):
-        tables.append(_group_table(report))
-    return tables
-
-
-def _stage_table(report: dict[str, Any]) -> Table:
     title = (
         "Pipeline stages, of one rank "
         f"({report['micro_batches']} micro-batches a step; GiB, estimates)"
     )
-    table = _table(
+    stages = _table(
         title, "stage", "layers", "parameters", "memory", "activations", "FLOPs", "sent a step"
     )
     for index, stage in enumerate(report["stages"]):
         parts = [f"{part[0]}-{part[-1]}" for part in stage["layers"]]
         sent = [f"{name} {size / 2**30:,.2f}" for name, size in stage["sent"].items() if size]
-        table.add_row(
+        stages.add_row(
             str(index),
             " ".join([", ".join(parts), *stage["also"]]),
             f"{stage['parameters']:,}",
@@ -303,29 +303,28 @@ def _stage_table(report: dict[str, Any]) -> Table:
             f"{stage['flops_share']:.1%}",
             "\n".join(sent) or "-",
         )
-    return table
+    if all(group["size"] == 1 for group in report["groups"].values()):
+        return [stages]
 
-
-def _group_table(report: dict[str, Any]) -> Table:
-    table = _table("Process groups", "parallelism", "ranks", "groups", "the first of them")
+    groups = _table("Process groups", "parallelism", "ranks", "groups", "the first of them")
     for name, group in report["groups"].items():
         if group["size"] > 1:
             ranks = _shortened(map(str, group["first"]), 8)
-            table.add_row(name, str(group["size"]), str(group["count"]), ranks)
+            groups.add_row(name, str(group["size"]), str(group["count"]), ranks)
     if report["cp_comm_types"]:
         kinds = _shortened(
             (
-                f"{len(list(run))} {kind}"
-                for kind, run in itertools.groupby(report["cp_comm_types"])
+                f"{len(list(layers))} {kind}"
+                for kind, layers in itertools.groupby(report["cp_comm_types"])
             ),
             4,
         )
-        table.caption, table.caption_justify = f"context parallelism by layer: {kinds}", "left"
-    return table
+        groups.caption, groups.caption_justify = f"context parallelism by layer: {kinds}", "left"
+    return [stages, groups]
 
 
 def _shortened(words: Iterable[str], most: int) -> str:
-    """Return the words with commas, at most ``most`` of them."""
+    """Return at most ``most`` of the words, joined by commas; ``...`` stands for the rest."""
     shown = list(words)
     if len(shown) > most:
         shown = [*shown[:most], "..."]

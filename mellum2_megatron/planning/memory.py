@@ -1,6 +1,6 @@
-"""Estimate of a rank's memory before it is started. No torch: instant on a login node.
+"""Estimate of a rank's memory before it starts. No torch: instant on a login node.
 
-Weights, gradients and the padding of their buffers are exact; tests/planning/test_memory.py
+Weights, gradients and the padding of their buffers are exact: tests/planning/test_memory.py
 compares them with the buffers that Megatron makes. Activations are a rough count.
 """
 
@@ -20,7 +20,7 @@ from mellum2_megatron.planning.rank_weights import (
 )
 
 WEIGHT_BYTES = 2
-"""BF16."""
+"""Size of a weight, which is BF16 under FP8 compute too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +31,11 @@ class Memory:
         parameters: number of weights on the rank (not bytes).
         weights: BF16 weights, and the two FP8 copies (plain and transposed) that Transformer Engine
             keeps for FP8 compute.
-        gradients: accumulation buffers; they are not sharded.
-        padding: unused parts of the buffers of weights and gradients. Every data-parallel rank's
-            share is as long as the largest (docs/optimizer.md), and weights and buckets are
-            aligned.
-        optimizer: FP32 masters and states of the rank that has most.
-        activations: tensors kept for the backward pass, without recomputation. A rough count.
+        gradients: accumulation buffers, which are not sharded.
+        padding: unused parts of the buffers of weights and gradients. They come from alignment, and
+            from shares of a buffer that are all as long as the largest (docs/optimizer.md).
+        optimizer: FP32 masters and states, on the rank with the most.
+        activations: tensors kept for the backward pass, without recomputation; a rough count.
     """
 
     parameters: int
@@ -86,11 +85,11 @@ def memory_by_stage(run: Run, *, world_size: int, backend: Backend = "te") -> li
             for weight in local_weights(model, layout, backend, stage=stage, chunk=chunk)
         ]
         count = sum(weight.numel for weight in weights)
-        # Under FP8 compute the BF16 weight stays: it is what ranks gather.
+        # Under FP8 compute the BF16 weight stays as well, because ranks gather it.
         fp8 = sum(
             weight.numel for weight in weights if computes_in_fp8(weight, run.precision, model)
         )
-        # Buffers are longer than the weights in them; nothing else lies in the rest.
+        # Buffers are longer than the weights in them, and nothing else uses the rest.
         unused = buffer_elements(run, world_size, backend, stage=stage) - count
         adam = sum(
             math.ceil(sum(weight.numel for weight in divided) / ranks)
@@ -126,7 +125,8 @@ def computes_in_fp8(
     if weight.component not in ("attention", "experts"):
         return False
     layer = weight.name.removeprefix("decoder.layers.").split(".")[0]
-    if layer.isdigit():  # a decoder layer; the MTP layer is always in FP8
+    # No digits in the MTP layer's name: it follows precision.compute (see `Precision`).
+    if layer.isdigit():
         end = architecture.num_hidden_layers - precision.bf16_last_layers
         return precision.bf16_first_layers <= int(layer) < end
     return True
@@ -138,8 +138,9 @@ def _most_owned(run: Run, world_size: int, backend: Backend, stage: int) -> int:
     owned = {
         owners.group: owners.elements for owners in ownership(run, world_size, backend, stage=stage)
     }
-    # A rank owns matrices of both groups. Tensor-parallel ranks are neighbours, and so are the
-    # ranks with different experts (layout_report.process_groups).
+    # A rank owns matrices of both groups, at an index of its own in each. Ranks that hold other
+    # parts of the same layers are numbered next to each other (layout_report.process_groups), so
+    # dividing by their number gives the index.
     neighbours = {"dense": layout.tp, "experts": layout.etp * layout.ep}
     return max(
         sum(elements[rank // neighbours[group]] for group, elements in owned.items())
@@ -157,15 +158,15 @@ def _activations(architecture: Mellum2Architecture, layout: Layout, stage: int, 
     """
     a = architecture
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    # Elements of a token in one layer: the norms' inputs, q/k/v before and after RoPE, the
-    # attention's output; then the input and the inner activations of each expert it goes to.
+    # Elements kept for a token in one layer: inputs of the norms, q/k/v before and after RoPE,
+    # attention output; then input and inner activations of each of its experts.
     attention = 3 * a.hidden_size + 2 * (queries + 2 * keys) + queries
     experts = a.hidden_size + a.num_experts_per_tok * (a.hidden_size + 3 * a.moe_intermediate_size)
     # Sequence parallelism divides the tokens among tensor-parallel ranks too.
     local = tokens // (layout.cp * layout.tp)
     layers = a.num_hidden_layers // layout.pp
-    # One-forward-one-backward: a stage has started as many micro-batches as there are stages after
-    # it, itself included, before the first gradient comes back.
+    # One-forward-one-backward schedule: before the first gradient comes back, a stage starts one
+    # micro-batch for itself and one for each stage after it.
     in_flight = layout.pp - stage
     kept = 2 * local * (attention + experts) * layers * in_flight
     if stage == layout.pp - 1:

@@ -1,4 +1,4 @@
-"""`mellum2 info --optimizer`: the update of every weight, and the ranks that make it.
+"""`mellum2 info --optimizer`: the update of every weight, and the ranks that compute it.
 
 No torch: instant on a login node.
 """
@@ -23,10 +23,10 @@ from mellum2_megatron.planning.rank_weights import Weight, local_weights, owners
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
-    """A matrix that Muon orthogonalises at once: a weight, or a part of a split one.
+    """A matrix that Muon orthogonalises as one: a weight, or a part of a split weight.
 
     Attributes:
-        part: ``query``, ``key``, ``value``, ``gate`` or ``up``; ``weight`` for an unsplit one.
+        part: ``query``, ``key``, ``value``, ``gate`` or ``up``; ``weight`` for an unsplit weight.
         shape: ``[out, in]``, over the tensor-parallel ranks that orthogonalise it together.
         scale: factor of the orthogonalised update, without the learning rate.
     """
@@ -47,7 +47,7 @@ def decayed(weight: Weight) -> bool:
 def matrices(
     weight: Weight, architecture: Mellum2Architecture, layout: Layout, optimizer: Optimizer
 ) -> list[Matrix]:
-    """Return the matrices that Muon makes of a weight.
+    """Return the matrices into which Muon splits a weight.
 
     Queries, keys and values are interleaved by group in one weight. Muon takes the queries of all
     groups as one matrix, likewise keys and values
@@ -66,7 +66,7 @@ def matrices(
         parts = {"query": heads * group, "key": group, "value": group}
     elif ".linear_fc1." in weight.name and optimizer.muon_split_gate_up:
         parts = {"gate": rows // 2, "up": rows // 2}
-    # Unless blockwise, a matrix that ranks divide is orthogonalised as a whole.
+    # Unless blockwise, ranks that divide a matrix gather it before they orthogonalise it.
     ways = layout.etp if weight.component == "experts" else layout.tp
     if optimizer.muon_tp_mode == "blockwise" or weight.split is None:
         ways = 1
@@ -78,7 +78,7 @@ def matrices(
 
 
 def scale(shape: Shape, optimizer: Optimizer) -> float:
-    """Return the factor of a matrix's update.
+    """Return the factor of a matrix's orthogonalised update, without the learning rate.
 
     emerging_optimizers/orthogonalized_optimizers/muon.py:136 (0.3.0).
     """
@@ -147,7 +147,7 @@ def optimizer_report(run: Run, *, world_size: int, backend: Backend) -> dict[str
 
 
 def _weight_rows(weights: Sequence[Weight], run: Run) -> list[dict[str, Any]]:
-    """Return one row for each kind of weight, in the order in which kinds first occur."""
+    """Return one row for each kind of weight, in order of first occurrence."""
     optimizer = run.optimizer
     rows: dict[str, dict[str, Any]] = {}
     for weight in weights:
@@ -173,7 +173,7 @@ def _weight_rows(weights: Sequence[Weight], run: Run) -> list[dict[str, Any]]:
 
 
 def _warnings(run: Run, owner_rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return sentences about updates that depend on the layout, and about idle ranks."""
+    """Return warnings of updates that depend on the layout, and of idle ranks."""
     warnings = []
     optimizer, layout = run.optimizer, run.layout
     if (
@@ -194,7 +194,8 @@ def _warnings(run: Run, owner_rows: Sequence[Mapping[str, Any]]) -> list[str]:
         group = f"{row['group']} matrices"
         if layout.pp > 1:
             group += f" of stage {row['stage']}"
-        # Shares of a buffer are equally long, so an idle rank's share is padding on every rank.
+        # Every rank holds the whole buffer, and all shares of it are equally long. The share of an
+        # idle rank is therefore padding on every rank.
         unused = row["buffer_elements"] - sum(row["elements_per_rank"])
         warnings.append(
             f"{group}: a matrix has one owner, so {idle} of {row['ranks']} ranks update none of "
@@ -208,24 +209,17 @@ def render_optimizer(report: Mapping[str, Any], *, title: str) -> RenderableType
     """Return the report of `optimizer_report` as rich tables."""
     lr, decay = report["lr"], report["weight_decay"]
     heading = f"{title}: peak learning rate {lr:g}, weight decay {decay:g} on matrices"
-    parts: list[RenderableType] = [_weight_table(report, heading)]
-    if report["owners"]:
-        parts += ["", _owner_table(report["owners"])]
-    for warning in report["warnings"]:
-        parts += ["", f"Note: {warning}."]
-    return Group(*parts)
-
-
-def _weight_table(report: Mapping[str, Any], title: str) -> Table:
-    columns = {
-        "": "right",
-        "weight": "left",
-        "shape": "right",
-        "by": "left",
-        "matrices": "left",
-        "scale": "right",
-    }
-    table = _table(title, columns)
+    weights = _table(
+        heading,
+        {
+            "": "right",
+            "weight": "left",
+            "shape": "right",
+            "by": "left",
+            "matrices": "left",
+            "scale": "right",
+        },
+    )
     for name, count, row in _short_rows(report["weights"]):
         lines = [_shape(matrix["shape"]) for matrix in row["matrices"]]
         if len(lines) > 1:
@@ -234,16 +228,37 @@ def _weight_table(report: Mapping[str, Any], title: str) -> Table:
         if not row["weight_decay"]:
             lines.append("no decay")
         scales = [f"{matrix['scale']:.4g}" for matrix in row["matrices"]]
-        table.add_row(
+        weights.add_row(
             count, name, _shape(row["shape"]), row["optimizer"], "\n".join(lines), "\n".join(scales)
         )
-    return table
+    parts: list[RenderableType] = [weights]
+    if report["owners"]:
+        names = ("stage", "group", "ranks", "matrices", "a rank", "most / mean")
+        owners = _table(
+            "Owners of Muon's matrices",
+            {name: "left" if name == "group" else "right" for name in names},
+        )
+        for row in report["owners"]:
+            counts = row["matrices_per_rank"]
+            fewest, most = min(counts), max(counts)
+            owners.add_row(
+                str(row["stage"]),
+                row["group"],
+                f"{row['ranks']:,}",
+                f"{row['matrices']:,}",
+                str(most) if fewest == most else f"{fewest} to {most}",
+                f"{row['balance']:.2f}",
+            )
+        parts += ["", owners]
+    for warning in report["warnings"]:
+        parts += ["", f"Note: {warning}."]
+    return Group(*parts)
 
 
 def _short_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Return name, count and row of each kind of weight; the MTP layer's join the decoder's.
+    """Return short name, count and row of each kind of weight.
 
-    The name is the one inside the layer, the count then ``28 + 1``.
+    A kind of the MTP layer joins the decoder's kind of the same name, with a count like ``28 + 1``.
     """
     surroundings = re.compile(
         r"^(decoder|mtp)\.layers\.\*\.|(mtp_model_layer|self_attention|mlp)\.|\.weight\*?$"
@@ -258,27 +273,6 @@ def _short_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mappi
             name = f"MTP {name}"  # norms and projection that only the MTP head has
         joined[name] = (name, count, row)
     return list(joined.values())
-
-
-def _owner_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    names = ("stage", "group", "ranks", "matrices", "a rank", "most / mean")
-    table = _table(
-        "Owners of Muon's matrices",
-        {name: "left" if name == "group" else "right" for name in names},
-    )
-    for row in rows:
-        counts = row["matrices_per_rank"]
-        fewest, most = min(counts), max(counts)
-        spread = str(most) if fewest == most else f"{fewest} to {most}"
-        table.add_row(
-            str(row["stage"]),
-            row["group"],
-            f"{row['ranks']:,}",
-            f"{row['matrices']:,}",
-            spread,
-            f"{row['balance']:.2f}",
-        )
-    return table
 
 
 def _shape(shape: Sequence[int]) -> str:

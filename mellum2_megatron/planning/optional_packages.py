@@ -25,8 +25,8 @@ class OptionalPackage:
 
     Attributes:
         name: common name of the package.
-        state: ``wrong`` if the installed package is unrelated, or too old to work.
-        detail: version and use; or the loss without it, and the command that installs it.
+        state: ``present``, ``absent``, or ``wrong``: an unrelated package, or too old to work.
+        detail: if present, version and use; else the effect and a remedy.
     """
 
     name: str
@@ -42,7 +42,7 @@ class _Candidate:
         name: common name.
         module: import name.
         distribution: name in the package index, for the version.
-        use: use that this project makes of it.
+        use: purpose in this project.
         loss: effect of its absence, and the command that installs it.
     """
 
@@ -53,6 +53,7 @@ class _Candidate:
     loss: str
 
     def find(self) -> OptionalPackage:
+        """Look for the package without importing it."""
         if not _is_importable(self.module):
             return OptionalPackage(name=self.name, state="absent", detail=self.loss)
         try:
@@ -126,8 +127,8 @@ def find_apex() -> OptionalPackage:
 
     Megatron imports three of its modules (0.19.2): ``apex.multi_tensor_apply`` with ``amp_C``
     (core/optimizer/clip_grads.py:20-30), ``apex.optimizers`` (core/optimizer/__init__.py:20) and
-    ``fused_weight_gradient_mlp_cuda`` (core/tensor_parallel/layers.py:51). It takes the first two
-    only where Transformer Engine cannot be imported.
+    ``fused_weight_gradient_mlp_cuda`` (core/tensor_parallel/layers.py:51). It imports the first two
+    only if Transformer Engine is not importable.
     """
     name = "NVIDIA apex"
     if not _is_importable("apex"):
@@ -137,7 +138,7 @@ def find_apex() -> OptionalPackage:
         )
         return OptionalPackage(name=name, state="absent", detail=detail)
     if not _is_importable("apex.multi_tensor_apply"):
-        # The package index has a web toolkit called apex.
+        # PyPI has an unrelated web toolkit called apex.
         detail = (
             "the installed 'apex' is not NVIDIA's but an unrelated package of that name: "
             "pip uninstall apex, and build NVIDIA's from source if you need it (docs/install.md)"
@@ -162,8 +163,7 @@ def find_resiliency() -> OptionalPackage:
 
 
 def too_old_resiliency() -> str | None:
-    """Return the version of NVIDIA's resiliency extension if it is older than
-    `OLDEST_RESILIENCY`."""
+    """Return the resiliency extension's version if older than `OLDEST_RESILIENCY`, else None."""
     try:
         version = importlib.metadata.version("nvidia-resiliency-ext")
     except importlib.metadata.PackageNotFoundError:
@@ -176,6 +176,6 @@ def _is_importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
-        # A parent that fails to import, or a module that is None in sys.modules: so the CPU backend
-        # hides apex from Megatron.
+        # A parent fails to import, or the module is None in sys.modules. The CPU backend hides
+        # apex from Megatron in this way.
         return False

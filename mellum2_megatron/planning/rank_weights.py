@@ -21,10 +21,10 @@ class Weight:
     """One parameter of a rank.
 
     Attributes:
-        name: Megatron's name; layers are counted over the whole model, experts on this rank.
+        name: Megatron's name; layers are numbered over the whole model, experts on this rank.
         shape: shape on this rank, ``[out, in]`` for a matrix.
-        component: part of the model that it belongs to.
-        split: dimension that tensor parallelism divides, default none.
+        component: part of the model that the weight belongs to.
+        split: index of the dimension that tensor parallelism divides; None (default): not divided.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Weight:
 
     @property
     def kind(self) -> str:
-        """The name without numbers: ``decoder.layers.*.mlp.router.weight``."""
+        """Name with ``*`` for each number, such as ``decoder.layers.*.mlp.router.weight``."""
         return re.sub(r"\.\d+\.", ".*.", re.sub(r"weight\d+$", "weight*", self.name))
 
     @property
@@ -55,12 +55,12 @@ def local_weights(
 
     Args:
         architecture: the model.
-        layout: its layout.
-        backend: backend of the modules; it decides where norms lie and how experts are stored.
-        stage: pipeline stage of the rank, from 0.
-        chunk: virtual stage of the rank, from 0.
+        layout: the layout.
+        backend: backend of the modules, which decides the place of norms and the form of experts.
+        stage: pipeline stage of the rank, from 0 (default).
+        chunk: virtual stage of the rank, from 0 (default).
     """
-    # Layers are dealt out in turn: chunk 0 of all stages comes before chunk 1 of the first.
+    # Layers are dealt out in turn: chunk 0 of all stages comes before chunk 1 of stage 0.
     part = chunk * layout.pp + stage
     layers = architecture.num_hidden_layers // (layout.pp * layout.vpp)
     first, last = part == 0, part == layout.pp * layout.vpp - 1
@@ -146,7 +146,7 @@ def _norm(name: str, size: int) -> Weight:
 
 
 def uses_muon(weight: Weight, optimizer: Optimizer) -> bool:
-    """True if Muon updates the weight; otherwise Adam does."""
+    """Return true if Muon updates the weight, false if Adam does."""
     return optimizer.uses_muon(Parameter(weight.name, weight.shape, weight.component))
 
 
@@ -164,18 +164,18 @@ def assign_owners(
 ) -> tuple[list[int], int]:
     """Assign each matrix to the data-parallel rank that holds its state and updates it.
 
-    Matrices go into buckets in the order of the backward pass. Inside a bucket the largest comes
-    first, and each goes to the rank with the fewest elements so far. Every rank has the whole
-    buffers of weights and gradients. In them all ranks' shares of a bucket are as long as the
-    largest share (megatron/core/optimizer/layer_wise_optimizer.py:196-370, 0.19.2).
+    Matrices go into buckets in the order of the backward pass. Inside a bucket they are taken from
+    the largest on, and each goes to the rank with the fewest elements so far. Every rank holds the
+    buffers of weights and gradients in full. The ranks' shares of a bucket are all as long as the
+    largest (megatron/core/optimizer/layer_wise_optimizer.py:196-370, 0.19.2).
 
     Args:
-        sizes: elements of each matrix, in the order of the forward pass.
+        sizes: number of elements of each matrix, in the order of the forward pass.
         ranks: number of ranks that divide the state.
-        bucket_size: elements at which a bucket closes; None: one bucket.
+        bucket_size: number of elements at which a bucket closes; None: one bucket.
 
     Returns:
-        Owner of each matrix, and elements of the buffer that holds them all.
+        Owner of each matrix, and length in elements of the buffer that holds them all.
     """
     owners = [0] * len(sizes)
     bucket: list[int] = []
@@ -215,13 +215,13 @@ def adam_buffer_length(
     a multiple of the ranks (megatron/core/optimizer/distrib_optimizer.py:506-585, 0.19.2).
 
     Args:
-        sizes: elements of each weight, in the order of the forward pass.
+        sizes: number of elements of each weight, in the order of the forward pass.
         ranks: number of ranks that divide the state.
-        bucket_size: elements at which a bucket closes; None: one bucket.
-        alone: indices in ``sizes`` of weights with a bucket of their own.
+        bucket_size: number of elements at which a bucket closes; None: one bucket.
+        alone: indices in ``sizes`` of weights with a bucket of their own, default none.
     """
-    unit = math.lcm(ranks, 128)
-    start = end = 0  # of the open bucket
+    unit = math.lcm(ranks, 128)  # core/optimizer/param_layout.py:33 (0.19.2)
+    start = end = 0  # bounds of the open bucket
     for index in reversed(range(len(sizes))):
         end = _round_up(end, _ALIGNMENT)
         if index in alone:
@@ -242,7 +242,7 @@ def bucket_size(run: Run, world_size: int, *, stage: int, chunk: int) -> int | N
 
     As megatron/training/training.py:1552-1568 and 1861-1868 (0.19.2).
     """
-    # Megatron disables buckets for all pipeline stages and virtual stages but the first.
+    # Megatron makes one bucket on every pipeline stage and virtual stage except the first.
     if not run.optimizer.overlap_grad_reduce or stage or chunk:
         return None
     return max(40_000_000, 1_000_000 * run.layout.data_parallel(world_size) * run.layout.cp)
@@ -255,8 +255,8 @@ class Ownership:
     Attributes:
         group: ``dense``, or ``experts`` if these have data-parallel ranks of their own.
         owned: matrices of each rank in the group.
-        buffer: elements of the buffer of these weights on every rank; gradients have another one
-            of that length.
+        buffer: length in elements of the buffer of these weights, the same on every rank. Gradients
+            have a buffer of the same length.
     """
 
     group: str
@@ -266,7 +266,7 @@ class Ownership:
     @property
     def elements(self) -> list[int]:
         """Number of elements that each rank updates."""
-        return [sum(weight.numel for weight in own) for own in self.owned]
+        return [sum(weight.numel for weight in weights) for weights in self.owned]
 
 
 def ownership(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> list[Ownership]:
@@ -322,13 +322,13 @@ def adam_weights(
 
 
 def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int = 0) -> int:
-    """Return the elements of all buffers of weights on a rank of a pipeline stage.
+    """Return the length in elements of all weight buffers on a rank of a pipeline stage.
 
-    Gradients have as many. Arguments as for `ownership`.
+    Gradient buffers have the same length. Arguments as for `ownership`.
     """
     layout = run.layout
     total = sum(owners.buffer for owners in ownership(run, world_size, backend, stage=stage))
-    # `adam_weights` goes through all virtual stages for each group.
+    # `adam_weights` returns all virtual stages of the first group, then those of the second.
     chunks = itertools.cycle(range(layout.vpp))
     for (ranks, weights), chunk in zip(
         adam_weights(run, world_size, backend, stage=stage), chunks, strict=False
@@ -338,8 +338,8 @@ def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int =
         # language_module.py:262-284, 0.19.2).
         shared = layout.pp > 1 and run.architecture.num_mtp_layers > 0
         alone = {
-            place
-            for place, weight in enumerate(weights)
+            index
+            for index, weight in enumerate(weights)
             if shared and weight.component == "embedding"
         }
         size = bucket_size(run, world_size, stage=stage, chunk=chunk)
@@ -359,7 +359,7 @@ def _replicas(layout: Layout, world_size: int) -> dict[str, int]:
 
 
 def experts_have_own_data_parallel_group(layout: Layout) -> bool:
-    """True if experts are reduced among other ranks than the rest of the model.
+    """Return true if experts' gradients are reduced among other ranks than the other weights'.
 
     megatron/core/tensor_parallel/layers.py:961 (0.19.2).
     """

@@ -1,4 +1,4 @@
-"""Resolve a recipe's name or a run file to a run, and to the ranks and device it is meant for."""
+"""Resolution of a recipe's name or a run file to a run, its number of ranks and its device."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mellum2_megatron.recipes import recipe
 def plan(run: Run, device: str, nproc: int | None) -> tuple[Device, int]:
     """Return the device and the number of ranks that a run is meant for.
 
-    Neither has to exist on this machine. ``auto`` is this machine's device, except for a run that
-    breaks a rule on a CPU and none on GPUs (an FP8 run): then it is ``cuda``.
+    Neither has to exist on this machine. ``auto`` is this machine's device, with one exception: it
+    is ``cuda`` for a run that breaks a rule on a CPU and none on GPUs, such as an FP8 run.
 
     Args:
         run: a resolved run.
         device: ``auto``, ``cpu`` or ``cuda``.
-        nproc: number of ranks, default that of the layout.
+        nproc: number of ranks; None: that of the layout.
 
     Raises:
-        InputError: another word for the device.
+        InputError: ``device`` is another word.
     """
     ranks = nproc or run.layout.world_size or run.layout.smallest_world_size
     if device == "cuda":
@@ -48,7 +48,7 @@ def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = No
     Args:
         name: recipe, or path of a resolved run (``.yaml`` or ``.yml``).
         overrides: ``key=value`` words.
-        output: folder of the run, default the run's own, else ``runs/NAME``.
+        output: folder of the run; None (default): ``checkpoint.output``, else ``runs/NAME``.
 
     Raises:
         InputError: an unknown recipe, an unreadable file, or a bad override.
@@ -65,7 +65,7 @@ def resolve_device(device: str) -> Device:
     """Return ``cpu`` or ``cuda``; ``auto`` takes a GPU if there is one.
 
     Raises:
-        InputError: another word, or ``cuda`` without a usable GPU.
+        InputError: ``device`` is another word, or ``cuda`` without a usable GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(
@@ -82,9 +82,9 @@ def resolve_device(device: str) -> Device:
 
 
 def _has_driver() -> bool:
-    """True if NVIDIA's driver library loads.
+    """Return true if NVIDIA's driver library loads.
 
-    Without it torch finds no GPU either, and its import takes seconds.
+    Without it torch finds no GPU either, and importing torch takes seconds.
     """
     try:
         ctypes.CDLL("libcuda.so.1")
@@ -96,8 +96,8 @@ def _has_driver() -> bool:
 def default_nproc(run: Run, device: Device) -> int:
     """Return the number of ranks that `mellum2 train` starts by default.
 
-    On GPUs that is every GPU; on a CPU the layout's world size, else the fewest ranks it can run
-    on.
+    On GPUs it is the number of GPUs. On a CPU it is the layout's world size, or without one the
+    fewest ranks that the layout can run on.
     """
     if device == "cuda":
         import torch

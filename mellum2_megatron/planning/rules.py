@@ -1,10 +1,9 @@
 """Known-bad combinations, refused before a process is started.
 
-`mellum2 doctor` prints all that a run breaks, `mellum2 train` raises them.
+`mellum2 doctor` prints all rules that a run breaks, `mellum2 train` raises them.
 
-A rule is a small function from a `PlannedRun` to the problems it finds. A problem is an
-`InputError` that is yielded, not raised; it stays that one value until `enforce` raises it. To add
-a rule::
+A rule is a small function from a `PlannedRun` to its problems. A problem is an `InputError` that is
+yielded, not raised; `enforce` raises it in the end. To add a rule::
 
     @rule(evidence="megatron/core/some_file.py:123 (0.19.2)")
     def new_rule(planned: PlannedRun) -> Problems:
@@ -31,13 +30,13 @@ Problems = Iterator[InputError]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedRun:
-    """A run about to be started.
+    """A run that is about to start.
 
     Attributes:
         run: the resolved run.
         world_size: number of ranks.
         device: device that the ranks compute on.
-        start: starting point of the run; that of a new run if it is checked for another machine.
+        start: starting point of the run; always a new start in checks for another machine.
     """
 
     run: Run
@@ -67,11 +66,11 @@ class Rule:
 
     Attributes:
         name: name of the function, with dashes.
-        statement: sentence that states what must hold.
-        evidence: source of the statement: a file of Megatron with version, or a test.
-        find: yields one problem for each violation.
-        machine: True if the rule reads this machine's files and packages, not only the run.
-        after: rule that must hold for this one to be meaningful, default none.
+        statement: condition that must hold, as one sentence.
+        evidence: source of the statement, such as a file of Megatron with version, or a test.
+        find: function that yields one problem for each violation.
+        machine: true if the rule reads this machine's files and packages too; default false.
+        after: rule without which this one has no meaning, default none.
     """
 
     name: str
@@ -84,7 +83,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Violation:
-    """A broken rule, and the problem it found: offending value, rule and fix."""
+    """A broken rule and one of its problems: refused value, rule and fix."""
 
     rule: Rule
     problem: InputError
@@ -136,11 +135,11 @@ def check(
         world_size: number of ranks to be started.
         device: device that they compute on.
         start: starting point of the run, default `StartingPoint.of(run)`.
-        machine: check the files and packages of this machine too; False if the run is for another
-            machine.
+        machine: check files and packages of this machine too, default true; false if the run is
+            for another machine.
     """
     if start is None:
-        # A run for another machine starts from that machine's disks, which cannot be read here.
+        # A run for another machine starts from that machine's disks, which are out of reach.
         start = StartingPoint.of(run) if machine else StartingPoint(kind="new")
     planned = PlannedRun(run=run, world_size=world_size, device=device, start=start)
     violations: list[Violation] = []
@@ -148,7 +147,7 @@ def check(
         if entry.machine and not machine:
             continue
         if any(violation.rule is entry.after for violation in violations):
-            continue  # it computes with quotients that are no whole numbers then
+            continue  # its divisions would have a remainder, and its messages wrong numbers
         violations += [Violation(rule=entry, problem=problem) for problem in entry.find(planned)]
     return violations
 
@@ -166,10 +165,10 @@ def enforce(
 
     Args:
         run, world_size, device, start, machine: as for `check`.
-        without: names of rules to leave out.
+        without: names of rules to leave out, default none.
 
     Raises:
-        InputError: the problem if there is one, or a list of all.
+        InputError: the only problem, or a list of all.
     """
     violations = [
         violation
@@ -227,7 +226,7 @@ def batches_divide(planned: PlannedRun) -> Problems:
         (f"schedule.batch_schedule: {size} sequences", size)
         for size in dict.fromkeys(size for _, size in planned.run.schedule.batch_schedule)
     ]
-    # By default validation takes a batch of the schedule, which is checked above.
+    # Without this setting validation takes a batch size of the schedule, listed above.
     eval_batch = planned.run.logging.eval_batch_size
     if eval_batch is not None:
         batches.append((f"logging.eval_batch_size={eval_batch}", eval_batch))
@@ -253,7 +252,7 @@ def batches_divide(planned: PlannedRun) -> Problems:
 def interleaving_divides(planned: PlannedRun) -> Problems:
     """With virtual stages, a step's micro-batches fill the pipeline evenly."""
     layout = planned.run.layout
-    # Sequences that all data-parallel ranks take together in one micro-batch each.
+    # Sequences of one micro-batch on all data-parallel ranks together.
     micro = planned.run.schedule.micro_batch_size * planned.data_parallel
     for _, size in planned.run.schedule.batch_schedule:
         if layout.vpp > 1 and size // micro % layout.pp:
@@ -275,7 +274,7 @@ def bf16_layers_exist(planned: PlannedRun) -> Problems:
     layers = planned.run.architecture.num_hidden_layers // pp
     fix = f"use at most {layers}"
     if pp == 1:
-        # All layers in BF16 is the same as a run without FP8; with more stages it is not.
+        # With one stage, all layers in BF16 means no FP8 at all; with more it does not.
         fix += ", or precision.compute=bf16"
     for name, value in (
         ("bf16_first_layers", precision.bf16_first_layers),
@@ -368,11 +367,11 @@ def fp8_dimensions(planned: PlannedRun) -> Problems:
     }
     for dimension, size in sizes.items():
         if size % 16:
-            nearest = max(16, round(size / 16) * 16)
+            multiple = max(16, round(size / 16) * 16)
             yield InputError(
                 f"{dimension} = {size}",
                 rule="FP8 kernels need multiples of 16",
-                fix=f"use {nearest}, or precision.compute=bf16",
+                fix=f"use {multiple}, or precision.compute=bf16",
             )
 
 
@@ -436,14 +435,15 @@ def packages_present(planned: PlannedRun) -> Problems:
 @rule(evidence="this machine", machine=True)
 def data_present(planned: PlannedRun) -> Problems:
     """The corpus, its tokenizer and a place for its index exist; the tokens are the model's."""
-    # numpy and torch: a run that is planned for another machine does not need them.
+    # Imports numpy and torch, which planning for another machine does not need.
     from mellum2_megatron.data.feed.datasets import check_data
 
     data = planned.run.data
     cache = Path(data.cache or Path(data.path) / "cache")
     try:
         check_data(planned.run)
-        if not cache.is_dir():  # an existing one may be complete, and is then allowed read-only
+        # An existing cache may be read-only, since a complete one is only read.
+        if not cache.is_dir():
             check_writable("data.cache", cache, folder=True)
     except InputError as error:
         yield error
@@ -458,17 +458,17 @@ def data_present(planned: PlannedRun) -> Problems:
 def resume_fits(planned: PlannedRun) -> Problems:
     """A resumed or continued run can read the optimizer state of its checkpoint."""
     start, run, before = planned.start, planned.run, planned.checkpoint_run
-    # An unreadable run.yaml of weights is no problem: only their architecture matters.
+    # Weights alone need no readable run.yaml: only their architecture matters.
     if start.has_state and start.before_error is not None:
         yield start.before_error
     if before is None:
         return
-    other = f"start another run with checkpoint.load={start.folder} and another --output"
+    restart = f"start another run with checkpoint.load={start.folder} and another --output"
     checkpoint_layout, run_layout = before.layout, run.layout
     apart_in_checkpoint, apart_in_run = map(
         experts_have_own_data_parallel_group, (checkpoint_layout, run_layout)
     )
-    # Muon's state can be moved between the two groupings (upstream/muon_groups.py).
+    # Only Muon's state can be loaded across the two groupings (upstream/muon_groups.py).
     if run.optimizer.name == "adam" and apart_in_checkpoint != apart_in_run:
         tp = run_layout.tp
         if apart_in_checkpoint:
@@ -481,14 +481,14 @@ def resume_fits(planned: PlannedRun) -> Problems:
             rule="Adam's state does not move between experts with data-parallel ranks of their own "
             "(layout.ep > 1, or layout.etp other than layout.tp) and experts that share the other "
             "weights'",
-            fix=f"set {same_grouping}, or {other}",
+            fix=f"set {same_grouping}, or {restart}",
         )
     if before.optimizer.name != run.optimizer.name:
         yield InputError(
             f"optimizer.name={run.optimizer.name} with a checkpoint of {before.optimizer.name} "
             f"in {start.folder}",
             rule="one optimizer cannot read the other's state",
-            fix=f"set optimizer.name={before.optimizer.name}, or {other}",
+            fix=f"set optimizer.name={before.optimizer.name}, or {restart}",
         )
 
 
@@ -508,8 +508,7 @@ FROM_CHECKPOINT = {
         "Megatron silently uses the checkpoint's value",
     ),
 }
-"""Fields of the optimizer that cannot change when its state is loaded, and the effect of a
-change."""
+"""Fields of `Optimizer` that cannot change when its state is loaded -> effect of a change."""
 
 
 @rule(
@@ -518,10 +517,10 @@ change."""
     machine=True,
 )
 def resume_keeps_optimizer(planned: PlannedRun) -> Problems:
-    """A resumed or continued run keeps the settings that its checkpoint's optimizer has."""
+    """A resumed or continued run keeps the optimizer settings of its checkpoint."""
     before = planned.checkpoint_run
     if before is None or before.optimizer.name != planned.run.optimizer.name:
-        return  # settings of two optimizers do not compare
+        return  # two optimizers have no settings to compare; `resume_fits` refuses the change
     for name, reason in FROM_CHECKPOINT.items():
         # Under Adam the fields of Muon have no effect.
         if name.startswith("muon_") and before.optimizer.name != "muon":

@@ -1,4 +1,4 @@
-"""Stages of one training: each is a run that starts from the one before it.
+"""Stages of one training: runs that each start from the one before.
 
 `stage_chain` resolves all of them, for a launcher that submits them at once. `check_predecessor`
 checks the run that a single stage starts from. No torch: both run on a login node.
@@ -24,15 +24,14 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
     """Return the stages as runs with folders in ``root``, each starting from the one before it.
 
     Args:
-        stages: names of recipes, or runs (with overrides applied), in the order in which they run.
-            All but the first must continue another run or take its weights
-            (`checkpoint.continue_from` or `checkpoint.load`). That setting is replaced by the
-            folder of the stage before.
-        root: parent of the runs' folders, which have the runs' names.
+        stages: names of recipes, or runs with overrides applied, in order. Each except the first
+            must continue another run (`checkpoint.continue_from`) or take its weights
+            (`checkpoint.load`); the folder of the stage before replaces that setting.
+        root: parent of the runs' folders. A folder has the name of its run.
 
     Raises:
-        InputError: an unknown recipe, two stages of one name, a stage that starts anew, or two that
-            do not follow: data or schedule that begin elsewhere, another architecture or optimizer.
+        InputError: an unknown recipe, two stages of one name, a stage that starts anew, or a stage
+            whose data, schedule, architecture or optimizer do not fit the one before.
     """
     runs = [recipe(stage) if isinstance(stage, str) else stage for stage in stages]
     if not runs:
@@ -41,7 +40,7 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
         )
     for index, run in enumerate(runs):
         if run.name in [earlier.name for earlier in runs[:index]]:
-            # Folders have the names of the runs.
+            # A folder has the name of its run, so the two would share one.
             raise InputError(
                 f"stage {run.name}",
                 rule="is in the chain twice, and would find its own folder",
@@ -55,7 +54,7 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
     previous: str | None = None
     for run in runs:
         checkpoint = dataclasses.replace(run.checkpoint, output=str(root / run.name))
-        # The first stage keeps its own origin: a chain may begin in the middle of the training.
+        # The first stage keeps its own setting: a chain may begin in the middle of the training.
         if previous is not None and checkpoint.continue_from is not None:
             checkpoint = dataclasses.replace(checkpoint, continue_from=previous)
         elif previous is not None:
@@ -66,10 +65,10 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
 
 
 def check_predecessor(run: Run, start: StartingPoint) -> None:
-    """Check that the run whose state or weights a stage takes is there and finished.
+    """Check that the run that a stage starts from has a checkpoint and is finished.
 
-    A run that resumes its own folder needs nothing else. Do not check the later stages of a chain
-    before it runs: their predecessors have no checkpoint yet.
+    A stage that resumes its own folder passes. Do not check the later stages of a chain before it
+    runs: their predecessors have no checkpoint yet.
 
     Args:
         run: the stage.
@@ -93,18 +92,16 @@ def check_predecessor(run: Run, start: StartingPoint) -> None:
         )
     checkpoint = start.require_checkpoint()
     if start.names_iteration:
-        return  # one checkpoint of an unfinished run may be taken on purpose
+        return  # naming one checkpoint means it, finished run or not
     if start.before_error is not None:
         raise start.before_error
     step, before = checkpoint.iteration, start.before
     if before is None or step is None:
-        return  # an import is finished by itself
+        return  # an import has no run behind it that could be unfinished
     reached = before.schedule.samples(step)
-    # A continuation needs all samples before its own data, not the end of the former's schedule.
-    # Weights are taken at that end, where the learning rate has decayed.
-    if reached >= (
-        run.data.first_sample if start.kind == "continue" else before.schedule.train_samples
-    ):
+    # A continuation needs all samples before its own data; weights are taken where their run ends.
+    needed = run.data.first_sample if start.kind == "continue" else before.schedule.train_samples
+    if reached >= needed:
         return
     fix = "continue it to the end, with the command that started it"
     if start.kind == "weights":
@@ -125,7 +122,20 @@ def _problems(before: Run, after: Run) -> Iterator[tuple[str, str]]:
     elif continue_from is not None:
         yield from _continuation_problems(before, after)
     elif load is not None:
-        yield from _weights_problems(before, after)
+        differing = _differing_fields(before.architecture, after.architecture)
+        refused = [name for name in differing if name not in ROTATION]
+        if refused:
+            yield (
+                f"has another architecture ({', '.join(refused)})",
+                f"let them differ in {', '.join(ROTATION)} only, which have no weights",
+            )
+        # Step and sample count start anew with weights alone, and so do the data.
+        first = after.data.first_sample
+        if first:
+            yield (
+                f"takes weights only, and has data.first_sample={first:,}",
+                "set data.first_sample=0: its training begins anew",
+            )
     else:
         yield (
             "starts anew: checkpoint.continue_from and checkpoint.load are null",
@@ -135,6 +145,7 @@ def _problems(before: Run, after: Run) -> Iterator[tuple[str, str]]:
 
 
 def _continuation_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]:
+    """Yield rule and fix of each reason why ``after`` cannot take all state of ``before``."""
     differing = _differing_fields(before.architecture, after.architecture)
     if differing:
         yield (
@@ -142,7 +153,7 @@ def _continuation_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]
             "use one, or checkpoint.load for weights",
         )
     ends, first = before.schedule.train_samples, after.data.first_sample
-    # 0: the data are one stream over all phases, and the sample count is the place in it.
+    # 0 is allowed: one data stream over all phases, in which the sample count is the position.
     if first not in (0, ends):
         yield (
             f"has data that begin at sample {first:,}; the former ends at {ends:,}",
@@ -164,7 +175,7 @@ def _continuation_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]
                 "give both the same: one training has one schedule, and a phase ends at "
                 f"schedule.train_samples before schedule.horizon_samples={horizon}",
             )
-    # Here in advance what `resume_keeps_optimizer` checks once there is a checkpoint.
+    # In advance: the rule `resume-keeps-optimizer` needs a checkpoint, which is not there yet.
     for name in ("name", *FROM_CHECKPOINT):
         old, new = getattr(before.optimizer, name), getattr(after.optimizer, name)
         if old != new:
@@ -174,33 +185,17 @@ def _continuation_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]
             )
 
 
-def _weights_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]:
-    differing = _differing_fields(before.architecture, after.architecture)
-    refused = [name for name in differing if name not in ROTATION]
-    if refused:
-        yield (
-            f"has another architecture ({', '.join(refused)})",
-            f"let them differ in {', '.join(ROTATION)} only, which have no weights",
-        )
-    first = after.data.first_sample
-    if first:
-        yield (
-            f"takes weights only, and has data.first_sample={first:,}",
-            "set data.first_sample=0: its training begins anew",
-        )
-
-
 def _differing_fields(before: Mellum2Architecture, after: Mellum2Architecture) -> list[str]:
     old, new = before.to_dict(), after.to_dict()
     return [name for name in old if old[name] != new[name]]
 
 
 def _schedule_shape(run: Run) -> dict[str, object]:
-    """Return the fields that make the learning rate and the batch size, as they are shown."""
+    """Return the fields that determine learning rate and batch size, in the form for messages."""
     schedule = run.schedule
     return {
         "style": schedule.style,
-        # Not as given: null means the run's own end.
+        # Resolved: null means the end of the run, which differs between phases.
         "horizon_samples": schedule.lr_horizon,
         "warmup_samples": schedule.warmup_samples,
         "decay_samples": schedule.decay_samples,
