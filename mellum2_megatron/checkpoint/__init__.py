@@ -1,4 +1,4 @@
-"""A run on disk: folder, manifest, run.yaml, saves, and the checkpoint it starts from."""
+"""A run on disk: folder, manifest, run.yaml, saves, and the checkpoint that a run starts from."""
 
 from mellum2_megatron.checkpoint.checks import check_run_folder
 from mellum2_megatron.checkpoint.folder import CheckpointFolder, find_checkpoint

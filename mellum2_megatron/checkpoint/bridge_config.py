@@ -1,13 +1,13 @@
 """``run_config.yaml``: the description of a checkpoint's model for Megatron-Bridge and NeMo-RL.
 
 Both read it from the checkpoint's iteration folder
-(megatron/bridge/training/utils/checkpoint_utils.py:131, 0.6.2) and build the class named by its
+(megatron/bridge/training/utils/checkpoint_utils.py:131, 0.6.2) and build the class named in its
 ``model`` section: `conversion.bridge.model.Mellum2ModelProvider`. Without the file Bridge falls
-back to Megatron-LM's own arguments, which have no layer-selective rotation and not this MTP head.
-The file is not written beside the iteration folders: Bridge takes any folder that holds it for an
-iteration (line 236).
+back to Megatron-LM's own arguments, which have neither layer-selective rotation nor this MTP head.
+The file must not lie beside the iteration folders, because Bridge takes any folder that holds it
+for an iteration (line 236).
 
-The file has plain values only, so neither Bridge nor torch is needed to write it.
+The file has plain values only, so writing it needs neither Bridge nor torch.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 RUN_CONFIG_FILE = "run_config.yaml"
 PROVIDER = "conversion.bridge.model.Mellum2ModelProvider"
+"""Class that Bridge imports by this name; this package may not import `conversion`."""
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": None}
 """Dtype of the weights -> the boolean field of Megatron's configuration that selects it."""
@@ -41,8 +42,8 @@ def provider_fields(architecture: Mellum2Architecture) -> dict[str, Any]:
     """Return the fields of this model's provider as YAML values.
 
     They are fields of Megatron's `TransformerConfig` and of Bridge's `GPTModelProvider`
-    (megatron/bridge/models/gpt_provider.py, 0.6.2). Dtypes and the activation function are missing:
-    YAML holds only references to them (`run_config`).
+    (megatron/bridge/models/gpt_provider.py, 0.6.2). `run_config` adds dtypes and the activation
+    function, which YAML can only refer to.
     """
     fields: dict[str, Any] = {field.name: field.value(architecture) for field in MEGATRON_FIELDS}
     fields |= FIXED_FIELDS
@@ -51,7 +52,7 @@ def provider_fields(architecture: Mellum2Architecture) -> dict[str, Any]:
         "vocab_size": architecture.vocab_size,
         "seq_length": architecture.max_position_embeddings,
         "share_embeddings_and_output_weights": False,
-        # The model's shared angles; each layer replaces them by its own (model/attention.py).
+        # Megatron's shared angles; each layer replaces them by its own (model/attention.py).
         "position_embedding_type": "rope",
         "rotary_base": int(architecture.rope_sliding_attention.rope_theta),
         "attention_dropout": 0.0,
@@ -69,15 +70,15 @@ def provider_fields(architecture: Mellum2Architecture) -> dict[str, Any]:
         "bias_dropout_fusion": True,
         "persist_layer_norm": True,
         "cross_entropy_loss_fusion": False,
-        # Transformer Engine's only context parallelism for sliding windows with four key-value
-        # heads (transformer_engine/pytorch/attention/dot_product_attention/
+        # The only context parallelism of Transformer Engine that handles a sliding window with
+        # four key-value heads (transformer_engine/pytorch/attention/dot_product_attention/
         # context_parallel.py:5688, 2.20.2).
         "cp_comm_type": "all_gather",
     }
     window = window_size(architecture)
     if window is not None:
         fields["window_size"] = list(window)
-        # JSON, as Megatron's command line takes it: a period or a list of one flag per layer.
+        # Text for Megatron's command line, here as a value: a period, or a list of 0 and 1.
         fields["window_attn_skip_freq"] = json.loads(window_pattern(architecture))
     return fields
 
@@ -85,12 +86,12 @@ def provider_fields(architecture: Mellum2Architecture) -> dict[str, Any]:
 def run_config(architecture: Mellum2Architecture, dtype: str = "bfloat16") -> dict[str, Any]:
     """Return the content of ``run_config.yaml`` for a checkpoint of this model.
 
-    A ``torch_dist`` checkpoint has no layout of its own, so parallel sizes are 1. The checkpoint is
-    declared as bare weights: Bridge must not resume from our optimizer and random state.
+    A ``torch_dist`` checkpoint fits every layout, so parallel sizes are 1. The checkpoint is
+    declared as weights only: Bridge must not resume from our optimizer and random state.
 
     Args:
-        architecture: the model that the checkpoint holds.
-        dtype: dtype of its weights: bfloat16, float16 or float32.
+        architecture: the model in the checkpoint.
+        dtype: dtype of the weights: bfloat16 (default), float16 or float32.
 
     Raises:
         InputError: `dtype` is no training dtype.
@@ -107,8 +108,8 @@ def run_config(architecture: Mellum2Architecture, dtype: str = "bfloat16") -> di
         "activation_func": _reference("torch.nn.functional.silu"),
     }
     model |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    # The same sections as in Bridge's own save of bare weights
-    # (megatron/bridge/training/model_load_save.py:580-604, 0.6.2), null where it has nothing.
+    # Same sections as in Bridge's own save of weights only, with the same nulls
+    # (megatron/bridge/training/model_load_save.py:580-604, 0.6.2).
     return {
         "_target_": "megatron.bridge.training.config.ConfigContainer",
         "model": model,

@@ -1,4 +1,4 @@
-"""Checks of a run's folder and of the checkpoint it starts from, before anything is written."""
+"""Checks of a run's folder and of the checkpoint that it loads, before anything is written."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
 
     Args:
         run: a resolved run.
-        start: its starting point.
+        start: starting point of the run.
 
     Raises:
-        InputError: no output folder is named. It is a file, cannot be written, is on a disk without
-            room for one checkpoint, or holds something that no run wrote, or another architecture's
-            checkpoints. `checkpoint.load` or `checkpoint.continue_from` is no checkpoint of this
-            architecture. The latter's state does not fit this run. A file of the checkpoint that
-            the run starts from is missing or cut short.
+        InputError: one of these. The output folder is not named, is a file or not writable, lies on
+            a disk without room for one checkpoint, or holds checkpoints of another architecture or
+            project. `checkpoint.load` or `checkpoint.continue_from` is no checkpoint of this
+            architecture, or the latter's state does not fit this run. A file of the checkpoint to
+            load is missing or cut short.
     """
     root = output_folder(run)
     check_writable("--output", root, folder=True)
@@ -55,10 +55,10 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
             fix="choose another --output",
         )
     if start.kind == "resume":
-        # Megatron starts over without a message if the tracker names a checkpoint that is gone.
+        # Megatron would start from step 0, without a message, if the tracked checkpoint is gone.
         start.require_checkpoint()
     if run.checkpoint.load is not None:
-        # A resume does not read these weights; a wrong `load` is refused all the same.
+        # Also when a resume will not read these weights: a wrong setting is refused in any case.
         weights = (
             start.require_checkpoint()
             if start.kind == "weights"
@@ -79,10 +79,11 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
             rule="its data begin where another run ended",
             fix="name that run's folder as checkpoint.continue_from, or set data.first_sample=0",
         )
-    # Sizes cost one stat for each file, so every process checks all of them; hashes are shared
-    # among the ranks (`check_share`).
+    # A size costs one stat, so every process checks all files. Hashes are divided among the ranks
+    # (`check_share`).
     if start.checkpoint is not None and run.checkpoint.verify != "off":
         check_sizes(start.checkpoint)
+    # The folder may not exist yet; its closest existing parent is on the same disk.
     place, needed = existing_ancestor(root), checkpoint_bytes(run)
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -95,9 +96,15 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
 
 
 def check_share(run: Run, start: StartingPoint, *, rank: int, world_size: int) -> None:
-    """Compare this rank's share of the loaded checkpoint's files with their manifest.
+    """Hash this rank's share of the checkpoint's files and compare it with the manifest.
 
     Does nothing unless `checkpoint.verify` is ``hash``.
+
+    Args:
+        run: a resolved run.
+        start: starting point of the run.
+        rank: rank of this process.
+        world_size: number of ranks.
 
     Raises:
         InputError: a file has changed since it was written.
@@ -105,11 +112,11 @@ def check_share(run: Run, start: StartingPoint, *, rank: int, world_size: int) -
     source = start.checkpoint
     if source is None or run.checkpoint.verify != "hash":
         return
-    # The ranks of a machine hash at the same time and share its cores.
+    # All ranks of a machine hash at the same time, so they divide its cores.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
     total = bytes_to_check(source, part=rank, parts=world_size)
-    # Shares are about equal, so the bar of rank 0 stands for all.
+    # All shares are about as large, so one bar on rank 0 is enough.
     if rank or total < _SHOW_PROGRESS_FROM:
         check_hashes(source, part=rank, parts=world_size, threads=threads)
         return
@@ -145,7 +152,7 @@ def _check_continuation(run: Run, start: StartingPoint) -> None:
             fix="use checkpoint.load, or name a run's output folder",
         )
     if start.names_iteration:
-        # --load is given the folder, and Megatron then takes the iteration in its tracker.
+        # Megatron's --load takes a folder of checkpoints, and loads the one in its tracker.
         raise InputError(
             key,
             rule="a run continues the newest checkpoint of another",
@@ -155,7 +162,8 @@ def _check_continuation(run: Run, start: StartingPoint) -> None:
         raise start.before_error
     assert start.before is not None
     before = start.before.schedule
-    # Megatron keeps the sample count of the checkpoint, and counts batches by the run's schedule.
+    # Megatron takes the sample count from the checkpoint and the batch size from this run's
+    # schedule. The two schedules must therefore agree up to that step.
     reached, reached_by_run = (
         schedule.samples(source.iteration) for schedule in (before, run.schedule)
     )
@@ -180,7 +188,15 @@ def _check_continuation(run: Run, start: StartingPoint) -> None:
 def _require_same_architecture(
     run: Run, root: Path, key: str, fix: str, *, besides: Sequence[str] = ()
 ) -> None:
-    """Refuse a checkpoint of another architecture; fields in ``besides`` may differ."""
+    """Refuse a checkpoint of another architecture.
+
+    Args:
+        run: the run that loads the checkpoint.
+        root: folder of the checkpoint.
+        key: key of the run that names the folder, for the message.
+        fix: fix in the message.
+        besides: fields of the architecture that may differ, default none.
+    """
     saved, wanted = read_architecture(root).to_dict(), run.architecture.to_dict()
     differing = [
         f"{name}: {saved[name]!r} there, {wanted[name]!r} here"

@@ -1,10 +1,10 @@
 """The manifest of a checkpoint: size and SHA-256 of every file.
 
-It is written last and compared before anything is loaded. The format is Megatron's
+A save writes it last, and a start compares it before loading anything. The format is Megatron's
 ``integrity.json`` (megatron/core/dist_checkpointing/validation.py:512, 0.19.2) with sizes added, so
 Megatron's ``--verify-integrity`` reads it too. Megatron hashes all files on its first rank. Here
-each rank hashes the files it has written (checkpoint/saving.py), and checks its share of the files
-before it loads (checkpoint/checks.py).
+each rank hashes the files that it wrote (checkpoint/saving.py), and before loading it checks its
+share of all files (checkpoint/checks.py).
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def hash_files(
     threads: int | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, FileRecord]:
-    """Return the records of files by name, several files hashed at once.
+    """Hash several files at once and return their records by name.
 
     Args:
         files: existing files of different names.
-        threads: number of files hashed at once, default one for each core and at most 8.
-        advance: called with the number of bytes after each read, from any thread.
+        threads: number of files hashed at once; None (default): one for each core, at most 8.
+        advance: called with the number of bytes after each read, from any thread; default nothing.
 
     Raises:
         OSError: a file cannot be read.
@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | None:
         }
     except FileNotFoundError:
         return None
-    # The last three: valid JSON of another form.
+    # KeyError and those after it: valid JSON of another form.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         rule = f"must be a manifest of {_ALGORITHM} hashes ({type(error).__name__}: {error})"
         raise InputError(str(path), rule=rule, fix=_fix(folder)) from error
@@ -141,8 +141,8 @@ def check_hashes(
 
     Args:
         checkpoint: the checkpoint.
-        part: index of the share, from 0.
-        parts: number of shares; together they cover every file once.
+        part: index of the share, from 0 (default).
+        parts: number of shares, default 1; together they cover every file once.
         threads, advance: as for `hash_files`.
 
     Raises:
@@ -151,9 +151,9 @@ def check_hashes(
     folder = checkpoint.iteration_dir
     manifest = read_manifest(folder) or {}
     if not manifest and part == 0:
-        # Another tool's checkpoint, or one from before manifests: loaded all the same.
+        # Written by another tool, or before this project had manifests: loaded with a warning.
         logger.warning("%s has no %s, so damage would not be noticed", folder, MANIFEST_FILE)
-    # Dealt out by size, so that all shares take about the same time.
+    # Dealt out from the largest file on, so that all shares take about the same time.
     share = sorted(manifest, key=lambda name: (-manifest[name].size, name))[part::parts]
     try:
         records = hash_files((folder / name for name in share), threads=threads, advance=advance)
@@ -181,7 +181,7 @@ def bytes_to_check(checkpoint: CheckpointFolder, *, part: int = 0, parts: int = 
 
 
 def _record(path: Path, advance: Callable[[int], None]) -> FileRecord:
-    # One reused block: a file of a checkpoint may have tens of gigabytes.
+    # Read in blocks: a file of a checkpoint may have tens of gigabytes.
     digest, size, block = hashlib.sha256(), 0, bytearray(_BLOCK_BYTES)
     view = memoryview(block)
     with path.open("rb", buffering=0) as stream:
@@ -193,10 +193,10 @@ def _record(path: Path, advance: Callable[[int], None]) -> FileRecord:
 
 
 def _fix(folder: Path) -> str:
-    """Return the fix for a damaged checkpoint: the newest earlier one that looks complete."""
+    """Return the fix for a damaged checkpoint: to go back to the newest earlier complete one."""
     number = iteration_number(folder.name) or 0
     for earlier in reversed(iteration_folders(folder.parent)):
-        # A release has no number and counts as iteration 0.
+        # A release has no iteration number and counts as iteration 0.
         previous = iteration_number(earlier.name)
         if (previous or 0) < number and _looks_complete(earlier):
             tracked = RELEASE if previous is None else previous
@@ -209,7 +209,7 @@ def _fix(folder: Path) -> str:
 
 
 def _looks_complete(folder: Path) -> bool:
-    """True if the save finished and all files have their size; nothing is hashed."""
+    """Return true if the save finished and all files have their size; nothing is hashed."""
     try:
         manifest = read_manifest(folder) or {}
         return is_complete(folder) and all(

@@ -1,4 +1,4 @@
-"""The folder of checkpoints that training and import write, and export, score and verify read.
+"""A folder of checkpoints: training and import write it; export, score and verify read it.
 
 ::
 
@@ -7,9 +7,9 @@
     DIR/release/ or DIR/iter_0000100/         Megatron torch_dist checkpoint
     DIR/*/run_config.yaml                     inside it: Megatron-Bridge's model config
                                               (checkpoint/bridge_config.py)
-    DIR/architecture.json                     Mellum2Architecture.to_dict()
+    DIR/architecture.json                     the model: Mellum2Architecture.to_dict()
     DIR/run.yaml                              resolved run (training only)
-    DIR/generation_config.json                Hugging Face's, if an imported folder had one
+    DIR/generation_config.json                copied from an imported folder, if it had one
     DIR/tokenizer/                            tokenizer files in Hugging Face format
 """
 
@@ -30,12 +30,15 @@ RUN_FILE = "run.yaml"
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_FOLDER = "tokenizer"
 LAST_FILE = "metadata.json"
-"""Megatron's last file of a checkpoint: without it the save did not finish
+"""Last file that Megatron writes into a checkpoint; without it the save did not finish
 (core/dist_checkpointing/serialization.py:445, 0.19.2)."""
+
 RELEASE = "release"
+"""Name of a checkpoint without iteration number (weights only), in the tracker and on disk."""
+
 ROTATION = ("max_position_embeddings", "rope_full_attention", "rope_sliding_attention")
-"""Fields of the architecture that may change when a run takes another one's weights: rotary
-embeddings have no weights."""
+"""Fields of the architecture that have no weights; a run that takes another's weights may change
+them."""
 
 _GIVE = (
     "give a folder that `mellum2 train` or `mellum2 convert import` wrote, "
@@ -50,8 +53,8 @@ class CheckpointFolder:
     Attributes:
         root: folder of all checkpoints of a run, ``DIR``.
         iteration_dir: the Megatron checkpoint, ``DIR/iter_*`` or ``DIR/release``.
-        architecture: the model it holds.
-        tokenizer_dir: ``DIR/tokenizer``, or None without that folder.
+        architecture: the model in the checkpoint.
+        tokenizer_dir: ``DIR/tokenizer``; None if that folder does not exist.
     """
 
     root: Path
@@ -66,7 +69,7 @@ class CheckpointFolder:
 
 
 def iteration_folder_name(iteration: int) -> str:
-    """``100`` -> ``"iter_0000100"``.
+    """Return the folder name of an iteration, such as ``iter_0000100``.
 
     As Megatron's `get_checkpoint_name` (training/checkpointing.py, 0.19.2).
     """
@@ -74,16 +77,17 @@ def iteration_folder_name(iteration: int) -> str:
 
 
 def iteration_number(name: str) -> int | None:
-    """``"iter_0000100"`` -> ``100``; None for any other name."""
+    """Return the iteration of a folder name (``iter_0000100``: 100); None for any other name."""
     digits = name.removeprefix("iter_")
     if not name.startswith("iter_"):
         return None
-    # isdigit() alone accepts digits of other scripts, which int() turns into another name's number.
+    # isdigit() alone accepts digits of other scripts, and int() would turn them into a number that
+    # belongs to another name.
     return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
 def iteration_folders(root: Path) -> list[Path]:
-    """The checkpoints inside ``root``: ``release`` first, then iterations in ascending order."""
+    """Return the checkpoints in ``root``: ``release`` first, then iterations, ascending."""
     if not root.is_dir():
         return []
     iterations = [
@@ -94,35 +98,35 @@ def iteration_folders(root: Path) -> list[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """True if the save of a checkpoint finished.
+    """Return true if the save of a checkpoint finished.
 
-    A save begins by emptying the folder (checkpoint/saving.py), so the mark is never an older
-    save's.
+    `LAST_FILE` is never left over from an older save, because a save first empties the folder
+    (checkpoint/saving.py).
     """
     return (folder / LAST_FILE).is_file()
 
 
 def names_checkpoint(path: Path) -> bool:
-    """True if ``path`` is a folder with a tracker, or one checkpoint inside such a folder."""
+    """Return true if ``path`` is a folder with a tracker, or has the name of one checkpoint."""
     if (path / TRACKER_FILE).is_file():
         return True
     return path.is_dir() and _is_checkpoint_name(path.name)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
-    """Find the checkpoint of a path.
+    """Find the checkpoint that a path names.
 
     Args:
-        path: ``DIR`` (for the iteration in its tracker), ``DIR/iter_*`` or ``DIR/release``.
+        path: ``DIR/iter_*`` or ``DIR/release``; or ``DIR``, for the checkpoint in its tracker.
 
     Raises:
-        InputError: no such folder, no or a broken tracker, a tracked iteration that is gone, an
-            iteration whose save was interrupted, or no architecture.json.
+        InputError: no such folder, a missing or broken tracker, a tracked checkpoint that is gone,
+            an iteration whose save was interrupted, or no architecture.json.
     """
     given = Path(path)
     if not given.is_dir():
         raise InputError(str(given), rule="it must be a checkpoint folder", fix=_GIVE)
-    # Path.resolve() would follow an iteration that is a link to another disk, away from its root.
+    # Not Path.resolve(): if the iteration is a link to another disk, that would lose its root.
     absolute = Path(os.path.abspath(given))
     if _is_checkpoint_name(absolute.name) and not (absolute / TRACKER_FILE).exists():
         root, iteration_dir = absolute.parent, absolute
@@ -144,10 +148,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
 
 
 def tracked_iteration(root: Path) -> int | None:
-    """Return the iteration that the tracker names.
-
-    None for a release, or without a readable tracker.
-    """
+    """Return the iteration in the tracker; None for a release or without a readable tracker."""
     try:
         text = (root / TRACKER_FILE).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -156,7 +157,7 @@ def tracked_iteration(root: Path) -> int | None:
 
 
 def write_tracker(root: Path, iteration: int | None) -> None:
-    """Make ``iteration`` the one that Megatron's ``--load`` loads; None: the release."""
+    """Make Megatron's ``--load`` load ``iteration``; None: the release."""
     write_text(root / TRACKER_FILE, RELEASE if iteration is None else str(iteration))
 
 
@@ -169,7 +170,7 @@ def read_architecture(root: Path) -> Mellum2Architecture:
     """Read ``architecture.json`` of a checkpoint folder.
 
     Raises:
-        InputError: it is absent or is not a valid architecture.
+        InputError: the file is absent or holds no valid architecture.
     """
     path = root / ARCHITECTURE_FILE
     try:

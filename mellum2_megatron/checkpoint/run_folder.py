@@ -14,11 +14,11 @@ from mellum2_megatron.data.tokens.tokenizer import copy_tokenizer
 def write_run_folder(run: Run) -> None:
     """Write `run.yaml`, `architecture.json` and `tokenizer/` into the output folder.
 
-    Each of the three is replaced in one step, so a reader never finds half of it.
+    Each of the three is replaced in one step, so no reader finds it half-written.
     """
     root = output_folder(run)
     root.mkdir(parents=True, exist_ok=True)
-    # On a resume, run.yaml is replaced too: it describes the run's latest start.
+    # A resume replaces run.yaml too, so the file describes the latest start.
     write_text(root / RUN_FILE, to_yaml(run))
     write_architecture(root, run.architecture)
     with atomic_directory(root / TOKENIZER_FOLDER, overwrite=True) as folder:
@@ -29,7 +29,7 @@ def read_run(path: Path) -> Run:
     """Read a resolved run.
 
     Raises:
-        InputError: no such file, or not a resolved run.
+        InputError: there is no such file, or it is not a resolved run.
     """
     try:
         text = path.read_text(encoding="utf-8")

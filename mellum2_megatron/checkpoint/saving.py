@@ -1,8 +1,8 @@
 """Additions of a training run to Megatron's saves: an empty folder, a manifest, pruning.
 
-Megatron writes into ``iter_*`` in place, whatever is there, and moves its tracker once all ranks
-are done. Before the tracker moves, each rank hashes the files that it has just written: they are
-still in the page cache. ``training/hooks.py`` puts the wrappers in place.
+Megatron writes into ``iter_*`` in place, over whatever is there, and moves its tracker once all
+ranks are done. Before the tracker moves, each rank hashes the files that it has just written, while
+they are in the page cache. ``training/hooks.py`` installs the wrappers.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 def remove_partial_checkpoints(root: Path) -> None:
     """Delete and log half-written checkpoints of a killed run; one rank calls it.
 
-    Half-written: no completeness mark (`is_complete`), and nothing but files. A folder with folders
-    inside is in Megatron's older format.
+    A checkpoint is half-written if it is not complete (`is_complete`) and holds files only.
+    Megatron's older format has folders inside.
     """
     for folder in iteration_folders(root):
         if iteration_number(folder.name) is None or folder.is_symlink() or is_complete(folder):
@@ -53,7 +53,7 @@ def remove_partial_checkpoints(root: Path) -> None:
 
 
 def remove_old(root: Path, *, keep_last: int | None, retain_interval: int | None) -> None:
-    """Remove the checkpoints that a run does not keep. The tracked one and newer ones stay.
+    """Remove the checkpoints that a run does not keep; the tracked one and newer ones stay.
 
     Args:
         root: output folder of the run.
@@ -69,7 +69,7 @@ def remove_old(root: Path, *, keep_last: int | None, retain_interval: int | None
         for folder in iteration_folders(root)
         if not folder.is_symlink()
     ]
-    # Newer than the tracked one: left by a tracker that was set back by hand; not ours to remove.
+    # Checkpoints newer than the tracked one exist after a user set the tracker back: kept.
     saved = sorted(number for number in numbers if number is not None and number <= newest)
     for number in saved[: -(keep_last or 1)]:
         if retain_interval is None or number % retain_interval:
@@ -82,9 +82,9 @@ def with_manifest(
     """Wrap `dist_checkpointing.save`: empty the folder first, write a manifest last.
 
     Args:
-        save: called by every rank with state and folder. It returns None or, when asynchronous, a
-            request with a list of functions to call at its end.
-        extra_save: called on rank 0 with the empty folder, to add a file to the checkpoint.
+        save: called on every rank with state and folder. Returns None or, for an asynchronous save,
+            a request with a list of functions to call at its end.
+        extra_save: called on rank 0 with the emptied folder, to add a file to the checkpoint.
     """
     import torch
 
@@ -96,6 +96,7 @@ def with_manifest(
             extra_save(path)
         torch.distributed.barrier()
         request = save(state, folder, *args, **kwargs)
+        # An asynchronous save has written nothing yet: the manifest must follow its last file.
         if request is None:
             _write_manifest(path)
         else:
@@ -113,14 +114,15 @@ def with_retention(
 ) -> Callable[..., None]:
     """Wrap `megatron.training.checkpointing.save_checkpoint`: save a step once, then prune.
 
-    Megatron saves some steps twice, as one at which the batch grows (training.py:3772, 0.19.2). The
-    second save would overwrite the newest checkpoint, and a crash in it would cost all steps since
-    the one before.
+    Megatron saves some steps twice, such as a step at which the batch grows (training.py:3772,
+    0.19.2). The second save would overwrite the newest checkpoint, and a crash during it would lose
+    all steps since the checkpoint before.
 
     Args:
-        save_checkpoint: called by every rank, with the iteration first.
+        save_checkpoint: called on every rank, with the iteration first.
         settings: checkpoint settings of the run.
-        paused: context manager for the time of a save, in which no micro-batch starts.
+        paused: context manager that suspends the hang watch during a save, in which no micro-batch
+            starts.
     """
     import torch
 
@@ -141,17 +143,17 @@ def with_retention(
                     keep_last=settings.keep_last,
                     retain_interval=settings.retain_interval,
                 )
-            except OSError as error:  # no reason to end a run
+            except OSError as error:  # a checkpoint too many is no reason to end a run
                 logger.warning("an old checkpoint could not be removed: %s", error)
 
     return save_and_prune
 
 
 def _empty(folder: Path) -> None:
-    """Empty a folder.
+    """Empty a folder, the ``.json`` files first.
 
-    The ``.json`` files go first, among them the completeness mark: an interruption in between must
-    not leave a checkpoint that counts as complete.
+    `LAST_FILE` is one of them. An interruption then never leaves a checkpoint that counts as
+    complete.
     """
     for entry in sorted(folder.iterdir(), key=lambda entry: not entry.name.endswith(".json")):
         if entry.is_dir() and not entry.is_symlink():
@@ -173,7 +175,7 @@ def _write_manifest(folder: Path) -> None:
     try:
         own = hash_files(sorted(folder.glob(f"__{rank}_*")))
     except OSError as error:
-        own = str(error)  # raised below by all ranks: one alone would leave the others waiting
+        own = str(error)  # raised below by all ranks; one alone would leave the others waiting
     parts: list[dict[str, FileRecord] | str] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, own)
     failed = [f"rank {index}: {part}" for index, part in enumerate(parts) if isinstance(part, str)]
@@ -188,7 +190,8 @@ def _write_manifest(folder: Path) -> None:
         for part in parts:
             assert not isinstance(part, str)
             records |= part
-        # Files of no rank: Megatron's common state and metadata, the guard's state, run_config.
+        # Files that belong to no rank: Megatron's common state and metadata, stability.json and
+        # run_config.yaml.
         others = [
             file
             for file in folder.iterdir()

@@ -1,7 +1,7 @@
-"""The place a run starts from: nothing, its own checkpoint, another run's state or its weights.
+"""The starting point of a run: nothing, its own checkpoint, another run's state or its weights.
 
-`StartingPoint.of` decides it once in a process. The value is handed on to everything that depends
-on it: rules, checks of the run folder, Megatron's arguments, the main of each rank.
+`StartingPoint.of` decides it once in a process. Rules, checks of the run folder, Megatron's
+arguments and the main of each rank all use that one value.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Kind = Literal["new", "resume", "continue", "weights"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartingPoint:
-    """The checkpoint that a run loads, and the run that wrote it.
+    """The checkpoint that a run loads, and the run that wrote the checkpoint.
 
     Attributes:
         kind: ``new``: random weights. ``resume``: all state of the newest checkpoint in the run's
             own folder. ``continue``: all state of another run (`checkpoint.continue_from`).
             ``weights``: weights only (`checkpoint.load`).
-        folder: folder that the run names for this kind; None for a new run.
+        folder: value of the run's key for this kind, such as `checkpoint.load`; None for a new run.
         checkpoint: checkpoint in ``folder``; None for a new run, or with a ``checkpoint_error``.
         before: run that wrote the checkpoint, from the `run.yaml` beside it; None without that
             file (an import), or with a ``before_error``.
-        checkpoint_error: reason why ``folder`` holds no usable checkpoint.
-        before_error: reason why `run.yaml` cannot be read.
+        checkpoint_error: error of a ``folder`` without usable checkpoint; None: no error.
+        before_error: error of reading `run.yaml`; None: no error.
     """
 
     kind: Kind
@@ -51,15 +51,15 @@ class StartingPoint:
     def of(cls, run: Run) -> StartingPoint:
         """Find the starting point of a run on this machine's disks.
 
-        Errors are kept in the value, not raised. Each check raises the one that concerns it, after
-        whatever it has to check first.
+        Errors are kept in the value, not raised. A check raises the error that concerns it, at its
+        own place in the order of checks.
 
-        Every rank calls this for itself before training starts. No rank writes a checkpoint before
-        all of them have, so all get the same answer.
+        Every rank calls this for itself. All get the same result, because no rank writes a
+        checkpoint before all ranks have called it.
         """
         settings = run.checkpoint
         kind: Kind
-        # A checkpoint of its own comes first: other folders are for the run's first start.
+        # The run's own checkpoint comes first; other folders only serve its first start.
         if settings.output is not None and (Path(settings.output) / TRACKER_FILE).is_file():
             kind, folder = "resume", Path(settings.output)
         elif settings.continue_from is not None:
@@ -75,8 +75,8 @@ class StartingPoint:
         except InputError as error:
             checkpoint_error = error
         root = folder if checkpoint is None else checkpoint.root
-        # A folder without a checkpoint may hold the run.yaml of a run that never saved: it wrote
-        # nothing that could be loaded. A broken tracker, in contrast, is one of a run that did.
+        # Without checkpoint and tracker, run.yaml belongs to a run that never saved: nothing of it
+        # is loaded. With a broken tracker it belongs to a run that did.
         has_saved = checkpoint is not None or (root / TRACKER_FILE).is_file()
         if has_saved and (root / RUN_FILE).is_file():
             try:
@@ -99,15 +99,15 @@ class StartingPoint:
 
     @property
     def names_iteration(self) -> bool:
-        """True if `folder` is one checkpoint inside a run's folder, not that run's newest."""
+        """True if `folder` is a single ``iter_*`` or ``release``, not a whole run folder."""
         if self.folder is None or self.checkpoint is None:
             return False
-        # As `find_checkpoint` makes the root: without following links.
+        # abspath, not resolve, because `find_checkpoint` does not follow links either.
         return self.checkpoint.root != Path(os.path.abspath(self.folder))
 
     @property
     def step(self) -> int | None:
-        """Last step of the loaded training state; None without state, as for a release."""
+        """Step of the loaded training state; None if only weights, or nothing, are loaded."""
         if not self.has_state or self.checkpoint is None:
             return None
         return self.checkpoint.iteration
@@ -116,7 +116,7 @@ class StartingPoint:
         """Return the checkpoint of a run that is not new.
 
         Raises:
-            InputError: there is none that can be used.
+            InputError: there is no usable checkpoint.
         """
         if self.checkpoint_error is not None:
             raise self.checkpoint_error
@@ -124,7 +124,7 @@ class StartingPoint:
         return self.checkpoint
 
     def line(self, run: Run) -> str:
-        """Return the sentence about its start that a run prints, once it is checked."""
+        """Return the first line that a run prints: its starting point, after all checks."""
         if self.kind == "new":
             return f"{run.name} starts anew in {run.checkpoint.output}"
         checkpoint = self.require_checkpoint()

@@ -1,7 +1,7 @@
 """`mellum2`: a file per command, and the only package here that imports conversion and launchers.
 
-`mellum2 recipes` loads every file of this package. The files therefore import a command's library
-inside the function that runs it: torch alone takes seconds.
+Every `mellum2` command loads every file of this package. A file therefore imports the library of
+its command inside the function that runs it: torch alone takes seconds.
 """
 
 

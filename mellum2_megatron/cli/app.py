@@ -1,4 +1,4 @@
-"""The commands of `mellum2`, put together, and how each of them ends."""
+"""The command line `mellum2`: its commands in panels, and its exit codes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Convert and compare": (verify, score, generate),
     "Publish": (release, check_release),
 }
-"""Panel of `mellum2 --help` -> its commands, each called like its function."""
+"""Panel of `mellum2 --help` -> its commands. A command has the name of its function."""
 
 for panel, commands in COMMANDS.items():
     for command in commands:
@@ -53,13 +53,13 @@ def main() -> None:
     Exit codes: 0 on success, 2 for bad input, 1 for a failure at work, 130 when interrupted.
     """
     try:
-        # Without the name, `python -m mellum2_megatron` would be called that in its own help.
+        # The help must show `mellum2`, also when called as `python -m mellum2_megatron`.
         app(prog_name="mellum2")
     except Mellum2Error as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        # A refusal of the system that no library expected, most often a full disk. Its own words
-        # are clear, and a traceback would hide them.
+        # An error of the operating system that no library expected, most often a full disk. Its
+        # message is clear, and a traceback would bury it.
         where = f": {error.filename}" if error.filename else ""
         _fail(
             f"{error.strerror or error}{where}. "
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    # Plain and unwrapped: paths and values stay in one piece for grep and for copying.
+    # Not through rich, which would break a path over two lines.
     sys.stderr.write(f"error: {message}\n")
     sys.exit(code)
 
@@ -80,7 +80,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-# typer makes a callback's parameters options of `mellum2` itself.
+# An empty function: typer makes its parameters the options of `mellum2` itself.
 @app.callback()
 def _options_of_mellum2(
     version: Annotated[

@@ -1,4 +1,4 @@
-"""`mellum2 check-release`: is a Hugging Face folder fit to publish?"""
+"""`mellum2 check-release`: checks of a Hugging Face folder before it is published."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def check_release(
         folder, member=member, text=text, min_acceptance=min_acceptance, skip_run=skip_run
     )
     if as_json:
+        # Not through rich, which would wrap lines inside JSON strings.
         sys.stdout.write(json.dumps(report.to_dict(), indent=2) + "\n")
     else:
         console.print(report.table())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,11 +22,11 @@ convert_app = typer.Typer(
 HfPath = Annotated[Path, typer.Option("--hf-path", "--hf-model", help="Hugging Face folder")]
 TorchDtype = Annotated[
     str | None,
-    typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: as it is"),
+    typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: unchanged"),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", help="layers converted at a time; default: one per core, at most 8"),
+    typer.Option("--workers", help="layers converted at once; default: one per core, at most 8"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")]
 SkipHashes = Annotated[
@@ -37,9 +35,10 @@ SkipHashes = Annotated[
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="convert NaN and infinite values as they are")
 ]
+# Checks only: a torch_dist checkpoint is the same for every layout.
 _Ways = Annotated[
     int,
-    typer.Option(help="ways the model must be divisible by; the checkpoint serves every layout"),
+    typer.Option(help="refuse a model that does not divide by this; the checkpoint is the same"),
 ]
 
 
@@ -60,23 +59,31 @@ def convert_import(
 ) -> None:
     """Convert a Hugging Face folder to a Megatron checkpoint (torch_dist).
 
-    The checkpoint serves every layout. After an interruption the same command continues.
+    The checkpoint serves every layout. After an interruption the same command resumes.
     """
     from conversion.convert import import_hf, plan_import
     from mellum2_megatron.config import Layout
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
-    with _layout_by_option():
+    try:
         result = (plan_import if dry_run else import_hf)(
             hf_path,
             megatron_path,
             dtype=torch_dtype,
             overwrite=overwrite,
             workers=workers,
+            # Sequence parallelism is no choice here: Layout requires it with tp > 1.
             layout=Layout(tp=tp, sp=tp > 1, pp=pp, ep=ep, etp=etp),
             checks=_checks(skip_hashes, allow_nonfinite),
         )
+    except InputError as error:
+        # Keys of a run become the options of this command: `layout.ep=3` is `--ep 3` here.
+        value, rule, fix = (
+            re.sub(r"layout\.(\w+)=", r"--\1 ", text)
+            for text in (error.value, error.rule, error.fix)
+        )
+        raise InputError(value, rule=rule, fix=fix) from error
     print_line(str(result))
 
 
@@ -94,7 +101,7 @@ def convert_export(
 ) -> None:
     """Convert a Megatron checkpoint to a Hugging Face folder.
 
-    The folder has the released layout. After an interruption the same command continues.
+    The folder has the released layout. After an interruption the same command resumes.
     """
     from conversion.convert import export_hf, plan_export
     from mellum2_megatron.upstream import quiet_upstream
@@ -155,19 +162,6 @@ def convert_stitch_mtp(
         checks=_checks(skip_hashes, allow_nonfinite),
     )
     print_line(str(report))
-
-
-@contextmanager
-def _layout_by_option() -> Iterator[None]:
-    """Rewrite keys in errors as this command's options: ``layout.ep=3`` becomes ``--ep 3``."""
-    try:
-        yield
-    except InputError as error:
-        value, rule, fix = (
-            re.sub(r"layout\.(\w+)=", r"--\1 ", text)
-            for text in (error.value, error.rule, error.fix)
-        )
-        raise InputError(value, rule=rule, fix=fix) from error
 
 
 def _checks(skip_hashes: bool, allow_nonfinite: bool) -> TensorChecks:

@@ -1,4 +1,4 @@
-"""`mellum2 data`: prepare."""
+"""`mellum2 data prepare`: text to training-ready tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def prepare(
         typer.Option(
             "--max-megabytes",
             min=0,
-            help="size of an even sample of the text, 0 for all of it; default: 32 MiB",
+            help="size of an even sample of the text; 0: all of it; default: 32 MiB",
         ),
     ] = None,
     valid_fraction: Annotated[
@@ -62,7 +62,7 @@ def prepare(
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
-    # Megabytes of 10^6 bytes, 0 for no limit; `prepare` takes None for that.
+    # `prepare` takes bytes, and None for no limit. min=0 lets NaN and infinity through.
     if max_megabytes is None:
         max_bytes: int | None = DEFAULT_MAX_BYTES
     elif math.isfinite(max_megabytes):

@@ -17,6 +17,7 @@ from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError
 
 _PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "transformers")
+"""Required packages; the optional ones are in `planning.optional_packages`."""
 
 
 def doctor(
@@ -44,7 +45,8 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
     Args:
         recipe: name of a recipe, or path of a resolved run.
         overrides: `key=value` words.
-        nproc, device: as for `mellum2 train`.
+        nproc: number of ranks; None: that of the layout.
+        device: `auto`, `cpu` or `cuda`.
 
     Raises:
         InputError: `device` is none of "auto", "cpu" and "cuda".
@@ -52,15 +54,15 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
     from mellum2_megatron.planning.resolve import plan, resolve_run
     from mellum2_megatron.planning.rules import check
 
-    # A run that cannot even be resolved is a finding of `doctor`, on standard output like others.
+    # A run that cannot be resolved is a result of `doctor` too, so it goes to standard output.
     try:
         run = resolve_run(recipe, overrides)
     except InputError as error:
         print_line(f"refused  {error}")
         return False
-    where, ranks = plan(run, device, nproc)
-    violations = check(run, ranks, where)
-    title = f"{run.name} on {ranks} {where} rank(s)"
+    planned_device, ranks = plan(run, device, nproc)
+    violations = check(run, ranks, planned_device)
+    title = f"{run.name} on {ranks} {planned_device} rank(s)"
     if not violations:
         print_line(f"{title}: breaks no rule")
         return True
@@ -79,6 +81,7 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
 
 
 def _print_machine() -> None:
+    """Print Python, cores, disk, GPUs and packages of this machine."""
     import torch
     from rich.markup import escape
 
@@ -89,7 +92,7 @@ def _print_machine() -> None:
     table.add_column(overflow="fold")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
-    # The cores this process may use: a container or a Slurm job often has fewer than the machine.
+    # Cores that this process may use: a container or a Slurm job often has fewer than the machine.
     table.add_row("cores, free disk here", f"{len(os.sched_getaffinity(0))}, {free:,.0f} GiB")
     gpus = (
         "none: everything but speed runs on the CPU backend (--device cpu); no FP8, no te backend"
@@ -101,5 +104,6 @@ def _print_machine() -> None:
     for package in _PACKAGES:
         table.add_row(package, importlib.metadata.version(package))
     for optional in find_optional_packages():
+        # Escaped, because rich would read 'mellum2-megatron[te]' as markup and drop the brackets.
         table.add_row(optional.name, escape(f"{optional.state}: {optional.detail}"))
     console.print(table)

@@ -29,7 +29,7 @@ def generate(
 
     quiet_upstream()
     result = generate_text(hf_path, prompt, use_mtp=use_mtp, max_new_tokens=max_new_tokens)
-    # The text alone on standard output, so that it can be piped.
+    # Standard output has the text alone, so that it can be piped.
     sys.stdout.write(result.text + "\n")
     if use_mtp:
         sys.stderr.write(result.acceptance_line() + "\n")

@@ -33,12 +33,12 @@ def info(
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option("--nproc", min=1, help="world size in ranks; default: the recipe's own"),
+        typer.Option("--nproc", min=1, help="number of ranks; default: the recipe's own"),
     ] = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(
-            help="tokens per sequence, for the FLOPs; default: the recipe's, or the model's longest"
+            help="tokens a sequence, for the FLOPs; default: the recipe's, or the model's longest"
         ),
     ] = None,
     optimizer: Annotated[
@@ -77,9 +77,10 @@ def describe(
     Args:
         subject: recipe, resolved run file or preset; None beside `hf_path`.
         overrides: `key=value` words for a recipe.
-        hf_path: Hugging Face folder, in place of `subject`.
-        world_size: ranks, for the memory of one; None for the recipe's own.
-        sequence_length: tokens, for the FLOPs; None for the recipe's or the model's longest.
+        hf_path: Hugging Face folder, in place of `subject`; else None.
+        world_size: number of ranks, for memory and layout; None: the recipe's own.
+        sequence_length: tokens a sequence, for the FLOPs; None: the recipe's, else the longest that
+            the model takes.
         as_json: print JSON instead of tables.
 
     Raises:
@@ -105,13 +106,13 @@ def describe(
         if run is not None:
             sequence_length = sequence_length or run.data.sequence_length
             ranks = world_size or run.layout.world_size or run.layout.smallest_world_size
-            # Recipes are for GPUs, so the report is for GPUs, whatever this machine has.
+            # Figures of GPUs, for which recipes are made, whatever this machine has.
             backend = run.resolved_backend("cuda")
             memory = memory_per_rank(run, world_size=ranks, backend=backend)
             layout = layout_report(run, world_size=ranks)
             title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
     report = architecture_report(architecture, sequence_length=sequence_length, memory=memory)
-    report |= {"layout": layout}
+    report |= {"layout": layout}  # in JSON null without a run, so that the key is always there
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
         return
@@ -129,10 +130,9 @@ def describe_optimizer(
     world_size: int | None,
     as_json: bool,
 ) -> None:
-    """Print how each weight of a recipe's model is updated; arguments as for `describe`.
+    """Print the update of each weight of a recipe's model; arguments as for `describe`.
 
-    Weights have the names that Transformer Engine's modules give them, unless the run sets
-    `backend=torch`.
+    Names of weights are those of Transformer Engine's modules, unless the run sets `backend=torch`.
 
     Raises:
         InputError: not a recipe, an unknown name, or a layout that does not fit.
@@ -165,7 +165,7 @@ def _read_subject(subject: str, overrides: Sequence[str]) -> tuple[Run | None, M
     from mellum2_megatron.recipes import recipe_names
 
     if subject in PRESETS:
-        # A preset is a constant; overriding it would describe a model that no recipe trains.
+        # A preset is a constant. Overrides would describe a model that no recipe trains.
         if overrides:
             raise InputError(
                 f"{subject} {overrides[0]}",
@@ -173,6 +173,7 @@ def _read_subject(subject: str, overrides: Sequence[str]) -> tuple[Run | None, M
                 fix="name a recipe instead of a preset",
             )
         return None, PRESETS[subject]
+    # Checked here, because `recipe` would suggest recipes only, not presets.
     if subject not in recipe_names() and not subject.endswith((".yaml", ".yml")):
         raise InputError(
             f"{subject!r}",

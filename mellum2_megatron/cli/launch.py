@@ -17,7 +17,6 @@ from mellum2_megatron.cli.options import AsJson, Overrides, RecipeOrRun
 from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError, WorkError
 
-# Commands import the launchers themselves, so that `mellum2 --help` loads none of them.
 if TYPE_CHECKING:
     from launchers.status import Status
     from launchers.submission import Submission
@@ -100,7 +99,7 @@ def launch_run(
     assumed_tflops: AssumedTflops = None,
 ) -> None:
     """Submit a run. The word `run` can be left out: `mellum2 launch RECIPE ...`."""
-    from launchers.submission import choose_profile, prepare, run_to_launch
+    from launchers.submission import choose_profile, prepare, require_nemo_run, run_to_launch
 
     _check_render(render)
     if follow and array:
@@ -124,9 +123,18 @@ def launch_run(
     if dry_run or render:
         _show([submission], dry_run=dry_run, render=render, tflops=assumed_tflops)
     elif site.executor == "local":
-        _run_here(submission)
+        require_nemo_run()
+        # After the check, which names the extra that installs NeMo-Run.
+        from launchers import nemo
+
+        submission.write_code()
+        if not nemo.run_here(submission.job):
+            raise WorkError(
+                f"{submission.job.name} did not finish",
+                fix="see above; the same command resumes from the last checkpoint",
+            )
     else:
-        (job_id,) = _submit(submission.job.name, [submission])
+        (job_id,) = _submit(submission.job.name, [submission])  # an array is one job too
         if follow:
             raise typer.Exit(_follow(submission.job.folder, job_id, None))
 
@@ -188,10 +196,11 @@ def launch_status(
     runs: Annotated[Path, typer.Option("--runs", help="folder of the run folders")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Show where jobs are: state in Slurm, last step, end of the last attempt."""
+    """Show the progress of jobs: state in Slurm, last step, end of the last attempt."""
     from launchers.launch_record import read_launches
     from launchers.status import find_job, job_status, launched_folders
 
+    # A run that was launched on this machine has no job to ask Slurm about.
     words = which or [
         str(folder)
         for folder in launched_folders(runs)
@@ -205,6 +214,7 @@ def launch_status(
         )
     statuses = [status for word in words for status in job_status(*find_job(word))]
     if as_json:
+        # JSON has no paths; a job without a run folder keeps null.
         plain = [
             dataclasses.asdict(status) | {"folder": status.folder and str(status.folder)}
             for status in statuses
@@ -237,10 +247,10 @@ def launch_logs(
     folder, job = find_job(which)
     if folder is None:
         raise InputError(
-            which, rule="Slurm no longer knows where its logs are", fix="give the run's folder"
+            which, rule="Slurm no longer has the folder of its logs", fix="give the run's folder"
         )
     number, task = slurm.job_number(job)
-    # Each task of an array has logs of its own.
+    # Each task of an array has its own logs, so a task must be named.
     tasks = [state.job_id for state in slurm.states(number)]
     if task is None and any("_" in job_id for job_id in tasks):
         raise InputError(
@@ -261,6 +271,7 @@ def launch_logs(
             fix="`mellum2 launch status` shows whether it runs",
         )
     for path in paths:
+        # As `tail` does for several files.
         if len(paths) > 1:
             sys.stdout.write(f"==> {path} <==\n")
         sys.stdout.write(path.read_text(encoding="utf-8", errors="replace"))
@@ -282,13 +293,13 @@ def launch_cancel(
 
 def _check_render(render: str | None) -> None:
     if render not in (None, "sbatch"):
-        raise InputError(f"--render {render}", rule="there is sbatch", fix="use --render sbatch")
+        raise InputError(f"--render {render}", rule="must be sbatch", fix="use --render sbatch")
 
 
 def _show(
     submissions: Sequence[Submission], *, dry_run: bool, render: str | None, tflops: float | None
 ) -> None:
-    """Print previews, or with ``render`` scripts; without ``dry_run`` write the scripts too."""
+    """Print previews or, with ``render``, scripts; write the scripts unless ``dry_run`` is set."""
     from launchers.batch_job import write_job
     from launchers.preview import show
     from launchers.sbatch import render as render_script
@@ -311,13 +322,14 @@ def _show(
                 notes=[*submission.package.notes, *problems],
             )
             continue
-        # stdout carries scripts alone, so that it can be redirected into a file.
+        # Standard output has scripts alone, so that it can be redirected into a file.
         for problem in submission.problems:
             sys.stderr.write(f"would be refused now: {problem}\n")
         if not dry_run:
             submission.write_code()
             script = shlex.quote(str(write_job(job)))
             command = f"sbatch {script}"
+            # The job number of the stage before is known only once it is submitted.
             if submission.after:
                 command = (
                     f"sbatch --dependency=afterok:JOB --kill-on-invalid-dep=yes {script}"
@@ -341,7 +353,7 @@ def _submit(title: str, submissions: Sequence[Submission]) -> list[str]:
     require_nemo_run()
     for submission in submissions:
         require_idle(submission.job.folder)
-    # After the checks: this import takes seconds.
+    # After the checks, because this import takes seconds.
     from launchers import nemo
 
     lines = [
@@ -349,9 +361,9 @@ def _submit(title: str, submissions: Sequence[Submission]) -> list[str]:
         for submission in submissions
         for line in (*submission.package.notes, *warnings(submission.job))
     ]
-    for line in dict.fromkeys(lines):  # the stages of a chain share most remarks
+    for line in dict.fromkeys(lines):  # stages of a chain have most lines in common
         print_line(line)
-    # After the checks of all jobs: a refused one leaves nothing behind.
+    # Written only after the checks of all jobs, so that a refusal leaves nothing behind.
     for submission in submissions:
         submission.write_code()
     nemo.submit(title, submissions)
@@ -367,20 +379,6 @@ def _submit(title: str, submissions: Sequence[Submission]) -> list[str]:
         f"`mellum2 launch status {job_ids[0]}`, `logs` and `cancel` take the number or the folder"
     )
     return job_ids
-
-
-def _run_here(submission: Submission) -> None:
-    from launchers.submission import require_nemo_run
-
-    require_nemo_run()
-    from launchers import nemo
-
-    submission.write_code()
-    if not nemo.run_here(submission.job):
-        raise WorkError(
-            f"{submission.job.name} did not finish",
-            fix="see above; the same command resumes from the last checkpoint",
-        )
 
 
 def _follow(folder: Path, job_id: str, rank: int | None) -> int:
@@ -414,6 +412,7 @@ def _print_statuses(statuses: Sequence[Status]) -> None:
             "-" if status.folder is None else str(status.folder),
         )
     console.print(table)
+    # Below the table, because a reason is a sentence and would not fit a column.
     for status in statuses:
         if status.reason:
             print_line(f"{status.job_id}: {status.reason}")

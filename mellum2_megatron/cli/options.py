@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, each with its help text."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-# rich reads square brackets in a help text as markup: "[b, s]" would vanish from the screen. typer
-# keeps the line breaks of a command's docstring: below the first line, one sentence a line.
+# No square brackets in help texts: rich reads "[b, s]" as markup and drops it. In a command's
+# docstring, one sentence a line below the first: typer keeps the line breaks.
 
 RecipeOrRun = Annotated[
     str, typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe name or resolved run file")
@@ -21,7 +21,7 @@ Nproc = Annotated[
     typer.Option(
         "--nproc",
         min=1,
-        help="ranks on this machine; default: one per GPU, on a CPU the fewest the layout needs",
+        help="ranks on this machine; default: one per GPU; on a CPU as few as the layout needs",
     ),
 ]
 DeviceChoice = Annotated[
@@ -32,7 +32,7 @@ MegatronPath = Annotated[
 ]
 HfPath = Annotated[Path, typer.Option("--hf-path", help="Hugging Face folder")]
 TokenizerPath = Annotated[
-    Path | None, typer.Option("--tokenizer", help="take the tokenizer files from this folder")
+    Path | None, typer.Option("--tokenizer", help="folder to take the tokenizer files from")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]

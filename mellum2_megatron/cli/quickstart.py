@@ -25,7 +25,7 @@ def quickstart(
 ) -> None:
     """Go all the way on a CPU, from text to a verified Hugging Face model.
 
-    Corpus, tokens, training on two ranks, export, verification and generation.
+    The steps are corpus, tokens, training on two ranks, export, verification and generation.
     """
     from launchers.quickstart import run_quickstart
     from mellum2_megatron.upstream import quiet_upstream

@@ -1,4 +1,4 @@
-"""`mellum2 recipes`."""
+"""`mellum2 recipes`: names and descriptions of all recipes."""
 
 from __future__ import annotations
 

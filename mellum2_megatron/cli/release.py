@@ -50,7 +50,7 @@ def release(
     """Make a folder that can be published from a Megatron checkpoint.
 
     Adds tokenizer, licence, model card and verification card to the weights.
-    The folder appears only if every check of it passes.
+    The folder appears only if it passes every check.
     """
     from conversion.release.release import release as make_release
     from mellum2_megatron.upstream import quiet_upstream

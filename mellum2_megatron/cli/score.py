@@ -1,4 +1,4 @@
-"""`mellum2 score`: logits of a checkpoint, of either kind."""
+"""`mellum2 score`: logits of a Megatron checkpoint or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def score(
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
-    # Neither checkpoint is required here: `score_file` refuses none and both in one message.
+    # Both options are optional for typer: `score_file` refuses none and both with one message.
     score_file(tokens, out, megatron_path=megatron_path, hf_path=hf_path)
     print_line(f"wrote {out}")

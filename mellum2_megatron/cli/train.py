@@ -40,5 +40,5 @@ def train(
         dry_run=dry_run,
         verbose=verbose,
     )
-    # Passed on as it is: batch systems requeue on 75, and shells read 128 + the signal.
+    # Unchanged: batch jobs start again on 75, and shells read 128 + N as signal N.
     raise typer.Exit(code)

@@ -21,7 +21,7 @@ def verify(
         ),
     ] = None,
     every_layer: Annotated[
-        bool, typer.Option("--layers", help="hidden states of every layer, not of every layer type")
+        bool, typer.Option("--layers", help="list hidden states by layer, not by layer type")
     ] = False,
 ) -> None:
     """Compare logits and hidden states of a checkpoint and a Hugging Face folder.

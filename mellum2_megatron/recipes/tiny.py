@@ -60,7 +60,7 @@ STAGE_SOURCES = {
     **OVERLAP_SOURCES,
     "precision": BF16,
     "precision.fp8_param_gather": BF16,
-    "schedule.micro_batch_size": "ours: the first batch, 4, is one micro-batch on each of two ranks",
+    "schedule.micro_batch_size": "ours: the first batch of 4 is one micro-batch on each rank",
     "data.seed": "ours: the phases share one corpus, and each shuffles it differently",
 }
 
