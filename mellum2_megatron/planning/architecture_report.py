@@ -185,10 +185,10 @@ def render(report: Mapping[str, Any], *, title: str = "Mellum 2") -> RenderableT
     for table in tables:
         parts += ["", table] if parts else [table]
     if report["misaligned_dimensions"]:
-        sizes = ", ".join(
+        dimensions = ", ".join(
             f"{name} = {size}" for name, size in report["misaligned_dimensions"].items()
         )
-        parts.append(f"Not a multiple of 128 (slower and no FP8 on GPUs, report §2): {sizes}")
+        parts.append(f"Not a multiple of 128 (slower and no FP8 on GPUs, report §2): {dimensions}")
     return Group(*parts)
 
 

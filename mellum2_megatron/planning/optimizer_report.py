@@ -233,10 +233,10 @@ def render_optimizer(report: Mapping[str, Any], *, title: str) -> RenderableType
         )
     parts: list[RenderableType] = [weights]
     if report["owners"]:
-        names = ("stage", "group", "ranks", "matrices", "a rank", "most / mean")
+        columns = ("stage", "group", "ranks", "matrices", "a rank", "most / mean")
         owners = _table(
             "Owners of Muon's matrices",
-            {name: "left" if name == "group" else "right" for name in names},
+            {column: "left" if column == "group" else "right" for column in columns},
         )
         for row in report["owners"]:
             counts = row["matrices_per_rank"]
