@@ -19,6 +19,7 @@ convert_app = typer.Typer(
     help="Convert checkpoints between Megatron and Hugging Face.", no_args_is_help=True
 )
 
+# --hf-model is Megatron-Bridge's name of the option.
 HfPath = Annotated[Path, typer.Option("--hf-path", "--hf-model", help="Hugging Face folder")]
 TorchDtype = Annotated[
     str | None,

@@ -48,6 +48,7 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Print parameters, FLOPs per token and, for a recipe, memory per rank."""
+    # Separate functions: the optimizer's report needs a run, the other one only a model.
     if optimizer:
         describe_optimizer(
             subject, overrides or [], hf_path=hf_path, world_size=nproc, as_json=as_json

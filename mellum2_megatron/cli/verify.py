@@ -34,6 +34,7 @@ def verify(
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
+    # None: `verify` draws random tokens, the same ones on every call.
     ids = read_tokens(tokens) if tokens is not None else None
     report = verify_logits(megatron_path, hf_path, ids)
     console.print(report.table())

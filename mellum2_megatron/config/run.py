@@ -341,11 +341,11 @@ def from_yaml(text: str) -> Run:
         InputError: not YAML, an unknown or missing key, or a value of another type, each naming the
             full key.
     """
-    values = read_yaml(text, document="run file", fix="give a file that `mellum2 train` wrote")
-    return from_mapping(Run, values, document="run file", on_default=_warn_of_default)
 
-
-def _warn_of_default(key: str) -> None:
     # `to_yaml` writes every key, so that a new default cannot change an old run. A missing key is
     # therefore younger than the file.
-    logger.warning("the run file is from before %s existed; taking its default", key)
+    def warn_of_default(key: str) -> None:
+        logger.warning("the run file is from before %s existed; taking its default", key)
+
+    values = read_yaml(text, document="run file", fix="give a file that `mellum2 train` wrote")
+    return from_mapping(Run, values, document="run file", on_default=warn_of_default)

@@ -125,7 +125,7 @@ def computes_in_fp8(
     if weight.component not in ("attention", "experts"):
         return False
     layer = weight.name.removeprefix("decoder.layers.").split(".")[0]
-    # No digits in the MTP layer's name: it follows precision.compute (see `Precision`).
+    # A decoder layer has a number here. The MTP layer has none: it follows precision.compute.
     if layer.isdigit():
         end = architecture.num_hidden_layers - precision.bf16_last_layers
         return precision.bf16_first_layers <= int(layer) < end

@@ -63,62 +63,48 @@ class _Candidate:
         return OptionalPackage(name=self.name, state="present", detail=f"{version}; {self.use}")
 
 
-_TRANSFORMER_ENGINE = _Candidate(
-    name="Transformer Engine",
-    module="transformer_engine",
-    distribution="transformer-engine",
-    use="the te backend: fused attention, grouped GEMM, FP8",
-    loss="no te backend, so no FP8 and no grouped GEMM; pip install 'mellum2-megatron[te]'",
-)
-_FLASH_ATTENTION = _Candidate(
-    name="FlashAttention",
-    module="flash_attn",
-    distribution="flash-attn",
-    use="one of Transformer Engine's attention backends",
-    loss="Transformer Engine uses cuDNN's fused attention instead",
-)
-_NEMO_RUN = _Candidate(
-    name="NeMo-Run",
-    module="nemo_run",
-    distribution="nemo-run",
-    use="launching on a cluster",
-    loss="`mellum2 launch` only writes sbatch scripts; "
-    "pip install -c constraints.txt 'mellum2-megatron[launch]'",
-)
-_RESILIENCY = _Candidate(
-    name="NVIDIA resiliency extension",
-    module="nvidia_resiliency_ext",
-    distribution="nvidia-resiliency-ext",
-    use="NeMo-Run's fault-tolerance launcher",
-    loss="not needed: our jobs resume without it; NeMo-Run's fault-tolerance launcher needs it",
-)
-_BRIDGE = _Candidate(
-    name="Megatron-Bridge",
-    module="megatron.bridge",
-    distribution="megatron-bridge",
-    use="conversion.bridge: AutoBridge and NeMo-RL",
-    loss="no conversion.bridge, which nothing else needs; scripts/setup_bridge.sh adds it",
-)
-_WANDB = _Candidate(
-    name="Weights & Biases",
-    module="wandb",
-    distribution="wandb",
-    use="logging.wandb",
-    loss="logs go to the console, JSON lines and TensorBoard only; "
-    "pip install 'mellum2-megatron[wandb]'",
-)
-
-
 def find_optional_packages() -> tuple[OptionalPackage, ...]:
-    """Look for every optional package; takes milliseconds, since nothing is imported."""
+    """Look for every optional package; takes milliseconds, because nothing is imported."""
     return (
-        _TRANSFORMER_ENGINE.find(),
+        _Candidate(
+            name="Transformer Engine",
+            module="transformer_engine",
+            distribution="transformer-engine",
+            use="the te backend: fused attention, grouped GEMM, FP8",
+            loss="no te backend, so no FP8 and no grouped GEMM; pip install 'mellum2-megatron[te]'",
+        ).find(),
         find_apex(),
-        _FLASH_ATTENTION.find(),
-        _NEMO_RUN.find(),
+        _Candidate(
+            name="FlashAttention",
+            module="flash_attn",
+            distribution="flash-attn",
+            use="one of Transformer Engine's attention backends",
+            loss="Transformer Engine uses cuDNN's fused attention instead",
+        ).find(),
+        _Candidate(
+            name="NeMo-Run",
+            module="nemo_run",
+            distribution="nemo-run",
+            use="launching on a cluster",
+            loss="`mellum2 launch` only writes sbatch scripts; "
+            "pip install -c constraints.txt 'mellum2-megatron[launch]'",
+        ).find(),
         find_resiliency(),
-        _BRIDGE.find(),
-        _WANDB.find(),
+        _Candidate(
+            name="Megatron-Bridge",
+            module="megatron.bridge",
+            distribution="megatron-bridge",
+            use="conversion.bridge: AutoBridge and NeMo-RL",
+            loss="no conversion.bridge, which nothing else needs; scripts/setup_bridge.sh adds it",
+        ).find(),
+        _Candidate(
+            name="Weights & Biases",
+            module="wandb",
+            distribution="wandb",
+            use="logging.wandb",
+            loss="logs go to the console, JSON lines and TensorBoard only; "
+            "pip install 'mellum2-megatron[wandb]'",
+        ).find(),
     )
 
 
@@ -151,12 +137,19 @@ def find_apex() -> OptionalPackage:
 
 def find_resiliency() -> OptionalPackage:
     """Look for NVIDIA's resiliency extension; one older than `OLDEST_RESILIENCY` is ``wrong``."""
+    candidate = _Candidate(
+        name="NVIDIA resiliency extension",
+        module="nvidia_resiliency_ext",
+        distribution="nvidia-resiliency-ext",
+        use="NeMo-Run's fault-tolerance launcher",
+        loss="not needed: our jobs resume without it; NeMo-Run's fault-tolerance launcher needs it",
+    )
     version = too_old_resiliency()
     if version is None:
-        return _RESILIENCY.find()
+        return candidate.find()
     fix = f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}', or remove it"
     return OptionalPackage(
-        name=_RESILIENCY.name,
+        name=candidate.name,
         state="wrong",
         detail=f"Megatron does not import beside {version}: {fix}",
     )

@@ -1,7 +1,7 @@
 """Four layers of the 12B at full width, for one GPU: all of the production path, little depth.
 
-`FOUR_LAYERS` has every stage, in the report's proportions. `four_layer_pretraining` is one longer
-pre-training without phases.
+`FOUR_LAYERS` has every stage, with phases and decay in the report's proportions.
+`four_layer_pretraining` is one longer pre-training without phases.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SOURCES = {
 
 SCHEDULE = Schedule.from_steps(
     train_steps=PHASE_STEPS[-1],
+    # Longer than the report's shares of 1,000 steps: 6 of warmup and 37 at the first batch size.
     warmup_steps=50,
     decay_steps=150,
     batch_sizes=((0, 32), (100, 64)),
@@ -65,7 +66,7 @@ PHASES = pretraining.three_phases(
         **dict.fromkeys(
             LENGTHS,
             "report §3: WHD and a batch that doubles; "
-            "lengths are ours, in the report's proportions",
+            "lengths are ours, phases and decay in the report's proportions",
         ),
     },
 )
@@ -89,8 +90,8 @@ LONG_CONTEXT = replace(
     sources={
         **long_context.LONG_CONTEXT.sources,
         **SOURCES,
-        "schedule": "report §4: WHD; lengths are ours, in the report's proportions",
-        "schedule.warmup_samples": "ours, in the report's proportions",
+        "schedule": "report §4: WHD; lengths are ours, the decay about in the report's proportion",
+        "schedule.warmup_samples": "ours: 5 of 100 steps",
         "schedule.batch_schedule": "ours: 0.5M tokens a step",
         "data.sequence_length": (
             "ours: as long as one GPU holds; the rotation is that of 128K (report §4)"

@@ -66,6 +66,7 @@ STAGE_SOURCES = {
 
 SCHEDULE = Schedule.from_steps(
     train_steps=PHASE_STEPS[-1],
+    # The report's share of 100 steps would be one step of warmup and four at the first batch size.
     warmup_steps=8,
     decay_steps=15,
     batch_sizes=((0, 4), (8, 8)),
@@ -94,7 +95,8 @@ PHASES = pretraining.three_phases(
         "layout": TWO_RANKS,
         "data.sequence_length": "ours: half the native context, four windows",
         **dict.fromkeys(
-            LENGTHS, "ours: in proportion to the report's (§3), for a few minutes on two cores"
+            LENGTHS,
+            "ours: a few minutes on two cores; phases and decay in the report's proportions (§3)",
         ),
     },
 )
@@ -104,7 +106,7 @@ LONG_CONTEXT = replace(
     summary="long context (41K tokens at 1K, layer-selective YaRN)",
     architecture=ARCHITECTURE.replace(
         max_position_embeddings=EXTENSION * ARCHITECTURE.max_position_embeddings,
-        # YaRN on the full-attention layers, with the attention factor of the released model's rule.
+        # The released model's attention factor is 0.1 ln(16) + 1; here the same rule, factor 4.
         rope_full_attention=RopeParameters(
             rope_type="yarn",
             rope_theta=ARCHITECTURE.rope_full_attention.rope_theta,
