@@ -76,7 +76,7 @@ def describe(
     """Print the figures of a recipe, a preset or a Hugging Face folder.
 
     Args:
-        subject: recipe, resolved run file or preset; None beside `hf_path`.
+        subject: recipe, resolved run file or preset; None with `hf_path`.
         overrides: `key=value` words for a recipe.
         hf_path: Hugging Face folder, in place of `subject`; else None.
         world_size: number of ranks, for memory and layout; None: the recipe's own.
@@ -107,7 +107,7 @@ def describe(
         if run is not None:
             sequence_length = sequence_length or run.data.sequence_length
             ranks = world_size or run.layout.world_size or run.layout.smallest_world_size
-            # Figures of GPUs, for which recipes are made, whatever this machine has.
+            # Recipes are for GPUs, so the figures are too, even on a machine without one.
             backend = run.resolved_backend("cuda")
             memory = memory_per_rank(run, world_size=ranks, backend=backend)
             layout = layout_report(run, world_size=ranks)

@@ -157,7 +157,7 @@ class Layout:
 
     def _model_problems(self, architecture: Mellum2Architecture) -> list[InputError | None]:
         # More tp ranks than KV heads would do for Megatron, which replicates the heads. But Muon
-        # then stops splitting Q, K and V, with no more than a DEBUG line
+        # then stops splitting Q, K and V, and logs that at DEBUG level only
         # (megatron/core/optimizer/emerging_optimizers.py:294-324, 0.19.2).
         sizes_by_tp = {
             "num_attention_heads": architecture.num_attention_heads,

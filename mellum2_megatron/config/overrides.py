@@ -18,8 +18,8 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
     Args:
         run: the run, left unchanged.
         overrides: full keys (``layout.ep``) with values as in `from_text`; later ones win.
-            ``architecture=PRESET`` exchanges the whole model before the others apply, wherever it
-            stands. Layer types follow ``architecture.num_hidden_layers`` and
+            ``architecture=PRESET`` exchanges the whole model; it is applied first, at any position
+            in the list. Layer types follow ``architecture.num_hidden_layers`` and
             ``architecture.num_mtp_layers``, see `Mellum2Architecture.replace`.
 
     Returns:

@@ -26,7 +26,7 @@ class Precision:
             its current amax. ``delayed``: one for each tensor, from its amax history.
             ``blockwise``: one for each block.
         fp8_param_gather: all-gather updated weights as FP8 instead of BF16, default false. Refused
-            beside Muon (``planning/rules.py``).
+            with Muon (rule ``muon-gathers-bf16``).
         bf16_first_layers, bf16_last_layers: number of decoder layers at either end that stay in
             BF16 under FP8 compute, default 0. The router computes in FP32 in every case. The MTP
             layer follows ``compute`` (megatron/core/transformer/multi_token_prediction.py:1180,
@@ -36,7 +36,7 @@ class Precision:
         grad_reduce_in_fp32: accumulate and reduce gradients in FP32, default true.
 
     Raises:
-        InputError: an FP8 setting without FP8 compute, or BF16 layers beside the delayed recipe.
+        InputError: an FP8 setting without FP8 compute, or BF16 layers with the delayed recipe.
     """
 
     compute: Literal["bf16", "fp8"] = "bf16"

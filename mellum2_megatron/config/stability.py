@@ -57,7 +57,7 @@ class Stability:
     def is_watching(self) -> bool:
         """True if this project must check each step.
 
-        Megatron by itself stops at a non-finite value, which is all that ``stop`` and ``ignore``
-        need.
+        Megatron alone stops at a non-finite value, which is enough for ``not_finite=stop`` with
+        ``spike=ignore``.
         """
         return self.not_finite == "skip" or self.spike != "ignore"

@@ -206,7 +206,7 @@ class MetricsLogger:
                 rule="W&B is not installed",
                 fix="pip install 'mellum2-megatron[wandb]', or set logging.wandb_project=null",
             ) from error
-        # W&B would ask for a key on the terminal, which a batch job does not have.
+        # Online without a key W&B prompts for one, and a batch job has no terminal to answer on.
         mode: Any = os.environ.get("WANDB_MODE")
         if mode is None and "WANDB_API_KEY" not in os.environ:
             mode = "offline"

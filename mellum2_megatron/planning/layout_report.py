@@ -128,7 +128,7 @@ def stage_layers(architecture: Mellum2Architecture, layout: Layout, stage: int) 
 
 
 def _other_parts(architecture: Mellum2Architecture, layout: Layout, stage: int) -> list[str]:
-    """Return the parts of the model on a stage beside its decoder layers."""
+    """Return the parts of the model on a stage other than decoder layers."""
     first, last = stage == 0, stage == layout.pp - 1
     mtp = last and architecture.num_mtp_layers > 0
     # The MTP layer embeds the next token itself, with a copy of the embedding.

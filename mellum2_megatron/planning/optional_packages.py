@@ -15,7 +15,7 @@ from packaging.version import Version
 State = Literal["present", "absent", "wrong"]
 
 OLDEST_RESILIENCY = "0.6.0"
-"""Oldest version of NVIDIA's resiliency extension beside which Megatron-Core imports
+"""Oldest version of NVIDIA's resiliency extension with which Megatron-Core can be imported
 (megatron/core/dist_checkpointing/strategies/nvrx.py:46, 0.19.2)."""
 
 
@@ -119,7 +119,7 @@ def find_apex() -> OptionalPackage:
     name = "NVIDIA apex"
     if not _is_importable("apex"):
         detail = (
-            "not needed beside Transformer Engine; "
+            "not needed with Transformer Engine; "
             "without either, Adam and gradient norms run unfused"
         )
         return OptionalPackage(name=name, state="absent", detail=detail)
@@ -151,7 +151,7 @@ def find_resiliency() -> OptionalPackage:
     return OptionalPackage(
         name=candidate.name,
         state="wrong",
-        detail=f"Megatron does not import beside {version}: {fix}",
+        detail=f"Megatron cannot be imported with {version}: {fix}",
     )
 
 

@@ -289,7 +289,7 @@ def bf16_layers_exist(planned: PlannedRun) -> Problems:
 
 
 @rule(
-    evidence="mellum2_megatron/upstream/arguments.py: --pretrained-checkpoint beside --load takes "
+    evidence="mellum2_megatron/upstream/arguments.py: --pretrained-checkpoint with --load takes "
     "weights without state"
 )
 def load_excludes_continue_from(planned: PlannedRun) -> Problems:
@@ -329,7 +329,7 @@ def bf16_projection_gathers_bf16(planned: PlannedRun) -> Problems:
     if planned.run.precision.bf16_mtp_projection and planned.run.precision.fp8_param_gather:
         yield InputError(
             "precision.bf16_mtp_projection=true with precision.fp8_param_gather=true",
-            rule="the projection's weight would be kept in FP8 all the same",
+            rule="the projection's weight would still be kept in FP8",
             fix="set precision.fp8_param_gather=false or precision.bf16_mtp_projection=false",
         )
 
