@@ -1,5 +1,4 @@
-"""Fixtures for all tests. Without a GPU the CPU backend is activated; with one, `cpu` is never
-imported."""
+"""Fixtures for all tests. The CPU backend is active without a GPU, and not imported with one."""
 
 from __future__ import annotations
 
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests import parameter_id
+
 if TYPE_CHECKING:
     from mellum2_megatron.data.prepared_folder import PreparedData
 
@@ -18,6 +19,15 @@ if not torch.cuda.is_available():
 
     # Activation is refused once megatron is imported, which most test modules do at the top.
     cpu.activate()
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Return a text parameter's id without spaces, so that a shell needs no quotes for it."""
+    if not isinstance(val, str) or " " not in val:
+        return None  # pytest's own id
+    name = parameter_id(val)
+    # pytest escapes other characters itself.
+    return name if name.isascii() and name.isprintable() else None
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +52,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 @pytest.fixture(scope="session")
 def trained(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folder of a run of six steps on two ranks with `layout.ep=2`; read-only, shared by all
-    tests."""
+    """Folder of a run of six steps on two ranks with `layout.ep=2`; shared by tests, read-only."""
     from tests.training.test_train import small_run, train
 
     folder = train(small_run(small_data, tmp_path_factory.mktemp("run") / "straight"), nproc=2)

@@ -75,8 +75,7 @@ def start_distributed(
     backend: str = "gloo",
     **kwargs: Any,
 ) -> World:
-    """Start the processes of `run_distributed` and return at once, for tests that kill or signal
-    ranks."""
+    """Start the processes and return at once, for tests that kill or signal ranks."""
     context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
     if backend == "gloo":
         # Only the first call starts the server; the preload of later calls is ignored.
@@ -130,8 +129,7 @@ class World:
         ]
 
     def kill(self) -> None:
-        """Kill all processes with their process groups, to which the manager process of Megatron's
-        background saver belongs."""
+        """Kill all processes and their groups; those hold Megatron's background saver too."""
         for process in self.processes:
             if process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -163,8 +161,7 @@ def _child(
     environment: dict[str, str],
     backend: str,
 ) -> None:
-    """Body of each process: redirect the output, join the world, call the function, write its
-    result."""
+    """Run in each process: redirect output, join the world, call the function, write its result."""
     # By file descriptor, so that output of C++ code (gloo, NCCL) is redirected too.
     output = os.open(
         os.path.join(folder, f"output.{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644

@@ -107,8 +107,7 @@ def imports_in(source: str, text: str) -> Iterator[Import]:
 
 
 def _targets(module: str, names: list[str]) -> dict[str, list[str]]:
-    """Split ``from module import names``: a name that is a submodule is imported itself, the others
-    are taken from `module`."""
+    """Split ``from module import names`` into submodules, imported themselves, and other names."""
     targets: dict[str, list[str]] = {}
     for name in names:
         if f"{module}.{name}" in modules():
@@ -128,8 +127,7 @@ def _modules_run_by(value: object) -> list[str]:
 
 
 def eager_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported: neither a function's body, nor lines that only a
-    type checker reads."""
+    """Return nodes that run at import: no bodies of functions, no lines for type checkers alone."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             # Decorators and default values do run.

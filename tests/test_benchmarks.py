@@ -1,5 +1,4 @@
-"""benchmarks/train_step.py: its small mode from end to end, its choice of arms, and the time by
-part."""
+"""benchmarks/train_step.py: the small mode end to end, the choice of arms, the time by part."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ def test_the_small_mode_measures_and_disclaims_its_figures(tmp_path: Path) -> No
 
 
 def test_backward_operators_belong_to_their_forward_modules_part() -> None:
-    """`addmm` runs in the forward pass only, `mm` in the backward pass only, and both only in the
-    experts."""
+    """`addmm` runs in forward only, `mm` in backward only, and both only in the experts."""
     model = torch.nn.ModuleDict(
         {"norm": torch.nn.LayerNorm(256), "experts": torch.nn.Linear(256, 256)}
     )

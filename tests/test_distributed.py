@@ -33,8 +33,7 @@ def hang() -> None:
 
 
 def collectives() -> dict[str, object]:
-    """Return results of the collectives that Megatron uses in this project's layouts; BF16 holds
-    all values exactly."""
+    """Return results of the collectives used by Megatron's layouts; BF16 holds them exactly."""
     rank, peer = torch.distributed.get_rank(), 1 - torch.distributed.get_rank()
     result: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -105,8 +104,7 @@ def test_a_killed_rank_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_gloo_does_what_megatron_asks_of_it() -> None:
-    """No collective needs emulating with torch 2.15; the failure names the one an older gloo
-    lacks."""
+    """torch 2.15 needs no emulated collective; a failure names the one that an older gloo lacks."""
     zero, one = run_distributed("tests.test_distributed:collectives", 2)
     for dtype in (torch.float32, torch.bfloat16):
         for name, at_zero, at_one in (

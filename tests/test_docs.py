@@ -1,4 +1,4 @@
-"""What the pages name exists: files, modules, functions, and the order of the packages."""
+"""Files, modules, functions and package order named in the documentation exist."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Imports point one way, run in no circle, and load torch, megatron or transformers only where the
-tables below allow it.
+"""Imports point one way, form no circle, and load heavy libraries only where a table allows.
 
 `tests.import_reader` finds the imports, those inside functions and strings too. The order of
 packages is the one of docs/architecture.md. To see a test fail, turn any import of the tree round.
@@ -38,8 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ablations",),
     ("cli",),
 )
-"""The order of packages. A package imports from earlier lines only: not from a later one, and not
-from its own line."""
+"""The order of packages. A package imports from earlier lines only, not from its own."""
 
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "data": (("corpus",), ("tokens",), ("prepared_folder",), ("prepare", "feed")),
@@ -67,8 +65,7 @@ AT_IMPORT: dict[str, tuple[str, ...]] = {
     "conversion.bridge": ("torch", "megatron"),
     "conversion": ("torch",),
 }
-"""Modules that may load a heavy library when they are imported; all others load it in the function
-that needs it."""
+"""Modules that may load a heavy library at import; all others do so inside functions."""
 
 OLD_PATHS = {
     "mellum2_megatron.megatron_fields": "mellum2_megatron.architecture.megatron_fields",
@@ -77,8 +74,7 @@ OLD_PATHS = {
     "conversion.fallback_config": "conversion.huggingface.fallback_config",
     "conversion.bridge_model": "conversion.bridge.model",
 }
-"""Modules kept under the path that older pages and checkpoints name; each imports its new place and
-nothing else."""
+"""Modules kept under a former path; each only imports from its new place."""
 
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -130,8 +126,7 @@ def arrows() -> list[tuple[str, str]]:
 
 
 def circles(pairs: list[tuple[str, str]]) -> list[list[str]]:
-    """Return the groups of two and more modules that reach each other: Tarjan's strongly connected
-    components."""
+    """Return groups of modules that import each other: Tarjan's strongly connected components."""
     after: dict[str, list[str]] = {}
     for source, target in pairs:
         after.setdefault(source, []).append(target)

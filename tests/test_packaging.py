@@ -1,5 +1,4 @@
-"""Properties of an installation: plain pins, every dependency pinned, all packages shipped, no
-apex."""
+"""An installation: plain pins, all dependencies pinned, all packages shipped, no apex."""
 
 from __future__ import annotations
 

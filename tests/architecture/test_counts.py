@@ -96,8 +96,7 @@ def test_trunk_names_and_shapes_equal_what_transformers_saves(name: str) -> None
 def test_transformers_loads_every_listed_tensor_and_misses_none(
     arch: Mellum2Architecture, tmp_path: Path
 ) -> None:
-    """The MTP names have no saver in transformers, but its loader is strict: a folder of exactly
-    our list must load."""
+    """transformers cannot save MTP names, but its loader is strict: our list alone must load."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -140,8 +139,7 @@ def test_attention_factor_of_the_long_context_preset() -> None:
 
 
 def _flops_by_enumeration(arch: Mellum2Architecture, length: int, mtp: bool) -> int:
-    """Multiply-adds of one sequence, written out per layer and per (query, key) pair, times 2 FLOPs
-    and 3 passes."""
+    """Return FLOPs of one sequence: 2 per multiply-add of each (query, key) pair, in 3 passes."""
     h, d, e = arch.hidden_size, arch.head_dim, arch.moe_intermediate_size
     heads, kv = arch.num_attention_heads, arch.num_key_value_heads
 

@@ -1,4 +1,4 @@
-"""``config.json``: the released files are the presets, and transformers agrees on the rest."""
+"""``config.json``: released files equal the presets, and transformers reads ours alike."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from mellum2_megatron.architecture import PRESETS, from_hf_config, to_hf_config
 from mellum2_megatron.common.errors import InputError
+from tests import text_id
 from tests.architecture.variants import FULL, RELEASED, SLIDING, VARIANTS
 
 RELEASED_CONFIG: dict[str, Any] = {  # config.json of the released 128K checkpoints
@@ -78,8 +79,7 @@ def test_released_configs_are_the_presets_both_ways(config: dict[str, Any], pres
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_config_round_trip_through_transformers(name: str) -> None:
-    """What transformers writes of our config, aliases and all, reads back as the same
-    architecture."""
+    """transformers writes our config, aliases and all; it reads back as the same architecture."""
     from transformers import MellumConfig
 
     arch = VARIANTS[name]
@@ -212,7 +212,7 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
         ({"chain_hidden_post_norm": False}, "chain_hidden_post_norm=False"),
         ({"mtp_hidden_states_first": True}, "mtp_hidden_states_first=True"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=text_id,
 )
 def test_what_mellum2_cannot_express_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=re.escape(named)):

@@ -12,7 +12,7 @@ import pytest
 
 from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
 from mellum2_megatron.common.errors import InputError
-from tests import REPOSITORY
+from tests import REPOSITORY, text_id
 from tests.architecture.variants import FULL, RELEASED, SLIDING, TINY, VARIANTS
 
 
@@ -75,7 +75,7 @@ def test_replace_continues_the_pattern_of_layers() -> None:
         ({"layer_types": (SLIDING,) * 3}, "layer_types with 3 entries"),
         ({"sliding_window": None}, "sliding_window=None"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=text_id,
 )
 def test_impossible_values_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=re.escape(named)):
@@ -99,7 +99,7 @@ def test_impossible_values_are_refused(changes: dict[str, Any], named: str) -> N
             "rope.beta_fast=0.5",
         ),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=text_id,
 )
 def test_impossible_ropes_are_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=re.escape(named)):

@@ -28,11 +28,11 @@ ODD = TINY.replace(  # nothing a multiple of anything else
 )
 VARIANTS = {
     "tiny": TINY,
-    "odd sizes, one KV head": ODD,
-    "no MTP": TINY.replace(num_mtp_layers=0, num_hidden_layers=2),
-    "full MTP layer": TINY.replace(mtp_layer_types=(FULL,)),
-    "all full": TINY.replace(layer_types=(FULL,) * 4, mtp_layer_types=(FULL,), sliding_window=None),
-    "two periods, yarn": TINY.replace(
+    "odd": ODD,
+    "no_mtp": TINY.replace(num_mtp_layers=0, num_hidden_layers=2),
+    "full_mtp_layer": TINY.replace(mtp_layer_types=(FULL,)),
+    "all_full": TINY.replace(layer_types=(FULL,) * 4, mtp_layer_types=(FULL,), sliding_window=None),
+    "two_periods_yarn": TINY.replace(
         num_hidden_layers=8,
         norm_topk_prob=False,
         rope_full_attention=RopeParameters(

@@ -1,4 +1,4 @@
-"""run_config.yaml against values written out by hand, and its place beside checkpoints."""
+"""run_config.yaml against values written by hand, and its place beside checkpoints."""
 
 from __future__ import annotations
 

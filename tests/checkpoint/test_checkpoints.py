@@ -152,8 +152,7 @@ def test_another_layout_gets_all_of_it(
     small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    """Saved by two ranks that share the experts: weights and optimizer to the bit, the next losses
-    to rounding."""
+    """Two ranks that share the experts save; state is equal to the bit, next losses to rounding."""
     require_all_of_it(
         trained, small_run(small_data, at_step(trained, tmp_path / "run", 3), *layout), nproc
     )
@@ -226,8 +225,7 @@ def test_expert_tensor_parallelism_begins(
 def test_and_back_to_expert_parallelism(
     trained: Path, small_data: PreparedData, tmp_path: Path
 ) -> None:
-    """A checkpoint that one process wrote has one parameter group less than two expert-parallel
-    ranks have."""
+    """One process writes one parameter group less than two expert-parallel ranks have."""
     alone = small_run(
         small_data,
         at_step(trained, tmp_path / "alone", 3),
@@ -442,8 +440,7 @@ def test_old_checkpoints_go(
 
 
 def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron saves a step twice when the batch grows there, the second time over the newest
-    checkpoint."""
+    """Megatron saves a step twice where the batch grows, the second time over the first save."""
     calls: list[int] = []
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     settings = Checkpoint(output=str(tmp_path), keep_last=1)

@@ -21,6 +21,7 @@ from mellum2_megatron.data.feed.continued_training import ContinuedTraining
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning.rules import check
 from mellum2_megatron.recipes import recipe
+from tests import parameter_id
 from tests.training.test_train import losses, small_run, train, weights
 
 FIRST = ["schedule.train_samples=16", "schedule.horizon_samples=40"]
@@ -59,7 +60,7 @@ def test_two_runs_are_one_training(
 def test_a_phase_starts_its_own_data(
     first_phase: Path, small_data: PreparedData, tmp_path: Path
 ) -> None:
-    """Its first step has the loss of a fresh run with these weights and data. Then it resumes."""
+    """The first step has the loss of a fresh run with these weights and data; then it resumes."""
     own = [
         "data.first_sample=16",
         f"checkpoint.continue_from={first_phase}",
@@ -151,7 +152,7 @@ def continued(root: Path, output: Path, *overrides: str) -> Run:
         (100, [], None),
         (100, ["data.first_sample=1440"], None),
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_the_state_must_fit(
     tmp_path: Path, step: int | None, overrides: list[str], message: str | None
@@ -200,8 +201,7 @@ def test_data_of_a_later_phase_need_the_former(tmp_path: Path) -> None:
 def test_settings_that_come_from_the_checkpoint_stay(
     tmp_path: Path, where: str, change: str, kept: str | None
 ) -> None:
-    """Without the rule: a ValueError for rates, a missing key for ``muon_router``, and silently the
-    old value for momentum and betas."""
+    """Without the rule rates raise ValueError, `muon_router` KeyError; momentum silently stays."""
     root = folder_of(tiny(), tmp_path / "before", step=100)
     places = {"checkpoint.output": str(tmp_path / "new")} | {where: str(root)}
     run = tiny(*(f"{key}={value}" for key, value in places.items()), change.lower())

@@ -1,4 +1,4 @@
-"""The command line when all is well: output and files."""
+"""Commands that succeed: output and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines in one piece, and tables without frames."""
+"""Console output: unbroken lines, and tables without frames."""
 
 from __future__ import annotations
 

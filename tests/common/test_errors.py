@@ -1,4 +1,4 @@
-"""The two errors: their words, and that they survive a worker process."""
+"""The two errors: messages, and pickling to and from a worker process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Provenance of Git repositories made here, packagers' copies, packages and run folders."""
+"""Provenance records of Git repositories, packaged copies, packages and run folders."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Strict dataclasses out of mappings: the rules that run files, profiles and architecture.json
-share."""
+"""Strict dataclasses from mappings: rules of run files, profiles and architecture.json."""
 
 from __future__ import annotations
 

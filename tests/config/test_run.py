@@ -167,7 +167,7 @@ def test_yaml_can_be_read_by_a_person_and_by_others() -> None:
 
 
 def edited(**paths: Any) -> str:
-    """The odd run's YAML with values put at ``a__b`` (or taken out, with ...)."""
+    """Return the odd run's YAML with values put at ``a__b``, or removed with ``...``."""
     values = yaml.safe_load(to_yaml(odd_run()))
     for path, value in paths.items():
         *sections, name = path.split("__")

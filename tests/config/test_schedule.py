@@ -17,17 +17,17 @@ WHD = Schedule(
 COSINE = Schedule(style="cosine", train_samples=640, warmup_samples=64, batch_schedule=((0, 8),))
 SCHEDULES = {
     "whd": WHD,
-    "whd without warmup": dataclasses.replace(WHD, warmup_samples=0),
-    "whd without hold": dataclasses.replace(WHD, decay_samples=640 - 64),
-    "warmup and hold only": dataclasses.replace(WHD, decay_samples=0),
-    "phase of a longer schedule": dataclasses.replace(WHD, train_samples=480, horizon_samples=640),
+    "whd_without_warmup": dataclasses.replace(WHD, warmup_samples=0),
+    "whd_without_hold": dataclasses.replace(WHD, decay_samples=640 - 64),
+    "warmup_and_hold_only": dataclasses.replace(WHD, decay_samples=0),
+    "phase_of_a_longer_schedule": dataclasses.replace(WHD, train_samples=480, horizon_samples=640),
     "cosine": COSINE,
-    "cosine without warmup": dataclasses.replace(COSINE, warmup_samples=0),
+    "cosine_without_warmup": dataclasses.replace(COSINE, warmup_samples=0),
 }
 
 
 def megatron_scheduler(schedule: Schedule, peak: float, minimum: float) -> Any:
-    """Megatron's scheduler set up by hand, in Megatron's own words."""
+    """Return Megatron's scheduler, set up by hand with Megatron's own argument names."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     whd = schedule.style == "whd"
@@ -105,7 +105,7 @@ def test_batch_size_and_steps_follow_megatrons_calculator(
 
 
 def bare(ramp: tuple[tuple[int, int], ...]) -> Schedule:
-    """A schedule with this ramp whose end happens to be a whole step."""
+    """Return a schedule with this ramp that ends on a full step."""
     for train_samples in range(1000, 2000):
         try:
             return Schedule(train_samples=train_samples, batch_schedule=ramp)

@@ -42,8 +42,7 @@ def checkpoint_copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of extended context with a tokenizer, without card, licence and chat
-    template."""
+    """A small model of extended context with a tokenizer, but no card, licence or chat template."""
     return write_model(tmp_path_factory.mktemp("chat") / "model")
 
 

@@ -49,17 +49,17 @@ SMALL: dict[str, Any] = {
 # types, MTP.
 VARIANTS: dict[str, dict[str, Any]] = {
     "small": {},
-    "one key/value head": {"num_key_value_heads": 1, "num_experts": 5},
-    "as many key/value heads as heads": {"num_key_value_heads": 4, "head_dim": 6},
-    "seven experts, one layer": {
+    "one_kv_head": {"num_key_value_heads": 1, "num_experts": 5},
+    "all_kv_heads": {"num_key_value_heads": 4, "head_dim": 6},
+    "seven_experts_one_layer": {
         "num_experts": 7,
         "num_experts_per_tok": 7,
         "num_hidden_layers": 1,
         "layer_types": ["full_attention"],
         "mtp_layer_types": ["full_attention"],
     },
-    "no mtp": {"num_mtp_layers": None, "mtp_layer_types": None},
-    "period 2, wide heads": {
+    "no_mtp": {"num_mtp_layers": None, "mtp_layer_types": None},
+    "period_2_wide_heads": {
         "num_hidden_layers": 4,
         "layer_types": ["full_attention", "sliding_attention"] * 2,
         "num_attention_heads": 6,
@@ -71,8 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def models(changes: dict[str, Any], seed: int = 0) -> tuple[MellumForCausalLM, MtpModel | None]:
-    """Return transformers' model and MTP head in float32, every parameter random, norms
-    included."""
+    """Return transformers' model and MTP head in float32, all parameters random, norms included."""
     config = MellumConfig(**{**SMALL, **changes})
     generator = torch.Generator().manual_seed(seed)
     main = MellumForCausalLM(config).eval()
@@ -88,8 +87,7 @@ def models(changes: dict[str, Any], seed: int = 0) -> tuple[MellumForCausalLM, M
 
 
 def mtp_tensors(mtp: MtpModel) -> dict[str, torch.Tensor]:
-    """Return the MTP head's tensors, experts fused, by the checkpoints' ``mtp.*`` names; the
-    translation from transformers' names is written by hand."""
+    """Return the MTP head's tensors by checkpoint name ``mtp.*`` (renamed by hand), experts fused."""
     top = {
         "enorm": "pre_fc_norm_embedding",
         "hnorm": "pre_fc_norm_hidden",
@@ -108,8 +106,7 @@ def mtp_tensors(mtp: MtpModel) -> dict[str, torch.Tensor]:
 
 
 def unfused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors with experts one by one: gate's rows come first, then up's, the order in
-    which ``MellumExperts.forward`` cuts them."""
+    """Return tensors with one per expert: gate's rows, then up's, as in ``MellumExperts``."""
     result = {}
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):
@@ -179,7 +176,7 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def whole_chunk(key: str, tensor: torch.Tensor) -> Chunk:
-    """Return the chunk of all of ``tensor``."""
+    """Return one chunk that covers ``tensor``."""
     shape = tuple(tensor.shape)
     return Chunk(
         key=key,

@@ -1,5 +1,4 @@
-"""One step of Megatron's own training loop from an imported release; for
-`test_training_checkpoint`."""
+"""One step of Megatron's training loop from an imported release (`test_training_checkpoint`)."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ MODEL: dict[str, Any] = {
 
 
 def train_one_step(release: str, save: str, **arguments: Any) -> None:
-    """Load ``release`` with ``--load``, take a step with learning rate 0, save with optimizer
-    state."""
+    """Load ``release``, take a step with learning rate 0, and save with optimizer state."""
     from mellum2_megatron.checkpoint import find_checkpoint
     from mellum2_megatron.model.provider import model_provider
     from tests.cpu import tiny_pretrain

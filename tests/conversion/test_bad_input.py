@@ -1,4 +1,4 @@
-"""Every folder that cannot be converted is refused with one message, before anything is written."""
+"""Folders that cannot be converted: one message, and nothing written."""
 
 from __future__ import annotations
 

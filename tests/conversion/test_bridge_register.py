@@ -1,5 +1,4 @@
-"""`import conversion.bridge` on a machine without Megatron-Bridge: the error, and the classes that
-Bridge may build."""
+"""`import conversion.bridge` without Megatron-Bridge: its error, and classes Bridge may build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each check of a release folder, made to fail; and folders that pass."""
+"""Checks of a release folder: each fails for its own damage, and good folders pass."""
 
 from __future__ import annotations
 

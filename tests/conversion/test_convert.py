@@ -233,8 +233,7 @@ def test_tokenizer_given_at_export(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_padded_vocabulary_is_cut_off(checkpoint: Path, hf_folder: Path, tmp_path: Path) -> None:
-    """A tensor-parallel run pads the rows of the embedding and the head to a multiple of 128 x
-    TP."""
+    """A tensor-parallel run pads the vocabulary's rows to a multiple of 128 x TP."""
     source = TorchDistReader(checkpoint / "release")
 
     def padded(key: str) -> tuple[Chunk, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The fallback configuration class against transformers' own, which is hidden meanwhile."""
+"""The fallback configuration class against transformers' own, which is hidden for it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from tests.conversion.folders import SMALL
 
 
 def without_mtp_fields() -> type:
-    """Return the class of transformers 5.10 to 5.19, without the three MTP fields and their
-    alias."""
+    """Return the class of transformers 5.10 to 5.19: no MTP fields, and no alias of them."""
 
     class Older(MellumConfig):
         attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""Generation against a plain greedy loop, and the MTP head's counts against counts made by hand."""
+"""Generation against a plain greedy loop, and draft counts of the MTP head counted by hand."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ def both(kind: str, hf_folder: Path, checkpoint: Path) -> tuple[Convert, Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file; none of `.metadata`, which holds a random identifier, and of
-    the manifest, which holds its hash."""
+    """Return the bytes of every file but `.metadata` (has a random identifier) and the manifest."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     moments = (".metadata", MANIFEST_FILE)
     return {
@@ -40,8 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def hashing(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -> list[str]:
-    """Call ``act`` when tensor number ``at`` is hashed; return the list of names hashed so far,
-    which keeps growing."""
+    """Call ``act`` when tensor ``at`` is hashed; return the list that collects hashed names."""
     original, names = WeightRecord.of, []
 
     def counted(name: str, tensor: torch.Tensor) -> WeightRecord:

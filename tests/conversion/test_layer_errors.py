@@ -1,4 +1,4 @@
-"""Errors layer by layer: a damage at a known place is found at that place."""
+"""Errors of each layer: the first wrong layer is the damaged one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table against shapes written by hand and transformers' modules, transforms against loops."""
+"""The mapping table against hand-written shapes and transformers; transforms against loops."""
 
 from __future__ import annotations
 

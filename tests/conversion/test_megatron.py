@@ -1,4 +1,4 @@
-"""Against Megatron itself: it loads an import, its save is exported, and the logits agree."""
+"""Megatron loads an import, its save is exported, and logits agree with transformers'."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_verify_from_folder_to_report(hf_folder: Path, checkpoint: Path, tmp_pat
     assert report.ok
     assert (report.sequences, report.length) == (2, 64)
     with pytest.raises(InputError, match="num_mtp_layers=1 in the Megatron checkpoint, 0 in"):
-        verify(checkpoint, write_folder(tmp_path / "other", VARIANTS["no mtp"]))
+        verify(checkpoint, write_folder(tmp_path / "other", VARIANTS["no_mtp"]))
     with pytest.raises(InputError, match="token id 96"):
         verify(checkpoint, hf_folder, torch.tensor([[96]]))
 
@@ -130,7 +130,7 @@ def _swap_query_heads(tensors: dict[str, torch.Tensor]) -> None:
     "wrong", [_swap_gate_and_up, _swap_mtp_norms, _swap_experts, _swap_query_heads]
 )
 def test_verification_sees_a_wrong_mapping(wrong: Any, tmp_path: Path) -> None:
-    """The comparison can fail: one confusion of weights moves the logits far apart."""
+    """One confusion of weights moves the logits far apart, so the comparison can fail."""
     from mellum2_megatron.model.scoring import score_tokens
 
     source = write_folder(tmp_path / "hf", dtype=torch.float32)
@@ -152,8 +152,7 @@ def test_verification_sees_a_wrong_mapping(wrong: Any, tmp_path: Path) -> None:
 
 
 def test_scores_are_what_transformers_generation_drafts(tmp_path: Path) -> None:
-    """Position t of the MTP logits is what generation drafts after reading t + 2 tokens
-    (`MtpModel.forward`)."""
+    """MTP logits at t are the draft after t + 2 tokens of generation (`MtpModel.forward`)."""
     from transformers.cache_utils import MtpCache
 
     main, mtp = models({})

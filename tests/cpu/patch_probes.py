@@ -59,8 +59,7 @@ def check_still_needed(patch: Patch, without: dict[str, str]) -> None:
 
 
 def probe(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Register a probe: it raises when the patch ``name`` is missing, and checks what the patch
-    makes right."""
+    """Register a probe: it raises without the patch ``name``, and checks the patched result."""
 
     def register(function: Callable[[], None]) -> Callable[[], None]:
         PROBES[name] = function
@@ -128,8 +127,7 @@ def _expert_splits() -> None:
 
 
 def _adam_survives_a_checkpoint() -> None:
-    """Build a DistributedOptimizer, step, save, load into a fresh one: saves again, and counts on
-    from there."""
+    """Build a DistributedOptimizer, step, save, load into a fresh one, save and step again."""
     first, second = _distributed_adam(), _distributed_adam()
     _step(*first)
     saved = first[1].state_dict()
@@ -227,8 +225,7 @@ def one_rank() -> None:
 
 
 def on_two_ranks(function: Callable[[], Any]) -> list[Any]:
-    """Call ``function`` in two forks that form a gloo world; return what each returned, as JSON
-    brings it back."""
+    """Call ``function`` in two forks that form a gloo world; return both results, through JSON."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:

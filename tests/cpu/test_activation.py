@@ -1,4 +1,4 @@
-"""Activation: explicit, early, and refused where it must be."""
+"""Activation of the CPU backend: explicit, before megatron, and refused beside a GPU."""
 
 from __future__ import annotations
 
@@ -121,8 +121,7 @@ def test_transformer_engine_and_apex_are_hidden(tmp_path: Path) -> None:
 
 
 def test_patches_reach_names_that_megatron_re_exports() -> None:
-    """Applied as modules are imported: `from x import y` elsewhere in Megatron sees the patched
-    object."""
+    """Patches apply at import: `from x import y` elsewhere in Megatron binds the patched object."""
     run("""
         from mellum2_megatron import cpu
         cpu.activate()

@@ -15,7 +15,13 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the CPU backend refuses beside a GPU"
 )
 
-DEVICES = ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0), 0]
+DEVICES = {
+    "text": "cuda",
+    "text_with_index": "cuda:0",
+    "device": torch.device("cuda"),
+    "device_with_index": torch.device("cuda", 0),
+    "index": 0,
+}
 CALLS: dict[str, Callable[[object], torch.Tensor]] = {
     "arange": lambda d: torch.arange(3, device=d),
     "as_tensor": lambda d: torch.as_tensor([1, 2], device=d),
@@ -61,13 +67,12 @@ def test_every_wrapped_factory_is_called_below() -> None:
     assert set(device.FACTORIES) | set(device.NEW_METHODS) <= set(CALLS)
 
 
-@pytest.mark.parametrize("where", DEVICES, ids=repr)
+@pytest.mark.parametrize("where", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("name", CALLS)
 def test_cuda_means_the_cpu(name: str, where: object) -> None:
     if isinstance(where, int) and name == "Module.to":
-        where = torch.device(
-            "cuda", where
-        )  # torch's own parser takes the index for an accelerator's
+        # torch's own parser takes a bare index for an accelerator's.
+        where = torch.device("cuda", where)
     assert CALLS[name](where).device == torch.device("cpu")
 
 
@@ -110,8 +115,7 @@ def test_the_devices_generator_is_the_cpus() -> None:
 
 
 def test_rng_tracker_keeps_separate_sequences(caplog: pytest.LogCaptureFixture) -> None:
-    """As dropout needs it: a fork continues its own sequence and leaves the outer one alone,
-    without a warning."""
+    """Dropout needs it: a fork continues its own sequence, and leaves the outer one, silently."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     tracker = CudaRNGStatesTracker()

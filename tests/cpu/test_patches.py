@@ -41,8 +41,7 @@ def test_upstream_fails_without_it_and_is_right_with_it(patch: Patch) -> None:
 
 
 def test_torch_adam_still_loses_count_in_the_distributed_optimizer() -> None:
-    """The reason for all four `fused-adam` patches: after loading, two parameters share one step
-    tensor."""
+    """The reason for all `fused-adam` patches: after a load two parameters share a step tensor."""
     assert (
         patch_probes.outcomes()["all of Adam's"]["without"]
         == "AssertionError: steps after two updates: {3.0}"

@@ -1,5 +1,4 @@
-"""Stock Megatron, through its own ``pretrain``, on real gloo processes: every layout trains and
-resumes bit for bit."""
+"""Stock Megatron's ``pretrain`` on real gloo processes: layouts train and resume bit for bit."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """Six iterations at a stretch equal three, a torch_dist checkpoint, and three more: every loss,
-    every weight."""
+    """Six iterations equal three, a checkpoint, and three more: every loss, every weight."""
     nproc, layout = LAYOUTS[name]
     whole = run_distributed(PRETRAIN, nproc, train_iters=6, **layout)
     save = {"save": str(tmp_path), "save_interval": 3, "exit_interval": 3}
@@ -53,8 +51,7 @@ def test_training_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 def test_two_data_parallel_ranks_train_as_one_process() -> None:
-    """Layer-wise Muon and distributed Adam shard the state, not the arithmetic: weights are equal
-    bit for bit.
+    """Layer-wise Muon and distributed Adam shard state, not arithmetic: weights are bitwise equal.
 
     One micro-batch a rank, so that gradients are summed in the same order; no clipping, whose norm
     is summed in another; no auxiliary loss, which Megatron computes against a running count that

@@ -1,5 +1,4 @@
-"""A tiny stock Megatron run through ``megatron.training.pretrain``, for the tests of the CPU
-backend.
+"""A tiny stock Megatron run through ``megatron.training.pretrain``, for tests of the CPU backend.
 
 Two layers of Megatron's own `local` spec (MoE, sliding window), one MTP layer, Muon, BF16, random
 tokens.
@@ -82,8 +81,7 @@ ARGUMENTS = {
 
 
 def arguments(**changes: Any) -> list[str]:
-    """Return `ARGUMENTS` with ``changes`` (underscores for dashes; None or False removes) as a
-    command line."""
+    """Return `ARGUMENTS` as a command line, with ``changes`` applied; None or False removes."""
     table = ARGUMENTS | {name.replace("_", "-"): value for name, value in changes.items()}
     line: list[str] = []
     for name, value in table.items():
@@ -179,8 +177,7 @@ def forward_step(
 
 
 def pretrain(**changes: Any) -> dict[str, Any]:
-    """Run it in this process and return ``losses`` (one a micro-batch, last stage only) and
-    ``weights`` (hashes)."""
+    """Run it here; return micro-batches' ``losses`` (last stage only) and hashes of ``weights``."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

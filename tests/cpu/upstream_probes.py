@@ -21,8 +21,7 @@ def _compile_helpers() -> None:
 
 @probe("layer-wise-layout")
 def _layer_wise_layout() -> None:
-    """The config-container path must not get as far as training with Muon: without the patch it
-    does."""
+    """Muon on the config-container path, which must be refused before it trains."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -60,8 +59,7 @@ def _batch_ramp() -> None:
 
 @probe("fusion-without-apex")
 def _fusion_without_apex() -> None:
-    """The output layer beside Transformer Engine's: built, and its gradient accumulates the
-    ordinary way."""
+    """An output layer beside Transformer Engine's: built, and its gradient accumulates."""
     import torch
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -97,8 +95,7 @@ def _muon_experts() -> None:
 
 
 def _muon_groups_fit() -> None:
-    """A checkpoint of one parameter group is read by a run whose experts have a group of their
-    own."""
+    """A checkpoint of one parameter group, read by a run whose experts have their own group."""
     from types import SimpleNamespace
 
     from megatron.core.dist_checkpointing.dict_utils import merge
@@ -138,7 +135,7 @@ PROBES["muon-groups-asked"] = PROBES["muon-groups-loaded"] = _muon_groups_fit
 
 @probe("packed-mtp")
 def _packed_mtp() -> None:
-    """Two documents, of three tokens in four places and of two in four."""
+    """Two documents, with three and two tokens in four positions each."""
     import torch
     from megatron.core.transformer.multi_token_prediction import roll_tensor
 
@@ -153,8 +150,7 @@ def _packed_mtp() -> None:
 
 @probe("context-mtp")
 def _context_mtp() -> None:
-    """Eight tokens on two ranks, seven of them with a next one: each of the seven has the same
-    weight."""
+    """Eight tokens on two ranks, seven with a next one: each of the seven has the same weight."""
     for per_token, weight in (
         (False, 2 / 7),
         (True, 8 / 7),
@@ -201,7 +197,7 @@ def _mtp_weights(per_token: bool) -> list[float]:
 
 @probe("padded-counts")
 def _padded_counts() -> None:
-    """Two ranks, of whose three tokens one and two are real, each sent to two experts."""
+    """Two ranks with one and two real tokens of three, each token sent to two experts."""
     for counts, local, total, integer in on_two_ranks(_counts):
         assert (counts, total) == ([2, 3, 1], 3)
         assert local == 1.5, f"a rank's own tokens: {local}"

@@ -1,4 +1,4 @@
-"""Work of a rank in the tests of checkpoints and faults: training with a fault on the way."""
+"""Training of one rank with a fault on the way, for tests of checkpoints and faults."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reload(run_file: str, copy: str) -> bool:
 
 
 def signalled(run_file: str, rank: int, step: int, number: int) -> bool:
-    """One rank gets a signal in the middle of a step, after its first micro-batch has come."""
+    """Send one rank a signal in the middle of a step, after its first micro-batch."""
 
     def get(batch: dict[str, Any]) -> dict[str, Any]:
         os.kill(os.getpid(), number)
@@ -54,8 +54,7 @@ def signalled(run_file: str, rank: int, step: int, number: int) -> bool:
 
 
 def killed_in_save(run_file: str, rank: int, step: int) -> bool:
-    """One rank is killed while it writes the checkpoint of a step: after ten tensors, before the
-    eleventh."""
+    """Kill one rank while it writes a step's checkpoint, between tensors ten and eleven."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     process, write, written = os.getpid(), filesystem_async._write_item, []
@@ -75,7 +74,7 @@ def killed_in_save(run_file: str, rank: int, step: int) -> bool:
 
 
 def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
-    """On one rank the loss of a step, or only a gradient, becomes NaN."""
+    """Make the loss of a step, or only a gradient, NaN on one rank."""
 
     def spoil_loss(batch: dict[str, Any]) -> dict[str, Any]:
         return {**batch, "loss_mask": batch["loss_mask"] * float("nan")}
@@ -99,8 +98,7 @@ def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
 
 
 def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
-    """In some steps one rank's loss is NaN, or only its gradient is, or its loss is three times
-    what it should be."""
+    """In some steps make one rank's loss or only its gradient NaN, or its loss three times as high."""
     from mellum2_megatron.training import step as module
 
     sum_loss = module.sum_loss
@@ -124,7 +122,7 @@ def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
 
 
 def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
-    """One rank does not come to the end of a step: it sleeps, or its whole process is stopped."""
+    """Hang one rank in a step: it sleeps, or its process is stopped."""
     from mellum2_megatron.faults import hang_watch as watch
 
     watch._ANSWER_SECONDS = 3.0
@@ -141,8 +139,7 @@ def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
 
 
 def write_manifest(folder: str, later: bool) -> None:
-    """Write a file as every rank of a save does, at once or in the background, and the manifest of
-    all."""
+    """Write a file on each rank as a save does (at once or in the background), and the manifest."""
     import torch
 
     from mellum2_megatron.checkpoint import saving
@@ -168,7 +165,7 @@ def write_manifest(folder: str, later: bool) -> None:
 
 
 def _on_batch(rank: int, step: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Let something happen to the first micro-batch of a step, on one rank."""
+    """Change the first micro-batch of a step on one rank."""
     from mellum2_megatron.training import step as module
 
     get_batch, done = module.get_batch, []

@@ -1,4 +1,4 @@
-"""When ranks fail: which message is shown, and what is left of their checkpoints."""
+"""Failed ranks: the message shown, and the checkpoints left."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests import REPOSITORY
 
 
 def save(root: Path, iteration: int, *, complete: bool = True, tracked: bool = True) -> None:
-    """Leave what Megatron's save leaves, in its order."""
+    """Write the files of Megatron's save, in its order."""
     folder = root / iteration_folder_name(iteration)
     folder.mkdir(exist_ok=True)
     (folder / "__0_0.distcp").write_text(str(iteration))
@@ -254,7 +254,7 @@ BODIES = {
 
 @pytest.fixture
 def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ranks run `rank.py` beside this file, whatever is in it."""
+    """Path whose sibling `rank.py` is the ranks' program; the file's own content is not read."""
     command = [sys.executable, str(tmp_path / "rank.py")]
     monkeypatch.setattr("launchers.local.rank_command", lambda *_, **__: command)
     return tmp_path / "run.yaml"

@@ -1,4 +1,4 @@
-"""Faults of a run on real ranks: killed, stopped, hung, diverging, on a damaged checkpoint."""
+"""Faults of a run on real ranks: killed, stopped, hung, diverging, damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ pytestmark = [
 
 
 def ranks(worker: str, run: Run, *args: Any, nproc: int = 2) -> list[Any]:
-    """Train a run on forked ranks, to one of which something happens
-    (`tests/faults/fault_worker.py`)."""
+    """Train a run on forked ranks with a fault on one of them (`faults/fault_worker.py`)."""
     output = Path(str(run.checkpoint.output))
     output.mkdir(parents=True, exist_ok=True)
     file = output / "requested.yaml"
@@ -50,8 +49,7 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(
     small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
-    """A training that is stopped, killed in a step and killed in a save equals an undisturbed
-    one."""
+    """A training stopped, killed in a step and killed in a save equals an undisturbed one."""
     output = tmp_path / "run"
     run = small_run(small_data, output, "checkpoint.save_interval=2", "checkpoint.keep_last=2")
 
@@ -84,7 +82,7 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(
 
 
 def saved(output: Path) -> list[int]:
-    """The checkpoints of a run that are whole; the tracker must name the newest."""
+    """Return the steps of a run's complete checkpoints; the tracker must name the newest."""
     numbers = [
         find_checkpoint(folder).iteration
         for folder in iteration_folders(output)

@@ -1,5 +1,4 @@
-"""TensorBoard and W&B over an interruption: one run, and every step of metrics.jsonl with its
-value."""
+"""TensorBoard and W&B of an interrupted run: one run with every value of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ def logged(output: Path) -> dict[tuple[str, int], float]:
 
 @pytest.fixture(scope="module")
 def interrupted(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps; the rank that writes the logs is killed in the fifth, after the checkpoint of the
-    third."""
+    """A run of six steps whose logging rank is killed in the fifth, after the save of the third."""
     pytest.importorskip("wandb")
     output = tmp_path_factory.mktemp("logs") / "run"
     run = small_run(
@@ -70,8 +68,7 @@ def test_tensorboard_shows_every_step_once(interrupted: Path) -> None:
 
 
 def test_wandb_has_one_run_with_every_step(interrupted: Path) -> None:
-    """Without a key it lies in the run folder, one transaction log a start; the newest holds all of
-    the run.
+    """Offline each start writes one transaction log; the newest holds all steps of the run.
 
     What the killed process had logged in its last seconds is in no log of its own (wandb 0.31
     flushes every 15 s).

@@ -1,5 +1,4 @@
-"""Steps that go wrong on one of two real ranks: what is skipped, what is recorded, and that nothing
-else changes."""
+"""Bad steps on one of two real ranks: skipped or recorded, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def common(output: Path, step: int) -> dict[str, Any]:
 
 
 def require_untouched(output: Path, step: int) -> None:
-    """The checkpoint of a step has the weights and optimizer state of the one before, to the bit;
-    time went on."""
+    """Require a step's checkpoint with unchanged weights and optimizer state, but a later step."""
     before, after = (
         state(output / iteration_folder_name(number))[0] for number in (step - 1, step)
     )
@@ -143,8 +141,7 @@ class TestOnRanks:
     def test_a_spike_is_found_again_after_a_resume(
         self, small_data: PreparedData, tmp_path: Path
     ) -> None:
-        """What is normal comes back with the checkpoint, so the same step is skipped with the same
-        figures."""
+        """The loss history is in the checkpoint: the same step is skipped with the same figures."""
         output = tmp_path / "run"
         run = small_run(small_data, output, *SPIKE, "stability.spike=skip")
         ranks("bad_steps", run, 1, [5], "spike")

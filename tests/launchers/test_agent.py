@@ -1,4 +1,4 @@
-"""The agents of two nodes, both on this machine. Their ranks run a test's Python, no training."""
+"""Agents of two nodes on this machine; their ranks run a test's Python, no training."""
 
 from __future__ import annotations
 

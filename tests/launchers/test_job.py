@@ -1,4 +1,4 @@
-"""Jobs: all checks that are possible before the submission come before it."""
+"""Jobs: every possible check comes before the submission."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rank's part of the attention tests: its share of each problem, forward and backward."""
+"""One rank of the attention tests: its share of each problem, forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rank's part of the router tests: one router, a share of the tokens, one backward pass."""
+"""One rank of the router tests: a router, a share of the tokens, one backward pass."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The torch backend's core attention: windows, packed documents and context parallelism against a
-plain formula."""
+"""The torch core attention against a plain formula: windows, documents, context parallelism."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Every parallel layout trains the same model: one process is the reference, in float32, with real
-gradient reductions.
+"""Every layout equals one process, in float32 and with real gradient reductions.
 
 One test body for all layouts, on gloo and, where there are enough GPUs, on NCCL. It compares the
 logits of both heads, every loss term, and the gradient of every parameter on every rank that holds

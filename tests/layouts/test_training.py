@@ -1,5 +1,4 @@
-"""Twenty optimizer steps in training precision: a layout changes the loss no more than BF16
-rounding does.
+"""Twenty steps in training precision: layouts change the loss no more than BF16 rounding.
 
 The yardstick is one process that groups the same sequences into other micro-batches, which rounds
 every weight's gradient at other places. The order of micro-batches is no yardstick: it changes sums
@@ -111,8 +110,7 @@ def test_blockwise_muon_is_another_update(
 
 
 def test_the_exact_global_loss_is_independent_of_ranks(start: Run20, noise: float, tmp_path: Path):
-    """One process with the sequences of two ranks in a micro-batch trains like them, at a
-    coefficient that matters."""
+    """One process with two ranks' sequences in a micro-batch trains alike, at a high coefficient."""
     balance = ["loss.aux_loss_type=global_aux_loss", "loss.aux_loss_coef=1.0"]
     exact = "loss.aux_loss_gradient=exact"
     one = curve(start, tmp_path / "one", *balance, "schedule.micro_batch_size=2")

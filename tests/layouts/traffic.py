@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 SMALL = 512
-"""Elements below which a float tensor is a statistic (loss, norm's gradient, mask) and not
-counted."""
+"""Float tensors with fewer elements are statistics (loss, norm, mask), and not counted."""
 
 COLLECTIVES = (
     "all_gather_into_tensor",

@@ -1,4 +1,4 @@
-"""Rank's part of the layout tests: a training step without an optimizer, and its outcome.
+"""One rank of the layout tests: a training step without an optimizer, and its outcome.
 
 Megatron's own machinery runs: `initialize_model_parallel`, the real model provider,
 `DistributedDataParallel`, `forward_backward_func` and `finalize_model_grads`. Weights are functions
@@ -383,8 +383,7 @@ def forward_step(
 def losses(
     case: Case, reported: list[dict[str, torch.Tensor]], microbatches: int
 ) -> dict[str, torch.Tensor]:
-    """Return lm, MTP, auxiliary and z loss as the training loop logs them, the latter two by
-    layer."""
+    """Return lm, MTP, auxiliary and z loss as training logs them, the last two by layer."""
     from megatron.core import parallel_state as mpu
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper

@@ -1,4 +1,4 @@
-"""The pictures show the logged numbers."""
+"""Plots: figures show the logged numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Figures as they were saved."""
+    """Collect the figures that are saved."""
     saved: list[Figure] = []
     save = plots._save
 

@@ -1,5 +1,4 @@
-"""The independent side of the parity tests: transformers' Mellum with random weights, renamed for
-Megatron by hand.
+"""Reference of the parity tests: transformers' Mellum, random weights, renamed by hand.
 
 The project's converter is not used, so that a mistake in it cannot hide one in the model.
 """
@@ -47,8 +46,7 @@ class Reference:
     def logits(
         self, tokens: torch.Tensor, *, mtp_from_pre_norm: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return main logits `[b, s, v]` and MTP logits `[b, s - 1, v]`: position i predicts token
-        i + 2.
+        """Return main logits `[b, s, v]` and MTP logits `[b, s - 1, v]` (position i: token i + 2).
 
         Args:
             tokens: token ids `[b, s]`.
@@ -71,8 +69,7 @@ class Reference:
         return logits, self.trunk.lm_head(mtp_hidden)
 
     def loss(self, tokens: torch.Tensor, mtp_weight: float) -> torch.Tensor:
-        """Return the cross entropy of the next token plus `mtp_weight` times that of the token
-        after it.
+        """Return the next token's cross entropy plus `mtp_weight` times that of the one after it.
 
         Args:
             tokens: token ids `[b, s]`.

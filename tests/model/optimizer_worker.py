@@ -1,4 +1,4 @@
-"""Rank's part of the optimizer tests: Megatron's own model, wrapper and optimizer.
+"""One rank of the optimizer tests: Megatron's own model, wrapper and optimizer.
 
 Weights and gradients are functions of a parameter's global name, so that every layout has the same
 model and the same gradients. Only the optimizer runs.
@@ -247,8 +247,7 @@ def bytes_of_a_step(run: Run) -> float:
 
 
 def buffer_bytes(run: Run) -> tuple[int, int]:
-    """Return a rank's number of weights, and the bytes of Megatron's buffers for weights and
-    gradients."""
+    """Return a rank's number of weights, and bytes of Megatron's weight and gradient buffers."""
     chunks, _ = _set_up(run, "medium")
     buffers = [
         buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)

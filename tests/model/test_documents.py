@@ -1,4 +1,4 @@
-"""The model computes packed documents as it computes each of them alone."""
+"""Packed documents: each is computed as it is alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The update of Megatron's distributed Muon, against the formula in float64 and against one
-process."""
+"""Updates of Megatron's distributed Muon, against the formula in float64 and one process."""
 
 from __future__ import annotations
 
@@ -131,8 +130,7 @@ def error(outcome: Outcome, name: str, expected: torch.Tensor) -> float:
 
 
 def test_every_weight_follows_its_formula_in_fp32() -> None:
-    """With Newton-Schulz in FP32 only rounding differs; five steps amplify it by at most the
-    product of their linear coefficients, 493."""
+    """In FP32 only rounding differs; Newton-Schulz amplifies it by at most 493 (linear terms)."""
     (outcome,) = updated(1, precision="highest")
     used = {"TensorParallelMuon": muon_formula, "FusedAdam": adam_formula}
     assert {part.optimizer for part in outcome.parts.values()} == set(used)

@@ -1,5 +1,4 @@
-"""The torch backend against transformers: logits, MTP logits and gradients, and every wrong reading
-of the report."""
+"""The torch backend against transformers: logits, gradients, and wrong readings of the report."""
 
 from __future__ import annotations
 

@@ -152,8 +152,7 @@ def test_router_losses_are_the_formulas():
     ("kind", "exact"), [(Mellum2Router, True), (TopKRouter, False)], ids=["ours", "upstream"]
 )
 def test_load_counts_stay_exact_in_bf16(kind: type[TopKRouter], exact: bool):
-    """After 300 micro-batches BF16 counters stick at 256. The upstream case fails once Megatron
-    keeps its counters in float32."""
+    """BF16 counters stick at 256 of 300. "upstream" fails once Megatron counts in float32."""
     router = make_router(kind).bfloat16()
     hidden = torch.randn(7, 1, SMALL.hidden_size, dtype=torch.bfloat16)
     for _ in range(300):
@@ -170,8 +169,7 @@ def test_load_counts_stay_exact_in_bf16(kind: type[TopKRouter], exact: bool):
 
 
 def test_every_matrix_is_initialised_alike():
-    """Normal with deviation `initializer_range`, output projections too (Megatron's default shrinks
-    those)."""
+    """Normal with `initializer_range`, output projections too (Megatron would shrink those)."""
     torch.manual_seed(0)
     model = build_model(SMALL.replace(initializer_range=0.03, num_experts=8), backend="torch")
     matrices = {

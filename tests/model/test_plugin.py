@@ -37,8 +37,7 @@ STOCK = (
 def stock_model(
     monkeypatch, architecture: Mellum2Architecture, words: list[str], spec: tuple[str, str]
 ):
-    """Build a model as Megatron-LM's entry point does: parser, validation, import of the spec,
-    builder."""
+    """Build a model with Megatron-LM's own parser, validation, import of the spec, and builder."""
     vocabulary = [
         "--vocab-size",
         str(architecture.vocab_size),

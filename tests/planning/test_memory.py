@@ -109,8 +109,7 @@ def test_memory_divides_what_the_layout_divides() -> None:
 
 
 def test_at_256_ranks_most_of_the_dense_buffer_is_empty() -> None:
-    """88 dense matrices on 256 ranks: every rank's share is as long as the largest matrix, the
-    fused QKV."""
+    """88 dense matrices on 256 ranks: each share is as long as the largest matrix, fused QKV."""
     found = memory_per_rank(recipe("mellum2_12b_pretrain_phase1"), world_size=256)
     dense = 29 * (2304 * (4096 + 2 * 512) + 4096 * 2304 + 64 * 2304) + 2304 * 4608
     empty = 256 * 5120 * 2304 - dense
@@ -136,8 +135,7 @@ def test_the_fullest_rank_owns_matrices_of_both_groups() -> None:
 
 
 def test_memory_of_a_pipeline_covers_every_parameter() -> None:
-    """Summed over the stages, every weight is there once, and the embedding twice for the MTP
-    layer."""
+    """Summed over stages each weight counts once, and the embedding twice for the MTP layer."""
     for layout in (Layout(pp=2), Layout(pp=4), Layout(pp=2, vpp=2)):
         stages = memory_by_stage(run_with(TINY, layout), world_size=layout.pp)
         held = sum(stage.parameters for stage in stages)

@@ -1,5 +1,4 @@
-"""The report on the optimizer: against the model and the optimizer that Megatron builds, and
-Megatron's own layout."""
+"""The optimizer report against Megatron's own model, optimizer and parameter layout."""
 
 from __future__ import annotations
 
@@ -86,8 +85,7 @@ def local_name(name: str, run: Run, rank: int) -> str:
 
 
 def test_pipeline_stages_hold_the_whole_model_once() -> None:
-    """Every weight of the released layout, fused as Megatron has it, on one stage and chunk; the
-    embedding on two."""
+    """Every released weight lies on one stage, fused as in Megatron; the embedding lies on two."""
     run = apply_overrides(recipe(BIG), ["layout.pp=2", "layout.vpp=7", "layout.dp=128"])
     parts = [
         local_weights(run.architecture, run.layout, backend, stage=stage, chunk=chunk)
@@ -223,8 +221,7 @@ def test_adam_has_no_owners_of_matrices() -> None:
 
 
 def test_layouts_that_upstream_would_train_differently_are_refused() -> None:
-    """With more ranks than key-value heads Megatron stops splitting Q, K and V, with a DEBUG
-    line."""
+    """Beyond the number of KV heads Megatron stops splitting Q, K and V, with a DEBUG line."""
     run = apply_overrides(recipe(BIG), ["layout.tp=8", "layout.sp=true", "layout.dp=null"])
     with pytest.raises(InputError, match=r"layout\.tp=8.*num_key_value_heads \(4\)"):
         report(run, 256)

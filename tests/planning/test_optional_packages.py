@@ -1,5 +1,4 @@
-"""Optional packages are recognised by their content, apex above all: another project owns its name
-on PyPI."""
+"""Optional packages, recognised by their content: on PyPI apex is another project."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from mellum2_megatron.planning.optional_packages import (
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An importable folder. The CPU backend hides apex from Megatron; here it is visible, and
-    forgotten afterwards."""
+    """An importable folder in which apex is not hidden, as the CPU backend otherwise does."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))

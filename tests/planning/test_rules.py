@@ -1,4 +1,4 @@
-"""Rules: each is broken by its own bad combination, names the values, and holds after its fix."""
+"""Rules: each fails for its own bad combination, names the values, and holds after its fix."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mellum2_megatron.config import Device, Run, apply_overrides, to_yaml
 from mellum2_megatron.planning import rules
 from mellum2_megatron.planning.rules import RULES, check, enforce
 from mellum2_megatron.recipes import recipe
+from tests import parameter_id
 
 TINY, BIG = "mellum2_tiny_pretrain", "mellum2_12b_pretrain_phase1"
 
@@ -244,7 +245,7 @@ def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], ["layout.ep=1"], None),
         (["layout.ep=1"], ["layout.etp=2"], None),
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_optimizer_state_must_be_readable_on_resume(
     saved: list[str],

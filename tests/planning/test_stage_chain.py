@@ -17,6 +17,7 @@ from mellum2_megatron.config import Run, apply_overrides, to_yaml
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning.stage_chain import check_predecessor, stage_chain
 from mellum2_megatron.recipes import recipe, recipe_names
+from tests import parameter_id
 from tests.checkpoint.test_checkpoints import equal, state
 from tests.checkpoint.test_continuation import check_folder, folder_of
 from tests.distributed import run_distributed
@@ -135,7 +136,7 @@ def test_a_chain_begins_where_its_first_stage_does(tmp_path: Path) -> None:
             r"stage mellum2_tiny_pretrain_phase2 after mellum2_12b.*vocab_size",
         ),
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_stages_that_do_not_follow(stages: list[str | Run], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
@@ -180,8 +181,7 @@ def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
 
 
 def test_weights_may_get_another_rotation(tmp_path: Path) -> None:
-    """`checkpoint.load` takes phase 3's weights into the model with YaRN; state needs the same
-    model."""
+    """`checkpoint.load` takes weights into a model with YaRN; state needs the same model."""
     root = folder_of(changed(TINY[2]), tmp_path / "phase3", step=100)
     output = f"checkpoint.output={tmp_path}/out"
     check_folder(changed(TINY[3], f"checkpoint.load={root}", output, "checkpoint.verify=off"))
@@ -212,8 +212,7 @@ LONG = [
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_tiny_stages_run_one_after_another(small_data: PreparedData, tmp_path: Path) -> None:
-    """Steps, samples and rates of the phases are those of one schedule; long context takes their
-    weights."""
+    """Phases follow one schedule of steps, samples and rates; long context takes their weights."""
     own = [*SMALL, f"data.path={small_data.path}"]
     runs = stage_chain(
         [

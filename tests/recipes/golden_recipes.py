@@ -1,4 +1,4 @@
-"""SHA-256 of every recipe's run.yaml: no recipe changes unnoticed, neither do its sources.
+"""SHA-256 of every recipe's run.yaml, so that no value or source changes unnoticed.
 
 After a change that is meant, write them anew and look at the lines that differ::
 

@@ -1,5 +1,4 @@
-"""The report's pre-training as recipes: one schedule over three phases, accepted by Megatron where
-it runs."""
+"""The report's pre-training as recipes: one schedule over three phases, accepted by Megatron."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ def test_phases_end_where_the_reports_tokens_do() -> None:
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_phases_are_one_training(ending: str) -> None:
-    """Each begins, in data and state, where the former ends; nothing else of the training changes
-    on the way."""
+    """Each begins where the former ends, in data and state; no other training setting changes."""
     runs = [recipe(name + ending) for name in PHASES]
     assert runs[0].data.first_sample == 0
     assert runs[0].checkpoint.continue_from is None
@@ -82,8 +80,7 @@ def test_rates_at_the_boundaries_are_the_schedules(number: int) -> None:
 
 
 def test_megatrons_scheduler_carries_on_over_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own scheduler, built from each phase's arguments and loaded with the state the former
-    saved."""
+    """Its scheduler, built from each phase's arguments, loads the state the former phase saved."""
     state = None
     for name in PHASES:
         run = recipe(name)
@@ -182,8 +179,7 @@ def test_the_slices_long_context_is_shorter() -> None:
 
 @pytest.mark.parametrize("training", ["mellum2_4layer_{}_1gpu_h200_fp8", "mellum2_tiny_{}"])
 def test_small_trainings_are_one_in_the_reports_proportions(training: str) -> None:
-    """The report's shares of the steps: 59, 26 and 15 of a hundred, the decay in the last of
-    them."""
+    """The report's shares of the steps: 59, 26 and 15 percent, with the decay in the last."""
     runs = [recipe(training.format(f"pretrain_phase{number}")) for number in (1, 2, 3)]
     horizon = runs[-1].schedule.train_samples
     steps = [run.schedule.steps(run.schedule.train_samples) for run in runs]

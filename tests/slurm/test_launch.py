@@ -1,5 +1,4 @@
-"""`mellum2 launch` on a real Slurm through NeMo-Run: chain, array, preempted run; status, logs,
-cancel.
+"""`mellum2 launch` on a real Slurm through NeMo-Run: runs, status, logs and cancel.
 
 As in test_scenarios.py all jobs are submitted at the start and train side by side.
 """
@@ -47,8 +46,7 @@ PROFILE: dict[str, Any] = {
     "grace_seconds": 60,
     "tries": 1,
 }
-"""Profile with both ranks on one node. PYTHONPATH lets a test hold a run before a step
-(`faults/sitecustomize.py`)."""
+"""Profile with both ranks on one node. PYTHONPATH holds a run before a step (`slurm/faults`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

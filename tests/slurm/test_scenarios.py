@@ -219,8 +219,7 @@ def test_success(jobs: Jobs):
 
 
 def test_time_limit(jobs: Jobs, slurm: Cluster):
-    """Before the limit SIGUSR1 reaches the batch script: the run saves, the job is requeued and the
-    run resumes."""
+    """Before the limit SIGUSR1 comes: the run saves, the job is requeued and the run resumes."""
     job = jobs["time_limit"]
     wait_for(lambda: job.kinds()[:1] == ["stopped"], LONG, "told to stop", job.log)
     # A busy machine may need longer for the rest.

@@ -1,5 +1,4 @@
-"""Functions of the Megatron-Bridge tests that need a process of their own: Bridge, Transformer
-Engine, no GPU.
+"""Megatron-Bridge tests' functions for a process with Transformer Engine and without a GPU.
 
 Each function takes the folder that the test has prepared, leaves files there and returns JSON
 values.
@@ -37,13 +36,11 @@ ARGUMENT = {
     "moe_z_loss_coeff",
     "cp_comm_type",
 }
-"""Fields of a run or a machine, which the arguments set and the provider leaves to Bridge's
-recipes."""
+"""Fields of a run or machine: our arguments set them, the provider leaves them to recipes."""
 
 
 def round_trips(root: Path) -> None:
-    """Save each model of ``hf/``, loaded by Bridge, as Megatron and Hugging Face, and our import as
-    Hugging Face."""
+    """Let Bridge save each model of ``hf/`` in both formats, and our import as Hugging Face."""
     for folder in sorted((root / "hf").iterdir()):
         bridge = AutoBridge.from_hf_pretrained(folder)
         model = bridge.to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
@@ -54,8 +51,7 @@ def round_trips(root: Path) -> None:
 
 
 def configurations(root: Path) -> dict[str, list[str]]:
-    """Return the differences of the provider's configuration from our training's, and of the
-    providers read from files from one another."""
+    """Return differences of the provider from our training, and among providers read from files."""
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.model_load_save import load_model_config
     from megatron.bridge.utils.instantiate_utils import InstantiationMode

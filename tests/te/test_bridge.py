@@ -28,8 +28,8 @@ EVEN = {
 MODELS: dict[str, dict[str, Any]] = {
     "small": {},
     "even": EVEN,
-    "one-layer": VARIANTS["seven experts, one layer"],
-    "no-mtp": VARIANTS["no mtp"],
+    "one-layer": VARIANTS["seven_experts_one_layer"],
+    "no-mtp": VARIANTS["no_mtp"],
 }
 
 

@@ -1,5 +1,4 @@
-"""The te backend without a GPU: its modules are built, not run, and compared with the torch
-backend's."""
+"""The te backend without a GPU: modules are built, not run, and compared with torch's."""
 
 from __future__ import annotations
 
@@ -60,8 +59,7 @@ def test_both_backends_have_the_same_checkpoint_keys(tiny: dict[str, Any]):
 
 
 def test_te_layers_attend_by_their_type(tiny: dict[str, Any]):
-    """Three sliding layers and MTP have a window of 64; the full one has none, and YaRN's squared
-    factor."""
+    """Sliding and MTP layers have a window of 64; the full one none, and YaRN's factor squared."""
     assert tiny["windows"][:3] == [[63, 0]] * 3
     assert tiny["windows"][4] == [63, 0]
     assert tiny["windows"][3] in ([], [-1, 0], [-1, -1])

@@ -92,8 +92,7 @@ def tiny_models() -> dict[str, Any]:
 
 
 def projection_contexts() -> list[dict[str, bool]]:
-    """Return the MTP layer's linear modules and their FP8 state, without and with
-    `precision.bf16_mtp_projection`."""
+    """Return the FP8 state of the MTP layer's linears, without and with `bf16_mtp_projection`."""
     from transformer_engine.pytorch import quantization
 
     quantization.get_device_compute_capability = lambda: (9, 0)

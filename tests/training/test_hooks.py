@@ -1,4 +1,4 @@
-"""The hooks in Megatron's loop: each target as it is relied on, each replacement doing its work."""
+"""Hooks in Megatron's loop: each target is as expected, each replacement works."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CALLERS: dict[str, tuple[Any, str]] = {
     "save-checkpoint": (training, "save_checkpoint"),
     "stop-signal": (global_vars, "_GLOBAL_SIGNAL_HANDLER"),
 }
-"""Where Megatron's loop looks each target up."""
+"""Hook -> places where Megatron's loop looks its target up."""
 
 CITED = [
     ("training/training.py", 1354, "iterators = build_train_valid_test_data_iterators("),
@@ -229,8 +229,7 @@ def chained(*inner: Any) -> Any:
 
 
 class TestStep:
-    """One step through `train_step`, `validate_result` and `prepare_grads`, as Megatron calls
-    them."""
+    """One step through `train_step`, `validate_result` and `prepare_grads` in Megatron's order."""
 
     @pytest.fixture(autouse=True)
     def world(self, megatron_world: None, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,4 @@
-"""Real training on real ranks: Megatron's own loop over gloo, its checkpoints, and what a resume
-continues with."""
+"""Training on real ranks: Megatron's loop over gloo, its checkpoints, and resumed runs."""
 
 from __future__ import annotations
 
@@ -132,8 +131,7 @@ def test_run_folder_states_the_run(trained: Path, small_data: PreparedData):
 
 
 def test_resume_is_bitwise(trained: Path, small_data: PreparedData, tmp_path: Path):
-    """Three steps, then a new set of processes for the rest: the same losses and the same weights,
-    to the bit."""
+    """Three steps, then new processes for the rest: the same losses and weights, to the bit."""
     resumed = tmp_path / "resumed"
     shutil.copytree(trained, resumed)
     shutil.rmtree(resumed / "iter_0000006")
@@ -211,8 +209,7 @@ def test_layouts_see_the_same_model(
     layout: list[str],
     nproc: int,
 ):
-    """From the same weights every layout computes the same losses: exactly routed, apart in BF16
-    rounding only."""
+    """Losses from the same weights agree on every layout, up to BF16 rounding."""
     run = small_run(
         small_data, tmp_path / "other", *FIRST_STEP, f"checkpoint.load={start}", *layout
     )

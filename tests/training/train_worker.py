@@ -1,4 +1,4 @@
-"""Work of a rank in the training tests."""
+"""One rank of the training tests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The command line of a run, taken through Megatron's own parser, validation, config and schedule
-code."""
+"""A run's command line, read by Megatron's parser, validation, config and schedule code."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides
 from mellum2_megatron.recipes import recipe
 from mellum2_megatron.upstream import environment, megatron_arguments
+from tests import parameter_id
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Megatron runs through the CPU backend here"
@@ -73,7 +73,7 @@ ARCHITECTURES: list[list[str]] = [
 ]
 
 
-@pytest.mark.parametrize("overrides", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("overrides", ARCHITECTURES, ids=parameter_id)
 def test_megatrons_config_describes_the_architecture(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +268,7 @@ def test_layers_stay_in_bf16(
 def megatron_scheduler(
     args: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Any, dict[str, Any], Any]]:
-    """Yield Megatron's scheduler, the parameter group that it sets, and its batch calculator, as
-    `pretrain` does."""
+    """Yield Megatron's scheduler, parameter group and batch calculator, set up as by `pretrain`."""
     from megatron.core import num_microbatches_calculator as calculator
     from megatron.training import training
 
@@ -306,13 +305,12 @@ def megatron_scheduler(
         ["schedule.style=cosine", "schedule.decay_samples=0", "optimizer.min_lr=1e-5"],
         ["schedule.horizon_samples=9280", "schedule.warmup_samples=0"],
     ],
-    ids=str,
+    ids=parameter_id,
 )
 def test_megatron_walks_the_runs_schedule(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step's batch and learning rate, from Megatron's calculator and scheduler as `pretrain`
-    sets them up."""
+    """Every step's batch and rate come from Megatron's own calculator and scheduler."""
     run, args = on_cpu(overrides, monkeypatch)
     with megatron_scheduler(args, monkeypatch) as (scheduler, group, calculator):
         assert args.train_iters == run.schedule.train_steps

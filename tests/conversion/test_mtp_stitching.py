@@ -1,4 +1,4 @@
-"""An MTP head that `save_pretrained` dropped is put back byte by byte, on the same model only."""
+"""An MTP head that `save_pretrained` dropped is restored byte by byte, on its own model only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conversion.folders import VARIANTS, load_tensors, save_tensors, unfus
 
 @pytest.fixture
 def lost(hf_folder: Path, tmp_path: Path) -> Path:
-    """`hf_folder` as transformers saves it: without its head, which the config still announces."""
+    """`hf_folder` saved by transformers: without the head that its config still announces."""
     folder = tmp_path / "lost"
     MellumForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16).save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
@@ -62,7 +62,7 @@ def test_a_float32_trunk_gets_the_head_without_loss(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (VARIANTS["no mtp"], "has no MTP head"),
+        (VARIANTS["no_mtp"], "has no MTP head"),
         ({"sliding_window": 6}, r"sliding_window=6 in .*, 5 in"),
         ({"num_experts": 4}, r"num_experts=4 in .*, 3 in"),
         ({"layer_types": ["sliding_attention"] * 3}, r"layer_types=.*full_attention"),
