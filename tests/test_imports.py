@@ -219,7 +219,7 @@ def test_no_private_name_crosses_modules() -> None:
     assert [entry for entry in private if entry.names != ("__version__",)] == []
 
 
-def test_any_import_turned_round_is_found() -> None:
+def test_any_reversed_import_is_found() -> None:
     pairs = arrows()
     turned = [(target, source) for source, target in pairs if source not in OLD_PATHS]
     assert sum(package(source) != package(target) for source, target in turned) > 100
@@ -325,7 +325,7 @@ LAZY = {
 
 
 @pytest.mark.parametrize("way", [*EAGER, *LAZY])
-def test_imports_that_run_at_import_are_told_from_the_others(way: str) -> None:
+def test_eager_and_lazy_imports_are_distinguished(way: str) -> None:
     entries = list(imports_in("mellum2_megatron.config.run", (EAGER | LAZY)[way]))
     assert [entry.target.partition(".")[0] for entry in entries] == ["torch"]
     assert entries[0].eager == (way in EAGER)

@@ -169,7 +169,7 @@ def test_flops_equal_an_enumeration_of_pairs(length: int, mtp: bool) -> None:
     assert ODD.flops_per_token(length, mtp=mtp) == sum(flops.values()) / length
 
 
-def test_mtp_flag_is_nothing_without_an_mtp_layer() -> None:
+def test_mtp_flag_has_no_effect_without_an_mtp_layer() -> None:
     arch = TINY.replace(num_mtp_layers=0)
     assert arch.num_parameters(mtp=True) == arch.num_parameters(mtp=False)
     assert arch.flops_per_token(64, mtp=True) == arch.flops_per_token(64, mtp=False)

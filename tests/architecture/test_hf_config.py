@@ -72,7 +72,9 @@ BASE_PRETRAIN_CONFIG = RELEASED_CONFIG | {
     ("config", "preset"),
     [(BASE_PRETRAIN_CONFIG, "mellum2-12b"), (RELEASED_CONFIG, "mellum2-12b-128k")],
 )
-def test_released_configs_are_the_presets_both_ways(config: dict[str, Any], preset: str) -> None:
+def test_released_configs_and_presets_convert_into_each_other(
+    config: dict[str, Any], preset: str
+) -> None:
     assert from_hf_config(config) == PRESETS[preset]
     assert to_hf_config(PRESETS[preset]) == config
 
@@ -88,7 +90,7 @@ def test_config_round_trip_through_transformers(name: str) -> None:
     assert from_hf_config(json.loads(json.dumps(to_hf_config(arch)))) == arch
 
 
-def test_absent_keys_mean_what_they_mean_in_transformers() -> None:
+def test_absent_keys_have_transformers_defaults() -> None:
     from transformers import MellumConfig
 
     bare = from_hf_config({"model_type": "mellum"})
@@ -137,7 +139,7 @@ def test_truncate_is_read_where_transformers_reads_it(caplog: pytest.LogCaptureF
     assert from_hf_config(to_hf_config(arch)) == arch
 
 
-def test_keys_nobody_reads_are_named_and_known_ones_are_not(
+def test_only_unknown_keys_are_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     extra = {
@@ -214,6 +216,6 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
     ],
     ids=text_id,
 )
-def test_what_mellum2_cannot_express_is_refused(changes: dict[str, Any], named: str) -> None:
+def test_inexpressible_configs_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=re.escape(named)):
         from_hf_config(RELEASED_CONFIG | changes)

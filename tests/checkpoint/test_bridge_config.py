@@ -25,7 +25,7 @@ def model(tmp_path: Path) -> dict[str, Any]:
     return yaml.safe_load((tmp_path / RUN_CONFIG_FILE).read_text())["model"]
 
 
-def test_it_describes_the_model(model: dict[str, Any]):
+def test_run_config_describes_the_model(model: dict[str, Any]):
     expected = {
         "_target_": "conversion.bridge.model.Mellum2ModelProvider",
         "num_layers": 28,
@@ -55,7 +55,7 @@ def test_it_describes_the_model(model: dict[str, Any]):
     assert {name: model[name] for name in expected} == expected
 
 
-def test_it_holds_the_whole_architecture(model: dict[str, Any]):
+def test_run_config_holds_the_architecture(model: dict[str, Any]):
     assert Mellum2Architecture.from_dict(model["architecture"]) == LONG
     assert model["architecture"]["rope_full_attention"]["factor"] == 16.0
 
@@ -77,7 +77,7 @@ def test_headless_and_irregular_models(tmp_path: Path):
     assert "window_size" not in run_config(full)["model"]
 
 
-def test_it_offers_weights_alone():
+def test_run_config_offers_weights_alone():
     checkpoint = run_config(LONG)["checkpoint"]
     assert (
         checkpoint["save_optim"],
@@ -108,7 +108,7 @@ def test_writing_needs_neither_torch_nor_bridge(tmp_path: Path):
     assert (tmp_path / RUN_CONFIG_FILE).is_file()
 
 
-def test_import_writes_it_into_the_release(tmp_path: Path):
+def test_import_writes_run_config_into_the_release(tmp_path: Path):
     """In the iteration's folder: Bridge takes a folder that holds the file for an iteration."""
     import torch
 
@@ -123,7 +123,9 @@ def test_import_writes_it_into_the_release(tmp_path: Path):
     assert not (tmp_path / "megatron" / RUN_CONFIG_FILE).exists()
 
 
-def test_a_save_writes_it_before_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_save_writes_run_config_before_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import torch
 
     from mellum2_megatron.checkpoint import saving

@@ -96,7 +96,9 @@ def resume(run: Run, nproc: int, copy: Path) -> Path:
     return copy / iteration_folder_name(3)
 
 
-def test_everything_comes_back(trained: Path, small_data: PreparedData, tmp_path: Path) -> None:
+def test_resume_restores_every_value(
+    trained: Path, small_data: PreparedData, tmp_path: Path
+) -> None:
     """On the same layout: the loaded state, the state three steps later, and the logged values."""
     run = small_run(small_data, at_step(trained, tmp_path / "run", 3))
     loaded = resume(run, 2, tmp_path / "copy")
@@ -145,7 +147,7 @@ def test_everything_comes_back(trained: Path, small_data: PreparedData, tmp_path
     ],
     ids=["one_process", "pp2", "tp2", "ep2_pp2", "etp2"],
 )
-def test_another_layout_gets_all_of_it(
+def test_resume_on_another_layout_restores_every_value(
     layout: list[str],
     nproc: int,
     trained: Path,
@@ -153,7 +155,7 @@ def test_another_layout_gets_all_of_it(
     tmp_path: Path,
 ) -> None:
     """Two ranks that share the experts save; state is equal to the bit, next losses to rounding."""
-    require_all_of_it(
+    require_equal_resume(
         trained, small_run(small_data, at_step(trained, tmp_path / "run", 3), *layout), nproc
     )
 
@@ -180,7 +182,7 @@ def of_cp2(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -
     [("of_dp2", 1, 1), ("of_dp2", 2, 2), ("of_cp2", 1, 1), ("of_cp2", 1, 2)],
     ids=["dp2_to_one_process", "dp2_to_cp2", "cp2_to_one_process", "cp2_to_dp2"],
 )
-def test_data_and_context_parallelism_change(
+def test_resume_across_data_and_context_parallelism(
     source: str,
     cp: int,
     nproc: int,
@@ -192,10 +194,10 @@ def test_data_and_context_parallelism_change(
     run = small_run(
         small_data, at_step(saved, tmp_path / "run", 3), "layout.ep=1", f"layout.cp={cp}"
     )
-    require_all_of_it(saved, run, nproc)
+    require_equal_resume(saved, run, nproc)
 
 
-def require_all_of_it(source: Path, run: Run, nproc: int) -> None:
+def require_equal_resume(source: Path, run: Run, nproc: int) -> None:
     """Resume a run of another layout at step 3: same state to the bit, same losses to rounding."""
     output = Path(str(run.checkpoint.output))
     loaded = resume(run, nproc, output.with_name("copy"))
@@ -214,15 +216,15 @@ def require_all_of_it(source: Path, run: Run, nproc: int) -> None:
         assert seen == pytest.approx(expected, rel=2e-2 if name == "grad_norm" else 3e-3), name
 
 
-def test_expert_tensor_parallelism_begins(
+def test_resume_with_expert_tensor_parallelism(
     of_dp2: Path, small_data: PreparedData, tmp_path: Path
 ) -> None:
     """Experts get data-parallel ranks of their own; before, they shared the other weights'."""
     run = small_run(small_data, at_step(of_dp2, tmp_path / "run", 3), "layout.ep=1", "layout.etp=2")
-    require_all_of_it(of_dp2, run, 2)
+    require_equal_resume(of_dp2, run, 2)
 
 
-def test_and_back_to_expert_parallelism(
+def test_resume_back_to_expert_parallelism(
     trained: Path, small_data: PreparedData, tmp_path: Path
 ) -> None:
     """One process writes one parameter group less than two expert-parallel ranks have."""
@@ -354,7 +356,7 @@ def test_damage_is_noticed_and_the_previous_checkpoint_offered(
         check(small_run(small_data, tmp_path / "new", f"checkpoint.continue_from={output}"))
 
 
-def test_how_much_is_checked_is_an_option(
+def test_amount_of_checking_is_an_option(
     trained: Path,
     small_data: PreparedData,
     tmp_path: Path,
@@ -370,7 +372,7 @@ def test_how_much_is_checked_is_an_option(
         check(small_run(small_data, output, "checkpoint.verify=size"))
 
 
-def test_a_damaged_manifest_is_damage(trained: Path, tmp_path: Path) -> None:
+def test_damaged_manifest_counts_as_damage(trained: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(trained, tmp_path / "run"))
     manifest = output / "iter_0000006" / MANIFEST_FILE
     for text in ("{", "[]", '{"algorithm": "md5", "files": {}}', '{"algorithm": "sha256"}'):
@@ -428,7 +430,7 @@ def checkpoints(root: Path, *numbers: int, tracked: int) -> None:
         (9, None, [1, 2, 3, 4, 5, 6, 9]),
     ],
 )
-def test_old_checkpoints_go(
+def test_old_checkpoints_are_pruned(
     keep_last: int | None, retain_interval: int | None, left: list[int], tmp_path: Path
 ) -> None:
     checkpoints(tmp_path, 1, 2, 3, 4, 5, 6, 9, tracked=6)  # someone has set the tracker back from 9

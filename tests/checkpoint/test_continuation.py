@@ -36,7 +36,7 @@ def first_phase(small_data: PreparedData, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.distributed
-def test_two_runs_are_one_training(
+def test_two_runs_equal_one_training(
     trained: Path,
     first_phase: Path,
     small_data: PreparedData,
@@ -174,7 +174,7 @@ def test_an_iteration_inside_a_folder_is_refused(tmp_path: Path) -> None:
         check_folder(continued(root / iteration_folder_name(100), tmp_path / "new"))
 
 
-def test_data_of_a_later_phase_need_the_former(tmp_path: Path) -> None:
+def test_later_phase_needs_the_former_run(tmp_path: Path) -> None:
     run = tiny(f"checkpoint.output={tmp_path / 'new'}", "data.first_sample=16")
     with pytest.raises(InputError, match=r"data.first_sample=16 in a run that starts at sample 0"):
         check_folder(run)
@@ -198,7 +198,7 @@ def test_data_of_a_later_phase_need_the_former(tmp_path: Path) -> None:
         ("optimizer.muon_split_gate_up=True", None),
     ],
 )
-def test_settings_that_come_from_the_checkpoint_stay(
+def test_settings_stored_in_the_checkpoint_cannot_change(
     tmp_path: Path, where: str, change: str, kept: str | None
 ) -> None:
     """Without the rule rates raise ValueError, `muon_router` KeyError; momentum silently stays."""

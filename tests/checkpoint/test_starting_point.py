@@ -100,7 +100,7 @@ def test_a_run_takes_weights(own: Path, other: Path) -> None:
     assert start.line(tiny()) == f"mellum2_tiny_pretrain takes the weights of {folder}"
 
 
-def test_state_goes_before_weights(other: Path, tmp_path: Path) -> None:
+def test_state_takes_precedence_over_weights(other: Path, tmp_path: Path) -> None:
     """Both together are refused by a rule; until then the state counts."""
     start = of(f"checkpoint.load={tmp_path}", f"checkpoint.continue_from={other}")
     assert (start.kind, start.folder) == ("continue", other)
@@ -222,7 +222,7 @@ def test_an_unfinished_checkpoint_inside_a_folder(other: Path) -> None:
     assert of(f"checkpoint.load={other}").checkpoint == find_checkpoint(other)
 
 
-def test_a_tracker_that_cannot_be_read_is_told(other: Path) -> None:
+def test_unreadable_tracker_is_an_error(other: Path) -> None:
     (other / TRACKER_FILE).unlink()
     (other / TRACKER_FILE).mkdir()
     with pytest.raises(InputError, match="no readable"):

@@ -56,7 +56,7 @@ def _other_model(folder: Path) -> None:
         (_other_model, ["model_type='qwen3_moe'"]),
     ],
 )
-def test_a_folder_that_is_no_mellum2(
+def test_folder_of_another_model_is_refused(
     damage: Callable[[Path], None],
     named: list[str],
     hf_folder: Path,
@@ -99,7 +99,7 @@ def test_checkpoints_of_another_architecture(
 
 
 @pytest.mark.parametrize("tracker", ["", "99", "soon"])
-def test_a_tracker_that_points_nowhere(
+def test_tracker_without_its_checkpoint_is_refused(
     tracker: str, run_folder: Path, small_run: list[str]
 ) -> None:
     """Megatron itself would train anew, without an error."""
@@ -198,7 +198,7 @@ def test_occupied_targets(
     assert snapshot(tmp_path) == before
 
 
-def test_a_disk_that_cannot_be_written(
+def test_read_only_disk_is_refused(
     mounted: Callable[[str], Path],
     hf_folder: Path,
     small_run: list[str],

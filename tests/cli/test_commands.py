@@ -61,7 +61,7 @@ def _commands(command: Any, name: str = "mellum2") -> Iterator[tuple[str, Any]]:
         yield from _commands(below, f"{name} {word}")
 
 
-def test_help_texts_survive_the_screen() -> None:
+def test_help_texts_are_printed_unchanged() -> None:
     """rich takes square brackets for markup, and typer keeps a summary's line breaks."""
     names = []
     for name, command in _commands(typer.main.get_command(app)):
@@ -167,7 +167,7 @@ def test_dry_run_is_a_run_file(small_run: list[str], tmp_path: Path) -> None:
     assert from_yaml(mellum2("train", TINY, "--dry-run").out).checkpoint.output == f"runs/{TINY}"
 
 
-def test_prepare_says_one_line(prepare_result: tuple[Path, Result]) -> None:
+def test_prepare_prints_one_line(prepare_result: tuple[Path, Result]) -> None:
     folder, result = prepare_result
     assert (result.code, result.err) == (0, "")
     tokens = load_prepared(folder).splits["train"].tokens

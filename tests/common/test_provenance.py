@@ -47,7 +47,7 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_checkout_tells_its_commit_and_changes(checkout: Path) -> None:
+def test_checkout_has_commit_and_changes(checkout: Path) -> None:
     head = git(checkout, "rev-parse", "HEAD")
     code = source_code(checkout)
     assert (code.origin, code.commit, code.dirty) == ("git", head, False)
@@ -73,7 +73,7 @@ def test_an_environment_inside_a_checkout_is_no_checkout(checkout: Path) -> None
     assert str(code) == "commit not known (installed as a package, not run from a Git checkout)"
 
 
-def test_a_copy_without_git_says_what_it_is_a_copy_of(checkout: Path, tmp_path: Path) -> None:
+def test_copy_without_git_names_its_origin(checkout: Path, tmp_path: Path) -> None:
     original = source_code(checkout)
     copy = tmp_path / "copy"
     shutil.copytree(checkout / "mellum2_megatron", copy / "mellum2_megatron")
@@ -151,7 +151,7 @@ def test_each_start_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert second["time"] >= first["time"]
 
 
-def test_a_run_knows_every_state_of_the_code_it_ran(
+def test_run_records_every_state_of_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Code(origin="git", version="1", commit="a" * 40, dirty=False)

@@ -76,7 +76,7 @@ def test_nested_dataclasses_lists_and_mappings_round_trip() -> None:
         ({"notes": {1: "a"}}, "notes={1: 'a'}: must be a mapping of names to text"),
     ],
 )
-def test_what_does_not_fit_is_named_by_its_full_key(changes: Any, message: str) -> None:
+def test_misfits_are_named_by_their_full_key(changes: Any, message: str) -> None:
     with pytest.raises(InputError) as error:
         from_mapping(Car, WHOLE | changes, document="car")
     assert message in str(error.value)

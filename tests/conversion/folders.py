@@ -87,7 +87,7 @@ def models(changes: dict[str, Any], seed: int = 0) -> tuple[MellumForCausalLM, M
 
 
 def mtp_tensors(mtp: MtpModel) -> dict[str, torch.Tensor]:
-    """Return the MTP head's tensors by checkpoint name ``mtp.*`` (renamed by hand), experts fused."""
+    """Return the MTP head's tensors by checkpoint name ``mtp.*``, experts fused; hand-renamed."""
     top = {
         "enorm": "pre_fc_norm_embedding",
         "hnorm": "pre_fc_norm_hidden",

@@ -34,7 +34,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def test_one_bit_in_a_safetensors_file(exported: Path, tmp_path: Path) -> None:
+def test_one_changed_bit_in_a_safetensors_file_is_found(exported: Path, tmp_path: Path) -> None:
     import_hf(exported, tmp_path / "fine")
     path = exported / "model.safetensors"
     header = json.loads(
@@ -49,7 +49,9 @@ def test_one_bit_in_a_safetensors_file(exported: Path, tmp_path: Path) -> None:
     import_hf(exported, tmp_path / "out", checks=TensorChecks(hashes=False))
 
 
-def test_one_bit_in_a_megatron_checkpoint(checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_one_changed_bit_in_a_megatron_checkpoint_is_found(
+    checkpoint_copy: Path, tmp_path: Path
+) -> None:
     path = checkpoint_copy / "release" / "__2_0.distcp"
     rows = load_checkpoint_row(checkpoint_copy)
     flip(path, path.read_bytes().index(rows))

@@ -58,7 +58,7 @@ def test_round_trip_keeps_every_byte(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_values_that_are_not_numbers_survive_too(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_non_finite_values_survive(dtype: torch.dtype, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", dtype=dtype)
     tensors = load_tensors(source)
     tensors["lm_head.weight"][0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40]).to(
@@ -87,7 +87,7 @@ def test_values_that_are_not_numbers_survive_too(dtype: torch.dtype, tmp_path: P
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_transformers_loads_the_export_into_the_very_model(
+def test_transformers_loads_the_export_into_the_same_model(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     main, mtp = models(changes)

@@ -19,7 +19,7 @@ from mellum2_megatron.checkpoint.file_manifest import MANIFEST_FILE, hash_files,
 from tests.conversion.folders import whole_chunk, write_torch_dist
 
 
-def test_what_is_written_in_pieces_is_hashed_as_the_file_on_the_disk(tmp_path: Path) -> None:
+def test_hash_of_pieces_equals_the_hash_of_the_file(tmp_path: Path) -> None:
     with hashed_file(tmp_path / "a") as stream:
         stream.write(b"head")
         stream.write(memoryview(torch.arange(1000).numpy()))
@@ -57,7 +57,7 @@ def test_a_group_that_was_not_finished_is_not_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]  # no .metadata
 
 
-def test_a_chunk_that_was_forgotten_is_not_promised(tmp_path: Path) -> None:
+def test_forgotten_chunk_is_not_in_the_metadata(tmp_path: Path) -> None:
     tensor = torch.ones(3)
     chunks = [whole_chunk("v", tensor), whole_chunk("w", tensor)]
     writer = TorchDistWriter(tmp_path, [chunks], common={})

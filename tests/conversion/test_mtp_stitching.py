@@ -77,7 +77,7 @@ def test_a_head_of_another_model(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_stitched(lost: Path, hf_folder: Path, tmp_path: Path) -> None:
+def test_invalid_stitching_is_refused(lost: Path, hf_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="only a lost one is put back"):
         stitch_mtp(hf_folder, hf_folder, tmp_path / "out")
     precise = write_folder(tmp_path / "precise", dtype=torch.float32)

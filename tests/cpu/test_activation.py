@@ -144,7 +144,7 @@ def test_patches_reach_names_that_megatron_re_exports() -> None:
     """)
 
 
-def test_torch_compile_stays_for_everybody_else() -> None:
+def test_torch_compile_is_unchanged_for_other_libraries() -> None:
     run("""
         from mellum2_megatron import cpu
         cpu.activate()

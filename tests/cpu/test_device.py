@@ -58,7 +58,7 @@ CALLS: dict[str, Callable[[object], torch.Tensor]] = {
 }
 
 
-def test_backend_is_active_and_other_libraries_are_told_the_truth() -> None:
+def test_backend_is_active_and_cuda_is_reported_absent() -> None:
     assert cpu.is_active()
     assert not torch.cuda.is_available()
 
@@ -76,7 +76,7 @@ def test_cuda_means_the_cpu(name: str, where: object) -> None:
     assert CALLS[name](where).device == torch.device("cpu")
 
 
-def test_other_devices_and_calls_without_one_are_as_ever() -> None:
+def test_other_devices_and_calls_without_one_are_unchanged() -> None:
     assert torch.ones(2, device="meta").is_meta
     assert torch.ones(2).to("meta").is_meta
     assert torch.ones(2).to(torch.bfloat16).dtype == torch.bfloat16

@@ -32,7 +32,7 @@ def reference(
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_updates_are_adams(decoupled: bool) -> None:
+def test_updates_equal_adams(decoupled: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     starts = [torch.randn(5, 3, generator=generator), torch.randn(7, generator=generator)]
     gradients = [
@@ -91,7 +91,7 @@ def test_cuda_graph_capture_is_refused() -> None:
         FusedAdam([torch.nn.Parameter(torch.ones(1))], capturable=True)
 
 
-def test_type_names_change_inside_only() -> None:
+def test_type_names_change_only_inside_the_context() -> None:
     value = torch.ones(1, dtype=torch.bfloat16)
     with cuda_type_names():
         assert value.type() == "torch.cuda.BFloat16Tensor"

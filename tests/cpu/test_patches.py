@@ -36,7 +36,7 @@ def test_every_patch_has_a_probe_and_every_name_is_unique() -> None:
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
-def test_upstream_fails_without_it_and_is_right_with_it(patch: Patch) -> None:
+def test_patch_is_needed_and_works(patch: Patch) -> None:
     patch_probes.check_still_needed(patch, WITHOUT)
 
 

@@ -102,7 +102,7 @@ def test_dropout_follows_the_tracked_generators_through_a_resume(tmp_path: Path)
     ],
     ids=["nccl", "async_save"],
 )
-def test_what_needs_a_gpu_is_refused_before_the_model_is_built(
+def test_gpu_features_are_refused_before_the_model_is_built(
     change: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(DistributedError) as failure:

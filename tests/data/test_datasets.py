@@ -139,9 +139,7 @@ def test_blends_draw_by_weight(folder: Path, text_folder: Path, tmp_path: Path) 
     assert len(valid) >= 5
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_built(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_misfitting_data_is_refused_before_anything_is_built(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="mellum2 data prepare --output"):
         check_data(run_of(tmp_path / "absent"))
     with pytest.raises(InputError, match=r"360 entries, architecture.vocab_size is 256"):

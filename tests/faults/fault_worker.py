@@ -98,7 +98,7 @@ def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
 
 
 def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
-    """In some steps make one rank's loss or only its gradient NaN, or its loss three times as high."""
+    """In some steps make one rank's loss or only its gradient NaN, or triple its loss."""
     from mellum2_megatron.training import step as module
 
     sum_loss = module.sum_loss

@@ -138,7 +138,7 @@ def test_torch_still_has_that_exception() -> None:
         ),
     ],
 )
-def test_what_a_user_can_mend_is_explained(
+def test_errors_that_a_user_can_mend_are_explained(
     error: BaseException, named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(WorkError) as caught, explained(tmp_path):
@@ -170,7 +170,7 @@ def test_a_failed_save_without_reason_is_a_full_disk_if_the_disk_is(
         RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:3"),
     ],
 )
-def test_what_nobody_can_mend_is_not(error: BaseException, tmp_path: Path) -> None:
+def test_other_errors_are_not_explained(error: BaseException, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as caught, explained(tmp_path):
         raise error
     assert caught.value is error

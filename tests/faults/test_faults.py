@@ -44,7 +44,7 @@ def ranks(worker: str, run: Run, *args: Any, nproc: int = 2) -> list[Any]:
     )
 
 
-def test_nothing_is_lost_but_the_steps_since_the_last_save(
+def test_only_steps_since_the_last_save_are_lost(
     trained: Path,
     small_data: PreparedData,
     tmp_path: Path,
@@ -93,7 +93,7 @@ def saved(output: Path) -> list[int]:
     return [number for number in numbers if number is not None]
 
 
-def test_the_command_passes_a_signal_on_and_its_exit_code_says_so(
+def test_command_passes_a_signal_on_and_exits_with_75(
     small_data: PreparedData,
     tmp_path: Path,
 ) -> None:
@@ -137,7 +137,7 @@ def _has_begun(output: Path) -> bool:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_loss_that_is_no_number_ends_the_run(
+def test_non_finite_loss_ends_the_run(
     where: str,
     small_data: PreparedData,
     tmp_path: Path,
@@ -159,9 +159,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
         ("stopped", "rank 1 does not answer; rank 0 is at "),
     ],
 )
-def test_a_stuck_rank_is_named(
-    how: str, named: str, small_data: PreparedData, tmp_path: Path
-) -> None:
+def test_hung_rank_is_named(how: str, named: str, small_data: PreparedData, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with pytest.raises(DistributedError) as caught:
         ranks("stuck", small_run(small_data, output, "timeout_minutes=0.15"), 1, 4, how)
@@ -232,7 +230,7 @@ def test_blame(places: dict[int, Place], said: str) -> None:
     assert blame(places, 3) == said
 
 
-def test_a_save_takes_as_long_as_it_takes() -> None:
+def test_save_has_no_time_limit() -> None:
     started = time.monotonic()
     watch = HangWatch(
         rank=0, world_size=1, timeout=60, end=pytest.fail, step=lambda: 1, store=pytest.fail
@@ -258,11 +256,11 @@ def test_a_save_takes_as_long_as_it_takes() -> None:
         ([STOPPED, -signal.SIGKILL], True, False),
     ],
 )
-def test_what_counts_as_a_stop(codes: list[int], signalled: bool, stop: bool) -> None:
+def test_stop_is_recognised_by_exit_codes(codes: list[int], signalled: bool, stop: bool) -> None:
     assert is_stop(codes, signalled=signalled) is stop
 
 
-def test_ranks_that_the_agent_killed_in_the_end_are_not_the_cause() -> None:
+def test_ranks_killed_by_the_agent_are_not_the_cause() -> None:
     """Python handles no SIGTERM during a collective; the agent gives a rank 30 seconds."""
     report = {"message": {"message": "ValueError: a bug", "extraInfo": {"kind": "unexpected"}}}
     failed = RankFailure.of(1, 1, report, ended=1000)

@@ -68,7 +68,7 @@ class TestOnRanks:
     @pytest.mark.parametrize(
         ("what", "settings"), [("loss", []), ("gradient", ALL_EXPERTS)], ids=["loss", "gradient"]
     )
-    def test_an_update_that_is_no_number_is_skipped(
+    def test_non_finite_update_is_skipped(
         self,
         what: str,
         settings: list[str],
@@ -106,7 +106,7 @@ class TestOnRanks:
             }, name
         assert [event.step for event in events(again)] == [4]
 
-    def test_not_endlessly(self, small_data: PreparedData, tmp_path: Path) -> None:
+    def test_skips_in_a_row_are_limited(self, small_data: PreparedData, tmp_path: Path) -> None:
         """Two in a row are allowed, and the count comes back with a checkpoint."""
         output = tmp_path / "run"
         run = small_run(small_data, output, *SKIP, "stability.max_skips=2")
@@ -130,9 +130,7 @@ class TestOnRanks:
             "the run stops",
         ]
 
-    def test_there_is_no_state_before_the_first_update(
-        self, small_data: PreparedData, tmp_path: Path
-    ) -> None:
+    def test_first_update_cannot_be_skipped(self, small_data: PreparedData, tmp_path: Path) -> None:
         with pytest.raises(
             DistributedError, match="step 1: the loss is nan on rank 1; nothing was saved"
         ):
@@ -189,7 +187,7 @@ class TestOnRanks:
         assert [found.note.rpartition(": ")[2] for found in events(stopped)] == ["the run stops"]
 
 
-def test_what_stands_out() -> None:
+def test_loss_above_the_median_is_a_spike() -> None:
     history = LossHistory(window=4, factor=1.5)
     assert [history.add(loss) for loss in (1.0, 100.0, 2.0, 3.0)] == [
         None
@@ -221,7 +219,7 @@ def test_bad_settings(values: dict[str, Any], message: str) -> None:
         Stability(**values)
 
 
-def test_recipes_record_spikes_and_stop_on_what_is_no_number() -> None:
+def test_recipes_record_spikes_and_stop_on_non_finite_values() -> None:
     for name in recipe_names():
         run = recipe(name)
         assert (run.stability.not_finite, run.stability.spike) == ("stop", "record")

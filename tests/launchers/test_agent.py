@@ -140,7 +140,7 @@ def test_a_signal_that_comes_before_the_ranks(nodes: Nodes):
     assert nodes.reports() == [("n0", 75)]
 
 
-def test_failures_are_told_with_node_and_rank(nodes: Nodes):
+def test_failures_name_node_and_rank(nodes: Nodes):
     nodes.start(
         """
 if rank == 3:

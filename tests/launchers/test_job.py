@@ -87,7 +87,7 @@ def test_gpus_of_a_node(run: Run):
     assert make_job(run, dataclasses.replace(GPU, ranks_per_node=4)).gpus_per_node == 8
 
 
-def test_packages_are_the_nodes_not_this_machine_s(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_packages_are_those_of_the_nodes(run: Run, monkeypatch: pytest.MonkeyPatch):
     run = changed(run, "backend=te", "logging.wandb_project=x")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="wandb is not installed here"):
@@ -190,7 +190,7 @@ def test_interpreter(run: Run):
     assert make_job(run, dataclasses.replace(CPU, python=sys.executable)).python == sys.executable
 
 
-def test_names_that_logs_can_have(run: Run):
+def test_job_names_are_safe_in_log_paths(run: Run):
     assert make_job(run, CPU, name="phase 1: a/b%c").name == "phase-1-a-b-c"
     assert make_job(run, CPU, name="%%").name == "mellum2"
 

@@ -199,7 +199,7 @@ def test_the_code_of_the_git_packager_lies_in_the_run_folder(run: Run, place: Pa
 # ------------------------------------------------------------------------------
 
 
-def test_without_nemo_run_it_says_how_to_get_it(
+def test_missing_nemo_run_is_an_error_with_a_fix(
     run: Run, no_nemo_run: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launchers.slurm.require", lambda *_: None)

@@ -92,7 +92,7 @@ def attempts(*ends: tuple[Kind | None, int]) -> list[Attempt]:
         ),
     ],
 )
-def test_how_an_attempt_ended(
+def test_end_of_an_attempt_is_judged(
     code: int, reports: Sequence[Report], told: str, expected: tuple[str, int]
 ):
     assert judge(code, reports, told)[:2] == expected

@@ -80,9 +80,7 @@ def test_an_archive_holds_the_commit_and_says_which(checkout: Path, tmp_path: Pa
     assert (code.origin, code.commit, code.dirty) == ("snapshot", head, False)
 
 
-def test_allowed_changes_of_kept_files_go_along_and_are_said(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_allowed_changes_are_packaged_and_reported(checkout: Path, tmp_path: Path) -> None:
     (checkout / "mellum2_megatron/value.py").write_text("VALUE = 2\n")
     (checkout / "with blank.txt").unlink()
     (checkout / "launchers/new.py").write_text("")

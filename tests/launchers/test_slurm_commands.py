@@ -269,7 +269,7 @@ def test_records_answer_where_slurm_has_forgotten(fake: Fake, tmp_path: Path) ->
     )
 
 
-def test_nobody_knows(fake: Fake, tmp_path: Path) -> None:
+def test_job_without_any_record_is_unknown(fake: Fake, tmp_path: Path) -> None:
     fake("scontrol", **UNKNOWN)
     launch(tmp_path / "run", "12")
     (record,) = status.job_status(*status.find_job(str(tmp_path / "run")))

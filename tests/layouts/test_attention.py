@@ -60,7 +60,7 @@ def plain(problem: Problem) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("cp", [1, 2, 4])
-def test_attention_is_the_plain_formula(cp: int):
+def test_attention_equals_the_plain_formula(cp: int):
     outcomes = run_distributed("tests.layouts.attention_worker:attend", cp, PROBLEMS)
     for number, problem in enumerate(PROBLEMS):
         expected = plain(problem)

@@ -4,7 +4,7 @@ One test body for all layouts, on gloo and, where there are enough GPUs, on NCCL
 logits of both heads, every loss term, and the gradient of every parameter on every rank that holds
 a part of it. One layout alone::
 
-    pytest "tests/layouts/test_layouts.py::test_layout_is_one_process[gloo-tp2_ep2]"
+    pytest "tests/layouts/test_layouts.py::test_layout_equals_one_process[gloo-tp2_ep2]"
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_is_one_process(layout: str, backend: str):
+def test_layout_equals_one_process(layout: str, backend: str):
     ranks, case = LAYOUTS[layout]
     if backend == "nccl" and torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} GPUs needed, {torch.cuda.device_count()} here")

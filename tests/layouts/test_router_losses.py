@@ -46,7 +46,7 @@ def formula(ranks: int, padded: bool, acts_like: float) -> tuple[torch.Tensor, f
         ("global_aux_loss", 2, 1, False, False, AUX / 2),
     ],
 )
-def test_losses_are_the_formulas(
+def test_losses_equal_the_formulas(
     kind: str, ranks: int, cp: int, exact: bool, padded: bool, acts_like: float
 ):
     gradient, balance, size = formula(ranks, padded, acts_like)

@@ -110,7 +110,7 @@ def test_blockwise_muon_is_another_update(
 
 
 def test_the_exact_global_loss_is_independent_of_ranks(start: Run20, noise: float, tmp_path: Path):
-    """One process with two ranks' sequences in a micro-batch trains alike, at a high coefficient."""
+    """One process with two ranks' sequences in a micro-batch trains alike; coefficient 1."""
     balance = ["loss.aux_loss_type=global_aux_loss", "loss.aux_loss_coef=1.0"]
     exact = "loss.aux_loss_gradient=exact"
     one = curve(start, tmp_path / "one", *balance, "schedule.micro_batch_size=2")

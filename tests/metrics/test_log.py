@@ -342,7 +342,7 @@ def test_a_terminal_gets_aligned_rows_and_a_bar() -> None:
     assert "20/30" in text
 
 
-def test_numbers_for_people() -> None:
+def test_numbers_are_shortened_for_reading() -> None:
     assert [short_number(value) for value in (950, 12345, 7_600_000, 0.1234, 0)] == [
         "950",
         "12.3K",

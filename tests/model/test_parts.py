@@ -78,7 +78,7 @@ def test_core_attention_is_plain_attention(window: int | None, documents: bool, 
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
-def test_core_attention_refuses_what_it_does_not_do():
+def test_core_attention_refuses_unsupported_arguments():
     config = transformer_config(SMALL)
     with pytest.raises(NotImplementedError, match="only causal"):
         TorchCoreAttention(config, 1, AttnMaskType.padding, "self")
@@ -97,7 +97,7 @@ def test_core_attention_refuses_what_it_does_not_do():
         )
 
 
-def test_norm_is_plain_rmsnorm_and_tagged_for_sequence_parallelism():
+def test_norm_equals_rmsnorm_and_is_tagged_for_sequence_parallelism():
     config = transformer_config(SMALL)
     config.sequence_parallel = True
     norm = TorchRMSNorm(config, 16, eps=1e-3)
@@ -125,7 +125,7 @@ def make_router(kind: type[TopKRouter]) -> TopKRouter:
     return router.train()
 
 
-def test_router_losses_are_the_formulas():
+def test_router_losses_equal_the_formulas():
     router = make_router(Mellum2Router)
     torch.manual_seed(1)
     hidden = torch.randn(6, 2, SMALL.hidden_size)

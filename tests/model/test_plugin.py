@@ -136,7 +136,7 @@ def test_every_preset_has_a_spec_under_its_name():
 
 
 @pytest.mark.slow
-def test_the_page_runs():
+def test_examples_of_the_plugin_page_run():
     """The command that prints arguments, and the model alone, as docs/plugin.md has them."""
     page = (REPOSITORY / "docs/plugin.md").read_text()
     (printing,) = re.findall(r'^python -c "\n(.*?)"$', page, re.DOTALL | re.MULTILINE)

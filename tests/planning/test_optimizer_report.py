@@ -177,7 +177,7 @@ def test_the_12b_as_the_report_trains_it() -> None:
     assert "168 of 256 ranks" in warning
 
 
-def test_options_show() -> None:
+def test_options_appear_in_the_report() -> None:
     chosen = [*OPTIONS, "optimizer.muon_split_gate_up=true"]
     reported = rows(report(apply_overrides(recipe(BIG), chosen), 256))
     parts = reported["mtp.layers.*.mtp_model_layer.mlp.experts.linear_fc1.weight*"]["matrices"]
@@ -256,7 +256,7 @@ def test_tables_name_every_kind_in_80_columns() -> None:
     ],
     ids=parameter_id,
 )
-def test_what_megatron_would_skip_is_refused(
+def test_weights_that_megatron_would_skip_are_refused(
     name: str, shape: tuple[int, ...], message: str | None
 ) -> None:
     import torch

@@ -193,7 +193,7 @@ def test_enforce_reports_all_at_once() -> None:
     enforce(recipe(BIG), 256, "cuda", machine=False)
 
 
-def test_muon_is_what_forbids_the_gather() -> None:
+def test_parameter_gather_is_forbidden_only_with_muon() -> None:
     adam = apply_overrides(recipe(BIG), ["precision.fp8_param_gather=true", "optimizer.name=adam"])
     assert check(adam, 256, "cuda", machine=False) == []
 

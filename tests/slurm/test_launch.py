@@ -168,7 +168,7 @@ def losses(folder: Path) -> list[tuple[float, ...]]:
     ]
 
 
-def test_a_preempted_run_goes_on_by_itself(site: Site) -> None:
+def test_preempted_run_resumes_by_itself(site: Site) -> None:
     folder = site.folder / "runs/preempted"
     at_gate = [folder / f"arrived.{rank}" for rank in range(2)]
     wait_for(

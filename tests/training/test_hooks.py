@@ -156,7 +156,7 @@ def test_target_has_the_shape_that_is_relied_on(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize(("file", "line", "text"), CITED)
-def test_cited_line_says_so(file: str, line: int, text: str) -> None:
+def test_cited_line_is_there(file: str, line: int, text: str) -> None:
     root = Path(megatron.core.__file__).parents[1]
     assert text in (root / file).read_text(encoding="utf-8").splitlines()[line - 1]
 
@@ -307,7 +307,7 @@ class TestStep:
             self.step(2.0, "bad gradient")
         assert [event.skipped for event in self.run.events] == [True, True, False]
 
-    def test_outside_a_step_everything_is_megatrons(self) -> None:
+    def test_guard_changes_nothing_outside_a_step(self) -> None:
         machine = RerunStateMachine(mode=megatron.core.rerun_state_machine.RerunMode.DISABLED)
         with pytest.raises(RuntimeError, match="Unexpected result nan"):
             machine.validate_result(
@@ -336,7 +336,7 @@ def test_guard_that_watches_nothing_leaves_megatron_alone(run: Run) -> None:
     assert guard.wrap_forward_step(len) is len
 
 
-def test_messages_about_gradients_are_told_from_ours() -> None:
+def test_gradient_messages_are_distinguished_from_ours() -> None:
     """Upstream's wording decides the kind of a failure."""
     source = inspect.getsource(_ParamAndGradBucketGroup.check_grads)
     messages = [line for line in source.splitlines() if "message=f" in line]
@@ -384,7 +384,7 @@ def test_step_is_saved_once_and_older_ones_are_removed(
 
 
 @pytest.mark.usefixtures("megatron_world")
-def test_loop_asks_our_stop_request(run: Run) -> None:
+def test_loop_calls_our_stop_request(run: Run) -> None:
     install_hooks(run.parts)
     handler = global_vars.get_signal_handler()
     assert handler.signals_received() == [0]

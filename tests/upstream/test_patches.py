@@ -40,7 +40,7 @@ def test_every_patch_has_a_probe() -> None:
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
-def test_upstream_fails_without_it_and_is_right_with_it(patch: Patch) -> None:
+def test_patch_is_needed_and_works(patch: Patch) -> None:
     patch_probes.check_still_needed(patch, WITHOUT)
 
 
@@ -100,7 +100,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_upstreams_noise_is_heard_without_the_switch() -> None:
+def test_upstreams_noise_is_visible_by_default() -> None:
     done = run("noisy.speak()")
     assert "printed\n" in done.stdout
     assert "warned" in done.stderr
@@ -126,7 +126,7 @@ def test_quiet_upstream_hides_noise_and_no_error() -> None:
     assert "logged a warning" not in done.stderr
 
 
-def test_what_was_printed_is_kept_for_debugging() -> None:
+def test_hidden_prints_are_logged_at_debug() -> None:
     done = run("""
         from mellum2_megatron.upstream import quiet_upstream
         logging.basicConfig(level=logging.DEBUG)

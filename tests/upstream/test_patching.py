@@ -17,7 +17,7 @@ from mellum2_megatron.upstream.patching import Patch
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A package `hostpkg`: `base.greet`, also bound by `user` and, in an import cycle, by `early`."""
+    """A package `hostpkg`: `base.greet`, bound in `user` and, by an import cycle, in `early`."""
     package = tmp_path / "hostpkg"
     package.mkdir()
     (package / "__init__.py").write_text("")
