@@ -118,8 +118,7 @@ def _targets(module: str, names: list[str]) -> dict[str, list[str]]:
 
 
 def _modules_run_by(value: object) -> list[str]:
-    """Return the modules of ours that a string has somebody run: ``a.b``, ``a.b:name``, or
-    ``python -m a.b`` inside a longer text."""
+    """Return our modules that a text runs: ``a.b``, ``a.b:name``, or ``python -m a.b`` in it."""
     if not isinstance(value, str):
         return []
     names = re.findall(r"^([\w.]+)(?::\w+)?$|-m ([\w.]+)", value)

@@ -50,7 +50,7 @@ def test_a_run_that_cannot_work(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu(small_run: list[str], tmp_path: Path) -> None:
+def test_cuda_without_a_gpu_is_refused(small_run: list[str], tmp_path: Path) -> None:
     mellum2("train", *small_run, "--device", "cuda", "--output", tmp_path / "run").refused(
         "--device cuda", "no GPU"
     )

@@ -76,7 +76,7 @@ def test_folder_of_another_model_is_refused(
     assert snapshot(tmp_path) == before
 
 
-def test_checkpoints_of_another_architecture(
+def test_checkpoints_of_another_architecture_are_refused(
     checkpoint: Path, run_folder: Path, small_run: list[str], tmp_path: Path
 ) -> None:
     foreign = Path(shutil.copytree(checkpoint, tmp_path / "foreign"))
@@ -138,7 +138,9 @@ def _tokens_files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_invalid_files_of_tokens(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_invalid_files_of_tokens_are_refused(
+    hf_folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     files = _tokens_files(tmp_path)
     before = snapshot(tmp_path)
     for name, named in files.items():
@@ -166,7 +168,7 @@ def test_score_takes_one_checkpoint_and_writes_one_file(
     assert snapshot(tmp_path) == before
 
 
-def test_occupied_targets(
+def test_occupied_targets_are_refused(
     hf_folder: Path,
     checkpoint: Path,
     texts: Path,

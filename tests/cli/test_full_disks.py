@@ -12,7 +12,7 @@ from mellum2_megatron.checkpoint.folder import TRACKER_FILE
 from tests.cli.runner import PREPARE, mellum2, process, snapshot
 
 
-def test_a_full_disk(
+def test_full_disk_ends_with_one_message(
     mounted: Callable[[str], Path],
     hf_folder: Path,
     checkpoint: Path,
@@ -37,7 +37,7 @@ def test_a_full_disk(
 
 
 @pytest.mark.distributed
-def test_a_disk_that_fills_up_while_training(
+def test_disk_full_in_training_leaves_complete_checkpoints(
     mounted: Callable[[str], Path], corpus: Path, small_run: list[str], tmp_path: Path
 ) -> None:
     """Real ranks: the checkpoint that did not fit is removed, and the earlier one is complete."""

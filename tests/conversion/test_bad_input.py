@@ -118,7 +118,7 @@ def test_config_without_the_mtp_head_its_tensors_have(hf_copy: Path, tmp_path: P
         ({"num_hidden_layers": "three"}, "num_hidden_layers='three'"),
     ],
 )
-def test_config_of_another_model(
+def test_config_of_another_model_is_refused(
     changes: dict[str, Any], message: str, hf_copy: Path, tmp_path: Path
 ) -> None:
     edit_json(hf_copy / "config.json", **changes)
@@ -134,7 +134,7 @@ def test_config_that_is_not_a_json_object(content: str, hf_copy: Path, tmp_path:
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", None])
-def test_incomplete_folder(missing: str | None, hf_copy: Path, tmp_path: Path) -> None:
+def test_incomplete_folder_is_refused(missing: str | None, hf_copy: Path, tmp_path: Path) -> None:
     if missing is None:
         refused(tmp_path / "nowhere", tmp_path, "must be a folder")
         return
@@ -147,7 +147,7 @@ def test_incomplete_folder(missing: str | None, hf_copy: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1, -4000])
-def test_truncated_safetensors(keep: int, hf_copy: Path, tmp_path: Path) -> None:
+def test_truncated_safetensors_are_refused(keep: int, hf_copy: Path, tmp_path: Path) -> None:
     path = hf_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     refused(hf_copy, tmp_path, r"model\.safetensors.* complete safetensors file")
@@ -172,7 +172,7 @@ def test_pickled_weights_are_never_opened(hf_copy: Path, tmp_path: Path) -> None
     refused(hf_copy, tmp_path, r"pytorch_model\.bin.*never opened")
 
 
-def test_index_and_files_disagree(tmp_path: Path) -> None:
+def test_index_that_disagrees_with_its_files_is_refused(tmp_path: Path) -> None:
     def damaged(name: str) -> tuple[Path, Path]:
         folder = write_folder(tmp_path / name, files=3)
         return folder, folder / "model.safetensors.index.json"
@@ -241,7 +241,9 @@ def not_exported(folder: Path, target: Path, message: str) -> None:
     assert not (target / "never").exists()
 
 
-def test_checkpoint_of_another_architecture(checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_another_architecture_is_refused(
+    checkpoint_copy: Path, tmp_path: Path
+) -> None:
     path = checkpoint_copy / "architecture.json"
     original = path.read_text()
     for changes, message in (
@@ -262,7 +264,7 @@ def test_checkpoint_of_another_architecture(checkpoint_copy: Path, tmp_path: Pat
     not_exported(checkpoint_copy, tmp_path, r"architecture\.json is missing")
 
 
-def test_incomplete_checkpoint(checkpoint_copy: Path, tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_refused(checkpoint_copy: Path, tmp_path: Path) -> None:
     release = checkpoint_copy / "release"
     part = release / "__1_0.distcp"
     content = part.read_bytes()

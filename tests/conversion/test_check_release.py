@@ -282,7 +282,7 @@ def test_one_damage_fails_its_check_alone(
     assert all(check.rule and check.fix for check in failed)
 
 
-def test_a_tokenizer_larger_than_the_vocabulary(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_larger_than_the_vocabulary_fails(folder: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "small", vocab_size=319)
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(other / name, folder / name)
@@ -352,7 +352,7 @@ def test_greedy_text_that_depends_on_the_mtp_head(
     assert (check.name, check.value) == ("greedy equals use_mtp", "the texts part at new token 2")
 
 
-def test_acceptance_below_the_floor(folder: Path, tmp_path: Path) -> None:
+def test_acceptance_below_the_floor_fails(folder: Path, tmp_path: Path) -> None:
     words = tmp_path / "words"
     words.write_text("def model_index(self):\n    return scale\n" * 5)
     (check,) = failures(folder, skip_run=False, text=words)

@@ -72,7 +72,7 @@ def load_checkpoint_row(checkpoint: Path) -> bytes:
     return router.view(torch.uint8).numpy().tobytes()
 
 
-def test_a_manifest_of_other_weights(exported: Path, tmp_path: Path) -> None:
+def test_manifest_of_other_weights_is_refused(exported: Path, tmp_path: Path) -> None:
     path = exported / "weights_manifest.json"
     records = json.loads(path.read_text())["weights"]
     first = records[0]
@@ -109,7 +109,7 @@ def test_aminmax_sees_every_value_that_is_not_finite(
         assert not torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
 
 
-def test_overflow_in_a_narrower_dtype(tmp_path: Path) -> None:
+def test_overflow_in_a_narrower_dtype_is_an_error(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf")
     tensors = load_tensors(source)
     tensors["model.norm.weight"][3] = 1e5
@@ -126,7 +126,7 @@ def test_overflow_in_a_narrower_dtype(tmp_path: Path) -> None:
 # -- plans ---------------------------------------------------------------------------------------
 
 
-def test_plans_say_what_happens_and_touch_nothing(
+def test_plans_state_the_outcome_and_touch_nothing(
     hf_folder: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     plan = plan_import(hf_folder, tmp_path / "deep" / "megatron", dtype="float32", workers=2)

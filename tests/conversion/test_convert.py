@@ -184,7 +184,7 @@ def test_large_models_are_cut_into_files_with_an_index(
     MtpModel.from_pretrained(MellumForCausalLM.from_pretrained(tmp_path / "out"))
 
 
-def test_dtype_conversion_on_request_only(tmp_path: Path) -> None:
+def test_dtype_is_converted_on_request_only(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", dtype=torch.float32)
     import_hf(source, tmp_path / "half", dtype="bfloat16")
     import_hf(source, tmp_path / "full")

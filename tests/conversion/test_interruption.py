@@ -144,7 +144,7 @@ def test_a_partial_result_of_something_else_is_not_continued(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_one_process_at_a_time(hf_folder: Path, tmp_path: Path) -> None:
+def test_second_process_is_refused(hf_folder: Path, tmp_path: Path) -> None:
     partial = partial_folder(tmp_path / "out")
     partial.mkdir()
     with (partial / JOURNAL_FILE).open("a+") as journal:

@@ -68,7 +68,7 @@ def test_a_float32_trunk_gets_the_head_without_loss(
         ({"layer_types": ["sliding_attention"] * 3}, r"layer_types=.*full_attention"),
     ],
 )
-def test_a_head_of_another_model(
+def test_head_of_another_model_is_refused(
     changes: dict[str, Any], message: str, lost: Path, tmp_path: Path
 ) -> None:
     other = write_folder(tmp_path / "other", changes)

@@ -226,7 +226,7 @@ EARLY = Place(beats=6, line="torch/distributed/d.py:1 in all_reduce", waiting=Tr
         ({0: WORKS, 1: WORKS, 2: WORKS}, "ranks 0, 1, 2 are at data/loader.py:3 in read"),
     ],
 )
-def test_blame(places: dict[int, Place], said: str) -> None:
+def test_blame_names_the_ranks_that_others_wait_for(places: dict[int, Place], said: str) -> None:
     assert blame(places, 3) == said
 
 

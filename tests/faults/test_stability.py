@@ -214,7 +214,7 @@ def test_a_loss_that_stays_up_becomes_normal() -> None:
         ({"max_skips": 0}, "stability.max_skips=0: must be positive"),
     ],
 )
-def test_bad_settings(values: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Stability(**values)
 

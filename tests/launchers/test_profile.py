@@ -141,7 +141,7 @@ def test_a_profile_with_everything():
         ("a: [", "profile, line 1: not YAML"),
     ],
 )
-def test_refusals(text: str, message: str):
+def test_bad_profiles_are_refused_with_a_fix(text: str, message: str):
     with pytest.raises(InputError) as error:
         read(text)
     assert message in str(error.value)
@@ -214,7 +214,7 @@ def test_samples_are_there():
     }
 
 
-def test_paths_in_a_container():
+def test_mounts_cover_whole_folder_names():
     container = Container(
         image="a.sif",
         runtime="apptainer",

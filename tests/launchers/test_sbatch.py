@@ -113,7 +113,7 @@ def stage(tmp_path: Path) -> Stage:
 
 
 @pytest.mark.parametrize("name", sorted(JOBS))
-def test_golden(name: str):
+def test_script_equals_its_golden_file(name: str):
     assert render(JOBS[name]) == (GOLDEN / f"{name}.sbatch").read_text(), (
         "a script has changed; if that was meant: python -m tests.launchers.golden_jobs"
     )

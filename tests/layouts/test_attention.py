@@ -89,7 +89,7 @@ def test_padding_attends_to_nothing():
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4])
-def test_partition_by_definition(cp: int):
+def test_partition_equals_its_definition(cp: int):
     rooms = [2 * cp, 6 * cp, 4 * cp]
     boundaries = [0, *itertools.accumulate(rooms)]
     parts = [partition_indices(boundaries, cp, rank) for rank in range(cp)]

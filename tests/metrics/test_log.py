@@ -272,7 +272,9 @@ def test_a_run_outlives_the_process_of_wandb(
     assert "W&B: its process is gone" in done.stderr
 
 
-def test_wandb_asked_for_but_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wandb_is_an_error_with_a_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"mellum2-megatron\[wandb\]"):
         logger(tmp_path, wandb_project="x")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("megatron_world")
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 7), (1, 7)])
-def test_mask_by_definition(queries: int, keys: int, window: int | None):
+def test_mask_equals_its_definition(queries: int, keys: int, window: int | None):
     mask = causal_window_mask(queries, keys, window, torch.device("cpu"))
     for row in range(queries):
         position = row + keys - queries

@@ -31,7 +31,7 @@ def _package(folder: Path) -> None:
     (folder / "__init__.py").touch()
 
 
-def test_without_apex(site: Path) -> None:
+def test_missing_apex_is_absent(site: Path) -> None:
     assert find_apex().state == "absent"
 
 

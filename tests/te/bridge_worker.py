@@ -96,8 +96,7 @@ def configurations(root: Path) -> dict[str, list[str]]:
 
 
 def differences(expected: Any, found: Any, *, besides: set[str]) -> list[str]:
-    """Return the dataclass fields in which `found` differs from `expected`; functions are compared
-    by name."""
+    """Return the dataclass fields that differ; functions are compared by name."""
 
     def comparable(value: Any) -> Any:
         if callable(value):

@@ -384,7 +384,7 @@ def test_what_the_layout_refuses_megatron_refuses_too(
         )
 
 
-def test_checkpoint_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_folders_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     _, args = on_cpu([], monkeypatch)
     assert (args.save, args.load, args.pretrained_checkpoint) == (None, None, None)
     changes = [
@@ -401,7 +401,7 @@ def test_checkpoint_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not args.dist_ckpt_optim_fully_reshardable
 
 
-def test_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_settings_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     _, args = on_cpu(["timeout_minutes=2.5"], monkeypatch)
     assert args.distributed_timeout_minutes == 4, "after our own watch"
     assert args.rerun_mode == "disabled"

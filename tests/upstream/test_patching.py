@@ -74,7 +74,7 @@ def test_two_patches_of_one_object_stack(host: str) -> None:
     assert importlib.import_module("hostpkg.user").greet() == "HELLO?"
 
 
-def test_methods_and_flags(host: str) -> None:
+def test_methods_and_flags_are_replaced(host: str) -> None:
     def made_otherwise(original: Any) -> Any:
         def init(self: Any) -> None:
             original(self)
