@@ -1,5 +1,4 @@
-"""Old path, promised by docs/plugin.md: the module is now
-`mellum2_megatron.architecture.megatron_fields`."""
+"""Old path of `mellum2_megatron.architecture.megatron_fields`, shown by earlier pages."""
 
 from mellum2_megatron.architecture.megatron_fields import architecture_arguments
 

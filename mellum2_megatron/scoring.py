@@ -1,4 +1,4 @@
-"""Old path, promised by docs/plugin.md: the module is now `mellum2_megatron.model.scoring`."""
+"""Old path of `mellum2_megatron.model.scoring`, shown by earlier pages."""
 
 from mellum2_megatron.model.scoring import score_tokens
 

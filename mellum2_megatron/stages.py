@@ -1,5 +1,4 @@
-"""Old path, promised by docs/stages.md: the module is now
-`mellum2_megatron.planning.stage_chain`."""
+"""Old path of `mellum2_megatron.planning.stage_chain`, shown by earlier pages."""
 
 from mellum2_megatron.planning.stage_chain import check_predecessor, stage_chain
 

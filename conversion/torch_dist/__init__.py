@@ -1,0 +1,1 @@
+"""Megatron ``torch_dist`` checkpoints, read and written tensor by tensor."""

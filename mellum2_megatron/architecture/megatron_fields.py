@@ -107,6 +107,8 @@ def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
     words += ["--position-embedding-type", "rope", "--rotary-base", str(int(theta))]
     words += ["--attention-dropout", "0.0", "--hidden-dropout", "0.0"]
     window = window_size(architecture)
+    # For Megatron's own code, such as its stock MTP layer. Our layers take their window from the
+    # layer spec (`model.attention`).
     if window is not None:
         words += [
             "--window-size",

@@ -1,4 +1,4 @@
-"""Mellum 2's router: exact load counts, and losses independent of padding and parallel layout."""
+"""Mellum 2's router: exact load counts, losses without padding, a true gradient on request."""
 
 from __future__ import annotations
 

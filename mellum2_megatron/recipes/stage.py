@@ -133,11 +133,12 @@ def stage_run(family: StageFamily, stage: Stage, before: Stage | None, ending: s
     Args:
         family: the training.
         stage: one of its stages.
-        before: the stage before it, on the same hardware; None for the first.
-        ending: key of ``stage.hardware``.
+        before: the stage before it; None for the first. It needs the same ``ending``.
+        ending: key of ``stage.hardware``, and end of the recipe's name.
     """
     hardware = stage.hardware[ending]
-    # The default folder of the stage before, on the same hardware.
+    # Default folder of the recipe with the same ending. The empty ending is 256 GPUs in the phases
+    # and 128 in long context.
     folder = f"runs/{family.name}_{before.name}{ending}" if before else None
     return Run(
         name=f"{family.name}_{stage.name}{ending}",

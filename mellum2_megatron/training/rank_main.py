@@ -150,6 +150,7 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     )
     if rank == 0:
         remove_partial_checkpoints(output)
+        # Our launchers have written it already. A plain torchrun with a run file has not.
         write_run_folder(run)
         record(
             output,

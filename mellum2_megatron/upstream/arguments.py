@@ -1,4 +1,7 @@
-"""Run -> Megatron-LM command line: the one place where our terms become Megatron's.
+"""Run -> Megatron-LM command line: the one place where our terms become Megatron's arguments.
+
+Settings without an argument are set on the model in ``model/provider.py``, or belong to our own
+hooks (``training/hooks.py``).
 
 All flags are those of ``megatron/training/arguments.py`` 0.19.2. The model's own come from
 ``architecture/megatron_fields.py``. YaRN has no flag: it is applied layer by layer in
@@ -174,9 +177,10 @@ def _schedule(run: Run) -> list[str]:
         *("--train-samples", str(schedule.train_samples)),
         *("--lr-warmup-samples", str(schedule.warmup_samples)),
         *("--lr-decay-samples", str(schedule.lr_horizon)),
-        # The run, not the checkpoint, states the schedule: phases extend `train_samples`, which
-        # Megatron stores as the length of the weight-decay schedule and otherwise asserts to be
-        # unchanged (megatron/core/optimizer_param_scheduler.py:333-341).
+        # The run, not the checkpoint, states the schedule; peak and minimum rate come with the
+        # checkpoint's parameter groups (`rules.FROM_CHECKPOINT`). Phases extend `train_samples`,
+        # which Megatron stores as the length of the weight-decay schedule and otherwise asserts to
+        # be unchanged (megatron/core/optimizer_param_scheduler.py:333-341).
         "--override-opt-param-scheduler",
     ]
     if schedule.style == "whd":
