@@ -63,14 +63,14 @@ def make(folder: Path, layers: int, small: bool) -> None:
     # take longer than the benchmark.
     pool = torch.randn(largest + 4096).mul_(0.02).bfloat16()
     for shard in shards:
-        begins = create_shard(folder, shard, torch.bfloat16)
+        positions = create_shard(folder, shard, torch.bfloat16)
         with (folder / shard.file).open("r+b", buffering=0) as stream:
             for number, source in enumerate(
                 source for entry in shard.entries for source in entry.sources
             ):
                 start = number % 4096
                 values = pool[start : start + torch.Size(source.shape).numel()]
-                write_tensor(stream.fileno(), begins[source.name], values)
+                write_tensor(stream.fileno(), positions[source.name], values)
             os.fsync(stream.fileno())
     write_index(folder, shards, torch.bfloat16)
     (folder / CONFIG_FILE).write_text(json.dumps(to_hf_config(model, "bfloat16")))

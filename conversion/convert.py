@@ -1,9 +1,8 @@
-"""Import, export, round trip and stitching: Hugging Face folders and Megatron checkpoints, one
-tensor at a time.
+"""Import, export, round trip and stitching between Hugging Face folders and Megatron checkpoints.
 
-Each function opens its sources, makes a job of them and runs or plans it. The engine is
-`conversion.jobs.job`; the way of a tensor is the ``convert`` method of `ImportJob`, `ExportJob`
-and `StitchJob`.
+Each function opens its sources, makes a job and runs or plans it. The engine is
+`conversion.jobs.job`. The ``convert`` methods of `ImportJob`, `ExportJob` and `StitchJob` move a
+tensor from file to file, one at a time.
 """
 
 from __future__ import annotations
@@ -43,18 +42,19 @@ def import_hf(
     layout: Layout | None = None,
     checks: TensorChecks | None = None,
 ) -> ConversionReport:
-    """Write the Megatron checkpoint of a Hugging Face folder: ``megatron_path/release`` and the
-    files beside it.
+    """Convert a Hugging Face folder into a Megatron checkpoint.
+
+    The weights are written to ``megatron_path/release``, tokenizer and architecture beside it.
 
     Args:
         hf_path: folder with config.json and safetensors, experts unfused or fused.
         megatron_path: folder to write; Megatron's ``--load`` takes it.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep
-            theirs, bit for bit.
-        overwrite: replace an earlier import.
-        workers: files written at a time; by default one per core, at most 8.
-        layout: a layout the model must fit; the checkpoint itself serves every layout.
-        checks: checks of each tensor; by default hashes, where there is a manifest, and finite
+        dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; default: the weights' own,
+            bit for bit.
+        overwrite: replace an earlier import, default False.
+        workers: files written at a time, default one per core, at most 8.
+        layout: layout that the model must fit, default none. The result serves every layout.
+        checks: checks of each tensor; default: its hash, if there is a manifest, and finite
             values.
 
     Raises:
@@ -79,10 +79,10 @@ def plan_import(
     layout: Layout | None = None,
     checks: TensorChecks | None = None,
 ) -> ConversionPlan:
-    """Return the plan of the same call of `import_hf`; reads no weight and writes nothing.
+    """Return the plan of `import_hf` with the same arguments; read no weight, write nothing.
 
     Raises:
-        InputError: as `import_hf` before it reads weights.
+        InputError: as for `import_hf`, except for errors that only the weights show.
         WorkError: the disk is too full.
     """
     request = ConversionRequest.of(
@@ -97,7 +97,7 @@ def _import_job(
     hf_path: PathLike, request: ConversionRequest, layout: Layout | None
 ) -> Iterator[ImportJob]:
     with HfFolder.open(hf_path) as hf:
-        # Checked here for the user's sake: a torch_dist checkpoint itself has no layout.
+        # Only to refuse a bad layout early: a torch_dist checkpoint itself has none.
         if layout is not None:
             layout.validate(
                 hf.architecture,
@@ -117,19 +117,20 @@ def export_hf(
     workers: int | None = None,
     checks: TensorChecks | None = None,
 ) -> ConversionReport:
-    """Write the Hugging Face folder of a Megatron checkpoint, in the released layout, ``mtp.*``
-    included.
+    """Convert a Megatron checkpoint into a Hugging Face folder.
+
+    The folder has the released layout, ``mtp.*`` included.
 
     Args:
-        megatron_path: checkpoint folder, or one iteration inside it; its optimizer state is left
+        megatron_path: checkpoint folder, or one iteration inside it. Its optimizer state is left
             out.
         hf_path: folder to write.
-        dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; by default weights keep
-            theirs, bit for bit.
-        tokenizer: folder of tokenizer files; by default the checkpoint's own.
-        overwrite: replace an earlier export.
-        workers: layers converted at a time; by default one per core, at most 8.
-        checks: checks of each tensor; by default hashes, where there is a manifest, and finite
+        dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; default: the weights' own,
+            bit for bit.
+        tokenizer: folder of tokenizer files, default the checkpoint's own.
+        overwrite: replace an earlier export, default False.
+        workers: layers converted at a time, default one per core, at most 8.
+        checks: checks of each tensor; default: its hash, if there is a manifest, and finite
             values.
 
     Raises:
@@ -153,10 +154,10 @@ def plan_export(
     workers: int | None = None,
     checks: TensorChecks | None = None,
 ) -> ConversionPlan:
-    """Return the plan of the same call of `export_hf`; reads no weight and writes nothing.
+    """Return the plan of `export_hf` with the same arguments; read no weight, write nothing.
 
     Raises:
-        InputError: as `export_hf` before it reads weights.
+        InputError: as for `export_hf`, except for errors that only the weights show.
         WorkError: the disk is too full.
     """
     request = ConversionRequest.of(
@@ -183,16 +184,17 @@ def stitch_mtp(
     workers: int | None = None,
     checks: TensorChecks | None = None,
 ) -> ConversionReport:
-    """Write ``output``: the model in ``target`` with the MTP head of ``source``; both stay
-    unchanged.
+    """Write the model of ``target`` with the MTP head of ``source`` to ``output``.
+
+    Neither ``target`` nor ``source`` is changed.
 
     Args:
         source: Hugging Face folder that has the MTP head.
         target: Hugging Face folder that lost its head; its config.json may still announce one.
         output: folder to write.
-        overwrite: replace an earlier result.
-        workers: layers copied at a time; by default one per core, at most 8.
-        checks: checks of each tensor; by default hashes, where there is a manifest, and finite
+        overwrite: replace an earlier result, default False.
+        workers: layers copied at a time, default one per core, at most 8.
+        checks: checks of each tensor; default: its hash, if there is a manifest, and finite
             values.
 
     Raises:
@@ -211,7 +213,7 @@ def roundtrip(
 
     Args:
         hf_path: Hugging Face folder.
-        work_dir: folder for the two temporary copies; the system's temporary folder by default.
+        work_dir: folder for the two temporary copies, default the system's temporary folder.
         workers: as in `import_hf`.
 
     Raises:
@@ -219,20 +221,20 @@ def roundtrip(
         WorkError: writing failed.
     """
     start = time.monotonic()
-    # NaN has bytes to compare like any other value.
+    # Bytes are compared, and NaN has bytes too.
     any_value = TensorChecks(allow_nonfinite=True)
     with tempfile.TemporaryDirectory(prefix="mellum2-roundtrip-", dir=work_dir) as name:
         megatron, exported = Path(name) / "megatron", Path(name) / "hf"
         import_hf(hf_path, megatron, workers=workers, checks=any_value)
         export_hf(megatron, exported, workers=workers, checks=any_value)
-        # Before the comparison: the two copies need not be on the disk longer than necessary.
+        # Frees the disk: the comparison needs the exported copy only.
         shutil.rmtree(megatron)
         with HfFolder.open(hf_path) as before, HfFolder.open(exported) as after:
             names = [source.name for entry in before.entries for source in entry.sources]
             differing = [
                 name
                 for name in names
-                # Equal bytes of another dtype would be other values.
+                # Equal bytes of another dtype are other values.
                 if before.dtype != after.dtype
                 or tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))
             ]
@@ -256,7 +258,7 @@ def open_checkpoint(checkpoint: CheckpointFolder) -> TorchDistReader:
     reader = TorchDistReader(checkpoint.iteration_dir)
     entries = derive(checkpoint.architecture)
     expected = megatron_shapes(entries)
-    # Names before shapes: a model of another kind is told by its missing and extra weights.
+    # Names before shapes: missing and extra weights show best that it is another model.
     fix = "give a checkpoint whose architecture.json is its own"
     if missing := sorted(set(expected) - set(reader.tensors)):
         raise InputError(
@@ -274,8 +276,8 @@ def open_checkpoint(checkpoint: CheckpointFolder) -> TorchDistReader:
     wrong = []
     for key, shape in expected.items():
         stored = reader.tensors[key].shape
-        # A run with tensor parallelism stores more rows than the vocabulary has; an export reads
-        # the first ones only.
+        # A run with tensor parallelism pads the vocabulary's rows at the end; an export leaves the
+        # padding out.
         padding = key in padded and stored[1:] == shape[1:] and stored[0] >= shape[0]
         if stored != shape and not padding:
             wrong.append(f"{key} {list(stored)} (expected {list(shape)})")

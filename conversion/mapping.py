@@ -1,10 +1,10 @@
 """The one table that relates Megatron's tensors to Hugging Face's, and everything derived from it.
 
-The table has one row per kind of weight. A row names the Megatron key, the Hugging Face names whose
-tensors it is made of, both shapes in the architecture's own words, and the transform between them.
+The table has one row per kind of weight. A row names a Megatron key, the Hugging Face tensors that
+it is made of, the shapes of both in letters, and the transform between them.
 `derive(architecture)` expands the rows into `Entry` objects: one per slice of a Megatron tensor
 that can be read, converted and written on its own. Import, export, validation and manifests all
-walk that list, so a weight can be neither forgotten nor converted twice.
+walk that list, so no weight is forgotten or converted twice.
 
 Sources of the layouts:
   Megatron keys: ``sharded_state_dict`` of ``GPTModel`` (megatron-core 0.19.2, in
@@ -71,7 +71,7 @@ class GroupedHeads:
         import torch
 
         groups, hidden = architecture.num_key_value_heads, architecture.hidden_size
-        # Each [groups, rows of the group, H].
+        # Shape of each: [groups, rows of the group, H].
         by_group = [part.reshape(groups, -1, hidden) for part in parts]
         return torch.cat(by_group, dim=1).reshape(-1, hidden)
 
@@ -110,9 +110,9 @@ class Row:
     """One kind of weight.
 
     Attributes:
-        megatron: Megatron key, after the prefix of its place (see `PLACES`).
-        shape: shape letters of the Megatron slice of one layer, and of one expert.
-        huggingface: name, after the place's prefix, and shape letters of each Hugging Face tensor,
+        megatron: Megatron key without the prefix of its place (see `PLACES`).
+        shape: shape letters of one Megatron slice, that is of one layer and one expert.
+        huggingface: (name without the place's prefix, shape letters) of each Hugging Face tensor,
             in the transform's order.
         transform: relation of the two sides.
     """
@@ -129,8 +129,10 @@ class Row:
 
     @property
     def padded_vocabulary(self) -> bool:
-        """True if Megatron may store more rows than the vocabulary has, up to a multiple of
-        ``--make-vocab-size-divisible-by`` times the tensor-parallel size."""
+        """True if Megatron may pad the vocabulary's rows.
+
+        It pads to a multiple of ``--make-vocab-size-divisible-by`` times the tensor-parallel size.
+        """
         return self.shape.startswith("V")
 
 
@@ -198,9 +200,9 @@ class FusedRow:
     """One of transformers' fused expert tensors, which holds the released tensors of all experts.
 
     Attributes:
-        name: Hugging Face name, after the place's prefix.
-        shape: shape letters, the expert axis first.
-        parts: released projections of one expert, stacked along the second axis in this order.
+        name: Hugging Face name without the place's prefix.
+        shape: shape letters, expert axis first.
+        parts: released projections of one expert, in their order along the second axis.
         part_shape: shape letters of each part.
     """
 
@@ -221,9 +223,9 @@ FUSED_EXPERTS = (
 )
 
 
-# Modules whose ``_extra_state`` object Megatron's load requires, though it is empty outside FP8:
-# the linears of either backend, and with Transformer Engine the norms too. {expert}: one per
-# expert.
+# Modules whose ``_extra_state`` object Megatron's load requires, though it is empty outside FP8.
+# These are the linears of either backend, and with Transformer Engine the norms too. {expert}: one
+# object per expert.
 LAYER_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -244,12 +246,12 @@ class Place:
     """A part of the model and the rows of its weights.
 
     Attributes:
-        rows: the rows, in the order of the model.
-        states: modules with an ``_extra_state``, after the prefix.
-        megatron: prefix of the rows' Megatron keys.
-        huggingface: prefix of the rows' Hugging Face names.
-        layer_axis: whether the Megatron tensors have a leading layer axis.
-        mtp: whether it belongs to the MTP head, which a model may lack.
+        rows: rows in the order of the model.
+        states: modules with an ``_extra_state``, without the prefix; default none.
+        megatron: prefix of the rows' Megatron keys, default empty.
+        huggingface: prefix of the rows' Hugging Face names, default empty.
+        layer_axis: True if the Megatron tensors have a leading layer axis, default False.
+        mtp: True for a part of the MTP head, which a model may lack; default False.
     """
 
     rows: tuple[Row, ...]
@@ -282,7 +284,12 @@ PLACES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One Hugging Face tensor of an entry, under its released name."""
+    """One Hugging Face tensor of an entry.
+
+    Attributes:
+        name: released name.
+        shape: sizes of its axes.
+    """
 
     name: str
     shape: Shape
@@ -297,9 +304,9 @@ class Entry:
         global_shape: shape of the whole Megatron tensor, leading layer and expert axes included.
         index: position on the leading axes: (), (layer,), (expert,) or (layer, expert).
         shape: shape of the slice at ``index``.
-        sources: the Hugging Face tensors, in the transform's order.
+        sources: Hugging Face tensors in the transform's order.
         transform: relation of the slice to the sources.
-        padded_vocabulary: whether the Megatron tensor may have more rows than the slice.
+        padded_vocabulary: True if the Megatron tensor may have padding rows after the slice's.
         group: number of the part of the model, in order: embedding, each layer, final norm and
             head, MTP layer, other MTP weights. An import writes one file per group.
     """
@@ -320,8 +327,10 @@ class Entry:
 
     @property
     def extent(self) -> Shape:
-        """Size of the slice per axis of the whole tensor: ones on the leading axes, then
-        ``shape``."""
+        """Size of the slice on each axis of the whole tensor.
+
+        It is 1 on the leading axes, then ``shape``.
+        """
         return (1,) * len(self.index) + self.shape
 
     @property
@@ -341,7 +350,33 @@ def derive(architecture: Mellum2Architecture) -> list[Entry]:
         ValueError: the table itself names a Hugging Face tensor or a Megatron slice twice, which
             is a programming error.
     """
-    entries = list(_expand(architecture))
+    sizes = _sizes(architecture)
+    entries = []
+    for group, (layer, place) in enumerate(_places(architecture)):
+        for row in place.rows:
+            shape = _shape(row.shape, sizes)
+            for expert in range(architecture.num_experts if row.per_expert else 1):
+                axes = _leading_axes(architecture, place, layer, expert if row.per_expert else None)
+                sources = tuple(
+                    Source(
+                        name=(place.huggingface + name).format(layer=layer, expert=expert),
+                        shape=_shape(letters, sizes),
+                    )
+                    for name, letters in row.huggingface
+                )
+                entries.append(
+                    Entry(
+                        key=place.megatron + row.megatron,
+                        global_shape=tuple(axis.size for axis in axes) + shape,
+                        index=tuple(axis.index for axis in axes),
+                        shape=shape,
+                        sources=sources,
+                        transform=row.transform,
+                        padded_vocabulary=row.padded_vocabulary,
+                        group=group,
+                    )
+                )
+    # A row added twice would convert a weight twice, and the later write would win in silence.
     _check_once([(entry.key, entry.index) for entry in entries], "Megatron slice")
     _check_once(
         [source.name for entry in entries for source in entry.sources], "Hugging Face tensor"
@@ -373,7 +408,7 @@ def extra_states(architecture: Mellum2Architecture) -> list[str]:
             prefix = f"{place.megatron}{module.format(expert='')}._extra_state/shard"
             for expert in range(architecture.num_experts if per_expert else 1):
                 axes = _leading_axes(architecture, place, layer, expert if per_expert else None)
-                # Megatron writes a single object as the first of one.
+                # Megatron numbers a lone object too: the first of one.
                 axes = axes or [Axis(index=0, size=1)]
                 indices = ".".join(str(axis.index) for axis in axes)
                 sizes = ".".join(str(axis.size) for axis in axes)
@@ -383,13 +418,12 @@ def extra_states(architecture: Mellum2Architecture) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedSlice:
-    """The place of a released expert tensor inside transformers' fused one: ``fused[expert,
-    rows]``.
+    """Slice ``fused[expert, rows]`` of transformers' fused tensor that is a released expert tensor.
 
     Attributes:
         name: name of the fused tensor.
-        expert: position on its first axis.
-        rows: positions on its second axis.
+        expert: position on the fused tensor's first axis.
+        rows: positions on the fused tensor's second axis.
     """
 
     name: str
@@ -403,8 +437,8 @@ class FusedTensor:
 
     Attributes:
         name: Hugging Face name.
-        shape: shape, the expert axis first.
-        slices: place of each released tensor it holds, by released name.
+        shape: sizes of its axes, expert axis first.
+        slices: slice of each released tensor in it, by released name.
     """
 
     name: str
@@ -413,11 +447,11 @@ class FusedTensor:
 
 
 def fused_experts(architecture: Mellum2Architecture) -> dict[str, FusedTensor]:
-    """Return the fused expert tensors ``[E, ...]`` that may stand in for the released, unfused
-    ones, by name."""
+    """Return, by name, the fused tensors ``[E, ...]`` that may replace released expert tensors."""
     sizes = _sizes(architecture)
     fused = {}
     for layer, place in _places(architecture):
+        # Decoder layers and the MTP layer: no other place has experts.
         if place.rows is not LAYER:
             continue
         prefix = place.huggingface.format(layer=layer)
@@ -444,7 +478,12 @@ def _places(architecture: Mellum2Architecture) -> Iterator[tuple[int, Place]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """A leading axis of a Megatron tensor, and a slice's position on it."""
+    """A leading axis of a Megatron tensor, and a slice's position on it.
+
+    Attributes:
+        index: position of the slice.
+        size: size of the axis.
+    """
 
     index: int
     size: int
@@ -453,41 +492,13 @@ class Axis:
 def _leading_axes(
     architecture: Mellum2Architecture, place: Place, layer: int, expert: int | None
 ) -> list[Axis]:
-    """Return the leading axes of a tensor or object in ``place``; ``expert`` is None where it has
-    no expert axis."""
+    """Return the leading axes of a tensor or object in ``place``; None: no expert axis."""
     axes = []
     if place.layer_axis:
         axes.append(Axis(index=layer, size=architecture.num_hidden_layers))
     if expert is not None:
         axes.append(Axis(index=expert, size=architecture.num_experts))
     return axes
-
-
-def _expand(architecture: Mellum2Architecture) -> Iterator[Entry]:
-    """Yield an entry for each layer and expert of each row."""
-    sizes = _sizes(architecture)
-    for group, (layer, place) in enumerate(_places(architecture)):
-        for row in place.rows:
-            shape = _shape(row.shape, sizes)
-            for expert in range(architecture.num_experts if row.per_expert else 1):
-                axes = _leading_axes(architecture, place, layer, expert if row.per_expert else None)
-                sources = tuple(
-                    Source(
-                        name=(place.huggingface + name).format(layer=layer, expert=expert),
-                        shape=_shape(letters, sizes),
-                    )
-                    for name, letters in row.huggingface
-                )
-                yield Entry(
-                    key=place.megatron + row.megatron,
-                    global_shape=tuple(axis.size for axis in axes) + shape,
-                    index=tuple(axis.index for axis in axes),
-                    shape=shape,
-                    sources=sources,
-                    transform=row.transform,
-                    padded_vocabulary=row.padded_vocabulary,
-                    group=group,
-                )
 
 
 def _sizes(architecture: Mellum2Architecture) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Megatron-Bridge's mapping registry, made of the one table in `conversion.mapping`.
+"""Megatron-Bridge's mapping registry, made from the table in `conversion.mapping`.
 
-Bridge names a Megatron weight as in the model in memory, the table as in a checkpoint;
-`parameter_pattern` translates. A ``*`` stands for a layer or an expert on both sides.
+Bridge takes a Megatron weight's name from the model in memory, the table takes its key in a
+checkpoint. `parameter_pattern` translates. A ``*`` stands for a layer or an expert on both sides.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ def mapping_registry() -> MegatronMappingRegistry:
 
 
 def parameter_pattern(place: Place, row: Row) -> str:
-    """Return the name of a row's weight in the model in memory.
-
-    A checkpoint has one tensor for all layers and all experts, and its ``transformer_layer`` is
-    ``mtp_model_layer`` in the model
-    (megatron/core/transformer/multi_token_prediction.py:1551-1558, 0.19.2). Transformer Engine's
-    grouped linear has one weight per expert, numbered from 0.
-    """
+    """Return the name pattern of a row's weights in the model in memory."""
+    # multi_token_prediction.py:1551-1558 (megatron/core/transformer, 0.19.2) renames the module in
+    # checkpoints.
     prefix = place.megatron.replace(".transformer_layer.", ".mtp_model_layer.")
+    # A checkpoint has one tensor for all layers and all experts. In the model each layer is a
+    # module, and Transformer Engine's grouped linear has one weight per expert, numbered from 0.
     if place.layer_axis:
         prefix += "*."
     name = row.megatron.replace("experts.experts.", "experts.")

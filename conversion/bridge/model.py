@@ -1,7 +1,7 @@
-"""The two classes of a model in Megatron-Bridge 0.6.2: a provider that builds it, a bridge that
-fills it with weights.
+"""Mellum 2's two classes for Megatron-Bridge 0.6.2.
 
-Import `conversion.bridge`, which registers both and reports what is missing.
+The provider builds the model, the bridge fills it with weights. Import `conversion.bridge` instead
+of this module: it registers both, and names a package that is missing.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ logger = logging.getLogger(__name__)
 class Mellum2ModelProvider(GPTModelProvider):
     """Bridge's provider of a Mellum 2 model, with this project's layers.
 
-    Its other fields are Megatron's configuration. They must describe the same model as
+    The inherited fields are Megatron's configuration. They must describe the same model as
     ``architecture``, with one exception: `mtp_num_layers` of 0 or None leaves the MTP head out.
 
     Attributes:
-        architecture: `Mellum2Architecture.to_dict()`, a plain dictionary for ``run_config.yaml``.
+        architecture: `Mellum2Architecture.to_dict()`, plain values for ``run_config.yaml``.
+            `finalize` refuses None, the default.
     """
 
     architecture: dict[str, Any] | None = None
@@ -58,8 +59,10 @@ class Mellum2ModelProvider(GPTModelProvider):
     def from_architecture(
         cls, architecture: Mellum2Architecture, dtype: torch.dtype = torch.bfloat16
     ) -> Mellum2ModelProvider:
-        """Return the provider of a model with weights of ``dtype``, to `finalize` after any change
-        of its fields."""
+        """Return the provider of a model with weights of ``dtype``.
+
+        Call `finalize` after the last change of its fields.
+        """
         return cls(
             **provider_fields(architecture),
             activation_func=torch.nn.functional.silu,
@@ -86,7 +89,7 @@ class Mellum2ModelProvider(GPTModelProvider):
                 self.mtp_num_layers,
                 self.architecture["num_mtp_layers"],
             )
-        # A list where it was read from run_config.yaml.
+        # YAML has no tuples: a window read from run_config.yaml is a list.
         window = vars(self)["window_size"]
         self.window_size = None if window is None else tuple(window)
         super().finalize()
@@ -94,8 +97,7 @@ class Mellum2ModelProvider(GPTModelProvider):
         require_matching_config(self, architecture)
 
     def built_architecture(self) -> Mellum2Architecture:
-        """Return the architecture of the model that `provide` builds, without an MTP head that is
-        off.
+        """Return the architecture that `provide` builds, without an MTP head that is switched off.
 
         Raises:
             InputError: there is no architecture, or not a valid one.
@@ -118,9 +120,9 @@ class Mellum2ModelProvider(GPTModelProvider):
         """Build this rank's part of the model from Mellum 2's layer specs.
 
         Args:
-            pre_process: whether the part holds the embedding; None: by the pipeline rank.
-            post_process: whether the part holds the head; None: by the pipeline rank.
-            vp_stage: virtual pipeline stage, if there are several.
+            pre_process: True if the part holds the embedding; None: as the pipeline rank implies.
+            post_process: True if the part holds the head; None: as the pipeline rank implies.
+            vp_stage: virtual pipeline stage; None without virtual stages.
 
         Raises:
             InputError: the fields describe another model than ``architecture``, or Transformer
@@ -132,7 +134,7 @@ class Mellum2ModelProvider(GPTModelProvider):
         if post_process is None:
             post_process = is_vp_last_stage(**stages) and is_pp_last_stage(self._pg_collection.pp)
         architecture = self.built_architecture()
-        # Rows up to a multiple that tensor parallelism can split.
+        # Tensor parallelism splits the vocabulary's rows evenly.
         if self.should_pad_vocab:
             rows = calculate_padded_vocab_size(
                 self.vocab_size, self.make_vocab_size_divisible_by, self.tensor_model_parallel_size
@@ -155,8 +157,7 @@ class Mellum2ModelProvider(GPTModelProvider):
     source="MellumForCausalLM", target=GPTModel, provider=Mellum2ModelProvider, model_type="mellum"
 )
 class Mellum2Bridge(MegatronModelBridge):
-    """Conversion of weights and configuration between a Hugging Face folder and a Megatron model in
-    memory."""
+    """Conversion between a Hugging Face folder and a Megatron model in memory."""
 
     def provider_bridge(self, hf_pretrained: Any) -> Mellum2ModelProvider:
         """Return the provider for a Hugging Face model.
@@ -184,15 +185,12 @@ class Mellum2Bridge(MegatronModelBridge):
     ) -> list[Any]:
         """Return Bridge's conversion tasks, after a check that they are complete.
 
-        Bridge's own version logs a warning for a weight without a mapping or a tensor, and keeps
-        the weight's initial values (megatron/bridge/models/conversion/model_bridge.py:1725-1742,
-        0.6.2). It ignores tensors of the folder that no weight needs.
-
         Raises:
-            InputError: a weight of the model without a mapping, or a tensor missing in or left over
-                from the folder.
+            InputError: a weight without a mapping, or a folder with missing or extra tensors.
         """
-        # Bridge leaves None where it has no mapping, at the weight's position.
+        # Bridge only logs a warning for a weight without a mapping or a tensor, and keeps the
+        # weight's initial values (megatron/bridge/models/conversion/model_bridge.py:1725-1742,
+        # 0.6.2). Extra tensors it ignores. A weight without a mapping has the task None.
         tasks: list[Any] = super().build_conversion_tasks(
             hf_pretrained, megatron_model, *args, **kwargs
         )
@@ -203,7 +201,7 @@ class Mellum2Bridge(MegatronModelBridge):
                 rule="conversion.mapping has no row for it",
                 fix="build the model with Mellum2ModelProvider",
             )
-        # An export may have a configuration only: then there is no folder to compare with.
+        # An export may be given a configuration instead of a folder: nothing to compare then.
         if hasattr(hf_pretrained, "state"):
             config = unwrap_model(megatron_model)[0].config
             if not isinstance(config, Mellum2ModelProvider):
@@ -212,7 +210,7 @@ class Mellum2Bridge(MegatronModelBridge):
                     rule="its architecture is not known",
                     fix="build it with Mellum2ModelProvider, or through AutoBridge",
                 )
-            # The whole table rather than `tasks`: a rank has tasks for its own experts only.
+            # From the table and not from `tasks`: a rank has tasks for its own experts only.
             expected = set(huggingface_shapes(derive(config.built_architecture())))
             stored = set(hf_pretrained.state.source.get_all_keys())
             folder = getattr(hf_pretrained, "model_name_or_path", "the Hugging Face folder")
@@ -221,8 +219,10 @@ class Mellum2Bridge(MegatronModelBridge):
 
 
 def _require_all(expected: set[str], stored: set[str], folder: object) -> None:
-    """Refuse a folder whose tensors are not those of the model; an MTP head that the model was
-    built without is left aside with a warning."""
+    """Raise InputError unless the folder has exactly the model's tensors.
+
+    If the model was built without its MTP head, the folder's is ignored with a warning.
+    """
     if missing := sorted(expected - stored):
         if any(name.endswith(".experts.gate_up_proj") for name in stored):
             fix = (
@@ -240,7 +240,7 @@ def _require_all(expected: set[str], stored: set[str], folder: object) -> None:
     built_without_head = not any(name.startswith("mtp.") for name in expected)
     if extra and built_without_head and all(name.startswith("mtp.") for name in extra):
         logger.warning(
-            "%s: its MTP head is left aside, for the Megatron model was built without one", folder
+            "%s: its MTP head is ignored: the Megatron model was built without one", folder
         )
     elif extra:
         raise InputError(

@@ -1,6 +1,4 @@
-"""Registers Mellum 2 with Megatron-Bridge 0.6.2, and through it with NeMo-RL, when it is imported.
-
-::
+"""Register Mellum 2 with Megatron-Bridge 0.6.2, and through it with NeMo-RL, on import::
 
     import conversion.bridge
     from megatron.bridge import AutoBridge
@@ -41,11 +39,13 @@ except ImportError as error:
 __all__ = ["BridgeImportError", "Mellum2Bridge", "Mellum2ModelProvider"]
 
 OLD_PROVIDER = "conversion.bridge_model.Mellum2ModelProvider"
-"""The provider's path in the run_config.yaml of older checkpoints, where `conversion.bridge_model`
-keeps it."""
+"""Path of the provider in the run_config.yaml of older checkpoints.
 
-# From a run_config.yaml Bridge builds classes of its own packages and those on this list only
-# (megatron/training/config/instantiate_utils.py:_resolve_target, 0.19.2).
+`conversion.bridge_model` keeps it importable.
+"""
+
+# Bridge builds an object named in a run_config.yaml only if its class is Bridge's own or on this
+# list (megatron/training/config/instantiate_utils.py:_resolve_target, 0.19.2).
 target_allowlist.add_exact(PROVIDER)
 target_allowlist.add_exact(OLD_PROVIDER)
 register_fallback_config()

@@ -1,9 +1,8 @@
-"""Mellum's configuration class for a transformers that has none (before 5.10.1) or one without MTP
-fields (before 5.20).
+"""Mellum's configuration class for versions of transformers that lack it or its MTP fields.
 
-Megatron-Bridge 0.6.2 needs transformers <= 5.12.1 and NeMo-RL an older one still; both read
-``config.json`` through `AutoConfig`. Importing this module registers nothing; call
-`register_fallback_config`.
+transformers has the class from 5.10.1 and the fields from 5.20. Megatron-Bridge 0.6.2 needs
+transformers <= 5.12.1, and NeMo-RL an even older one; both read ``config.json`` through
+`AutoConfig`. Importing this module registers nothing; call `register_fallback_config`.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ MODEL_TYPE = "mellum"
 
 
 def register_fallback_config() -> bool:
-    """Register a `MellumConfig` with `AutoConfig` if transformers has none, or one without MTP
-    fields, and log it.
+    """Register and log a `MellumConfig` if transformers has none, or one without MTP fields.
 
-    Where transformers has Mellum's model, `AutoModelForCausalLM` still finds it.
+    If transformers has Mellum's model, `AutoModelForCausalLM` still finds it.
 
     Returns:
         True if a class was registered.
@@ -42,16 +40,16 @@ def register_fallback_config() -> bool:
 
 
 def host_config() -> type | None:
-    """Return `AutoConfig`'s present class for Mellum; None if it has none."""
+    """Return the class that `AutoConfig` has for Mellum; None if it has none."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    # Not `get`, which would skip the mapping's own __getitem__: that imports the class.
+    # Not `get`: only the mapping's own __getitem__ imports the class.
     return CONFIG_MAPPING[MODEL_TYPE] if MODEL_TYPE in CONFIG_MAPPING else None  # noqa: SIM401
 
 
 def _plain_config() -> type:
-    """Return the class of a Mellum without MTP
-    (transformers/models/mellum/configuration_mellum.py, 5.12.1)."""
+    """Return a configuration class of Mellum without MTP."""
+    # As transformers/models/mellum/configuration_mellum.py, 5.12.1.
     from transformers import PreTrainedConfig
 
     class MellumConfig(PreTrainedConfig):
@@ -98,8 +96,8 @@ def _plain_config() -> type:
                     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                 }
-            # Mellum's rope parameters are one set per layer type, which the base class would
-            # reject as unknown keys.
+            # Mellum has one set of rope parameters per layer type; the base class would reject the
+            # types as unknown keys.
             super().__post_init__(
                 **kwargs, ignore_keys_at_rope_validation={"sliding_attention", "full_attention"}
             )
@@ -112,13 +110,11 @@ def _plain_config() -> type:
 
 
 def _with_mtp_fields(base: Any) -> type:
-    """Return ``base`` with the MTP fields of transformers 5.20 and later.
+    """Return ``base`` with the MTP fields of transformers 5.20 and later."""
 
-    The subclass has the same name, by which `AutoModelForCausalLM` finds the model class
-    (transformers/models/auto/auto_factory.py, 5.12.1).
-    """
-
-    class MellumConfig(base):  # type: ignore[misc]
+    # The same name as `base`: by it `AutoModelForCausalLM` finds the model class
+    # (transformers/models/auto/auto_factory.py, 5.12.1).
+    class MellumConfig(base):  # type: ignore[misc]  # a base class known only at run time
         attribute_map = base.attribute_map | {"num_mtp_layers": "num_nextn_predict_layers"}
 
         num_mtp_layers: int | None = None

@@ -1,8 +1,8 @@
-"""Reads Hugging Face model folders: everything is checked first, then read tensor by tensor.
+"""Read Hugging Face model folders: check everything first, then read tensor by tensor.
 
-`HfFolder.open` compares config, index and every safetensors header with the architecture, without
-reading weights, and raises one InputError for the first problem. Only safetensors files are opened;
-pickled weights (``*.bin``, ``*.pt``), which can execute code, never are.
+`HfFolder.open` compares config, index and every safetensors header with the architecture. It reads
+no weights, and raises an InputError for the first problem. Only safetensors files are opened:
+pickled weights (``*.bin``, ``*.pt``) can execute code.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class HfFolder:
     """A checked Hugging Face folder of a Mellum 2 model; use as a context manager to read tensors.
 
     Attributes:
-        path: the folder.
-        architecture: architecture that its config.json describes.
-        entries: mapping table for that architecture.
-        dtype: dtype that all its tensors share.
-        nbytes: bytes of all its tensors.
+        path: folder.
+        architecture: architecture in its config.json.
+        entries: entries of the mapping table for that architecture.
+        dtype: dtype of all its tensors.
+        nbytes: size of all its tensors, bytes.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class HfFolder:
 
         Args:
             path: a Hugging Face model folder.
-            lost_mtp: read it as a model without MTP head, even if its config.json announces one;
-                refuse a folder that has one.
+            lost_mtp: read it as a model without MTP head even if its config.json announces one, and
+                refuse a folder that has one; default False.
 
         Raises:
             InputError: no such folder; a missing or malformed config.json or index; a config of
@@ -98,7 +98,7 @@ class HfFolder:
                     fix="use it as it is",
                 )
         opened = cls(folder, architecture, tensors)
-        # The tensors decide: a config is edited by hand more often than weights are converted.
+        # The tensors' dtype counts: a config is edited by hand more often than weights are.
         config = read_json(folder / CONFIG_FILE, "it was just there")
         announced = config.get("dtype", config.get("torch_dtype"))
         if announced is not None and announced != dtype_name(opened.dtype):
@@ -113,31 +113,32 @@ class HfFolder:
     def tensor(self, name: str) -> torch.Tensor:
         """Return the tensor of released name ``name``, in memory of its own.
 
-        An expert's tensor may be a part of a fused one. Any thread may call it.
+        An expert's tensor may be a part of a fused one. Any thread may call this.
 
         Raises:
-            InputError: the file shrank since it was opened.
+            InputError: the file has shrunk since it was opened.
         """
         part = self._slices.get(name)
         stored = self._tensors[part.name if part is not None else name]
-        shape, begin = stored.shape, stored.begin
+        shape, position = stored.shape, stored.position
         # The fused tensor is [E, rows, columns], so fused[expert, rows] is one run of bytes.
         if part is not None:
             _, rows, columns = stored.shape
             shape = (part.rows.stop - part.rows.start, columns)
-            begin += (part.expert * rows + part.rows.start) * columns * self.dtype.itemsize
+            position += (part.expert * rows + part.rows.start) * columns * self.dtype.itemsize
         with self._lock:
             if stored.file not in self._open:
                 self._open[stored.file] = self._stack.enter_context(
                     stored.file.open("rb", buffering=0)
                 )
             stream = self._open[stored.file]
-        # Not mapped: the pages of a whole file would count as this process's memory. By position:
-        # threads share the open file, and no seek. One call may read a part only (man 2 preadv).
+        # Not memory-mapped: the pages of a whole file would count as this process's memory. Read by
+        # position: threads share the open file, so none may seek. One call may read only a part
+        # (man 2 preadv).
         tensor = torch.empty(shape, dtype=self.dtype)
         view, done = tensor_bytes(tensor), 0
         while done < len(view):
-            count = os.preadv(stream.fileno(), [view[done:]], begin + done)
+            count = os.preadv(stream.fileno(), [view[done:]], position + done)
             if not count:
                 raise InputError(
                     stream.name,
@@ -168,7 +169,11 @@ class HfFolder:
 
 
 def read_config(folder: Path) -> Mellum2Architecture:
-    """Return the architecture that ``folder/config.json`` describes."""
+    """Return the architecture in ``folder/config.json``.
+
+    Raises:
+        InputError: the file is missing or damaged, or describes no Mellum 2.
+    """
     config = read_json(folder / CONFIG_FILE, "a Hugging Face model folder has it")
     try:
         return from_hf_config(config)

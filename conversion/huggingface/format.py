@@ -1,4 +1,4 @@
-"""Facts of a Hugging Face model folder: names of its files, dtypes, JSON, links."""
+"""File names and dtypes of a Hugging Face model folder; safe reading of its JSON and links."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Weights in Python's pickle format, which can execute code: named in an error, never opened.
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# The dtypes of a released model: config.json's name, then safetensors' name and torch's dtype.
+# Dtypes that weights may have: name in config.json -> (name in safetensors, torch's dtype).
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "bfloat16": ("BF16", torch.bfloat16),
     "float16": ("F16", torch.float16),
@@ -34,7 +34,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """Return the dtype of a name: ``"bfloat16"`` -> ``torch.bfloat16``.
 
     Raises:
-        InputError: a name that is not in `DTYPES`.
+        InputError: the name is not in `DTYPES`.
     """
     if name not in DTYPES:
         raise InputError(
@@ -55,8 +55,8 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
-        path: the file.
-        why: rule of the error for a missing file.
+        path: file.
+        why: rule in the error about a missing file.
 
     Raises:
         InputError: it is absent, malformed, not an object, or names a key twice.
@@ -73,13 +73,17 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Return the JSON object in a text; ``where`` names it in errors.
+    """Return the JSON object in a text.
+
+    Args:
+        text: JSON text.
+        where: name of the text in errors.
 
     Raises:
         InputError: it is malformed, not an object, or names a key twice.
     """
 
-    # Python keeps the last of two equal keys, so the pairs are looked at before they are a dict.
+    # json.loads keeps the last of two equal keys in silence.
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name, value in pairs:
@@ -104,11 +108,12 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """Refuse a link that leaves the folder, those of the Hugging Face cache excepted
-    (``snapshots/X/f -> blobs/Y``).
+    """Check that a file is no link out of the folder.
+
+    The links of the Hugging Face cache are allowed (``snapshots/X/f -> blobs/Y``).
 
     Raises:
-        InputError: such a link.
+        InputError: a link out of the folder.
     """
     # Otherwise a downloaded folder could copy any file of this machine into a released one.
     real, home = file.resolve(), folder.resolve()

@@ -1,12 +1,12 @@
 """Text from a Hugging Face folder, by transformers' own generation, with or without the MTP head.
 
-Two rates tell how good the MTP head is as a drafter. They answer different questions:
+Two rates measure the MTP head as a drafter:
 
-* :attr:`Generation.acceptance_rate`, on generated text: share of the drafted tokens that the model
+- `Generation.acceptance_rate`, on generated text: share of the drafted tokens that the model
   confirmed. One token is drafted per step, so it is also the share of steps that yield two tokens.
   A draft cut off by the length limit or the end of the text counts as not accepted.
-* :func:`mtp_acceptance`, on given text: share of positions t where the head, fed the true token
-  t + 1, and the model find the same token t + 2 most likely.
+- `mtp_acceptance`, on given text: share of positions t where head and model find the same token
+  t + 2 most likely; the head is fed the true token t + 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Generation:
         prompt_ids: token ids of the prompt.
         token_ids: token ids of the completion, a final end-of-text token included.
         drafted: number of tokens that the MTP head proposed; None without it.
-        accepted: number of drafted tokens in the text; None without the MTP head.
+        accepted: number of drafted tokens that the text kept; None without the MTP head.
     """
 
     prompt: str
@@ -80,10 +80,10 @@ def generate(
     Args:
         hf_path: Hugging Face folder with tokenizer.
         prompt: text to continue; special tokens in it (FIM sentinels) count as such.
-        use_mtp: let the MTP head draft; greedy text is the same with and without.
-        max_new_tokens: most tokens to generate.
-        temperature: 0 is greedy; above, tokens are sampled.
-        seed: seed of the samples.
+        use_mtp: draft with the MTP head, default False; greedy text is the same either way.
+        max_new_tokens: most tokens to generate, default 64.
+        temperature: 0, the default, is greedy; above 0 tokens are sampled.
+        seed: seed of the sampling, default 0.
 
     Raises:
         InputError: the folder is not a complete Mellum 2 model with tokenizer, it has no MTP head
@@ -93,19 +93,29 @@ def generate(
     architecture = _check_request(hf_path, use_mtp, max_new_tokens, temperature)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     if temperature == 0:
-        # transformers warns of sampling settings that greedy text does not use; None unsets those
-        # of generation_config.json.
+        # transformers warns about sampling settings in a greedy call; None unsets those of
+        # generation_config.json.
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with _quiet_transformers():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(hf_path), local_files_only=True)
         prompt_ids = tokenizer(prompt)["input_ids"]
-        _check_prompt(len(prompt_ids), max_new_tokens, architecture.max_position_embeddings)
+        if not prompt_ids:
+            raise InputError(
+                "--prompt ''", rule="there must be a token to continue from", fix="give some text"
+            )
+        longest = architecture.max_position_embeddings
+        if len(prompt_ids) + max_new_tokens > longest:
+            raise InputError(
+                f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens}",
+                rule=f"together at most max_position_embeddings={longest}",
+                fix="shorten the prompt or lower --max-new-tokens",
+            )
         tokens = torch.tensor([prompt_ids])
         check_tokens(tokens, architecture)
-        # Float32: in bfloat16 the two-token steps of drafting round differently from one-token
-        # steps, and greedy texts with and without MTP may part.
+        # Float32: in bfloat16 two-token steps round differently from one-token steps, so greedy
+        # texts with and without drafts may part.
         model, mtp = load_hf(hf_path)
         drafts = _watch_drafts(model, mtp) if use_mtp else None
         with torch.random.fork_rng(), torch.no_grad():
@@ -115,7 +125,7 @@ def generate(
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=max_new_tokens,
                 use_mtp=use_mtp,
-                pad_token_id=0,  # only ever needed to fill up batches
+                pad_token_id=0,  # unused: a batch of one row needs no padding
                 **sampling,
             )[0].tolist()
     if drafts is not None and not drafts.steps:
@@ -134,10 +144,10 @@ def generate(
 
 
 def mtp_acceptance(hf_path: str | os.PathLike[str], tokens: torch.Tensor) -> float:
-    """Return the share of positions where MTP head and model agree, on true text.
+    """Return the share of positions where MTP head and model agree on given text, 0 to 1.
 
-    At every t in [0, s - 2] the head, fed the true token t + 1, is compared with the model at
-    t + 1: both predict token t + 2.
+    For every t in [0, s - 2] two predictions of token t + 2 are compared: the head's at t, fed the
+    true token t + 1, and the model's at t + 1.
 
     Args:
         hf_path: Hugging Face folder with an MTP head.
@@ -168,7 +178,11 @@ def mtp_acceptance(hf_path: str | os.PathLike[str], tokens: torch.Tensor) -> flo
 def _check_request(
     hf_path: str | os.PathLike[str], use_mtp: bool, max_new_tokens: int, temperature: float
 ) -> Mellum2Architecture:
-    """Check everything that needs no model in memory; return the folder's architecture."""
+    """Check everything that needs no model in memory; return the folder's architecture.
+
+    Raises:
+        InputError: see `generate`.
+    """
     with HfFolder.open(hf_path) as folder:
         architecture = folder.architecture
     if use_mtp and not architecture.num_mtp_layers:
@@ -187,27 +201,14 @@ def _check_request(
     return architecture
 
 
-def _check_prompt(length: int, max_new_tokens: int, max_positions: int) -> None:
-    if length == 0:
-        raise InputError(
-            "--prompt ''", rule="there must be a token to continue from", fix="give some text"
-        )
-    if length + max_new_tokens > max_positions:
-        raise InputError(
-            f"a prompt of {length} tokens and max_new_tokens={max_new_tokens}",
-            rule=f"together at most max_position_embeddings={max_positions}",
-            fix="shorten the prompt or lower --max-new-tokens",
-        )
-
-
 @dataclass(slots=True)
 class _Drafts:
     """Counts of one generation.
 
     Attributes:
-        steps: decoding steps.
-        drafted: tokens that the MTP head proposed.
-        accepted: drafted tokens that the model confirmed.
+        steps: number of decoding steps.
+        drafted: number of tokens that the MTP head proposed.
+        accepted: number of drafted tokens that the model confirmed.
     """
 
     steps: int = 0
@@ -215,15 +216,15 @@ class _Drafts:
     accepted: int = 0
 
     def update(self, _input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Count a step; takes the place of the drafter's ``update_candidate_strategy``.
+        """Count a step, in place of the drafter's ``update_candidate_strategy``.
 
         Args:
-            scores: `[1, drafted + 1, v]`, the model's predictions at the drafted positions and one
-                further.
-            num_matches: drafted tokens that the model confirmed.
+            scores: the model's predictions `[1, drafted + 1, v]`, at the drafted positions and one
+                more.
+            num_matches: number of drafted tokens that the model confirmed.
         """
         self.steps += 1
-        # The first step drafts nothing: it gives the head hidden states to start from.
+        # 0 in the first step, which only computes hidden states for the head.
         self.drafted += scores.shape[1] - 1
         self.accepted += int(num_matches)
 
@@ -233,13 +234,13 @@ def _watch_drafts(model: Any, mtp: Any) -> _Drafts:
     drafts = _Drafts()
     make_drafter = model._get_candidate_generator
 
-    # `GenerationMixin._get_candidate_generator` makes the drafter inside `generate`, which passes
-    # the number of accepted tokens to `update_candidate_strategy` and nowhere else
-    # (generation/utils.py:4171, transformers 5.23). An MTP drafter's does nothing by itself.
+    # `generate` makes the drafter itself, by `_get_candidate_generator`. It passes the number of
+    # accepted tokens to `update_candidate_strategy` and nowhere else (generation/utils.py:4171,
+    # transformers 5.23). An MTP drafter's own strategy does nothing, so it can be replaced.
     def make_watched(**options: Any) -> Any:
         drafter = make_drafter(**options)
         drafter.update_candidate_strategy = drafts.update
-        # The head that `load_hf` returns has rotary frequencies even for a layer type of its own.
+        # `load_hf` has given this head the rotary frequencies that transformers' may lack.
         drafter.mtp_model = mtp
         return drafter
 
@@ -249,7 +250,7 @@ def _watch_drafts(model: Any, mtp: Any) -> _Drafts:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the terminal that shows the text."""
+    """Hide transformers' progress bars and warnings: the terminal shows the text."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,6 @@
 """Headers of a folder's safetensors files, compared with its index and with the architecture.
 
-Everything that can be wrong with a folder's tensors but their values is found here, before a weight
-is read.
+All errors in a folder's tensors, except in their values, are found here before a weight is read.
 """
 
 from __future__ import annotations
@@ -38,21 +37,21 @@ class StoredTensor:
         file: file that holds it.
         dtype: safetensors' name, ``BF16``.
         shape: sizes of its axes.
-        begin: position in the file of its first byte.
+        position: position of its first byte in the file.
     """
 
     file: Path
     dtype: str
     shape: Shape
-    begin: int
+    position: int
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the folder's safetensors files by name.
 
     Raises:
-        InputError: no weights, a damaged file, a tensor twice, or an index that differs from the
-            files.
+        InputError: no weights, a damaged file, a tensor in two files, or an index that differs
+            from the files.
     """
     files = sorted(folder.glob("*.safetensors"))
     names = [file.name for file in files]
@@ -73,8 +72,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
             rule="the folder must hold weights",
             fix="give a complete folder",
         )
-    # The names of files come before their content: a file that is missing or does not belong here
-    # explains most errors in the tensors.
+    # File names before file contents: a missing or foreign file explains most errors in tensors.
     if weight_map is not None:
         if missing := sorted(set(weight_map.values()) - set(names)):
             raise InputError(
@@ -126,7 +124,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _check_index_names(
     index: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]
 ) -> None:
-    """Refuse an index that has another tensor, or another file of one, than the headers."""
+    """Raise InputError unless the index names the headers' tensors, each with its file."""
     wrong = sorted(
         name
         for name, file in weight_map.items()
@@ -147,10 +145,15 @@ def _check_index_names(
 
 
 def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of one file by name.
+
+    Raises:
+        InputError: a link out of the folder, a damaged file, or a name given twice.
+    """
     check_inside(folder, file)
     try:
-        # The library compares sizes and offsets with the file. Of two equal names it keeps the
-        # last in silence, so the header is parsed here once more.
+        # The library compares sizes and offsets with the file. But it keeps the last of two equal
+        # names in silence, so the header is parsed here once more.
         with safe_open(file, framework="pt"):
             pass
         with file.open("rb") as stream:
@@ -162,7 +165,7 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
             rule=f"it must be a complete safetensors file ({error})",
             fix="it is truncated or damaged: copy or download it again",
         ) from error
-    # ``__metadata__`` is free text of the writer, not a tensor.
+    # ``__metadata__`` is no tensor but the writer's free text.
     header = parse_json(text, str(file))
     header.pop("__metadata__", None)
     return {
@@ -170,8 +173,8 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
             file=file,
             dtype=info["dtype"],
             shape=tuple(info["shape"]),
-            # After the 8 bytes of the header's size and the header.
-            begin=8 + size + info["data_offsets"][0],
+            # The header's size takes 8 bytes; offsets count from the end of the header.
+            position=8 + size + info["data_offsets"][0],
         )
         for name, info in header.items()
     }
@@ -192,6 +195,13 @@ def check_names(
     architecture: Mellum2Architecture,
 ) -> None:
     """Compare the tensors' names with the architecture.
+
+    Args:
+        folder: folder, for messages.
+        entries: entries of the mapping table for ``architecture``.
+        tensors: stored tensors by name.
+        fused: fused expert tensors among them, by name.
+        architecture: architecture in the folder's config.json.
 
     Raises:
         InputError: tensors missing or extra, or experts stored both fused and one by one.
@@ -236,7 +246,13 @@ def check_shapes(
     tensors: dict[str, StoredTensor],
     fused: dict[str, FusedTensor],
 ) -> None:
-    """Compare the tensors' shapes with ``shapes``, the architecture's.
+    """Compare the tensors' shapes with the architecture's.
+
+    Args:
+        folder: folder, for messages.
+        shapes: expected shape of each released tensor by name.
+        tensors: stored tensors by name.
+        fused: fused expert tensors among them, by name.
 
     Raises:
         InputError: tensors of another shape.
@@ -259,7 +275,7 @@ def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
     """Return the dtype that all tensors share.
 
     Raises:
-        InputError: a mixture of dtypes, or one that is not in `DTYPES`.
+        InputError: several dtypes, or one that is not in `DTYPES`.
     """
     # By safetensors' names: torch may have no dtype for a quantised format.
     by_dtype: dict[str, list[str]] = {}
@@ -273,7 +289,7 @@ def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
                 fix="convert an unquantised checkpoint",
             )
     if len(by_dtype) > 1:
-        # The rarest are the likely mistake, so they are the ones named.
+        # Tensors of the rarer dtypes are the likely mistake: the message names them.
         common, *others = sorted(by_dtype, key=lambda dtype: -len(by_dtype[dtype]))
         odd = [f"{name} ({dtype})" for dtype in others for name in by_dtype[dtype]]
         raise InputError(

@@ -1,7 +1,7 @@
 """Logits of a Hugging Face folder, main and MTP, by transformers: the reference for verification.
 
-transformers is imported inside the functions: it takes seconds, and versions before 5.23, which
-lack Mellum's MTP fields, serve everything else.
+transformers is imported inside the functions. The import takes seconds, and other modules work with
+an older transformers that lacks Mellum's model or MTP head.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def score_hf(
     """Run ``MellumForCausalLM`` and, with an MTP head, ``MtpModel`` over whole sequences.
 
     Args:
-        hf_path: Hugging Face folder; checked strictly first, so nothing is initialised at random.
+        hf_path: Hugging Face folder; checked first, so that no weight is initialised at random.
         tokens: token ids `[b, s]`.
-        dtype: dtype of weights and arithmetic.
+        dtype: dtype of weights and arithmetic, default float32.
 
     Returns:
         Float32 main logits `[b, s, v]`: position t predicts token t + 1.
         MTP logits of the same shape, or None without an MTP head: position t predicts token t + 2,
         from the trunk's normed hidden state at t and the embedding of token t + 1. The last
-        position has no next token. As in Megatron (``multi_token_prediction.py:roll_tensor``,
-        0.19.2) it is fed token 0 and means nothing: comparisons leave it out.
+        position has no next token. It is fed token 0, as in Megatron
+        (``multi_token_prediction.py:roll_tensor``, 0.19.2); comparisons leave it out.
 
     Raises:
         InputError: the folder is not a complete Mellum 2 model, or token ids lie outside the
@@ -50,7 +50,7 @@ def score_loaded(
     main: Any, mtp: Any | None, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run models that `load_hf` returned on tokens that passed `check_tokens`; see `score_hf`."""
-    # One sequence at a time bounds the memory beside the model.
+    # One sequence at a time, to bound the memory for activations.
     rows = [_score_row(main, mtp, row[None].long()) for row in tokens]
     logits = torch.cat([row for row, _ in rows])
     heads = [head for _, head in rows if head is not None]
@@ -62,7 +62,7 @@ def load_hf(
 ) -> tuple[Any, Any | None]:
     """Load transformers' trunk (`MellumForCausalLM`) and its MTP head (`MtpModel`) or None.
 
-    Both are in evaluation mode, on the CPU.
+    Both are in evaluation mode, on the CPU, with weights of ``dtype`` (default float32).
     """
     from transformers import MellumForCausalLM
     from transformers.modeling_layers import MtpModel
@@ -88,7 +88,7 @@ def load_hf(
 
 
 def check_tokens(tokens: torch.Tensor, architecture: Mellum2Architecture) -> None:
-    """Refuse anything but token ids `[b, s]` of the model's vocabulary.
+    """Check that ``tokens`` are token ids `[b, s]` of the model's vocabulary.
 
     Raises:
         InputError: another shape, an empty batch, or an id outside the vocabulary.
@@ -110,10 +110,8 @@ def check_tokens(tokens: torch.Tensor, architecture: Mellum2Architecture) -> Non
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Hide transformers' loading bar while standard error is no terminal.
-
-    transformers draws it into log files too.
-    """
+    """Hide transformers' loading bar unless standard error is a terminal."""
+    # transformers draws it into log files too.
     from transformers.utils import logging
 
     hide = not sys.stderr.isatty() and logging.is_progress_bar_enabled()

@@ -1,5 +1,4 @@
-"""Writes Hugging Face model folders in the released layout: safetensors files, filled tensor by
-tensor."""
+"""Write Hugging Face model folders in the released layout, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from conversion.huggingface.format import (
 )
 from conversion.mapping import Entry
 
-# Tokenizer files under transformers' names; other files of a folder are not copied.
+# Names that transformers gives to tokenizer files; no other file of a folder is copied.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -37,7 +36,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# The size of the released model's files, which transformers' save_pretrained cut.
+# Size limit of the released model's files, as transformers' save_pretrained has cut them.
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -57,9 +56,11 @@ class Shard:
 def plan_shards(
     entries: Iterable[Entry], dtype: torch.dtype, *, max_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """Share out ``entries`` to files of at most ``max_bytes``; only a single entry may be
-    larger."""
-    # An entry is not cut: its tensors are converted together, and written to one file.
+    """Distribute ``entries`` to files of at most ``max_bytes``, default 5 GB.
+
+    A file of a single entry may be larger.
+    """
+    # An entry is not cut: its tensors are converted together and written to one file.
     groups: list[list[Entry]] = []
     size = 0
     for entry in entries:
@@ -80,19 +81,18 @@ def plan_shards(
 def create_shard(folder: Path, shard: Shard, dtype: torch.dtype) -> dict[str, int]:
     """Create one safetensors file at its final size, with its header; keep one that exists.
 
-    ``safetensors.torch.save_file`` would need all tensors of the file in memory at once.
-
     Returns:
-        Position in the file of each tensor's first byte, by name.
+        Position of each tensor's first byte in the file, by name.
     """
-    header, begins, size = _header(shard, dtype)
+    # ``safetensors.torch.save_file`` would need all tensors of the file in memory at once.
+    header, positions, size = _header(shard, dtype)
     path = folder / shard.file
     # An existing file is an earlier attempt's, with finished tensors in it.
     if not path.exists():
         with path.open("wb") as stream:
             stream.write(header)
             stream.truncate(size)
-    return begins
+    return positions
 
 
 def shard_size(shard: Shard, dtype: torch.dtype) -> int:
@@ -100,12 +100,12 @@ def shard_size(shard: Shard, dtype: torch.dtype) -> int:
     return _header(shard, dtype)[2]
 
 
-def write_tensor(descriptor: int, begin: int, tensor: torch.Tensor) -> None:
-    """Write a tensor's bytes at position ``begin`` of an open file; any thread may call it."""
-    # One call may write a part only (man 2 pwrite).
+def write_tensor(descriptor: int, position: int, tensor: torch.Tensor) -> None:
+    """Write a tensor's bytes at a position of an open file; any thread may call this."""
+    # One call may write only a part (man 2 pwrite).
     view, done = tensor_bytes(tensor), 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done:], begin + done)
+        done += os.pwrite(descriptor, view[done:], position + done)
 
 
 def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:
@@ -124,10 +124,11 @@ def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], in
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     # The format's own padding: it aligns the tensors to 8 bytes.
     text += b" " * (-len(text) % 8)
+    # The header's size takes 8 bytes; offsets count from the end of the header.
     start = 8 + len(text)
     del header["__metadata__"]
-    begins = {name: start + info["data_offsets"][0] for name, info in header.items()}
-    return len(text).to_bytes(8, "little") + text, begins, start + end
+    positions = {name: start + info["data_offsets"][0] for name, info in header.items()}
+    return len(text).to_bytes(8, "little") + text, positions, start + end
 
 
 def write_index(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:

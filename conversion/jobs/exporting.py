@@ -1,5 +1,7 @@
-"""The export job: a Megatron checkpoint becomes a Hugging Face folder, several layers of a file at
-a time."""
+"""The export job: a Megatron checkpoint becomes a Hugging Face folder.
+
+Workers convert several layers at a time, into the same file too.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class ExportJob(ConversionJob):
     ) -> None:
         super().__init__(request)
         self.source = checkpoint.root
-        # Of a training run only the chosen iteration counts: a run may keep saving beside it.
+        # The chosen iteration alone: a training run may keep saving others beside it.
         self.source_files = sorted(
             path for path in checkpoint.iteration_dir.iterdir() if path.is_file()
         )
@@ -83,7 +85,7 @@ class ExportJob(ConversionJob):
                 del stored  # a conversion to another dtype has made a copy
                 tensors = entry.transform.split(megatron.tensor, self.architecture)
                 for source, tensor in zip(entry.sources, tensors, strict=True):
-                    # A tensor that is not split was hashed by its check.
+                    # `Same.split` returns its only tensor, which the check has hashed already.
                     record = megatron.record if tensor is megatron.tensor else None
                     part.write(source, CheckedTensor(tensor, record))
                 progress(megatron.tensor.nbytes)
@@ -100,8 +102,11 @@ class ExportJob(ConversionJob):
             )
 
     def _peak(self, entry: Entry) -> int:
-        """Most bytes in memory for ``entry``: a chunk of the checkpoint, the box cut out of it, and
-        the copies of a dtype conversion and of a split."""
+        """Return the most bytes in memory for ``entry``.
+
+        They are a chunk of the checkpoint, the box cut out of it, and the copies of a dtype
+        conversion and of a split.
+        """
         stored = self._reader.tensors[entry.key]
         chunks = stored.chunks_overlapping(entry.offset, entry.extent)
         chunk = max((math.prod(chunk.sizes) for chunk in chunks), default=0)
@@ -112,8 +117,7 @@ class ExportJob(ConversionJob):
 
 
 def generation_config(architecture: Mellum2Architecture) -> dict[str, object]:
-    """Return the generation_config.json that transformers would derive from the model's own
-    config."""
+    """Return the generation_config.json that transformers would derive from config.json."""
     eos = architecture.eos_token_id
     ids = {
         "bos_token_id": architecture.bos_token_id,
@@ -128,7 +132,7 @@ def _one_dtype(reader: TorchDistReader) -> torch.dtype:
     """Return the dtype that all weights share.
 
     Raises:
-        InputError: weights of several dtypes, or a dtype that no released model is stored in.
+        InputError: weights of several dtypes, or of one that is not in `format.DTYPES`.
     """
     by_dtype: dict[torch.dtype, list[str]] = {}
     for key, tensor in reader.tensors.items():
@@ -149,7 +153,7 @@ def _tokenizer_dir(checkpoint: CheckpointFolder, given: Path | None) -> Path | N
     """Return the folder to copy tokenizer files from.
 
     Args:
-        given: the caller's choice, which must hold a tokenizer; None: the checkpoint's folder,
+        given: the caller's folder, which must hold a tokenizer. None: the checkpoint's folder,
             which may lack one.
 
     Raises:

@@ -33,8 +33,8 @@ from mellum2_megatron.checkpoint.folder import (
     write_tracker,
 )
 
-# Read by Megatron's load of a release (training/checkpointing.py:load_checkpoint, 0.19.2). Version
-# 3 keeps it from reordering linear_qkv; the content metadata names the key layout written here.
+# Megatron reads these when it loads a release (training/checkpointing.py:load_checkpoint, 0.19.2).
+# Version 3 keeps it from reordering linear_qkv; the content metadata names our layout of keys.
 COMMON_STATE = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -43,7 +43,7 @@ COMMON_STATE = {
 
 
 class ImportJob(ConversionJob):
-    """Import of ``hf``. A unit is one group of entries: embedding, a layer, head or MTP."""
+    """Import of ``hf``. Each unit is a group of entries: embedding, a layer, head or MTP."""
 
     kind = "import"
 
@@ -68,7 +68,7 @@ class ImportJob(ConversionJob):
         ]
 
     def run(self) -> ConversionReport:
-        # torch's switch is process-wide, so it is set around all workers rather than in each.
+        # Around all workers: torch's switch is process-wide.
         with without_crc32():
             return super().run()
 
@@ -98,7 +98,7 @@ class ImportJob(ConversionJob):
                     for source in entry.sources
                 ]
                 tensor = entry.transform.join([part.tensor for part in parts], self.architecture)
-                # A single part, joined to itself, was hashed by its check already.
+                # `Same.join` returns its only part, which the check has hashed already.
                 checked = parts[0].record if tensor is parts[0].tensor else None
                 if checked is not None:
                     records.append(replace(checked, name=entry.label))
@@ -115,8 +115,7 @@ class ImportJob(ConversionJob):
         return payload, group.written.file.size
 
     def finish(self, folder: Path, payloads: Sequence[dict[str, Any]]) -> None:
-        # The writer's `finish` hashes every file of the folder, so the files that lie beside the
-        # weights come first.
+        # Before the writer's `finish`, which hashes every file of the folder.
         write_manifest(folder / RELEASE, records_of(payloads))
         write_run_config(folder / RELEASE, self.architecture, dtype_name(self.dtype))
         self._writer.finish([Written.from_dict(payload["written"]) for payload in payloads])
@@ -127,7 +126,7 @@ class ImportJob(ConversionJob):
         write_tracker(folder, None)
 
     def _peak(self, entry: Entry) -> int:
-        """Most bytes in memory for ``entry``: its parts as read, as converted, and joined."""
+        """Return the most bytes in memory for ``entry``: parts as read, converted and joined."""
         converted = self.dtype.itemsize if self.dtype != self._hf.dtype else 0
         joined = 0 if isinstance(entry.transform, Same) else self.dtype.itemsize
         return math.prod(entry.shape) * (self._hf.dtype.itemsize + converted + joined)

@@ -1,10 +1,9 @@
-"""The engine of every conversion: one description that `ConversionJob.plan` reports and
-`ConversionJob.run` carries out.
+"""The engine of every conversion: `ConversionJob.plan` reports a job, `ConversionJob.run` does it.
 
-The way of a tensor from file to file is one function of each conversion's own module:
-`importing.ImportJob.convert`, `exporting.ExportJob.convert`, `mtp_stitching.StitchJob.convert`.
-No tensor passes through this module. It shares out units to workers, counts progress, keeps
-finished units for the next attempt and makes the report.
+No tensor passes through this module. It hands units to workers, counts progress, keeps finished
+units for the next attempt and makes the report. One function of each conversion's own module moves
+a tensor from file to file: `importing.ImportJob.convert`, `exporting.ExportJob.convert`,
+`mtp_stitching.StitchJob.convert`.
 """
 
 from __future__ import annotations
@@ -38,20 +37,22 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.byte_progress import byte_progress
 
 Progress = Callable[[int], None]
-"""A function to call with the bytes of each converted tensor; it raises CancelledError when another
-unit has failed."""
+"""Function to call with the size of each converted tensor, in bytes.
+
+It raises CancelledError once another unit has failed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionRequest:
-    """The caller's wishes, the same for every kind of conversion.
+    """The caller's options, the same for every kind of conversion.
 
     Attributes:
         target: folder to write.
         dtype: dtype of the result; None: the source's own.
-        overwrite: replace an earlier result.
-        workers: units converted at a time.
-        checks: checks of each tensor.
+        overwrite: replace an earlier result, default False.
+        workers: number of units converted at a time, default one per core, at most 8.
+        checks: checks of each tensor, default `TensorChecks()`.
     """
 
     target: Path
@@ -86,14 +87,14 @@ class ConversionRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionUnit:
-    """Entries that one worker converts into one file, or into one part of a file.
+    """Entries that one worker converts into a file or a part of one.
 
     Attributes:
         name: name in the journal, unique in its job.
         file: file of the result, relative to the result's folder.
         entries: entries of the mapping table, in the order they are written.
-        nbytes: bytes of the written tensors.
-        peak: most bytes of tensors in memory during the conversion.
+        nbytes: size of the written tensors, bytes.
+        peak: most memory for tensors during the conversion, bytes.
     """
 
     name: str
@@ -111,13 +112,13 @@ class ConversionJob(ABC):
 
     Attributes:
         kind: ``import``, ``export`` or ``stitch-mtp``.
-        request: the caller's wishes.
+        request: the caller's options.
         source: folder to read.
-        source_files: files of the source; a change of one makes this another conversion.
+        source_files: files of the source; once one has changed, a partial result is discarded.
         architecture: architecture of the result.
         dtype: dtype of the result.
         units: all of the work, in the order of the result.
-        has_manifest: whether tensors are compared with a manifest of the source.
+        has_manifest: True if tensors are compared with a manifest of the source.
     """
 
     kind: str
@@ -133,8 +134,7 @@ class ConversionJob(ABC):
 
     @abstractmethod
     def prepare(self, folder: Path) -> None:
-        """Create in ``folder`` whatever units write into; an earlier attempt may have left parts
-        of it, which are kept."""
+        """Create the files that units write into; keep those of an earlier attempt."""
 
     @abstractmethod
     def convert(
@@ -143,8 +143,8 @@ class ConversionJob(ABC):
         """Write ``unit`` to the disk.
 
         Returns:
-            The unit's payload for `finish`, of JSON values, and the least size of its file in
-            bytes.
+            The unit's payload for `finish`, of JSON values, and the least size that its file now
+            has, in bytes.
         """
 
     @abstractmethod
@@ -176,7 +176,7 @@ class ConversionJob(ABC):
         files: dict[str, int] = {}
         for unit in self.units:
             files[unit.file] = files.get(unit.file, 0) + unit.nbytes
-        # At worst the largest units meet: one in each worker.
+        # The worst case: all workers convert the largest units at once.
         peaks = sorted((unit.peak for unit in self.units), reverse=True)
         return ConversionPlan(
             kind=self.kind,
@@ -196,7 +196,7 @@ class ConversionJob(ABC):
         )
 
     def run(self) -> ConversionReport:
-        """Convert, or resume the conversion that an earlier attempt has left.
+        """Convert, or resume an interrupted attempt.
 
         Raises:
             InputError: the target cannot be used, or a weight fails a check; nothing is left.
@@ -211,7 +211,7 @@ class ConversionJob(ABC):
             overwrite=self.request.overwrite,
             identity=self._identity(),
         ) as result:
-            # After a resume too: it reopens the files, and keeps those that exist.
+            # When resuming too: `prepare` opens the files, and keeps those that exist.
             self.prepare(result.folder)
             todo = [unit for unit in self.units if unit.name not in result.done]
             already = self.nbytes - sum(unit.nbytes for unit in todo)
@@ -240,13 +240,15 @@ class ConversionJob(ABC):
         )
 
     def _identity(self) -> dict[str, Any]:
-        """Everything that the written bytes depend on; a partial result of any other identity is
-        discarded."""
-        # Sizes and times rather than hashes: a hash would read the whole source once more.
+        """Return everything that the written bytes depend on.
+
+        A partial result of another identity is discarded.
+        """
+        # Sizes and times instead of hashes, which would cost a second reading of the source.
         stats = {str(path): path.stat() for path in self.source_files}
         return {
             "conversion": self.kind,
-            # Another version may write other bytes; half a result of each would be neither.
+            # Another version may write other bytes: halves of the two would not fit together.
             "version": importlib.metadata.version("mellum2-megatron"),
             "source": str(self.source.resolve()),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},

@@ -18,7 +18,7 @@ from conversion.jobs.weights_manifest import Manifest
 from conversion.mapping import Entry
 from mellum2_megatron.common.errors import InputError
 
-# Fields of the architecture that may differ between the two folders: none of them changes the
+# Fields of the architecture that may differ between the two folders. None of them changes the
 # meaning of the trunk's hidden states, which are the head's input.
 _MAY_DIFFER = {
     "num_mtp_layers",
@@ -33,7 +33,7 @@ _MAY_DIFFER = {
 
 
 class StitchJob(ConversionJob):
-    """One model of ``trunk``'s tensors and ``head``'s ``mtp.*``, in ``trunk``'s dtype.
+    """Join ``trunk``'s tensors and ``head``'s ``mtp.*`` to one model, in ``trunk``'s dtype.
 
     Raises:
         InputError: ``head`` has no MTP head, is another model, or is the target.
@@ -46,11 +46,11 @@ class StitchJob(ConversionJob):
         if not head.architecture.num_mtp_layers:
             raise InputError(
                 f"{head.path} has no MTP head",
-                rule="it is what is put back",
-                fix="give a folder with it",
+                rule="the head is copied from this folder",
+                fix="give a folder that has one",
             )
         _require_same_trunk(head, trunk)
-        # `source` is the trunk, which the engine compares with the target itself.
+        # The engine itself refuses a target that is `source`, the trunk's folder.
         if request.target.resolve() == head.path.resolve():
             raise InputError(
                 f"target {request.target}", rule="it must not be the source", fix="name another"
@@ -96,7 +96,7 @@ class StitchJob(ConversionJob):
         copy_tokenizer(self.source, folder)
 
     def _peak(self, entry: Entry) -> int:
-        """Most bytes in memory for ``entry``: its tensors as read and as converted."""
+        """Return the most bytes in memory for ``entry``: its tensors as read and as converted."""
         return math.prod(entry.shape) * (self.dtype.itemsize + self._head.dtype.itemsize)
 
 
@@ -108,7 +108,7 @@ def _require_same_trunk(head: HfFolder, trunk: HfFolder) -> None:
             raise InputError(
                 f"{name}={head_fields[name]!r} in {head.path}, {value!r} in {trunk.path}",
                 rule="an MTP head fits the model it was trained with",
-                fix="give the checkpoint that the second one was trained from",
+                fix=f"give the checkpoint that {trunk.path} was trained from",
             )
     # float32 holds every value of bfloat16 and float16.
     if trunk.dtype not in (head.dtype, torch.float32):

@@ -20,15 +20,15 @@ class ConversionPlan:
         target: folder to write.
         dtype: dtype of the result.
         tensors: number of Hugging Face tensors.
-        nbytes: bytes of all tensors written.
-        files: name of each weight file to be written, with the bytes of its tensors.
-        workers: units converted at a time.
-        peak_memory: about the most bytes of tensors in memory.
-        process_memory: resident bytes of this process beside them.
-        free: free bytes of the target's disk.
-        continued: units that an interrupted attempt has finished, and number of all units.
-        hashes: whether tensors would be compared with a manifest of the source.
-        replaces: whether the target exists.
+        nbytes: size of all tensors written, bytes.
+        files: (name, size of its tensors in bytes) of each weight file to be written.
+        workers: number of units converted at a time.
+        peak_memory: estimate of the most memory for tensors, bytes.
+        process_memory: resident memory of this process before any tensor is read, bytes.
+        free: free space of the target's disk, bytes.
+        continued: number of units that an interrupted attempt has finished, and of all units.
+        hashes: True if tensors would be compared with a manifest of the source.
+        replaces: True if the target exists and is not empty.
     """
 
     kind: str
@@ -73,11 +73,11 @@ class ConversionReport:
     """The result of a conversion.
 
     Attributes:
-        path: the folder written.
+        path: folder written.
         architecture: architecture of the model in it.
         dtype: dtype of its weights.
         tensors: number of Hugging Face tensors.
-        nbytes: bytes of all tensors.
+        nbytes: size of all tensors, bytes.
         seconds: wall time.
     """
 
@@ -98,13 +98,13 @@ class RoundTripReport:
     """The result of an import followed by an export.
 
     Attributes:
-        path: the folder that was converted.
+        path: folder that was converted.
         dtype: dtype of its weights.
         tensors: number of its tensors.
-        nbytes: bytes of all tensors.
+        nbytes: size of all tensors, bytes.
         seconds: wall time.
         differing: names of the tensors whose bytes changed.
-        same_architecture: whether config.json still describes the same model.
+        same_architecture: True if config.json still describes the same model.
     """
 
     path: Path

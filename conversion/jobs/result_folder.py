@@ -1,9 +1,9 @@
 """A result folder: checked before it is written, written aside, resumed after an interruption.
 
 A result grows in ``.NAME.partial/result`` beside its target and takes the target's name when it is
-complete. ``.NAME.partial/journal.jsonl`` lists the units of work that are on the disk: after a
-crash, a full disk or Ctrl-C the same command does only the others. The journal's first line is the
-identity of the conversion; a partial result of another identity is discarded.
+complete. ``.NAME.partial/journal.jsonl`` lists the units of work that are on the disk. After a
+crash, a full disk or Ctrl-C the same command converts the others only. The journal's first line is
+the identity of the conversion; a partial result of another identity is discarded.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ JOURNAL_FILE = "journal.jsonl"
 _RESULT = "result"
 # No space left; over a quota; over a limit on the size of one file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Room beside the tensors' own bytes: headers and the archives' bookkeeping, a share of them, then
-# config, tokenizer and manifest.
+# Disk space beside the tensors themselves. As a share of their bytes: headers and the archives'
+# bookkeeping. As a constant: config, tokenizer and manifest.
 _SPARE_SHARE, _SPARE_BYTES = 0.02, 8 * 2**20
 
 
@@ -60,15 +60,17 @@ class PartialResult:
         """List ``unit`` in the journal, once its bytes are on the disk; any thread may call it.
 
         Args:
-            payload: data of the unit that completes the result; JSON values.
-            files: least size in bytes of each file it lies in, by path relative to the folder.
+            unit: name of the unit.
+            payload: the unit's data for completing the result; JSON values.
+            files: least size in bytes of each file with a part of the unit, by path relative to
+                the folder.
         """
         line = json.dumps({"unit": unit, "files": dict(files), "payload": payload})
         with self._lock:
             self._journal.write(line + "\n")
             self._journal.flush()
             os.fsync(self._journal.fileno())
-            # Through JSON, as a resumed attempt reads it: `finish` sees the same in both cases.
+            # Through JSON, as when it is resumed: `finish` gets the same values in both cases.
             self.done[unit] = json.loads(line)["payload"]
 
 
@@ -91,11 +93,11 @@ def result_folder(
 
     Args:
         target: folder of the result.
-        source: folder that is converted; a target that is it or holds it is refused.
-        units: bytes of each unit of work; the disk must have room for the unfinished ones.
+        source: folder that is converted; the target must neither be it nor hold it.
+        units: size in bytes of each unit of work; the disk must have room for the unfinished ones.
         overwrite: replace an earlier result, which is kept until the new one is complete.
-        identity: source and options as JSON values; a partial result is resumed if its own
-            identity is the same.
+        identity: source and options as JSON values; only a partial result of the same identity is
+            resumed.
 
     Raises:
         InputError: the target exists and ``overwrite`` is false, or must not be replaced, or is
@@ -109,7 +111,7 @@ def result_folder(
     check_space(target, sum(nbytes for unit, nbytes in units.items() if unit not in done))
     try:
         with _locked_journal(partial) as journal:
-            # Once more, now that no other process can write.
+            # Read again under the lock: another process may have written since.
             done = _finished(partial, first_line)
             if done:
                 logger.warning(
@@ -127,7 +129,7 @@ def result_folder(
                 yield result
                 move_into_place(result.folder, target)
             except InputError:
-                # The source is wrong: what was made of it is of no use to a next attempt.
+                # The source is bad, so its finished units are of no use to another attempt.
                 done.clear()
                 raise
             except KeyboardInterrupt:
@@ -160,7 +162,7 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
     if real == origin or real in origin.parents:
         raise InputError(
             f"target {target}",
-            rule=f"it must not be or hold the source {source}",
+            rule=f"it must neither be nor hold the source {source}",
             fix="name another",
         )
     check_writable("target", target, folder=True)
@@ -191,10 +193,10 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
 
 
 def check_space(target: Path, nbytes: int) -> int:
-    """Return the free bytes of the target's disk.
+    """Return the free space of the target's disk in bytes.
 
     Raises:
-        WorkError: it has no room for ``nbytes`` of tensors.
+        WorkError: the disk has no room for tensors of ``nbytes`` bytes.
     """
     parent = existing_ancestor(target)
     free = shutil.disk_usage(parent).free
@@ -208,14 +210,14 @@ def check_space(target: Path, nbytes: int) -> int:
 
 
 def finished_units(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the payload of each unit, by name, that a conversion to ``target`` would resume
-    from."""
+    """Return the payload of each unit, by name, that an earlier attempt at ``target`` finished."""
     return _finished(partial_folder(target), json.dumps(identity, sort_keys=True))
 
 
 def _finished(partial: Path, first_line: str) -> dict[str, Any]:
-    """Return the payloads of the units that an earlier attempt at the same conversion finished and
-    whose files are complete.
+    """Return the payload of each unit, by name, that an earlier attempt finished.
+
+    A unit counts only if the attempt had the same identity and the unit's files are complete.
 
     Raises:
         InputError: ``partial`` exists and is not a partial result.
@@ -236,7 +238,7 @@ def _finished(partial: Path, first_line: str) -> dict[str, Any]:
         return {}
     if lines[0] != first_line:
         logger.warning(
-            "%s is left of another conversion (other source, options or version): discarded",
+            "%s belongs to another conversion (other source, options or version): discarded",
             partial,
         )
         return {}
@@ -244,7 +246,7 @@ def _finished(partial: Path, first_line: str) -> dict[str, Any]:
     for line in lines[1:]:
         try:
             entry = json.loads(line)
-            # A file that was deleted, or cut short by a power failure, takes its units with it.
+            # Units in a file that was deleted, or cut short by a power failure, are lost.
             complete = all(
                 (partial / _RESULT / name).stat().st_size >= size
                 for name, size in entry["files"].items()
@@ -283,10 +285,13 @@ def _locked_journal(partial: Path) -> Iterator[TextIO]:
 
 
 def _work_error(target: Path, error: Exception, partial: Path | None) -> WorkError | None:
-    """Return the error to report for a failed write; None for a programming error, which deserves
-    its traceback.
+    """Return the error to report for a failed write; None for a programming error.
+
+    A programming error keeps its traceback.
 
     Args:
+        target: folder of the result.
+        error: error of the write.
         partial: folder in which finished units are kept; None: nothing is kept.
     """
     # The system's error may lie behind another: torch.save reports "unexpected pos" when its
@@ -299,10 +304,10 @@ def _work_error(target: Path, error: Exception, partial: Path | None) -> WorkErr
         left = "nothing was left behind, the source is untouched"
     else:
         left = (
-            f"what was done is kept in {partial} and the same command continues it; "
-            "delete it if you will not"
+            f"finished parts are kept in {partial}: the same command continues them, "
+            "or delete the folder"
         )
-    # safetensors reports the system's words without its number.
+    # safetensors passes on the system's message without its error number.
     full = system is not None and system.errno in _FULL
     if full or any(os.strerror(code) in text for code in _FULL):
         return WorkError(

@@ -32,21 +32,21 @@ class SafetensorsPart:
     """One unit's part of a file while it is written.
 
     Attributes:
-        records: the record of each tensor written, in order.
+        records: record of each tensor written, in order.
     """
 
-    def __init__(self, descriptor: int, begins: dict[str, int], dtype: torch.dtype) -> None:
+    def __init__(self, descriptor: int, positions: dict[str, int], dtype: torch.dtype) -> None:
         self.records: list[WeightRecord] = []
-        self._descriptor, self._begins, self._dtype = descriptor, begins, dtype
+        self._descriptor, self._positions, self._dtype = descriptor, positions, dtype
 
     def write(self, source: Source, checked: CheckedTensor) -> None:
-        """Write the tensor ``source``; it is hashed unless its check has done so."""
+        """Write a tensor to its position in the file; hash it unless its check has done so."""
         tensor, record = checked
-        # The header is on the disk already: other bytes would shift nothing, and be read as wrong
-        # values.
+        # The header is on the disk already: a tensor of another size or dtype would be read back as
+        # wrong values, and no error.
         if (tuple(tensor.shape), tensor.dtype) != (source.shape, self._dtype):
             raise ValueError(f"{source}: {tuple(tensor.shape)} {tensor.dtype} does not fit")
-        write_tensor(self._descriptor, self._begins[source.name], tensor)
+        write_tensor(self._descriptor, self._positions[source.name], tensor)
         if record is None:
             self.records.append(WeightRecord.of(source.name, tensor))
         else:
@@ -60,13 +60,13 @@ class SafetensorsResult:
         self._architecture, self._dtype = architecture, dtype
         self._shards = plan_shards(derive(architecture), dtype)
         self._sizes = {shard.file: shard_size(shard, dtype) for shard in self._shards}
-        self._begins: dict[str, dict[str, int]] = {}
+        self._positions: dict[str, dict[str, int]] = {}
 
     def units(self, peak: Callable[[Entry], int]) -> list[ConversionUnit]:
-        """Return the units: each group's part of each file.
+        """Return the units: the entries of one group in one file.
 
         Args:
-            peak: function that returns the most bytes in memory for an entry.
+            peak: function that returns the most memory for an entry, in bytes.
         """
         # Not a unit per file: a model of few files would leave workers idle, and an interruption
         # would lose up to 5 GB of work instead of a layer.
@@ -85,8 +85,8 @@ class SafetensorsResult:
         return units
 
     def create(self, folder: Path) -> None:
-        """Create the files in ``folder``; those of an earlier attempt are kept."""
-        self._begins = {
+        """Create the files in ``folder``; keep those of an earlier attempt."""
+        self._positions = {
             shard.file: create_shard(folder, shard, self._dtype) for shard in self._shards
         }
 
@@ -95,12 +95,11 @@ class SafetensorsResult:
         """Yield the part of ``unit`` to write; it is on the disk when the block ends."""
         # Unbuffered and written by position, so that workers share a file without a lock.
         with (folder / unit.file).open("r+b", buffering=0) as stream:
-            yield SafetensorsPart(stream.fileno(), self._begins[unit.file], self._dtype)
+            yield SafetensorsPart(stream.fileno(), self._positions[unit.file], self._dtype)
             os.fsync(stream.fileno())
 
     def payload(self, unit: ConversionUnit, part: SafetensorsPart) -> tuple[dict[str, Any], int]:
-        """Return a finished unit's payload and the size of its file, as
-        `ConversionJob.convert` does."""
+        """Return the result of `ConversionJob.convert` for a finished unit."""
         return {"records": [asdict(record) for record in part.records]}, self._sizes[unit.file]
 
     def finish(self, folder: Path, payloads: Sequence[dict[str, Any]]) -> None:

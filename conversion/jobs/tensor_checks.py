@@ -1,4 +1,4 @@
-"""Checks of every tensor on its way through a conversion: SHA-256, finite values, overflow."""
+"""Checks of every tensor that is converted: SHA-256, finite values, overflow."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class CheckedTensor(NamedTuple):
-    """A tensor in the result's dtype; ``record`` is its hash, where hashing it was part of the
-    check and no conversion followed."""
+    """A tensor in the result's dtype.
+
+    Attributes:
+        tensor: tensor.
+        record: its hash; None if the check needed none, or another dtype has changed the bytes.
+    """
 
     tensor: torch.Tensor
     record: WeightRecord | None
@@ -28,8 +32,9 @@ class TensorChecks:
     """Checks of the tensors that a conversion reads.
 
     Attributes:
-        hashes: compare SHA-256 with the source's manifest, where it has one; default on.
-        allow_nonfinite: convert NaN and infinite values with a warning; default: refuse them.
+        hashes: compare SHA-256 with the source's manifest, if it has one; default True.
+        allow_nonfinite: convert NaN and infinite values with a warning; default False refuses
+            them.
     """
 
     hashes: bool = True
@@ -42,6 +47,7 @@ class TensorChecks:
 
         Args:
             name: name in messages and in the manifest.
+            tensor: tensor of the source.
             manifest: the source's manifest; None: compare no hash.
             dtype: dtype of the result; a tensor that has it is returned as it is, not copied.
 
@@ -53,13 +59,13 @@ class TensorChecks:
             record = WeightRecord.of(name, tensor)
             manifest.check(record)
         self._require_finite(
-            name, tensor, "a model's weights are numbers", "use an earlier or another checkpoint"
+            name, tensor, "weights must be finite", "use an earlier or another checkpoint"
         )
         if tensor.dtype == dtype:
             return CheckedTensor(tensor, record)
         converted = tensor.to(dtype)
-        # float16 ends at 65,504: a finite weight may leave it on conversion. Infinite values that
-        # were allowed above would only be counted twice.
+        # float16 ends at 65,504: a finite weight may overflow on conversion. With allow_nonfinite
+        # the values of the source were reported above.
         if not self.allow_nonfinite:
             rule = f"they overflow {dtype_name(dtype)}"
             self._require_finite(name, converted, rule, "convert to bfloat16 or float32")

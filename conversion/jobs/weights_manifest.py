@@ -34,7 +34,7 @@ class WeightRecord:
         name: Hugging Face name, or `conversion.mapping.Entry.label` in a Megatron checkpoint.
         shape: sizes of its axes.
         dtype: torch's name, ``bfloat16``.
-        sha256: hash of its values in row-major, little-endian order, hexadecimal.
+        sha256: hash of its values in row-major order, little-endian; hexadecimal.
     """
 
     name: str
@@ -53,7 +53,7 @@ class WeightRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WeightRecord:
-        """Return the inverse of `dataclasses.asdict`, after JSON has made lists of tuples."""
+        """Build a record from `dataclasses.asdict` values that JSON has stored, tuples as lists."""
         return cls(**values | {"shape": tuple(values["shape"])})
 
 
@@ -61,8 +61,8 @@ class Manifest:
     """The manifest of a folder, to compare with the tensors that are read.
 
     Attributes:
-        path: the file.
-        records: the record of every tensor by name.
+        path: manifest file.
+        records: record of every tensor by name.
     """
 
     def __init__(self, path: Path, records: Mapping[str, WeightRecord]) -> None:
@@ -81,7 +81,7 @@ class Manifest:
             return None
         weights = read_json(path, "it was just there").get("weights")
         try:
-            # No weights at all is damage too: every model has some.
+            # An empty list is damage too: every model has weights.
             records = [WeightRecord.from_dict(values) for values in weights or ()]
             if not records or not all(isinstance(record.sha256, str) for record in records):
                 raise ValueError("no weights")
@@ -109,7 +109,7 @@ class Manifest:
     def check_table(
         self, shapes: Mapping[str, Shape], dtype: torch.dtype | Mapping[str, torch.dtype]
     ) -> None:
-        """Compare names, shapes and dtypes with those of the weights; reads no weight.
+        """Compare names, shapes and dtypes with those of the weights; read no weight.
 
         Args:
             shapes: shape of every tensor by name.

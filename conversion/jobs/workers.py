@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from mellum2_megatron.common.errors import InputError
 
-# One more worker is one more tensor in memory, and few disks are any faster with more.
+# Each worker holds a tensor in memory, and few disks get faster with more workers.
 MOST_BY_DEFAULT = 8
 
 
@@ -27,6 +27,7 @@ class Stop:
         self._event = threading.Event()
 
     def set(self) -> None:
+        """Make `check` raise from now on."""
         self._event.set()
 
     def check(self) -> None:
@@ -60,13 +61,13 @@ def run_units[Unit](
 ) -> None:
     """Call ``work(unit)`` for every unit, ``workers`` at a time.
 
-    The first error sets ``stop``, waits for the units at work and is raised.
+    The first error sets ``stop`` and is raised once the running units have ended.
     """
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert") as pool:
         try:
             for future in as_completed([pool.submit(work, unit) for unit in units]):
                 future.result()
-        # Ctrl-C too. `stop` ends the units at work, the pool drops those that wait.
+        # Ctrl-C too. `stop` ends the running units, the pool drops the waiting ones.
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -1,5 +1,7 @@
-"""Files of a ``torch.distributed.checkpoint``, written at the disk's speed: hashed on the way and
-without a second checksum."""
+"""Files of a ``torch.distributed.checkpoint``, written at the disk's speed.
+
+They are hashed while they are written, and get no second checksum.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from mellum2_megatron.checkpoint.file_manifest import FileRecord
 
 
 class HashingStream(io.RawIOBase):
-    """A file while it is written, from its first byte to its last without a step back, which is how
-    `torch.save` writes.
+    """A write-only stream that hashes a file while it is written.
 
-    To read a checkpoint of many gigabytes again for its manifest would cost as much as writing it.
+    It cannot seek, which `torch.save` never does. Hashing a finished checkpoint instead would read
+    many gigabytes once more.
     """
 
     def __init__(self, raw: io.FileIO) -> None:
@@ -36,7 +38,7 @@ class HashingStream(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         done = 0
-        # One system call may write a part only, at 2 GiB (man 2 write) or at a limit.
+        # One system call may write only a part, at 2 GiB (man 2 write) or at a limit.
         while done < len(view):
             done += self._raw.write(view[done:]) or 0
         self._digest.update(view)
@@ -65,13 +67,13 @@ def hashed_file(path: Path) -> Iterator[HashingStream]:
 
 @contextmanager
 def without_crc32() -> Iterator[None]:
-    """Leave the zip records' CRC-32 out of `torch.save`, process-wide, while the block runs.
+    """Make `torch.save` leave out the zip records' CRC-32, process-wide, while the block runs.
 
-    torch computes it a byte at a time while it holds the interpreter: one thread at 100 to 250
-    MB/s, with any number of workers. `torch.load` never compares it
-    (torch/serialization.py:set_crc32_options, 2.15), and manifests hold a SHA-256 of every tensor
-    and of every file.
+    `torch.load` never compares it (torch/serialization.py:set_crc32_options, 2.15), and manifests
+    hold a SHA-256 of every tensor and of every file.
     """
+    # torch computes it a byte at a time and holds the interpreter's lock meanwhile: 100 to 250 MB/s
+    # in all, for any number of workers.
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

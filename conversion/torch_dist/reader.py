@@ -70,10 +70,10 @@ class StoredTensor:
         key: Megatron key.
         dtype: dtype of its values.
         shape: shape of the whole tensor.
-        chunks: the boxes it is stored in.
-        chunks_of_layer: chunks by their position on the first axis, where each spans one step of
-            it; empty where a chunk spans several. A released model's fc1 has 3,584 chunks and is
-            read in 1,792 pieces: the index avoids 6.4 million comparisons.
+        chunks: boxes that it is stored in.
+        chunks_of_layer: chunks by position on the first axis, if each lies at one position; else
+            empty. A released model's fc1 has 3,584 chunks and is read in 1,792 pieces: the index
+            avoids 6.4 million comparisons.
     """
 
     key: str
@@ -83,8 +83,10 @@ class StoredTensor:
     chunks_of_layer: dict[int, list[ChunkStorageMetadata]]
 
     def chunks_overlapping(self, offset: Shape, extent: Shape) -> Iterable[ChunkStorageMetadata]:
-        """Return chunks among which are all that overlap the box ``[offset, offset + extent)``:
-        those of its layers, or all."""
+        """Return all chunks that overlap the box ``[offset, offset + extent)``, and maybe more.
+
+        They are the chunks of the box's layers; without an index, all chunks.
+        """
         if not self.chunks_of_layer:
             return self.chunks
         layers = range(offset[0], offset[0] + extent[0])
@@ -95,13 +97,13 @@ class TorchDistReader:
     """The model weights of one ``torch_dist`` folder (``DIR/iter_0000100`` or ``DIR/release``).
 
     Attributes:
-        folder: the folder.
+        folder: checkpoint folder.
         tensors: every weight tensor by Megatron key.
-        skipped: number of keys left aside, by kind (optimizer state, ...).
+        skipped: number of keys left out, by kind (optimizer state, ...).
 
     Raises:
-        InputError: not such a folder, a truncated or missing file, chunks that do not cover their
-            tensor, an object that is not in `NOT_WEIGHTS`.
+        InputError: no ``torch_dist`` folder, a truncated or missing file, chunks that do not cover
+            their tensor, an object of no kind in `NOT_WEIGHTS`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -114,8 +116,8 @@ class TorchDistReader:
         _check_files(folder, metadata)
         self.tensors: dict[str, StoredTensor] = {}
         self.skipped: dict[str, int] = {}
-        # Every key must be a weight or of a known kind: a new kind of state that matters to the
-        # model would otherwise be dropped in silence.
+        # Every key must be a weight or of a known kind. Otherwise a new kind of state that matters
+        # to the model would be dropped in silence.
         for key, stored in metadata.state_dict_metadata.items():
             kind = next((kind for kind, pattern in NOT_WEIGHTS if pattern.search(key)), None)
             if kind is not None:
@@ -135,7 +137,7 @@ class TorchDistReader:
     def read(self, key: str, offset: Shape, extent: Shape) -> torch.Tensor:
         """Return the box ``[offset, offset + extent)`` of tensor ``key``, of shape ``extent``.
 
-        The chunks may be cut in any way; any thread may call it.
+        The tensor may be cut into any chunks. Any thread may call this.
 
         Raises:
             InputError: a chunk cannot be read.
@@ -174,11 +176,10 @@ class TorchDistReader:
 
 
 class _IntoTensor(DefaultLoadPlanner):
-    """A planner that lets torch's reader copy parts of chunks into one tensor.
+    """A planner that makes torch's reader copy parts of chunks into one tensor.
 
-    `lookup_tensor` is the default planner's hook for this
-    (torch/distributed/checkpoint/default_planner.py:402, 2.15), which then narrows the tensor to
-    each read item's place in it. `TorchDistReader.read` makes the plans.
+    The default planner calls `lookup_tensor` for each read item and narrows the result to the
+    item's destination (torch/distributed/checkpoint/default_planner.py:402, 2.15).
     """
 
     def __init__(self, out: torch.Tensor) -> None:
@@ -203,7 +204,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     for name, end in sorted(ends.items()):
-        # The name comes out of a file that anybody may have written.
+        # The name comes from the checkpoint: it must not point at another file of this machine.
         if Path(name).name != name:
             raise InputError(
                 f"{folder}: storage file {name!r}",
@@ -222,8 +223,13 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
 
 
 def _stored_tensor(folder: Path, key: str, stored: TensorStorageMetadata) -> StoredTensor:
-    # The sum alone: chunks that overlap and leave a gap of the same size are not found. Megatron
-    # writes none, and every box would have to be compared with every other.
+    """Return a tensor's record.
+
+    Raises:
+        InputError: its chunks do not cover it.
+    """
+    # The sum does not show an overlap beside a gap of the same size. Megatron writes no overlaps,
+    # and finding them would compare every box with every other.
     covered = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
     if covered != math.prod(stored.size):
         raise InputError(
@@ -246,6 +252,7 @@ def _stored_tensor(folder: Path, key: str, stored: TensorStorageMetadata) -> Sto
 
 
 def _check_backend(folder: Path) -> None:
+    """Raise InputError unless ``metadata.json`` names the ``torch_dist`` backend."""
     path = folder / CONFIG_FILE
     fix = "give a checkpoint saved with --ckpt-format torch_dist (this project's only format)"
     try:

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint import planner
 
-# Private, and named by the pickle of every checkpoint: present in torch 2.15.
+# Private classes of torch 2.15, which the pickle of every checkpoint names.
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -55,8 +55,10 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class _Inert:
-    """Stand-in for records of older Megatron versions, empty classes by now
-    (``core/dist_checkpointing/strategies/torch.py:86-95``, 0.19.2)."""
+    """Stand-in for records of older Megatron versions.
+
+    Their classes are empty by now (``core/dist_checkpointing/strategies/torch.py:86-95``, 0.19.2).
+    """
 
 
 _PLANNER_CLASSES = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
@@ -73,8 +75,10 @@ _METADATA_CLASSES = (
 
 
 def _safe_classes() -> dict[tuple[str, str], Any]:
-    """Return every global that ``.metadata`` may name, by module and name: records, paths, sizes
-    and dtypes, whose construction has no side effect."""
+    """Return every global that ``.metadata`` may name, by module and name.
+
+    They are records, paths, sizes and dtypes: building one has no side effect.
+    """
     safe: dict[tuple[str, str], Any] = {
         ("torch", "Size"): torch.Size,
         ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
@@ -90,7 +94,8 @@ def _safe_classes() -> dict[tuple[str, str], Any]:
             for name in _PLANNER_CLASSES
         },
     }
-    # Python 3.13 pickles paths as pathlib._local; a PosixPath could not be built on Windows.
+    # Python 3.13 pickles paths as pathlib._local. Pure paths: a PosixPath cannot be built on
+    # Windows.
     for module in ("pathlib", "pathlib._local"):
         safe |= {
             (module, name): pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath", "Path")
@@ -109,6 +114,7 @@ _SAFE_CLASSES = _safe_classes()
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    # pickle looks up every global here, before it builds or calls anything.
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _SAFE_CLASSES[module, name]

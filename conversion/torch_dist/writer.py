@@ -1,10 +1,10 @@
 """Writes Megatron ``torch_dist`` checkpoints chunk by chunk, without a model, a GPU or a process
 group.
 
-The data files are written here, as ``torch.distributed.checkpoint``'s own writer does it
+Data files are laid out as by ``torch.distributed.checkpoint``'s own writer
 (torch/distributed/checkpoint/filesystem.py:_write_files_from_queue, 2.15): objects, then tensors,
-one after the other. That writer calls back for each tensor from a queue of its own; here the caller
-writes them in its own loop. ``.metadata`` is written by the original.
+one after the other. That writer fetches tensors through callbacks from a queue; here the caller
+writes each one in its own loop. torch's writer still writes ``.metadata``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import IO, Any, cast
 import torch
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 
-# `_StorageInfo` is private, and the type of the values of `Metadata.storage_data`: relative_path,
-# offset, length, transform_descriptors as of torch 2.15.
+# The private `_StorageInfo` is the type of the values in `Metadata.storage_data`. Its fields in
+# torch 2.15: relative_path, offset, length, transform_descriptors.
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -76,14 +76,14 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """The place of one chunk or object. Plain values, for a journal.
+    """The place of one chunk or object in a file, as plain values for the journal.
 
     Attributes:
         key: Megatron key.
-        offset: first position of the chunk; None for an object.
+        offset: first position of the chunk in its tensor; None for an object.
         file: file name.
-        begin: first byte in the file.
-        length: bytes.
+        begin: position of the first byte in the file.
+        length: number of bytes.
     """
 
     key: str
@@ -95,14 +95,19 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """One file on the disk, and the place of everything in it. Plain values, for a journal."""
+    """One finished file, as plain values for the journal.
+
+    Attributes:
+        file: size and hash.
+        placed: place of each chunk and object in it.
+    """
 
     file: FileRecord
     placed: tuple[Placed, ...]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Written:
-        """Return the inverse of `dataclasses.asdict`, after JSON has made lists of tuples."""
+        """Build it from `dataclasses.asdict` values that JSON has stored, tuples as lists."""
         placed = []
         for place in values["placed"]:
             offset = None if place["offset"] is None else tuple(place["offset"])
@@ -120,7 +125,7 @@ class GroupFile:
 
     @property
     def written(self) -> Written:
-        """The file and its places, once everything is written."""
+        """The file's record, once everything is written."""
         return Written(file=self._stream.record, placed=tuple(self._placed))
 
     def write(self, key: str, offset: Shape, tensor: torch.Tensor) -> None:
@@ -129,7 +134,7 @@ class GroupFile:
         if tensor.dtype != chunk.dtype:
             raise TypeError(f"{key}: a {tensor.dtype} tensor for a chunk of {chunk.dtype}")
         tensor = tensor.reshape(chunk.extent).contiguous()
-        # torch.save writes the whole storage behind a view.
+        # torch.save would write all of the storage behind a view.
         if tensor.untyped_storage().size() != tensor.nbytes:
             tensor = tensor.clone()
         begin = self._stream.tell()
@@ -152,16 +157,16 @@ class GroupFile:
 class TorchDistWriter:
     """Write a ``torch_dist`` folder; each group of chunks becomes one ``__N_0.distcp`` file.
 
-    `open_group` is called once for each group, in any order and by any thread; then `finish`.
+    Call `open_group` once for each group, in any order and from any thread, then `finish`.
 
     Args:
-        folder: an existing folder.
+        folder: existing folder.
         groups: chunks of each file, in the order they are written.
         common: Megatron's common state (``checkpoint_version``, ``iteration``,
             ``content_metadata``), plain values.
-        empty_states: keys of ``_extra_state`` objects to store as None, as Megatron's own linears
-            do (``core/tensor_parallel/layers.py:1232``, 0.19.2); Transformer Engine restores
-            nothing from None.
+        empty_states: keys of ``_extra_state`` objects to store as None, default none. Megatron's
+            own linears store None too (``core/tensor_parallel/layers.py:1232``, 0.19.2), and
+            Transformer Engine restores nothing from it.
     """
 
     def __init__(
@@ -174,7 +179,7 @@ class TorchDistWriter:
     ) -> None:
         self.folder = folder
         self._groups = groups
-        # One buffer for all empty states: the released model has 3,862.
+        # One shared buffer: the released model has 3,862 empty states.
         empty = dict.fromkeys(empty_states, _serialized(None))
         self._objects = {COMMON_STATE_KEY: _serialized(common)} | empty
 
@@ -184,14 +189,15 @@ class TorchDistWriter:
         name = group_file(number)
         with hashed_file(self.folder / name) as stream:
             group = GroupFile(name, self._groups[number], stream)
-            # Objects before tensors, as torch's own writer has them.
+            # Objects before tensors, in the order of torch's own writer.
             for key, data in self._objects.items() if number == 0 else ():
                 group.write_object(key, data)
             yield group
 
     def finish(self, groups: Sequence[Written]) -> None:
-        """Write ``.metadata`` and ``metadata.json``, which make the folder a checkpoint, then the
-        manifest of all its files.
+        """Write ``.metadata`` and ``metadata.json``, then the manifest of all files.
+
+        The first two make the folder a checkpoint.
 
         Args:
             groups: `GroupFile.written` of every group, in order.
@@ -199,23 +205,38 @@ class TorchDistWriter:
         Raises:
             ValueError: a chunk was not written, which is a programming error.
         """
-        plans = [SavePlan([_write_item(chunk) for chunk in chunks]) for chunks in self._groups]
+        plans = []
+        for chunks in self._groups:
+            items = []
+            for chunk in chunks:
+                offset, extent = torch.Size(chunk.offset), torch.Size(chunk.extent)
+                data = TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=offset, sizes=extent),
+                    properties=TensorProperties(dtype=chunk.dtype),
+                    size=torch.Size(chunk.global_shape),
+                )
+                index = MetadataIndex(chunk.key, offset)
+                items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+            plans.append(SavePlan(items))
         objects = [
             WriteItem(
                 index=MetadataIndex(key),
                 type=WriteItemType.BYTE_IO,
-                bytes_io_data=BytesIOWriteData(nbytes=data.getbuffer().nbytes),
+                bytes_io_data=BytesIOWriteData(nbytes=stream.getbuffer().nbytes),
             )
-            for key, data in self._objects.items()
+            for key, stream in self._objects.items()
         ]
         plans[0] = SavePlan([*objects, *plans[0].items])
-        # This numbers each tensor's chunks too, a hint that saves loads a linear search for each
-        # chunk (torch/distributed/checkpoint/metadata.py:MetadataIndex, 2.15).
+        # It also numbers each tensor's chunks. With that hint a load needs no linear search for
+        # each chunk (torch/distributed/checkpoint/metadata.py:MetadataIndex, 2.15).
         plans, metadata = create_default_global_save_plan(plans)
         results = []
         for plan, group in zip(plans, groups, strict=True):
-            indices = {(item.index.fqn, _offset(item.index)): item.index for item in plan.items}
-            # A chunk that .metadata promises and no file holds would only fail at a load.
+            indices = {}
+            for item in plan.items:
+                position = None if item.index.offset is None else tuple(item.index.offset)
+                indices[item.index.fqn, position] = item.index
+            # A chunk in .metadata that no file holds would fail at a load, not here.
             if missing := set(indices) - {(place.key, place.offset) for place in group.placed}:
                 raise ValueError(f"{len(missing)} chunks were not written, one is {missing.pop()}")
             results.append(
@@ -233,38 +254,21 @@ class TorchDistWriter:
         writer.finish(metadata, results)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-        # Of the data files the hashes are known; the few others are small.
+        # The data files were hashed while they were written; the few others are small.
         written = {group_file(number): group.file for number, group in enumerate(groups)}
         others = hash_files(path for path in self.folder.iterdir() if path.name not in written)
         write_manifest(self.folder, written | others)
 
 
 def group_file(number: int) -> str:
-    """Return the name of the file of group ``number``, as ``torch.distributed.checkpoint`` names
-    the first file of rank ``number``."""
+    """Return the name of a group's file: torch's name of the first file of rank ``number``."""
     return f"__{number}_0.distcp"
 
 
-def _write_item(chunk: Chunk) -> WriteItem:
-    offset, extent = torch.Size(chunk.offset), torch.Size(chunk.extent)
-    return WriteItem(
-        index=MetadataIndex(chunk.key, offset),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offset, sizes=extent),
-            properties=TensorProperties(dtype=chunk.dtype),
-            size=torch.Size(chunk.global_shape),
-        ),
-    )
-
-
-def _offset(index: MetadataIndex) -> Shape | None:
-    return None if index.offset is None else tuple(index.offset)
-
-
 def _serialized(value: Any) -> io.BytesIO:
-    """Return an object's bytes: Megatron stores the list of a rank's objects of one key
-    (``core/dist_checkpointing/strategies/torch.py:324-329``, 0.19.2)."""
+    """Return an object's bytes in Megatron's form."""
+    # A list of one: Megatron stores all of a rank's objects with the same key together
+    # (core/dist_checkpointing/strategies/torch.py:324-329, 0.19.2).
     stream = io.BytesIO()
     torch.save([value], stream)
     return stream

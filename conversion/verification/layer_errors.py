@@ -26,8 +26,8 @@ class LayerError:
     """Difference between the hidden states after one place.
 
     Attributes:
-        name: place, such as ``layer 3`` or ``mtp layer 0``; in a summary a count, ``21 layers``.
-        kind: attention type of the layer; the place's own name if it is no layer.
+        name: place, such as ``layer 3`` or ``mtp layer 0``; in a summary ``21 layers``.
+        kind: attention type of a layer; for any other place its name.
         max_error, mean_error: absolute difference.
         relative_error: ``max_error`` divided by the largest absolute reference value.
     """
@@ -53,8 +53,8 @@ def record_huggingface(main: Any, mtp: Any | None) -> Iterator[Recorded]:
     with _record(places, lambda output: output) as recorded:
         yield recorded
     if mtp is not None:
-        # MtpModel embeds through the trunk's own module: of two calls a pass, the first is the
-        # trunk's.
+        # MtpModel embeds through the trunk's own module: each pass calls it twice, first for the
+        # trunk.
         recorded[EMBEDDING] = recorded[EMBEDDING][::2]
 
 
@@ -68,7 +68,7 @@ def record_megatron(model: Any) -> Iterator[Recorded]:
         places[MTP_LAYER] = model.mtp.layers[0].mtp_model_layer
     with _record(places, lambda output: output.transpose(0, 1)) as recorded:
         yield recorded
-    # The MTP head embeds the following tokens through the same module.
+    # A second call embeds the next tokens for the MTP head, through the same module.
     recorded[EMBEDDING] = recorded[EMBEDDING][:1]
 
 
@@ -95,7 +95,7 @@ def compare_layers(
     errors = []
     for name, reference_parts in theirs.items():
         value, reference = torch.cat(ours[name]), torch.cat(reference_parts)
-        # A difference of unequal shapes would broadcast, and be a number all the same.
+        # A difference of unequal shapes might broadcast, and would show no error.
         if value.shape != reference.shape:
             raise RuntimeError(
                 f"{name}: {list(value.shape)} and {list(reference.shape)} were recorded"
@@ -136,7 +136,7 @@ def type_summary(layers: Iterable[LayerError]) -> dict[str, LayerError]:
 
 
 def _worst(values: Iterable[float]) -> float:
-    # NaN is the worst; Python's max() would drop it or keep it, by its place in the list.
+    # NaN is the worst. Python's max() drops or keeps it, depending on its place in the list.
     return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
@@ -160,7 +160,7 @@ def _record(
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             # Megatron's layers return (hidden states, context).
             hidden = output[0] if isinstance(output, tuple) else output
-            # A clone: on a CPU in float32 nothing else copies, and modules may write in place.
+            # On a CPU in float32 only the clone copies, and later modules may write in place.
             recorded[name].append(to_batch_first(hidden).detach().float().cpu().clone())
 
         return keep

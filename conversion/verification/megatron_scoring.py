@@ -1,7 +1,7 @@
 """Logits of a Megatron checkpoint, main and MTP, for scoring and verification.
 
-The twin of `conversion.huggingface.scoring`. Megatron is imported inside the functions: on a CPU,
-the CPU backend must be activated before.
+The twin of `conversion.huggingface.scoring`. Megatron is imported inside the functions: on a CPU
+the CPU backend must be activated first.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ def load_megatron_model(
 ) -> GPTModel:
     """Build the model of a checkpoint in this process and load it with Megatron's own loader.
 
-    The model is on the GPU if there is one (te backend if Transformer Engine can be imported), else
-    on the CPU backend with the torch modules. The checkpoint may have any layout; its optimizer
-    state is not read.
+    The model is on the GPU if there is one, with the te backend if Transformer Engine can be
+    imported. Otherwise it is on the CPU with the torch backend. The checkpoint may have any layout;
+    its optimizer state is not read.
 
     Args:
         path: checkpoint folder, or one iteration inside it.
-        dtype: dtype of the parameters.
+        dtype: dtype of the parameters, default float32.
 
     Raises:
-        InputError: no checkpoint there, or its tensors are not this architecture's.
+        InputError: no checkpoint at ``path``, or tensors of another architecture.
     """
     checkpoint = find_checkpoint(path)
-    open_checkpoint(checkpoint)  # compares names and shapes; Megatron's loader would not, see below
+    # Compares names and shapes both ways. Megatron's strictness levels would too, but they read the
+    # stored metadata, which fails with torch 2.15 (dist_checkpointing/strategies/torch.py:1022,
+    # 0.19.2, passes `TensorProperties.strides` to `torch.empty`).
+    open_checkpoint(checkpoint)
     device = _one_rank_world()
     from megatron.core import dist_checkpointing
     from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -61,10 +64,6 @@ def load_megatron_model(
         moe_grouped_gemm=backend == "te",  # the torch backend has no grouped GEMM
     )
     model = model.to(device=device, dtype=dtype).eval()
-    # Megatron's strictness levels cannot be used here: they read the stored metadata, which fails
-    # with torch 2.15 (dist_checkpointing/strategies/torch.py:1022, 0.19.2, passes
-    # `TensorProperties.strides` to `torch.empty`). `open_checkpoint` has compared names and shapes
-    # both ways.
     loaded = dist_checkpointing.load(
         {"model": model.sharded_state_dict()}, str(checkpoint.iteration_dir)
     )
@@ -97,7 +96,7 @@ def _one_rank_world() -> torch.device:
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
-        # Megatron's modules look for its random state even in evaluation.
+        # Megatron's modules need its random state even in evaluation.
         model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -110,7 +109,7 @@ def score_file(
     Args:
         tokens_path: `.npy` file of token ids `[b, s]`, any integer type.
         out: `.npz` file to write: float32 `logits` `[b, s, v]` and, with an MTP head, `mtp_logits`
-            of the same shape (position t predicts token t + 2; the last position means nothing).
+            of the same shape (position t predicts token t + 2; the last position is undefined).
         megatron_path, hf_path: checkpoint; exactly one of them.
 
     Raises:

@@ -27,10 +27,11 @@ from mellum2_megatron.model.scoring import score_tokens
 TOLERANCE = 1e-4
 """Largest relative error that passes, in float32 on both sides.
 
-Another order of sums makes errors below it; a wrong weight or a wrong reading makes 0.1 and more.
+Another order of sums stays below it; a wrong weight or a misread configuration gives 0.1 or more.
 """
 
 _LONGEST_DEFAULT = 4096
+"""Most tokens of a default sequence, whatever the window."""
 
 _WITHOUT_EFFECT = {
     "intermediate_size",
@@ -41,7 +42,7 @@ _WITHOUT_EFFECT = {
     "eos_token_id",
     "pad_token_id",
 }
-"""Fields of the architecture that no logit depends on."""
+"""Fields of the architecture that do not affect the logits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +94,8 @@ class VerifyReport:
 
     @property
     def first_departing(self) -> LayerError | None:
-        """First place whose hidden states differ by more than the tolerance; None without one."""
-        # "not <=" and not ">": NaN departs too.
+        """First place whose hidden states differ by more than the tolerance; None: all agree."""
+        # "not <=" instead of ">", so that NaN departs too.
         departing = (layer for layer in self.layers if not layer.relative_error <= self.tolerance)
         return next(departing, None)
 
@@ -112,7 +113,11 @@ class VerifyReport:
         }
 
     def layer_table(self, *, every: bool = False) -> Table:
-        """Return the errors of the hidden states by layer type, or of every layer, as a table."""
+        """Return the errors of the hidden states as a table.
+
+        Args:
+            every: one row for each layer; default one for each layer type.
+        """
         title = "hidden states: no layer departs"
         departing = self.first_departing
         if departing is not None:
@@ -127,7 +132,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """True if every head's relative error is within the tolerance; NaN is not."""
+        """True if every head's relative error is within the tolerance; False for NaN."""
         heads = [head for head in (self.main, self.mtp) if head is not None]
         return all(head.relative_error <= self.tolerance for head in heads)
 
@@ -159,15 +164,15 @@ def verify(
     Args:
         megatron_path: checkpoint folder, or one iteration inside it.
         hf_path: Hugging Face folder.
-        tokens: token ids `[b, s]`; None for `default_tokens`.
-        tolerance: largest relative error that passes.
+        tokens: token ids `[b, s]`; None: `default_tokens`.
+        tolerance: largest relative error that passes, default `TOLERANCE`.
 
     Raises:
-        InputError: either folder is invalid, they describe different models, or the tokens do not
-            fit.
+        InputError: a folder is invalid, the two describe different models, or the tokens do not
+            fit the model.
     """
     checkpoint = find_checkpoint(megatron_path)
-    # Different models would differ in every logit, and the report would not say why.
+    # Different models would differ in every logit, and the report would not show the reason.
     with HfFolder.open(hf_path) as folder:
         require_same_model(checkpoint.architecture, folder.architecture)
     if tokens is None:
@@ -194,15 +199,14 @@ def compare(
 ) -> VerifyReport:
     """Compare two models' logits `[b, s, v]`.
 
-    The last MTP position is left out: it has no next token to read.
-
     Args:
         logits, mtp_logits: logits to judge; MTP logits are None without an MTP head.
-        reference, mtp_reference: logits to judge them by.
-        tolerance: largest relative error that passes.
+        reference, mtp_reference: reference logits.
+        tolerance: largest relative error that passes, default `TOLERANCE`.
     """
     sequences, length = logits.shape[:2]
     mtp = None
+    # The last MTP position has no next token to read.
     if mtp_logits is not None and mtp_reference is not None and length > 1:
         mtp = Agreement.of(mtp_logits[:, :-1].cpu(), mtp_reference[:, :-1])
     return VerifyReport(
@@ -216,7 +220,7 @@ def compare(
 
 def default_tokens(architecture: Mellum2Architecture) -> torch.Tensor:
     """Return two random sequences of token ids, `[2, s]`, the same on every call."""
-    # Beyond two windows a wrong window shows; the 17 avoids a multiple of any block size.
+    # A wrong window shows only beyond two windows; the 17 avoids a multiple of any block size.
     wanted = 2 * (architecture.sliding_window or 0) + 17
     length = min(max(wanted, 64), _LONGEST_DEFAULT, architecture.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
@@ -224,10 +228,10 @@ def default_tokens(architecture: Mellum2Architecture) -> torch.Tensor:
 
 
 def require_same_model(megatron: Mellum2Architecture, huggingface: Mellum2Architecture) -> None:
-    """Refuse to compare different models.
+    """Check that two architectures give the same logits for the same weights.
 
     Raises:
-        InputError: they differ in a field that logits depend on; names the first.
+        InputError: they differ in a field that the logits depend on; the message names the first.
     """
     ours, theirs = megatron.to_dict(), huggingface.to_dict()
     for name, value in ours.items():
