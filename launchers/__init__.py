@@ -1,10 +1,10 @@
 """Start runs on this machine or on a Slurm cluster, and follow them.
 
 - On this machine (`mellum2 train`): `start` checks a run, `local` starts its ranks.
-- To a cluster (`mellum2 launch`): `submission` plans and checks jobs (`job`, with a site's
-  `profile`); `nemo` submits them; `batch_job` writes run folder and batch script (`sbatch`);
-  `slurm` calls Slurm's commands; `launch_record` keeps a record.
+- On a cluster (`mellum2 launch`): `submission` plans and checks jobs (`job`) with a site's
+  `profile`, and `packaging` takes their code. `nemo` submits them; `batch_job` writes run folder
+  and batch script (`sbatch`); `slurm` calls Slurm's commands; `launch_record` keeps a record.
 - In a job: the batch script starts an `agent` on every node, which starts the node's ranks with
-  `local`; `outcome` decides what follows when they have ended.
+  `local`. When they have ended, `outcome` decides whether the job starts again.
 - Afterwards: `status` finds jobs, their states and logs.
 """

@@ -4,7 +4,7 @@
         --tries 3
 
 Slurm's environment gives the number of this node; ``MASTER_ADDR`` and ``MASTER_PORT`` give the
-meeting place of all nodes. The agent restarts nothing: the batch script decides that for all nodes
+meeting place of all nodes. The agent restarts nothing: the batch script restarts all nodes together
 (`launchers.outcome`).
 """
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 75 after a stop signal and a save; 2 for bad input; 1 for any other failure.
     """
-    # Before the imports below, which take seconds: a signal during them must not be lost.
+    # Before the imports below, which take seconds: a stop signal during them must not be lost.
     received: list[int] = []
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, lambda number, _: received.append(number))
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder, node, Report(node=name, code=code, failures=tuple(failures), message=message)
         )
     elif node == 0:
-        # A run that is done needs no decision, so the batch script does not call the outcome.
+        # The batch script calls `launchers.outcome` only after another exit code than 0.
         finish_attempt(folder, code=0, tries=options.tries)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -68,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(
     options: argparse.Namespace, node: int, received: list[int]
 ) -> tuple[int, Sequence[RankFailure], str]:
-    """Return the node's exit code, its ranks' failures, and one message for all of them."""
+    """Run this node's ranks.
+
+    Returns:
+        The node's exit code, its ranks' failures, and one message for all of them; the last two
+        are empty after a good end or a stop.
+    """
     from launchers.local import (
         FAILURE_FILE,
         Rendezvous,
@@ -80,7 +85,7 @@ def _train(
     )
     from launchers.outcome import start_attempt, this_attempt
     from mellum2_megatron.checkpoint import read_run
-    from mellum2_megatron.common.errors import InputError
+    from mellum2_megatron.common.errors import InputError, first_line
     from mellum2_megatron.faults.failures import only_complete_checkpoints, root_cause
 
     folder, nodes = options.run.parent, int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
@@ -108,12 +113,12 @@ def _train(
     except InputError as error:
         return error.exit_code, (), str(error)
     except RuntimeError as error:
-        # From torch's store: a node is missing, or the port is taken. After a stop signal that is
-        # no failure: the nodes stop one after the other.
+        # From torch's store: a node is missing, or the port is taken. After a stop signal it is no
+        # failure, since the nodes stop one after the other.
         if received:
             return STOPPED, (), ""
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return 1, (), f"the {nodes} nodes did not meet at {where} ({str(error).splitlines()[0]})"
+        return 1, (), f"the {nodes} nodes did not meet at {where} ({first_line(error)})"
     if isinstance(outcome, int):
         return outcome, (), ""
     cause = root_cause(outcome)

@@ -1,4 +1,4 @@
-"""A cluster job: a run with all that a scheduler needs, checked before anything is submitted."""
+"""A cluster job: a run and its request to the scheduler, checked before anything is submitted."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class ClusterJob:
 
     Attributes:
         name: job name in the scheduler.
-        run: resolved run with absolute paths; for an array, the part that its tasks share.
+        run: resolved run with absolute paths; for an array, the run without its tasks' overrides.
         folder: run folder, absolute. Tasks of an array have ``folder/0``, ``folder/1`` ..
         nodes: number of nodes.
         ranks_per_node: ranks on each node.
         device: device of the ranks.
         profile: site profile.
-        code: folder put first on ``PYTHONPATH``; None runs the installed packages.
-        tasks: runs of an array's tasks in order; empty for an ordinary job.
-        dependency: Slurm's conditions, such as ``afterok:123``.
+        code: folder put first on ``PYTHONPATH``; None, the default, runs the installed packages.
+        tasks: runs of an array's tasks in order; default empty, for an ordinary job.
+        dependency: Slurm's conditions, such as ``afterok:123``; default none.
     """
 
     name: str
@@ -60,10 +60,7 @@ class ClusterJob:
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs to request on each node.
-
-        The profile's number, or one per rank if the run needs fewer ranks than a node has.
-        """
+        """GPUs to request on each node: the profile's number, or one per rank of a smaller run."""
         if self.device == "cpu":
             return 0
         fewer = self.ranks_per_node < self.profile.resolved_ranks_per_node
@@ -93,9 +90,7 @@ def plan_job(
     sweep: Sequence[Sequence[str]] = (),
     dependency: Sequence[str] = (),
 ) -> ClusterJob:
-    """Return the job of a run, checked by the run's rules alone: no file of this machine is read.
-
-    `check_files` checks the rest.
+    """Return the job of a run, checked by the run's rules. Reads no file; see `check_files`.
 
     Args:
         run: resolved run. Relative paths start from the current folder; without an output folder
@@ -119,7 +114,7 @@ def plan_job(
     tasks = []
     for number, overrides in enumerate(sweep):
         task = apply_overrides(run, overrides)
-        # An override may move the task's folder, so the number goes below the task's own.
+        # An override may name another output folder: the number is appended to the task's own.
         output = str(output_folder(task) / str(number))
         checkpoint = dataclasses.replace(task.checkpoint, output=output)
         tasks.append(dataclasses.replace(task, checkpoint=checkpoint))
@@ -139,7 +134,7 @@ def plan_job(
         )
     node_count, ranks_per_node = _world(run, profile, nodes)
     job = ClusterJob(
-        # Slurm puts the name into the names of the logs (%x).
+        # Slurm puts the job's name into the names of its logs (%x).
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", name or run.name).strip("-") or "mellum2",
         run=run,
         folder=folder,
@@ -151,7 +146,7 @@ def plan_job(
         tasks=tuple(tasks),
         dependency=tuple(dependency),
     )
-    # machine=False: neither files nor packages of this machine count here.
+    # machine=False: neither this machine's files nor its packages matter to the job.
     for task in job.runs:
         enforce(task, world_size=job.world_size, device=job.device, machine=False)
     return job
@@ -164,8 +159,9 @@ def check_files(
 
     Args:
         job: planned job.
-        starts: starting points of the job's runs.
-        before: run folder of a job that this one waits for. Its checkpoint may not exist yet.
+        starts: starting points of the job's runs, in order.
+        before: run folder of a job that this one waits for, default none. Its checkpoint may not
+            exist yet.
 
     Raises:
         InputError: no such interpreter or image, a path outside the container's mounts, an output
@@ -188,7 +184,7 @@ def check_files(
     if container is not None:
         _check_container(job, container)
     for run, start in zip(job.runs, starts, strict=True):
-        # Packages are the nodes' or the image's; this machine only submits.
+        # The packages are those of the nodes or the image; this machine only submits.
         enforce(
             run,
             world_size=job.world_size,
@@ -218,8 +214,9 @@ def missing_variables(profile: Profile) -> tuple[str, ...]:
 
 
 def with_absolute_paths(run: Run, profile: Profile) -> Run:
-    """Return the run with an output folder and absolute paths: a job starts in another folder."""
+    """Return the run with an output folder and absolute paths."""
 
+    # A job starts in another folder, where relative paths would name other files.
     def absolute(path: str | None) -> str | None:
         return None if path is None else os.path.abspath(os.path.expanduser(path))
 
@@ -249,7 +246,7 @@ def _world(run: Run, profile: Profile, nodes: int | None) -> tuple[int, int]:
     ranks, wanted = profile.resolved_ranks_per_node, run.layout.world_size
     if nodes is not None:
         return nodes, ranks
-    # A layout without dp fits many sizes: the profile chooses one.
+    # A layout without dp fits several world sizes: the profile's nodes decide.
     if wanted is None and profile.nodes is not None:
         return profile.nodes, ranks
     # A small run takes a part of one node.
@@ -259,6 +256,7 @@ def _world(run: Run, profile: Profile, nodes: int | None) -> tuple[int, int]:
 
 
 def _check_container(job: ClusterJob, container: Container) -> None:
+    """Check the image, and that every path of the job has the same name in the container."""
     image = container.image_file
     if image is not None and not image.exists():
         raise InputError(
@@ -267,7 +265,7 @@ def _check_container(job: ClusterJob, container: Container) -> None:
             fix="name an image on a disk that the nodes share, "
             "or a registry's reference (docker://..)",
         )
-    # A path must have the same name inside: run.yaml holds it as it is on the host.
+    # run.yaml holds the host's paths, and the ranks read it in the container.
     paths = {"--output": job.folder, "the code": job.code}
     for run in job.runs:
         for _, prefix in (*run.data.train_blend, *run.data.valid_blend):

@@ -1,4 +1,4 @@
-"""Record of a run's submissions: one entry in the run folder's `launch.json` for each."""
+"""Record of a run's submissions: an entry for each in the run folder's `launch.json`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ class Launch:
     Attributes:
         time: time of submission, ISO 8601, UTC.
         executor: ``slurm`` or ``local``.
-        job_id: Slurm's job number; NeMo-Run's name of a local run.
-        tasks: number of tasks of an array; 0 for an ordinary job.
+        job_id: Slurm's job number; for a local run NeMo-Run's name of it.
+        tasks: number of tasks of an array; default 0, for an ordinary job.
         experiment: NeMo-Run's experiment id, for ``nemo experiment``; None without NeMo-Run.
         profile: name of the site profile.
-        nodes, ranks_per_node, device: size and device of the job.
+        nodes: number of nodes.
+        ranks_per_node: ranks on each node.
+        device: device of the ranks.
         script: batch script; None for a local run.
-        dependency: Slurm's conditions.
+        dependency: Slurm's conditions, default none.
         code: version, commit and state of the code, see `mellum2_megatron.common.provenance.Code`.
         packager: ``shared`` or ``git``, see `launchers.packaging`.
         command: command line that submitted the job.
@@ -86,7 +88,7 @@ def record_launch(
         packager=job.profile.packager,
         command=tuple(sys.argv),
     )
-    # Rewritten as a whole and atomically: a reader never sees half an entry.
+    # Rewritten atomically: a reader never sees half an entry.
     write_json(
         job.folder / LAUNCH_FILE,
         {"launches": [asdict(entry) for entry in (*read_launches(job.folder), launch)]},
@@ -110,7 +112,7 @@ def read_launches(folder: Path) -> tuple[Launch, ...]:
     launches = []
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["launches"]:
-            # Keys of a later version are left out, so that an older one still reads the file.
+            # Unknown keys are dropped: a later version may have written the file.
             values = {key: value for key, value in entry.items() if key in known}
             lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
             launches.append(Launch(**(values | lists)))

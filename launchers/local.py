@@ -1,5 +1,4 @@
-"""Start a run's ranks on this machine under torch's elastic agent and report one message when they
-fail."""
+"""Start a run's ranks on this machine under torch's elastic agent; report one error for all."""
 
 from __future__ import annotations
 
@@ -28,11 +27,14 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 FAILURE_FILE = "failure.txt"
-"""In the run folder: traceback of the rank that ended the run, unless its message explains it."""
+"""File in the run folder: traceback of an unexplained failure that ended the run."""
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Signals on which torch's agent ends the ranks. SIGTERM is on torch's own list too; here it is
-passed on to the ranks (`STOP_SIGNALS`), which save first."""
+"""Signals on which torch's agent ends the ranks.
+
+torch's default has SIGTERM too. Here SIGTERM is passed on to the ranks (`STOP_SIGNALS`), which save
+first.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +46,7 @@ class Rendezvous:
         node: number of this node; ranks count up from node 0.
         address, port: address of node 0, reachable from all nodes.
         name: name of this start, the same on all nodes and new for every start.
-        timeout: seconds to wait for the other nodes.
+        timeout: seconds to wait for the other nodes, default 900.
     """
 
     nodes: int
@@ -70,7 +72,10 @@ def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> li
 
 
 def rank_environment(nproc: int, device: Device) -> dict[str, str]:
-    """Return variables for ``nproc`` local ranks; values already set in this process win."""
+    """Return environment variables for ``nproc`` local ranks.
+
+    TORCH_CPP_LOG_LEVEL and OMP_NUM_THREADS keep a value that is already set in this process.
+    """
     environment = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     if device == "cpu":
         # More threads than a rank's share of the cores make all ranks slower.
@@ -78,7 +83,7 @@ def rank_environment(nproc: int, device: Device) -> dict[str, str]:
         environment["OMP_NUM_THREADS"] = os.environ.get(
             "OMP_NUM_THREADS", str(max(1, cores // nproc))
         )
-        # Megatron would use a GPU if torch could see one.
+        # Megatron would use any GPU that torch can see.
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
 
@@ -86,15 +91,15 @@ def rank_environment(nproc: int, device: Device) -> dict[str, str]:
 def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = False) -> int:
     """Train a resolved run on ``nproc`` local ranks and wait for them.
 
-    An interrupt ends the ranks; after SIGTERM or SIGUSR1 they finish their step and save. In all
-    cases half-written checkpoints are removed.
+    An interrupt ends the ranks. After SIGTERM or SIGUSR1 they finish their step and save.
+    Half-written checkpoints are removed in any case.
 
     Returns:
         0, or `STOPPED` (75) after such a save, or 128 + signal number after an interrupt.
 
     Raises:
-        InputError, WorkError: one message for all ranks. The traceback of an unexplained failure is
-            in `FAILURE_FILE` beside the run file.
+        InputError, WorkError: the ranks failed; one message for all. An unexplained failure has its
+            traceback in `FAILURE_FILE` beside the run file.
     """
     folder = run_file.parent
     (folder / FAILURE_FILE).unlink(missing_ok=True)
@@ -130,15 +135,15 @@ def run_ranks(
     Args:
         command: command of every rank.
         nproc: ranks on this machine.
-        rendezvous: meeting place of the nodes; None on a single machine.
-        verbose: keep the agent's own messages about failures.
-        received: stop signals received before the call; later ones are appended.
+        rendezvous: meeting place of the nodes; None, the default, on a single machine.
+        verbose: keep the agent's own messages about failures, default False.
+        received: stop signals received before the call, default none; later ones are appended.
 
     Returns:
         0, or `STOPPED`, or 128 + signal number after an interrupt, or the failures of the ranks.
 
     Raises:
-        RuntimeError: from torch, if the other nodes do not come in time.
+        RuntimeError: from torch, if the other nodes do not arrive in time.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -158,7 +163,7 @@ def run_ranks(
         for number in STOP_SIGNALS:
             signal.signal(number, pass_on)
         if not verbose:
-            # The agent logs its own account of a failure: signals it sends, exit codes.
+            # The agent logs each failure itself, with the signals it sends and exit codes.
             logging.disable(logging.CRITICAL)
         try:
             if stop_signals:
@@ -184,11 +189,12 @@ def run_ranks(
 
 
 def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> LaunchConfig:
+    """Return the agent's configuration; it writes its files into the folder ``logs``."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
     if rendezvous is None:
-        # As `torchrun --standalone`: a free port, so that runs on one machine do not meet.
+        # As `torchrun --standalone`: a free port keeps runs on the same machine apart.
         meeting: dict[str, Any] = {
             "run_id": str(uuid.uuid4()),
             "rdzv_backend": "c10d",
@@ -196,7 +202,7 @@ def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> Laun
             "rdzv_configs": {},
         }
     else:
-        # Static: ranks follow the order of the nodes. With c10d the order of arrival decides.
+        # "static" numbers ranks in the order of the nodes, "c10d" in the order of arrival.
         meeting = {
             "run_id": rendezvous.name,
             "rdzv_backend": "static",
@@ -208,7 +214,7 @@ def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> Laun
         min_nodes=nodes,
         max_nodes=nodes,
         nproc_per_node=nproc,
-        # Restarts are decided for all nodes at once (`launchers.outcome`).
+        # `launchers.outcome` decides about restarts, for all nodes at once.
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=logs),
         signals_to_handle=",".join(number.name for number in _INTERRUPTS),
@@ -218,7 +224,7 @@ def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> Laun
 
 @contextmanager
 def temporary_environment(changes: dict[str, str]) -> Iterator[None]:
-    """Set environment variables of this process, which the ranks inherit, and restore them."""
+    """Set environment variables for the ranks to inherit, and restore them at the end."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

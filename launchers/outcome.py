@@ -1,16 +1,19 @@
 """Decide what follows when a job's attempt has ended: restart it or stop for good.
 
-A requeued job keeps its number and its run folder. Each start of it is an attempt, with one line in
-``attempts.jsonl`` at its beginning and one at its end::
+A requeued job keeps its number and its run folder. Each of its starts is an attempt, with one line
+in ``attempts.jsonl`` for the start and one for the end::
 
     {"event": "begin", "job": "17", "restart": 0, "series": "17",
      "time": "2026-11-22T10:00:00+00:00", "step": 0}
     {"event": "end", "job": "17", "restart": 0, "time": "..", "step": 40,
      "code": 75, "kind": "stopped", "reason": ".."}
 
-Node 0's agent writes the first line (`start_attempt`). The batch script runs ``python -m
-launchers.outcome`` after an attempt that has not ended well; its exit code is 0 to restart the job,
-else the exit code of the job. Scripts in run folders call this module by its name.
+A cluster that forbids requeueing gets a new job instead. It belongs to the same ``series``, which
+has the number of the first job.
+
+Node 0's agent writes the first line (`start_attempt`). After an attempt that has not ended well the
+batch script runs ``python -m launchers.outcome``. Its exit code is 0 to restart the job, else the
+exit code of the job. Scripts in run folders call this module by its name.
 """
 
 from __future__ import annotations
@@ -40,16 +43,18 @@ logger = logging.getLogger(__name__)
 ATTEMPTS_FILE = "attempts.jsonl"
 REPORTS_FOLDER = "attempts"
 SERIES_VARIABLE = "MELLUM2_SERIES"
-"""First job of a series of continuations, on clusters that do not requeue jobs."""
+"""Environment variable with the number of a series' first job; the batch script sets it."""
 
 Kind = Literal["done", "stopped", "failed", "refused", "ended"]
 """``stopped`` saved after a stop signal; ``refused`` is bad input; ``ended`` was ended by Slurm."""
 
 _PREEMPTED = "preempted after a save"
-_CUT_OFF = "it ended without a word: a node failed, or Slurm killed it"
+_CUT_OFF = "it ended without a report: a node failed, or Slurm killed it"
 
 _TAIL_BYTES = 1 << 16
+"""Bytes at the end of metrics.jsonl that are read for its last row."""
 _REASON_LENGTH = 600
+"""Most characters of a reason on record."""
 _SIGNALLED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGUSR1))
 """Exit codes of processes killed by a stop signal before installing their handler."""
 
@@ -61,21 +66,21 @@ class Attempt:
     Attributes:
         job: Slurm's job number.
         restart: number of requeues before this attempt.
-        series: first job of the continuations that this job belongs to.
-        began: start time, ISO 8601, UTC.
-        begin_step: optimizer steps done at the start.
-        ended: end time; None while it runs, and if its machine failed.
-        step: optimizer steps done at the end; None without an end.
+        series: number of the first job of the series.
+        started: start time, ISO 8601, UTC.
+        start_step: number of optimizer steps done at the start.
+        ended: end time, ISO 8601, UTC; None while it runs, and if its machine failed.
+        step: number of optimizer steps done at the end; None without an end.
         code: exit code; None without an end.
         kind: kind of end; None without an end.
-        reason: cause of the end, in words.
+        reason: cause of the end in words; empty without an end.
     """
 
     job: str
     restart: int
     series: str
-    began: str
-    begin_step: int
+    started: str
+    start_step: int
     ended: str | None = None
     step: int | None = None
     code: int | None = None
@@ -90,7 +95,7 @@ class Report:
     Attributes:
         node: name of the node.
         code: exit code of the agent.
-        failures: ranks that failed.
+        failures: failures of its ranks, default none.
         message: one message for all of them; empty after a stop.
     """
 
@@ -107,7 +112,8 @@ class Decision:
     Attributes:
         restart: start the job again.
         exit_code: exit code of the job otherwise.
-        kind, reason: end of the attempt, for the record.
+        kind: kind of the attempt's end.
+        reason: cause of the end in words.
         message: text for the log.
     """
 
@@ -133,8 +139,8 @@ def read_attempts(folder: Path) -> tuple[Attempt, ...]:
                     job=key[0],
                     restart=key[1],
                     series=str(event["series"]),
-                    began=str(event["time"]),
-                    begin_step=int(event["step"]),
+                    started=str(event["time"]),
+                    start_step=int(event["step"]),
                 )
             elif key in attempts:
                 attempts[key] = dataclasses.replace(
@@ -146,19 +152,19 @@ def read_attempts(folder: Path) -> tuple[Attempt, ...]:
                     reason=str(event["reason"]),
                 )
         except (ValueError, KeyError, TypeError):
-            # A killed process can leave half a line; the lines around it are whole.
+            # A killed process can leave half a line; the lines around it are complete.
             logger.warning("%s: %r is no record of an attempt", path, line[:200])
     return tuple(attempts.values())
 
 
 def reached_step(folder: Path) -> int:
-    """Return the last optimizer step in a run's metrics or its newest checkpoint, 0 if none."""
+    """Return the last optimizer step in a run's metrics or its newest checkpoint; 0 without one."""
     steps = [tracked_iteration(folder) or 0]
     try:
         with (folder / METRICS_FILE).open("rb") as file:
             # metrics.jsonl of a long run is large; its last row is within the tail.
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            # The last piece is empty, or a line that is being written.
+            # The last element is empty, or a line that is just being written.
             lines = file.read().split(b"\n")[:-1]
     except OSError:
         lines = []
@@ -174,43 +180,45 @@ def reached_step(folder: Path) -> int:
 def failures_in_place(attempts: Sequence[Attempt]) -> int:
     """Return the number of failures since an attempt last passed the furthest step so far.
 
-    Stops and preemptions do not count. An attempt without an end was on a machine that failed.
+    Stops and preemptions do not count.
     """
-    # Every new furthest step resets the count; -1, so that the first attempt does too.
+    # Every new furthest step resets the count; -1, so that the first attempt resets it too.
     furthest, count = -1, 0
     for attempt in attempts:
-        reached = attempt.begin_step if attempt.step is None else attempt.step
+        reached = attempt.start_step if attempt.step is None else attempt.step
         if reached > furthest:
             furthest, count = reached, 0
+        # None: without a recorded end its machine failed.
         count += attempt.kind in (None, "failed", "refused")
     return count
 
 
-def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, str]:
+def judge(code: int, reports: Sequence[Report], stop_signal: str) -> tuple[Kind, int, str]:
     """Return an attempt's kind of end, exit code and reason.
 
     Args:
         code: exit code of the step (srun), the highest of its nodes.
         reports: reports of the nodes. A killed agent leaves none.
-        told: signal that reached the batch script, "" for none.
+        stop_signal: signal that reached the batch script, TERM or USR1; empty without one.
     """
     if code == 0:
         return "done", 0, "the run has ended"
-    # One node is enough: all of them read the same run file and the same data.
+    # One node's refusal is enough: all of them read the same run file and the same data.
     refusal = next((report for report in reports if report.code == InputError.exit_code), None)
     if refusal is not None:
         return "refused", refusal.code, refusal.message
-    # Slurm sends TERM itself, and then requeues the job or not; USR1 comes before the time limit.
-    if told == "TERM":
+    # After TERM Slurm itself decides whether to requeue the job. USR1 comes before the time limit,
+    # and then the batch script requeues it.
+    if stop_signal == "TERM":
         return "ended", STOPPED, "Slurm ended the job (cancelled, preempted or out of time)"
     if reports:
-        # Ranks leave with 75 only after all have saved, so an agent that was killed before its
-        # report changes nothing.
+        # Ranks leave with 75 only after all have saved: an agent killed before its report does not
+        # matter.
         stopped = all(report.code in (0, STOPPED) for report in reports)
     else:
-        stopped = code == STOPPED or (told != "" and code in _SIGNALLED)
+        stopped = code == STOPPED or (stop_signal != "" and code in _SIGNALLED)
     if stopped:
-        return "stopped", STOPPED, "told to stop, all is saved"
+        return "stopped", STOPPED, "stopped by a signal, all is saved"
     failures = {
         failure.rank: (report.node, failure) for report in reports for failure in report.failures
     }
@@ -218,22 +226,22 @@ def judge(code: int, reports: Sequence[Report], told: str) -> tuple[Kind, int, s
         cause = root_cause([failure for _, failure in failures.values()])
         error = cause.error(None)
         return "failed", error.exit_code, f"node {failures[cause.rank][0]}: {error}"
-    # An agent can fail without its ranks: the nodes did not meet, or the run was not started.
+    # An agent can fail before its ranks start, for example if the nodes did not meet.
     failed = next((report for report in reports if report.code not in (0, STOPPED)), None)
     if failed is not None:
         return "failed", 1, f"node {failed.node}: {failed.message}"
     return (
         "failed",
         1,
-        f"the step ended with exit code {code}, and no node said why; see the log of each node",
+        f"the step ended with exit code {code}, and no node reported why; see the log of each node",
     )
 
 
 def decide(attempts: Sequence[Attempt], *, tries: int) -> Decision:
-    """Return what follows from the last of the attempts, which has ended.
+    """Return the consequence of the last attempt's end.
 
     Args:
-        attempts: attempts of a run, oldest first.
+        attempts: attempts of a run, oldest first; the last has ended.
         tries: restarts allowed without progress.
     """
     last = attempts[-1]
@@ -253,7 +261,7 @@ def decide(attempts: Sequence[Attempt], *, tries: int) -> Decision:
         restart = True
         message = f"{last.reason}; the job resumes from step {step} when Slurm starts it again"
     else:
-        # A job that somebody submits anew is a new series: its failures count from zero.
+        # A newly submitted job is a new series: its failures count from zero.
         series = [attempt for attempt in attempts if attempt.series == last.series]
         count = failures_in_place(series)
         restart = count <= tries
@@ -287,7 +295,7 @@ def this_attempt() -> tuple[str, int]:
 def start_attempt(folder: Path, *, tries: int) -> Decision | None:
     """Record the start of this job's attempt.
 
-    A preceding attempt without an end (its machine failed, or Slurm killed it) gets one first.
+    The preceding attempt gets its end first, if none is on record.
 
     Returns:
         The decision not to run, if the preceding attempts failed too often; None to run.
@@ -296,8 +304,9 @@ def start_attempt(folder: Path, *, tries: int) -> Decision | None:
     series = os.environ.get(SERIES_VARIABLE, job)
     earlier = _of_series(folder, series)
     if earlier and earlier[-1].ended is None:
+        # Its machine failed, or Slurm killed the batch script. The agents may have reported a save
+        # before that.
         cut_off = earlier[-1]
-        # Agents may have reported a save before Slurm killed the batch script.
         reports = read_reports(folder, cut_off.job, cut_off.restart)
         if reports and all(report.code == STOPPED for report in reports):
             _record_end(folder, cut_off.job, cut_off.restart, STOPPED, "stopped", _PREEMPTED)
@@ -312,26 +321,26 @@ def start_attempt(folder: Path, *, tries: int) -> Decision | None:
     return None
 
 
-def finish_attempt(folder: Path, *, code: int, told: str = "", tries: int) -> Decision:
-    """Record the end of this job's attempt and return what follows.
+def finish_attempt(folder: Path, *, code: int, stop_signal: str = "", tries: int) -> Decision:
+    """Record the end of this job's attempt and return its consequence.
 
     Args:
         folder: run folder.
         code: exit code of the step that ran the ranks.
-        told: signal that reached the batch script, "" for none.
+        stop_signal: signal that reached the batch script, TERM or USR1; empty without one.
         tries: restarts allowed without progress.
     """
     attempt = job, restart = this_attempt()
     if attempt not in [(earlier.job, earlier.restart) for earlier in read_attempts(folder)]:
         # Node 0's agent died before it could record the start.
         _record_start(folder, job, restart)
-    kind, code, reason = judge(code, read_reports(folder, job, restart), told)
+    kind, code, reason = judge(code, read_reports(folder, job, restart), stop_signal)
     if len(reason) > _REASON_LENGTH:
-        # torch's exceptions can fill pages; the node's log has all of it.
+        # torch's exceptions can fill pages; the node's log has the full text.
         reason = f"{reason[: _REASON_LENGTH // 2]} .. {reason[-_REASON_LENGTH // 2 :]}"
     _record_end(folder, job, restart, code, kind, reason)
     attempts = read_attempts(folder)
-    # Where a job was continued meanwhile, attempts of the continuation come after this one.
+    # A continuation may have added attempts after this one meanwhile.
     last = [(recorded.job, recorded.restart) for recorded in attempts].index(attempt)
     return decide(attempts[: last + 1], tries=tries)
 
@@ -395,7 +404,7 @@ def _append(folder: Path, event: Mapping[str, Any]) -> None:
     with (folder / ATTEMPTS_FILE).open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
-        # Half a line of a killed process ends here, or this event would be part of it.
+        # A killed process may have left half a line, which must not swallow this event.
         unfinished = b"\n" if size and file.read(1) != b"\n" else b""
         file.write(unfinished + json.dumps(event).encode() + b"\n")
 
@@ -405,7 +414,7 @@ def _now() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Decide what follows after an attempt that has not ended well.
+    """Decide whether the job starts again after an attempt that has not ended well.
 
     Returns:
         0 to restart the job, else the job's exit code.
@@ -421,10 +430,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     decision = finish_attempt(
-        options.folder, code=options.code, told=options.told, tries=options.tries
+        options.folder, code=options.code, stop_signal=options.told, tries=options.tries
     )
     sys.stderr.write(f"mellum2: {decision.message}\n")
-    # Never 0 without a restart: the script would requeue the job.
+    # Not 0 without a restart: the batch script would requeue the job.
     return 0 if decision.restart else decision.exit_code or 1
 
 

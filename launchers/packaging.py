@@ -1,5 +1,7 @@
-"""Package the code of a job: in place on the shared disk, or an archive of the commit in the run
-folder."""
+"""Package the code of a job.
+
+It runs in place on the shared disk, or from an archive of the commit in the run folder.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from mellum2_megatron.common.provenance import (
 Packager = Literal["shared", "git"]
 
 CODE_FOLDER = "code"
-"""In the run folder: one folder for each packaged state of the code."""
+"""Folder in the run folder, with one folder for each packaged state of the code."""
 
 _SHOWN = 5
 """Largest number of changed files in a message."""
@@ -37,7 +39,7 @@ class Package:
     Attributes:
         folder: folder of the packages (``mellum2_megatron`` ..), for the job's ``PYTHONPATH``.
         code: commit and state of the code.
-        notes: remarks for the person who submits.
+        notes: remarks for the person who submits, default none.
     """
 
     folder: Path
@@ -51,11 +53,10 @@ def check_code(packager: Packager, *, allow_dirty: bool, root: Path | None = Non
     Args:
         packager: ``shared`` or ``git``.
         allow_dirty: accept uncommitted changes.
-        root: checkout, default the running code.
+        root: checkout, default that of the running code.
 
     Raises:
-        InputError: it has uncommitted changes and ``allow_dirty`` is false, or ``git`` has no
-            checkout to package.
+        InputError: uncommitted changes without ``allow_dirty``, or no checkout for ``git``.
     """
     root = root or project_root()
     code = source_code(root)
@@ -70,7 +71,7 @@ def check_code(packager: Packager, *, allow_dirty: bool, root: Path | None = Non
         changed, untracked = changes(root)
         raise InputError(
             f"uncommitted changes in {root}",
-            rule=f"a job's code should be found again ({_listed((*changed, *untracked))})",
+            rule=f"a job's code must be on record ({_listed((*changed, *untracked))})",
             fix="commit them, or launch with --allow-dirty",
         )
     return code
@@ -80,7 +81,7 @@ def changes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the changed tracked files and the untracked files, relative to ``root``."""
     changed: list[str] = []
     untracked: list[str] = []
-    # -z: names with blanks come unquoted. --no-renames: one name per entry.
+    # -z leaves names with blanks unquoted; --no-renames gives one name per entry.
     entries = _git(root, "status", "--porcelain", "-z", "--no-renames", "--", ".").split("\0")
     for entry in filter(None, entries):
         (untracked if entry.startswith("??") else changed).append(entry[3:])
@@ -97,14 +98,14 @@ def package(
 ) -> Package:
     """Package the code of a job.
 
-    ``git`` archives the commit into ``run_folder/code/COMMIT``. With ``allow_dirty`` it includes
-    changes of tracked files, in ``COMMIT-TREE``. An existing folder is never changed, so a job that
-    waits or runs keeps its code.
+    ``git`` archives the commit into ``run_folder/code/COMMIT``. Changes of tracked files, which need
+    ``allow_dirty``, are packaged too, in ``COMMIT-TREE``. An existing folder is never changed: jobs
+    that wait or run keep their code.
 
     Args:
         run_folder: run folder.
         packager, allow_dirty, root: see `check_code`.
-        write: write the archive; False only returns its place.
+        write: write the archive, default True; False only returns its place.
 
     Raises:
         InputError: see `check_code`.
@@ -127,13 +128,13 @@ def package(
     # The tree's hash tells two sets of uncommitted changes apart.
     name = f"{code.commit[:12]}-{tree[:12]}" if code.dirty else code.commit[:12]
     folder = run_folder.absolute() / CODE_FOLDER / name
-    # The snapshot file is written last, so a folder with it is complete.
+    # The snapshot file is written last: a folder that has it is complete.
     if write and not (folder / SNAPSHOT_FILE).is_file():
         with (
             atomic_directory(folder, overwrite=True) as temporary,
             tempfile.TemporaryFile() as archive,
         ):
-            # In a subfolder `git archive` would look for the subfolder's path inside the tree.
+            # From the top: in a subfolder `git archive` would look for its path inside the tree.
             top = Path(_git(root, "rev-parse", "--show-toplevel").strip())
             _git(top, "archive", "--format=tar", tree, output=archive.fileno())
             archive.seek(0)
@@ -144,13 +145,13 @@ def package(
 
 
 def _tree(root: Path, *, with_changes: bool) -> str:
-    """Return the hash of Git's tree of ``root``: that of HEAD, or with changes of tracked files."""
+    """Return the hash of Git's tree of ``root`` at HEAD, or with changes of tracked files."""
     # The project may be a subfolder of a larger repository.
     prefix = _git(root, "rev-parse", "--show-prefix").strip()
     if not with_changes:
         return _git(root, "rev-parse", f"HEAD:{prefix}").strip()
     with tempfile.TemporaryDirectory() as scratch:
-        # A scratch index: staged changes of the user stay as they are.
+        # An index of our own: the user's staged changes stay as they are.
         index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
         _git(root, "read-tree", "HEAD", environment=index)
         _git(root, "add", "--update", "--", ".", environment=index)
@@ -164,7 +165,7 @@ def _git(
     environment: dict[str, str] | None = None,
     output: int = subprocess.PIPE,
 ) -> str:
-    # GIT_DIR, GIT_INDEX_FILE and the like of a hook that launches would name another repository.
+    # Under a Git hook GIT_DIR, GIT_INDEX_FILE and the like may name another repository.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
         ["git", "-C", str(root), *words],

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from launchers.job import ClusterJob, missing_variables
-from mellum2_megatron.common.console import plain_table
+from mellum2_megatron.common.console import console, plain_table
 from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.planning.layout_report import layout_report, render_layout
 
 ASSUMED_TFLOPS = 350.0
 """Model TFLOP/s of an H100-class GPU for the estimate, unless ``--assumed-tflops`` gives a rate.
 
-An assumption, no measurement. The best published neighbour, Moonlight-16B-A3B on H100 in BF16,
-reaches 387.
+An assumption, not a measurement. Moonlight-16B-A3B, the closest published model, reaches 387 on
+H100 in BF16.
 """
 
 _DAY_SECONDS = 86_400
@@ -32,8 +30,8 @@ class Estimate:
     Attributes:
         tflops: assumed rate of a rank, model TFLOP/s.
         flops_per_token: model FLOPs of a token, forward and backward, with sliding windows.
-        tokens_per_second: rate of all ranks.
-        tokens: number of tokens from the run's first to its last.
+        tokens_per_second: tokens per second of all ranks together.
+        tokens: number of tokens that the run trains on.
     """
 
     tflops: float
@@ -43,7 +41,7 @@ class Estimate:
 
     @property
     def days(self) -> float:
-        """Time for all tokens, without saves, validations and restarts."""
+        """Days for all tokens, without saves, validations and restarts."""
         return self.tokens / self.tokens_per_second / _DAY_SECONDS
 
 
@@ -90,7 +88,6 @@ def estimate_text(job: ClusterJob, tflops: float | None) -> str:
 
 
 def show(
-    console: Console,
     job: ClusterJob,
     script: str | None,
     *,
@@ -100,11 +97,10 @@ def show(
     """Print the resolved run, layout and memory, the job, the estimate, and the script.
 
     Args:
-        console: console to print on.
         job: planned job.
         script: batch script; None for a job on this machine.
         tflops: see `estimate_text`.
-        notes: further lines, printed after the estimate.
+        notes: further lines to print after the estimate, default none.
     """
     title = "# Shared part of the array's runs" if job.tasks else "# The run"
     # `out` neither wraps nor marks up: run and script can be copied from the screen.

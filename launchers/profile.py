@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.files import read_text
 from mellum2_megatron.common.values import Reader, from_mapping, from_plain, read_yaml
 
 PROFILES_VARIABLE = "MELLUM2_PROFILES"
@@ -36,7 +37,7 @@ _TIME = re.compile(
     r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
 )
 _MEMORY = re.compile(r"\d+[KMGT]?")
-# Profiles are shared, copied and committed, so a variable whose name looks secret is refused.
+# Profiles are shared, copied and committed: a variable whose name looks secret is refused.
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL")
 _OWN_FLAGS = {
     "account": "account",
@@ -57,7 +58,7 @@ _GIVEN_FLAGS = (
     "job-name output error open-mode ntasks ntasks-per-node array dependency "
     "chdir export input wrap parsable hold test-only"
 ).split()
-"""Flags of sbatch that a job sets itself, or that the batch script does not work with."""
+"""Flags of sbatch that a job sets itself, or that the batch script cannot work with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,7 @@ class Mount:
     Attributes:
         source: folder of the host, absolute.
         target: its path in the container, absolute.
-        read_only: mount without write access.
+        read_only: mount without write access, default False.
     """
 
     source: str
@@ -100,9 +101,10 @@ class Container:
             (``registry.site#nvidia/pytorch:25.10-py3``, ``docker://..``).
         runtime: ``pyxis``, a plugin of srun; ``apptainer`` or ``enroot``, commands in front of
             ours.
-        mounts: folders of the host inside the container. They must hold run, data and code.
-        workdir: working folder inside, default the run folder (with enroot: the image's).
-        arguments: more arguments for srun (pyxis) or for the runtime's command.
+        mounts: folders of the host inside the container, default none. They must hold run, data and
+            code.
+        workdir: working folder in the container, default the run folder (with enroot: the image's).
+        arguments: further arguments for srun (pyxis) or for the runtime's command, default none.
     """
 
     image: str
@@ -142,7 +144,7 @@ class Container:
     def covers(self, path: str | os.PathLike[str]) -> bool:
         """Return True if ``path`` of the host has the same name in the container."""
         inside = Path(path)
-        # Mounts nest: the innermost one decides which folder of the host lies there.
+        # Mounts may nest: the innermost one counts.
         innermost = max(
             (mount for mount in self.mounts if inside.is_relative_to(mount.target)),
             key=lambda mount: len(mount.target),
@@ -157,32 +159,34 @@ class Profile:
 
     Attributes:
         name: name of the profile, default the file's name without its ending.
-        executor: ``slurm``, or ``local`` for this machine.
-        device: device of the ranks; ``auto`` is cuda if the profile has GPUs.
+        executor: ``slurm``, the default, or ``local`` for this machine.
+        device: device of the ranks; ``auto``, the default, is cuda if the profile has GPUs.
         account: account that Slurm charges, required for Slurm; ``none`` on a site without
             accounts.
-        partition, qos, time: as sbatch takes them.
+        partition, qos: partition and quality of service in Slurm, default the site's.
+        time: time limit in a form of ``sbatch --time``, default the partition's.
         nodes: number of nodes, unless layout or command line give it.
-        gpus_per_node: GPUs of a node; 0 for CPU nodes.
-        gpu_request: form of the request for GPUs: ``--gpus-per-node``, ``--gres=gpu:N``, or none
-            (whole nodes).
+        gpus_per_node: GPUs of a node; default 0, for CPU nodes.
+        gpu_request: form of the request for GPUs: ``gpus-per-node``, the default, ``gres``
+            (``--gres=gpu:N``), or ``none`` for a site that gives whole nodes.
         ranks_per_node: ranks of a node, default one per GPU, or 1 without GPUs.
         cpus_per_task: cores of a node's one task, shared by its ranks; default the partition's.
-        memory: memory of a node, as sbatch takes it.
-        exclusive: take whole nodes.
-        sbatch: more flags of sbatch, by name without dashes; true for a flag without value.
-        srun: more arguments for the srun that starts the ranks (``--mpi=none``).
-        container: container of the ranks; None runs on the nodes as they are.
-        modules: environment modules for ``module load``.
-        setup: lines of bash at the start of the batch script.
-        environment: names of variables that jobs take from the submitting shell, secrets among
-            them.
-        variables: other variables with their values.
+        memory: memory of a node, a number with K, M, G or T; default the partition's.
+        exclusive: take whole nodes, default False.
+        sbatch: further flags of sbatch, by name without dashes; true for a flag without value.
+        srun: further arguments for the srun that starts the ranks (``--mpi=none``).
+        container: container of the ranks; None, the default, runs on the nodes as they are.
+        modules: environment modules for ``module load``, default none.
+        setup: lines of bash at the start of the batch script, default none.
+        environment: names of variables that jobs take from the submitting shell, such as secrets;
+            default none.
+        variables: other variables with their values, default none.
         python: interpreter, default the submitting one, or ``python`` in a container.
-        runs: folder of the run folders, on a disk that all nodes share.
-        packager: ``shared`` runs the code in place; ``git`` copies the commit into the run folder.
-        grace_seconds: seconds between the stop signal and the time limit.
-        tries: restarts of a failing job allowed without progress.
+        runs: folder of the run folders, on a disk that all nodes share; default ``runs``.
+        packager: ``shared``, the default, runs the code in place; ``git`` copies the commit into
+            the run folder.
+        grace_seconds: seconds between the stop signal and the time limit, default 180.
+        tries: restarts of a failing job allowed without progress, default 3.
     """
 
     name: str
@@ -215,7 +219,7 @@ class Profile:
     def __post_init__(self) -> None:
         self._check_numbers()
         if self.time is not None:
-            # Otherwise the job would be told to stop as soon as it starts.
+            # Otherwise Slurm would signal the job to stop as soon as it starts.
             limit = minutes(self.time)
             require(
                 limit * 60 > self.grace_seconds,
@@ -229,7 +233,7 @@ class Profile:
             rule="is a node's memory, a number with K, M, G or T",
             fix='write it like "512G", or "0" for all of it',
         )
-        # `**profile.sbatch` comes last in the script's header: it must not replace a flag there.
+        # These flags come last in the script's header: they must not replace one of the job's own.
         for flag in self.sbatch:
             key = _OWN_FLAGS.get(flag)
             require(
@@ -350,21 +354,16 @@ def read_profile(name_or_path: str | os.PathLike[str]) -> Profile:
             value that looks like a secret.
     """
     path = find_profile(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"profile {path}", rule=f"cannot be read ({error})", fix="name a profile's YAML file"
-        ) from None
+    text = read_text(path, f"profile {path}", fix="name a profile's YAML file")
     try:
         return profile_from_yaml(text, name=path.stem)
     except InputError as error:
-        # The message names a key; several profiles may be in use.
+        # The message names only the key; add the file, since several profiles may be in use.
         raise InputError(f"{path}: {error.value}", rule=error.rule, fix=error.fix) from None
 
 
 def profile_folders() -> Iterator[Path]:
-    """Yield the folders of named profiles in the order of the search."""
+    """Yield the folders of named profiles in the order in which they are searched."""
     yield Path("profiles")
     if os.environ.get(PROFILES_VARIABLE):
         yield Path(os.environ[PROFILES_VARIABLE])
@@ -392,10 +391,10 @@ def find_profile(name_or_path: str | os.PathLike[str]) -> Path:
         if (folder / f"{given}.yaml").is_file():
             return folder / f"{given}.yaml"
     known = profile_names()
-    looked = ", ".join(str(folder) for folder in profile_folders())
+    searched = ", ".join(str(folder) for folder in profile_folders())
     raise InputError(
         f"profile {given!r}",
-        rule=f"there is no such profile in {looked}",
+        rule=f"there is no such profile in {searched}",
         fix=nearest(given, known) if known else "write one; docs/examples/profiles has samples",
     )
 
@@ -417,7 +416,8 @@ def profile_from_yaml(text: str, *, name: str) -> Profile:
 
 
 def _text(value: Any, key: str) -> str | None:
-    """Read text that YAML 1.1 turns into a number without quotes: 24:00:00 becomes 86400."""
+    """Read a value that must be text; refuse a number."""
+    # Without quotes YAML 1.1 reads 24:00:00 as 86400.
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise InputError(
             f"{key}={value}",
@@ -429,7 +429,7 @@ def _text(value: Any, key: str) -> str | None:
 
 
 _QUOTED = {"time": "24:00:00", "memory": "512G", "account": "00123", "qos": "1", "partition": "1"}
-"""Key that needs quotes if its value looks like a number -> example of a value."""
+"""Key whose value may look like a number -> example of a value in quotes."""
 
 
 def _mounts(value: Any, key: str) -> tuple[Mount, ...]:

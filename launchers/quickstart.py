@@ -1,5 +1,7 @@
-"""`mellum2 quickstart`: from source code to a Hugging Face model on a CPU, each step a command that
-a user would type."""
+"""`mellum2 quickstart`: from source code to a Hugging Face model on a CPU.
+
+Each step is a command of mellum2 and is printed as such.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.checkpoint.folder import RUN_FILE
+from mellum2_megatron.common.console import console
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.common.files import write_json
 from mellum2_megatron.data.prepared_folder import load_prepared
@@ -33,7 +34,7 @@ ACCEPTANCE_SEQUENCES = 16
 """Number of validation sequences for the MTP head's acceptance rate."""
 
 _SECONDS_TO_END = 40.0
-"""Seconds for an interrupted step to end itself: torch's agent kills ranks after 30."""
+"""Seconds for an interrupted step to end by itself; torch's agent kills ranks after 30."""
 
 
 @dataclass
@@ -41,15 +42,13 @@ class Quickstart:
     """One walk from source code to a Hugging Face model.
 
     Attributes:
-        console: console for the steps and their results.
         output: run folder; the Hugging Face folder is `output/hf`.
         data: folder of the prepared data, made if absent.
-        overrides: `key=value` words for the training recipe.
-        max_megabytes: size of the corpus, MB.
-        seconds: duration of each step that ran.
+        overrides: `key=value` words for the training recipe, default none.
+        max_megabytes: size of the corpus in MB, default 16.
+        seconds: duration of each step that ran, by name.
     """
 
-    console: Console
     output: Path
     data: Path
     overrides: Sequence[str] = ()
@@ -63,7 +62,7 @@ class Quickstart:
 
     def run(self) -> dict[str, Any]:
         """Take all steps; return the summary, also written to `output/summary.json`."""
-        # `data prepare` moves a finished folder into place, so this one is complete.
+        # `data prepare` moves a finished folder into place: an existing one is complete.
         if (self.data / "corpus.json").exists():
             self._announce("prepare", f"data: {self.data} is there already")
         else:
@@ -97,7 +96,7 @@ class Quickstart:
         )
         write_json(self.output / "summary.json", summary)
         first, last = summary["first_validation_loss"], summary["last_validation_loss"]
-        self.console.print(
+        console.print(
             f"\n[bold]Done.[/] validation loss {first:.3f} -> [bold]{last:.3f}[/] nats a token "
             f"(uniform guessing {summary['ln_vocab']:.3f}, "
             f"unigram entropy {summary['valid_unigram_entropy']:.3f}); "
@@ -109,7 +108,7 @@ class Quickstart:
         )
         return summary
 
-    # The last two steps run in this process: their figures go into the summary.
+    # The last two steps run in this process, for the summary needs their figures.
 
     def _verify(self) -> dict[str, Any]:
         from conversion.verification.verify import verify
@@ -122,7 +121,7 @@ class Quickstart:
         start = time.monotonic()
         report = verify(self.output, self.hf)
         self.seconds["verify"] = time.monotonic() - start
-        self.console.print(report.table())
+        console.print(report.table())
         if not report.ok:
             raise WorkError(
                 "Megatron's and transformers' logits differ",
@@ -151,8 +150,8 @@ class Quickstart:
         plain = generate(self.hf, PROMPT, max_new_tokens=NEW_TOKENS)
         drafted = generate(self.hf, PROMPT, use_mtp=True, max_new_tokens=NEW_TOKENS)
         self.seconds["generate"] = time.monotonic() - start
-        self.console.print(plain.text, markup=False, highlight=False, style="cyan")
-        # The MTP head only drafts tokens, which the model then accepts or replaces.
+        console.print(plain.text, markup=False, highlight=False, style="cyan")
+        # The MTP head only drafts: the model accepts or replaces each token.
         if drafted.token_ids != plain.token_ids:
             raise WorkError(
                 "greedy text with and without the MTP head differs",
@@ -217,7 +216,7 @@ class Quickstart:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            # The terminal interrupts the command too, which first ends its own processes.
+            # The terminal has interrupted the command too, which first ends its own processes.
             try:
                 process.wait(_SECONDS_TO_END)
             except subprocess.TimeoutExpired:
@@ -238,15 +237,15 @@ class Quickstart:
             )
 
     def _announce(self, name: str, purpose: str, *words: str) -> None:
-        self.console.rule(f"[bold]{name}[/]: {purpose}", align="left")
+        console.rule(f"[bold]{name}[/]: {purpose}", align="left")
         if words:
-            self.console.print(
+            console.print(
                 f"$ mellum2 {shlex.join(words)}", style="dim", soft_wrap=True, highlight=False
             )
 
 
 def run_quickstart(
-    console: Console, *, output: Path, data: Path, overrides: Sequence[str], max_megabytes: float
+    *, output: Path, data: Path, overrides: Sequence[str], max_megabytes: float
 ) -> None:
-    """Take all steps of the quickstart; arguments as the attributes of `Quickstart`."""
-    Quickstart(console, output, data, overrides, max_megabytes).run()
+    """Take all steps of the quickstart; the arguments are the attributes of `Quickstart`."""
+    Quickstart(output, data, overrides, max_megabytes).run()

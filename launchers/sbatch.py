@@ -1,8 +1,8 @@
-"""Render a job as one plain sbatch script, which needs only Slurm on the submitting machine.
+"""Render a job as one sbatch script. To submit it, a machine needs only Slurm.
 
-The script itself is `job_template.sh` beside this file, to be read from top to bottom. This module
-fills its ``@NAME@`` fields: header with ``#SBATCH`` lines, site setup, environment, and the two
-commands ``agent`` and ``outcome``.
+The script's text is `job_template.sh` beside this file. This module fills its ``@NAME@`` fields:
+header with ``#SBATCH`` lines, site setup, environment, and the two commands ``agent`` and
+``outcome``.
 
 Scripts lie in run folders and wait in queues for days, so the tests hold them byte for byte
 (tests/launchers/golden).
@@ -20,8 +20,10 @@ from launchers.profile import Container, Mount
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 
 WAIT_SECONDS = 60
-"""Seconds until srun kills the other nodes once one node's agent has ended: a rank that waits for a
-lost one could wait for ever."""
+"""Seconds from the end of one node's agent until srun kills the others.
+
+Without a limit, ranks could wait for a lost one for ever.
+"""
 
 _TEMPLATE = Path(__file__).with_name("job_template.sh")
 
@@ -38,10 +40,7 @@ _SLURM = (
 
 
 def render(job: ClusterJob) -> str:
-    """Return the batch script of a job.
-
-    `launchers.batch_job.write_job` writes it, with the folders that it needs.
-    """
+    """Return the batch script of a job; `launchers.batch_job.write_job` writes it."""
     modules = [f"module load {shlex.join(job.profile.modules)}"] if job.profile.modules else []
     fields = {
         "HEADER": "\n".join(_header(job)),
@@ -50,7 +49,7 @@ def render(job: ClusterJob) -> str:
         "COMMANDS": "\n".join(_commands(job)),
         "ARRAY": ' --array="$SLURM_ARRAY_TASK_ID"' if job.tasks else "",
     }
-    # One pass over the template: what a profile brings in is never read as a field itself.
+    # One pass over the template, so that a profile's own text is never read as a field.
     paragraphs = [
         re.sub("@([A-Z]+)@", lambda field: fields[field[1]], paragraph)
         for paragraph in _TEMPLATE.read_text(encoding="utf-8").rstrip("\n").split("\n\n")
@@ -77,6 +76,7 @@ def container_variables(job: ClusterJob) -> tuple[str, ...]:
 
 
 def _header(job: ClusterJob) -> Iterator[str]:
+    """Yield the comments and ``#SBATCH`` lines at the top of the script."""
     world = f"{job.nodes} node(s) x {job.ranks_per_node} {job.device} rank(s)"
     tasks = f", {len(job.tasks)} of them" if job.tasks else ""
     yield f"# mellum2-megatron: {job.run.name} on {world}{tasks}"
@@ -103,7 +103,7 @@ def _header(job: ClusterJob) -> Iterator[str]:
         # A requeued job writes into the same log.
         "open-mode": "append",
         "requeue": True,
-        # B: signals the batch shell, whose trap passes the signal on to the ranks.
+        # B: Slurm signals the batch shell alone; its trap passes the signal on to the ranks.
         "signal": f"B:USR1@{profile.grace_seconds}",
         **profile.sbatch,
     }
@@ -115,13 +115,15 @@ def _header(job: ClusterJob) -> Iterator[str]:
 
 
 def _directive_value(value: str) -> str:
-    """Quote a value for an ``#SBATCH`` line, which sbatch reads by rules of its own, not bash's."""
+    """Quote a value for an ``#SBATCH`` line."""
+    # sbatch reads these lines by its own rules of quoting, not by bash's.
     if not any(character.isspace() or character in "\"'#" for character in value):
         return value
     return '"' + value.replace('"', r"\"") + '"'
 
 
 def _environment(job: ClusterJob) -> Iterator[str]:
+    """Yield the lines that set the run folder and the ranks' variables."""
     # After the site's own lines: many module systems read variables that are not set.
     yield "set -u"
     # Each task of an array is a run of its own, in a folder below the array's.
@@ -140,8 +142,7 @@ def _environment(job: ClusterJob) -> Iterator[str]:
 
 
 def _commands(job: ClusterJob) -> Iterator[str]:
-    """Define ``agent``, which runs all nodes' ranks, and ``outcome``, which decides what follows
-    when they have ended."""
+    """Define ``agent``, which runs the ranks, and ``outcome``, which decides about a restart."""
     profile, container = job.profile, job.profile.container
     python = shlex.quote(job.python)
     if container is not None:
@@ -156,7 +157,7 @@ def _commands(job: ClusterJob) -> Iterator[str]:
         "--kill-on-bad-exit=0",
         "--open-mode=append",
     ]
-    if profile.cpus_per_task is not None:  # since Slurm 22.05 srun does not take it from the job
+    if profile.cpus_per_task is not None:  # since Slurm 22.05 srun does not inherit it from the job
         step.append(f"--cpus-per-task={profile.cpus_per_task}")
     agent = ["--ranks", str(job.ranks_per_node), "--device", job.device]
     agent += ["--tries", str(profile.tries)]
@@ -166,7 +167,7 @@ def _commands(job: ClusterJob) -> Iterator[str]:
     yield f'  {python} -m launchers.agent "$folder"/{RUN_FILE} {_words(agent)}'
     yield ")"
     if container is not None and container.runtime == "pyxis":
-        # Only srun starts a Pyxis container. --overlap: the agents' step may not be gone yet.
+        # Only srun starts a Pyxis container. --overlap: the agents' step may still be ending.
         python = f"srun --nodes=1 --ntasks=1 --cpus-per-task=1 --overlap {python}"
     yield f'outcome=({python} -m launchers.outcome "$folder" --tries {profile.tries})'
 
@@ -178,7 +179,7 @@ def _pyxis(container: Container, job: ClusterJob) -> Iterator[str]:
     if container.mounts:
         yield f"  {_words(['--container-mounts=' + ','.join(map(_mount, container.mounts))])}"
     yield f"  {_words([f'--container-workdir={container.workdir or job.folder}'])}"
-    # Pyxis passes all variables on; of those that the image sets too, only the named ones win.
+    # Pyxis passes all variables on, but only named ones override the image's own.
     yield f"  {_words(['--container-env=' + ','.join(container_variables(job))])}"
     if container.arguments:
         yield f"  {_words(container.arguments)}"
@@ -196,7 +197,7 @@ def _apptainer(container: Container, job: ClusterJob) -> Iterator[str]:
     yield "done"
     yield "container=("
     yield "  apptainer exec" + (" --nv" if job.device == "cuda" else "")
-    # The default working folder is that of the caller, which the image may not have.
+    # Apptainer's default working folder is the caller's, which the image may lack.
     yield f"  {_words(['--pwd', container.workdir or str(job.folder)])}"
     yield from (f"  {_words(['--bind', _mount(mount)])}" for mount in container.mounts)
     yield f"  {_words([*container.arguments, _image(container)])}"

@@ -1,6 +1,6 @@
-"""Slurm's commands: submit, cancel and read states, each failure one error in Slurm's own words.
+"""Slurm's commands: submit, cancel and read states. Errors quote Slurm's own message.
 
-Nothing here needs NeMo-Run.
+This module needs no NeMo-Run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FINISHED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL "
     "OUT_OF_MEMORY PREEMPTED TIMEOUT REVOKED".split()
 )
-"""Final states. A requeued job is PENDING again."""
+"""Final states of a job. A requeued job is PENDING again."""
 
 _TIMEOUT = 60
 """Seconds to wait for a command of Slurm."""
@@ -35,11 +35,11 @@ class JobState:
         state: Slurm's state, such as ``PENDING``.
         reason: reason for waiting or for the end; None without one.
         name: name of the job.
-        nodes: nodes as Slurm writes them (``n[1-4]``).
-        elapsed: running time since the last start.
+        nodes: nodes in Slurm's notation (``n[1-4]``); empty without any.
+        elapsed: running time since the last start, ``[D-]HH:MM:SS``.
         restarts: number of requeues.
         exit_code: exit code of the batch script; None until it has ended.
-        log: log of the batch script.
+        log: log of the batch script; None if unknown.
     """
 
     job_id: str
@@ -59,10 +59,10 @@ class JobState:
 
 
 def require(program: str = "sbatch") -> None:
-    """Check that a program of Slurm is on this machine.
+    """Check that a program of Slurm, by default sbatch, is on this machine.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not on PATH.
     """
     if shutil.which(program) is None:
         raise InputError(
@@ -78,7 +78,7 @@ def submit(script: Path, *, dependency: Sequence[str] = ()) -> str:
 
     Args:
         script: batch script.
-        dependency: conditions, such as ``afterok:123``.
+        dependency: conditions, such as ``afterok:123``; default none.
 
     Raises:
         InputError: no Slurm on this machine.
@@ -113,8 +113,8 @@ def job_number(word: str) -> tuple[str, int | None]:
 def states(job_id: str) -> tuple[JobState, ...]:
     """Return the state of a job, or of each task of an array in order.
 
-    Empty if Slurm has forgotten the job: the controller does so some minutes after its end
-    (``MinJobAge``), and accounting may be off.
+    The result is empty if Slurm has forgotten the job. The controller forgets it some minutes after
+    its end (``MinJobAge``), and accounting may be off.
 
     Raises:
         InputError: no Slurm on this machine.
@@ -124,8 +124,8 @@ def states(job_id: str) -> tuple[JobState, ...]:
     done = _run(["scontrol", "--oneliner", "show", "job", job_id])
     if done.returncode == 0:
         # A started task has a line of its own; the others share the line of the array.
-        found = [state for line in done.stdout.splitlines() for state in _parse(line)]
-        return tuple(sorted(found, key=lambda state: job_number(state.job_id)[1] or 0))
+        job_states = [state for line in done.stdout.splitlines() for state in _parse(line)]
+        return tuple(sorted(job_states, key=lambda state: job_number(state.job_id)[1] or 0))
     if "Invalid job id" in done.stderr:
         return _accounting(job_id)
     raise _failure(done)
@@ -143,7 +143,7 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def expand(tasks: str) -> tuple[int, ...]:
-    """Return the task numbers of an array as Slurm writes it; ``%4`` limits tasks at a time.
+    """Return the task numbers in Slurm's notation of an array; ``%4`` only limits tasks at a time.
 
     >>> expand("0-2,5%4"), expand("7")
     ((0, 1, 2, 5), (7,))
@@ -161,16 +161,16 @@ def _parse(line: str) -> list[JobState]:
     values = dict(re.findall(r"(?:^|\s)([A-Za-z][A-Za-z:/_]*)=(\S*)", line))
     if "JobState" not in values:
         return []
-    # The one value that may hold blanks: it ends before the next key.
+    # The log's path is the one value that may hold blanks: it ends before the next key.
     log = re.search(r"\sStdOut=(/.*?)(?=\s[A-Za-z][A-Za-z:/]*=|\s*$)", line)
-    # Users know a task as ARRAY_TASK; its own JobId is another number.
+    # Users name a task ARRAY_TASK; its JobId is another number.
     job, tasks = values.get("ArrayJobId") or values["JobId"], values.get("ArrayTaskId")
     numbers: tuple[int | None, ...] = expand(tasks) if tasks and tasks != "N/A" else (None,)
     state = values["JobState"]
     reason = values.get("Reason", "None")
     exit_code = None
     if state in FINISHED and "ExitCode" in values:
-        # CODE:SIGNAL. Of a job that has not ended Slurm shows 0:0.
+        # CODE:SIGNAL, which is 0:0 until the job has ended.
         exit_code = int(values["ExitCode"].partition(":")[0])
     return [
         JobState(
@@ -194,7 +194,7 @@ def _known(value: str | None) -> str:
 
 
 def _accounting(job_id: str) -> tuple[JobState, ...]:
-    """Return states from the accounting database; nothing where accounting is off."""
+    """Return states from the accounting database; empty if accounting is off."""
     if shutil.which("sacct") is None:
         return ()
     # --allocations: one row per job or task, none for its steps.
@@ -235,7 +235,7 @@ def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
             text=True,
             check=False,
             timeout=_TIMEOUT,
-            # English messages: `_FIXES` and `states` look for words in them.
+            # Messages in English: `_FIXES` and `states` look for words in them.
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:

@@ -1,5 +1,4 @@
-"""`mellum2 train`: from a recipe's name to running ranks, with all checks before the first rank
-starts."""
+"""`mellum2 train`: resolve a run, check it, then start its ranks on this machine."""
 
 from __future__ import annotations
 
@@ -39,10 +38,10 @@ def start_local(
     Args:
         name: recipe, or the path of a resolved run (`*.yaml`).
         overrides: `key=value` words.
-        nproc: ranks; None for all GPUs, or for the fewest that the layout needs on a CPU.
+        nproc: number of ranks; None: one per GPU, or on a CPU the fewest that the layout allows.
         device: "auto", "cpu" or "cuda".
         output: run folder, default the run's own, else `runs/NAME`.
-        dry_run: print the resolved run and Megatron's arguments only.
+        dry_run: only print the resolved run and Megatron's arguments.
         verbose: keep Megatron's own output.
 
     Returns:
@@ -54,7 +53,7 @@ def start_local(
     """
     run = resolve_run(name, overrides, output=output)
     if dry_run:
-        # Checked for the machine that the run is meant for: this one may have no GPU.
+        # machine=False: the run may be meant for another machine, with GPUs.
         planned_device, ranks = plan(run, device, nproc)
         enforce(run, world_size=ranks, device=planned_device, machine=False)
         sys.stdout.write(to_yaml(run))

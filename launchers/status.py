@@ -1,6 +1,6 @@
 """Find launched jobs, and read their states and logs.
 
-States come from Slurm. Where Slurm has forgotten a job, the run's own records answer:
+States come from Slurm. If Slurm has forgotten a job, they come from the run's own records:
 ``launch.json`` (`launchers.launch_record`) and ``attempts.jsonl`` (`launchers.outcome`).
 """
 
@@ -21,6 +21,7 @@ from launchers.slurm import JobState
 from mellum2_megatron.common.errors import InputError
 
 POLL_SECONDS = 2.0
+"""Seconds between two readings of a log that is followed."""
 _STATE_OF_KIND = {
     "done": "COMPLETED",
     "failed": "FAILED",
@@ -41,10 +42,10 @@ class Status:
         reason: reason for waiting, or the end of the last attempt.
         source: source of the state, ``slurm``, ``records`` or ``nobody``.
         folder: run folder; None if unknown.
-        step: optimizer steps done; None if unknown.
+        step: number of optimizer steps done; None if unknown.
         attempts: number of starts.
-        nodes: nodes as Slurm writes them.
-        elapsed: running time since the last start.
+        nodes: nodes in Slurm's notation; empty if unknown.
+        elapsed: running time since the last start, ``[D-]HH:MM:SS``; empty if unknown.
     """
 
     job_id: str
@@ -61,14 +62,16 @@ class Status:
 def find_job(word: str) -> tuple[Path | None, str]:
     """Return the run folder and the job that ``word`` names.
 
+    The folder is None for the number of a job that Slurm has forgotten.
+
     Args:
-        word: run folder, or a job number of Slurm. The folder of a number comes from its log, and
-            is None if Slurm has forgotten the job.
+        word: run folder, or a job number of Slurm.
 
     Raises:
         InputError: neither of the two, a folder without a launch, or a launch on this machine.
     """
     if re.fullmatch(r"\d+(_\d+)?", word) and not Path(word).is_dir():
+        # Slurm does not have the run folder, but the path of the log in it.
         logs = [state.log for state in slurm.states(word) if state.log is not None]
         in_run_folder = logs and logs[0].parent.name == LOGS_FOLDER
         return (logs[0].parent.parent if in_run_folder else None), word
@@ -90,18 +93,15 @@ def find_job(word: str) -> tuple[Path | None, str]:
         launch = launches[-1]
         newer = attempts and (
             attempts[-1].series == launch.job_id
-            or datetime.fromisoformat(attempts[-1].began) > datetime.fromisoformat(launch.time)
+            or datetime.fromisoformat(attempts[-1].started) > datetime.fromisoformat(launch.time)
         )
         return folder, attempts[-1].job if newer else launch.job_id
     if attempts:
         return folder, attempts[-1].job
-    raise InputError(
-        str(folder),
-        rule="nothing was launched into it"
-        if folder.is_dir()
-        else "there is no such folder or job",
-        fix="give a run's folder, or a number that squeue shows",
-    )
+    rule = "there is no such folder or job"
+    if folder.is_dir():
+        rule = "nothing was launched into it"
+    raise InputError(str(folder), rule=rule, fix="give a run's folder, or a number in squeue")
 
 
 def job_status(folder: Path | None, job_id: str) -> tuple[Status, ...]:
@@ -135,7 +135,8 @@ def require_idle(folder: Path) -> None:
     launches = [launch for launch in read_launches(folder) if launch.executor == "slurm"]
     last_jobs = [launch.job_id for launch in launches[-1:]]
     last_jobs += [attempt.job for attempt in read_attempts(folder)[-1:]]
-    # The last launch may wait for its first attempt, while a job submitted by hand runs.
+    # Both: the last launch may still wait for its first attempt while another job runs, which was
+    # submitted by hand.
     for job_id in dict.fromkeys(last_jobs):
         for state in slurm.states(job_id):
             if not state.finished:
@@ -148,6 +149,7 @@ def require_idle(folder: Path) -> None:
 
 
 def _status_of(job_id: str, state: JobState | None, folder: Path | None) -> Status:
+    """Return one status, from Slurm's state or, if that is None, from the records in ``folder``."""
     _, task = slurm.job_number(job_id)
     if folder is not None and task is not None:
         folder = folder / str(task)
@@ -156,7 +158,7 @@ def _status_of(job_id: str, state: JobState | None, folder: Path | None) -> Stat
     last = attempts[-1] if attempts else None
     end = "" if last is None or last.ended is None else last.reason
     if state is not None:
-        # The end of the attempt before explains a job that waits or has ended, not one that runs.
+        # The last attempt's end explains a job that waits or has ended, not one that runs.
         reasons = [state.reason] if state.state == "RUNNING" else [state.reason, end]
         return Status(
             job_id=job_id,
@@ -207,7 +209,7 @@ def rank_log(folder: Path, job_id: str, rank: int | None = None) -> Path | None:
     Args:
         folder: run folder.
         job_id: job number of Slurm.
-        rank: rank, default the last one, which has the losses and prints them.
+        rank: number of the rank, default the last one, which computes and prints the losses.
 
     Raises:
         InputError: the job has no such rank.
@@ -231,18 +233,18 @@ def follow(find_log: Callable[[], Path | None], ended: Callable[[], bool]) -> It
     """Yield the lines of a log as they are written, until the job has ended.
 
     Args:
-        find_log: returns the log; None until it exists.
-        ended: returns True once the job has ended.
+        find_log: function that returns the log; None until it exists.
+        ended: function that returns True once the job has ended.
     """
     current: Path | None = None
     position = 0
     rest = ""
     while True:
-        # Asked before reading: the lines of the last moments are still shown.
-        last_look = ended()
+        # Before reading, so that lines written just before the end are still read.
+        job_ended = ended()
         log = find_log()
         if log is not None and log.is_file():
-            # Without a launch record this is the last node that has a log by now.
+            # The log may change: without a launch record it is that of the last node with a log.
             if log != current:
                 current, position = log, 0
             with log.open(encoding="utf-8", errors="replace") as file:
@@ -251,7 +253,7 @@ def follow(find_log: Callable[[], Path | None], ended: Callable[[], bool]) -> It
                 position = file.tell()
             *lines, rest = text.split("\n")
             yield from lines
-        if last_look:
+        if job_ended:
             break
         time.sleep(POLL_SECONDS)
     if rest:

@@ -1,4 +1,4 @@
-"""From the words of `mellum2 launch` to checked jobs in the order of their submission."""
+"""Make checked jobs from the words of `mellum2 launch`, in the order of their submission."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class Submission:
         job: job as it would be submitted.
         package: code of the job.
         allow_dirty: accept uncommitted changes.
-        nodes: number of nodes on the command line; None leaves it to layout and profile.
-        sweep: overrides of each task of an array.
-        before: run folder of the preceding job in a chain.
-        after: names of the jobs that this one waits for.
-        problems: reasons for a refusal, collected instead of raised for a dry run.
+        nodes: number of nodes on the command line; None, the default, leaves it to layout and
+            profile.
+        sweep: overrides of each task of an array; default empty, for an ordinary job.
+        before: run folder of the preceding job in a chain, default none.
+        after: names of the jobs that this one waits for, default none.
+        problems: reasons for a refusal, which a dry run collects instead of raising; default none.
     """
 
     job: ClusterJob
@@ -48,7 +49,7 @@ class Submission:
     problems: tuple[str, ...] = ()
 
     def write_code(self) -> None:
-        """Write the packaged code into the run folder; nothing with ``packager: shared``."""
+        """Write the packaged code into the run folder; do nothing with ``packager: shared``."""
         package(self.job.folder, self.job.profile.packager, allow_dirty=self.allow_dirty)
 
 
@@ -57,8 +58,8 @@ def run_to_launch(
 ) -> Run:
     """Return the run of a recipe or a YAML file with its overrides.
 
-    Unlike `planning.resolve.resolve_run`, a run may be left without an output folder here: the
-    profile then chooses one.
+    Unlike that of `planning.resolve.resolve_run`, the run may have no output folder: the profile
+    then gives one.
 
     Raises:
         InputError: neither a recipe nor a file, or a bad override.
@@ -82,7 +83,7 @@ def run_to_launch(
 
 
 def choose_profile(executor: str | None, name: str | None) -> Profile:
-    """Return the site profile that the options name, or one for this machine.
+    """Return the site profile that the options name, or a profile for this machine.
 
     Args:
         executor: ``local``, ``slurm`` or None for the profile's.
@@ -140,8 +141,8 @@ def prepare(
         nodes, time, sweep: see `launchers.job.plan_job`.
         nproc: ranks on this machine, with an ``executor: local`` profile only.
         allow_dirty: accept uncommitted changes.
-        show_only: collect what is wrong with this machine's files (data, image, uncommitted
-            changes) in ``problems`` instead of raising it.
+        show_only: collect errors in this machine's files (data, image, uncommitted changes) in
+            ``problems`` instead of raising them; default False.
 
     Raises:
         InputError: see `launchers.job.plan_job` and `launchers.job.check_files`; uncommitted
@@ -159,7 +160,7 @@ def prepare(
             profile,
             device=device,
             ranks_per_node=ranks,
-            # A profile must not have more ranks than GPUs, and may not say how many there are.
+            # A profile may leave the number of GPUs out, but must not have more ranks than GPUs.
             gpus_per_node=max(ranks, profile.gpus_per_node) if device == "cuda" else 0,
         )
         nodes = 1
@@ -242,7 +243,7 @@ def require_nemo_run() -> None:
     Raises:
         InputError: it is not.
     """
-    # Found, not imported: the import takes seconds.
+    # find_spec, because an import takes seconds.
     if importlib.util.find_spec("nemo_run") is None:
         raise InputError(
             "mellum2 launch",
@@ -254,18 +255,18 @@ def require_nemo_run() -> None:
 
 
 def _package(run: Run, profile: Profile) -> Package:
+    """Return the code of a job as it would be packaged; write nothing."""
     folder = Path(run.checkpoint.output or Path(profile.runs) / run.name).expanduser()
     # Uncommitted changes are refused later, by `_checked`, or shown as a problem.
     return package(folder, profile.packager, allow_dirty=True, write=False)
 
 
 def _checked(planned: Submission, *, show_only: bool) -> Submission:
-    """Return the submission with its code in the job and its problems, if any, collected."""
-    code = planned.package
-    # An installed package is importable as it is, on the nodes too.
-    path = None if code.code.origin == "package" else Path(os.path.abspath(code.folder))
+    """Return the submission with its code in the job; raise or collect its problems."""
+    packaged = planned.package
+    # The nodes import an installed package without PYTHONPATH too.
+    path = None if packaged.code.origin == "package" else Path(os.path.abspath(packaged.folder))
     job = dataclasses.replace(planned.job, code=path)
-
     starts = [StartingPoint.of(run) for run in job.runs]
 
     def check_predecessors() -> None:
@@ -279,7 +280,7 @@ def _checked(planned: Submission, *, show_only: bool) -> Submission:
         check_predecessors,
         lambda: check_files(job, starts, before=planned.before),
     ]
-    # Independent of each other: a dry run shows all that is wrong, a launch the first.
+    # The checks are independent: a dry run shows the problems of all, a launch the first.
     problems = []
     for check in checks:
         try:

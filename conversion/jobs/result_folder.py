@@ -162,7 +162,7 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
     if real == origin or real in origin.parents:
         raise InputError(
             f"target {target}",
-            rule=f"it must neither be nor hold the source {source}",
+            rule=f"it must not be or hold the source {source}",
             fix="name another",
         )
     check_writable("target", target, folder=True)

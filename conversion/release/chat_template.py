@@ -1,6 +1,6 @@
-"""The chat template of a model folder: found, and rendered in transformers' sandbox.
+"""Find a model folder's chat template, and render conversations with it.
 
-Templates are programs (Jinja). They are never trusted: transformers renders them in an
+Templates are programs (Jinja) and not trusted: transformers renders them in an
 `ImmutableSandboxedEnvironment` (utils/chat_template_utils.py, 5.23).
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from conversion.huggingface.format import listed, read_json
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import read_text
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
@@ -42,21 +43,15 @@ Message = dict[str, Any]
 
 
 def read_template(folder: Path) -> str | None:
-    """Return the folder's chat template; None where there is none.
-
-    transformers reads `chat_template.jinja` before the key in `tokenizer_config.json`.
+    """Return the folder's chat template; None if it has none.
 
     Raises:
         InputError: the file is unreadable or not UTF-8.
     """
+    # In transformers' order: the file before the key in tokenizer_config.json.
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                str(path), rule=f"it must be UTF-8 text ({error})", fix="copy it again"
-            ) from error
+        return read_text(path, str(path), fix="copy it again")
     if not (folder / TOKENIZER_CONFIG_FILE).is_file():
         return None
     template = read_json(folder / TOKENIZER_CONFIG_FILE, "").get("chat_template")
@@ -70,8 +65,8 @@ def render_template(folder: Path, template: str) -> list[str]:
     """Render conversations with ``template`` and the folder's tokenizer.
 
     Returns:
-        Titles of the rendered conversations: a turn and a generation prompt always; a system
-            message, tools and the reasoning field where the template reads them.
+        Titles of the rendered conversations. A turn and a generation prompt are always among them;
+        a system message, tools and reasoning only if the template reads them.
 
     Raises:
         InputError: a rendering fails, loses part of its conversation, or contains markers that are
@@ -99,7 +94,7 @@ def render_template(folder: Path, template: str) -> list[str]:
         titles.append(title)
     title = "generation prompt"
     question = [{"role": "user", "content": _QUESTION}]
-    # Training and generation must see the same tokens: the prompt only adds to the conversation.
+    # Training and generation must see the same tokens: the prompt may only add to the conversation.
     bare = _render(folder, template, title, question)
     prompt = _render(folder, template, title, question, add_generation_prompt=True)
     if not prompt.startswith(bare) or len(prompt) <= len(bare):
@@ -132,8 +127,8 @@ class _Conversation:
     """A conversation to render.
 
     Attributes:
-        title: its subject, for messages.
-        messages, tools: arguments of the template.
+        title: subject, for messages.
+        messages, tools: arguments of the template; tools default to none.
         expected: texts that the rendering must contain.
     """
 
@@ -144,11 +139,11 @@ class _Conversation:
 
 
 def _conversations(template: str) -> Iterator[_Conversation]:
-    """Yield a turn, and conversations with each further part that ``template`` names."""
+    """Yield a turn, and a conversation with each further part that ``template`` reads."""
     user = {"role": "user", "content": _QUESTION}
     answer = {"role": "assistant", "content": _ANSWER}
     yield _Conversation(title="a turn", messages=[user, answer], expected=[_QUESTION, _ANSWER])
-    # Only what a template names: some refuse a system message.
+    # Parts that a template does not read are left out: some templates refuse a system message.
     if re.search(r"\bsystem\b", template):
         system = {"role": "system", "content": _SYSTEM}
         yield _Conversation(

@@ -1,7 +1,7 @@
-"""One check of a release folder, its outcome, and the report of all of them.
+"""Checks of a release folder: their functions, their outcomes, and the report of all outcomes.
 
-A check is a function that returns the value it found, or raises InputError with value, rule and
-fix. `named_check` gives it the name under which the report lists it:
+A check is a function. It returns the checked value, or raises InputError with value, rule and fix.
+`named_check` gives it its name in reports:
 
     >>> @named_check("parity")
     ... def parity(number: int) -> str:
@@ -38,10 +38,10 @@ class Check:
 
     Attributes:
         name: subject of the check.
-        status: outcome.
-        value: value found; the reason if the check is not applicable.
+        status: ``pass``, ``fail`` or ``not applicable``.
+        value: checked value; if not applicable, the reason.
         rule, fix: broken rule and remedy of a failed check; else empty.
-        figures: measured numbers, for the verification card.
+        figures: measured numbers for the verification card, default none.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Check:
 
     @classmethod
     def passed(cls, name: str, value: str, **figures: Any) -> Check:
-        """Outcome of a check that holds."""
+        """Return the outcome of a check that holds."""
         return cls(name=name, status="pass", value=value, figures=figures)
 
     @classmethod
     def failed(cls, name: str, error: InputError, **figures: Any) -> Check:
-        """Outcome of a check that ``error`` says does not hold."""
+        """Return the outcome of a check that failed with ``error``."""
         return cls(
             name=name,
             status="fail",
@@ -70,42 +70,42 @@ class Check:
 
     @classmethod
     def not_applicable(cls, name: str, why: str) -> Check:
-        """Outcome of a check without a subject."""
+        """Return the outcome of a check without a subject, with the reason."""
         return cls(name=name, status="not applicable", value=why)
 
 
 class NamedCheck[**P]:
-    """A check function under the name that reports give it; made by `named_check`.
+    """A check function with its name in reports; made by `named_check`.
 
     Attributes:
         name: name of its outcomes.
     """
 
-    def __init__(self, name: str, find: Callable[P, str | Check]) -> None:
+    def __init__(self, name: str, function: Callable[P, str | Check]) -> None:
         self.name = name
-        self._find = find
-        self.__doc__ = find.__doc__
+        self._function = function
+        self.__doc__ = function.__doc__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Check:
         """Run the check; an InputError is its failure."""
         try:
-            found = self._find(*args, **kwargs)
+            result = self._function(*args, **kwargs)
         except InputError as error:
             return Check.failed(self.name, error)
         # A check with figures, or one that may not apply, returns its outcome itself.
-        return found if isinstance(found, Check) else Check.passed(self.name, found)
+        return result if isinstance(result, Check) else Check.passed(self.name, result)
 
     def left_out(self, why: str) -> Check:
-        """Outcome of this check when it cannot run."""
+        """Return the outcome of this check when it does not run, with the reason."""
         return Check.not_applicable(self.name, why)
 
 
 def named_check[**P](name: str) -> Callable[[Callable[P, str | Check]], NamedCheck[P]]:
-    """Make a named check of a function.
+    """Make a function a named check.
 
-    The function returns the value it found, or a `Check` where it has figures or may not apply.
+    The function returns the checked value. It returns a `Check` if it has figures or may not apply.
     """
-    return lambda find: NamedCheck(name, find)
+    return lambda function: NamedCheck(name, function)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +114,8 @@ class ReleaseReport:
 
     Attributes:
         folder: folder that was checked.
-        member: family member it was checked as; None if unknown.
-        checks: outcomes.
+        member: family member whose rules were checked; None if unknown.
+        checks: outcomes in the order of the checks.
     """
 
     folder: Path

@@ -1,8 +1,7 @@
-"""Checks that tell whether a Hugging Face folder is fit to publish.
+"""Check whether a Hugging Face folder is fit to publish, whoever made it.
 
-They work on folders made elsewhere. Nothing in the folder is executed: weights are read as
-safetensors, chat templates are rendered in transformers' sandbox, and ``trust_remote_code`` is
-never given.
+Nothing in the folder is executed: weights are read as safetensors, chat templates are rendered in
+transformers' sandbox, and ``trust_remote_code`` is never given.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from conversion.release.file_checks import file_checks, stated_member
 from conversion.release.members import require_member
 from conversion.release.model_checks import model_checks, model_checks_left_out
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import read_text
 
 MIN_ACCEPTANCE = 0.5
-"""Smallest MTP acceptance that passes by default; a broken MTP export has 0.01 to 0.02."""
+"""Default of the smallest MTP acceptance that passes; a broken export has 0.01 to 0.02."""
 
 NEEDED_TO_RUN = (
     "nothing executable",
@@ -31,9 +31,9 @@ NEEDED_TO_RUN = (
     "tokenizer files",
     "tokenizer vocabulary",
 )
-"""Checks that must not fail before the model is loaded.
+"""Checks that must pass before the model is loaded.
 
-Loading would fail for the same reason again, or run code.
+Otherwise loading would fail for the same reason, or run code.
 """
 
 
@@ -48,12 +48,13 @@ def check_release(
     """Run every check on a Hugging Face folder.
 
     Args:
-        path: folder.
-        member: one of `MEMBERS`; default: the member in the folder's verification card, else
-            unknown. A known member adds its rules: context length, chat template.
+        path: Hugging Face folder.
+        member: one of `MEMBERS`, whose rules on context length and chat template are added.
+            Default: the member in the folder's verification card, if any.
         text: file on which the MTP head's acceptance is measured; None leaves that check out.
-        min_acceptance: smallest acceptance on ``text`` that passes, 0 to 1.
-        skip_run: leave out the checks that load the model (4 bytes per parameter, in float32).
+        min_acceptance: smallest acceptance on ``text`` that passes, 0 to 1; default 0.5.
+        skip_run: leave out the checks that load the model (4 bytes per parameter, in float32);
+            default False.
 
     Raises:
         InputError: ``path`` is no folder, ``text`` cannot be read, or another argument cannot be
@@ -64,12 +65,12 @@ def check_release(
         raise InputError(
             str(folder), rule="it must be a folder", fix="give the Hugging Face model's folder"
         )
-    # Options first: a misspelt one must not cost the minutes of hashing the weights.
+    # Options first: a misspelt one must not cost the minutes that hashing the weights takes.
     if member is not None:
         require_member(member)
     require_acceptance(min_acceptance)
-    evaluation_text = read_text(text) if text is not None else None
-    # The card's member is a claim: the checks of context and chat template hold it to that.
+    evaluation_text = read_evaluation_text(text) if text is not None else None
+    # The card only claims a member: the checks of context and chat template test the claim.
     known = member or stated_member(folder)
     checks = file_checks(folder, known)
     failed = [check.name for check in checks if check.status == "fail"]
@@ -91,18 +92,13 @@ def require_acceptance(value: float) -> None:
         )
 
 
-def read_text(path: Path) -> str:
-    """Read the evaluation text.
+def read_evaluation_text(path: Path) -> str:
+    """Return the evaluation text of ``--text``.
 
     Raises:
         InputError: the file is unreadable, not UTF-8, or blank.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--text {path}", rule=f"it must be readable UTF-8 ({error})", fix="name a text file"
-        ) from None
+    text = read_text(path, f"--text {path}", fix="name a text file")
     if not text.strip():
         raise InputError(
             f"--text {path}", rule="it holds no text", fix="give the text to evaluate on"

@@ -18,7 +18,7 @@ NEEDS_CONFIG = "needs a config.json that can be read"
 def config_checks(
     folder: Path, member: str | None
 ) -> tuple[list[Check], Mellum2Architecture | None]:
-    """Return every check of config.json, and its architecture or None if it cannot be read."""
+    """Return every check of config.json, and its architecture; None if it cannot be read."""
     outcome = config(folder)
     if outcome.status == "fail":
         later = (layer_types, rope, context)
@@ -43,7 +43,7 @@ def config(folder: Path) -> str:
 
 @named_check("layer types")
 def layer_types(folder: Path, architecture: Mellum2Architecture) -> str:
-    """Attention types and window are written out, not left to a reader's defaults."""
+    """Attention types and window are written out, not left to the defaults of a reader."""
     values = read_json(folder / CONFIG_FILE, "")
     full = architecture.layer_types.count("full_attention")
     sliding = len(architecture.layer_types) - full
@@ -64,7 +64,7 @@ def rope(folder: Path, architecture: Mellum2Architecture) -> str:
     """Each layer type has RoPE parameters of its own, YaRN in full-attention layers only."""
     written = read_json(folder / CONFIG_FILE, "").get("rope_parameters")
     by_type = written if isinstance(written, dict) else {}
-    # The MTP layer may be of a type that no layer of the trunk has.
+    # The MTP layer's type may occur in no layer of the trunk.
     used = sorted({*architecture.layer_types, *architecture.mtp_layer_types})
     absent = [kind for kind in used if not isinstance(by_type.get(kind), dict)]
     if absent:
@@ -87,13 +87,17 @@ def rope(folder: Path, architecture: Mellum2Architecture) -> str:
 
 
 def _require_yarn(yarn: RopeParameters, max_positions: int) -> str:
-    """Refuse YaRN whose context or attention factor does not follow from its factor."""
+    """Return the value of the rope check for YaRN in the full-attention layers.
+
+    Raises:
+        InputError: the context or the attention factor does not follow from YaRN's factor.
+    """
     factor, native = yarn.factor, yarn.original_max_position_embeddings
     assert factor is not None
     if native is None:
         raise InputError(
             "full_attention: YaRN without original_max_position_embeddings",
-            rule="readers differ in the length they assume YaRN starts from",
+            rule="readers assume different lengths for YaRN to start from",
             fix="write the native context there (8192)",
         )
     if factor * native != max_positions:
@@ -102,8 +106,8 @@ def _require_yarn(yarn: RopeParameters, max_positions: int) -> str:
             rule="the context is original_max_position_embeddings times factor",
             fix=f"set max_position_embeddings to {factor * native:.0f}",
         )
-    # With mscale the default is another formula (modeling_rope_utils.py, `get_mscale`,
-    # transformers 5.23).
+    # With mscale another formula gives the default (transformers/modeling_rope_utils.py,
+    # `get_mscale`, 5.23).
     expected = 0.1 * math.log(factor) + 1
     if yarn.mscale is None and abs(yarn.resolved_attention_factor - expected) > 1e-6:
         raise InputError(

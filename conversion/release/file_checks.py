@@ -1,7 +1,7 @@
 """The checks of a release folder that need no model.
 
-The files are compared with each other: config.json, weights, tokenizer, documents. Each group has a
-module of its own; this one has the folder's safety and its documents.
+They compare config.json, weights, tokenizer and documents with each other. Each group has a module
+of its own; this one checks the folder's safety and its documents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LICENSE_FILE = "LICENSE"
 VERIFICATION_FILE = "verification.json"
 
 _SHORTEST_CARD = 200
-"""Characters; a shorter card tells nothing about a model."""
+"""Fewest characters of a model card: less cannot describe a model."""
 
 
 def file_checks(folder: Path, member: str | None) -> list[Check]:
@@ -86,7 +86,7 @@ def model_card(folder: Path) -> str:
     if len(text) < _SHORTEST_CARD:
         raise InputError(
             f"{CARD_FILE}: {len(text)} characters",
-            rule="a release says what it is and what it is for",
+            rule="a release describes its model and its intended use",
             fix=f"write {CARD_FILE}, or let `mellum2 release` write it",
         )
     return f"{CARD_FILE}, {len(text):,} characters"
@@ -120,7 +120,7 @@ def verification_card(folder: Path) -> str | Check:
             str(path), rule="it lists the hash of every file", fix="release the folder again"
         )
     actual = file_hashes(folder)
-    # Files that are not listed may be there: hubs add their own (.gitattributes).
+    # Unlisted files are no error: hubs add their own (.gitattributes).
     different = sorted(file for file in stated if stated[file] != actual.get(file))
     if different:
         raise InputError(
@@ -132,11 +132,9 @@ def verification_card(folder: Path) -> str | Check:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file but weights, cards and hidden files, by relative path.
-
-    The manifest covers the weights, the two cards quote these hashes, and hidden files (a clone's
-    ``.git``) are no part of a release.
-    """
+    """Return the SHA-256 of every file but weights, cards and hidden files, by relative path."""
+    # The manifest covers the weights. The two cards quote these hashes, so they cannot have one.
+    # Hidden files (a clone's ``.git``) are no part of a release.
     hashes = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
@@ -149,5 +147,5 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def _read_if_there(path: Path) -> str:
-    """Return the text of a file, whatever its encoding; empty where there is no file."""
+    """Return the text of a file, whatever its encoding; empty without the file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

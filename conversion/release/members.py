@@ -5,7 +5,7 @@ from __future__ import annotations
 from mellum2_megatron.common.errors import InputError, nearest
 
 BASE_PRETRAIN = "base-pretrain"
-"""The only member with the native context; all others come after the long-context stage."""
+"""The only member with the native context: all others come after the long-context stage."""
 
 CHAT_MEMBERS = ("instruct-sft", "thinking-sft", "instruct", "thinking")
 """Members that need a chat template."""

@@ -1,4 +1,4 @@
-"""The model card of a release, README.md: from the checkpoint, its run and the measurements."""
+"""The model card of a release, README.md, from the checkpoint, its run and the measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mellum2_megatron.common.provenance import Code
 from mellum2_megatron.config import Run
 
 Rows = tuple[Mapping[str, str], ...]
-"""Rows of a table, each cell by its column."""
+"""Rows of a table, each as column -> cell."""
 
 TITLES = {
     BASE_PRETRAIN: "Base-Pretrain",
@@ -35,7 +35,7 @@ _STAGES = {
     "instruct": "reinforcement learning after instruction tuning",
     "thinking": "reinforcement learning after tuning with reasoning",
 }
-# The keys that the Hugging Face hub reads.
+# YAML header with the keys that the Hugging Face hub reads.
 _HEAD = """---
 license: apache-2.0
 library_name: transformers
@@ -56,14 +56,14 @@ class CardFacts:
         member: family member.
         architecture: architecture of the checkpoint.
         run: resolved run that trained the checkpoint; None if none is recorded.
-        iteration: step of the checkpoint; None for an imported one.
+        iteration: optimizer step of the checkpoint; None for an imported one.
         dtype: dtype of the weights.
-        evaluation: rows of the evaluation table; empty for none.
-        logits: Megatron's logits against transformers'; None if they were not compared.
+        evaluation: rows of the evaluation table; empty without an evaluation.
+        logits: comparison of Megatron's logits with transformers'; None if there was none.
         measured: (name, outcome) of the checks that ran the model.
         code: version of this project that writes the release.
-        trained_with: versions of this project that trained the run, in order; empty if none is
-            recorded.
+        trained_with: versions of this project that trained the run, in order; default none, if none
+            is recorded.
     """
 
     member: str
@@ -79,12 +79,13 @@ class CardFacts:
 
 
 def read_evaluation(path: Path) -> Rows:
-    """Read an evaluation table.
+    """Read an evaluation table from a JSON file.
 
-    Its forms: ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}``, or a list of rows.
+    Its form is ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}`` or a list of rows.
 
     Raises:
-        InputError: unreadable, another form, or a cell that is neither text nor a finite number.
+        InputError: the file is unreadable or of another form, or a cell is neither text nor a
+            finite number.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +94,7 @@ def read_evaluation(path: Path) -> Rows:
             f"--eval {path}", rule=f"it must be a JSON file ({error})", fix="name one"
         ) from None
     if isinstance(value, dict):
-        # One row a benchmark, so that all forms become a list of rows.
+        # One row for each benchmark: all forms become a list of rows.
         value = [
             {"benchmark": name, **(row if isinstance(row, dict) else {"score": row})}
             for name, row in value.items()
@@ -109,9 +110,10 @@ def read_evaluation(path: Path) -> Rows:
 
 
 def _cell(path: Path, key: str, value: Any) -> str:
+    """Return a cell as text; InputError if it is neither text nor a finite number."""
     if isinstance(value, str):
         return value
-    # JSON's true and false are ints to Python; its reader takes NaN and Infinity too.
+    # Python counts JSON's true and false as ints, and its reader accepts NaN and Infinity.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InputError(
             f"--eval {path}: {key}={value!r}",
@@ -144,7 +146,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def parameters_text(architecture: Mellum2Architecture) -> str:
-    """Return the parameters without the MTP head, in billions or millions.
+    """Return the number of parameters without the MTP head, in billions or millions.
 
     >>> from mellum2_megatron.architecture import PRESETS
     >>> parameters_text(PRESETS["mellum2-12b"])
@@ -188,7 +190,7 @@ def _training(facts: CardFacts) -> str:
         )
     schedule, optimizer, layout = run.schedule, run.optimizer, run.layout
     length = run.data.sequence_length
-    # An imported checkpoint has no step: the end of the run stands in.
+    # An imported checkpoint has no step: take the end of the run.
     if facts.iteration is None:
         samples, step = schedule.train_samples, "not recorded"
     else:
@@ -199,7 +201,7 @@ def _training(facts: CardFacts) -> str:
         start = "the state of an earlier run"
     else:
         start = "random weights"
-    # A run resumed with newer code was trained with both.
+    # Several: a run may be resumed with newer code.
     versions = [f"mellum2-megatron {code.version}, {code}" for code in facts.trained_with]
     ways = [f"{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "ep", "etp", "cp")]
     batches = [f"{size} from sample {first:,}" for first, size in schedule.batch_schedule]
@@ -231,7 +233,7 @@ def _training(facts: CardFacts) -> str:
 def _evaluation(rows: Rows) -> str:
     if not rows:
         return "No evaluation was given for this release."
-    # Rows may have different metrics: every column that any of them has, in order of appearance.
+    # Rows may have different metrics: take the columns of all rows, in order of appearance.
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     return _table(columns, [tuple(row.get(column, "") for column in columns) for row in rows])
 
@@ -291,7 +293,8 @@ def _verification(facts: CardFacts) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; bars and line breaks in cells would end them, so they are masked."""
+    """Return a Markdown table."""
+    # Bars and line breaks would end a cell, so they are escaped or become blanks.
     lines = []
     for row in (columns, ["---"] * len(columns), *rows):
         cells = [" ".join(cell.replace("\\", "\\\\").replace("|", "\\|").split()) for cell in row]

@@ -1,7 +1,7 @@
 """The checks of a release folder that load the model: loader, greedy text, the MTP head's drafts.
 
-Each loads the model anew on the CPU, so that one copy is in memory at a time. All but the loader's
-own check run in float32: 4 bytes per parameter.
+Each loads the model anew on the CPU, so that only one copy is in memory. All but the loader's check
+run in float32: 4 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ GENERATES = "generates"
 PROMPT = "def fibonacci(n: int) -> int:\n    "
 
 _NEW_TOKENS = 32
+"""Number of tokens to generate."""
 _ROW_LENGTH = 512
+"""Most tokens of a row of the evaluation text."""
 _SHORTEST_ROW = 8
+"""Fewest tokens of a row of the evaluation text."""
 _MAX_EVALUATION_TOKENS = 4096
-"""Most tokens of the evaluation text: float32 logits of both heads are held in memory, 3.2 GB at a
-vocabulary of 98,304."""
+"""Most tokens of the evaluation text.
+
+Float32 logits of both heads are held in memory: 3.2 GB with a vocabulary of 98,304.
+"""
 
 
 def model_checks(folder: Path, *, text: str | None, min_acceptance: float) -> list[Check]:
@@ -40,7 +45,7 @@ def model_checks(folder: Path, *, text: str | None, min_acceptance: float) -> li
     """
     checks = [loads(folder)]
     if checks[0].status == "fail":
-        # All but the first, which has run.
+        # The first check has run: only the others are left out.
         return checks + model_checks_left_out("the model does not load")[1:]
     outcome, greedy = _generate(folder)
     checks.append(outcome)
@@ -80,7 +85,7 @@ def loads(folder: Path) -> str:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    # Configuration, weights and model code raise many types.
+    # Configuration, weights and model code raise errors of many types.
     except Exception as error:
         raise InputError(
             f"{type(error).__name__}: {error}",
@@ -88,7 +93,7 @@ def loads(folder: Path) -> str:
             fix="repair what it names; transformers 5.23 or later is needed",
         ) from error
     model_name, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
-    # The next check loads another copy: this one must not wait for a collection.
+    # The next check loads another copy: free this one at once.
     del model
     gc.collect()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -104,7 +109,7 @@ def loads(folder: Path) -> str:
 
 
 def _generate(folder: Path) -> tuple[Check, Generation | None]:
-    """Run model.generate; return the outcome, and the greedy text for the next check or None."""
+    """Run model.generate; return the outcome, and the greedy text or None after a failure."""
     try:
         greedy = generate(folder, PROMPT, max_new_tokens=_new_tokens(folder))
     except InputError as error:
@@ -136,7 +141,7 @@ def same_greedy(folder: Path, greedy: Generation) -> Check:
     if ours == theirs:
         value = f"the same {len(theirs)} tokens; {drafted.acceptance_line()}"
         return Check.passed(same_greedy.name, value, **figures)
-    # A text that is the beginning of the other one parts where it ends.
+    # If one text is the beginning of the other, they part where it ends.
     shorter = min(len(ours), len(theirs))
     first = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
     failure = InputError(
@@ -155,7 +160,7 @@ def acceptance(folder: Path, text: str, min_acceptance: float) -> Check:
     share = mtp_acceptance(folder, tokens)
     figures = {"acceptance": share, "tokens": tokens.numel()}
     value = f"{share:.1%} of {tokens.numel():,} tokens"
-    # NaN is below every floor.
+    # False for NaN: it fails.
     if share >= min_acceptance:
         return Check.passed(acceptance.name, value, **figures)
     failure = InputError(
@@ -170,13 +175,13 @@ def acceptance(folder: Path, text: str, min_acceptance: float) -> Check:
 def evaluation_tokens(folder: Path, text: str) -> torch.Tensor:
     """Return the first tokens of ``text`` as rows `[b, s]`, at most 4,096 in all.
 
-    A short last row is left out.
+    Rows have 512 tokens, or fewer if context or text are shorter. A short last row is left out.
 
     Raises:
         InputError: fewer than 8 tokens.
     """
-    # Encoding takes time and memory in proportion to the text; texts have fewer than 16 characters
-    # per token.
+    # Time and memory for encoding grow with the text. Texts have fewer than 16 characters per
+    # token.
     beginning = text[: 16 * _MAX_EVALUATION_TOKENS]
     ids = load_tokenizer(folder).encode(beginning, add_special_tokens=False).ids
     ids = ids[:_MAX_EVALUATION_TOKENS]
@@ -192,5 +197,6 @@ def evaluation_tokens(folder: Path, text: str) -> torch.Tensor:
 
 
 def _new_tokens(folder: Path) -> int:
-    """Return the number of tokens to generate: half of a short context, so that the prompt fits."""
+    """Return the number of tokens to generate."""
+    # Half of a short context, so that the prompt fits in.
     return max(1, min(_NEW_TOKENS, read_config(folder).max_position_embeddings // 2))

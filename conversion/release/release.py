@@ -1,4 +1,4 @@
-"""`mellum2 release`: from a Megatron checkpoint to a complete, checked folder, or to nothing."""
+"""`mellum2 release`: write a complete, checked Hugging Face folder of a checkpoint, or nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from conversion.release.chat_template import (
     render_template,
 )
 from conversion.release.check import Check, ReleaseReport
-from conversion.release.check_release import MIN_ACCEPTANCE, read_text, require_acceptance
+from conversion.release.check_release import (
+    MIN_ACCEPTANCE,
+    read_evaluation_text,
+    require_acceptance,
+)
 from conversion.release.config_checks import context
 from conversion.release.file_checks import (
     CARD_FILE,
@@ -38,7 +42,13 @@ from conversion.verification.verify import VerifyReport, verify
 from mellum2_megatron.checkpoint import CheckpointFolder, find_checkpoint, read_run
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.common.errors import InputError, WorkError
-from mellum2_megatron.common.files import move_into_place, size_text, write_json, write_text
+from mellum2_megatron.common.files import (
+    move_into_place,
+    read_text,
+    size_text,
+    write_json,
+    write_text,
+)
 from mellum2_megatron.common.provenance import project_root, recorded_code, source_code
 from mellum2_megatron.config import Run
 
@@ -71,15 +81,15 @@ class ReleaseResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Ingredients:
-    """Everything a release is made of, read and found good before anything is written.
+    """Everything that a release is made of, read and checked before anything is written.
 
     Attributes:
         member: family member.
         checkpoint: checkpoint to export.
         tokenizer: folder of the tokenizer files.
-        template: chat template; None for base members.
+        template: text of the chat template; None for base members.
         evaluation: rows of the model card's table; empty without --eval.
-        run: resolved run beside the checkpoint; None if there is none.
+        run: resolved run beside the checkpoint; None without one.
         text: evaluation text for the MTP head's acceptance; None without --text.
     """
 
@@ -94,11 +104,11 @@ class _Ingredients:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Measured:
-    """Outcomes of running the folder; empty if it was not run.
+    """Measurements with the exported model; empty if it was not run.
 
     Attributes:
-        logits: comparison with Megatron's logits.
-        checks: outcomes of the checks that load the model, that of the logits last.
+        logits: comparison with Megatron's logits; default None.
+        checks: outcomes of the checks that load the model, that of the logits last; default none.
     """
 
     logits: VerifyReport | None = None
@@ -127,14 +137,15 @@ def release(
         megatron_path: checkpoint folder, or one iteration inside it.
         output: folder to write.
         member: family member, one of `members.MEMBERS`.
-        evaluation: JSON table of scores for the model card; None for none.
-        chat_template: Jinja template of a chat member; default: the one beside the tokenizer.
-        tokenizer: folder of tokenizer files; default: the checkpoint's own.
+        evaluation: JSON table of scores for the model card, default none.
+        chat_template: Jinja template of a chat member, default the one beside the tokenizer.
+        tokenizer: folder of tokenizer files, default the checkpoint's own.
         text: file on which the MTP head's acceptance is measured; None leaves that check out.
-        min_acceptance: smallest acceptance on ``text`` that passes, 0 to 1.
-        overwrite: replace an earlier release.
-        check: False writes the folder unchecked, and its card states so.
-        skip_run: leave out the checks that load the model, comparison with Megatron included.
+        min_acceptance: smallest acceptance on ``text`` that passes, 0 to 1; default 0.5.
+        overwrite: replace an earlier release, default False.
+        check: check the folder, default True; the card of an unchecked one states so.
+        skip_run: leave out the checks that load the model, comparison with Megatron included;
+            default False.
 
     Raises:
         InputError: an ingredient is missing or does not fit; nothing was written.
@@ -151,13 +162,12 @@ def release(
     )
     target = Path(output)
     check_target(target, ingredients.checkpoint.root, overwrite)
-    # Everything is written beside the target, on the same disk, and moved there at the end. If the
-    # export is interrupted or the disk is full, the staging folder stays: the same command
-    # continues in it.
+    # Everything is written beside the target, on the same disk, and takes its name at the end. The
+    # staging folder stays after an interruption or a full disk: the same command continues in it.
     staging = target.parent / f".{target.name}.release"
     folder = staging / target.name
     try:
-        # The staging folder is this command's own: overwriting needs no permission.
+        # overwrite=True: the staging folder is this command's own.
         conversion = export_hf(
             megatron_path, folder, tokenizer=ingredients.tokenizer, overwrite=True
         )
@@ -172,7 +182,7 @@ def release(
             measured = _measure(folder, ingredients, megatron_path, min_acceptance)
         _write_cards(folder, ingredients, measured, conversion.dtype)
         if check:
-            # After the cards are written: they are checked too.
+            # After the cards, which are checked too.
             why = "left out (--skip-run)"
             left_out = (*model_checks_left_out(why), Check.not_applicable(LOGITS, why))
             checks = (*file_checks(folder, member), *(measured.checks or left_out))
@@ -193,9 +203,14 @@ def _read_ingredients(
     tokenizer: Path | None,
     text: Path | None,
 ) -> _Ingredients:
+    """Read and check everything that the release is made of; arguments as of `release`.
+
+    Raises:
+        InputError: an ingredient is missing or does not fit.
+    """
     require_member(member)
     checkpoint = find_checkpoint(megatron_path)
-    # Before the export, which takes minutes; `file_checks` checks the same on the result.
+    # `file_checks` checks it in the result again, but only after an export of minutes.
     outcome = context(checkpoint.architecture, member)
     if outcome.status == "fail":
         raise InputError(f"--member {member}: {outcome.value}", rule=outcome.rule, fix=outcome.fix)
@@ -219,7 +234,7 @@ def _read_ingredients(
         template=_read_chat_template(member, chat_template, tokenizer_dir),
         evaluation=read_evaluation(evaluation) if evaluation is not None else (),
         run=read_run(run_file) if run_file.is_file() else None,
-        text=read_text(text) if text is not None else None,
+        text=read_evaluation_text(text) if text is not None else None,
     )
 
 
@@ -233,18 +248,10 @@ def _read_chat_template(member: str, given: Path | None, tokenizer: Path) -> str
                 fix="leave --chat-template out, or release the fine-tuned model as a chat member",
             )
         return None
-    template = None
     if given is None:
         template = read_template(tokenizer)
     else:
-        try:
-            template = given.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--chat-template {given}",
-                rule=f"it must be readable UTF-8 ({error})",
-                fix="name a Jinja file",
-            ) from None
+        template = read_text(given, f"--chat-template {given}", fix="name a Jinja file")
     if not template or not template.strip():
         raise InputError(
             f"--member {member} without a chat template",
@@ -263,7 +270,7 @@ def _add_files(folder: Path, ingredients: _Ingredients) -> None:
         return
     write_text(folder / CHAT_TEMPLATE_FILE, template)
     config = read_json(folder / TOKENIZER_CONFIG_FILE, "the tokenizer has it")
-    # A second template in the tokenizer's configuration would be dead: transformers reads the file.
+    # transformers would ignore a second template in the tokenizer's configuration.
     if config.pop("chat_template", None) is not None:
         write_json(folder / TOKENIZER_CONFIG_FILE, config)
     end = end_of_turn(folder, template)
@@ -277,8 +284,7 @@ def _add_files(folder: Path, ingredients: _Ingredients) -> None:
     elif not isinstance(stops, list):
         stops = [stops]
     if end not in stops:
-        # transformers marks generation settings that it derived from config.json; these no longer
-        # are.
+        # The mark of settings that transformers derived from config.json: no longer true.
         generation.pop("_from_model_config", None)
         write_json(path, generation | {"eos_token_id": [end, *stops]})
 
@@ -286,12 +292,10 @@ def _add_files(folder: Path, ingredients: _Ingredients) -> None:
 def licence_text() -> str:
     """Return the Apache License 2.0.
 
-    From the metadata of the installed package or, in a checkout, from the repository's root.
-
     Raises:
-        WorkError: neither has it.
+        WorkError: neither the package nor the checkout has it.
     """
-    # Installed packages carry it in their metadata (PEP 639).
+    # An installed package has it in its metadata (PEP 639), a checkout in its root.
     text = importlib.metadata.distribution("mellum2-megatron").read_text("licenses/LICENSE")
     if text is None:
         path = project_root() / "LICENSE"
@@ -304,7 +308,7 @@ def licence_text() -> str:
 def _measure(
     folder: Path, ingredients: _Ingredients, megatron_path: PathLike, min_acceptance: float
 ) -> _Measured:
-    """Run the folder, and compare its logits with the checkpoint's."""
+    """Compare the exported model's logits with the checkpoint's, and run the model's checks."""
     logits = verify(megatron_path, folder)
     heads = [head for head in (logits.main, logits.mtp) if head is not None]
     value = f"largest relative error {max(head.relative_error for head in heads):.2e}"
@@ -368,6 +372,7 @@ def _write_cards(folder: Path, ingredients: _Ingredients, measured: _Measured, d
 
 
 def _require_ok(report: ReleaseReport) -> None:
+    """Raise WorkError with all failures, if there are any."""
     if report.ok:
         return
     failures = "; ".join(

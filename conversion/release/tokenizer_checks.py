@@ -32,7 +32,7 @@ def tokenizer_checks(
     Args:
         folder: Hugging Face folder.
         architecture: architecture of its config.json; None if that cannot be read.
-        chat: True if a missing chat template is a failure.
+        chat: True if the folder must have a chat template.
     """
     checks = [tokenizer_files(folder)]
     if checks[0].status == "fail":
@@ -80,8 +80,8 @@ def agreeing_ids(folder: Path, architecture: Mellum2Architecture) -> str:
     """config.json, generation_config.json and the tokenizer name the same special tokens."""
     by_tokenizer: dict[str, int] = special_ids(folder)
     roles = [role for role in _ROLES if role in by_tokenizer]
-    # Encoding a text also yields those added tokens in it that are not marked special: a document
-    # that quotes the end-of-text token would end there.
+    # An added token that is not marked special is also encoded where a text quotes it: a document
+    # would end at a quoted end-of-text token.
     marked = special_tokens(folder).values()
     plain = sorted(role for role in roles if by_tokenizer[role] not in marked)
     if plain:
@@ -103,11 +103,11 @@ def agreeing_ids(folder: Path, architecture: Mellum2Architecture) -> str:
             fix=f"set it to {by_tokenizer['eos']}",
         )
     for role in _ROLES:
-        # An absent field contradicts none.
+        # A field may be absent: only fields that have ids are compared.
         named = {file: by_role[role] for file, by_role in ids.items() if by_role[role]}
         fewest = min(named.values(), key=len, default=frozenset())
         if role == "eos":
-            # Generation may also stop elsewhere, at the end of a turn: more ids are fine.
+            # More ids are fine: generation may stop at the end of a turn too.
             agree = all(fewest <= numbers for numbers in named.values())
         else:
             agree = all(fewest == numbers for numbers in named.values())
@@ -122,7 +122,8 @@ def agreeing_ids(folder: Path, architecture: Mellum2Architecture) -> str:
             rule="config, generation config and tokenizer agree",
             fix=fix,
         )
-    # read_config has refused ids beyond vocab_size in config.json; the tokenizer's were checked.
+    # Only the generation config is left: read_config refuses ids beyond vocab_size in config.json,
+    # and `vocabulary` checks the tokenizer's.
     generated = [number for numbers in ids[GENERATION_CONFIG_FILE].values() for number in numbers]
     outside = sorted(number for number in generated if number >= architecture.vocab_size)
     if outside:
@@ -177,11 +178,11 @@ def chat_template(folder: Path, *, required: bool) -> str | Check:
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
-    """Read generation_config.json; InputError unless its token ids are whole numbers."""
+    """Return generation_config.json; InputError unless its token ids are whole numbers."""
     config = read_json(folder / GENERATION_CONFIG_FILE, "generation reads its stop tokens there")
     for role in _ROLES:
         value = config.get(f"{role}_token_id")
-        # JSON's true is an int to Python.
+        # Python counts JSON's true as an int.
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in _as_list(value)):
             raise InputError(
                 f"{GENERATION_CONFIG_FILE}: {role}_token_id={value!r}",

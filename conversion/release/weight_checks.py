@@ -35,7 +35,7 @@ def weight_checks(folder: Path, announced: Mellum2Architecture | None) -> list[C
 
     Args:
         folder: Hugging Face folder.
-        announced: architecture of its config.json; None if that cannot be read.
+        announced: architecture in its config.json; None if that cannot be read.
     """
     checks = [files(folder)]
     readable = checks[0].status == "pass"
@@ -43,10 +43,10 @@ def weight_checks(folder: Path, announced: Mellum2Architecture | None) -> list[C
         why = NEEDS_CONFIG if readable else _NEEDS_WEIGHTS
         later = (tensor_names.name, mtp_head.name, shapes.name, dtypes.name, FINITE, MANIFEST)
         return checks + [Check.not_applicable(name, why) for name in later]
-    tensors = read_headers(folder)  # a few MB, for the second time
-    # Tensors are compared with the architecture they would fit, with the MTP head they have: a
-    # dropped head fails its own check alone, not names and shapes too. No name or shape depends on
-    # the type of an MTP layer that config.json does not announce.
+    tensors = read_headers(folder)  # the second reading of a few MB
+    # Names and shapes are compared as if config.json announced the MTP head that the tensors have:
+    # a dropped head then fails its own check alone. The type of an unannounced MTP layer is
+    # unknown, but no name or shape depends on it.
     present = int(any(name.startswith("mtp.") for name in tensors))
     architecture = announced
     if present != announced.num_mtp_layers:
@@ -104,10 +104,10 @@ def shapes(folder: Path, tensors: Tensors, architecture: Mellum2Architecture) ->
     """Every tensor that belongs to the model has the shape config.json gives it."""
     fused = present_fused(architecture, tensors)
     expected = huggingface_shapes(derive(architecture))
-    # Names that do not belong fail their own check.
+    # Foreign names fail their own check.
     known = {name: tensor for name, tensor in tensors.items() if name in expected or name in fused}
     check_shapes(folder, expected, known, fused)
-    return "as config.json says"
+    return "as in config.json"
 
 
 @named_check("dtypes")
@@ -174,7 +174,7 @@ def finite(non_finite: list[str], count: int) -> str:
 @named_check(MANIFEST)
 def same_hashes(manifest: Manifest, records: dict[str, WeightRecord]) -> str:
     """The tensors are those of the manifest."""
-    # The union: a weight that is absent on either side differs.
+    # The union: a weight that is absent on one side differs too.
     names = manifest.records.keys() | records.keys()
     different = sorted(name for name in names if manifest.records.get(name) != records.get(name))
     if different:

@@ -14,14 +14,14 @@
         experiment.run(detach=True)
 
 NeMo-Run keeps experiments, dependencies and status. The batch script is ours
-(`launchers.sbatch`), the same as that of ``--render sbatch``: NeMo-Run's own script starts `srun`
-in a way that a preempted run does not survive (docs/launching.md).
+(`launchers.sbatch`), the same as with ``--render sbatch``. Under NeMo-Run's own script a preempted
+run does not survive (docs/launching.md).
 
 - `tasks`: a training as a task; tasks for NeMo-Run's own launchers.
 - `executor`: a site profile in the form of a NeMo-Run executor.
-- `scheduler`: from NeMo-Run's request to `sbatch`, and states back.
+- `scheduler`: submission with `sbatch`, and states of jobs.
 - `experiments`: the experiments of `mellum2 launch`.
-- `registration`: how NeMo-Run gets to use all of these.
+- `registration`: registration of all these with NeMo-Run.
 
 Only this package imports nemo_run.
 """
@@ -49,6 +49,6 @@ __all__ = [
     "task",
 ]
 
-# NeMo-Run and torchx load this module by its entry points (pyproject.toml) and call nothing in it:
-# what it registers, it registers by being imported.
+# NeMo-Run and torchx only import this module, by its entry points (pyproject.toml), and call
+# nothing in it: the import itself must register.
 register()

@@ -20,21 +20,23 @@ from mellum2_megatron.config import Run
 
 @dataclass(kw_only=True)
 class Mellum2SlurmExecutor(nemo_run.SlurmExecutor):  # type: ignore[misc]
-    """NeMo-Run's Slurm executor with a site profile for its settings and our batch script.
+    """NeMo-Run's Slurm executor with our batch script, and with a site profile for its settings.
 
-    NeMo-Run stores executors on disk and rebuilds them, so every field is plain text or numbers.
+    NeMo-Run stores executors on disk and rebuilds them, so fields hold plain values only.
 
     Attributes:
         profile_yaml: site profile as YAML.
         nodes: number of nodes, default the profile's.
         time: time limit, default the profile's.
-        code: folder put first on ``PYTHONPATH``.
-        sweep: overrides of each task of an array.
-        before: run folder of a task that this one waits for. Its checkpoint may not exist yet.
-        waits_for: Slurm's conditions on jobs outside the experiment, such as ``afterok:123``.
+        code: folder put first on ``PYTHONPATH``; None, the default, runs the installed packages.
+        sweep: overrides of each task of an array; default empty, for an ordinary job.
+        before: run folder of a task that this one waits for, default none. Its checkpoint may not
+            exist yet.
+        waits_for: Slurm's conditions on jobs outside the experiment, such as ``afterok:123``;
+            default none.
     """
 
-    # Without a default in NeMo-Run's class; here the profile has it.
+    # NeMo-Run's class requires an account; here the profile may have none.
     account: str = ""
     profile_yaml: str = ""
     nodes: int | None = None
@@ -58,7 +60,7 @@ class Mellum2SlurmExecutor(nemo_run.SlurmExecutor):  # type: ignore[misc]
         job = plan_job(
             run,
             self.profile,
-            # NeMo-Run's name of the task in the experiment.
+            # Set by NeMo-Run: the task's name in the experiment.
             name=self.job_name,
             nodes=self.nodes,
             time=self.time,

@@ -18,18 +18,22 @@ from mellum2_megatron.checkpoint.folder import RUN_FILE
 
 
 def submit(title: str, submissions: Sequence[Submission]) -> None:
-    """Submit jobs to Slurm as one experiment, each after the jobs that it waits for.
+    """Submit jobs to Slurm as one experiment.
 
     The scheduler writes each job's number and script to ``launch.json`` of its run folder.
 
+    Args:
+        title: name of the experiment.
+        submissions: checked jobs, each after the jobs that it waits for.
+
     Raises:
-        InputError, WorkError: a job is refused. The jobs before it are submitted by then.
+        InputError, WorkError: a job is refused. The jobs before it are already submitted.
     """
     with _experiment(title) as experiment:
         for submission in submissions:
             job = submission.job
             executor = slurm_executor(
-                # The profile already holds the time limit of the command line.
+                # No `time`: the profile already holds the time limit of the command line.
                 job.profile,
                 nodes=submission.nodes,
                 code=job.code,
@@ -43,12 +47,12 @@ def submit(title: str, submissions: Sequence[Submission]) -> None:
                 name=job.name,
                 dependencies=list(submission.after),
             )
-        # Slurm keeps the jobs; nothing has to run here while they wait.
+        # Slurm keeps the jobs: nothing has to run on this machine while they wait.
         experiment.run(detach=True)
 
 
 def run_here(job: ClusterJob) -> bool:
-    """Train on this machine as an experiment with its log on the terminal.
+    """Train on this machine as an experiment, with the log on the terminal.
 
     Returns:
         True if the training succeeded.
@@ -68,14 +72,14 @@ def run_here(job: ClusterJob) -> bool:
             tail_logs=True,
         )
         experiment.run()
-        # SCHEDULER://SESSION/APP
+        # The handle reads SCHEDULER://SESSION/APP.
         handle = experiment.jobs[0].handle
         record_launch(job, job_id=handle.rpartition("/")[2], experiment=experiment._id, script=None)
     return bool(experiment.jobs[0].state == AppState.SUCCEEDED)
 
 
 def _experiment(title: str) -> nemo_run.Experiment:
-    # Quiet: `mellum2 launch` prints one line for each job itself.
+    # Without NeMo-Run's messages: `mellum2 launch` prints one line for each job itself.
     return nemo_run.Experiment(
         title,
         log_level="ERROR",

@@ -28,9 +28,9 @@ def register() -> None:
 def register_executor() -> None:
     """Make NeMo-Run accept our executor.
 
-    NeMo-Run looks an executor up by its exact class, so it does not recognise subclasses:
+    NeMo-Run looks an executor up by its exact class and does not recognise subclasses:
     ``EXECUTOR_MAPPING[executor.__class__]`` (nemo_run/run/torchx_backend/schedulers/api.py:57,
-    0.11.1), and the same in ``Experiment.run`` (nemo_run/run/experiment.py,
+    0.11.1). So does ``Experiment.run`` (nemo_run/run/experiment.py,
     ``_PARALLEL_SUPPORTED_EXECUTORS`` and the like).
     """
     nemo_schedulers.EXECUTOR_MAPPING[Mellum2SlurmExecutor] = SCHEDULER
@@ -43,7 +43,7 @@ def register_executor() -> None:
 
 
 def register_factories() -> None:
-    """Register each recipe as a factory of tasks and each profile as one of executors."""
+    """Register each recipe as a factory of tasks, and each profile as a factory of executors."""
     for name in recipe_names():
         nemo_run.cli.factory(_task_factory(name), target=nemo_run.Script, name=name)
     for name in profile_names():
@@ -64,8 +64,8 @@ def launch(
 
 
 def _task_factory(recipe: str) -> Callable[..., Any]:
-    # All overrides are one text: NeMo-Run's command line cuts the arguments of a factory at every
-    # comma, those inside lists too.
+    # One text for all overrides: NeMo-Run's command line cuts a factory's arguments at every comma,
+    # also inside lists.
     def make(
         overrides: str = "", output: str = "", device: str = "auto"
     ) -> nemo_run.Config[nemo_run.Script]:

@@ -30,7 +30,10 @@ SCHEDULER = "mellum2_slurm"
 class Request:
     """A job ready to submit.
 
-    NeMo-Run shows a request by its repr, so that is the script.
+    Attributes:
+        job: checked job.
+        executor: NeMo-Run's executor of the task.
+        script: text of the batch script.
     """
 
     job: ClusterJob
@@ -38,14 +41,15 @@ class Request:
     script: str
 
     def __repr__(self) -> str:
+        # NeMo-Run shows a request by its repr.
         return self.script
 
 
 class Mellum2Scheduler(SchedulerMixin, Scheduler):  # type: ignore[misc]
     """Scheduler for `Mellum2SlurmExecutor`.
 
-    States come from the controller (``scontrol``) first. NeMo-Run's own scheduler asks ``sacct``
-    alone, which answers only where accounting is on.
+    States come from Slurm's controller (``scontrol``). NeMo-Run's own scheduler reads ``sacct``
+    only, which has no data on clusters without accounting.
     """
 
     def __init__(self, session_name: str, experiment: Any = None) -> None:
@@ -82,7 +86,7 @@ class Mellum2Scheduler(SchedulerMixin, Scheduler):  # type: ignore[misc]
         slurm.require()
         conditions = list(job.dependency)
         if executor.dependencies:
-            # Handles of the experiment's earlier tasks, whose numbers Slurm knows by now.
+            # Earlier tasks of the experiment; they are submitted, so they have job numbers.
             numbers = ":".join(executor.parse_deps())
             conditions.append(f"{executor.dependency_type}:{numbers}")
         script = write_job(job)
@@ -97,7 +101,7 @@ class Mellum2Scheduler(SchedulerMixin, Scheduler):  # type: ignore[misc]
         return job_id
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
-        """Return the state of a job, one for all tasks of an array; None if Slurm forgot it."""
+        """Return the state of a job, one for all tasks of an array; None if Slurm has none."""
         states = slurm.states(app_id)
         if not states:
             return None
@@ -136,7 +140,7 @@ _PRECEDENCE = (
     AppState.CANCELLED,
     AppState.SUCCEEDED,
 )
-"""The first of these that any task has is the state of the array."""
+"""An array has the first of these states that any of its tasks has."""
 
 
 def overall(states: Iterable[str]) -> AppState:

@@ -66,7 +66,7 @@ def task(
 
 
 def train_script(run: Run, words: Sequence[str]) -> nemo_run.Script:
-    """Return ``mellum2 train WORDS`` as a task that carries its resolved run along."""
+    """Return ``mellum2 train WORDS`` as a task with its resolved run as metadata."""
     return nemo_run.Script(
         path="mellum2_megatron",
         entrypoint=sys.executable,
@@ -85,8 +85,12 @@ def rank_task(
 ) -> nemo_run.Script:
     """Return the process of one rank, for a launcher that starts all ranks itself.
 
-    Such launchers are `nemo_run.Torchrun` and `fault_tolerance`. They restart ranks after a failure
-    in their own way, in place of ours. Writes the run folder.
+    Such launchers are `nemo_run.Torchrun` and `fault_tolerance`; they have their own way of
+    restarting failed ranks. This function writes the run folder.
+
+    Args:
+        name, overrides, output: see `task`.
+        device: device of the ranks, default cuda.
 
     Raises:
         InputError: as for `task`; no data, no tokenizer, or a folder that cannot be used.
@@ -124,10 +128,10 @@ def fault_tolerance(**settings: Any) -> nemo_run.FaultTolerance:
     if old_version is not None:
         raise InputError(
             f"nvidia-resiliency-ext {old_version}",
-            rule="is too old: beside it Megatron-Core 0.19.2 does not import, or not save "
+            rule="is too old: with it Megatron-Core 0.19.2 cannot be imported, or cannot save "
             "(megatron/core/dist_checkpointing/strategies/nvrx.py, NVRX_MIN_VERSION)",
             fix=f"pip install 'nvidia-resiliency-ext>={OLDEST_RESILIENCY}', or remove it",
         )
-    # NeMo-Run gives every job port 29500 (nemo_run/core/execution/launcher.py:81, 0.11.1), so two
-    # jobs on one node would meet each other's ranks.
+    # NeMo-Run gives every job port 29500 (nemo_run/core/execution/launcher.py:81, 0.11.1), where
+    # ranks of two jobs on one node would connect to each other.
     return nemo_run.FaultTolerance(**{"rdzv_port": 10_000 + secrets.randbelow(20_000), **settings})

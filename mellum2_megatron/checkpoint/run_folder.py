@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mellum2_megatron.checkpoint.folder import RUN_FILE, TOKENIZER_FOLDER, write_architecture
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.files import atomic_directory, write_text
+from mellum2_megatron.common.files import atomic_directory, read_text, write_text
 from mellum2_megatron.config import Run, from_yaml, to_yaml
 from mellum2_megatron.data.tokens.tokenizer import copy_tokenizer
 
@@ -31,12 +31,7 @@ def read_run(path: Path) -> Run:
     Raises:
         InputError: there is no such file, or it is not a resolved run.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"run file {path}", rule=f"cannot be read ({error})", fix="name a run.yaml"
-        ) from None
+    text = read_text(path, f"run file {path}", fix="name a run.yaml")
     try:
         return from_yaml(text)
     except InputError as error:

@@ -315,7 +315,6 @@ def _show(
         if not render:
             problems = [f"Would be refused now: {problem}" for problem in submission.problems]
             show(
-                console,
                 job,
                 None if local else render_script(job),
                 tflops=tflops,

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from mellum2_megatron.cli.options import Overrides
-from mellum2_megatron.common.console import console
 
 
 def quickstart(
@@ -31,6 +30,4 @@ def quickstart(
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
-    run_quickstart(
-        console, output=output, data=data, overrides=overrides or [], max_megabytes=max_megabytes
-    )
+    run_quickstart(output=output, data=data, overrides=overrides or [], max_megabytes=max_megabytes)

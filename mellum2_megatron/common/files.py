@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.errors import InputError, first_line
 
 
 @contextmanager
@@ -147,6 +147,23 @@ def check_writable(name: str, path: str | os.PathLike[str], *, folder: bool) -> 
         raise InputError(
             f"{name} {path}", rule=f"{written} is not writable for you", fix="name another place"
         )
+
+
+def read_text(path: Path, name: str, *, fix: str) -> str:
+    """Return the text of a UTF-8 file that the user names.
+
+    Args:
+        path: file.
+        name: the user's name for it (``--text notes.txt``), for the message.
+        fix: fix in the message.
+
+    Raises:
+        InputError: no such file, or it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(name, rule=f"cannot be read ({first_line(error)})", fix=fix) from None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -198,7 +198,7 @@ def test_disk_errors_name_the_continuation(
 
     monkeypatch.setattr("conversion.jobs.importing.write_manifest", broken)
     with pytest.raises(
-        WorkError, match=r"Input/output error.*\.out\.partial and the same command continues it"
+        WorkError, match=r"Input/output error.*\.out\.partial: the same command continues them"
     ):
         import_hf(hf_folder, tmp_path / "out")
     monkeypatch.undo()

@@ -328,7 +328,7 @@ def test_a_disk_that_fills_up_is_reported_plainly(limit: int, tmp_path: Path) ->
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert not (tmp_path / "out").exists()
         kept = (tmp_path / ".out.partial").exists()
-        assert kept == ("the same command continues it" in str(caught.value))
+        assert kept == ("the same command continues them" in str(caught.value))
         convert_one(origin, tmp_path / "out")  # without the limit
         shutil.rmtree(tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]

@@ -187,7 +187,7 @@ def test_a_job_that_failed_too_often_is_not_started(nodes: Nodes, monkeypatch: p
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     nodes.start("", nodes=(0,))
     assert nodes.wait() == [1]
-    assert "not started: it ended without a word" in nodes.output[0]
+    assert "not started: it ended without a report" in nodes.output[0]
     assert nodes.ranks() == []
     events = [
         json.loads(line) for line in (nodes.folder / "attempts.jsonl").read_text().splitlines()

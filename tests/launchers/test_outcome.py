@@ -39,8 +39,8 @@ def attempts(*ends: tuple[Kind | None, int]) -> list[Attempt]:
             job="7",
             restart=number,
             series="7",
-            began="",
-            begin_step=0,
+            started="",
+            start_step=0,
             kind=kind,
             step=step,
             code=1,
@@ -193,9 +193,9 @@ def test_a_job_from_begin_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     # The reports of the first attempt do not count for the second.
     assert not finish_attempt(tmp_path, code=137, tries=1).restart
     first, second = read_attempts(tmp_path)
-    assert (first.kind, first.begin_step, first.step, first.code) == ("failed", 0, 4, 1)
+    assert (first.kind, first.start_step, first.step, first.code) == ("failed", 0, 4, 1)
     assert first.reason.startswith("node b: rank 1 was ended by SIGKILL")
-    assert (second.kind, second.begin_step, second.step) == ("failed", 4, 4)
+    assert (second.kind, second.start_step, second.step) == ("failed", 4, 4)
 
     start(monkeypatch, 8)  # submitted anew: the count starts from zero
     assert start_attempt(tmp_path, tries=1) is None
