@@ -98,9 +98,9 @@ def package(
 ) -> Package:
     """Package the code of a job.
 
-    ``git`` archives the commit into ``run_folder/code/COMMIT``. Changes of tracked files, which need
-    ``allow_dirty``, are packaged too, in ``COMMIT-TREE``. An existing folder is never changed: jobs
-    that wait or run keep their code.
+    ``git`` archives the commit into ``run_folder/code/COMMIT``. With ``allow_dirty`` it includes
+    changes of tracked files, in ``COMMIT-TREE``. An existing folder is never changed: jobs that
+    wait or run keep their code.
 
     Args:
         run_folder: run folder.
