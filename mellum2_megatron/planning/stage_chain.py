@@ -64,7 +64,7 @@ def stage_chain(stages: Sequence[str | Run], *, root: Path) -> tuple[Run, ...]:
     return tuple(chain)
 
 
-def check_predecessor(run: Run, start: StartingPoint) -> None:
+def check_predecessor(run: Run, start: StartingPoint | None = None) -> None:
     """Check that the run that a stage starts from has a checkpoint and is finished.
 
     A stage that resumes its own folder passes. Do not check the later stages of a chain before it
@@ -72,11 +72,13 @@ def check_predecessor(run: Run, start: StartingPoint) -> None:
 
     Args:
         run: the stage.
-        start: its starting point.
+        start: its starting point, default `StartingPoint.of(run)`.
 
     Raises:
         InputError: there is no checkpoint, or the run that wrote it is not finished.
     """
+    if start is None:
+        start = StartingPoint.of(run)
     if start.kind in ("new", "resume"):
         return
     assert start.folder is not None

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.checkpoint.folder import LAST_FILE, iteration_folder_name
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.provenance import read_records
@@ -33,7 +32,7 @@ def changed(name: str, *overrides: str) -> Run:
 
 
 def check_stage(run: Run) -> None:
-    check_predecessor(run, StartingPoint.of(run))
+    check_predecessor(run)
 
 
 @pytest.mark.parametrize(
