@@ -44,6 +44,8 @@ def provider_alone(monkeypatch: pytest.MonkeyPatch, without_modules: None) -> No
     monkeypatch.setitem(sys.modules, "conversion.bridge.model", model)
 
 
+# Megatron instantiates with omegaconf, which comes with Megatron-Bridge (`make test-te`).
+@pytest.mark.te
 @pytest.mark.parametrize("target", [PROVIDER, OLD_PROVIDER])
 def test_bridge_builds_the_provider_under_its_present_and_its_old_path(
     target: str, provider_alone: None
