@@ -1,1 +1,1 @@
-"""Questions asked of the recipes: to come."""
+"""Questions asked of the recipes: a file for each study, and the code that runs and reads them."""

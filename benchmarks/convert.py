@@ -46,13 +46,15 @@ def make(folder: Path, layers: int, small: bool) -> None:
     """Write a Hugging Face folder of random weights."""
     import torch
 
+    from conversion.huggingface.dtypes import Dtypes
     from conversion.huggingface.format import CONFIG_FILE
     from conversion.huggingface.writer import create_shard, plan_shards, write_index, write_tensor
     from conversion.mapping import derive
 
     model = architecture(layers, small)
     folder.mkdir(parents=True)
-    shards = plan_shards(derive(model), torch.bfloat16)
+    dtypes = Dtypes.uniform(derive(model), torch.bfloat16)
+    shards = plan_shards(derive(model), dtypes)
     largest = max(
         torch.Size(source.shape).numel()
         for shard in shards
@@ -63,7 +65,7 @@ def make(folder: Path, layers: int, small: bool) -> None:
     # take longer than the benchmark.
     pool = torch.randn(largest + 4096).mul_(0.02).bfloat16()
     for shard in shards:
-        positions = create_shard(folder, shard, torch.bfloat16)
+        positions = create_shard(folder, shard, dtypes)
         with (folder / shard.file).open("r+b", buffering=0) as stream:
             for number, source in enumerate(
                 source for entry in shard.entries for source in entry.sources
@@ -72,7 +74,7 @@ def make(folder: Path, layers: int, small: bool) -> None:
                 values = pool[start : start + torch.Size(source.shape).numel()]
                 write_tensor(stream.fileno(), positions[source.name], values)
             os.fsync(stream.fileno())
-    write_index(folder, shards, torch.bfloat16)
+    write_index(folder, shards, dtypes)
     (folder / CONFIG_FILE).write_text(json.dumps(to_hf_config(model, "bfloat16")))
 
 

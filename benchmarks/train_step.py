@@ -6,6 +6,7 @@ precisions, and transformers' model beside them.
     python -m benchmarks.train_step              # all arms on one GPU; without one, --small
     python -m benchmarks.train_step --tune       # and recompute, fusions, cross-entropy, dispatcher
     python -m benchmarks.train_step --arms te-bf16-muon-mtp transformers-bf16-adam
+    python -m benchmarks.train_step --ranks 8    # each arm on 8 GPUs, which share the experts
     python -m benchmarks.train_step --small      # a tiny model on a CPU: does it run at all
 
 Each arm runs in a fresh process, so that no memory or kernel state of another arm remains. The
@@ -22,10 +23,12 @@ import datetime
 import json
 import os
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +61,49 @@ SMALL_ARMS = (
 )
 """Further arms of the small mode, which cannot run the te arms."""
 
-_TE = ARMS[0]
-TUNING = tuple(
-    dataclasses.replace(_TE, name=f"te-bf16-muon-mtp/{name}", words=words, without=without)
-    for name, words, without in (
-        ("ce-native", ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native"), ()),
-        ("ce-te", ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"), ()),
-        ("no-router-fusion", (), ("--moe-router-fusion",)),
-        ("no-permute-fusion", (), ("--moe-permute-fusion",)),
-        ("allgather", ("--moe-token-dispatcher-type", "allgather"), ()),
-        (
-            "recompute-act",
-            ("--recompute-granularity", "selective", "--recompute-modules", "moe_act"),
-            (),
-        ),
-        (
-            "recompute-moe",
-            ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
-            (),
-        ),
+_BF16, _FP8 = ARMS[:2]
+_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "ce-native": (
+        ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native"),
+        (),
+    ),
+    "ce-te": (("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"), ()),
+    "no-router-fusion": ((), ("--moe-router-fusion",)),
+    "no-permute-fusion": ((), ("--moe-permute-fusion",)),
+}
+_OVERRIDES = (
+    (_BF16, "allgather", "layout.dispatcher=allgather"),
+    (_BF16, "whole-heads", "loss.head_chunk=null"),
+    (_BF16, "recompute-act", "execution.recompute=[moe_act]"),
+    (_BF16, "recompute-moe", "execution.recompute=[moe]"),
+    (_BF16, "fused-residual-norm", "execution.fused_residual_norm=true"),
+    (_FP8, "pad-in-router", "execution.pad_expert_tokens=true"),
+)
+TUNING = (
+    *(
+        dataclasses.replace(_BF16, name=f"{_BF16.name}/{name}", words=words, without=without)
+        for name, (words, without) in _WORDS.items()
+    ),
+    *(
+        dataclasses.replace(base, name=f"{base.name}/{name}", overrides=(override,))
+        for base, name, override in _OVERRIDES
+    ),
+)
+"""Variants of the first two arms: settings of a recipe, and words added to and removed from
+Megatron's command line where there is no setting (0.19.2). Where an option is repeated, its last
+value counts."""
+
+EXCHANGES = tuple(
+    dataclasses.replace(_BF16, name=f"{_BF16.name}/{name}", overrides=overrides)
+    for name, overrides in (
+        ("overlap", ("layout.overlap_expert_comm=true",)),
+        ("overlap-wgrad", ("layout.overlap_expert_comm=true", "layout.delay_wgrad=true")),
+        ("hybridep", ("layout.dispatcher=flex",)),
     )
 )
-"""Variants of the first arm: words added to and removed from Megatron's command line (0.19.2).
-Where an option is repeated, its last value counts."""
+"""Variants of the first arm in their exchange of tokens; on several ranks only."""
+
+ONE_PROCESS = "runs in one process"
 
 OVERHEAD = ("torch-bf16-adam", "transformers-bf16-adam")
 """Two arms with AdamW and without MTP. Their ratio is the overhead of Megatron on the CPU backend
@@ -132,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "--arms", nargs="+", metavar="NAME", help="run these arms only, in this order, repeats too"
     )
     parser.add_argument(
-        "--tune", action="store_true", help="also run the variants of the first arm (GPU only)"
+        "--tune", action="store_true", help="also run the variants of te arms (GPU only)"
     )
     parser.add_argument(
         "--small", action="store_true", help="tiny model on a CPU; the default without a GPU"
@@ -144,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
         "--batch",
         type=int,
         help="sequences a step; default: 16 (4,096 sequences on 256 GPUs), small: 4",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        help="processes of an arm, one GPU each, which share the experts; --batch is for each",
     )
     parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
@@ -174,8 +203,11 @@ def _plan(
         InputError: an unknown arm, or one that cannot run on this machine.
     """
     has_te = not small and machine["versions"]["transformer-engine"] is not None
-    known = (*ARMS, *(SMALL_ARMS if small else ()), *(TUNING if options.tune else ()))
+    tuning = (*TUNING, *(EXCHANGES if options.ranks > 1 else ())) if options.tune else ()
+    known = (*ARMS, *(SMALL_ARMS if small else ()), *tuning)
     left_out = {spec.name: NO_GPU for spec in known if spec.backend == "te" and not has_te}
+    if options.ranks > 1:
+        left_out |= {spec.name: ONE_PROCESS for spec in known if spec.kind != "megatron"}
     able = {spec.name: spec for spec in known if spec.name not in left_out}
     names = options.arms
     if not names:
@@ -188,10 +220,15 @@ def _plan(
             rule = left_out.get(name, "there is no such arm")
             raise InputError(f"--arms {name}", rule=rule, fix=f"choose among {', '.join(able)}")
     layers = options.layers or (
-        PERIOD if small else _fitting_layers(able[names[0]], machine["memory_bytes"])
+        PERIOD
+        if small
+        else _fitting_layers(
+            dataclasses.replace(able[names[0]], ranks=options.ranks), machine["memory_bytes"]
+        )
     )
     settings = {"small": small, "layers": layers, "warmup": options.warmup, "steps": options.steps}
-    settings["batch"] = options.batch or (4 if small else 16)
+    settings |= {"batch": (options.batch or (4 if small else 16)) * options.ranks}
+    settings |= {"ranks": options.ranks}
     # One profile per arm: a repetition is there for its times.
     specs = [
         dataclasses.replace(able[name], **settings, profile=name not in names[:number])
@@ -208,7 +245,7 @@ def _fitting_layers(spec: Spec, memory_bytes: int) -> int:
     while layers + PERIOD <= 28:
         run = dataclasses.replace(spec, layers=layers + PERIOD, mtp=True).run
         run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, name="adam"))
-        estimate = memory_per_rank(run, world_size=1)
+        estimate = memory_per_rank(run, world_size=spec.ranks)
         if estimate.total > MEMORY_SHARE * memory_bytes:
             break
         layers += PERIOD
@@ -229,29 +266,54 @@ def _run_arm(spec: Spec, options: argparse.Namespace) -> dict[str, Any]:
         spec_file, figures_file = Path(folder, "spec.json"), Path(folder, "out.json")
         write_json(spec_file, dataclasses.asdict(spec))
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec.small else {}
-        module = "benchmarks.train_step_arm"
-        words = [sys.executable, "-m", module, str(spec_file), str(figures_file)]
+        command = [sys.executable, "-m", "benchmarks.train_step_arm"]
+        command += [str(spec_file), str(figures_file)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
         with log.open("a") as stream:
-            try:
-                done = subprocess.run(
-                    words,
+            ranks = [
+                subprocess.Popen(
+                    [*command, str(rank), port],
                     cwd=REPOSITORY,
                     env=os.environ | hidden,
                     stdout=stream,
                     stderr=subprocess.STDOUT,
-                    timeout=options.timeout,
-                    check=False,
                 )
-            except subprocess.TimeoutExpired:
-                return {"status": "failed", "reason": f"not done in {options.timeout:g} s"}
-        if done.returncode == 0 and figures_file.exists():
+                for rank in range(spec.ranks)
+            ]
+            code = _wait(ranks, options.timeout)
+        if code is None:
+            return {"status": "failed", "reason": f"not done in {options.timeout:g} s"}
+        if code == 0 and figures_file.exists():
             return {"status": "measured", **json.loads(figures_file.read_text())}
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     reasons = [line for line in lines if "Error" in line] or lines or ["no output"]
     return {
         "status": "failed",
-        "reason": f"exit code {done.returncode}: {reasons[-1].strip()[:300]} (see {log})",
+        "reason": f"exit code {code}: {reasons[-1].strip()[:300]} (see {log})",
     }
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> int | None:
+    """Wait for all ranks; end them when one fails or the time is over.
+
+    Returns:
+        0, the exit code of the first rank that failed, or None if the time is over.
+    """
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            codes = [rank.poll() for rank in ranks]
+            failed = [code for code in codes if code]
+            if failed or None not in codes:
+                return failed[0] if failed else 0
+            time.sleep(0.1)
+        return None
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def _figures(spec: Spec, arm: dict[str, Any]) -> dict[str, Any]:
@@ -261,9 +323,14 @@ def _figures(spec: Spec, arm: dict[str, Any]) -> dict[str, Any]:
         return figures
     run, seconds = spec.run, sorted(arm["seconds"])
     median = statistics.median(seconds)
-    tokens = spec.batch * run.data.sequence_length
+    # Of one rank, as rates and memory are.
+    tokens = spec.batch * run.data.sequence_length / spec.ranks
     flops = run.architecture.flops_per_token(run.data.sequence_length, mtp=spec.mtp)
+    estimated = None
+    if spec.kind == "megatron":
+        estimated = memory_per_rank(run, world_size=spec.ranks, backend=spec.backend).total
     return figures | {
+        "estimated_memory_bytes": estimated,
         "median_seconds": median,
         "spread": (seconds[-1] - seconds[0]) / median,
         "tokens_per_second": tokens / median,
@@ -291,6 +358,7 @@ def _header(
             "sequence_length": run.data.sequence_length,
             "micro_batch": run.schedule.micro_batch_size,
             "batch": specs[0].batch,
+            "ranks": specs[0].ranks,
             "warmup_steps": options.warmup,
             "timed_steps": options.steps,
         },

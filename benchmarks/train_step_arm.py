@@ -2,7 +2,7 @@
 
 ::
 
-    python -m benchmarks.train_step_arm SPEC.json OUT.json
+    python -m benchmarks.train_step_arm SPEC.json OUT.json RANK PORT
 
 Megatron's arms run as ``mellum2 train`` does: the run's command line, `megatron.training.pretrain`,
 and Megatron's `train_step` between two time stamps. Logging, validation and saving lie outside the
@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import resource
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +29,12 @@ import torch
 
 from mellum2_megatron.architecture import Mellum2Architecture, to_hf_config
 from mellum2_megatron.common.files import write_json
-from mellum2_megatron.config import Run, Schedule
+from mellum2_megatron.config import Run, Schedule, apply_overrides
 from mellum2_megatron.recipes import recipe
 
 SEED = 7
+TUPLES = ("overrides", "words", "without")
+"""Fields of `Spec` that JSON gives back as lists."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +45,13 @@ class Spec:
         name: name in tables and in ``--arms``.
         kind: ``megatron``, ``transformers``, or ``gemm`` for one large matrix product.
         backend, compute, optimizer, mtp: the run's settings that arms differ by; Megatron only.
+        overrides: `key=value` words for the run, as `mellum2 train` takes them.
         words: words added to Megatron's command line.
         without: words removed from it.
         small: the tiny model on a CPU instead of the 12B's slice.
         layers: decoder layers.
-        batch: sequences a step.
+        ranks: processes, which share the experts; each has a GPU of its own, if there are any.
+        batch: sequences a step, of all ranks.
         warmup: steps before the timed ones.
         steps: timed steps.
         profile: run one further step under the profiler, after the timed ones.
@@ -60,10 +63,12 @@ class Spec:
     compute: Literal["bf16", "fp8"] = "bf16"
     optimizer: Literal["muon", "adam"] = "muon"
     mtp: bool = True
+    overrides: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     small: bool = False
     layers: int = 4
+    ranks: int = 1
     batch: int = 16
     warmup: int = 3
     steps: int = 10
@@ -71,7 +76,7 @@ class Spec:
 
     @property
     def run(self) -> Run:
-        """The arm's variant of a recipe, for one process and without data files."""
+        """The arm's variant of a recipe, without data files."""
         base = recipe(
             "mellum2_tiny_pretrain" if self.small else "mellum2_4layer_pretrain_1gpu_h200_fp8"
         )
@@ -79,10 +84,10 @@ class Spec:
         if not self.mtp:
             architecture = architecture.replace(num_mtp_layers=0, mtp_layer_types=())
         steps = self.warmup + self.steps + self.profile
-        return dataclasses.replace(
+        run = dataclasses.replace(
             base,
             architecture=architecture,
-            layout=dataclasses.replace(base.layout, ep=1, dp=1),
+            layout=dataclasses.replace(base.layout, ep=self.ranks, dp=self.ranks),
             optimizer=dataclasses.replace(base.optimizer, name=self.optimizer),
             precision=dataclasses.replace(base.precision, compute=self.compute),
             schedule=Schedule.from_steps(
@@ -99,6 +104,7 @@ class Spec:
                 base.logging, log_interval=1000, eval_iterations=0, tensorboard=False
             ),
         )
+        return apply_overrides(run, self.overrides)
 
 
 class Clock:
@@ -193,7 +199,7 @@ def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
     from mellum2_megatron.model.provider import run_model_provider
     from mellum2_megatron.training.step import forward_step
 
-    words = megatron_arguments(run, world_size=1, device=device, backend=spec.backend)
+    words = megatron_arguments(run, world_size=spec.ranks, device=device, backend=spec.backend)
     missing = set(spec.without) - set(words)
     assert not missing, f"{missing} are not among the words of {spec.name}"
     sys.argv = [sys.argv[0], *(word for word in words if word not in spec.without), *spec.words]
@@ -322,7 +328,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "cpu" if spec.small or not torch.cuda.is_available() else "cuda"
     )
     if device == "cuda":
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     clock = Clock(spec, cuda=device == "cuda")
     result: dict[str, Any] = {"on": device}
     if spec.kind == "gemm":
@@ -345,16 +351,16 @@ def measure(spec: Spec) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Read a `Spec`, measure it and write its figures, both as JSON."""
-    spec_path, out = sys.argv[1:3]
+    """Read a `Spec`, measure it and write the first rank's figures, both as JSON."""
+    spec_path, out, rank, port = sys.argv[1:5]
     values = json.loads(Path(spec_path).read_text())
-    spec = Spec(**values | {name: tuple(values[name]) for name in ("words", "without")})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = str(probe.getsockname()[1])
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", free_port)
-    write_json(out, measure(spec))
+    spec = Spec(**values | {name: tuple(values[name]) for name in TUPLES})
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(spec.ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    figures = measure(spec)
+    if rank == "0":
+        write_json(out, figures)
     sys.stdout.flush()
     os._exit(0)  # the figures are written, and NCCL may wait at a normal exit
 

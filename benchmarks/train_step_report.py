@@ -37,7 +37,8 @@ def _speed(results: dict[str, Any]) -> Table:
     size = results["slice"]
     table = Table(
         title=f"One training step, {size['layers']} layers, "
-        f"{size['batch']} x {size['sequence_length']} tokens, on {results['machine']['device']}",
+        f"{size['batch']} x {size['sequence_length']} tokens, "
+        f"on {size['ranks']} x {results['machine']['device']}; rates of one",
         caption=results["note"],
     )
     table.add_column("arm", no_wrap=True)

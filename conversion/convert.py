@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from conversion.exportable import ROUTER_BIAS, require_exportable
 from conversion.huggingface.folder import HfFolder
-from conversion.huggingface.format import dtype_name, listed, tensor_bytes
+from conversion.huggingface.format import listed, tensor_bytes
 from conversion.jobs.exporting import ExportJob
 from conversion.jobs.importing import ImportJob
 from conversion.jobs.job import ConversionRequest
@@ -27,6 +28,7 @@ from conversion.mapping import derive, megatron_shapes
 from conversion.torch_dist.reader import TorchDistReader
 from mellum2_megatron.checkpoint import CheckpointFolder, find_checkpoint
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.staging import staging
 from mellum2_megatron.config import Layout
 
 PathLike = str | os.PathLike[str]
@@ -37,6 +39,7 @@ def import_hf(
     megatron_path: PathLike,
     *,
     dtype: str | None = None,
+    keep_dtypes: bool = False,
     overwrite: bool = False,
     workers: int | None = None,
     layout: Layout | None = None,
@@ -51,6 +54,8 @@ def import_hf(
         megatron_path: folder to write; Megatron's ``--load`` takes it.
         dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; default: the weights' own,
             bit for bit.
+        keep_dtypes: take a source of several dtypes and keep each tensor's, default False: it is
+            refused.
         overwrite: replace an earlier import, default False.
         workers: files written at a time, default one per core, at most 8.
         layout: layout that the model must fit, default none. The result serves every layout.
@@ -63,7 +68,12 @@ def import_hf(
         WorkError: writing failed; the same call continues from the finished units.
     """
     request = ConversionRequest.of(
-        megatron_path, dtype=dtype, overwrite=overwrite, workers=workers, checks=checks
+        megatron_path,
+        dtype=dtype,
+        keep_dtypes=keep_dtypes,
+        overwrite=overwrite,
+        workers=workers,
+        checks=checks,
     )
     with _import_job(hf_path, request, layout) as job:
         return job.run()
@@ -74,6 +84,7 @@ def plan_import(
     megatron_path: PathLike,
     *,
     dtype: str | None = None,
+    keep_dtypes: bool = False,
     overwrite: bool = False,
     workers: int | None = None,
     layout: Layout | None = None,
@@ -86,7 +97,12 @@ def plan_import(
         WorkError: the disk is too full.
     """
     request = ConversionRequest.of(
-        megatron_path, dtype=dtype, overwrite=overwrite, workers=workers, checks=checks
+        megatron_path,
+        dtype=dtype,
+        keep_dtypes=keep_dtypes,
+        overwrite=overwrite,
+        workers=workers,
+        checks=checks,
     )
     with _import_job(hf_path, request, layout) as job:
         return job.plan()
@@ -112,6 +128,7 @@ def export_hf(
     hf_path: PathLike,
     *,
     dtype: str | None = None,
+    keep_dtypes: bool = False,
     tokenizer: PathLike | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -127,6 +144,8 @@ def export_hf(
         hf_path: folder to write.
         dtype: ``bfloat16``, ``float16`` or ``float32`` to convert to; default: the weights' own,
             bit for bit.
+        keep_dtypes: take a source of several dtypes and keep each tensor's, default False: it is
+            refused.
         tokenizer: folder of tokenizer files, default the checkpoint's own.
         overwrite: replace an earlier export, default False.
         workers: layers converted at a time, default one per core, at most 8.
@@ -139,7 +158,12 @@ def export_hf(
         WorkError: writing failed; the same call continues from the finished units.
     """
     request = ConversionRequest.of(
-        hf_path, dtype=dtype, overwrite=overwrite, workers=workers, checks=checks
+        hf_path,
+        dtype=dtype,
+        keep_dtypes=keep_dtypes,
+        overwrite=overwrite,
+        workers=workers,
+        checks=checks,
     )
     return _export_job(megatron_path, request, tokenizer).run()
 
@@ -149,6 +173,7 @@ def plan_export(
     hf_path: PathLike,
     *,
     dtype: str | None = None,
+    keep_dtypes: bool = False,
     tokenizer: PathLike | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -161,7 +186,12 @@ def plan_export(
         WorkError: the disk is too full.
     """
     request = ConversionRequest.of(
-        hf_path, dtype=dtype, overwrite=overwrite, workers=workers, checks=checks
+        hf_path,
+        dtype=dtype,
+        keep_dtypes=keep_dtypes,
+        overwrite=overwrite,
+        workers=workers,
+        checks=checks,
     )
     return _export_job(megatron_path, request, tokenizer).plan()
 
@@ -171,6 +201,7 @@ def _export_job(
 ) -> ExportJob:
     checkpoint = find_checkpoint(megatron_path)
     reader = open_checkpoint(checkpoint)
+    require_exportable(checkpoint, reader)
     folder = Path(tokenizer) if tokenizer is not None else None
     return ExportJob(checkpoint, reader, request, folder)
 
@@ -223,10 +254,10 @@ def roundtrip(
     start = time.monotonic()
     # Bytes are compared, and NaN has bytes too.
     any_value = TensorChecks(allow_nonfinite=True)
-    with tempfile.TemporaryDirectory(prefix="mellum2-roundtrip-", dir=work_dir) as name:
-        megatron, exported = Path(name) / "megatron", Path(name) / "hf"
-        import_hf(hf_path, megatron, workers=workers, checks=any_value)
-        export_hf(megatron, exported, workers=workers, checks=any_value)
+    with staging(Path(work_dir or tempfile.gettempdir()) / "mellum2-roundtrip") as folder:
+        megatron, exported = folder / "megatron", folder / "hf"
+        import_hf(hf_path, megatron, keep_dtypes=True, workers=workers, checks=any_value)
+        export_hf(megatron, exported, keep_dtypes=True, workers=workers, checks=any_value)
         # Frees the disk: the comparison needs the exported copy only.
         shutil.rmtree(megatron)
         with HfFolder.open(hf_path) as before, HfFolder.open(exported) as after:
@@ -235,12 +266,12 @@ def roundtrip(
                 name
                 for name in names
                 # Equal bytes of another dtype are other values.
-                if before.dtype != after.dtype
+                if before.dtypes.by_name[name] != after.dtypes.by_name[name]
                 or tensor_bytes(before.tensor(name)) != tensor_bytes(after.tensor(name))
             ]
             return RoundTripReport(
                 path=before.path,
-                dtype=dtype_name(before.dtype),
+                dtype=str(before.dtypes),
                 tensors=len(names),
                 nbytes=before.nbytes,
                 seconds=time.monotonic() - start,
@@ -266,7 +297,10 @@ def open_checkpoint(checkpoint: CheckpointFolder) -> TorchDistReader:
             rule="architecture.json describes a model that has them",
             fix=fix,
         )
-    if extra := sorted(set(reader.tensors) - set(expected)):
+    # The bias of an ablation's router is neither extra nor part of the released layout: scoring
+    # loads it, and an export refuses it (`conversion.exportable`).
+    given = {key for key in reader.tensors if not key.endswith(ROUTER_BIAS)}
+    if extra := sorted(given - set(expected)):
         raise InputError(
             f"{checkpoint.iteration_dir}: {listed(extra)} not part of the model",
             rule="architecture.json describes a model without them",

@@ -16,13 +16,14 @@ Sources of the layouts:
     (``transformers/models/mellum/modeling_mellum.py:278-284``, 5.23).
 
 Shape letters: V vocabulary, H hidden size, D head dimension, Q query heads * D, K key/value heads *
-D, E experts, F expert intermediate size. ``Q+K+K H`` is a matrix of Q + 2K rows and H columns.
+D, E experts, F expert intermediate size; in variants W width of a dense MLP, S of a shared expert.
+``Q+K+K H`` is a matrix of Q + 2K rows and H columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from mellum2_megatron.architecture import Shape
@@ -146,8 +147,7 @@ def _row(
 
 EMBEDDING = (_row("embedding.word_embeddings.weight", "V H", ("model.embed_tokens.weight", "V H")),)
 
-# The same rows serve every decoder layer and the MTP layer's transformer layer.
-LAYER = (
+ATTENTION = (
     # Transformer Engine fuses this norm into linear_qkv, and the torch backend keeps its key.
     _row("self_attention.linear_qkv.layer_norm_weight", "H", ("input_layernorm.weight", "H")),
     _row(
@@ -162,6 +162,11 @@ LAYER = (
     _row("self_attention.q_layernorm.weight", "D", ("self_attn.q_norm.weight", "D")),
     _row("self_attention.k_layernorm.weight", "D", ("self_attn.k_norm.weight", "D")),
     _row("self_attention.linear_proj.weight", "H Q", ("self_attn.o_proj.weight", "H Q")),
+)
+
+# The same rows serve every decoder layer and the MTP layer's transformer layer.
+LAYER = (
+    *ATTENTION,
     _row("pre_mlp_layernorm.weight", "H", ("post_attention_layernorm.weight", "H")),
     _row("mlp.router.weight", "E H", ("mlp.gate.weight", "E H")),
     # "experts" twice: the grouped module takes the key of its counterpart with a module per expert
@@ -180,6 +185,34 @@ LAYER = (
     ),
 )
 
+# Two variants of a layer. With a dense MLP, whose norm Transformer Engine fuses:
+DENSE_LAYER = (
+    *ATTENTION,
+    _row("mlp.linear_fc1.layer_norm_weight", "H", ("post_attention_layernorm.weight", "H")),
+    _row(
+        "mlp.linear_fc1.weight",
+        "W+W H",
+        ("mlp.gate_proj.weight", "W H"),
+        ("mlp.up_proj.weight", "W H"),
+        transform=StackedRows(),
+    ),
+    _row("mlp.linear_fc2.weight", "H W", ("mlp.down_proj.weight", "H W")),
+)
+# With a shared expert, whose right-hand names no release has: transformers has no place for it.
+SHARED_EXPERT_LAYER = (
+    *LAYER,
+    _row(
+        "mlp.shared_experts.linear_fc1.weight",
+        "S+S H",
+        ("mlp.shared_expert.gate_proj.weight", "S H"),
+        ("mlp.shared_expert.up_proj.weight", "S H"),
+        transform=StackedRows(),
+    ),
+    _row(
+        "mlp.shared_experts.linear_fc2.weight", "H S", ("mlp.shared_expert.down_proj.weight", "H S")
+    ),
+)
+
 # Embedding and head are two tensors: Mellum 2 does not tie them.
 HEAD = (
     _row("decoder.final_layernorm.weight", "H", ("model.norm.weight", "H")),
@@ -188,10 +221,10 @@ HEAD = (
 
 # eh_proj's input columns are [enorm(embedding), hnorm(hidden)] on both sides.
 MTP = (
-    _row("mtp.layers.0.enorm.weight", "H", ("mtp.pre_fc_norm_embedding.weight", "H")),
-    _row("mtp.layers.0.hnorm.weight", "H", ("mtp.pre_fc_norm_hidden.weight", "H")),
-    _row("mtp.layers.0.eh_proj.weight", "H H+H", ("mtp.fc.weight", "H H+H")),
-    _row("mtp.layers.0.final_layernorm.weight", "H", ("mtp.norm.weight", "H")),
+    _row("enorm.weight", "H", ("pre_fc_norm_embedding.weight", "H")),
+    _row("hnorm.weight", "H", ("pre_fc_norm_hidden.weight", "H")),
+    _row("eh_proj.weight", "H H+H", ("fc.weight", "H H+H")),
+    _row("final_layernorm.weight", "H", ("norm.weight", "H")),
 )
 
 
@@ -226,19 +259,26 @@ FUSED_EXPERTS = (
 # Modules whose ``_extra_state`` object Megatron's load requires, though it is empty outside FP8.
 # These are the linears of either backend, and with Transformer Engine the norms too. {expert}: one
 # object per expert.
-LAYER_STATES = (
+ATTENTION_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
+)
+LAYER_STATES = (
+    *ATTENTION_STATES,
     "pre_mlp_layernorm",
     "mlp.experts.experts.linear_fc1{expert}",
     "mlp.experts.experts.linear_fc2{expert}",
 )
-HEAD_STATES = ("decoder.final_layernorm",)
-MTP_STATES = tuple(
-    f"mtp.layers.0.{module}" for module in ("enorm", "hnorm", "eh_proj", "final_layernorm")
+DENSE_STATES = (*ATTENTION_STATES, "mlp.linear_fc1", "mlp.linear_fc2")
+SHARED_EXPERT_STATES = (
+    *LAYER_STATES,
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
 )
+HEAD_STATES = ("decoder.final_layernorm",)
+MTP_STATES = ("enorm", "hnorm", "eh_proj", "final_layernorm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,8 +302,8 @@ class Place:
     mtp: bool = False
 
 
-# Megatron keeps MTP depths apart instead of stacking them on an axis; Mellum 2 has one.
-_MTP_LAYER = "mtp.layers.0.transformer_layer."
+# Megatron keeps MTP depths apart instead of stacking them on an axis; the released model has one.
+_MTP = "mtp.layers.0."
 
 PLACES = (
     Place(rows=EMBEDDING),
@@ -276,9 +316,13 @@ PLACES = (
     ),
     Place(rows=HEAD, states=HEAD_STATES),
     Place(
-        rows=LAYER, states=LAYER_STATES, megatron=_MTP_LAYER, huggingface="mtp.layers.0.", mtp=True
+        rows=LAYER,
+        states=LAYER_STATES,
+        megatron=f"{_MTP}transformer_layer.",
+        huggingface="mtp.layers.0.",
+        mtp=True,
     ),
-    Place(rows=MTP, states=MTP_STATES, mtp=True),
+    Place(rows=MTP, states=MTP_STATES, megatron=_MTP, huggingface="mtp.", mtp=True),
 )
 
 
@@ -451,8 +495,7 @@ def fused_experts(architecture: Mellum2Architecture) -> dict[str, FusedTensor]:
     sizes = _sizes(architecture)
     fused = {}
     for layer, place in _places(architecture):
-        # Decoder layers and the MTP layer: no other place has experts.
-        if place.rows is not LAYER:
+        if not any(row.per_expert for row in place.rows):
             continue
         prefix = place.huggingface.format(layer=layer)
         for row in FUSED_EXPERTS:
@@ -469,11 +512,35 @@ def fused_experts(architecture: Mellum2Architecture) -> dict[str, FusedTensor]:
 
 def _places(architecture: Mellum2Architecture) -> Iterator[tuple[int, Place]]:
     """Yield every layer and place of the model in order; the layer is 0 without a layer axis."""
+    layers = architecture.num_hidden_layers
     for place in PLACES:
-        if place.mtp and not architecture.num_mtp_layers:
-            continue
-        for layer in range(architecture.num_hidden_layers if place.layer_axis else 1):
-            yield layer, place
+        for depth in range(architecture.num_mtp_layers if place.mtp else 1):
+            for layer in range(layers if place.layer_axis else 1):
+                variant = _variant(architecture, place, layer) if place.rows is LAYER else place
+                yield layer, _at_depth(variant, depth) if depth else variant
+
+
+def _at_depth(place: Place, depth: int) -> Place:
+    """Return the place of a further MTP layer, under names that no release has."""
+    return replace(
+        place,
+        megatron=place.megatron.replace(_MTP, f"mtp.layers.{depth}."),
+        huggingface=f"mtp.layers.{depth}." if place.rows is not MTP else f"mtp.{depth}.",
+    )
+
+
+def _variant(architecture: Mellum2Architecture, place: Place, layer: int) -> Place:
+    """Return the place of one transformer layer, itself in a released model."""
+    mlp = architecture.mtp_mlp_type if place.mtp else architecture.mlp_type(layer)
+    if mlp == "dense":
+        place = replace(place, rows=DENSE_LAYER, states=DENSE_STATES)
+    elif architecture.shared_expert_intermediate_size is not None:
+        place = replace(place, rows=SHARED_EXPERT_LAYER, states=SHARED_EXPERT_STATES)
+    # Layers of two kinds have no common tensor, so each has keys of its own
+    # (megatron/core/transformer/transformer_block.py:736-785, 0.19.2).
+    if place.layer_axis and len(set(architecture.mlp_layer_types)) > 1:
+        place = replace(place, megatron=f"{place.megatron}{layer}.", layer_axis=False)
+    return place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -511,6 +578,8 @@ def _sizes(architecture: Mellum2Architecture) -> dict[str, int]:
         "K": architecture.num_key_value_heads * architecture.head_dim,
         "E": architecture.num_experts,
         "F": architecture.moe_intermediate_size,
+        "W": architecture.intermediate_size,
+        "S": architecture.shared_expert_intermediate_size or 0,
     }
 
 

@@ -1,4 +1,4 @@
-"""Run the ranks of one node under torch's elastic agent; Slurm starts this once on every node.
+"""Run the ranks of one node; Slurm starts this once on every node.
 
     srun --ntasks-per-node=1 python -m launchers.agent runs/x/run.yaml --ranks 8 --device cuda
         --tries 3
@@ -46,11 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
 
+    from launchers.early_end import ended_early
     from launchers.outcome import Report, finish_attempt, write_report
 
     folder, node = options.run.parent, int(os.environ.get("SLURM_NODEID", "0"))
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     code, failures, message = _train(options, node, received)
+    if code == STOPPED and ended_early(folder):
+        code = 0  # it is not to be started again
     if message:
         sys.stderr.write(f"error: node {name}: {message}\n")
     if code:
@@ -74,18 +77,20 @@ def _train(
         The node's exit code, its ranks' failures, and one message for all of them; the last two
         are empty after a good end or a stop.
     """
+    from launchers.early_end import ended_early, watching_loss
     from launchers.local import (
         FAILURE_FILE,
-        Rendezvous,
         rank_command,
         rank_environment,
         run_ranks,
         save_traceback,
         temporary_environment,
     )
+    from launchers.meeting_store import Rendezvous
     from launchers.outcome import start_attempt, this_attempt
+    from launchers.streaming import streaming
     from mellum2_megatron.checkpoint import read_run
-    from mellum2_megatron.common.errors import InputError, first_line
+    from mellum2_megatron.common.errors import InputError, WorkError
     from mellum2_megatron.faults.failures import only_complete_checkpoints, root_cause
 
     folder, nodes = options.run.parent, int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
@@ -98,11 +103,19 @@ def _train(
     refusal = start_attempt(folder, tries=options.tries) if node == 0 else None
     if refusal is not None:
         return 1, (), f"not started: {refusal.message}"
+    if ended_early(folder):
+        return STOPPED, (), ""
     cleanup = only_complete_checkpoints(folder) if node == 0 else nullcontext()
     try:
-        read_run(options.run)
+        run = read_run(options.run)
         command = rank_command(options.run, device=options.device, verbose=options.verbose)
-        with cleanup, temporary_environment(rank_environment(options.ranks, options.device)):
+        environment = rank_environment(options.ranks, options.device)
+        with (
+            cleanup,
+            streaming(run, folder, rendezvous) as stream,
+            temporary_environment({**environment, **stream}),
+            watching_loss(folder) if node == 0 else nullcontext(),
+        ):
             outcome = run_ranks(
                 command,
                 nproc=options.ranks,
@@ -112,20 +125,17 @@ def _train(
             )
     except InputError as error:
         return error.exit_code, (), str(error)
-    except RuntimeError as error:
-        # From torch's store: a node is missing, or the port is taken. After a stop signal it is no
-        # failure, since the nodes stop one after the other.
-        if received:
-            return STOPPED, (), ""
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return 1, (), f"the {nodes} nodes did not meet at {where} ({first_line(error)})"
+    except WorkError as error:
+        # The nodes did not meet. After a stop signal it is no failure, since the nodes stop one
+        # after the other.
+        return (STOPPED, (), "") if received else (error.exit_code, (), str(error))
     if isinstance(outcome, int):
         return outcome, (), ""
     cause = root_cause(outcome)
     file = None
     if cause.kind != "explained":
         file = save_traceback(cause.traceback, folder / f"{node}.{FAILURE_FILE}")
-    error_shown = cause.error(file)
+    error_shown = cause.error(file, folder)
     return error_shown.exit_code, outcome, str(error_shown)
 
 

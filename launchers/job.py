@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from launchers.profile import Container, Profile
 from mellum2_megatron.checkpoint import StartingPoint, check_run_folder, output_folder
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides
+from mellum2_megatron.data.corpus.selection import SPLITS
+from mellum2_megatron.data.feed.entries import prefixes, tokenizer_folder
 from mellum2_megatron.planning.rules import enforce
 
 LOGS_FOLDER = "logs"
@@ -27,13 +29,15 @@ class ClusterJob:
     Attributes:
         name: job name in the scheduler.
         run: resolved run with absolute paths; for an array, the run without its tasks' overrides.
-        folder: run folder, absolute. Tasks of an array have ``folder/0``, ``folder/1`` ..
+        folder: run folder, absolute. Tasks of an array have folders below it.
         nodes: number of nodes.
         ranks_per_node: ranks on each node.
         device: device of the ranks.
         profile: site profile.
         code: folder put first on ``PYTHONPATH``; None, the default, runs the installed packages.
         tasks: runs of an array's tasks in order; default empty, for an ordinary job.
+        task_folders: folders of the tasks below ``folder``, ``0``, ``1`` .. unless named; default
+            empty, for an ordinary job.
         dependency: Slurm's conditions, such as ``afterok:123``; default none.
     """
 
@@ -46,6 +50,7 @@ class ClusterJob:
     profile: Profile
     code: Path | None = None
     tasks: tuple[Run, ...] = ()
+    task_folders: tuple[str, ...] = ()
     dependency: tuple[str, ...] = ()
 
     @property
@@ -88,6 +93,7 @@ def plan_job(
     time: str | None = None,
     code: Path | None = None,
     sweep: Sequence[Sequence[str]] = (),
+    named_tasks: Mapping[str, Run] | None = None,
     dependency: Sequence[str] = (),
 ) -> ClusterJob:
     """Return the job of a run, checked by the run's rules. Reads no file; see `check_files`.
@@ -101,6 +107,8 @@ def plan_job(
         time: time limit as sbatch takes it, default the profile's.
         code: folder put first on ``PYTHONPATH``; None runs the installed packages.
         sweep: ``key=value`` overrides of each task of an array; empty for an ordinary job.
+        named_tasks: runs of an array's tasks by their folder below the run folder, in place of
+            ``sweep``; None (default): none.
         dependency: Slurm's conditions, such as ``afterok:123``.
 
     Raises:
@@ -118,6 +126,12 @@ def plan_job(
         output = str(output_folder(task) / str(number))
         checkpoint = dataclasses.replace(task.checkpoint, output=output)
         tasks.append(dataclasses.replace(task, checkpoint=checkpoint))
+    names = list(map(str, range(len(tasks))))
+    for name_of_task, task in (named_tasks or {}).items():
+        task = with_absolute_paths(task, profile)
+        checkpoint = dataclasses.replace(task.checkpoint, output=str(folder / name_of_task))
+        tasks.append(dataclasses.replace(task, checkpoint=checkpoint))
+        names.append(name_of_task)
     if profile.executor == "slurm" and profile.account is None:
         raise InputError(
             f"profile {profile.name} names no account",
@@ -125,11 +139,10 @@ def plan_job(
             fix="set account (`sacctmgr show associations user=$USER` lists yours), "
             "or `account: none` where there are none",
         )
-    forbidden = re.search(r"[\\\x00-\x1f\x7f]", str(folder))
-    if forbidden:
+    if "\\" in str(folder):
         raise InputError(
-            f"--output {str(folder)!r}",
-            rule=f"a name of Slurm's log files cannot hold {forbidden.group()!r}",
+            f"--output {folder}",
+            rule="a name of Slurm's log files cannot hold a backslash",
             fix="choose a folder without it",
         )
     node_count, ranks_per_node = _world(run, profile, nodes)
@@ -144,6 +157,7 @@ def plan_job(
         profile=profile,
         code=None if code is None else Path(os.path.abspath(code)),
         tasks=tuple(tasks),
+        task_folders=tuple(names),
         dependency=tuple(dependency),
     )
     # machine=False: neither this machine's files nor its packages matter to the job.
@@ -221,11 +235,13 @@ def with_absolute_paths(run: Run, profile: Profile) -> Run:
         return None if path is None else os.path.abspath(os.path.expanduser(path))
 
     def blend(pairs: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
-        return tuple((weight, os.path.abspath(prefix)) for weight, prefix in pairs)
+        return tuple(
+            (weight, os.path.abspath(os.path.expanduser(entry))) for weight, entry in pairs
+        )
 
     data = dataclasses.replace(
         run.data,
-        path=os.path.abspath(run.data.path),
+        path=os.path.abspath(os.path.expanduser(run.data.path)),
         tokenizer=absolute(run.data.tokenizer),
         train=blend(run.data.train),
         valid=blend(run.data.valid),
@@ -268,9 +284,10 @@ def _check_container(job: ClusterJob, container: Container) -> None:
     # run.yaml holds the host's paths, and the ranks read it in the container.
     paths = {"--output": job.folder, "the code": job.code}
     for run in job.runs:
-        for _, prefix in (*run.data.train_blend, *run.data.valid_blend):
-            paths[f"data {prefix}"] = Path(prefix)
-        paths["the tokenizer"] = Path(run.data.tokenizer_folder)
+        for split in SPLITS:
+            for _, prefix in prefixes(run.data, split):
+                paths[f"data {prefix}"] = Path(prefix)
+        paths["the tokenizer"] = tokenizer_folder(run.data)
         for key in ("load", "continue_from"):
             value = getattr(run.checkpoint, key)
             if value is not None:

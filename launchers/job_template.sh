@@ -5,11 +5,12 @@
 
 @ENVIRONMENT@
 
-# All nodes meet at the first one, under the address by which Slurm itself reaches it, at a port of this start's own.
+# All nodes meet at the first one, under the address by which Slurm itself reaches it, at a port drawn by chance.
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol --oneliner show node "$head_node" | grep -o ' NodeAddr=[^ ]*' | cut -d = -f 2)
 export MASTER_ADDR=${MASTER_ADDR:-$head_node}
-export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+MASTER_PORT=$((10000 + $(od -An -N2 -tu2 /dev/urandom) % 20000))
+export MASTER_PORT
 
 @COMMANDS@
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from launchers.packaging import Packager
 from mellum2_megatron.checkpoint import output_folder
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
+from mellum2_megatron.common.json_files import load_json
 from mellum2_megatron.common.provenance import record, source_code
 
 LAUNCH_FILE = "launch.json"
@@ -30,6 +30,7 @@ class Launch:
         executor: ``slurm`` or ``local``.
         job_id: Slurm's job number; for a local run NeMo-Run's name of it.
         tasks: number of tasks of an array; default 0, for an ordinary job.
+        task_folders: their folders below the run folder; empty (default): ``0``, ``1`` ..
         experiment: NeMo-Run's experiment id, for ``nemo experiment``; None without NeMo-Run.
         profile: name of the site profile.
         nodes: number of nodes.
@@ -46,6 +47,7 @@ class Launch:
     executor: str
     job_id: str
     tasks: int = 0
+    task_folders: tuple[str, ...] = ()
     experiment: str | None = None
     profile: str
     nodes: int
@@ -77,6 +79,7 @@ def record_launch(
         executor=job.profile.executor,
         job_id=job_id,
         tasks=len(job.tasks),
+        task_folders=job.task_folders,
         experiment=experiment,
         profile=job.profile.name,
         nodes=job.nodes,
@@ -111,12 +114,12 @@ def read_launches(folder: Path) -> tuple[Launch, ...]:
     known = {field.name for field in dataclasses.fields(Launch)}
     launches = []
     try:
-        for entry in json.loads(path.read_text(encoding="utf-8"))["launches"]:
+        for entry in load_json(path)["launches"]:
             # Unknown keys are dropped: a later version may have written the file.
             values = {key: value for key, value in entry.items() if key in known}
             lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
             launches.append(Launch(**(values | lists)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             str(path),
             rule=f"is not what a launch writes ({error})",

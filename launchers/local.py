@@ -1,4 +1,4 @@
-"""Start a run's ranks on this machine under torch's elastic agent; report one error for all."""
+"""Start a run's ranks on this machine and watch them; report one error for all."""
 
 from __future__ import annotations
 
@@ -7,58 +7,38 @@ import os
 import signal
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from launchers.meeting_store import Rendezvous, meeting_store
+from launchers.streaming import streaming
+from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.common.console import console
 from mellum2_megatron.common.files import write_text
+from mellum2_megatron.common.provenance import record
 from mellum2_megatron.config import Device
 from mellum2_megatron.faults.failures import RankFailure, only_complete_checkpoints, root_cause
 from mellum2_megatron.faults.stop_request import STOP_SIGNALS, STOPPED, is_stop
 
-if TYPE_CHECKING:
-    from torch.distributed.launcher.api import LaunchConfig
-
 FAILURE_FILE = "failure.txt"
 """File in the run folder: traceback of an unexplained failure that ended the run."""
 
-_INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Signals on which torch's agent ends the ranks.
+_POLL = 0.1
+"""Seconds between two looks at the ranks."""
 
-torch's default has SIGTERM too. Here SIGTERM is passed on to the ranks (`STOP_SIGNALS`), which save
-first.
+_INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that end the ranks.
+
+SIGTERM is not one: it is passed on to them (`STOP_SIGNALS`), and they save first.
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rendezvous:
-    """Meeting place of the nodes of one run.
-
-    Attributes:
-        nodes: number of nodes.
-        node: number of this node; ranks count up from node 0.
-        address, port: address of node 0, reachable from all nodes.
-        name: name of this start, the same on all nodes and new for every start.
-        timeout: seconds to wait for the other nodes, default 900.
-    """
-
-    nodes: int
-    node: int
-    address: str
-    port: int
-    name: str
-    timeout: int = 900
-
-
 def rank_command(run_file: Path, *, device: Device, verbose: bool = False) -> list[str]:
-    """Return the command of every rank; torch's agent passes the rank in the environment."""
+    """Return the command of every rank; its number is in the environment."""
     command = [
         sys.executable,
         "-m",
@@ -106,18 +86,22 @@ def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = Fal
     command = rank_command(run_file, device=device, verbose=verbose)
     with (
         only_complete_checkpoints(folder),
-        temporary_environment(rank_environment(nproc, device)),
+        streaming(read_run(run_file), folder) as stream,
+        temporary_environment({**rank_environment(nproc, device), **stream}),
     ):
         outcome = run_ranks(command, nproc=nproc, verbose=verbose)
     # A rank killed in the middle of a progress bar leaves the cursor hidden.
     console.show_cursor()
     if isinstance(outcome, int):
         return outcome
+    # Here, not in a rank: the first rank is killed when another one fails.
+    with suppress(OSError):
+        record(folder, event="end", world_size=nproc, more={"outcome": "failed"})
     cause = root_cause(outcome)
     file = None
     if cause.kind != "explained":
         file = save_traceback(cause.traceback, folder / FAILURE_FILE)
-    raise cause.error(file)
+    raise cause.error(file, folder)
 
 
 def run_ranks(
@@ -128,31 +112,31 @@ def run_ranks(
     verbose: bool = False,
     received: list[int] | None = None,
 ) -> int | list[RankFailure]:
-    """Run a command once per rank under torch's elastic agent.
+    """Run a command once per rank, and end all ranks of this machine when one fails.
 
-    The agent ends all ranks of this machine when one fails.
+    The ranks get torch's usual environment (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` ...). On one
+    machine nothing listens on another address than loopback.
 
     Args:
         command: command of every rank.
         nproc: ranks on this machine.
         rendezvous: meeting place of the nodes; None, the default, on a single machine.
-        verbose: keep the agent's own messages about failures, default False.
+        verbose: keep torch's own messages about failures, default False.
         received: stop signals received before the call, default none; later ones are appended.
 
     Returns:
         0, or `STOPPED`, or 128 + signal number after an interrupt, or the failures of the ranks.
 
     Raises:
-        RuntimeError: from torch, if the other nodes do not arrive in time.
+        WorkError: the other nodes do not arrive in time.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
 
     stop_signals = [] if received is None else received
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         stop_signals.append(number)
+        # The keeper of a stream, a child too, ignores it.
         for rank in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
@@ -163,17 +147,14 @@ def run_ranks(
         for number in STOP_SIGNALS:
             signal.signal(number, pass_on)
         if not verbose:
-            # The agent logs each failure itself, with the signals it sends and exit codes.
+            # torch logs each failure itself, with the signals it sends and exit codes.
             logging.disable(logging.CRITICAL)
         try:
             if stop_signals:
                 return STOPPED
-            elastic_launch(_launch_config(nproc, rendezvous, logs), command[0])(*command[1:])
-        except ChildFailedError as error:
-            failures = [
-                RankFailure.of(rank, failure.exitcode, failure.error_file_data, failure.timestamp)
-                for rank, failure in error.failures.items()
-            ]
+            failures = _start_and_watch(command, nproc, rendezvous, logs)
+            if not failures:
+                return 0
             stopped = is_stop(
                 (failure.exit_code for failure in failures), signalled=bool(stop_signals)
             )
@@ -182,44 +163,74 @@ def run_ranks(
             return 128 + int(error.sigval)
         finally:
             logging.disable(log_level)
-            # The agent does not restore the handlers that it replaces.
+            # torch does not restore the handlers that it replaces.
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    return 0
 
 
-def _launch_config(nproc: int, rendezvous: Rendezvous | None, logs: str) -> LaunchConfig:
-    """Return the agent's configuration; it writes its files into the folder ``logs``."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig
-
-    if rendezvous is None:
-        # As `torchrun --standalone`: a free port keeps runs on the same machine apart.
-        meeting: dict[str, Any] = {
-            "run_id": str(uuid.uuid4()),
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": "localhost:0",
-            "rdzv_configs": {},
-        }
-    else:
-        # "static" numbers ranks in the order of the nodes, "c10d" in the order of arrival.
-        meeting = {
-            "run_id": rendezvous.name,
-            "rdzv_backend": "static",
-            "rdzv_endpoint": f"{rendezvous.address}:{rendezvous.port}",
-            "rdzv_configs": {"rank": rendezvous.node, "timeout": rendezvous.timeout},
-        }
-    nodes = 1 if rendezvous is None else rendezvous.nodes
-    return LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=nproc,
-        # `launchers.outcome` decides about restarts, for all nodes at once.
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=logs),
-        signals_to_handle=",".join(number.name for number in _INTERRUPTS),
-        **meeting,
+def _start_and_watch(
+    command: Sequence[str], nproc: int, rendezvous: Rendezvous | None, logs: str
+) -> list[RankFailure]:
+    """Start the ranks and wait until all have ended or one has failed; return the failures."""
+    from torch.distributed.elastic.multiprocessing import (
+        DefaultLogsSpecs,
+        SignalException,
+        start_processes,
     )
+
+    node = 0 if rendezvous is None else rendezvous.node
+    nodes = 1 if rendezvous is None else rendezvous.nodes
+    first = node * nproc
+    with meeting_store(rendezvous) as meeting:
+        common = {
+            "WORLD_SIZE": str(nodes * nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+            # As torchrun names the node and the start; libraries read them.
+            "GROUP_RANK": str(node),
+            "GROUP_WORLD_SIZE": str(nodes),
+            "TORCHELASTIC_RUN_ID": meeting.name,
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0",
+            "MASTER_ADDR": meeting.address,
+            "MASTER_PORT": str(meeting.port),
+            # The store is there already: rank 0 joins it like the others, and hosts none.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get(
+                "TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"
+            ),
+        }
+        if rendezvous is None:
+            # gloo and NCCL listen on the interface that the host's name stands for, if not told.
+            common |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        signals = ",".join(number.name for number in _INTERRUPTS)
+        with temporary_environment({"TORCHELASTIC_SIGNALS_TO_HANDLE": signals}):
+            ranks = start_processes(
+                name="ranks",
+                entrypoint=command[0],
+                args={local: tuple(command[1:]) for local in range(nproc)},
+                envs={
+                    local: {**common, "RANK": str(first + local), "LOCAL_RANK": str(local)}
+                    for local in range(nproc)
+                },
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )
+        try:
+            result = None
+            while result is None:
+                result = ranks.wait(timeout=60, period=_POLL)
+        except SignalException as error:
+            ranks.close(death_sig=error.sigval)
+            raise
+        finally:
+            ranks.close()
+        if not result.is_failed():
+            meeting.leave()
+        return [
+            RankFailure.of(
+                first + local, failure.exitcode, failure.error_file_data, failure.timestamp
+            )
+            for local, failure in result.failures.items()
+        ]
 
 
 @contextmanager

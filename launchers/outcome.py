@@ -31,9 +31,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from launchers.early_end import ended_early
 from mellum2_megatron.checkpoint.folder import tracked_iteration
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.files import write_json
+from mellum2_megatron.common.files import read_bytes, write_json
+from mellum2_megatron.common.json_files import load_json, parse_object
 from mellum2_megatron.faults.failures import RankFailure, root_cause
 from mellum2_megatron.faults.stop_request import STOPPED
 from mellum2_megatron.metrics.log import METRICS_FILE
@@ -45,8 +47,9 @@ REPORTS_FOLDER = "attempts"
 SERIES_VARIABLE = "MELLUM2_SERIES"
 """Environment variable with the number of a series' first job; the batch script sets it."""
 
-Kind = Literal["done", "stopped", "failed", "refused", "ended"]
-"""``stopped`` saved after a stop signal; ``refused`` is bad input; ``ended`` was ended by Slurm."""
+Kind = Literal["done", "early", "stopped", "failed", "refused", "ended"]
+"""``early``: ended by a limit of its loss; ``stopped``: saved after a stop signal; ``refused``: bad
+input; ``ended``: ended by Slurm."""
 
 _PREEMPTED = "preempted after a save"
 _CUT_OFF = "it ended without a report: a node failed, or Slurm killed it"
@@ -130,9 +133,9 @@ def read_attempts(folder: Path) -> tuple[Attempt, ...]:
     if not path.is_file():
         return ()
     attempts: dict[tuple[str, int], Attempt] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode("utf-8", errors="replace").splitlines():
         try:
-            event: dict[str, Any] = json.loads(line)
+            event = parse_object(line)
             key = str(event["job"]), int(event["restart"])
             if event["event"] == "begin":
                 attempts[key] = Attempt(
@@ -170,7 +173,7 @@ def reached_step(folder: Path) -> int:
         lines = []
     for line in reversed(lines):
         try:
-            steps.append(int(json.loads(line)["step"]))
+            steps.append(int(parse_object(line)["step"]))
             break
         except (ValueError, KeyError, TypeError):
             continue
@@ -224,7 +227,7 @@ def judge(code: int, reports: Sequence[Report], stop_signal: str) -> tuple[Kind,
     }
     if failures:
         cause = root_cause([failure for _, failure in failures.values()])
-        error = cause.error(None)
+        error = cause.error(None, None)
         return "failed", error.exit_code, f"node {failures[cause.rank][0]}: {error}"
     # An agent can fail before its ranks start, for example if the nodes did not meet.
     failed = next((report for report in reports if report.code not in (0, STOPPED)), None)
@@ -251,6 +254,8 @@ def decide(attempts: Sequence[Attempt], *, tries: int) -> Decision:
     restart = False
     if last.kind == "done":
         message = f"done at step {step}"
+    elif last.kind == "early":
+        message = f"ended at step {step}, {last.reason}"
     elif last.kind == "refused":
         message = f"{last.reason}\nnot started again: the same would be refused again"
     elif last.kind == "ended":
@@ -335,6 +340,8 @@ def finish_attempt(folder: Path, *, code: int, stop_signal: str = "", tries: int
         # Node 0's agent died before it could record the start.
         _record_start(folder, job, restart)
     kind, code, reason = judge(code, read_reports(folder, job, restart), stop_signal)
+    if early := ended_early(folder):
+        kind, code, reason = "early", 0, early
     if len(reason) > _REASON_LENGTH:
         # torch's exceptions can fill pages; the node's log has the full text.
         reason = f"{reason[: _REASON_LENGTH // 2]} .. {reason[-_REASON_LENGTH // 2 :]}"
@@ -355,7 +362,7 @@ def read_reports(folder: Path, job: str, restart: int) -> list[Report]:
     files = _reports(folder, job, restart).glob("*.json")
     reports = []
     for path in sorted(files, key=lambda path: int(path.stem)):
-        value: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
         failures = tuple(RankFailure(**failure) for failure in value["failures"])
         reports.append(
             Report(

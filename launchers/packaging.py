@@ -6,6 +6,7 @@ It runs in place on the shared disk, or from an archive of the commit in the run
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -99,8 +100,8 @@ def package(
     """Package the code of a job.
 
     ``git`` archives the commit into ``run_folder/code/COMMIT``. With ``allow_dirty`` it includes
-    changes of tracked files, in ``COMMIT-TREE``. An existing folder is never changed: jobs that
-    wait or run keep their code.
+    changes of tracked and staged files, in ``COMMIT-TREE``. An existing folder is never changed:
+    jobs that wait or run keep their code.
 
     Args:
         run_folder: run folder.
@@ -145,15 +146,16 @@ def package(
 
 
 def _tree(root: Path, *, with_changes: bool) -> str:
-    """Return the hash of Git's tree of ``root`` at HEAD, or with changes of tracked files."""
+    """Return the hash of Git's tree of ``root`` at HEAD, or with uncommitted changes."""
     # The project may be a subfolder of a larger repository.
     prefix = _git(root, "rev-parse", "--show-prefix").strip()
     if not with_changes:
         return _git(root, "rev-parse", f"HEAD:{prefix}").strip()
     with tempfile.TemporaryDirectory() as scratch:
-        # An index of our own: the user's staged changes stay as they are.
-        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
-        _git(root, "read-tree", "HEAD", environment=index)
+        # A copy of the user's index, which stays as it is: it holds the new files that are staged.
+        copy = Path(scratch) / "index"
+        shutil.copyfile(root / _git(root, "rev-parse", "--git-path", "index").strip(), copy)
+        index = {"GIT_INDEX_FILE": str(copy)}
         _git(root, "add", "--update", "--", ".", environment=index)
         repository_tree = _git(root, "write-tree", environment=index).strip()
     return _git(root, "rev-parse", f"{repository_tree}:{prefix}").strip()

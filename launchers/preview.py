@@ -12,6 +12,7 @@ from launchers.job import ClusterJob, missing_variables
 from mellum2_megatron.common.console import console, plain_table
 from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.planning.layout_report import layout_report, render_layout
+from mellum2_megatron.planning.start_notes import start_notes
 
 ASSUMED_TFLOPS = 350.0
 """Model TFLOP/s of an H100-class GPU for the estimate, unless ``--assumed-tflops`` gives a rate.
@@ -137,10 +138,11 @@ def show(
 
 def warnings(job: ClusterJob) -> list[str]:
     """Return remarks about a job that are no reason to refuse it."""
+    lines = start_notes(job.run, job.world_size)
     missing = missing_variables(job.profile)
-    if not missing:
-        return []
-    return [
-        "Not set in this shell, so not in the job either (profile, environment): "
-        f"{', '.join(missing)}"
-    ]
+    if missing:
+        lines.append(
+            "Not set in this shell, so not in the job either (profile, environment): "
+            f"{', '.join(missing)}"
+        )
+    return lines

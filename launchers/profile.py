@@ -22,23 +22,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mellum2_megatron.common.errors import InputError, nearest
+from launchers.profile_text import check_script, check_text, check_variables
+from mellum2_megatron.common.errors import InputError, nearest, shown
 from mellum2_megatron.common.field_checks import require
 from mellum2_megatron.common.files import read_text
-from mellum2_megatron.common.values import Reader, from_mapping, from_plain, read_yaml
+from mellum2_megatron.common.text import read_yaml
+from mellum2_megatron.common.values import Reader, from_mapping, from_plain
 
 PROFILES_VARIABLE = "MELLUM2_PROFILES"
 """Environment variable with a folder of profiles, for a whole site."""
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # sbatch --time: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes,
 # days-hours:minutes:seconds.
 _TIME = re.compile(
-    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
+    r"(?:(?P<days>\d{1,6})-)?(?P<first>\d{1,9})(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
 )
-_MEMORY = re.compile(r"\d+[KMGT]?")
-# Profiles are shared, copied and committed: a variable whose name looks secret is refused.
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL")
+_MEMORY = re.compile(r"\d{1,15}[KMGT]?")
 _OWN_FLAGS = {
     "account": "account",
     "partition": "partition",
@@ -85,10 +84,10 @@ class Mount:
                 fix="write the path from / on",
             )
             require(
-                not re.search(r"[:,\n]", path),
+                not re.search(r"[:,]", path) and path.isprintable(),
                 f"mount {name} {path!r}",
                 rule="container runtimes separate mounts with ':' and ','",
-                fix="use a path without them, a link for instance",
+                fix="use a path without them and without control characters, a link for instance",
             )
 
 
@@ -217,6 +216,7 @@ class Profile:
     tries: int = 3
 
     def __post_init__(self) -> None:
+        self._check_text()
         self._check_numbers()
         if self.time is not None:
             # Otherwise Slurm would signal the job to stop as soon as it starts.
@@ -251,43 +251,51 @@ class Profile:
                 rule="is no long flag of sbatch",
                 fix="write its long name without dashes, such as constraint",
             )
-        for name in (*self.environment, *self.variables):
-            require(
-                _VARIABLE.fullmatch(name) is not None,
-                f"variable {name!r}",
-                rule="is no name of a variable",
-                fix="list names alone under environment, and NAME: value under variables",
-            )
-        for name in self.variables:
-            require(
-                _SECRET.search(name.upper()) is None,
-                f"variables.{name}",
-                rule="looks like a secret, which no file or script should hold",
-                fix=f"set it in your shell and list its name: environment: [{name}]",
-            )
-            require(
-                name not in self.environment,
-                f"{name} under environment and variables",
-                rule="it comes from the shell or from the profile",
-                fix="drop one of the two",
-            )
+        check_variables(self.environment, self.variables)
+
+    def _check_text(self) -> None:
+        """Refuse text that would be more than one value of the batch script."""
+        container = self.container
+        texts: dict[str, str | None] = {"name": self.name, "runs": self.runs}
+        for name in ("account", "partition", "qos", "time", "memory", "python"):
+            texts[name] = getattr(self, name)
+        if container is not None:
+            texts |= {"container.image": container.image, "container.workdir": container.workdir}
+        check_text({key: text for key, text in texts.items() if text is not None})
+        flags = {f"sbatch.{name}": str(value) for name, value in self.sbatch.items()}
+        check_text(flags)
+        arguments = () if container is None else container.arguments
+        for name, words in (
+            ("srun", self.srun),
+            ("modules", self.modules),
+            ("container.arguments", arguments),
+        ):
+            check_text({f"{name}[{number}]": word for number, word in enumerate(words)})
+        check_script(self.setup)
 
     def _check_numbers(self) -> None:
-        lowest = {
-            "nodes": 1,
-            "gpus_per_node": 0,
-            "ranks_per_node": 1,
-            "cpus_per_task": 1,
-            "grace_seconds": 30,
-            "tries": 0,
+        # Slurm holds these numbers in 16 or 32 bits; a signal's seconds in 16.
+        ranges = {
+            "nodes": (1, 65_533),
+            "gpus_per_node": (0, 1024),
+            "ranks_per_node": (1, 4096),
+            "cpus_per_task": (1, 65_533),
+            "grace_seconds": (30, 65_535),
+            "tries": (0, 1_000_000),
         }
-        for name, least in lowest.items():
+        for name, (least, most) in ranges.items():
             value = getattr(self, name)
             require(
                 value is None or value >= least,
                 f"{name}: {value}",
                 rule=f"must be {least} or more",
                 fix=f"use {least}",
+            )
+            require(
+                value is None or value <= most,
+                f"{name}: {shown(value)}",
+                rule=f"must not exceed {most}",
+                fix=f"use {most} or less",
             )
         if self.device == "cuda" or (self.device == "auto" and self.gpus_per_node):
             ranks, gpus = self.ranks_per_node, self.gpus_per_node
@@ -415,27 +423,16 @@ def profile_from_yaml(text: str, *, name: str) -> Profile:
     return from_mapping(Profile, values, document="profile", readers=_READERS)
 
 
-def _text(value: Any, key: str) -> str | None:
-    """Read a value that must be text; refuse a number."""
-    # Without quotes YAML 1.1 reads 24:00:00 as 86400.
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise InputError(
-            f"{key}={value}",
-            rule="YAML has read it as a number",
-            fix=f'put it in quotes, like {key}: "{_QUOTED[key]}"',
-        )
-    text: str | None = from_plain(value, str | None, key)
+def _account(value: Any, key: str) -> str | None:
+    """Read the account; ``none`` is the word for a site without accounts, not an absent value."""
+    text: str | None = from_plain(str(value) if value == "none" else value, str | None, key)
     return text
-
-
-_QUOTED = {"time": "24:00:00", "memory": "512G", "account": "00123", "qos": "1", "partition": "1"}
-"""Key whose value may look like a number -> example of a value in quotes."""
 
 
 def _mounts(value: Any, key: str) -> tuple[Mount, ...]:
     if not isinstance(value, list):
         raise InputError(
-            f"{key}: {value!r}", rule="must be a list", fix="write [/lustre, /data:/data:ro]"
+            f"{key}: {shown(value)}", rule="must be a list", fix="write [/lustre, /data:/data:ro]"
         )
     return tuple(_mount(item, f"{key}[{number}]") for number, item in enumerate(value))
 
@@ -456,24 +453,20 @@ def _mount(value: Any, key: str) -> Mount:
 
 def _flags(value: Any, key: str) -> dict[str, str | int | bool]:
     return {
-        name: from_plain(flag, str | int | bool, f"{key}.{name}")
+        # bool first, so that true is a flag without value; all else stays as it is written.
+        name: from_plain(flag, bool | str, f"{key}.{name}")
         for name, flag in _mapping(value, key).items()
     }
 
 
 def _variables(value: Any, key: str) -> dict[str, str]:
-    variables: dict[str, str] = {}
     for name, text in _mapping(value, key).items():
-        # `OMP_NUM_THREADS: 8` is plain enough without quotes; YAML's `yes` and 1.0 are not.
-        if isinstance(text, int) and not isinstance(text, bool):
-            text = str(text)
-        if not isinstance(text, str) or "\n" in text:
+        if not isinstance(text, str):
             # The message leaves the value out: a secret may stand there by mistake.
             raise InputError(
                 f"{key}.{name}", rule="must be one line of text", fix='put it in quotes, like "1"'
             )
-        variables[name] = text
-    return variables
+    return {name: str(text) for name, text in value.items()}
 
 
 def _mapping(value: Any, key: str) -> Mapping[str, Any]:
@@ -487,7 +480,7 @@ def _mapping(value: Any, key: str) -> Mapping[str, Any]:
 
 
 _READERS: dict[str, Reader] = {
-    **dict.fromkeys(_QUOTED, _text),
+    "account": _account,
     "container.mounts": _mounts,
     "sbatch": _flags,
     "variables": _variables,

@@ -21,13 +21,17 @@ from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.common.console import console
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.common.files import write_json
-from mellum2_megatron.data.prepared_folder import load_prepared
+from mellum2_megatron.common.json_files import load_json
+from mellum2_megatron.data.prepared_folder import CORPUS_FILE
 from mellum2_megatron.metrics import plot_loss, read_metrics
 from mellum2_megatron.metrics.log import METRICS_FILE, series
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mellum2_megatron.config import Run
+
+RECIPE = "mellum2_tiny_pretrain"
 PROMPT = "def read_lines(path):\n"
 NEW_TOKENS = 64
 ACCEPTANCE_SEQUENCES = 16
@@ -63,12 +67,12 @@ class Quickstart:
     def run(self) -> dict[str, Any]:
         """Take all steps; return the summary, also written to `output/summary.json`."""
         # `data prepare` moves a finished folder into place: an existing one is complete.
-        if (self.data / "corpus.json").exists():
+        if (self.data / CORPUS_FILE).exists():
             self._announce("prepare", f"data: {self.data} is there already")
         else:
             self._step(
                 "prepare",
-                "make a corpus of the Python sources on this machine, and tokenize it",
+                "the Python sources here: filters, duplicates, FIM, packs",
                 *("data", "prepare", "--output", str(self.data)),
                 *("--max-megabytes", f"{self.max_megabytes:g}"),
             )
@@ -76,7 +80,7 @@ class Quickstart:
             "train",
             "train mellum2-tiny: two gloo ranks, experts divided between them, "
             "Muon, MTP, sliding windows",
-            *("train", "mellum2_tiny_pretrain", "--device", "cpu", "--nproc", "2"),
+            *("train", RECIPE, "--device", "cpu", "--nproc", "2"),
             *("--output", str(self.output), f"data.path={self.data}", *self.overrides),
         )
         self._step(
@@ -93,6 +97,8 @@ class Quickstart:
             self.output / "loss.png",
             unigram_entropy=summary["valid_unigram_entropy"],
             ln_vocab=summary["ln_vocab"],
+            title=str(self.output),
+            recipe=RECIPE,
         )
         write_json(self.output / "summary.json", summary)
         first, last = summary["first_validation_loss"], summary["last_validation_loss"]
@@ -101,12 +107,18 @@ class Quickstart:
             f"(uniform guessing {summary['ln_vocab']:.3f}, "
             f"unigram entropy {summary['valid_unigram_entropy']:.3f}); "
             f"MTP acceptance {summary['mtp_acceptance']:.0%}\n"
+            f"{self._corpus_report()}"
             f"{self.output}/: loss.png, metrics.jsonl, summary.json, checkpoints; "
             f"{self.hf}/ for transformers",
             highlight=False,
             soft_wrap=True,
         )
         return summary
+
+    def _corpus_report(self) -> str:
+        """Return a line with the page about the corpus; none for a folder without one."""
+        page = self.data / "report" / "report.md"
+        return f"{page}: what the corpus holds, tables and pictures\n" if page.exists() else ""
 
     # The last two steps run in this process, for the summary needs their figures.
 
@@ -167,18 +179,18 @@ class Quickstart:
         from conversion.huggingface.generation import mtp_acceptance
 
         run = read_run(self.output / RUN_FILE)
-        prepared = load_prepared(self.data)
+        entropy = load_json(self.data / CORPUS_FILE)["valid_unigram_entropy_nats"]
         steps, losses = series(read_metrics(self.output / METRICS_FILE), "lm_loss", "valid")
         if not losses:
             raise WorkError(
                 "no validation in metrics.jsonl",
                 fix="set logging.eval_interval below the number of steps",
             )
-        tokens = self._validation_tokens(run.data.sequence_length)
+        tokens = self._validation_tokens(run)
         return {
             "vocab_size": run.architecture.vocab_size,
             "ln_vocab": math.log(run.architecture.vocab_size),
-            "valid_unigram_entropy": prepared.valid_unigram_entropy_nats,
+            "valid_unigram_entropy": entropy,
             "first_validation_loss": losses[0],
             "first_validation_step": steps[0],
             "last_validation_loss": losses[-1],
@@ -190,12 +202,15 @@ class Quickstart:
             "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
         }
 
-    def _validation_tokens(self, length: int) -> Tensor:
+    def _validation_tokens(self, run: Run) -> Tensor:
         """Return up to `ACCEPTANCE_SEQUENCES` sequences of the validation data, [n, length]."""
         import torch
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        dataset = IndexedDataset(str(self.data / "valid_document"))
+        from mellum2_megatron.data.feed.sources import check_data
+
+        length = run.data.sequence_length
+        dataset = IndexedDataset(str(check_data(run).valid[0].prefix))
         wanted, stream = ACCEPTANCE_SEQUENCES * length, []
         for index in range(len(dataset)):
             stream += dataset[index].tolist()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from launchers.job import LOGS_FOLDER, ClusterJob
@@ -107,6 +107,11 @@ def _header(job: ClusterJob) -> Iterator[str]:
         "signal": f"B:USR1@{profile.grace_seconds}",
         **profile.sbatch,
     }
+    yield from directives(flags)
+
+
+def directives(flags: Mapping[str, str | int | bool | None]) -> Iterator[str]:
+    """Yield ``#SBATCH`` lines; true is a flag alone, false and None are left out."""
     for flag, value in flags.items():
         if value is True:
             yield f"#SBATCH --{flag}"
@@ -116,10 +121,11 @@ def _header(job: ClusterJob) -> Iterator[str]:
 
 def _directive_value(value: str) -> str:
     """Quote a value for an ``#SBATCH`` line."""
-    # sbatch reads these lines by its own rules of quoting, not by bash's.
-    if not any(character.isspace() or character in "\"'#" for character in value):
+    # sbatch reads these lines by its own rules, not by bash's: a # outside quotes begins a comment,
+    # and a backslash escapes the next character, in both kinds of quotes too.
+    if not any(character.isspace() or character in "\"'#\\" for character in value):
         return value
-    return '"' + value.replace('"', r"\"") + '"'
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _environment(job: ClusterJob) -> Iterator[str]:
@@ -128,7 +134,13 @@ def _environment(job: ClusterJob) -> Iterator[str]:
     yield "set -u"
     # Each task of an array is a run of its own, in a folder below the array's.
     folder = shlex.quote(str(job.folder))
-    yield f'folder={folder}/"$SLURM_ARRAY_TASK_ID"' if job.tasks else f"folder={folder}"
+    if not job.tasks:
+        yield f"folder={folder}"
+    elif job.task_folders in ((), tuple(map(str, range(len(job.tasks))))):
+        yield f'folder={folder}/"$SLURM_ARRAY_TASK_ID"'
+    else:
+        yield f"tasks=({_words(job.task_folders)})"
+        yield f'folder={folder}/"${{tasks[$SLURM_ARRAY_TASK_ID]}}"'
     for name, value in job.profile.variables.items():
         yield f"export {name}={shlex.quote(value)}"
     if job.code is not None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ FINISHED = frozenset(
 
 _TIMEOUT = 60
 """Seconds to wait for a command of Slurm."""
+_CONFIRM_SECONDS = 10.0
+"""Seconds to wait until Slurm shows that a job is cancelled."""
 _JOB = re.compile(r"(?P<job>\d+)(?:_(?P<task>\d+))?")
 
 
@@ -131,15 +134,70 @@ def states(job_id: str) -> tuple[JobState, ...]:
     raise _failure(done)
 
 
-def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs or tasks. A job that has ended is no error.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cancellation:
+    """What Slurm confirms about a job after ``scancel``.
+
+    Attributes:
+        job_id: job or task as it was named.
+        done: true if the job is cancelled or had already ended.
+        note: the outcome in words, with Slurm's own message if it refused.
+    """
+
+    job_id: str
+    done: bool
+    note: str
+
+
+def request_cancel(job_id: str) -> None:
+    """Ask Slurm to cancel a job or task, and do not wait for it.
 
     Raises:
         InputError: no Slurm on this machine.
         WorkError: Slurm refuses.
     """
     require("scancel")
-    _output(["scancel", *job_ids])
+    _output(["scancel", job_id])
+
+
+def cancel(job_id: str) -> Cancellation:
+    """Cancel a job or task and return what Slurm shows afterwards; ended jobs are no error.
+
+    Raises:
+        InputError: no Slurm on this machine.
+        WorkError: Slurm does not answer.
+    """
+    require("scancel")
+    before = states(job_id)
+    if not before:
+        return Cancellation(job_id=job_id, done=False, note="not found: Slurm has no such job")
+    if all(state.finished for state in before):
+        return Cancellation(
+            job_id=job_id, done=True, note=f"had already ended: {_state_words(before)}"
+        )
+    asked = _run(["scancel", job_id])
+    # scancel returns before the job has left its nodes, and in some versions with 0 when refused.
+    end = time.monotonic() + _CONFIRM_SECONDS
+    after = states(job_id)
+    while not _is_leaving(after) and not asked.returncode and time.monotonic() < end:
+        time.sleep(0.5)
+        after = states(job_id)
+    said = " ".join(asked.stderr.split())
+    if _is_leaving(after):
+        return Cancellation(job_id=job_id, done=True, note=f"cancelled: {_state_words(after)}")
+    return Cancellation(
+        job_id=job_id,
+        done=False,
+        note=f"not cancelled: Slurm shows {_state_words(after)}" + (f" ({said})" if said else ""),
+    )
+
+
+def _is_leaving(job_states: Sequence[JobState]) -> bool:
+    return all(state.finished or state.state == "COMPLETING" for state in job_states)
+
+
+def _state_words(job_states: Sequence[JobState]) -> str:
+    return ", ".join(dict.fromkeys(state.state for state in job_states)) or "nothing"
 
 
 def expand(tasks: str) -> tuple[int, ...]:
@@ -149,7 +207,8 @@ def expand(tasks: str) -> tuple[int, ...]:
     ((0, 1, 2, 5), (7,))
     """
     expanded: list[int] = []
-    for part in tasks.partition("%")[0].split(","):
+    # Slurm shortens a long list with "...".
+    for part in tasks.partition("%")[0].replace("...", "").strip(",").split(","):
         numbers, _, step = part.partition(":")
         first, _, last = numbers.partition("-")
         expanded += range(int(first), int(last or first) + 1, int(step or 1))
@@ -194,27 +253,41 @@ def _known(value: str | None) -> str:
 
 
 def _accounting(job_id: str) -> tuple[JobState, ...]:
-    """Return states from the accounting database; empty if accounting is off."""
+    """Return states from the accounting database; empty if accounting is off or has no such job.
+
+    Raises:
+        WorkError: accounting is on and does not answer.
+    """
     if shutil.which("sacct") is None:
         return ()
     # --allocations: one row per job or task, none for its steps.
     words = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}"]
-    done = _run([*words, "--format=JobID,State,Reason,JobName,NodeList,Elapsed,ExitCode"])
+    # The name comes last, because it may hold the separator.
+    done = _run([*words, "--format=JobID,State,Reason,NodeList,Elapsed,ExitCode,JobName"])
     if done.returncode:
-        return ()
+        if "accounting storage is disabled" in done.stderr.lower():
+            return ()
+        raise _failure(done)
     states = []
     for line in done.stdout.splitlines():
-        number, state_text, reason, name, nodes, elapsed, code = line.split("|")
-        state = state_text.split()[0]  # `CANCELLED by 1000`
+        fields = line.split("|", 6)
+        if len(fields) != 7:
+            raise WorkError(
+                f"sacct: {line!r} has not the seven fields that were asked for",
+                fix=f"see `sacct --jobs={job_id}`",
+            )
+        number, state_text, reason, nodes, elapsed, code, name = fields
+        state = (state_text.split() or ["UNKNOWN"])[0].rstrip("+")  # `CANCELLED by 1000`
+        code = code.partition(":")[0]
         states.append(
             JobState(
                 job_id=number,
                 state=state,
-                reason=None if reason == "None" else reason,
+                reason=None if reason in ("", "None") else reason,
                 name=name,
                 nodes=_known(nodes),
                 elapsed=elapsed,
-                exit_code=int(code.partition(":")[0]) if state in FINISHED else None,
+                exit_code=int(code) if state in FINISHED and code.isdigit() else None,
             )
         )
     return tuple(states)

@@ -7,19 +7,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from conversion.exportable import require_exportable_run
 from launchers.local import run_local
+from launchers.weights import imports_folder, plan_weights, without_load
 from mellum2_megatron.checkpoint import (
     StartingPoint,
     check_run_folder,
     output_folder,
+    read_run,
     write_run_folder,
 )
-from mellum2_megatron.checkpoint.folder import RUN_FILE
-from mellum2_megatron.config import to_yaml
+from mellum2_megatron.checkpoint.folder import RUN_FILE, how_to_resume
+from mellum2_megatron.common.console import print_line
+from mellum2_megatron.common.errors import InputError, first_line
+from mellum2_megatron.config import Run, to_yaml
+from mellum2_megatron.data.feed.entries import is_absent
 from mellum2_megatron.faults.stop_request import STOPPED
 from mellum2_megatron.planning.resolve import default_nproc, plan, resolve_device, resolve_run
 from mellum2_megatron.planning.rules import enforce
 from mellum2_megatron.planning.stage_chain import check_predecessor
+from mellum2_megatron.planning.start_notes import start_notes
 from mellum2_megatron.upstream import megatron_arguments
 
 
@@ -36,7 +43,7 @@ def start_local(
     """Resolve, check and train a run on this machine.
 
     Args:
-        name: recipe, or the path of a resolved run (`*.yaml`).
+        name: see `planning.resolve.named_run`.
         overrides: `key=value` words.
         nproc: number of ranks; None: one per GPU, or on a CPU the fewest that the layout allows.
         device: "auto", "cpu" or "cuda".
@@ -52,20 +59,36 @@ def start_local(
         WorkError: the ranks failed.
     """
     run = resolve_run(name, overrides, output=output)
+    run, weights = plan_weights(run, imports_folder(output_folder(run)))
     if dry_run:
         # machine=False: the run may be meant for another machine, with GPUs.
         planned_device, ranks = plan(run, device, nproc)
         enforce(run, world_size=ranks, device=planned_device, machine=False)
+        notes = _data_notes(run, data_is_given=any(word.startswith("data.") for word in overrides))
+        notes += start_notes(run, ranks)
         sys.stdout.write(to_yaml(run))
         words = shlex.join(megatron_arguments(run, world_size=ranks, device=planned_device))
+        sys.stdout.write("".join(f"# {note}\n" for note in notes))
         sys.stdout.write(f"# {ranks} {planned_device} rank(s); Megatron-LM arguments:\n# {words}\n")
+        if weights is not None:
+            sys.stdout.write(f"# {weights.line()}\n")
         return 0
     resolved_device = resolve_device(device)
     ranks = nproc or default_nproc(run, resolved_device)
+    if weights is not None:
+        # All else is checked before an import, which takes minutes.
+        anew = without_load(run)
+        start = StartingPoint.of(anew)
+        enforce(anew, world_size=ranks, device=resolved_device, start=start)
+        check_run_folder(anew, start)
+        weights.run()
     start = StartingPoint.of(run)
     enforce(run, world_size=ranks, device=resolved_device, start=start)
+    run = start.joined(run)
     check_predecessor(run, start)
     check_run_folder(run, start)
+    notes = [*_data_notes(run), *start_notes(run, ranks)]
+    sys.stderr.write("".join(f"{note}\n" for note in notes))
     write_run_folder(run)
     code = run_local(
         output_folder(run) / RUN_FILE, nproc=ranks, device=resolved_device, verbose=verbose
@@ -73,5 +96,67 @@ def start_local(
     if code == STOPPED:
         sys.stderr.write("stopped as asked, all is saved; the same command resumes from here\n")
     elif code:
-        sys.stderr.write("interrupted; the same command resumes from the last checkpoint\n")
+        sys.stderr.write(f"interrupted; {how_to_resume(output_folder(run))}\n")
+    else:
+        report_end(output_folder(run))
     return code
+
+
+def report_end(folder: Path) -> None:
+    """Draw the loss curve of a finished run; print its last losses and the commands that follow."""
+    # Here, because planning a run, which shares this module, loads no NumPy.
+    from mellum2_megatron.checkpoint.run_list import RunOnDisk, read_curves
+    from mellum2_megatron.metrics import plot_loss
+    from mellum2_megatron.metrics.plots import LOSS_CURVE
+
+    done = RunOnDisk.of(folder)
+    losses = [
+        f"{name} loss {loss:.3f}"
+        for name, loss in (("training", done.loss), ("validation", done.valid_loss))
+        if loss is not None
+    ]
+    print_line(f"{folder}: {done.step} steps" + "".join(f", {loss}" for loss in losses))
+    try:
+        curves = read_curves(folder)
+        plot_loss(curves.records, folder / LOSS_CURVE, title=curves.name, recipe=curves.recipe)
+        print_line(f"loss curve: {folder / LOSS_CURVE}")
+    except (InputError, OSError) as error:
+        # The training is saved; a picture must not make it fail.
+        print_line(f"no loss curve: {first_line(error)}")
+    try:
+        require_exportable_run(read_run(folder / RUN_FILE, warn=False))
+    except InputError as error:
+        print_line(f"no export to Hugging Face: {error.value}: {error.rule}")
+    else:
+        print_line(
+            shlex.join(
+                [
+                    *("mellum2", "convert", "export", "--megatron-path", str(folder)),
+                    *("--hf-path", str(folder / "hf")),
+                ]
+            )
+            + "   # next: to Hugging Face"
+        )
+    print_line(
+        shlex.join(["mellum2", "plot", str(folder)]) + " --metric grad_norm   # other curves"
+    )
+
+
+def _data_notes(run: Run, *, data_is_given: bool = True) -> list[str]:
+    """Check the data and return what is worth saying about them, one line each.
+
+    Args:
+        run: a resolved run.
+        data_is_given: false if the command names no data. A recipe's own folder may then be absent,
+            because a dry run may be meant for another machine.
+
+    Raises:
+        InputError: see `check_data`.
+    """
+    if not data_is_given and is_absent(run.data):
+        return [f"data: not checked, {run.data.path} is not on this machine"]
+    # Imports numpy, which a dry run of another machine's data does not need.
+    from mellum2_megatron.data.feed.sources import check_amounts, check_data
+
+    data = check_data(run)
+    return [*data.notes, *check_amounts(run, data)]

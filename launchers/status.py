@@ -18,12 +18,13 @@ from launchers.job import LOGS_FOLDER
 from launchers.launch_record import LAUNCH_FILE, read_launches
 from launchers.outcome import reached_step, read_attempts
 from launchers.slurm import JobState
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.errors import InputError, WorkError
 
 POLL_SECONDS = 2.0
 """Seconds between two readings of a log that is followed."""
 _STATE_OF_KIND = {
     "done": "COMPLETED",
+    "early": "COMPLETED",
     "failed": "FAILED",
     "refused": "FAILED",
     "stopped": "REQUEUED",
@@ -107,21 +108,29 @@ def find_job(word: str) -> tuple[Path | None, str]:
 def job_status(folder: Path | None, job_id: str) -> tuple[Status, ...]:
     """Return the status of a job, or of each task of an array.
 
+    If Slurm does not answer, the run's own records do, and the reason is told.
+
     Args:
         folder: run folder; None if unknown.
         job_id: job number of Slurm.
 
     Raises:
         InputError: no Slurm on this machine.
-        WorkError: Slurm does not answer.
+        WorkError: Slurm does not answer, and the run folder is unknown.
     """
-    states = {state.job_id: state for state in slurm.states(job_id)}
+    why = "Slurm no longer has this job"
+    try:
+        states = {state.job_id: state for state in slurm.states(job_id)}
+    except WorkError as error:
+        if folder is None:
+            raise
+        states, why = {}, error.what
     wanted = list(states)
     if not wanted:
         launches = [] if folder is None else list(read_launches(folder))
         tasks = next((launch.tasks for launch in reversed(launches) if launch.job_id == job_id), 0)
         wanted = [f"{job_id}_{task}" for task in range(tasks)] or [job_id]
-    return tuple(_status_of(number, states.get(number), folder) for number in wanted)
+    return tuple(_status_of(number, states.get(number), folder, why) for number in wanted)
 
 
 def require_idle(folder: Path) -> None:
@@ -148,11 +157,16 @@ def require_idle(folder: Path) -> None:
                 )
 
 
-def _status_of(job_id: str, state: JobState | None, folder: Path | None) -> Status:
-    """Return one status, from Slurm's state or, if that is None, from the records in ``folder``."""
-    _, task = slurm.job_number(job_id)
+def _status_of(job_id: str, state: JobState | None, folder: Path | None, why: str) -> Status:
+    """Return one status, from Slurm's state or, if that is None, from the records in ``folder``.
+
+    Args:
+        job_id, state, folder: the job.
+        why: reason for the records in place of Slurm's state.
+    """
+    number, task = slurm.job_number(job_id)
     if folder is not None and task is not None:
-        folder = folder / str(task)
+        folder = folder / task_folder(folder, number, task)
     attempts = () if folder is None else read_attempts(folder)
     step = None if folder is None or not folder.is_dir() else reached_step(folder)
     last = attempts[-1] if attempts else None
@@ -175,12 +189,22 @@ def _status_of(job_id: str, state: JobState | None, folder: Path | None) -> Stat
     return Status(
         job_id=job_id,
         state="UNKNOWN" if kind is None else _STATE_OF_KIND[kind],
-        reason=end or "Slurm no longer knows this job",
+        reason="; ".join(
+            filter(None, [end, why if kind is None else f"state from the run's records: {why}"])
+        ),
         source="nobody" if kind is None else "records",
         folder=folder,
         step=step,
         attempts=len(attempts),
     )
+
+
+def task_folder(folder: Path, job_id: str, task: int) -> str:
+    """Return the folder of an array's task, below the array's folder."""
+    for launch in reversed(read_launches(folder)):
+        if launch.job_id == job_id and task < len(launch.task_folders):
+            return launch.task_folders[task]
+    return str(task)
 
 
 def log_files(folder: Path, job_id: str) -> tuple[Path | None, dict[int, Path]]:

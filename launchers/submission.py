@@ -7,17 +7,19 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-from launchers.job import ClusterJob, check_files, plan_job
+from launchers.job import ClusterJob, check_files, plan_job, with_absolute_paths
 from launchers.packaging import Package, check_code, package
 from launchers.profile import Profile, profile_names, read_profile
-from mellum2_megatron.checkpoint import StartingPoint, read_run
+from launchers.weights import imports_folder, plan_weights, without_load
+from mellum2_megatron.checkpoint import StartingPoint, output_folder
 from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.config import Run, apply_overrides
-from mellum2_megatron.planning.resolve import default_nproc, resolve_device
+from mellum2_megatron.planning.resolve import default_nproc, named_run, resolve_device
 from mellum2_megatron.planning.stage_chain import check_predecessor, stage_chain
-from mellum2_megatron.recipes import recipe, recipe_names
+from mellum2_megatron.recipes import recipe_names
 
 COMMANDS = ("run", "status", "logs", "cancel", "pipeline")
 """Commands of `mellum2 launch`; no recipe has such a name."""
@@ -64,17 +66,15 @@ def run_to_launch(
     Raises:
         InputError: neither a recipe nor a file, or a bad override.
     """
-    if name.endswith((".yaml", ".yml")):
-        run = read_run(Path(name))
-    elif name in recipe_names():
-        run = recipe(name)
-    else:
+    # A mistyped command, such as `statsu`, arrives here as a recipe.
+    mistyped = get_close_matches(name, COMMANDS, n=1)
+    if mistyped and name not in recipe_names():
         raise InputError(
             f"{name!r}",
             rule="is no recipe, run file or command of launch",
             fix=nearest(name, [*recipe_names(), *COMMANDS]),
         )
-    run = apply_overrides(run, overrides)
+    run = apply_overrides(named_run(name), overrides)
     if output is None:
         return run
     return dataclasses.replace(
@@ -217,6 +217,54 @@ def prepare_chain(
         )
         submissions.append(_checked(planned, show_only=show_only))
     return tuple(submissions)
+
+
+def with_weights(
+    run: Run,
+    profile: Profile,
+    prepare_from: Callable[[Run], Sequence[Submission]],
+    *,
+    root: Path | None = None,
+    show_only: bool,
+) -> tuple[Submission, ...]:
+    """Prepare jobs whose first run may load a Hugging Face folder; import that folder before.
+
+    The import is made here, where the command runs: once, before any job waits in the queue.
+
+    Args:
+        run: the first run.
+        profile: site profile, which gives a run without an output folder its place.
+        prepare_from: function from the first run to the prepared jobs.
+        root: folder of the run folders; None (default): that of the run's own.
+        show_only: show the import, but do not make it.
+
+    Raises:
+        InputError: see `launchers.weights.plan_weights` and `prepare`.
+        WorkError: the import failed.
+    """
+    output = root / run.name if root else output_folder(with_absolute_paths(run, profile))
+    run, weights = plan_weights(run, imports_folder(output))
+    if weights is None or weights.done:
+        if weights is not None and not show_only:
+            weights.run()
+        return tuple(prepare_from(run))
+    # All else is checked before an import, which takes minutes.
+    first, *others = prepare_from(without_load(run))
+    if not show_only:
+        weights.run()
+        return tuple(prepare_from(run))
+    shown = dataclasses.replace(
+        first.job,
+        run=dataclasses.replace(
+            first.job.run,
+            checkpoint=dataclasses.replace(first.job.run.checkpoint, load=run.checkpoint.load),
+        ),
+    )
+    notes = (*first.package.notes, weights.line())
+    first = dataclasses.replace(
+        first, job=shown, package=dataclasses.replace(first.package, notes=notes)
+    )
+    return (first, *others)
 
 
 def split_stages(words: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:

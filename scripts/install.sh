@@ -30,5 +30,5 @@ install_packages() {
     fi
     "$python" -m pip install "$@" ||
         fail "the installation failed, see above. Fix: check the network" \
-            "and the free disk space (6 GB), then run this again."
+            "and the free disk space (8 GB), then run this again."
 }

@@ -80,7 +80,7 @@ elif [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
 else
     make_venv
 fi
-say "about 5 GB the first time, nearly all of it torch and CUDA"
+say "about 6.5 GB the first time, most of it torch and CUDA"
 install_packages -c constraints.txt -e '.[dev]'
 "$VENV/bin/mellum2" --help >/dev/null ||
     fail "the mellum2 command does not start. Fix: remove $VENV and run this again."

@@ -8,20 +8,56 @@ redirects its output into a file, and pickles the function's result into another
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+_VISIBLE, _HIDDEN = "CUDA_VISIBLE_DEVICES", "MELLUM2_TESTS_HIDDEN_GPUS"
+_ALL = "all"
+"""Value for a machine whose GPUs were visible without the variable."""
+
 _SHOWN_OUTPUT = 6000  # characters of each rank's output in a failure message
+
+
+def hide_gpus(environment: MutableMapping[str, str]) -> None:
+    """Hide the machine's GPUs, as all tests need but those whose ranks run on NCCL.
+
+    The CPU backend refuses to work beside a GPU. So the same tests run on every machine.
+    """
+    environment.setdefault(_HIDDEN, environment.get(_VISIBLE, _ALL))
+    environment[_VISIBLE] = ""
+
+
+def show_gpus(environment: MutableMapping[str, str]) -> None:
+    """Undo `hide_gpus`."""
+    hidden = environment.pop(_HIDDEN, None)
+    if hidden == _ALL:
+        environment.pop(_VISIBLE, None)
+    elif hidden is not None:
+        environment[_VISIBLE] = hidden
+
+
+@functools.cache
+def gpu_count() -> int:
+    """Return the number of GPUs for ranks on NCCL; asked in a process that sees them."""
+    environment = dict(os.environ)
+    show_gpus(environment)
+    program = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
 
 
 class DistributedError(AssertionError):
@@ -171,10 +207,13 @@ def _child(
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.setsid()  # a new process group, which `World.kill` kills as one
+    if backend == "nccl":
+        show_gpus(os.environ)
     os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc)
     )
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
     try:
         import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def test_the_small_mode_measures_and_disclaims_its_figures(tmp_path: Path) -> No
         "sequence_length": 256,
         "micro_batch": 4,
         "batch": 4,
+        "ranks": 1,
         "warmup_steps": 1,
         "timed_steps": 2,
     }
@@ -59,6 +61,7 @@ def test_the_small_mode_measures_and_disclaims_its_figures(tmp_path: Path) -> No
         assert per_token == pytest.approx(sum(tiny.flops_by_component(256, mtp).values()) / 256)
         gemm = results["gemm"]["flops_per_second"]
         assert arm["share_of_gemm"] == pytest.approx(arm["model_flops_per_second"] / gemm)
+        assert (arm["estimated_memory_bytes"] is None) is (name == THEIRS)
         assert arm["peak_memory_bytes"] > tiny.num_parameters(mtp=mtp) * 2
         share = arm["profile"]["share"]
         assert tuple(share) == PARTS
@@ -131,7 +134,53 @@ def test_a_variant_removes_only_words_of_the_command_line() -> None:
     for spec in train_step.TUNING:
         words = megatron_arguments(spec.run, world_size=1, device="cuda", backend="te")
         assert set(spec.without) <= set(words)
-        assert spec.words or spec.without
+        assert spec.words or spec.without or spec.overrides
+        base = next(arm for arm in train_step.ARMS if arm.name == spec.name.partition("/")[0])
+        changed = dataclasses.replace(spec, name=base.name)
+        assert (changed.run != base.run) == bool(spec.overrides)
+
+
+def test_variants_of_the_exchange_need_several_ranks() -> None:
+    overlap = "te-bf16-muon-mtp/overlap"
+    names, left_out = plan("--tune", "--ranks", "8", "--arms", "te-bf16-muon-mtp", overlap)
+    assert names == ["te-bf16-muon-mtp", overlap]
+    assert left_out == {"transformers-bf16-adam": "runs in one process"}
+    with pytest.raises(train_step.InputError, match="there is no such arm"):
+        plan("--tune", "--arms", overlap)
+    for spec in train_step.EXCHANGES:
+        layout = dataclasses.replace(spec, ranks=8).run.layout
+        assert (layout.ep, layout.dp) == (8, 8)
+        assert layout.overlap_expert_comm or layout.dispatcher == "flex"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_share_the_experts_and_rates_are_those_of_one(tmp_path: Path) -> None:
+    words = "--small --warmup 1 --steps 1 --ranks 2 --arms".split()
+    words += [OURS, "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.train_step", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    (arm,) = (arm for arm in results["arms"] if arm["status"] == "measured")
+    assert results["slice"]["ranks"] == 2
+    assert results["slice"]["batch"] == 8
+    assert arm["tokens_per_second"] * arm["median_seconds"] == pytest.approx(4 * 256)
+    assert arm["profile"]["share"]["communication"] > 0
+
+
+def test_a_rank_that_fails_ends_the_others() -> None:
+    sleeps, fails = "import time; time.sleep(600)", "raise SystemExit(3)"
+    ranks = [subprocess.Popen([sys.executable, "-c", code]) for code in (sleeps, fails)]
+    assert train_step._wait(ranks, 60) == 3
+    assert all(rank.returncode is not None for rank in ranks)
+    late = [subprocess.Popen([sys.executable, "-c", sleeps])]
+    assert train_step._wait(late, 0.2) is None
+    assert late[0].returncode is not None
 
 
 def test_an_unknown_arm_is_refused_with_a_list_of_the_arms() -> None:

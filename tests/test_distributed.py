@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import DistributedError, run_distributed, start_distributed
+from tests.distributed import (
+    DistributedError,
+    hide_gpus,
+    run_distributed,
+    show_gpus,
+    start_distributed,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -25,6 +31,18 @@ def fail_on_one() -> None:
     if torch.distributed.get_rank() == 1:
         raise RuntimeError("deliberate")
     torch.distributed.barrier()
+
+
+@pytest.mark.parametrize("visible", [{}, {"CUDA_VISIBLE_DEVICES": "7,9"}], ids=["all", "some"])
+def test_ranks_on_nccl_see_the_gpus_that_the_tests_do_not(visible: dict[str, str]) -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert not torch.cuda.is_available()
+    environment = dict(visible)
+    for _ in range(2):  # pytest in a process that a test started
+        hide_gpus(environment)
+        assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    show_gpus(environment)
+    assert environment == visible
 
 
 def hang() -> None:

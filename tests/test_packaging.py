@@ -32,16 +32,19 @@ def _pins(name: str) -> dict[str, str]:
 
 
 def _requirements(*extras: str) -> list[Requirement]:
-    """Return the project's requirements, with those of `extras`."""
+    """Return the project's requirements, with those of `extras` and of the extras in them."""
     project = PROJECT["project"]
-    lists = [
-        project["dependencies"],
-        *(project["optional-dependencies"][extra] for extra in extras),
-    ]
-    return [Requirement(line) for requirements in lists for line in requirements]
+    lists = [project["dependencies"], *(project["optional-dependencies"][name] for name in extras)]
+    found: list[Requirement] = []
+    for requirement in (Requirement(line) for lines in lists for line in lines):
+        if requirement.name == project["name"]:
+            found += _requirements(*requirement.extras)
+        else:
+            found.append(requirement)
+    return found
 
 
-@pytest.mark.parametrize("extra", ["dev", "launch", "wandb"])
+@pytest.mark.parametrize("extra", ["dev", "launch", "wandb", "notebook", "eval"])
 def test_every_dependency_is_pinned_inside_its_range(extra: str) -> None:
     pins = _pins(CONSTRAINTS)
     for requirement in _requirements(extra):
@@ -63,7 +66,10 @@ def test_apex_is_no_dependency() -> None:
 def test_every_top_level_package_is_shipped() -> None:
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     assert include == [f"{top}*" for top in TOPS]
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["*"]
     shipped = set(find_namespace_packages(str(REPOSITORY), include=include))
     for top in TOPS:
+        # Without this file a type checker of another project sees none of our annotations.
+        assert (REPOSITORY / top / "py.typed").is_file()
         folders = {path.parent for path in (REPOSITORY / top).rglob("*.py")}
         assert {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders} <= shipped

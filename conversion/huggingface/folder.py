@@ -8,7 +8,6 @@ pickled weights (``*.bin``, ``*.pt``) can execute code.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 from contextlib import ExitStack
@@ -18,18 +17,20 @@ from typing import BinaryIO, Self
 
 import torch
 
+from conversion.huggingface.dtypes import Dtypes
 from conversion.huggingface.format import CONFIG_FILE, dtype_name, read_json, tensor_bytes
 from conversion.huggingface.headers import (
     StoredTensor,
     check_names,
     check_shapes,
-    one_dtype,
     present_fused,
     read_headers,
+    stored_dtypes,
 )
 from conversion.mapping import derive, huggingface_shapes
 from mellum2_megatron.architecture import Mellum2Architecture, from_hf_config
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.model_folders import not_huggingface, refuse_lfs_pointers
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class HfFolder:
         path: folder.
         architecture: architecture in its config.json.
         entries: entries of the mapping table for that architecture.
-        dtype: dtype of all its tensors.
+        dtypes: dtype of each of its tensors.
         nbytes: size of all its tensors, bytes.
     """
 
@@ -55,15 +56,16 @@ class HfFolder:
         self._fused = present_fused(architecture, tensors)
         check_names(path, self.entries, tensors, self._fused, architecture)
         check_shapes(path, huggingface_shapes(self.entries), tensors, self._fused)
-        self.dtype = one_dtype(path, tensors)
-        self.nbytes = (
-            sum(math.prod(tensor.shape) for tensor in tensors.values()) * self.dtype.itemsize
-        )
+        stored = stored_dtypes(path, tensors)
         self._slices = {
             released: part
             for fused in self._fused.values()
             for released, part in fused.slices.items()
         }
+        # A part of a fused tensor has its dtype.
+        released_dtypes = {released: stored[part.name] for released, part in self._slices.items()}
+        self.dtypes = Dtypes(self.entries, stored | released_dtypes)
+        self.nbytes = self.dtypes.nbytes(self.entries)
         self._stack = ExitStack()
         self._open: dict[Path, BinaryIO] = {}
         self._lock = threading.Lock()
@@ -78,16 +80,14 @@ class HfFolder:
                 refuse a folder that has one; default False.
 
         Raises:
-            InputError: no such folder; a missing or malformed config.json or index; a config of
+            InputError: no Hugging Face folder (the message names what it is, and the command that
+                converts a Megatron checkpoint); a malformed config.json or index; a config of
                 another architecture; only pickled weights; a truncated or malformed safetensors
-                file; tensors missing, extra, duplicated, misshapen, or of mixed or unsupported
-                dtype.
+                file; tensors missing, extra, duplicated, misshapen, or of an unsupported dtype.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            raise InputError(
-                str(folder), rule="it must be a folder", fix="give the Hugging Face model's folder"
-            )
+        # All at once, because a clone without Git LFS has pointers for weights and tokenizer alike.
+        refuse_lfs_pointers(sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]))
         architecture, tensors = read_config(folder), read_headers(folder)
         if lost_mtp:
             architecture = architecture.replace(num_mtp_layers=0)
@@ -101,12 +101,9 @@ class HfFolder:
         # The tensors' dtype counts: a config is edited by hand more often than weights are.
         config = read_json(folder / CONFIG_FILE, "it was just there")
         announced = config.get("dtype", config.get("torch_dtype"))
-        if announced is not None and announced != dtype_name(opened.dtype):
+        if announced is not None and announced != dtype_name(opened.dtypes.main):
             logger.warning(
-                "%s announces dtype %s; its tensors are %s",
-                folder,
-                announced,
-                dtype_name(opened.dtype),
+                "%s announces dtype %s; its tensors are %s", folder, announced, opened.dtypes
             )
         return opened
 
@@ -120,12 +117,12 @@ class HfFolder:
         """
         part = self._slices.get(name)
         stored = self._tensors[part.name if part is not None else name]
-        shape, position = stored.shape, stored.position
+        shape, position, dtype = stored.shape, stored.position, self.dtypes.by_name[name]
         # The fused tensor is [E, rows, columns], so fused[expert, rows] is one run of bytes.
         if part is not None:
             _, rows, columns = stored.shape
             shape = (part.rows.stop - part.rows.start, columns)
-            position += (part.expert * rows + part.rows.start) * columns * self.dtype.itemsize
+            position += (part.expert * rows + part.rows.start) * columns * dtype.itemsize
         with self._lock:
             if stored.file not in self._open:
                 self._open[stored.file] = self._stack.enter_context(
@@ -135,7 +132,7 @@ class HfFolder:
         # Not memory-mapped: the pages of a whole file would count as this process's memory. Read by
         # position: threads share the open file, so none may seek. One call may read only a part
         # (man 2 preadv).
-        tensor = torch.empty(shape, dtype=self.dtype)
+        tensor = torch.empty(shape, dtype=dtype)
         view, done = tensor_bytes(tensor), 0
         while done < len(view):
             count = os.preadv(stream.fileno(), [view[done:]], position + done)
@@ -172,8 +169,11 @@ def read_config(folder: Path) -> Mellum2Architecture:
     """Return the architecture in ``folder/config.json``.
 
     Raises:
-        InputError: the file is missing or damaged, or describes no Mellum 2.
+        InputError: the folder is no Hugging Face model, or its config.json is damaged or describes
+            no Mellum 2.
     """
+    if (refusal := not_huggingface(folder)) is not None:
+        raise refusal
     config = read_json(folder / CONFIG_FILE, "a Hugging Face model folder has it")
     try:
         return from_hf_config(config)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.errors import InputError, first_line
+from mellum2_megatron.common.json_files import JsonError, load_json
+from mellum2_megatron.common.model_folders import CONFIG_FILE as CONFIG_FILE
+from mellum2_megatron.common.model_folders import check_inside, refuse_lfs_pointers
 
-CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Files of a release: model card, licence, and the hashes and figures that it was released with.
+CARD_FILE = "README.md"
+LICENSE_FILE = "LICENSE"
+VERIFICATION_FILE = "verification.json"
 # Weights in Python's pickle format, which can execute code: named in an error, never opened.
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Dtypes that weights may have: name in config.json -> (name in safetensors, torch's dtype).
@@ -59,70 +64,23 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
         why: rule in the error about a missing file.
 
     Raises:
-        InputError: it is absent, malformed, not an object, or names a key twice.
+        InputError: it is absent, malformed, not an object, names a key twice, or is a link out of
+            its folder.
     """
+    check_inside(path.parent, path)
+    refuse_lfs_pointers([path])
     try:
-        text = path.read_text(encoding="utf-8")
+        return load_json(path)
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing", rule=why, fix="give a complete folder") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(
-            str(path), rule=f"it must be readable ({error})", fix="check the file"
+            str(path), rule=f"it must be readable ({first_line(error)})", fix="check the file"
         ) from error
-    return parse_json(text, str(path))
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Return the JSON object in a text.
-
-    Args:
-        text: JSON text.
-        where: name of the text in errors.
-
-    Raises:
-        InputError: it is malformed, not an object, or names a key twice.
-    """
-
-    # json.loads keeps the last of two equal keys in silence.
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in result:
-                raise InputError(
-                    f"{where}: key {name!r} twice",
-                    rule="a key may appear once",
-                    fix="remove one of them",
-                )
-            result[name] = value
-        return result
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except ValueError as error:
+    except JsonError as error:
         raise InputError(
-            where, rule=f"it must be valid JSON ({error})", fix="copy the file again"
+            str(path), rule=f"it must be valid JSON ({error})", fix="copy the file again"
         ) from error
-    if not isinstance(value, dict):
-        raise InputError(where, rule="it must hold a JSON object", fix="copy the file again")
-    return value
-
-
-def check_inside(folder: Path, file: Path) -> None:
-    """Check that a file is no link out of the folder.
-
-    The links of the Hugging Face cache are allowed (``snapshots/X/f -> blobs/Y``).
-
-    Raises:
-        InputError: a link out of the folder.
-    """
-    # Otherwise a downloaded folder could copy any file of this machine into a released one.
-    real, home = file.resolve(), folder.resolve()
-    if not real.is_relative_to(home) and not real.is_relative_to(home.parent.parent / "blobs"):
-        raise InputError(
-            f"{file} -> {real}",
-            rule="a link may not leave the model's folder",
-            fix="copy the file itself into it",
-        )
 
 
 def listed(names: Sequence[str], first: int = 3) -> str:

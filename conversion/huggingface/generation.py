@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from conversion.huggingface.folder import HfFolder
+from conversion.huggingface.format import read_json
 from conversion.huggingface.scoring import check_tokens, load_hf, score_hf
+from conversion.huggingface.writer import TOKENIZER_FILE, TOKENIZER_FILES, check_tokenizer
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError, WorkError
 
@@ -90,13 +92,13 @@ def generate(
             to use, or the prompt is empty or too long.
         WorkError: transformers did not use the MTP head.
     """
-    architecture = _check_request(hf_path, use_mtp, max_new_tokens, temperature)
+    architecture = check_request(hf_path, use_mtp, max_new_tokens, temperature)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     if temperature == 0:
         # transformers warns about sampling settings in a greedy call; None unsets those of
         # generation_config.json.
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(hf_path), local_files_only=True)
@@ -117,7 +119,7 @@ def generate(
         # Float32: in bfloat16 two-token steps round differently from one-token steps, so greedy
         # texts with and without drafts may part.
         model, mtp = load_hf(hf_path)
-        drafts = _watch_drafts(model, mtp) if use_mtp else None
+        drafts = watch_drafts(model, mtp) if use_mtp else None
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             ids = model.generate(
@@ -163,7 +165,7 @@ def mtp_acceptance(hf_path: str | os.PathLike[str], tokens: torch.Tensor) -> flo
             rule="two tokens a row are needed",
             fix="give longer sequences",
         )
-    with _quiet_transformers():
+    with quiet_transformers():
         logits, mtp_logits = score_hf(hf_path, tokens)
     if mtp_logits is None:
         raise InputError(
@@ -175,7 +177,7 @@ def mtp_acceptance(hf_path: str | os.PathLike[str], tokens: torch.Tensor) -> flo
     return float(agree.float().mean())
 
 
-def _check_request(
+def check_request(
     hf_path: str | os.PathLike[str], use_mtp: bool, max_new_tokens: int, temperature: float
 ) -> Mellum2Architecture:
     """Check everything that needs no model in memory; return the folder's architecture.
@@ -187,17 +189,26 @@ def _check_request(
         architecture = folder.architecture
     if use_mtp and not architecture.num_mtp_layers:
         raise InputError(
-            f"--use-mtp with {hf_path}", rule="the model has no MTP head", fix="leave --use-mtp out"
+            f"--use-mtp with {hf_path}",
+            rule="the model has no MTP head",
+            fix="leave --use-mtp out; a head that was dropped comes back with "
+            f"`mellum2 convert stitch-mtp SRC {hf_path}`",
         )
     if max_new_tokens < 1 or temperature < 0:
         value = f"max_new_tokens={max_new_tokens}, temperature={temperature}"
         raise InputError(value, rule="at least 1 and at least 0 are needed", fix="use 64 and 0")
-    if not (Path(hf_path) / "tokenizer.json").is_file():
+    if not (Path(hf_path) / TOKENIZER_FILE).is_file():
         raise InputError(
             str(hf_path),
-            rule="it has no tokenizer.json",
+            rule=f"it has no {TOKENIZER_FILE}",
             fix="copy the tokenizer's files into the folder",
         )
+    # transformers would end with errors of many types.
+    check_tokenizer(Path(hf_path), architecture)
+    for name in TOKENIZER_FILES:
+        path = Path(hf_path) / name
+        if path.suffix == ".json" and name != TOKENIZER_FILE and path.is_file():
+            read_json(path, "it was just there")
     return architecture
 
 
@@ -229,7 +240,7 @@ class _Drafts:
         self.accepted += int(num_matches)
 
 
-def _watch_drafts(model: Any, mtp: Any) -> _Drafts:
+def watch_drafts(model: Any, mtp: Any) -> _Drafts:
     """Count drafted and accepted tokens of the next ``model.generate(use_mtp=True)``."""
     drafts = _Drafts()
     make_drafter = model._get_candidate_generator
@@ -249,7 +260,7 @@ def _watch_drafts(model: Any, mtp: Any) -> _Drafts:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hide transformers' progress bars and warnings: the terminal shows the text."""
     from transformers.utils import logging
 

@@ -17,14 +17,15 @@ from conversion.huggingface.format import (
     INDEX_FILE,
     PICKLED,
     WEIGHTS_FILE,
-    check_inside,
+    dtype_name,
     listed,
-    parse_json,
     read_json,
 )
 from conversion.mapping import Entry, FusedTensor, fused_experts, huggingface_shapes
 from mellum2_megatron.architecture import Mellum2Architecture, Shape
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.json_files import JsonError, parse_object
+from mellum2_megatron.common.model_folders import check_inside
 
 _BY_SAFETENSORS = dict(DTYPES.values())
 
@@ -152,21 +153,22 @@ def _read_header(folder: Path, file: Path) -> dict[str, StoredTensor]:
     """
     check_inside(folder, file)
     try:
+        if not file.is_file():
+            raise OSError("no regular file")  # opening a pipe would wait for ever
         # The library compares sizes and offsets with the file. But it keeps the last of two equal
         # names in silence, so the header is parsed here once more.
         with safe_open(file, framework="pt"):
             pass
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            text = stream.read(size).decode("utf-8")
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+            header = parse_object(stream.read(size))
+    except (SafetensorError, OSError, JsonError) as error:
         raise InputError(
             str(file),
             rule=f"it must be a complete safetensors file ({error})",
             fix="it is truncated or damaged: copy or download it again",
         ) from error
     # ``__metadata__`` is no tensor but the writer's free text.
-    header = parse_json(text, str(file))
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(
@@ -222,7 +224,9 @@ def check_names(
         if not has_mtp and all(name.startswith("mtp.") for name in missing):
             fix = (
                 "its MTP head was dropped (transformers' save_pretrained does so): "
-                "set num_nextn_predict_layers to 0 in config.json to convert without it"
+                f"put it back with `mellum2 convert stitch-mtp SRC {folder}`, "
+                "SRC being a folder that has it, "
+                "or set num_nextn_predict_layers to 0 in config.json to do without"
             )
         raise InputError(
             f"{folder}: {listed(missing)} missing",
@@ -271,11 +275,11 @@ def check_shapes(
         )
 
 
-def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """Return the dtype that all tensors share.
+def stored_dtypes(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, torch.dtype]:
+    """Return the dtype of each tensor by name.
 
     Raises:
-        InputError: several dtypes, or one that is not in `DTYPES`.
+        InputError: one that is not in `DTYPES`.
     """
     # By safetensors' names: torch may have no dtype for a quantised format.
     by_dtype: dict[str, list[str]] = {}
@@ -286,15 +290,27 @@ def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
             raise InputError(
                 f"{folder}: {listed(names)} of dtype {dtype}",
                 rule="weights are stored as one of " + ", ".join(_BY_SAFETENSORS),
-                fix="convert an unquantised checkpoint",
+                fix="save it as float32" if dtype == "F64" else "convert an unquantised checkpoint",
             )
+    return {name: _BY_SAFETENSORS[tensor.dtype] for name, tensor in tensors.items()}
+
+
+def one_dtype(folder: Path, tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """Return the dtype that all tensors share.
+
+    Raises:
+        InputError: several dtypes, or one that is not in `DTYPES`.
+    """
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, dtype in stored_dtypes(folder, tensors).items():
+        by_dtype.setdefault(dtype, []).append(name)
     if len(by_dtype) > 1:
         # Tensors of the rarer dtypes are the likely mistake: the message names them.
         common, *others = sorted(by_dtype, key=lambda dtype: -len(by_dtype[dtype]))
-        odd = [f"{name} ({dtype})" for dtype in others for name in by_dtype[dtype]]
+        odd = [f"{name} ({dtype_name(dtype)})" for dtype in others for name in by_dtype[dtype]]
         raise InputError(
-            f"{folder}: {listed(odd)} beside {common}",
-            rule="all tensors of a checkpoint have one dtype",
-            fix=f"store them as {common}",
+            f"{folder}: {listed(odd)} beside {dtype_name(common)}",
+            rule="all tensors of a release have one dtype",
+            fix=f"store them as {dtype_name(common)}",
         )
-    return _BY_SAFETENSORS[next(iter(by_dtype))]
+    return next(iter(by_dtype))

@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from conversion.huggingface.folder import HfFolder
+from conversion.huggingface.format import GENERATION_CONFIG_FILE, read_json
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 
@@ -50,11 +52,19 @@ def score_loaded(
     main: Any, mtp: Any | None, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run models that `load_hf` returned on tokens that passed `check_tokens`; see `score_hf`."""
-    # One sequence at a time, to bound the memory for activations.
-    rows = [_score_row(main, mtp, row[None].long()) for row in tokens]
+    rows = list(score_sequences(main, mtp, tokens))
     logits = torch.cat([row for row, _ in rows])
     heads = [head for _, head in rows if head is not None]
     return logits, torch.cat(heads) if heads else None
+
+
+def score_sequences(
+    main: Any, mtp: Any | None, tokens: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Yield main and MTP logits `[1, s, v]` of one sequence after the other; see `score_hf`."""
+    # One at a time, to bound the memory for activations.
+    for row in tokens:
+        yield _score_row(main, mtp, row[None].long())
 
 
 def load_hf(
@@ -63,7 +73,14 @@ def load_hf(
     """Load transformers' trunk (`MellumForCausalLM`) and its MTP head (`MtpModel`) or None.
 
     Both are in evaluation mode, on the CPU, with weights of ``dtype`` (default float32).
+
+    Raises:
+        InputError: transformers could not read the folder's generation_config.json.
     """
+    # transformers reads it with the model.
+    generation_config = Path(hf_path) / GENERATION_CONFIG_FILE
+    if generation_config.is_file():
+        read_json(generation_config, "it was just there")
     from transformers import MellumForCausalLM
     from transformers.modeling_layers import MtpModel
 

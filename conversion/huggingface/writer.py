@@ -13,20 +13,25 @@ from typing import Any
 
 import torch
 
+from conversion.huggingface.dtypes import Dtypes
 from conversion.huggingface.format import (
     DTYPES,
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
-    check_inside,
     read_json,
     tensor_bytes,
 )
 from conversion.mapping import Entry
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.model_folders import check_inside
+from mellum2_megatron.data.tokens.tokenizer import load_tokenizer
 
+TOKENIZER_FILE = "tokenizer.json"
 # Names that transformers gives to tokenizer files; no other file of a folder is copied.
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -54,7 +59,7 @@ class Shard:
 
 
 def plan_shards(
-    entries: Iterable[Entry], dtype: torch.dtype, *, max_bytes: int = MAX_SHARD_BYTES
+    entries: Iterable[Entry], dtypes: Dtypes, *, max_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
     """Distribute ``entries`` to files of at most ``max_bytes``, default 5 GB.
 
@@ -64,7 +69,7 @@ def plan_shards(
     groups: list[list[Entry]] = []
     size = 0
     for entry in entries:
-        nbytes = math.prod(entry.shape) * dtype.itemsize
+        nbytes = dtypes.nbytes([entry])
         if not groups or size + nbytes > max_bytes:
             groups.append([])
             size = 0
@@ -78,14 +83,14 @@ def plan_shards(
     ]
 
 
-def create_shard(folder: Path, shard: Shard, dtype: torch.dtype) -> dict[str, int]:
+def create_shard(folder: Path, shard: Shard, dtypes: Dtypes) -> dict[str, int]:
     """Create one safetensors file at its final size, with its header; keep one that exists.
 
     Returns:
         Position of each tensor's first byte in the file, by name.
     """
     # ``safetensors.torch.save_file`` would need all tensors of the file in memory at once.
-    header, positions, size = _header(shard, dtype)
+    header, positions, size = _header(shard, dtypes)
     path = folder / shard.file
     # An existing file is an earlier attempt's, with finished tensors in it.
     if not path.exists():
@@ -95,9 +100,9 @@ def create_shard(folder: Path, shard: Shard, dtype: torch.dtype) -> dict[str, in
     return positions
 
 
-def shard_size(shard: Shard, dtype: torch.dtype) -> int:
+def shard_size(shard: Shard, dtypes: Dtypes) -> int:
     """Return the size of the file in bytes."""
-    return _header(shard, dtype)[2]
+    return _header(shard, dtypes)[2]
 
 
 def write_tensor(descriptor: int, position: int, tensor: torch.Tensor) -> None:
@@ -108,19 +113,22 @@ def write_tensor(descriptor: int, position: int, tensor: torch.Tensor) -> None:
         done += os.pwrite(descriptor, view[done:], position + done)
 
 
-def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], int]:
+def _header(shard: Shard, dtypes: Dtypes) -> tuple[bytes, dict[str, int], int]:
     """Return the header's bytes, each tensor's position in the file, and the file's size."""
-    code = next(code for code, stored in DTYPES.values() if stored == dtype)
+    codes = {dtype: code for code, dtype in DTYPES.values()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for entry in shard.entries:
-        for source in entry.sources:
-            begin, end = end, end + math.prod(source.shape) * dtype.itemsize
-            header[source.name] = {
-                "dtype": code,
-                "shape": list(source.shape),
-                "data_offsets": [begin, end],
-            }
+    sources = [source for entry in shard.entries for source in entry.sources]
+    # Wider dtypes first: a float32 tensor after an odd number of bfloat16 values would not be
+    # aligned, and torch does not read it then.
+    for source in sorted(sources, key=lambda source: -dtypes.by_name[source.name].itemsize):
+        dtype = dtypes.by_name[source.name]
+        begin, end = end, end + math.prod(source.shape) * dtype.itemsize
+        header[source.name] = {
+            "dtype": codes[dtype],
+            "shape": list(source.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     # The format's own padding: it aligns the tensors to 8 bytes.
     text += b" " * (-len(text) % 8)
@@ -131,7 +139,7 @@ def _header(shard: Shard, dtype: torch.dtype) -> tuple[bytes, dict[str, int], in
     return len(text).to_bytes(8, "little") + text, positions, start + end
 
 
-def write_index(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
+def write_index(folder: Path, shards: Sequence[Shard], dtypes: Dtypes) -> None:
     """Write the index of several files; a single file has none."""
     if len(shards) == 1:
         return
@@ -141,11 +149,26 @@ def write_index(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> No
         for entry in shard.entries
         for source in entry.sources
     }
-    total = (
-        sum(math.prod(entry.shape) for shard in shards for entry in shard.entries) * dtype.itemsize
-    )
+    total = sum(dtypes.nbytes(shard.entries) for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_tokenizer(folder: Path, architecture: Mellum2Architecture) -> None:
+    """Check that the folder's tokenizer can be read and fits the model's vocabulary.
+
+    Raises:
+        InputError: it does not, or ``tokenizer.json`` is missing or a link out of the folder.
+    """
+    check_inside(folder, folder / TOKENIZER_FILE)
+    # The largest id and not the count: ids may have gaps.
+    top = max(load_tokenizer(folder).get_vocab(with_added_tokens=True).values(), default=-1)
+    if top >= architecture.vocab_size:
+        raise InputError(
+            f"tokenizer {folder} has token id {top}",
+            rule=f"the model's vocabulary has {architecture.vocab_size} entries",
+            fix="give the tokenizer the model was trained with",
+        )
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conversion.huggingface.format import GENERATION_CONFIG_FILE, dtype_name, listed, torch_dtype
-from conversion.huggingface.writer import copy_generation_config, copy_tokenizer
-from conversion.jobs.job import ConversionJob, ConversionRequest, ConversionUnit, Progress
+from conversion.huggingface.dtypes import Dtypes
+from conversion.huggingface.format import DTYPES, GENERATION_CONFIG_FILE, dtype_name
+from conversion.huggingface.writer import (
+    check_tokenizer,
+    copy_generation_config,
+    copy_tokenizer,
+)
+from conversion.jobs.job import (
+    ConversionJob,
+    ConversionRequest,
+    ConversionUnit,
+    Progress,
+    result_dtypes,
+)
 from conversion.jobs.safetensors_result import SafetensorsResult
 from conversion.jobs.tensor_checks import CheckedTensor
 from conversion.jobs.weights_manifest import Manifest
@@ -52,7 +63,9 @@ class ExportJob(ConversionJob):
             path for path in checkpoint.iteration_dir.iterdir() if path.is_file()
         )
         self.architecture = checkpoint.architecture
-        self.dtype = request.dtype or _one_dtype(reader)
+        entries = derive(self.architecture)
+        stored = Dtypes(entries, _stored_dtypes(reader, entries))
+        self.dtypes = result_dtypes(reader.folder, entries, stored, request)
         self._reader = reader
         self._tokenizer = _tokenizer_dir(checkpoint, tokenizer)
         self._manifest = (
@@ -60,10 +73,9 @@ class ExportJob(ConversionJob):
         )
         self.has_manifest = self._manifest is not None
         if self._manifest is not None:
-            entries = derive(self.architecture)
             dtypes = {entry.label: reader.tensors[entry.key].dtype for entry in entries}
             self._manifest.check_table({entry.label: entry.shape for entry in entries}, dtypes)
-        self._result = SafetensorsResult(self.architecture, self.dtype)
+        self._result = SafetensorsResult(self.architecture, self.dtypes)
         self.units = self._result.units(self._peak)
 
     def prepare(self, folder: Path) -> None:
@@ -80,7 +92,7 @@ class ExportJob(ConversionJob):
                     entry.label,
                     stored.reshape(entry.shape),
                     manifest=self._manifest,
-                    dtype=self.dtype,
+                    dtype=self.dtypes.of(entry),
                 )
                 del stored  # a conversion to another dtype has made a copy
                 tensors = entry.transform.split(megatron.tensor, self.architecture)
@@ -110,8 +122,9 @@ class ExportJob(ConversionJob):
         stored = self._reader.tensors[entry.key]
         chunks = stored.chunks_overlapping(entry.offset, entry.extent)
         chunk = max((math.prod(chunk.sizes) for chunk in chunks), default=0)
-        converted = self.dtype.itemsize if self.dtype != stored.dtype else 0
-        split = 0 if isinstance(entry.transform, Same) else self.dtype.itemsize
+        dtype = self.dtypes.of(entry)
+        converted = dtype.itemsize if dtype != stored.dtype else 0
+        split = 0 if isinstance(entry.transform, Same) else dtype.itemsize
         box = math.prod(entry.shape) * (stored.dtype.itemsize + converted + split)
         return chunk * stored.dtype.itemsize + box
 
@@ -128,25 +141,23 @@ def generation_config(architecture: Mellum2Architecture) -> dict[str, object]:
     return {"_from_model_config": True, **present}
 
 
-def _one_dtype(reader: TorchDistReader) -> torch.dtype:
-    """Return the dtype that all weights share.
+def _stored_dtypes(reader: TorchDistReader, entries: Iterable[Entry]) -> dict[str, torch.dtype]:
+    """Return the dtype of each Hugging Face tensor in a checkpoint, by name.
 
     Raises:
-        InputError: weights of several dtypes, or of one that is not in `format.DTYPES`.
+        InputError: one that is not in `format.DTYPES`.
     """
-    by_dtype: dict[torch.dtype, list[str]] = {}
-    for key, tensor in reader.tensors.items():
-        by_dtype.setdefault(tensor.dtype, []).append(key)
-    if len(by_dtype) > 1:
-        mixture = ", ".join(
-            f"{dtype_name(dtype)} ({listed(keys, 1)})" for dtype, keys in by_dtype.items()
-        )
-        raise InputError(
-            f"{reader.folder}: weights in {mixture}",
-            rule="a Hugging Face folder has one dtype",
-            fix="choose it: --torch-dtype bfloat16",
-        )
-    return torch_dtype(dtype_name(next(iter(by_dtype))))
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in entries:
+        dtype = reader.tensors[entry.key].dtype
+        if dtype_name(dtype) not in DTYPES:
+            raise InputError(
+                f"{reader.folder}: {entry.key} of dtype {dtype_name(dtype)}",
+                rule="weights are stored as one of " + ", ".join(DTYPES),
+                fix="save the model in one of them",
+            )
+        dtypes |= {source.name: dtype for source in entry.sources}
+    return dtypes
 
 
 def _tokenizer_dir(checkpoint: CheckpointFolder, given: Path | None) -> Path | None:
@@ -170,14 +181,5 @@ def _tokenizer_dir(checkpoint: CheckpointFolder, given: Path | None) -> Path | N
             rule="it must be a folder with a tokenizer.json",
             fix="give a tokenizer folder",
         )
-    from tokenizers import Tokenizer
-
-    # The largest id and not the count: ids may have gaps.
-    top = max(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab().values(), default=-1)
-    if top >= checkpoint.architecture.vocab_size:
-        raise InputError(
-            f"tokenizer {folder} has token id {top}",
-            rule=f"the model's vocabulary has {checkpoint.architecture.vocab_size} entries",
-            fix="give the tokenizer the model was trained with",
-        )
+    check_tokenizer(folder, checkpoint.architecture)
     return folder

@@ -11,14 +11,19 @@ from typing import Any
 
 from conversion.huggingface.folder import HfFolder
 from conversion.huggingface.format import dtype_name
-from conversion.huggingface.writer import copy_generation_config, copy_tokenizer
+from conversion.huggingface.writer import (
+    TOKENIZER_FILE,
+    check_tokenizer,
+    copy_generation_config,
+    copy_tokenizer,
+)
 from conversion.jobs.job import (
     ConversionJob,
     ConversionRequest,
     ConversionUnit,
     Progress,
-    entry_bytes,
     records_of,
+    result_dtypes,
 )
 from conversion.jobs.reports import ConversionReport
 from conversion.jobs.weights_manifest import Manifest, WeightRecord, write_manifest
@@ -51,8 +56,10 @@ class ImportJob(ConversionJob):
         super().__init__(request)
         self.source, self.source_files = hf.path, hf.files
         self.architecture = hf.architecture
-        self.dtype = request.dtype or hf.dtype
+        self.dtypes = result_dtypes(hf.path, hf.entries, hf.dtypes, request)
         self._hf = hf
+        if (hf.path / TOKENIZER_FILE).is_file():
+            check_tokenizer(hf.path, self.architecture)
         self._manifest = Manifest.of_hf_folder(hf) if request.checks.hashes else None
         self.has_manifest = self._manifest is not None
         groups = [tuple(group) for _, group in groupby(hf.entries, key=lambda entry: entry.group)]
@@ -61,7 +68,7 @@ class ImportJob(ConversionJob):
                 name=str(number),
                 file=f"{RELEASE}/{group_file(number)}",
                 entries=group,
-                nbytes=entry_bytes(group, self.dtype),
+                nbytes=self.dtypes.nbytes(group),
                 peak=max(self._peak(entry) for entry in group),
             )
             for number, group in enumerate(groups)
@@ -76,7 +83,10 @@ class ImportJob(ConversionJob):
         (folder / RELEASE).mkdir(exist_ok=True)
         self._writer = TorchDistWriter(
             folder / RELEASE,
-            [[Chunk.of_entry(entry, self.dtype) for entry in unit.entries] for unit in self.units],
+            [
+                [Chunk.of_entry(entry, self.dtypes.of(entry)) for entry in unit.entries]
+                for unit in self.units
+            ],
             common=COMMON_STATE,
             empty_states=extra_states(self.architecture),
         )
@@ -93,7 +103,7 @@ class ImportJob(ConversionJob):
                         source.name,
                         self._hf.tensor(source.name),
                         manifest=self._manifest,
-                        dtype=self.dtype,
+                        dtype=self.dtypes.of(entry),
                     )
                     for source in entry.sources
                 ]
@@ -117,7 +127,7 @@ class ImportJob(ConversionJob):
     def finish(self, folder: Path, payloads: Sequence[dict[str, Any]]) -> None:
         # Before the writer's `finish`, which hashes every file of the folder.
         write_manifest(folder / RELEASE, records_of(payloads))
-        write_run_config(folder / RELEASE, self.architecture, dtype_name(self.dtype))
+        write_run_config(folder / RELEASE, self.architecture, dtype_name(self.dtypes.main))
         self._writer.finish([Written.from_dict(payload["written"]) for payload in payloads])
         write_architecture(folder, self.architecture)
         copy_tokenizer(self.source, folder / TOKENIZER_FOLDER)
@@ -127,6 +137,7 @@ class ImportJob(ConversionJob):
 
     def _peak(self, entry: Entry) -> int:
         """Return the most bytes in memory for ``entry``: parts as read, converted and joined."""
-        converted = self.dtype.itemsize if self.dtype != self._hf.dtype else 0
-        joined = 0 if isinstance(entry.transform, Same) else self.dtype.itemsize
-        return math.prod(entry.shape) * (self._hf.dtype.itemsize + converted + joined)
+        stored, dtype = self._hf.dtypes.of(entry), self.dtypes.of(entry)
+        converted = dtype.itemsize if dtype != stored else 0
+        joined = 0 if isinstance(entry.transform, Same) else dtype.itemsize
+        return math.prod(entry.shape) * (stored.itemsize + converted + joined)

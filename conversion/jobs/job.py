@@ -9,7 +9,7 @@ a tensor from file to file: `importing.ImportJob.convert`, `exporting.ExportJob.
 from __future__ import annotations
 
 import importlib.metadata
-import math
+import logging
 import os
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import torch
 
+from conversion.huggingface.dtypes import Dtypes
 from conversion.huggingface.format import dtype_name, torch_dtype
 from conversion.jobs.reports import ConversionPlan, ConversionReport
 from conversion.jobs.result_folder import (
@@ -35,6 +36,9 @@ from conversion.jobs.workers import Stop, run_units, worker_count
 from conversion.mapping import Entry
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.byte_progress import byte_progress
+from mellum2_megatron.common.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 """Function to call with the size of each converted tensor, in bytes.
@@ -50,6 +54,7 @@ class ConversionRequest:
     Attributes:
         target: folder to write.
         dtype: dtype of the result; None: the source's own.
+        keep_dtypes: allow a source of several dtypes, and keep each tensor's, default False.
         overwrite: replace an earlier result, default False.
         workers: number of units converted at a time, default one per core, at most 8.
         checks: checks of each tensor, default `TensorChecks()`.
@@ -57,6 +62,7 @@ class ConversionRequest:
 
     target: Path
     dtype: torch.dtype | None
+    keep_dtypes: bool
     overwrite: bool
     workers: int
     checks: TensorChecks
@@ -67,6 +73,7 @@ class ConversionRequest:
         target: str | os.PathLike[str],
         *,
         dtype: str | None = None,
+        keep_dtypes: bool = False,
         overwrite: bool = False,
         workers: int | None = None,
         checks: TensorChecks | None = None,
@@ -74,11 +81,19 @@ class ConversionRequest:
         """Return the request with its defaults filled in.
 
         Raises:
-            InputError: an unknown dtype, or fewer workers than one.
+            InputError: an unknown dtype, both a dtype and ``keep_dtypes``, or fewer workers than
+                one.
         """
+        if dtype is not None and keep_dtypes:
+            raise InputError(
+                f"--torch-dtype {dtype} with --keep-dtypes",
+                rule="the one converts every tensor, the other none",
+                fix="give one of them",
+            )
         return cls(
             target=Path(target),
             dtype=torch_dtype(dtype) if dtype is not None else None,
+            keep_dtypes=keep_dtypes,
             overwrite=overwrite,
             workers=worker_count(workers),
             checks=checks or TensorChecks(),
@@ -116,7 +131,7 @@ class ConversionJob(ABC):
         source: folder to read.
         source_files: files of the source; once one has changed, a partial result is discarded.
         architecture: architecture of the result.
-        dtype: dtype of the result.
+        dtypes: dtype of each tensor of the result.
         units: all of the work, in the order of the result.
         has_manifest: True if tensors are compared with a manifest of the source.
     """
@@ -125,7 +140,7 @@ class ConversionJob(ABC):
     source: Path
     source_files: Sequence[Path]
     architecture: Mellum2Architecture
-    dtype: torch.dtype
+    dtypes: Dtypes
     units: Sequence[ConversionUnit]
     has_manifest: bool
 
@@ -182,7 +197,7 @@ class ConversionJob(ABC):
             kind=self.kind,
             source=self.source,
             target=target,
-            dtype=dtype_name(self.dtype),
+            dtype=str(self.dtypes),
             tensors=self.tensors,
             nbytes=self.nbytes,
             files=tuple(files.items()),
@@ -233,7 +248,7 @@ class ConversionJob(ABC):
         return ConversionReport(
             path=self.request.target,
             architecture=self.architecture,
-            dtype=dtype_name(self.dtype),
+            dtype=str(self.dtypes),
             tensors=self.tensors,
             nbytes=self.nbytes,
             seconds=time.monotonic() - start,
@@ -252,7 +267,8 @@ class ConversionJob(ABC):
             "version": importlib.metadata.version("mellum2-megatron"),
             "source": str(self.source.resolve()),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-            "dtype": dtype_name(self.dtype),
+            "dtype": dtype_name(self.dtypes.main),
+            "dtypes": self.dtypes.others,
             "checks": asdict(self.request.checks),
             # Units by name and size: another cut into files moves tensors between them.
             "units": {unit.name: unit.nbytes for unit in self.units},
@@ -265,6 +281,32 @@ def records_of(payloads: Iterable[dict[str, Any]]) -> list[WeightRecord]:
     return [WeightRecord.from_dict(values) for payload in payloads for values in payload["records"]]
 
 
-def entry_bytes(entries: Iterable[Entry], dtype: torch.dtype) -> int:
-    """Return the bytes of the entries' tensors in ``dtype``."""
-    return sum(math.prod(entry.shape) for entry in entries) * dtype.itemsize
+def result_dtypes(
+    where: object, entries: Sequence[Entry], stored: Dtypes, request: ConversionRequest
+) -> Dtypes:
+    """Return the dtypes of a result; a warning names what another dtype rounds in a mixture.
+
+    Args:
+        where: the source, for messages.
+        entries: entries of the mapping table.
+        stored: dtypes of the source.
+        request: the caller's options.
+
+    Raises:
+        InputError: a mixture that the user has not settled, or that Megatron cannot store.
+    """
+    if request.dtype is not None:
+        if not stored.is_uniform and (rounded := stored.rounded_by(request.dtype)):
+            logger.warning(
+                "%s: %d tensors are rounded to %s, first %s",
+                where,
+                len(rounded),
+                dtype_name(request.dtype),
+                rounded[0],
+            )
+        return Dtypes.uniform(entries, request.dtype)
+    if request.keep_dtypes:
+        stored.require_storable(where, entries)
+    else:
+        stored.require_uniform(where)
+    return stored

@@ -30,6 +30,8 @@ from mellum2_megatron.common.files import (
     move_into_place,
     size_text,
 )
+from mellum2_megatron.common.json_files import parse_object
+from mellum2_megatron.common.staging import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +106,10 @@ def result_folder(
             being written by another process. An InputError of the body removes the partial result.
         WorkError: the disk is too full, or writing failed.
     """
-    check_target(target, source, overwrite)
     partial = partial_folder(target)
+    remove_leftovers(target.parent, target.name)
+    _remove_finished(partial)
+    check_target(target, source, overwrite)
     first_line = json.dumps(identity, sort_keys=True)
     done = _finished(partial, first_line)
     check_space(target, sum(nbytes for unit, nbytes in units.items() if unit not in done))
@@ -143,6 +147,8 @@ def result_folder(
                 raise
             finally:
                 if not done or not result.folder.exists():
+                    # The journal last: without it the folder is nobody's.
+                    shutil.rmtree(result.folder, ignore_errors=True)
                     shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         work_error = _work_error(target, error, partial if partial.exists() else None)
@@ -245,7 +251,7 @@ def _finished(partial: Path, first_line: str) -> dict[str, Any]:
     done = {}
     for line in lines[1:]:
         try:
-            entry = json.loads(line)
+            entry = parse_object(line)
             # Units in a file that was deleted, or cut short by a power failure, are lost.
             complete = all(
                 (partial / _RESULT / name).stat().st_size >= size
@@ -256,6 +262,17 @@ def _finished(partial: Path, first_line: str) -> dict[str, Any]:
         if complete:
             done[entry["unit"]] = entry["payload"]
     return done
+
+
+def _remove_finished(partial: Path) -> None:
+    """Remove the folder of a process that was killed after its result had taken its name.
+
+    Raises:
+        InputError: another process has just begun to write it.
+    """
+    if partial.is_dir() and {entry.name for entry in partial.iterdir()} <= {JOURNAL_FILE}:
+        with _locked_journal(partial):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

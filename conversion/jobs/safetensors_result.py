@@ -10,8 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from conversion.huggingface.dtypes import Dtypes
 from conversion.huggingface.format import CONFIG_FILE, dtype_name
 from conversion.huggingface.writer import (
     create_shard,
@@ -20,7 +19,7 @@ from conversion.huggingface.writer import (
     write_index,
     write_tensor,
 )
-from conversion.jobs.job import ConversionUnit, entry_bytes, records_of
+from conversion.jobs.job import ConversionUnit, records_of
 from conversion.jobs.tensor_checks import CheckedTensor
 from conversion.jobs.weights_manifest import WeightRecord, write_manifest
 from conversion.mapping import Entry, Source, derive
@@ -35,16 +34,17 @@ class SafetensorsPart:
         records: record of each tensor written, in order.
     """
 
-    def __init__(self, descriptor: int, positions: dict[str, int], dtype: torch.dtype) -> None:
+    def __init__(self, descriptor: int, positions: dict[str, int], dtypes: Dtypes) -> None:
         self.records: list[WeightRecord] = []
-        self._descriptor, self._positions, self._dtype = descriptor, positions, dtype
+        self._descriptor, self._positions, self._dtypes = descriptor, positions, dtypes
 
     def write(self, source: Source, checked: CheckedTensor) -> None:
         """Write a tensor to its position in the file; hash it unless its check has done so."""
         tensor, record = checked
         # The header is on the disk already: a tensor of another size or dtype would be read back as
         # wrong values, and no error.
-        if (tuple(tensor.shape), tensor.dtype) != (source.shape, self._dtype):
+        dtype = self._dtypes.by_name[source.name]
+        if (tuple(tensor.shape), tensor.dtype) != (source.shape, dtype):
             raise ValueError(f"{source}: {tuple(tensor.shape)} {tensor.dtype} does not fit")
         write_tensor(self._descriptor, self._positions[source.name], tensor)
         if record is None:
@@ -56,10 +56,10 @@ class SafetensorsPart:
 class SafetensorsResult:
     """A result in the released layout: weights, index, weights manifest and config.json."""
 
-    def __init__(self, architecture: Mellum2Architecture, dtype: torch.dtype) -> None:
-        self._architecture, self._dtype = architecture, dtype
-        self._shards = plan_shards(derive(architecture), dtype)
-        self._sizes = {shard.file: shard_size(shard, dtype) for shard in self._shards}
+    def __init__(self, architecture: Mellum2Architecture, dtypes: Dtypes) -> None:
+        self._architecture, self._dtypes = architecture, dtypes
+        self._shards = plan_shards(derive(architecture), dtypes)
+        self._sizes = {shard.file: shard_size(shard, dtypes) for shard in self._shards}
         self._positions: dict[str, dict[str, int]] = {}
 
     def units(self, peak: Callable[[Entry], int]) -> list[ConversionUnit]:
@@ -78,7 +78,7 @@ class SafetensorsResult:
                     name=f"{shard.file}#{group}",
                     file=shard.file,
                     entries=members,
-                    nbytes=entry_bytes(members, self._dtype),
+                    nbytes=self._dtypes.nbytes(members),
                     peak=max(peak(entry) for entry in members),
                 )
                 units.append(unit)
@@ -87,7 +87,7 @@ class SafetensorsResult:
     def create(self, folder: Path) -> None:
         """Create the files in ``folder``; keep those of an earlier attempt."""
         self._positions = {
-            shard.file: create_shard(folder, shard, self._dtype) for shard in self._shards
+            shard.file: create_shard(folder, shard, self._dtypes) for shard in self._shards
         }
 
     @contextmanager
@@ -95,7 +95,7 @@ class SafetensorsResult:
         """Yield the part of ``unit`` to write; it is on the disk when the block ends."""
         # Unbuffered and written by position, so that workers share a file without a lock.
         with (folder / unit.file).open("r+b", buffering=0) as stream:
-            yield SafetensorsPart(stream.fileno(), self._positions[unit.file], self._dtype)
+            yield SafetensorsPart(stream.fileno(), self._positions[unit.file], self._dtypes)
             os.fsync(stream.fileno())
 
     def payload(self, unit: ConversionUnit, part: SafetensorsPart) -> tuple[dict[str, Any], int]:
@@ -104,7 +104,7 @@ class SafetensorsResult:
 
     def finish(self, folder: Path, payloads: Sequence[dict[str, Any]]) -> None:
         """Write index, weights manifest and config.json."""
-        write_index(folder, self._shards, self._dtype)
+        write_index(folder, self._shards, self._dtypes)
         write_manifest(folder, records_of(payloads))
-        config = to_hf_config(self._architecture, dtype_name(self._dtype))
+        config = to_hf_config(self._architecture, dtype_name(self._dtypes.main))
         write_json(folder / CONFIG_FILE, config)

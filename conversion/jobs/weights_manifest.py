@@ -103,23 +103,19 @@ class Manifest:
         """
         manifest = cls.of_folder(hf.path)
         if manifest is not None:
-            manifest.check_table(huggingface_shapes(hf.entries), hf.dtype)
+            manifest.check_table(huggingface_shapes(hf.entries), hf.dtypes.by_name)
         return manifest
 
-    def check_table(
-        self, shapes: Mapping[str, Shape], dtype: torch.dtype | Mapping[str, torch.dtype]
-    ) -> None:
+    def check_table(self, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> None:
         """Compare names, shapes and dtypes with those of the weights; read no weight.
 
         Args:
             shapes: shape of every tensor by name.
-            dtype: dtype of all tensors, or of each by name.
+            dtypes: dtype of every tensor by name.
 
         Raises:
             InputError: the first difference, by name.
         """
-        # A Megatron checkpoint may mix dtypes; a Hugging Face folder has one.
-        dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
         if differing := sorted(set(shapes) ^ set(self.records)):
             verb = "lists" if differing[0] in self.records else "does not list"
             raise InputError(f"{self.path} {verb} {listed(differing)}", rule=_RULE, fix=_CHANGED)

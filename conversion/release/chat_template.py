@@ -1,22 +1,20 @@
-"""Find a model folder's chat template, and render conversations with it.
+"""Render conversations with a model folder's chat template, as a trial.
 
-Templates are programs (Jinja) and not trusted: transformers renders them in an
-`ImmutableSandboxedEnvironment` (utils/chat_template_utils.py, 5.23).
+`data.chat.template` renders, in a process with limits.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from conversion.huggingface.format import listed, read_json
-from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.files import read_text
+from mellum2_megatron.common.errors import InputError, shown
+from mellum2_megatron.data.chat.template import render_limited, special_tokens_map
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
@@ -42,25 +40,6 @@ _MARKER = re.compile(r"<\|[^|<>\s]+\|>")
 Message = dict[str, Any]
 
 
-def read_template(folder: Path) -> str | None:
-    """Return the folder's chat template; None if it has none.
-
-    Raises:
-        InputError: the file is unreadable or not UTF-8.
-    """
-    # In transformers' order: the file before the key in tokenizer_config.json.
-    path = folder / CHAT_TEMPLATE_FILE
-    if path.is_file():
-        return read_text(path, str(path), fix="copy it again")
-    if not (folder / TOKENIZER_CONFIG_FILE).is_file():
-        return None
-    template = read_json(folder / TOKENIZER_CONFIG_FILE, "").get("chat_template")
-    if isinstance(template, list):  # several named templates, as older transformers wrote them
-        rows = [row for row in template if isinstance(row, dict) and row.get("name") == "default"]
-        template = rows[0].get("template") if rows else None
-    return template if isinstance(template, str) else None
-
-
 def render_template(folder: Path, template: str) -> list[str]:
     """Render conversations with ``template`` and the folder's tokenizer.
 
@@ -72,11 +51,18 @@ def render_template(folder: Path, template: str) -> list[str]:
         InputError: a rendering fails, loses part of its conversation, or contains markers that are
             no tokens.
     """
+    conversations = list(_conversations(template))
+    question = [{"role": "user", "content": _QUESTION}]
+    # Training and generation must see the same tokens: the prompt may only add to the conversation.
+    prompts = [
+        _Conversation(title="generation prompt", messages=question),
+        _Conversation(title="generation prompt", messages=question, add_generation_prompt=True),
+    ]
+    texts = _render(folder, template, [*conversations, *prompts])
     titles = []
     special = special_tokens(folder)
-    for conversation in _conversations(template):
-        title = conversation.title
-        text = _render(folder, template, title, conversation.messages, tools=conversation.tools)
+    for conversation in conversations:
+        title, text = conversation.title, next(texts)
         lost = [part for part in conversation.expected if part not in text]
         if lost:
             raise InputError(
@@ -92,25 +78,22 @@ def render_template(folder: Path, template: str) -> list[str]:
                 fix="use the template that belongs to this tokenizer, or add the tokens",
             )
         titles.append(title)
-    title = "generation prompt"
-    question = [{"role": "user", "content": _QUESTION}]
-    # Training and generation must see the same tokens: the prompt may only add to the conversation.
-    bare = _render(folder, template, title, question)
-    prompt = _render(folder, template, title, question, add_generation_prompt=True)
+    bare, prompt = texts
     if not prompt.startswith(bare) or len(prompt) <= len(bare):
         added = prompt[len(bare) :]
         raise InputError(
-            f"chat template: add_generation_prompt gives {added!r} after the question",
+            f"chat template: add_generation_prompt gives {shown(added)} after the question",
             rule="it opens the assistant's turn",
             fix="end the template with a block for add_generation_prompt",
         )
-    return [*titles, title]
+    return [*titles, prompts[0].title]
 
 
 def end_of_turn(folder: Path, template: str) -> int | None:
     """Return the id of the first special token after an assistant's answer; None without one."""
     messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    tail = _render(folder, template, "end of turn", messages).rpartition(_ANSWER)[2]
+    conversation = _Conversation(title="end of turn", messages=messages)
+    tail = next(_render(folder, template, [conversation])).rpartition(_ANSWER)[2]
     special = special_tokens(folder)
     positions = [(tail.index(token), token) for token in special if token in tail]
     return special[min(positions)[1]] if positions else None
@@ -129,34 +112,36 @@ class _Conversation:
     Attributes:
         title: subject, for messages.
         messages, tools: arguments of the template; tools default to none.
-        expected: texts that the rendering must contain.
+        add_generation_prompt: open the assistant's turn at the end, default False.
+        expected: texts that the rendering must contain; default none.
     """
 
     title: str
     messages: list[Message]
     tools: list[Any] | None = None
-    expected: list[str]
+    add_generation_prompt: bool = False
+    expected: tuple[str, ...] = ()
 
 
 def _conversations(template: str) -> Iterator[_Conversation]:
     """Yield a turn, and a conversation with each further part that ``template`` reads."""
     user = {"role": "user", "content": _QUESTION}
     answer = {"role": "assistant", "content": _ANSWER}
-    yield _Conversation(title="a turn", messages=[user, answer], expected=[_QUESTION, _ANSWER])
+    yield _Conversation(title="a turn", messages=[user, answer], expected=(_QUESTION, _ANSWER))
     # Parts that a template does not read are left out: some templates refuse a system message.
     if re.search(r"\bsystem\b", template):
         system = {"role": "system", "content": _SYSTEM}
         yield _Conversation(
             title="a system message",
             messages=[system, user, answer],
-            expected=[_SYSTEM, _ANSWER],
+            expected=(_SYSTEM, _ANSWER),
         )
     if re.search(r"\btools\b", template):
         yield _Conversation(
             title="tools",
             messages=[user],
             tools=[_TOOL],
-            expected=["multiply_numbers", _QUESTION],
+            expected=("multiply_numbers", _QUESTION),
         )
     for field in _REASONING_FIELDS:
         # message.reasoning, message['reasoning'] or message.get('reasoning')
@@ -164,36 +149,31 @@ def _conversations(template: str) -> Iterator[_Conversation]:
             yield _Conversation(
                 title=f"reasoning ({field})",
                 messages=[user, {**answer, field: _THOUGHT}],
-                expected=[_THOUGHT, _ANSWER],
+                expected=(_THOUGHT, _ANSWER),
             )
             return
 
 
-def _render(
-    folder: Path,
-    template: str,
-    title: str,
-    messages: list[Message],
-    *,
-    tools: list[Any] | None = None,
-    add_generation_prompt: bool = False,
-) -> str:
-    from transformers import AutoTokenizer
+def _render(folder: Path, template: str, conversations: Sequence[_Conversation]) -> Iterator[str]:
+    """Render conversations with limits of time and memory, and yield their texts in order.
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    # Jinja raises many types, and a template raises its own with raise_exception.
-    except Exception as error:
-        raise InputError(
-            f"chat template, {title}: {type(error).__name__}: {error}",
-            rule="it must render",
-            fix="repair the template",
-        ) from error
-    return str(text)
+    Raises:
+        InputError: the text that is asked for next could not be rendered.
+    """
+    requests = [
+        {
+            "messages": conversation.messages,
+            "tools": conversation.tools,
+            "add_generation_prompt": conversation.add_generation_prompt,
+        }
+        for conversation in conversations
+    ]
+    answers = render_limited(template, special_tokens_map(folder), requests)
+    for conversation, answer in zip(conversations, answers, strict=False):
+        if "error" in answer:
+            raise InputError(
+                f"chat template, {conversation.title}: {answer['error']}",
+                rule="it must render",
+                fix="repair the template",
+            )
+        yield answer["text"]

@@ -9,7 +9,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from conversion.huggingface.format import CONFIG_FILE, PICKLED, check_inside, listed, read_json
+from conversion.huggingface.format import (
+    CARD_FILE,
+    CONFIG_FILE,
+    LICENSE_FILE,
+    PICKLED,
+    VERIFICATION_FILE,
+    listed,
+    read_json,
+)
 from conversion.release.chat_template import TOKENIZER_CONFIG_FILE
 from conversion.release.check import Check, named_check
 from conversion.release.config_checks import config_checks
@@ -17,10 +25,7 @@ from conversion.release.members import CHAT_MEMBERS, MEMBERS
 from conversion.release.tokenizer_checks import tokenizer_checks
 from conversion.release.weight_checks import weight_checks
 from mellum2_megatron.common.errors import InputError
-
-CARD_FILE = "README.md"
-LICENSE_FILE = "LICENSE"
-VERIFICATION_FILE = "verification.json"
+from mellum2_megatron.common.model_folders import check_inside
 
 _SHORTEST_CARD = 200
 """Fewest characters of a model card: less cannot describe a model."""

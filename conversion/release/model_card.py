@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from conversion.release.members import BASE_PRETRAIN, CHAT_MEMBERS
 from conversion.verification.verify import VerifyReport
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import read_text
+from mellum2_megatron.common.json_files import parse_json
 from mellum2_megatron.common.provenance import Code
 from mellum2_megatron.config import Run
 
@@ -88,8 +89,8 @@ def read_evaluation(path: Path) -> Rows:
             finite number.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = parse_json(read_text(path, f"--eval {path}", fix="name a JSON file"))
+    except ValueError as error:
         raise InputError(
             f"--eval {path}", rule=f"it must be a JSON file ({error})", fix="name one"
         ) from None

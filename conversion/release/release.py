@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from conversion.convert import export_hf
-from conversion.huggingface.format import GENERATION_CONFIG_FILE, read_json
+from conversion.huggingface.format import (
+    CARD_FILE,
+    GENERATION_CONFIG_FILE,
+    LICENSE_FILE,
+    VERIFICATION_FILE,
+    read_json,
+)
 from conversion.jobs.reports import ConversionReport
 from conversion.jobs.result_folder import check_target
 from conversion.release.chat_template import (
-    CHAT_TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     end_of_turn,
-    read_template,
     render_template,
 )
 from conversion.release.check import Check, ReleaseReport
@@ -28,13 +35,7 @@ from conversion.release.check_release import (
     require_acceptance,
 )
 from conversion.release.config_checks import context
-from conversion.release.file_checks import (
-    CARD_FILE,
-    LICENSE_FILE,
-    VERIFICATION_FILE,
-    file_checks,
-    file_hashes,
-)
+from conversion.release.file_checks import file_checks, file_hashes
 from conversion.release.members import CHAT_MEMBERS, require_member
 from conversion.release.model_card import CardFacts, Rows, model_card, read_evaluation
 from conversion.release.model_checks import model_checks, model_checks_left_out
@@ -50,12 +51,15 @@ from mellum2_megatron.common.files import (
     write_text,
 )
 from mellum2_megatron.common.provenance import project_root, recorded_code, source_code
+from mellum2_megatron.common.staging import remove_leftovers
 from mellum2_megatron.config import Run
+from mellum2_megatron.data.chat.template import CHAT_TEMPLATE_FILE, read_template
 
 PathLike = str | os.PathLike[str]
 
 LOGITS = "logits equal Megatron's"
 
+_LOCK = ".lock"
 _SOFTWARE = ("mellum2-megatron", "megatron-core", "transformers", "torch")
 
 
@@ -161,37 +165,66 @@ def release(
         text=text,
     )
     target = Path(output)
-    check_target(target, ingredients.checkpoint.root, overwrite)
-    # Everything is written beside the target, on the same disk, and takes its name at the end. The
-    # staging folder stays after an interruption or a full disk: the same command continues in it.
     staging = target.parent / f".{target.name}.release"
-    folder = staging / target.name
-    try:
-        # overwrite=True: the staging folder is this command's own.
-        conversion = export_hf(
-            megatron_path, folder, tokenizer=ingredients.tokenizer, overwrite=True
-        )
-    except InputError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    report = None
-    try:
-        _add_files(folder, ingredients)
-        measured = _Measured()
-        if check and not skip_run:
-            measured = _measure(folder, ingredients, megatron_path, min_acceptance)
-        _write_cards(folder, ingredients, measured, conversion.dtype)
-        if check:
-            # After the cards, which are checked too.
-            why = "left out (--skip-run)"
-            left_out = (*model_checks_left_out(why), Check.not_applicable(LOGITS, why))
-            checks = (*file_checks(folder, member), *(measured.checks or left_out))
-            report = ReleaseReport(folder=target, member=member, checks=checks)
-            _require_ok(report)
-        move_into_place(folder, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    remove_leftovers(target.parent, target.name)
+    if staging.is_dir():
+        with _locked(staging):  # one that was killed after the release had its name goes
+            pass
+    check_target(target, ingredients.checkpoint.root, overwrite)
+    # Everything is written beside the target, on the same disk, and takes its name at the end. An
+    # interrupted export stays: the same command continues it.
+    with _locked(staging):
+        folder = staging / target.name
+        # Of an attempt that was killed after its export: its files may be incomplete.
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            conversion = export_hf(megatron_path, folder, tokenizer=ingredients.tokenizer)
+        except InputError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        report = None
+        try:
+            _add_files(folder, ingredients)
+            measured = _Measured()
+            if check and not skip_run:
+                measured = _measure(folder, ingredients, megatron_path, min_acceptance)
+            _write_cards(folder, ingredients, measured, conversion.dtype)
+            if check:
+                # After the cards, which are checked too.
+                why = "left out (--skip-run)"
+                left_out = (*model_checks_left_out(why), Check.not_applicable(LOGITS, why))
+                checks = (*file_checks(folder, member), *(measured.checks or left_out))
+                report = ReleaseReport(folder=target, member=member, checks=checks)
+                _require_ok(report)
+            move_into_place(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     return ReleaseResult(conversion=conversion, report=report, path=target)
+
+
+@contextmanager
+def _locked(staging: Path) -> Iterator[None]:
+    """Make a staging folder and lock it; it is removed at the end if nothing is in it.
+
+    Raises:
+        InputError: another process writes the same release.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    with (staging / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                str(staging),
+                rule="another process is writing this release",
+                fix="wait for it, or end it",
+            ) from None
+        try:
+            yield
+        finally:
+            # After bad input the folder is gone already.
+            if staging.is_dir() and [entry.name for entry in staging.iterdir()] == [_LOCK]:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def _read_ingredients(

@@ -7,11 +7,9 @@ from typing import Any
 
 from conversion.huggingface.format import CONFIG_FILE, GENERATION_CONFIG_FILE, listed, read_json
 from conversion.release.chat_template import (
-    CHAT_TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     end_of_turn,
-    read_template,
     render_template,
     special_tokens,
 )
@@ -19,6 +17,7 @@ from conversion.release.check import Check, named_check
 from conversion.release.config_checks import NEEDS_CONFIG
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.data.chat.template import CHAT_TEMPLATE_FILE, read_template
 from mellum2_megatron.data.tokens.tokenizer import check_fim, load_tokenizer, special_ids
 
 _ROLES = ("bos", "eos", "pad")

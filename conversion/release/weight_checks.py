@@ -88,7 +88,8 @@ def mtp_head(announced: int, present: int) -> str:
         raise InputError(
             value,
             rule="an announced MTP head must be there (transformers' save_pretrained drops it)",
-            fix="export again with its mtp.* tensors, or set num_nextn_predict_layers to 0",
+            fix="put it back with `mellum2 convert stitch-mtp SRC DST`, "
+            "SRC being a folder that has it, or set num_nextn_predict_layers to 0",
         )
     if present > announced:
         raise InputError(

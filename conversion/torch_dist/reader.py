@@ -26,7 +26,6 @@ at all.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -45,9 +44,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from conversion.torch_dist.safe_metadata import read_metadata
 from mellum2_megatron.architecture import Shape
+from mellum2_megatron.checkpoint.safe_metadata import read_metadata
 from mellum2_megatron.common.errors import InputError, first_line
+from mellum2_megatron.common.json_files import load_json
 
 CONFIG_FILE = "metadata.json"
 COMMON_STATE_KEY = "common_state/shard_0_1"
@@ -256,12 +256,12 @@ def _check_backend(folder: Path) -> None:
     path = folder / CONFIG_FILE
     fix = "give a checkpoint saved with --ckpt-format torch_dist (this project's only format)"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(path)
     except (OSError, ValueError) as error:
         raise InputError(
             str(path), rule=f"a torch_dist checkpoint has it ({first_line(error)})", fix=fix
         ) from error
-    backend = config.get("sharded_backend") if isinstance(config, dict) else None
+    backend = config.get("sharded_backend")
     if backend != "torch_dist":
         raise InputError(
             f"{path}: sharded_backend={backend!r}", rule="only torch_dist is read", fix=fix

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageIn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import (
@@ -249,7 +250,7 @@ class TorchDistWriter:
                     for placed in group.placed
                 ]
             )
-        writer = FileSystemWriter(self.folder, sync_files=True)
+        writer = _Writer(self.folder, sync_files=True)
         writer.set_up_storage_writer(is_coordinator=True)
         writer.finish(metadata, results)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -272,3 +273,10 @@ def _serialized(value: Any) -> io.BytesIO:
     stream = io.BytesIO()
     torch.save([value], stream)
     return stream
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer of ``.metadata``, without the path of this machine."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)

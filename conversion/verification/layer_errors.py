@@ -6,7 +6,7 @@ depart from each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +15,13 @@ import torch
 
 from mellum2_megatron.architecture import Mellum2Architecture
 
-Recorded = dict[str, list[torch.Tensor]]
-"""Place -> hidden states `[b, s, h]`, one tensor a forward pass; places in order of computation."""
+Keep = Callable[[str, torch.Tensor], None]
+"""Function that takes the hidden states after one place: its name, and the values `[s, h]`."""
 
 EMBEDDING, FINAL_NORM, MTP_LAYER = "embedding", "final norm", "mtp layer 0"
+
+_POSITIONS = 512
+"""Positions that are compared at a time; it bounds the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,62 +42,116 @@ class LayerError:
     relative_error: float
 
 
-@contextmanager
-def record_huggingface(main: Any, mtp: Any | None) -> Iterator[Recorded]:
-    """Record the hidden states of `MellumForCausalLM` and `MtpModel`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """Difference of two arrays `[b, s, n]`.
 
-    Those of the MTP layer are taken before its last norm, as in `record_megatron`.
+    Attributes:
+        max_error, mean_error: absolute difference.
+        relative_error: ``max_error`` divided by the largest absolute reference value.
+        same_top: share of positions whose largest value is in the same column, 0 to 1.
+    """
+
+    max_error: float
+    mean_error: float
+    relative_error: float
+    same_top: float
+
+    @classmethod
+    def of(cls, values: torch.Tensor, reference: torch.Tensor) -> Difference:
+        """Compare two arrays, some positions at a time; NaN is the largest error."""
+        largest, scale, total, same = [], [], 0.0, 0
+        for value, expected in zip(values, reference, strict=True):
+            for ours, theirs in zip(
+                value.split(_POSITIONS), expected.split(_POSITIONS), strict=True
+            ):
+                error = (ours - theirs).abs()
+                largest.append(error.max())
+                scale.append(theirs.abs().max())
+                total += float(error.sum(dtype=torch.float64))
+                same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        # torch's max keeps NaN. Python's drops or keeps it, depending on its place.
+        worst, most = float(torch.stack(largest).max()), float(torch.stack(scale).max())
+        return cls(
+            max_error=worst,
+            mean_error=total / reference.numel(),
+            relative_error=worst / most if most else worst,
+            same_top=same / (reference.shape[0] * reference.shape[1]),
+        )
+
+
+def layer_places(architecture: Mellum2Architecture) -> dict[str, str]:
+    """Return the kind of every place, by name, in order of computation."""
+    places: dict[str, str] = {EMBEDDING: EMBEDDING}
+    places |= {_layer(index): kind for index, kind in enumerate(architecture.layer_types)}
+    places[FINAL_NORM] = FINAL_NORM
+    if architecture.num_mtp_layers:
+        places[MTP_LAYER] = f"mtp {architecture.mtp_layer_types[0]}"
+    return places
+
+
+@contextmanager
+def watch_huggingface(main: Any, mtp: Any | None, keep: Keep) -> Iterator[None]:
+    """Call ``keep`` for the hidden states of `MellumForCausalLM` and `MtpModel`.
+
+    Those of the MTP layer are taken before its last norm, as in `watch_megatron`. A pass must hold
+    one sequence.
     """
     places = {EMBEDDING: main.model.embed_tokens}
     places |= {_layer(index): layer for index, layer in enumerate(main.model.layers)}
     places[FINAL_NORM] = main.model.norm
     if mtp is not None:
         places[MTP_LAYER] = mtp.layers[0].mtp_block
-    with _record(places, lambda output: output) as recorded:
-        yield recorded
-    if mtp is not None:
-        # MtpModel embeds through the trunk's own module: each pass calls it twice, first for the
-        # trunk.
-        recorded[EMBEDDING] = recorded[EMBEDDING][::2]
+    # MtpModel embeds through the trunk's own module: with it each pass calls that twice, first
+    # for the trunk.
+    with _watch(places, keep, lambda output: output[0], calls=1 if mtp is None else 2):
+        yield
 
 
 @contextmanager
-def record_megatron(model: Any) -> Iterator[Recorded]:
-    """Record the hidden states, `[s, b, h]`, of a `GPTModel` without pipeline stages."""
-    places = {EMBEDDING: model.embedding}
-    places |= {_layer(index): layer for index, layer in enumerate(model.decoder.layers)}
-    places[FINAL_NORM] = model.decoder.final_layernorm
-    if getattr(model, "mtp", None) is not None:
-        places[MTP_LAYER] = model.mtp.layers[0].mtp_model_layer
-    with _record(places, lambda output: output.transpose(0, 1)) as recorded:
-        yield recorded
+def watch_megatron(model: Any, keep: Keep) -> Iterator[None]:
+    """Call ``keep`` for the hidden states, `[s, 1, h]`, of this rank's part of a `GPTModel`.
+
+    A pass must hold one sequence.
+    """
+    places: dict[str, Any] = {}
+    if model.pre_process:
+        places[EMBEDDING] = model.embedding
+    # Megatron numbers its layers from 1, over all pipeline stages.
+    places |= {_layer(layer.layer_number - 1): layer for layer in model.decoder.layers}
+    if model.decoder.final_layernorm is not None:
+        places[FINAL_NORM] = model.decoder.final_layernorm
+    mtp = getattr(model, "mtp", None)
+    if mtp is not None:
+        places[MTP_LAYER] = mtp.layers[0].mtp_model_layer
     # A second call embeds the next tokens for the MTP head, through the same module.
-    recorded[EMBEDDING] = recorded[EMBEDDING][:1]
+    calls = 1 if mtp is None else 1 + len(mtp.layers)
+    with _watch(places, keep, lambda output: output[:, 0], calls=calls):
+        yield
 
 
 def compare_layers(
-    ours: Recorded, theirs: Recorded, architecture: Mellum2Architecture
+    ours: Mapping[str, torch.Tensor],
+    theirs: Mapping[str, torch.Tensor],
+    architecture: Mellum2Architecture,
 ) -> tuple[LayerError, ...]:
-    """Compare two models' hidden states, place by place.
+    """Compare two models' hidden states `[b, s, h]`, place by place.
 
     The last MTP position is left out: it has no next token to read.
 
     Args:
-        ours: Megatron's hidden states.
+        ours: Megatron's hidden states by place; other names are ignored.
         theirs: hidden states of the reference.
-        architecture: architecture of both, for the layer types.
+        architecture: architecture of both.
 
     Raises:
         RuntimeError: a place has another shape in one of the models.
     """
-    kinds: dict[str, str] = {
-        _layer(index): kind for index, kind in enumerate(architecture.layer_types)
-    }
-    if architecture.mtp_layer_types:
-        kinds[MTP_LAYER] = f"mtp {architecture.mtp_layer_types[0]}"
     errors = []
-    for name, reference_parts in theirs.items():
-        value, reference = torch.cat(ours[name]), torch.cat(reference_parts)
+    for name, kind in layer_places(architecture).items():
+        if name not in theirs:
+            continue
+        value, reference = ours[name], theirs[name]
         # A difference of unequal shapes might broadcast, and would show no error.
         if value.shape != reference.shape:
             raise RuntimeError(
@@ -104,15 +161,14 @@ def compare_layers(
             value, reference = value[:, :-1], reference[:, :-1]
         if not reference.numel():  # the MTP layer of sequences of one token
             continue
-        difference, scale = (value - reference).abs(), float(reference.abs().max())
-        largest = float(difference.max())
+        difference = Difference.of(value, reference)
         errors.append(
             LayerError(
                 name=name,
-                kind=kinds.get(name, name),
-                max_error=largest,
-                mean_error=float(difference.mean()),
-                relative_error=largest / scale if scale else largest,
+                kind=kind,
+                max_error=difference.max_error,
+                mean_error=difference.mean_error,
+                relative_error=difference.relative_error,
             )
         )
     return tuple(errors)
@@ -145,27 +201,36 @@ def _layer(index: int) -> str:
 
 
 @contextmanager
-def _record(
-    places: dict[str, Any], to_batch_first: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[Recorded]:
-    """Record the outputs of modules, by name, on the CPU in float32.
+def _watch(
+    places: Mapping[str, Any],
+    keep: Keep,
+    of_sequence: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    calls: int,
+) -> Iterator[None]:
+    """Pass the outputs of modules to ``keep``.
 
     Args:
         places: name -> module.
-        to_batch_first: brings an output into the shape `[b, s, h]`.
+        keep: function to call.
+        of_sequence: cuts an output to `[s, h]`.
+        calls: calls of the embedding in a pass, of which the first counts.
     """
-    recorded: Recorded = {name: [] for name in places}
+    embedded = 0
 
     def hook(name: str) -> Callable[[Any, Any, Any], None]:
-        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        def taken(_module: Any, _inputs: Any, output: Any) -> None:
+            nonlocal embedded
+            if name == EMBEDDING:
+                embedded += 1
+                if (embedded - 1) % calls:
+                    return
             # Megatron's layers return (hidden states, context).
-            hidden = output[0] if isinstance(output, tuple) else output
-            # On a CPU in float32 only the clone copies, and later modules may write in place.
-            recorded[name].append(to_batch_first(hidden).detach().float().cpu().clone())
+            keep(name, of_sequence(output[0] if isinstance(output, tuple) else output))
 
-        return keep
+        return taken
 
     with ExitStack() as stack:
         for name, module in places.items():
             stack.callback(module.register_forward_hook(hook(name)).remove)
-        yield recorded
+        yield

@@ -115,7 +115,7 @@ class Mellum2Scheduler(SchedulerMixin, Scheduler):  # type: ignore[misc]
 
     # torchx calls this from `cancel`, after `describe` has found the job.
     def _cancel_existing(self, app_id: str) -> None:
-        slurm.cancel([app_id])
+        slurm.request_cancel(app_id)
 
     def list(self) -> list[ListAppResponse]:
         """Return nothing: NeMo-Run lists experiments by its own files."""

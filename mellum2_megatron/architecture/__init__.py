@@ -3,29 +3,33 @@
 No torch at import.
 """
 
+from mellum2_megatron.architecture.finding import find_architecture
 from mellum2_megatron.architecture.hf_config import from_hf_config, to_hf_config
 from mellum2_megatron.architecture.megatron_fields import architecture_arguments
 from mellum2_megatron.architecture.mellum2 import (
     ALIGNMENT,
+    MOST_MTP_LAYERS,
     PRESETS,
-    Component,
     LayerType,
     Mellum2Architecture,
-    Parameter,
-    Shape,
+    MlpType,
 )
+from mellum2_megatron.architecture.parameter import Component, Parameter, Shape
 from mellum2_megatron.architecture.rope import RopeParameters
 
 __all__ = [
     "ALIGNMENT",
+    "MOST_MTP_LAYERS",
     "PRESETS",
     "Component",
     "LayerType",
     "Mellum2Architecture",
+    "MlpType",
     "Parameter",
     "RopeParameters",
     "Shape",
     "architecture_arguments",
+    "find_architecture",
     "from_hf_config",
     "to_hf_config",
 ]

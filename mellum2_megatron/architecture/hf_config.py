@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from mellum2_megatron.architecture.mellum2 import Mellum2Architecture
+from mellum2_megatron.architecture.mellum2 import LARGEST, Mellum2Architecture
 from mellum2_megatron.architecture.rope import RopeParameters
 from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.common.field_checks import is_int, require, require_positive_int
@@ -96,9 +96,9 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
     """Read the content of a Hugging Face ``config.json``.
 
     Raises:
-        InputError: another ``model_type``, or a value that no Mellum 2 model can have: tied
-            embeddings, biases, dense layers, another activation, an unknown RoPE type, more than
-            one MTP layer, a malformed number.
+        InputError: another ``model_type``, or a value that no released model can have: tied
+            embeddings, biases, another activation, an unknown RoPE type, more than one MTP layer,
+            a malformed number.
     """
     require(
         isinstance(config, Mapping),
@@ -107,7 +107,8 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
         fix="check the file",
     )
     model_type = config.get("model_type")
-    named = "MellumForCausalLM" in (config.get("architectures") or ())
+    architectures = config.get("architectures")
+    named = isinstance(architectures, list) and "MellumForCausalLM" in architectures
     require(
         model_type == "mellum" or (model_type is None and named),
         f"model_type={model_type!r}",
@@ -124,19 +125,24 @@ def from_hf_config(config: Mapping[str, Any]) -> Mellum2Architecture:
 
     # Checked before the rest: the default of every absent list below takes its length from it.
     layers = fields["num_hidden_layers"]
-    require_positive_int("num_hidden_layers", layers)
+    require_positive_int("num_hidden_layers", layers, most=LARGEST["num_hidden_layers"])
     fields["layer_types"] = _layer_types(values, "layer_types", "full_attention", layers)
-    _require_sparse(values, "mlp_layer_types", layers)
+    mlps = _layer_types(values, "mlp_layer_types", "sparse", layers)
+    _require_length("mlp_layer_types", mlps, layers)
+    fields["mlp_layer_types"] = () if set(mlps) == {"sparse"} else mlps
     mtp_layers = values.get("num_nextn_predict_layers") or 0  # null means none
     fields["num_mtp_layers"], fields["mtp_layer_types"] = mtp_layers, ()
     # A folder that lost its MTP head keeps the head's lists; transformers ignores them too.
     if mtp_layers:
+        require_positive_int("num_mtp_layers", mtp_layers)
         fields["mtp_layer_types"] = _layer_types(
             values, "mtp_layer_types", "sliding_attention", mtp_layers
         )
-        _require_sparse(values, "mtp_mlp_layer_types", mtp_layers)
     fields.update(_rope_fields(values, fields))
     architecture = Mellum2Architecture(**fields)
+    require_hf_form(architecture)
+    if mtp_layers:
+        _require_mtp_mlps(values, architecture)
     _warn_of_oddities(values, architecture)
     return architecture
 
@@ -149,7 +155,11 @@ def to_hf_config(
     Args:
         architecture: the model.
         torch_dtype: dtype of the weights, default ``bfloat16``.
+
+    Raises:
+        InputError: a model that `MellumForCausalLM` cannot hold.
     """
+    require_hf_form(architecture)
     config: dict[str, Any] = {name: getattr(architecture, name) for name in _DEFAULTS}
     # The released files leave out ids that the model does not have.
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -164,7 +174,9 @@ def to_hf_config(
         "dtype": torch_dtype,  # transformers 5's name of torch_dtype
         "hidden_act": "silu",
         "layer_types": list(architecture.layer_types),
-        "mlp_layer_types": ["sparse"] * architecture.num_hidden_layers,
+        "mlp_layer_types": [
+            architecture.mlp_type(layer) for layer in range(architecture.num_hidden_layers)
+        ],
         "model_type": "mellum",
         "output_router_logits": False,
         "rope_parameters": {
@@ -182,8 +194,30 @@ def to_hf_config(
     if architecture.num_mtp_layers:
         config["num_nextn_predict_layers"] = architecture.num_mtp_layers
         config["mtp_layer_types"] = list(architecture.mtp_layer_types)
-        config["mtp_mlp_layer_types"] = ["sparse"] * architecture.num_mtp_layers
+        config["mtp_mlp_layer_types"] = [architecture.mtp_mlp_type] * architecture.num_mtp_layers
     return dict(sorted(config.items()))
+
+
+def require_hf_form(architecture: Mellum2Architecture) -> None:
+    """Refuse a variant of the model that Hugging Face's `MellumForCausalLM` cannot hold.
+
+    Raises:
+        InputError: the model has a shared expert, or more than one MTP layer.
+    """
+    if architecture.num_mtp_layers > 1:
+        raise InputError(
+            f"architecture.num_mtp_layers={architecture.num_mtp_layers}",
+            rule="transformers' MellumConfig takes at most one multi-token-prediction layer",
+            fix="use `mellum2 score` on the checkpoint, or train with one layer",
+        )
+    if architecture.shared_expert_intermediate_size is not None:
+        raise InputError(
+            "architecture.shared_expert_intermediate_size="
+            f"{architecture.shared_expert_intermediate_size}",
+            rule="transformers' MellumForCausalLM has no shared expert, so config.json cannot "
+            "describe this model",
+            fix="use `mellum2 score` on the checkpoint, or train without a shared expert",
+        )
 
 
 def _without_aliases(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,23 +272,32 @@ def _layer_types(
     given = values.get(name)
     if given is None:
         # A malformed number of layers is left to the checks of Mellum2Architecture.
-        return (default,) * (layers if is_int(layers) else 0)
-    if not isinstance(given, list | tuple):
+        fits = is_int(layers) and layers <= LARGEST["num_hidden_layers"]
+        return (default,) * (layers if fits else 0)
+    if not isinstance(given, list | tuple) or not all(isinstance(kind, str) for kind in given):
         raise InputError(
-            f"{name}={given!r}", rule="it must be a list, one entry per layer", fix=f"list {name}"
+            f"{name}={given!r}",
+            rule="it must be a list of names, one per layer",
+            fix=f"list {name}",
         )
     return tuple(given)
 
 
-def _require_sparse(values: Mapping[str, Any], name: str, layers: int) -> None:
-    types = _layer_types(values, name, "sparse", layers)
+def _require_mtp_mlps(values: Mapping[str, Any], architecture: Mellum2Architecture) -> None:
+    """Refuse MTP layers with another MLP than the field `mtp_mlp_type`."""
+    name, expected = "mtp_mlp_layer_types", architecture.mtp_mlp_type
+    types = _layer_types(values, name, "sparse", architecture.num_mtp_layers)
+    _require_length(name, types, architecture.num_mtp_layers)
     for layer, kind in enumerate(types):
-        if kind != "sparse":
+        if kind != expected:
             raise InputError(
                 f"{name}[{layer}]={kind!r}",
-                rule="every layer of a Mellum 2 model is a mixture of experts ('sparse')",
-                fix="convert a folder without dense layers",
+                rule=f"it is {expected!r} beside this trunk: 'dense' only if all of it is",
+                fix=f"convert a folder whose MTP layer is {expected}",
             )
+
+
+def _require_length(name: str, types: tuple[Any, ...], layers: int) -> None:
     if len(types) != layers:
         raise InputError(
             f"{name} with {len(types)} entries",

@@ -36,7 +36,8 @@ class MegatronField:
         value = self.value(architecture)
         if self.is_switch:
             return [self.flag] if bool(value) != self.inverted else []
-        return [] if value is None else [self.flag, str(value)]
+        # Megatron's parser of lists takes no blanks (training/arguments.py, moe_freq_type, 0.19.2).
+        return [] if value is None else [self.flag, str(value).replace(" ", "")]
 
 
 def _switch(
@@ -55,7 +56,7 @@ MEGATRON_FIELDS: tuple[MegatronField, ...] = (
     _value("num_attention_heads", "--num-attention-heads", lambda a: a.num_attention_heads),
     _value("num_query_groups", "--num-query-groups", lambda a: a.num_key_value_heads),
     _value("kv_channels", "--kv-channels", lambda a: a.head_dim),
-    # Unused by an all-expert stack, but it sizes buffers and is checked for divisibility.
+    # Unused without dense layers, but it sizes buffers and is checked for divisibility.
     _value("ffn_hidden_size", "--ffn-hidden-size", lambda a: a.intermediate_size),
     _value("normalization", "--normalization", lambda a: "RMSNorm"),
     _value("layernorm_epsilon", "--norm-epsilon", lambda a: a.rms_norm_eps),
@@ -63,11 +64,28 @@ MEGATRON_FIELDS: tuple[MegatronField, ...] = (
     _switch("gated_linear_unit", "--swiglu", lambda a: True),
     _switch("add_bias_linear", "--disable-bias-linear", lambda a: False, inverted=True),
     _value("init_method_std", "--init-method-std", lambda a: a.initializer_range),
-    _value("num_moe_experts", "--num-experts", lambda a: a.num_experts),
-    _value("moe_ffn_hidden_size", "--moe-ffn-hidden-size", lambda a: a.moe_intermediate_size),
+    # Megatron's model without experts has neither their number nor their width.
+    _value("num_moe_experts", "--num-experts", lambda a: a.num_experts if a.has_experts else None),
+    _value("moe_layer_freq", "--moe-layer-freq", lambda a: sparse_pattern(a)),
+    _value(
+        "moe_shared_expert_intermediate_size",
+        "--moe-shared-expert-intermediate-size",
+        lambda a: a.shared_expert_intermediate_size,
+    ),
+    _value(
+        "moe_ffn_hidden_size",
+        "--moe-ffn-hidden-size",
+        lambda a: a.moe_intermediate_size if a.has_experts else None,
+    ),
     _value("moe_router_topk", "--moe-router-topk", lambda a: a.num_experts_per_tok),
-    # Softmax over the chosen experts equals softmax over all, renormalised over the chosen.
-    _switch("moe_router_pre_softmax", "--moe-router-pre-softmax", lambda a: not a.norm_topk_prob),
+    # Softmax over the chosen experts equals softmax over all, renormalised over the chosen. With
+    # one expert per token Megatron takes softmax over all only (transformer_config.py:2328,
+    # 0.19.2), and `model.router` renormalises.
+    _switch(
+        "moe_router_pre_softmax",
+        "--moe-router-pre-softmax",
+        lambda a: not a.norm_topk_prob or a.num_experts_per_tok == 1,
+    ),
     # No argument for None: Megatron's own default is a model without MTP.
     _value("mtp_num_layers", "--mtp-num-layers", lambda a: a.num_mtp_layers or None),
 )
@@ -80,9 +98,6 @@ FIXED_FIELDS: dict[str, Any] = {
     "add_qkv_bias": False,
     "layernorm_zero_centered_gamma": False,
     "moe_router_score_function": "softmax",
-    "moe_layer_freq": 1,  # every layer is a mixture of experts
-    "moe_shared_expert_intermediate_size": None,
-    "moe_expert_capacity_factor": None,  # dropless
     "moe_router_num_groups": None,
     "moe_router_topk_scaling_factor": None,
     "multi_latent_attention": False,
@@ -117,6 +132,17 @@ def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
             window_pattern(architecture),
         ]
     return words
+
+
+def sparse_pattern(architecture: Mellum2Architecture) -> int | list[int]:
+    """Return the value of ``--moe-layer-freq``: 1 if all layers are alike, else a list.
+
+    In the list 1 stands for a sparse layer and 0 for a dense one.
+    """
+    types = architecture.mlp_layer_types
+    if len(set(types)) < 2:
+        return 1
+    return [int(kind == "sparse") for kind in types]
 
 
 def window_size(architecture: Mellum2Architecture) -> tuple[int, int] | None:

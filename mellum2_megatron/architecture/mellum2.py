@@ -9,14 +9,15 @@ model is instant.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
+from mellum2_megatron.architecture.parameter import Component, Parameter, Shape, gated_mlp
 from mellum2_megatron.architecture.rope import RopeParameters
-from mellum2_megatron.common.errors import InputError, nearest
+from mellum2_megatron.common.errors import InputError, nearest, shown
 from mellum2_megatron.common.field_checks import (
+    INT32_MAX,
     divisors,
     is_int,
     is_number,
@@ -26,40 +27,30 @@ from mellum2_megatron.common.field_checks import (
 )
 from mellum2_megatron.common.values import from_mapping
 
-Shape = tuple[int, ...]
 LayerType = Literal["sliding_attention", "full_attention"]
-Component = Literal[
-    "embedding", "attention", "router", "experts", "norms", "mtp projection", "output head"
-]
+MlpType = Literal["sparse", "dense"]
 
 ALIGNMENT = 128
 """Divisor of every matrix dimension of a model trained here (report §2, alignment rule)."""
 
-
-class Parameter(NamedTuple):
-    """One tensor of the released layout.
-
-    Attributes:
-        name: key in the safetensors files, e.g. ``model.layers.3.mlp.experts.7.up_proj.weight``.
-        shape: as stored, ``[out, in]`` for a matrix.
-        component: row of `mellum2 info` that counts it.
-        layer: index inside its stack (trunk, or MTP with ``mtp``); None (default) for embedding,
-            final norm and head.
-        expert: index of the routed expert; None (default) outside experts.
-        mtp: true for a tensor of the multi-token-prediction head, default false.
-    """
-
-    name: str
-    shape: Shape
-    component: Component
-    layer: int | None = None
-    expert: int | None = None
-    mtp: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+LARGEST = {
+    "vocab_size": INT32_MAX,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "moe_intermediate_size": 2**24,
+    "num_experts": 2**16,
+    "num_experts_per_tok": 2**16,
+    "max_position_embeddings": INT32_MAX,
+}
+"""Size of a model -> largest value; far beyond any model, so that counting stays quick."""
+MOST_MTP_LAYERS = 4
+"""Largest number of multi-token-prediction layers; Megatron itself has no limit."""
+_MOST_EXPERTS = 2**17
+"""Largest number of experts in all layers; every expert is listed when a model is counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +62,7 @@ class Mellum2Architecture:
     Attributes:
         vocab_size: rows of the embedding and of the output head, which are separate matrices.
         hidden_size: width of the residual stream.
-        intermediate_size: width of a dense MLP. Carried for ``config.json`` only: no layer of the
-            family is dense.
+        intermediate_size: inner width of a dense MLP. No layer of the released models is dense.
         num_hidden_layers: trunk layers.
         num_attention_heads: query heads of a layer.
         num_key_value_heads: key heads of a layer, and as many value heads.
@@ -81,17 +71,25 @@ class Mellum2Architecture:
         num_experts: routed experts of a layer.
         num_experts_per_tok: experts that one token uses in a layer.
         norm_topk_prob: renormalise the router's probabilities over a token's experts, default true.
+            With one expert per token the probability is then 1, and the router learns from its
+            auxiliary losses alone.
         router_aux_loss_coef: coefficient in ``config.json``, default 0.001. `mellum2 train` reads
             the run's ``loss.aux_loss_coef`` instead.
         sliding_window: keys that a query of a sliding layer sees, its own included: query ``i``
             sees key ``j`` iff ``0 <= i - j < sliding_window`` (report §2). None without sliding
             layers.
         layer_types: attention type of each trunk layer.
+        mlp_layer_types: MLP of each trunk layer, ``sparse`` (a mixture of experts) or ``dense``.
+            Empty (default): all sparse, as released. MTP's layer is sparse too, unless all trunk
+            layers are dense.
+        shared_expert_intermediate_size: inner width of an expert that every token uses, beside the
+            routed ones of each sparse layer. None (default): no such expert, as released.
         rope_full_attention, rope_sliding_attention: rotary embedding of each attention type.
         rms_norm_eps: epsilon of every norm, default 1e-6.
         initializer_range: standard deviation of the initial weights, default 0.02.
         max_position_embeddings: context length in tokens.
-        num_mtp_layers: multi-token-prediction layers, 0 (default) or 1.
+        num_mtp_layers: multi-token-prediction layers, 0 (default), 1 as released, or up to 4. Each
+            predicts one token further than the one before it.
         mtp_layer_types: attention type of each multi-token-prediction layer, default none.
         bos_token_id, eos_token_id, pad_token_id: token ids in ``config.json``; None (default):
             absent.
@@ -114,6 +112,8 @@ class Mellum2Architecture:
     router_aux_loss_coef: float = 0.001
     sliding_window: int | None
     layer_types: tuple[LayerType, ...]
+    mlp_layer_types: tuple[MlpType, ...] = ()
+    shared_expert_intermediate_size: int | None = None
     rope_full_attention: RopeParameters
     rope_sliding_attention: RopeParameters
     rms_norm_eps: float = 1e-6
@@ -126,23 +126,20 @@ class Mellum2Architecture:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive_int("vocab_size", self.vocab_size)
-        require_positive_int("hidden_size", self.hidden_size)
-        require_positive_int("intermediate_size", self.intermediate_size)
-        require_positive_int("num_hidden_layers", self.num_hidden_layers)
-        require_positive_int("num_attention_heads", self.num_attention_heads)
-        require_positive_int("num_key_value_heads", self.num_key_value_heads)
-        require_positive_int("head_dim", self.head_dim)
-        require_positive_int("moe_intermediate_size", self.moe_intermediate_size)
-        require_positive_int("num_experts", self.num_experts)
-        require_positive_int("num_experts_per_tok", self.num_experts_per_tok)
-        require_positive_int("max_position_embeddings", self.max_position_embeddings)
-        require_positive_number("rms_norm_eps", self.rms_norm_eps)
-        require_positive_number("initializer_range", self.initializer_range)
+        for name, most in LARGEST.items():
+            require_positive_int(name, getattr(self, name), most=most)
         require(
-            is_number(self.router_aux_loss_coef) and self.router_aux_loss_coef >= 0,
-            f"router_aux_loss_coef={self.router_aux_loss_coef!r}",
-            rule="it must be >= 0",
+            self.num_hidden_layers * self.num_experts <= _MOST_EXPERTS,
+            f"num_experts={self.num_experts} with num_hidden_layers={self.num_hidden_layers}",
+            rule=f"all layers together must not have more than {_MOST_EXPERTS:,} experts",
+            fix="lower one of the two",
+        )
+        require_positive_number("rms_norm_eps", self.rms_norm_eps, least=1e-37, most=1.0)
+        require_positive_number("initializer_range", self.initializer_range, most=10.0)
+        require(
+            is_number(self.router_aux_loss_coef) and 0 <= self.router_aux_loss_coef <= 1000,
+            f"router_aux_loss_coef={shown(self.router_aux_loss_coef)}",
+            rule="it must be 0 to 1000",
             fix="use 0.001",
         )
         require(
@@ -179,24 +176,33 @@ class Mellum2Architecture:
             *(("eos_token_id", token) for token in eos),
         ):
             require(
-                value is None or is_int(value),
-                f"{name}={value!r}",
-                rule="a token id is a whole number",
+                value is None or (is_int(value) and abs(value) <= INT32_MAX),
+                f"{name}={shown(value)}",
+                rule="a token id is a whole number of 32 bits",
                 fix="use an id or null",
             )
 
     def _check_layers(self) -> None:
         """Refuse layer types that are unknown or do not match the numbers of layers."""
         require(
-            is_int(self.num_mtp_layers) and self.num_mtp_layers in (0, 1),
-            f"num_mtp_layers={self.num_mtp_layers!r}",
-            rule="Mellum 2 has at most one multi-token-prediction layer "
-            "(as transformers' MellumConfig)",
-            fix="use 0 or 1",
+            is_int(self.num_mtp_layers) and 0 <= self.num_mtp_layers <= MOST_MTP_LAYERS,
+            f"num_mtp_layers={shown(self.num_mtp_layers)}",
+            rule=f"a model has 0 to {MOST_MTP_LAYERS} multi-token-prediction layers",
+            fix="use 1, as released",
         )
-        for name, types, counted, count in (
-            ("layer_types", self.layer_types, "num_hidden_layers", self.num_hidden_layers),
-            ("mtp_layer_types", self.mtp_layer_types, "num_mtp_layers", self.num_mtp_layers),
+        attention, layers = get_args(LayerType), self.num_hidden_layers
+        # An empty list of MLPs stands for as many sparse ones.
+        mlps = layers if self.mlp_layer_types else 0
+        for name, types, known, counted, count in (
+            ("layer_types", self.layer_types, attention, "num_hidden_layers", layers),
+            ("mlp_layer_types", self.mlp_layer_types, get_args(MlpType), "num_hidden_layers", mlps),
+            (
+                "mtp_layer_types",
+                self.mtp_layer_types,
+                attention,
+                "num_mtp_layers",
+                self.num_mtp_layers,
+            ),
         ):
             require(
                 isinstance(types, tuple),
@@ -205,17 +211,29 @@ class Mellum2Architecture:
                 fix="give a tuple",
             )
             for value in types:
-                if value not in get_args(LayerType):
+                if value not in known:
                     raise InputError(
                         f"{name} entry {value!r}",
-                        rule="a layer is sliding_attention or full_attention",
-                        fix=nearest(str(value), get_args(LayerType)),
+                        rule=f"a layer is {' or '.join(known)}",
+                        fix=nearest(str(value), known),
                     )
             require(
                 len(types) == count,
                 f"{name} with {len(types)} entries",
                 rule=f"it must have one entry per layer ({counted}={count})",
                 fix=f"give {count} entries, or change {counted} to {len(types)}",
+            )
+        if self.shared_expert_intermediate_size is not None:
+            require_positive_int(
+                "shared_expert_intermediate_size",
+                self.shared_expert_intermediate_size,
+                most=LARGEST["intermediate_size"],
+            )
+            require(
+                self.has_experts,
+                f"shared_expert_intermediate_size={self.shared_expert_intermediate_size}",
+                rule="it lies beside routed experts, and every layer is dense",
+                fix="use null, or make a layer sparse",
             )
         if self.sliding_window is not None:
             require_positive_int("sliding_window", self.sliding_window)
@@ -246,8 +264,9 @@ class Mellum2Architecture:
         """Return a variant with ``changes`` applied and validated.
 
         Two changes adapt another field, unless that one is changed too. ``num_hidden_layers``
-        continues or cuts the repeating pattern of ``layer_types``. ``num_mtp_layers`` makes the
-        MTP layers sliding, as in the released layout.
+        continues or cuts the repeating patterns of ``layer_types`` and ``mlp_layer_types``.
+        A given pattern of these that divides the layers is repeated: ``("dense",)``.
+        ``num_mtp_layers`` makes the MTP layers sliding, as in the released layout.
 
         Raises:
             InputError: an unknown field (the nearest is named) or an invalid value.
@@ -262,12 +281,22 @@ class Mellum2Architecture:
                 )
         # A value of another type is left to __post_init__, which refuses it by name.
         layers = changes.get("num_hidden_layers")
-        if isinstance(layers, int) and "layer_types" not in changes:
-            period = _period(self.layer_types)
-            changes["layer_types"] = tuple(period[i % len(period)] for i in range(layers))
+        # One beyond the largest is refused too, and its list would fill the memory.
+        if layers is None:
+            layers = self.num_hidden_layers
+        if is_int(layers):
+            layers = min(layers, LARGEST["num_hidden_layers"] + 1)
+            for name in ("layer_types", "mlp_layer_types"):
+                pattern = changes.get(name, _period(getattr(self, name)))
+                whole = name not in changes or layers % max(len(pattern), 1) == 0
+                if isinstance(pattern, tuple) and pattern and whole:
+                    changes[name] = tuple(pattern[i % len(pattern)] for i in range(layers))
+        if set(changes.get("mlp_layer_types", ())) == {"sparse"}:
+            changes["mlp_layer_types"] = ()
         mtp_layers = changes.get("num_mtp_layers")
         if (
-            isinstance(mtp_layers, int)
+            is_int(mtp_layers)
+            and 0 <= mtp_layers <= MOST_MTP_LAYERS
             and mtp_layers != self.num_mtp_layers
             and "mtp_layer_types" not in changes
         ):
@@ -294,6 +323,28 @@ class Mellum2Architecture:
         """Return the attention type of trunk layer ``layer`` (from 0)."""
         return self.layer_types[layer]
 
+    def mlp_type(self, layer: int) -> MlpType:
+        """Return the MLP of trunk layer ``layer`` (from 0)."""
+        return self.mlp_layer_types[layer] if self.mlp_layer_types else "sparse"
+
+    @property
+    def has_experts(self) -> bool:
+        """True unless every trunk layer is dense; MTP's layer then is dense too."""
+        return not self.mlp_layer_types or "sparse" in self.mlp_layer_types
+
+    @property
+    def mtp_mlp_type(self) -> MlpType:
+        """MLP of the MTP layer."""
+        return "sparse" if self.has_experts else "dense"
+
+    @property
+    def variant_widths(self) -> dict[str, int]:
+        """Inner widths of the MLPs that no released model has, by field; those in use only."""
+        widths = {"shared_expert_intermediate_size": self.shared_expert_intermediate_size or 0}
+        if "dense" in self.mlp_layer_types:
+            widths["intermediate_size"] = self.intermediate_size
+        return {field: width for field, width in widths.items() if width}
+
     def rope(self, layer_type: LayerType) -> RopeParameters:
         """Return the rotary embedding of every layer of ``layer_type``, trunk and MTP."""
         if layer_type == "full_attention":
@@ -316,17 +367,21 @@ class Mellum2Architecture:
         yield Parameter("model.norm.weight", (hidden,), "norms")
         yield Parameter("lm_head.weight", (vocabulary, hidden), "output head")
         for layer in range(self.num_mtp_layers if mtp else 0):
-            yield Parameter("mtp.pre_fc_norm_embedding.weight", (hidden,), "norms", layer, mtp=True)
-            yield Parameter("mtp.pre_fc_norm_hidden.weight", (hidden,), "norms", layer, mtp=True)
+            # No release has a second layer; its names are ours.
+            head = f"mtp.{layer}." if layer else "mtp."
+            yield Parameter(
+                f"{head}pre_fc_norm_embedding.weight", (hidden,), "norms", layer, mtp=True
+            )
+            yield Parameter(f"{head}pre_fc_norm_hidden.weight", (hidden,), "norms", layer, mtp=True)
             # Its input is the next token's embedding, then the trunk's hidden state.
             yield Parameter(
-                "mtp.fc.weight", (hidden, 2 * hidden), "mtp projection", layer, mtp=True
+                f"{head}fc.weight", (hidden, 2 * hidden), "mtp projection", layer, mtp=True
             )
             yield from self._layer_parameters(f"mtp.layers.{layer}.", layer, mtp=True)
-            yield Parameter("mtp.norm.weight", (hidden,), "norms", layer, mtp=True)
+            yield Parameter(f"{head}norm.weight", (hidden,), "norms", layer, mtp=True)
 
     def _layer_parameters(self, prefix: str, layer: int, *, mtp: bool) -> Iterator[Parameter]:
-        hidden, expert_width = self.hidden_size, self.moe_intermediate_size
+        hidden, mlp = self.hidden_size, f"{prefix}mlp."
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
         tensors: list[tuple[str, Shape, Component]] = [
@@ -338,18 +393,24 @@ class Mellum2Architecture:
             ("self_attn.q_norm.weight", (self.head_dim,), "norms"),
             ("self_attn.k_norm.weight", (self.head_dim,), "norms"),
             ("post_attention_layernorm.weight", (hidden,), "norms"),
-            ("mlp.gate.weight", (self.num_experts, hidden), "router"),
         ]
         for name, shape, component in tensors:
             yield Parameter(prefix + name, shape, component, layer, mtp=mtp)
+        if (self.mtp_mlp_type if mtp else self.mlp_type(layer)) == "dense":
+            for name, shape in gated_mlp(mlp, hidden, self.intermediate_size):
+                yield Parameter(name, shape, "dense MLP", layer, mtp=mtp)
+            return
+        yield Parameter(f"{mlp}gate.weight", (self.num_experts, hidden), "router", layer, mtp=mtp)
         for expert in range(self.num_experts):
-            for name, shape in (
-                ("gate_proj", (expert_width, hidden)),
-                ("up_proj", (expert_width, hidden)),
-                ("down_proj", (hidden, expert_width)),
+            for name, shape in gated_mlp(
+                f"{mlp}experts.{expert}.", hidden, self.moe_intermediate_size
             ):
-                key = f"{prefix}mlp.experts.{expert}.{name}.weight"
-                yield Parameter(key, shape, "experts", layer, expert, mtp)
+                yield Parameter(name, shape, "experts", layer, expert, mtp)
+        if self.shared_expert_intermediate_size is not None:
+            for name, shape in gated_mlp(
+                f"{mlp}shared_expert.", hidden, self.shared_expert_intermediate_size
+            ):
+                yield Parameter(name, shape, "shared expert", layer, mtp=mtp)
 
     def active_parameters(self, *, mtp: bool = True) -> Iterator[Parameter]:
         """Yield the parameters that one token uses: all but the experts it is not routed to.
@@ -408,7 +469,7 @@ class Mellum2Architecture:
                 flops[parameter.component] = (
                     flops.get(parameter.component, 0) + per_weight * parameter.numel
                 )
-        # The MTP layer's logits come from the shared head, which `parameters` lists once.
+        # Each MTP layer's logits come from the shared head, which `parameters` lists once.
         extra_heads = self.num_mtp_layers if mtp else 0
         flops["output head"] += extra_heads * per_weight * self.vocab_size * self.hidden_size
         # Two products (QK^T and PV), a multiply and an add each.
@@ -437,13 +498,14 @@ class Mellum2Architecture:
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "moe_intermediate_size": self.moe_intermediate_size,
+            **self.variant_widths,
             "num_attention_heads * head_dim": self.num_attention_heads * self.head_dim,
             "num_key_value_heads * head_dim": self.num_key_value_heads * self.head_dim,
         }
         return {name: size for name, size in dimensions.items() if size % alignment}
 
 
-def _period(types: tuple[LayerType, ...]) -> tuple[LayerType, ...]:
+def _period(types: tuple[str, ...]) -> tuple[str, ...]:
     """Return the shortest prefix whose repetition gives ``types``, possibly ``types`` itself."""
     for length in range(1, len(types)):
         if all(types[i] == types[i % length] for i in range(len(types))):

@@ -14,6 +14,7 @@ from mellum2_megatron.common.field_checks import (
 )
 
 RopeType = Literal["default", "yarn"]
+_FACTORS = ("attention_factor", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,17 +64,20 @@ class RopeParameters:
             rule="Mellum 2 layers use 'default' or 'yarn' RoPE",
             fix="use 'default', or 'yarn' with factor and original_max_position_embeddings",
         )
-        require_positive_number("rope.rope_theta", self.rope_theta)
-        require_positive_number("rope.beta_fast", self.beta_fast)
-        require_positive_number("rope.beta_slow", self.beta_slow)
-        if self.factor is not None:
-            require_positive_number("rope.factor", self.factor)
-        if self.attention_factor is not None:
-            require_positive_number("rope.attention_factor", self.attention_factor)
-        if self.mscale is not None:
-            require_positive_number("rope.mscale", self.mscale)
-        if self.mscale_all_dim is not None:
-            require_positive_number("rope.mscale_all_dim", self.mscale_all_dim)
+        # Frequencies are powers of 1 / theta, and YaRN divides by its logarithm.
+        require_positive_number("rope.rope_theta", self.rope_theta, most=1e15)
+        require(
+            self.rope_theta > 1,
+            f"rope.rope_theta={self.rope_theta}",
+            rule="it must be above 1",
+            fix="use 500000",
+        )
+        require_positive_number("rope.beta_fast", self.beta_fast, most=1e6)
+        require_positive_number("rope.beta_slow", self.beta_slow, least=1e-6, most=1e6)
+        for name, most in (("factor", 1e6), *((n, 1e3) for n in _FACTORS)):
+            value = getattr(self, name)
+            if value is not None:
+                require_positive_number(f"rope.{name}", value, least=1e-6, most=most)
         require(
             isinstance(self.truncate, bool),
             f"rope.truncate={self.truncate!r}",

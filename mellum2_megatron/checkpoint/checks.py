@@ -12,7 +12,6 @@ from mellum2_megatron.checkpoint.folder import (
     ARCHITECTURE_FILE,
     ROTATION,
     TRACKER_FILE,
-    find_checkpoint,
     iteration_folders,
     read_architecture,
 )
@@ -57,20 +56,16 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
     if start.kind == "resume":
         # Megatron would start from step 0, without a message, if the tracked checkpoint is gone.
         start.require_checkpoint()
-    if run.checkpoint.load is not None:
-        # Also when a resume will not read these weights: a wrong setting is refused in any case.
-        weights = (
-            start.require_checkpoint()
-            if start.kind == "weights"
-            else find_checkpoint(run.checkpoint.load)
-        )
+    if start.kind == "weights":
+        # Only then: a resume does not read these weights, which may be gone by now.
         _require_same_architecture(
             run,
-            weights.root,
+            start.require_checkpoint().root,
             "checkpoint.load",
-            "load a checkpoint of this architecture",
+            f"add architecture={run.checkpoint.load}, or load a checkpoint of this architecture",
             besides=ROTATION,
         )
+        _require_same_router_bias(run, start)
     if start.kind == "continue":
         _check_continuation(run, start)
     elif start.kind != "resume" and run.data.first_sample:
@@ -183,6 +178,23 @@ def _check_continuation(run: Run, start: StartingPoint) -> None:
             rule=f"that run has reached sample {reached} (step {source.iteration}) only",
             fix=fix,
         )
+
+
+def _require_same_router_bias(run: Run, start: StartingPoint) -> None:
+    """Refuse weights with a bias on the routers' scores in a run without, and the reverse."""
+    has_bias = start.before is not None and start.before.loss.bias_update_rate > 0
+    if has_bias == (run.loss.bias_update_rate > 0):
+        return
+    if has_bias:
+        rule, fix = "its experts were chosen with a router bias", "set it as in the run loaded"
+    else:
+        rule, fix = "has no router bias to start from", "set loss.bias_update_rate=0"
+    raise InputError(
+        f"checkpoint.load={run.checkpoint.load} with "
+        f"loss.bias_update_rate={run.loss.bias_update_rate}",
+        rule=rule,
+        fix=fix,
+    )
 
 
 def _require_same_architecture(

@@ -10,7 +10,6 @@ share of all files (checkpoint/checks.py).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +27,7 @@ from mellum2_megatron.checkpoint.folder import (
 )
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
+from mellum2_megatron.common.json_files import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord] | None:
     """
     path = folder / MANIFEST_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path)
         if values["algorithm"] != _ALGORITHM:
             raise ValueError(f"algorithm {values['algorithm']!r}")
         sizes = values.get("sizes", {})

@@ -15,26 +15,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.errors import InputError, first_line
 from mellum2_megatron.common.files import write_json, write_text
+from mellum2_megatron.common.json_files import load_json
+from mellum2_megatron.common.model_folders import ARCHITECTURE_FILE as ARCHITECTURE_FILE
+from mellum2_megatron.common.model_folders import RELEASE as RELEASE
+from mellum2_megatron.common.model_folders import RUN_FILE as RUN_FILE
+from mellum2_megatron.common.model_folders import TRACKER_FILE as TRACKER_FILE
+from mellum2_megatron.common.model_folders import check_inside, is_checkpoint_name, not_checkpoint
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-ARCHITECTURE_FILE = "architecture.json"
-RUN_FILE = "run.yaml"
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_FOLDER = "tokenizer"
 LAST_FILE = "metadata.json"
 """Last file that Megatron writes into a checkpoint; without it the save did not finish
 (core/dist_checkpointing/serialization.py:445, 0.19.2)."""
-
-RELEASE = "release"
-"""Name of a checkpoint without iteration number (weights only), in the tracker and on disk."""
 
 ROTATION = ("max_position_embeddings", "rope_full_attention", "rope_sliding_attention")
 """Fields of the architecture that have no weights; a run that takes another's weights may change
@@ -110,7 +109,7 @@ def names_checkpoint(path: Path) -> bool:
     """Return true if ``path`` is a folder with a tracker, or has the name of one checkpoint."""
     if (path / TRACKER_FILE).is_file():
         return True
-    return path.is_dir() and _is_checkpoint_name(path.name)
+    return path.is_dir() and is_checkpoint_name(path.name)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
@@ -120,15 +119,17 @@ def find_checkpoint(path: str | os.PathLike[str]) -> CheckpointFolder:
         path: ``DIR/iter_*`` or ``DIR/release``; or ``DIR``, for the checkpoint in its tracker.
 
     Raises:
-        InputError: no such folder, a missing or broken tracker, a tracked checkpoint that is gone,
-            an iteration whose save was interrupted, or no architecture.json.
+        InputError: not a Megatron checkpoint (the message names what it is, and the command that
+            converts a Hugging Face folder), a missing or broken tracker, a tracked checkpoint that
+            is gone, an iteration whose save was interrupted, or no architecture.json.
     """
     given = Path(path)
-    if not given.is_dir():
-        raise InputError(str(given), rule="it must be a checkpoint folder", fix=_GIVE)
+    # With iterations inside, only the tracker is missing; `_tracked` lists them.
+    if not iteration_folders(given) and (error := not_checkpoint(given)) is not None:
+        raise error
     # Not Path.resolve(): if the iteration is a link to another disk, that would lose its root.
     absolute = Path(os.path.abspath(given))
-    if _is_checkpoint_name(absolute.name) and not (absolute / TRACKER_FILE).exists():
+    if is_checkpoint_name(absolute.name) and not (absolute / TRACKER_FILE).exists():
         root, iteration_dir = absolute.parent, absolute
     else:
         root, iteration_dir = absolute, _tracked(absolute)
@@ -156,6 +157,13 @@ def tracked_iteration(root: Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
+def how_to_resume(root: Path) -> str:
+    """Return the end of a failure's message: what the same command would do."""
+    if not (root / TRACKER_FILE).is_file():
+        return "no checkpoint was saved, so the same command starts from the beginning"
+    return "the same command resumes from the last checkpoint"
+
+
 def write_tracker(root: Path, iteration: int | None) -> None:
     """Make Megatron's ``--load`` load ``iteration``; None: the release."""
     write_text(root / TRACKER_FILE, RELEASE if iteration is None else str(iteration))
@@ -173,24 +181,23 @@ def read_architecture(root: Path) -> Mellum2Architecture:
         InputError: the file is absent or holds no valid architecture.
     """
     path = root / ARCHITECTURE_FILE
+    check_inside(root, path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path)
     except FileNotFoundError as error:
         raise InputError(
             f"{path} is missing", rule="a checkpoint has its architecture beside it", fix=_GIVE
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(
-            str(path), rule=f"it must be valid JSON ({error})", fix="copy the checkpoint again"
+            str(path),
+            rule=f"it must be valid JSON ({first_line(error)})",
+            fix="copy the checkpoint again",
         ) from error
     try:
         return Mellum2Architecture.from_dict(values)
     except InputError as error:
         raise InputError(f"{path}: {error.value}", rule=error.rule, fix=error.fix) from error
-
-
-def _is_checkpoint_name(name: str) -> bool:
-    return name == RELEASE or iteration_number(name) is not None
 
 
 def _complete_names(root: Path) -> str:

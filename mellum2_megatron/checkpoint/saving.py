@@ -33,17 +33,21 @@ from mellum2_megatron.checkpoint.folder import (
 )
 from mellum2_megatron.common.errors import WorkError
 from mellum2_megatron.common.files import remove_directory
+from mellum2_megatron.common.staging import remove_leftovers
 from mellum2_megatron.config import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 def remove_partial_checkpoints(root: Path) -> None:
-    """Delete and log half-written checkpoints of a killed run; one rank calls it.
+    """Delete what a killed run left: half-written checkpoints, logged, and temporary names.
+
+    One rank calls it.
 
     A checkpoint is half-written if it is not complete (`is_complete`) and holds files only.
     Megatron's older format has folders inside.
     """
+    remove_leftovers(root)
     for folder in iteration_folders(root):
         if iteration_number(folder.name) is None or folder.is_symlink() or is_complete(folder):
             continue

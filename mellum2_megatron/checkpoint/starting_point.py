@@ -6,18 +6,19 @@ arguments and the main of each rank all use that one value.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mellum2_megatron.checkpoint.folder import (
-    RUN_FILE,
     TRACKER_FILE,
     CheckpointFolder,
     find_checkpoint,
 )
-from mellum2_megatron.checkpoint.run_folder import read_run
+from mellum2_megatron.checkpoint.resume_keys import Change, changes
+from mellum2_megatron.checkpoint.run_folder import checkpoint_run_file, read_run
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run
 
@@ -34,8 +35,8 @@ class StartingPoint:
             ``weights``: weights only (`checkpoint.load`).
         folder: value of the run's key for this kind, such as `checkpoint.load`; None for a new run.
         checkpoint: checkpoint in ``folder``; None for a new run, or with a ``checkpoint_error``.
-        before: run that wrote the checkpoint, from the `run.yaml` beside it; None without that
-            file (an import), or with a ``before_error``.
+        before: run that wrote the checkpoint, from the `run.yaml` in it, or beside one of an older
+            version; None without that file (an import), or with a ``before_error``.
         checkpoint_error: error of a ``folder`` without usable checkpoint; None: no error.
         before_error: error of reading `run.yaml`; None: no error.
     """
@@ -78,9 +79,10 @@ class StartingPoint:
         # Without checkpoint and tracker, run.yaml belongs to a run that never saved: nothing of it
         # is loaded. With a broken tracker it belongs to a run that did.
         has_saved = checkpoint is not None or (root / TRACKER_FILE).is_file()
-        if has_saved and (root / RUN_FILE).is_file():
+        file = checkpoint_run_file(root, None if checkpoint is None else checkpoint.iteration)
+        if has_saved and file is not None:
             try:
-                before = read_run(root / RUN_FILE)
+                before = read_run(file)
             except InputError as error:
                 before_error = error
         return cls(
@@ -111,6 +113,36 @@ class StartingPoint:
         if not self.has_state or self.checkpoint is None:
             return None
         return self.checkpoint.iteration
+
+    @property
+    def samples(self) -> int | None:
+        """Samples that the loaded training state has seen; None if it is not recorded."""
+        if self.step is None or self.before is None:
+            return None
+        return self.before.schedule.samples(self.step)
+
+    def joined(self, run: Run) -> Run:
+        """Return the run with the batches that the steps before a resume had.
+
+        A new batch size then holds from the checkpoint on, and samples left make the steps left.
+        A run that does not resume its own folder comes back unchanged: one that continues another
+        must agree with its batches (`check_run_folder`).
+
+        Raises:
+            InputError: the run ends before the checkpoint, or not after a whole step.
+        """
+        if self.kind != "resume" or self.before is None or not self.samples:
+            return run
+        if self.before.architecture != run.architecture:
+            return run  # refused by `check_run_folder`, a more basic mistake than a length
+        schedule = run.schedule.after(self.before.schedule, self.samples)
+        return dataclasses.replace(run, schedule=schedule)
+
+    def changes(self, run: Run) -> tuple[Change, ...]:
+        """Return the settings that differ from those of the state that ``run`` takes over."""
+        if not self.has_state or self.before is None:
+            return ()
+        return changes(self.before, run, phase=self.kind == "continue")
 
     def require_checkpoint(self) -> CheckpointFolder:
         """Return the checkpoint of a run that is not new.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mellum2_megatron.cli.options import MegatronPath, Overwrite, TokenizerPath
+from mellum2_megatron.cli.options import MegatronPath, Overwrite, TokenizerPath, as_options
 from mellum2_megatron.common.console import print_line
-from mellum2_megatron.common.errors import InputError
 
 if TYPE_CHECKING:
     from conversion.jobs.tensor_checks import TensorChecks
@@ -24,6 +22,9 @@ HfPath = Annotated[Path, typer.Option("--hf-path", "--hf-model", help="Hugging F
 TorchDtype = Annotated[
     str | None,
     typer.Option("--torch-dtype", help="bfloat16, float16 or float32; default: unchanged"),
+]
+KeepDtypes = Annotated[
+    bool, typer.Option("--keep-dtypes", help="several dtypes: each tensor keeps its own")
 ]
 Workers = Annotated[
     int | None,
@@ -48,6 +49,7 @@ def convert_import(
     hf_path: HfPath,
     megatron_path: MegatronPath,
     torch_dtype: TorchDtype = None,
+    keep_dtypes: KeepDtypes = False,
     tp: _Ways = 1,
     pp: _Ways = 1,
     ep: _Ways = 1,
@@ -67,24 +69,18 @@ def convert_import(
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
-    try:
+    with as_options():
         result = (plan_import if dry_run else import_hf)(
             hf_path,
             megatron_path,
             dtype=torch_dtype,
+            keep_dtypes=keep_dtypes,
             overwrite=overwrite,
             workers=workers,
             # Sequence parallelism is no choice here: Layout requires it with tp > 1.
             layout=Layout(tp=tp, sp=tp > 1, pp=pp, ep=ep, etp=etp),
             checks=_checks(skip_hashes, allow_nonfinite),
         )
-    except InputError as error:
-        # Keys of a run become the options of this command: `layout.ep=3` is `--ep 3` here.
-        value, rule, fix = (
-            re.sub(r"layout\.(\w+)=", r"--\1 ", text)
-            for text in (error.value, error.rule, error.fix)
-        )
-        raise InputError(value, rule=rule, fix=fix) from error
     print_line(str(result))
 
 
@@ -93,6 +89,7 @@ def convert_export(
     megatron_path: MegatronPath,
     hf_path: HfPath,
     torch_dtype: TorchDtype = None,
+    keep_dtypes: KeepDtypes = False,
     tokenizer: TokenizerPath = None,
     workers: Workers = None,
     skip_hashes: SkipHashes = False,
@@ -112,6 +109,7 @@ def convert_export(
         megatron_path,
         hf_path,
         dtype=torch_dtype,
+        keep_dtypes=keep_dtypes,
         tokenizer=tokenizer,
         overwrite=overwrite,
         workers=workers,

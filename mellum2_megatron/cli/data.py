@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from mellum2_megatron.cli.options import Overwrite
 from mellum2_megatron.common.console import print_line
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.data.corpus.sources import TEXT_KEYS
 
 data_app = typer.Typer(help="Make training data.", no_args_is_help=True)
 
@@ -22,14 +23,37 @@ def prepare(
         list[Path] | None,
         typer.Option(
             "--input",
-            help="text file, .jsonl file or folder (repeatable); "
-            "default: the Python sources installed on this machine",
+            help="text file, .jsonl (also .gz, .zst), .json.gz or .parquet file, or folder "
+            "(repeatable); default: the Python sources installed on this machine",
         ),
     ] = None,
+    text_key: Annotated[
+        str | None,
+        typer.Option(
+            "--text-key",
+            "--key",
+            help="key or column of the text in rows; default: the first of "
+            f"{', '.join(TEXT_KEYS)} that a file has",
+        ),
+    ] = None,
+    skip_bad_rows: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-rows", help="count rows without a readable text instead of refusing them"
+        ),
+    ] = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
             "--tokenizer", help="Hugging Face tokenizer folder; default: train a new tokenizer"
+        ),
+    ] = None,
+    eod: Annotated[
+        str | None,
+        typer.Option(
+            "--eod",
+            help="token that ends every document, or its id; "
+            "default: <|endoftext|> where the tokenizer has it, else its eos",
         ),
     ] = None,
     vocab_size: Annotated[
@@ -43,7 +67,17 @@ def prepare(
         typer.Option(
             "--max-megabytes",
             min=0,
-            help="size of an even sample of the text; 0: all of it; default: 32 MiB",
+            help="size of an even sample of the text; 0: all of it; "
+            "default: 32 MiB of the installed sources, all of --input",
+        ),
+    ] = None,
+    max_document_megabytes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-document-megabytes",
+            min=0,
+            help="leave out longer documents; 0: none; "
+            "default: 0.26 (256 KiB) for the installed sources, no limit for --input",
         ),
     ] = None,
     valid_fraction: Annotated[
@@ -51,37 +85,143 @@ def prepare(
         typer.Option("--valid-fraction", help="share of the documents held out for validation"),
     ] = 0.02,
     seed: Annotated[int, typer.Option("--seed", help="seed of the sample and the split")] = 1234,
+    form: Annotated[
+        Literal["packs", "megatron"],
+        typer.Option(
+            "--format",
+            help="packs: filters, duplicates, FIM and best-fit packing, as in a corpus plan; "
+            "megatron: all texts as Megatron's indexed dataset, which training cuts anywhere",
+        ),
+    ] = "packs",
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length", help="tokens of a pack; default: 256, as the tiny recipes"
+        ),
+    ] = None,
+    align: Annotated[
+        int | None,
+        typer.Option(
+            "--align", help="pieces begin at multiples of it; default: 1; 2 x layout.cp for CP"
+        ),
+    ] = None,
+    kind: Annotated[
+        Literal["code", "text"] | None,
+        typer.Option("--kind", help="filters to use; default: by the languages of a sample"),
+    ] = None,
+    filters: Annotated[
+        bool | None,
+        typer.Option(
+            "--filters/--no-filters",
+            help="drop documents of low quality and near-duplicates; default: yes",
+        ),
+    ] = None,
+    fim_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--fim-rate",
+            help="share of the documents in fill-in-the-middle form; default: 0.5, or 0 for a "
+            "tokenizer without FIM tokens",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn text into training-ready tokens.
 
-    Writes a tokenizer, Megatron indexed datasets and corpus.json.
+    Writes packs or Megatron's indexed datasets, their tokenizer, and corpus.json.
     """
-    from mellum2_megatron.data.prepare import DEFAULT_MAX_BYTES
-    from mellum2_megatron.data.prepare import prepare as prepare_data
+    from mellum2_megatron.data.corpus.discovery import INSTALLED_FILE_LIMIT
+    from mellum2_megatron.data.corpus.left_out import LeftOut, printable
+    from mellum2_megatron.data.corpus.sources import ReadOptions
+    from mellum2_megatron.data.prepare import prepare as prepare_documents
+    from mellum2_megatron.data.prepare_packs import Packing, dropped_lines, prepare_packs
+    from mellum2_megatron.data.tokens.document_tokenizer import Fidelity
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
-    # `prepare` takes bytes, and None for no limit. min=0 lets NaN and infinity through.
-    if max_megabytes is None:
-        max_bytes: int | None = DEFAULT_MAX_BYTES
-    elif math.isfinite(max_megabytes):
-        max_bytes = int(max_megabytes * 1e6) or None
-    else:
+    wishes = {
+        "sequence_length": sequence_length,
+        "align": align,
+        "kind": kind,
+        "filters": filters,
+        "fim_rate": fim_rate,
+    }
+    given = {name: value for name, value in wishes.items() if value is not None}
+    if form == "megatron" and given:
         raise InputError(
-            f"--max-megabytes {max_megabytes}",
-            rule="must be finite",
-            fix="use 0 to take everything",
+            f"--format megatron with --{next(iter(given)).replace('_', '-')}",
+            rule="it takes all texts as they are; filters, FIM and packing belong to packs",
+            fix="use --format packs, or drop the option",
         )
-    prepared = prepare_data(
-        output,
-        inputs=inputs or (),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        workers=workers,
-        max_bytes=max_bytes,
-        seed=seed,
-        valid_fraction=valid_fraction,
-        overwrite=overwrite,
-    )
-    print_line(f"wrote {prepared.path}: {prepared.splits['train'].tokens:,} training tokens")
+    max_document_bytes = _bytes("--max-document-megabytes", max_document_megabytes)
+    if max_document_bytes is None and not inputs:
+        max_document_bytes = INSTALLED_FILE_LIMIT
+    options = {
+        "inputs": inputs or (),
+        "tokenizer": tokenizer,
+        "eod": eod,
+        "vocab_size": vocab_size,
+        "workers": workers,
+        "max_bytes": _bytes("--max-megabytes", max_megabytes),
+        "options": ReadOptions(
+            text_key=text_key,
+            skip_bad_rows=skip_bad_rows,
+            max_document_bytes=max_document_bytes or None,
+        ),
+        "seed": seed,
+        "valid_fraction": valid_fraction,
+        "overwrite": overwrite,
+    }
+    if form == "megatron":
+        facts = prepare_documents(output, **options).corpus  # type: ignore[arg-type]
+    else:
+        facts = prepare_packs(output, packing=Packing(**given), **options)  # type: ignore[arg-type]
+    left_out = LeftOut(facts["documents_left_out"], facts["documents_left_out_first"])
+    for line in (*left_out.lines(), *dropped_lines(facts.get("documents_dropped", ()))):
+        print_line(line)
+    for warning in Fidelity(**facts["tokenizer"]["fidelity"]).warnings():
+        print_line(f"warning: {warning}")
+    encoder = facts["encoder"]
+    print_line(f"encoded with {encoder['engine']}: {encoder['reason']}")
+    train = facts["splits"]["train"]
+    wrote = f"wrote {printable(output)}: {train['tokens']:,} training tokens"
+    if form == "packs":
+        phase, source = facts["plan"]["phases"][0], facts["plan"]["sources"]["corpus"]
+        rate = phase["fim"]["rate"]
+        print_line(
+            f"packed as {source['kind']}, FIM in {rate:.0%} of the documents"
+            + ("" if rate or fim_rate == 0 else ": the tokenizer has no FIM tokens")
+        )
+        print_line(f"corpus report: {printable(output)}/report/report.md")
+        wrote += f" in {train['packs']:,} packs of {phase['sequence_length']:,}"
+    print_line(wrote)
+
+
+@data_app.command("stream")
+def stream(
+    run: Annotated[Path, typer.Argument(help="run file (run.yaml) with data.feed=redis")],
+) -> None:
+    """Stream a run's training samples through Redis until interrupted.
+
+    The launchers start it with the run; by hand it is for data.stream.url and a machine of its own.
+    """
+    from mellum2_megatron.checkpoint import read_run
+    from mellum2_megatron.training.streamer import stream as stream_samples
+
+    stream_samples(read_run(run))
+
+
+def _bytes(option: str, megabytes: float | None) -> int | None:
+    """Return an option's megabytes in bytes, None if it was not given."""
+    if megabytes is None:
+        return None
+    if not math.isfinite(megabytes):  # min=0 lets NaN and infinity through
+        raise InputError(
+            f"{option} {megabytes}", rule="must be finite", fix="use 0 to take everything"
+        )
+    size = int(megabytes * 1e6)
+    if megabytes and not size:  # 0 bytes would take everything
+        raise InputError(
+            f"{option} {megabytes}", rule="is less than a byte", fix="use 0 to take everything"
+        )
+    return size

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from mellum2_megatron.cli.complete import complete_recipe
 from mellum2_megatron.cli.options import DeviceChoice, Nproc, Overrides
 from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError
@@ -23,7 +24,11 @@ _PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "transformers")
 def doctor(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE|RUN.yaml", help="recipe or resolved run to check too"),
+        typer.Argument(
+            metavar="RECIPE|FILE.py:RECIPE|RUN.yaml",
+            help="recipe or resolved run to check too",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     overrides: Overrides = None,
     nproc: Nproc = None,
@@ -43,7 +48,7 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
     """Print every rule that a run breaks; return True if it breaks none.
 
     Args:
-        recipe: name of a recipe, or path of a resolved run.
+        recipe: see `planning.resolve.named_run`.
         overrides: `key=value` words.
         nproc: number of ranks; None: that of the layout.
         device: `auto`, `cpu` or `cuda`.
@@ -51,19 +56,28 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
     Raises:
         InputError: `device` is none of "auto", "cpu" and "cuda".
     """
+    from launchers.weights import huggingface_source
+    from mellum2_megatron.data.feed.sources import check_amounts, check_data
     from mellum2_megatron.planning.resolve import plan, resolve_run
     from mellum2_megatron.planning.rules import check
+    from mellum2_megatron.planning.start_notes import start_notes
 
     # A run that cannot be resolved is a result of `doctor` too, so it goes to standard output.
     try:
         run = resolve_run(recipe, overrides)
+        source = huggingface_source(run)
     except InputError as error:
         print_line(f"refused  {error}")
         return False
+    if source is not None:
+        print_line(f"checkpoint.load: {source} is a Hugging Face folder; a start imports it first")
     planned_device, ranks = plan(run, device, nproc)
     violations = check(run, ranks, planned_device)
     title = f"{run.name} on {ranks} {planned_device} rank(s)"
     if not violations:
+        data = check_data(run)
+        for note in (*data.notes, *check_amounts(run, data), *start_notes(run, ranks)):
+            print_line(note)
         print_line(f"{title}: breaks no rule")
         return True
     table = plain_table(title=title)

@@ -1,8 +1,9 @@
-"""`mellum2 info`: figures of a recipe, a preset or a Hugging Face folder."""
+"""`mellum2 info`: figures of a recipe, a preset or a model's folder."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mellum2_megatron.cli.complete import complete_subject
 from mellum2_megatron.cli.options import AsJson, Overrides
 from mellum2_megatron.common.console import console
 from mellum2_megatron.common.errors import InputError, nearest
@@ -23,8 +25,9 @@ def info(
     subject: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE|RUN.yaml|PRESET",
-            help="recipe, resolved run file or architecture preset",
+            metavar="RECIPE|FILE.py:RECIPE|RUN.yaml|PRESET|FOLDER",
+            help="recipe, run file, architecture preset, or folder of a model",
+            autocompletion=complete_subject,
         ),
     ] = None,
     overrides: Overrides = None,
@@ -73,10 +76,11 @@ def describe(
     sequence_length: int | None,
     as_json: bool,
 ) -> None:
-    """Print the figures of a recipe, a preset or a Hugging Face folder.
+    """Print the figures of a recipe, a preset or a model's folder.
 
     Args:
-        subject: recipe, resolved run file or preset; None with `hf_path`.
+        subject: recipe, run file, preset, or what else `find_architecture` takes; None with
+            `hf_path`.
         overrides: `key=value` words for a recipe.
         hf_path: Hugging Face folder, in place of `subject`; else None.
         world_size: number of ranks, for memory and layout; None: the recipe's own.
@@ -160,25 +164,26 @@ def describe_optimizer(
 
 
 def _read_subject(subject: str, overrides: Sequence[str]) -> tuple[Run | None, Mellum2Architecture]:
-    """Return a recipe's run and its architecture; a preset has no run."""
-    from mellum2_megatron.architecture import PRESETS
+    """Return a recipe's run and its architecture; a preset or folder has no run."""
+    from mellum2_megatron.architecture import PRESETS, find_architecture
     from mellum2_megatron.planning.resolve import resolve_run
     from mellum2_megatron.recipes import recipe_names
 
-    if subject in PRESETS:
-        # A preset is a constant. Overrides would describe a model that no recipe trains.
+    names_run = subject in recipe_names() or re.search(r"\.(ya?ml|py(:\w*)?)$", subject)
+    if not names_run and (subject in PRESETS or Path(subject).expanduser().exists()):
+        # A model is a constant. Overrides would describe one that no recipe trains.
         if overrides:
             raise InputError(
                 f"{subject} {overrides[0]}",
                 rule="overrides change a recipe",
-                fix="name a recipe instead of a preset",
+                fix=f"name a recipe, and architecture={subject} after it",
             )
-        return None, PRESETS[subject]
+        return None, find_architecture(subject)[0]
     # Checked here, because `recipe` would suggest recipes only, not presets.
-    if subject not in recipe_names() and not subject.endswith((".yaml", ".yml")):
+    if not names_run:
         raise InputError(
             f"{subject!r}",
-            rule="is neither a recipe nor a preset",
+            rule="is neither a recipe nor a preset, folder or file",
             fix=nearest(subject, [*recipe_names(), *PRESETS]),
         )
     run = resolve_run(subject, overrides)

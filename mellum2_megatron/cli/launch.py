@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mellum2_megatron.checkpoint.folder import how_to_resume
 from mellum2_megatron.cli.options import AsJson, Overrides, RecipeOrRun
 from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError, WorkError
@@ -20,6 +22,7 @@ from mellum2_megatron.common.errors import InputError, WorkError
 if TYPE_CHECKING:
     from launchers.status import Status
     from launchers.submission import Submission
+    from mellum2_megatron.config import Run
 
 
 class _RecipeOrCommand(TyperGroup):
@@ -29,7 +32,7 @@ class _RecipeOrCommand(TyperGroup):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
+        if args and args[0] not in (*self.commands, "-h", "--help"):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -99,7 +102,13 @@ def launch_run(
     assumed_tflops: AssumedTflops = None,
 ) -> None:
     """Submit a run. The word `run` can be left out: `mellum2 launch RECIPE ...`."""
-    from launchers.submission import choose_profile, prepare, require_nemo_run, run_to_launch
+    from launchers.submission import (
+        choose_profile,
+        prepare,
+        require_nemo_run,
+        run_to_launch,
+        with_weights,
+    )
 
     _check_render(render)
     if follow and array:
@@ -110,16 +119,21 @@ def launch_run(
         )
     run = run_to_launch(recipe, overrides or [], output)
     site = choose_profile(executor, profile)
-    submission = prepare(
-        run,
-        site,
-        nodes=nodes,
-        time=time,
-        nproc=nproc,
-        sweep=[shlex.split(words) for words in array or []],
-        allow_dirty=allow_dirty,
-        show_only=dry_run,
-    )
+
+    def submission_of(run: Run) -> list[Submission]:
+        prepared = prepare(
+            run,
+            site,
+            nodes=nodes,
+            time=time,
+            nproc=nproc,
+            sweep=[_overrides_of_task(words) for words in array or []],
+            allow_dirty=allow_dirty,
+            show_only=dry_run,
+        )
+        return [prepared]
+
+    (submission,) = with_weights(run, site, submission_of, show_only=dry_run)
     if dry_run or render:
         _show([submission], dry_run=dry_run, render=render, tflops=assumed_tflops)
     elif site.executor == "local":
@@ -131,7 +145,7 @@ def launch_run(
         if not nemo.run_here(submission.job):
             raise WorkError(
                 f"{submission.job.name} did not finish",
-                fix="see above; the same command resumes from the last checkpoint",
+                fix=f"see above; {how_to_resume(submission.job.folder)}",
             )
     else:
         (job_id,) = _submit(submission.job.name, [submission])  # an array is one job too
@@ -164,19 +178,34 @@ def launch_pipeline(
 
     Each starts from the last checkpoint of the stage before it, once that is finished.
     """
-    from launchers.submission import choose_profile, prepare_chain, run_to_launch, split_stages
+    from launchers.submission import (
+        choose_profile,
+        prepare_chain,
+        run_to_launch,
+        split_stages,
+        with_weights,
+    )
 
     _check_render(render)
     runs = [run_to_launch(name, overrides, None) for name, overrides in split_stages(stages)]
     site = choose_profile("slurm", profile)
-    submissions = prepare_chain(
-        runs,
-        site,
-        root=output or Path(site.runs),
-        nodes=nodes,
-        time=time,
-        allow_dirty=allow_dirty,
-        show_only=dry_run,
+
+    def submissions_of(*first: Run) -> tuple[Submission, ...]:
+        return prepare_chain(
+            [*first, *runs[1:]],
+            site,
+            root=output or Path(site.runs),
+            nodes=nodes,
+            time=time,
+            allow_dirty=allow_dirty,
+            show_only=dry_run,
+        )
+
+    root = output or Path(site.runs)
+    submissions = (
+        with_weights(runs[0], site, submissions_of, root=root, show_only=dry_run)
+        if runs
+        else submissions_of()  # refuses it
     )
     if dry_run or render:
         _show(submissions, dry_run=dry_run, render=render, tflops=assumed_tflops)
@@ -287,8 +316,26 @@ def launch_cancel(
 
     slurm.require("scancel")
     jobs = [find_job(word)[1] for word in which]
-    slurm.cancel(jobs)
-    print_line(f"cancelled {', '.join(jobs)}")
+    results = [slurm.cancel(job) for job in jobs]
+    for result in results:
+        print_line(f"{result.job_id}: {result.note}")
+    failed = [result.job_id for result in results if not result.done]
+    if failed:
+        raise WorkError(
+            f"{', '.join(failed)} not cancelled",
+            fix="see above; `squeue --me` lists the jobs that are yours",
+        )
+
+
+def _overrides_of_task(words: str) -> list[str]:
+    try:
+        return shlex.split(words)
+    except ValueError as error:  # an unclosed quote
+        raise InputError(
+            f"--array {words}",
+            rule=f"is KEY=VALUE words, quoted as in a shell ({error})",
+            fix="close the quote, or write it without",
+        ) from None
 
 
 def _check_render(render: str | None) -> None:
@@ -304,6 +351,10 @@ def _show(
     from launchers.preview import show
     from launchers.sbatch import render as render_script
 
+    if tflops is not None and not math.isfinite(tflops):  # typer's min= lets inf pass
+        raise InputError(
+            f"--assumed-tflops {tflops}", rule="must be a finite number", fix="use for example 400"
+        )
     commands = []
     for submission in submissions:
         job = submission.job
@@ -338,6 +389,9 @@ def _show(
         sys.stdout.write(render_script(job))
     for command in commands:
         sys.stderr.write(f"written; submit it with: {command}\n")
+    if any(submission.problems for submission in submissions):
+        # As `doctor`: all reasons are shown above.
+        raise typer.Exit(2)
 
 
 def _submit(title: str, submissions: Sequence[Submission]) -> list[str]:
@@ -392,12 +446,19 @@ def _follow(folder: Path, job_id: str, rank: int | None) -> int:
     return 0 if all(status.state == "COMPLETED" for status in statuses) else 1
 
 
+def _from_here(folder: Path) -> str:
+    """Return a path from the current folder on, if it lies in it."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
 def _print_statuses(statuses: Sequence[Status]) -> None:
     table = plain_table()
     for column in ("job", "state", "step", "starts", "elapsed", "nodes", "run"):
         table.add_column(
             column,
             no_wrap=column != "run",
+            overflow="fold",  # whole: the end of the path tells stages apart
             justify="right" if column in ("step", "starts") else "left",
         )
     for status in statuses:
@@ -408,7 +469,7 @@ def _print_statuses(statuses: Sequence[Status]) -> None:
             str(status.attempts),
             status.elapsed or "-",
             status.nodes or "-",
-            "-" if status.folder is None else str(status.folder),
+            "-" if status.folder is None else _from_here(status.folder),
         )
     console.print(table)
     # Below the table, because a reason is a sentence and would not fit a column.

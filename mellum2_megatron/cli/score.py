@@ -7,6 +7,18 @@ from typing import Annotated
 
 import typer
 
+from mellum2_megatron.cli.options import DeviceChoice, as_options, check_forms
+from mellum2_megatron.cli.ranks import (
+    CP,
+    EP,
+    ETP,
+    PP,
+    TP,
+    BackendChoice,
+    NprocOfLayout,
+    ranks_of,
+    start_ranks,
+)
 from mellum2_megatron.common.console import print_line
 
 
@@ -19,7 +31,7 @@ def score(
         typer.Option(
             "--out",
             help=".npz file to write: float32 logits and, with an MTP head, mtp_logits, "
-            "batch x sequence x vocabulary",
+            "each [b, s, vocabulary]",
         ),
     ],
     megatron_path: Annotated[
@@ -27,12 +39,52 @@ def score(
         typer.Option("--megatron-path", help="Megatron checkpoint; give this or --hf-path"),
     ] = None,
     hf_path: Annotated[Path | None, typer.Option("--hf-path", help="Hugging Face folder")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="score only so many sequences")
+    ] = None,
+    tp: TP = 1,
+    pp: PP = 1,
+    ep: EP = 1,
+    etp: ETP = 1,
+    cp: CP = 1,
+    nproc: NprocOfLayout = None,
+    device: DeviceChoice = "auto",
+    backend: BackendChoice = "auto",
+    dtype: Annotated[
+        str, typer.Option("--torch-dtype", help="dtype of a Megatron model's arithmetic")
+    ] = "float32",
 ) -> None:
-    """Write the logits of one checkpoint for given tokens."""
-    from conversion.verification.megatron_scoring import score_file
+    """Write the logits of one checkpoint for given tokens.
+
+    A Megatron checkpoint may be divided among ranks: --tp, --pp, --ep, --etp, --cp.
+    They are started here, unless torchrun or srun has started this command on each.
+    """
+    from conversion.verification.scoring import environment_rank, score_file
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
-    # Both options are optional for typer: `score_file` refuses none and both with one message.
-    score_file(tokens, out, megatron_path=megatron_path, hf_path=hf_path)
-    print_line(f"wrote {out}")
+    check_forms(megatron_path, hf_path)
+    ranks = ranks_of(
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        etp=etp,
+        cp=cp,
+        nproc=nproc,
+        device=device,
+        backend=backend,
+        dtype=dtype,
+    )
+    with as_options():
+        # Both paths are optional for typer: `score_file` refuses none and both with one message.
+        score_file(
+            tokens,
+            out,
+            megatron_path=megatron_path,
+            hf_path=hf_path,
+            limit=limit,
+            ranks=ranks,
+            start=start_ranks,
+        )
+    if not environment_rank():
+        print_line(f"wrote {out}")

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from rich.table import Column, Table
 
 # rich looks up sys.stdout and sys.stderr at each print, so redirected streams are followed.
-console = Console()
-error_console = Console(stderr=True)
+# highlight=False: it would colour the parts of a number or a path one by one.
+console = Console(highlight=False)
+error_console = Console(stderr=True, highlight=False)
 
 
 def print_line(text: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -35,8 +36,30 @@ class InputError(Mellum2Error):
     exit_code = 2
 
     def __init__(self, value: str, *, rule: str, fix: str) -> None:
-        self.value, self.rule, self.fix = value, rule, fix
+        # A value from a file may have megabytes.
+        self.value, self.rule, self.fix = _cut(value), _cut(rule), _cut(fix)
         super().__init__(f"{value}: {rule}. Fix: {fix}.")  # one line, for logs and `grep`
+
+
+@contextmanager
+def keyed(key: str) -> Iterator[None]:
+    """Put the key of a section in front of a refused value that lacks it.
+
+    For dataclasses that are checked by themselves and do not know where they stand.
+
+    Args:
+        key: key of the section, such as ``architecture``.
+    """
+    try:
+        yield
+    except InputError as error:
+        if error.value.startswith(key):
+            raise
+        raise InputError(f"{key}.{error.value}", rule=error.rule, fix=error.fix) from None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 2000 else f"{text[:1000]}...{text[-100:]}"
 
 
 class WorkError(Mellum2Error):
@@ -52,8 +75,13 @@ class WorkError(Mellum2Error):
         super().__init__(f"{what}. Fix: {fix}.")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], *, show_all: bool = True) -> str:
     """Return the fix for an unknown name: the closest known one, or the list of all.
+
+    Args:
+        word: the unknown name.
+        known: the known names.
+        show_all: list all names if none is close, default true. False: name the three closest.
 
     >>> nearest("layot.ep", ["layout.ep", "layout.tp"])
     "did you mean 'layout.ep'"
@@ -63,7 +91,30 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}"
+    if not show_all:
+        return "closest: " + ", ".join(get_close_matches(word, names, n=3, cutoff=0.0))
     return "known: " + ", ".join(names)
+
+
+def shown(value: object, *, quote: bool = True) -> str:
+    """Return a value in one line of at most 120 characters, as a message shows it.
+
+    Absence and truth are spelt as in files: null, true, false.
+
+    Args:
+        value: the value.
+        quote: write text in quotes and its control characters as escapes; default true. False: only
+            the escapes. Unquoted text of a file (`text.Plain`) is shown as it stands there.
+    """
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write an int of more than 4,300 digits
+        return "a number of thousands of digits"
+    if isinstance(value, str) and (not quote or type(value) is not str):
+        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in value)
+    return text if len(text) <= 120 else f"{text[:80]}...{text[-20:]}"
 
 
 def first_line(error: BaseException) -> str:

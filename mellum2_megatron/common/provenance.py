@@ -1,6 +1,6 @@
 """Provenance of a run: commit of the code, and packages, machine and job of each start.
 
-Each start of a run appends one line to ``DIR/provenance.jsonl``::
+Each start of a run appends one line to ``DIR/provenance.jsonl``, and each orderly end another::
 
     {"event": "start", "time": "2026-05-04T10:11:12+00:00",
      "code": {"origin": "git", "commit": "0f3c...", "dirty": false, "version": "0.1.0"},
@@ -13,6 +13,7 @@ root. Without a repository and without that file the commit is recorded as unkno
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -27,7 +28,9 @@ from typing import Any, Literal
 
 import mellum2_megatron
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.files import write_json
+from mellum2_megatron.common.files import read_bytes, write_json
+from mellum2_megatron.common.json_files import load_json, parse_object
+from mellum2_megatron.common.secret_names import is_secret_name, mask_secrets
 from mellum2_megatron.common.values import from_plain
 
 SNAPSHOT_FILE = "PROVENANCE.json"
@@ -145,7 +148,7 @@ def write_snapshot(folder: Path, code: Code | None = None) -> Path:
 def record(
     output: Path,
     *,
-    event: Literal["launch", "start"],
+    event: Literal["launch", "start", "end"],
     world_size: int | None = None,
     from_step: int | None = None,
     more: Mapping[str, Any] | None = None,
@@ -154,7 +157,8 @@ def record(
 
     Args:
         output: folder of the run.
-        event: ``start`` of the ranks, or ``launch`` of a job, whose ranks may run other code.
+        event: ``start`` of the ranks, ``launch`` of a job, whose ranks may run other code, or
+            ``end`` of the ranks with an ``outcome``: ``finished``, ``stopped`` or ``failed``.
         world_size: number of ranks; None (default): unknown.
         from_step: step of the checkpoint that this start resumes; None (default) for a new run.
         more: further keys of the line, default none.
@@ -163,10 +167,7 @@ def record(
     hosts = os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES")
     line: dict[str, Any] = {
         "event": event,
-        "time": _now(),
-        "code": asdict(source_code()),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        **software(),
         "host": socket.gethostname(),
         "hosts": int(hosts) if hosts else None,
         "world_size": world_size,
@@ -174,8 +175,34 @@ def record(
         "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
         **(more or {}),
     }
+    # Git's reasons and a caller's overrides may hold an address with a password.
+    line = _masked(line)
     _append(output / RECORDS_FILE, json.dumps(line, ensure_ascii=False))
     return line
+
+
+def software() -> dict[str, Any]:
+    """Return the time, the code's origin, and the versions of Python and of `PACKAGES`."""
+    return {
+        "time": _now(),
+        "code": asdict(source_code()),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+    }
+
+
+def _masked(value: Any) -> Any:
+    """Return a value of JSON with every text in it masked, and all under a secret name."""
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, (list, tuple)):
+        return [_masked(item) for item in value]
+    if isinstance(value, Mapping):
+        return {
+            name: "***" if name.isupper() and is_secret_name(name) else _masked(item)
+            for name, item in value.items()
+        }
+    return value
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
@@ -184,13 +211,9 @@ def read_records(output: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(text)
-        except ValueError:
-            continue  # half a line, left by a crash
-        if isinstance(value, dict):
-            records.append(value)
+    for text in read_bytes(path).decode("utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # half a line, left by a crash
+            records.append(parse_object(text))
     return records
 
 
@@ -256,7 +279,7 @@ def _unknown(version: str, reason: str) -> Code:
 
 def _from_snapshot(path: Path) -> Code:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
         code = _code(value, str(path))
     except (OSError, ValueError) as error:
         raise InputError(

@@ -2,12 +2,18 @@
 YAML and JSON, and back to plain values.
 
 One converter serves ``a.b=c`` on the command line, run files, site profiles and
-``architecture.json``. All of them accept the same values and name the same expected type.
+``architecture.json``. All of them accept the same values and name the same expected type:
+
+- whole number: decimal, ``_`` between digits allowed, no zero in front (``8_192``);
+- number: the same, with point and exponent (``1e-3``), finite;
+- ``true`` and ``false``; ``null``, ``none`` and ``~`` for absence;
+- text: as it stands; in quotes it is never a number or null.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -15,27 +21,50 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
-from mellum2_megatron.common.errors import InputError, nearest
+from mellum2_megatron.common.errors import InputError, nearest, shown
+from mellum2_megatron.common.text import Items, ListError, Plain, read_list
 
 Reader = Callable[[Any, str], Any]
 """Reader of one key: a function of the value as YAML gives it and the full key, to the field."""
 
-_INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
+# ASCII only: `int` and `float` take the digits of every script, and `float` takes "nan".
+_INTEGER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+_FLOAT = re.compile(r"[+-]?[0-9._]+([eE][+-]?[0-9]+)?")
+_OCTAL_LIKE = re.compile(r"[+-]?0[0-9_]")
+_MAX_DIGITS = 400
+"""Digits of the longest number that is read; `int` refuses more than 4,300."""
 _BOOLEANS = {"true": True, "false": False}
-_NULLS = ("null", "none", "~")
+NULLS = ("null", "none", "~")
+"""Words for an absent value, in capitals too."""
+_YAML_BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+"""Other spellings of booleans -> ours, for the fix."""
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+class _Override(Plain):
+    """Right-hand side of an override: the only text that may be a list too.
+
+    In a file a list is YAML's, so that a comma in a line of bash stays a comma.
+    """
+
+    __slots__ = ()
 
 
 class MismatchError(Exception):
     """A value that does not fit an annotation; the caller adds the key and raises InputError."""
 
 
-def field_types(cls: type) -> dict[str, Any]:
+_TYPES: dict[type, Mapping[str, Any]] = {}
+"""Results of `field_types`: every section of a run is checked by them, and they are slow to get."""
+
+
+def field_types(cls: type) -> Mapping[str, Any]:
     """Return every field of dataclass ``cls`` with its resolved annotation, in order."""
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    if cls not in _TYPES:
+        hints = get_type_hints(cls)
+        fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        _TYPES[cls] = MappingProxyType(fields)
+    return _TYPES[cls]
 
 
 def describe(annotation: Any) -> str:
@@ -62,21 +91,20 @@ def describe(annotation: Any) -> str:
 def from_text(text: str, annotation: Any, key: str) -> Any:
     """Convert the right-hand side of ``key=text`` to ``annotation``.
 
-    Integers may carry underscores (``8_192``), floats an exponent (``3e-4``). Booleans are
-    ``true`` and ``false``, absence is ``null``. Lists are written ``[a,b]``, ``(a,b)`` or ``a,b``.
+    Lists are written ``[a,b]``, ``(a,b)`` or ``a,b``, see `text.read_list`.
 
     Raises:
         InputError: the text does not fit; the message names the expected type or the nearest
             choice.
     """
     try:
-        return _convert(_Text(text), annotation)
+        return _convert(_Override(text), annotation)
     except MismatchError as error:
-        raise _wrong_type(f"{key}={text}", annotation, error) from None
+        raise _wrong_type(key, Plain(text), annotation, error) from None
 
 
 def from_plain(value: Any, annotation: Any, key: str) -> Any:
-    """Convert ``value`` as YAML gives it (scalars, lists, mappings) to ``annotation``.
+    """Convert ``value`` as `text.read_yaml` or JSON gives it to ``annotation``.
 
     Raises:
         InputError: see `from_text`.
@@ -84,7 +112,7 @@ def from_plain(value: Any, annotation: Any, key: str) -> Any:
     try:
         return _convert(value, annotation)
     except MismatchError as error:
-        raise _wrong_type(f"{key}={value!r}", annotation, error) from None
+        raise _wrong_type(key, value, annotation, error) from None
 
 
 def from_mapping[T](
@@ -115,7 +143,7 @@ def from_mapping[T](
     full_keys = {name: f"{key}.{name}" if key else name for name in annotations}
     if not isinstance(values, Mapping):
         raise InputError(
-            f"{key or document}: {values!r}",
+            f"{key or document}: {shown(values)}",
             rule="must be a mapping of keys to values",
             fix=f"its keys are {', '.join(annotations)}",
         )
@@ -133,7 +161,9 @@ def from_mapping[T](
         if name in values:
             value, nested = values[name], _dataclass_in(annotations[name])
             # `D | None` given as null: no dataclass to build.
-            is_null = value is None and nested is not annotations[name]
+            is_null = nested is not annotations[name] and (
+                value is None or (isinstance(value, Plain) and value.lower() in NULLS)
+            )
             if full_key in readers:
                 arguments[name] = readers[full_key](value, full_key)
             elif nested is not None and not is_null:
@@ -169,47 +199,6 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def read_yaml(text: str, *, document: str, fix: str) -> Any:
-    """Return the content of a YAML document.
-
-    Args:
-        text: the document.
-        document: its kind, for the message (``run file``).
-        fix: fix in the message.
-
-    Raises:
-        InputError: not YAML, or a key given twice in one mapping. The message names the line.
-    """
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        # Only marked errors have a line; the plain message spans several lines.
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-        place = f"{document}, line {mark.line + 1}" if mark else document
-        raise InputError(place, rule=f"not YAML ({problem})", fix=fix) from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML reader that refuses a key given twice; PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        earlier: list[Any] = []
-        for name, _ in node.value:
-            if name.value in earlier:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {name.value} is given twice", problem_mark=name.start_mark
-                )
-            earlier.append(name.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Text(str):
-    """Text of an override, to be read as any type; a plain str out of YAML is only text."""
-
-    __slots__ = ()
-
-
 def _dataclass_in(annotation: Any) -> type | None:
     """Return the dataclass of ``D`` or ``D | None``; None for any other annotation."""
     options = [annotation]
@@ -233,40 +222,78 @@ def _convert(value: Any, annotation: Any) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
             raise MismatchError
         return {name: _convert(item, get_args(annotation)[1]) for name, item in value.items()}
-    # Below, text is read as another type only if a person typed it: in YAML, "1" is not 1.
-    typed = isinstance(value, _Text)
     if annotation is type(None):
-        if value is None or (typed and value.lower() in _NULLS):
+        # Only text without quotes is read as another type: "1" and "null" in quotes are text.
+        if value is None or (isinstance(value, Plain) and value.lower() in NULLS):
             return None
     elif annotation is bool:
-        if isinstance(value, bool):
-            return value
-        if typed and value.lower() in _BOOLEANS:
-            return _BOOLEANS[value.lower()]
-    elif annotation is int:
-        if isinstance(value, int) and not isinstance(value, bool):  # a bool is an int in Python
-            return value
-        if typed and _INTEGER.fullmatch(value):
-            return int(value)
-    elif annotation is float:
-        # A plain str too: YAML 1.1 reads 3e-4, without a dot, as text.
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                raise MismatchError from None
+        return _convert_bool(value)
+    elif annotation in (int, float):
+        return _convert_number(value, annotation)
     elif annotation is str:
+        # YAML's two words for an absent value; a field that may be absent has returned above.
+        if isinstance(value, Plain) and value.lower() in ("null", "~"):
+            raise MismatchError("give text: it cannot be absent")
         if isinstance(value, str):
-            return str(value)  # a plain str out of a _Text
+            return str(value)  # a plain str out of a Plain
     else:
         raise TypeError(f"no conversion for {annotation}")  # an error in our own dataclass
     raise MismatchError
 
 
+def _convert_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Plain):
+        word = value.lower()
+        if word in _BOOLEANS:
+            return _BOOLEANS[word]
+        if word in _YAML_BOOLEANS:
+            raise MismatchError(f"write {_YAML_BOOLEANS[word]}")
+    raise MismatchError
+
+
+def _convert_number(value: Any, kind: type) -> Any:
+    """Convert to a finite int or float; a bool is neither, though Python has it as an int."""
+    number: Any = value
+    if isinstance(value, Plain):
+        pattern = _INTEGER if kind is int else _FLOAT
+        if _OCTAL_LIKE.match(value) and _FLOAT.fullmatch(value):
+            raise MismatchError("write it without zeros in front")
+        if len(value) > _MAX_DIGITS or not pattern.fullmatch(value):
+            if value.lower().lstrip("+-.") in ("nan", "inf", "infinity"):
+                raise MismatchError("give a finite number")
+            raise MismatchError(_whole_number_hint(value) if kind is int else "")
+        try:
+            number = kind(value)
+        except ValueError:  # underscores and points in the wrong places
+            raise MismatchError from None
+    types = (int,) if kind is int else (int, float)
+    if not isinstance(number, types) or isinstance(number, bool):
+        raise MismatchError
+    try:
+        if math.isfinite(number):
+            return number if kind is int else float(number)
+    except OverflowError:  # an int beyond all floats
+        if kind is int:
+            return number
+    raise MismatchError("give a finite number")
+
+
+def _whole_number_hint(text: str) -> str:
+    """Return ``write 1000`` for ``1e3``; empty for what is no whole number."""
+    try:
+        number = float(text) if _FLOAT.fullmatch(text) else 0.5
+    except ValueError:
+        return ""
+    fits = number.is_integer() and abs(number) < 2**63
+    return f"write a whole number: {int(number)}" if fits else ""
+
+
 def _convert_choice(value: Any, choices: tuple[Any, ...]) -> Any:
     for choice in choices:
         # 1 == True in Python, so the types must agree too.
-        if value == choice and type(value) in (type(choice), _Text):
+        if value == choice and (type(value) is type(choice) or isinstance(value, Plain)):
             return choice
     close = get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
     raise MismatchError(f"did you mean {close[0]!r}" if close else "")
@@ -284,54 +311,37 @@ def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
 
 
 def _convert_tuple(value: Any, items: tuple[Any, ...]) -> tuple[Any, ...]:
-    values = _split(value) if isinstance(value, _Text) else value
+    values = value
+    if isinstance(value, _Override):
+        try:
+            values = read_list(value)
+        except ListError as error:
+            raise MismatchError(str(error)) from None
     if not isinstance(values, (list, tuple)):
         raise MismatchError
     if len(items) == 2 and items[1] is Ellipsis:
         return tuple(_convert(item, items[0]) for item in values)
     if len(values) != len(items):
-        raise MismatchError(f"{len(items)} values are needed, {len(values)} given")
+        raise MismatchError(
+            f"{len(items)} values are needed, {len(values)} given{_quoted_form(values, items)}"
+        )
     return tuple(_convert(item, kind) for item, kind in zip(values, items, strict=True))
 
 
-def _split(text: str) -> list[Any]:
-    """Read ``[a, [b, c]]`` as nested lists of `_Text`.
-
-    Brackets may be parentheses, and the outer pair may be left out.
-    """
-    # As YAML lists: they nest and quote already. BaseLoader leaves every item text.
-    listed = text.strip().replace("(", "[").replace(")", "]")
-    if not listed.startswith("[") or _closes_early(listed):
-        listed = f"[{listed}]"
-    try:
-        nested = yaml.load(listed, Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
-        raise MismatchError from None
-    items: list[Any] = _as_text(nested)
-    return items
+def _quoted_form(values: Any, items: tuple[Any, ...]) -> str:
+    """Return how to write a list whose last text has commas, such as a folder's name."""
+    if len(values) < len(items) or items[-1] is not str:
+        return ""
+    source = values.source if isinstance(values, Items) else ", ".join(map(str, values))
+    parts = [part.strip() for part in source.split(",", len(items) - 1)]
+    quote = "'" if '"' in parts[-1] else '"'
+    listed = ", ".join([*parts[:-1], f"{quote}{parts[-1]}{quote}"])
+    return f"; a text with a comma needs quotes: [{listed}]"
 
 
-def _closes_early(listed: str) -> bool:
-    """Return true if the first bracket closes before the end.
-
-    ``[0,8],[64,16]`` is two items of a list without its outer brackets.
-    """
-    depth = 0
-    for position, character in enumerate(listed):
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if depth == 0:
-            return position < len(listed) - 1
-    return False
-
-
-def _as_text(nested: Any) -> Any:
-    if isinstance(nested, list):
-        return [_as_text(item) for item in nested]
-    if not isinstance(nested, str):
-        raise MismatchError
-    return _Text(nested)
-
-
-def _wrong_type(given: str, annotation: Any, error: MismatchError) -> InputError:
+def _wrong_type(key: str, value: Any, annotation: Any, error: MismatchError) -> InputError:
+    given = shown(str(value), quote=False) if isinstance(value, Plain) else shown(value)
     expected = describe(annotation)
-    return InputError(given, rule=f"must be {expected}", fix=str(error) or f"give {expected}")
+    return InputError(
+        f"{key}={given}", rule=f"must be {expected}", fix=str(error) or f"give {expected}"
+    )

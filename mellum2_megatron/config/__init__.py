@@ -1,8 +1,9 @@
 """A run as one typed value, with YAML and overrides; no torch at import."""
 
+from mellum2_megatron.config.execution import Execution
 from mellum2_megatron.config.layout import Layout
 from mellum2_megatron.config.optimizer import Loss, Optimizer
-from mellum2_megatron.config.overrides import apply_overrides
+from mellum2_megatron.config.overrides import apply_overrides, overridden
 from mellum2_megatron.config.precision import Precision
 from mellum2_megatron.config.run import (
     Backend,
@@ -17,12 +18,14 @@ from mellum2_megatron.config.run import (
 )
 from mellum2_megatron.config.schedule import Schedule
 from mellum2_megatron.config.stability import Stability
+from mellum2_megatron.config.stream import Stream
 
 __all__ = [
     "Backend",
     "Checkpoint",
     "Data",
     "Device",
+    "Execution",
     "Layout",
     "Logging",
     "Loss",
@@ -31,8 +34,10 @@ __all__ = [
     "Run",
     "Schedule",
     "Stability",
+    "Stream",
     "apply_overrides",
     "from_yaml",
     "keys",
+    "overridden",
     "to_yaml",
 ]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mellum2_megatron.architecture import Mellum2Architecture, Parameter
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.field_checks import divisors, require
+from mellum2_megatron.common.field_checks import INT32_MAX, check_fields, divisors, require
 
 CpCommType = Literal["p2p", "all_gather"]
 
@@ -34,7 +34,16 @@ class Layout:
         cp: context-parallel ways, default 1; the ranks divide each sequence.
         dp: data-parallel ways; None (default): all ranks that the other parallelisms leave.
         dispatcher: Megatron's way of sending tokens to the ranks of their experts, default
-            ``alltoall``.
+            ``alltoall``. ``flex`` sends through a library that is made for it.
+        dispatcher_backend: library of ``flex``. ``hybridep`` (default) or ``deepep``, which send a
+            token once to each rank that needs it, and not once for each of its experts.
+        dispatcher_sms: multiprocessors of a GPU that the library takes from other work; None
+            (default): its own choice.
+        overlap_expert_comm: overlap the exchange of tokens of one micro-batch with the computation
+            of another, default false. The numbers are those of the plain schedule: one micro-batch
+            goes forward, layer by layer, while the one before it goes backward.
+        delay_wgrad: with ``overlap_expert_comm``, compute gradients of weights later, while tokens
+            are exchanged; default false.
 
     Raises:
         InputError: a value below 1, or a combination that no model can run with.
@@ -49,8 +58,13 @@ class Layout:
     cp: int = 1
     dp: int | None = None
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    dispatcher_backend: Literal["hybridep", "deepep"] = "hybridep"
+    dispatcher_sms: int | None = None
+    overlap_expert_comm: bool = False
+    delay_wgrad: bool = False
 
     def __post_init__(self) -> None:
+        check_fields("layout", self)
         for key, value in (
             ("layout.tp", self.tp),
             ("layout.pp", self.pp),
@@ -66,6 +80,14 @@ class Layout:
                 rule="must be 1 or more",
                 fix=f"set {key}=1",
             )
+        ranks = math.prod((self.tp, self.cp, self.pp, self.ep, self.etp, self.vpp, self.dp or 1))
+        require(
+            ranks <= INT32_MAX,
+            f"layout.tp={self.tp}, cp={self.cp}, pp={self.pp}, vpp={self.vpp}, ep={self.ep}, "
+            f"etp={self.etp}, dp={self.dp}",
+            rule=f"the product of all degrees must not exceed {INT32_MAX}",
+            fix="lower them",
+        )
         require(
             self.tp == 1 or self.sp,
             f"layout.tp={self.tp} with layout.sp=false",
@@ -83,6 +105,56 @@ class Layout:
             f"layout.vpp={self.vpp} with layout.pp=1",
             rule="virtual stages interleave the stages of a pipeline",
             fix="set layout.vpp=1, or layout.pp=2 or more",
+        )
+        self._check_exchange()
+
+    def _check_exchange(self) -> None:
+        """Refuse settings of the exchange of tokens that Megatron refuses or leaves unread."""
+        for key, given in (
+            ("dispatcher_backend", self.dispatcher_backend != "hybridep"),
+            ("dispatcher_sms", self.dispatcher_sms is not None),
+        ):
+            require(
+                not given or self.dispatcher == "flex",
+                f"layout.{key}={getattr(self, key)} with layout.dispatcher={self.dispatcher}",
+                rule="is a setting of layout.dispatcher=flex",
+                fix="set layout.dispatcher=flex, or leave it out",
+            )
+        if self.dispatcher_sms is not None:
+            require(
+                1 <= self.dispatcher_sms <= 128,
+                f"layout.dispatcher_sms={self.dispatcher_sms}",
+                rule="a GPU has 132 multiprocessors or fewer, and most are needed to compute",
+                fix="use 16 to 32, or null",
+            )
+        require(
+            self.overlap_expert_comm or not self.delay_wgrad,
+            "layout.delay_wgrad=true with layout.overlap_expert_comm=false",
+            rule="it fills the time in which tokens are exchanged "
+            "(megatron/core/transformer/transformer_config.py:2750, 0.19.2)",
+            fix="set layout.overlap_expert_comm=true or layout.delay_wgrad=false",
+        )
+        if not self.overlap_expert_comm:
+            return
+        require(
+            self.ep > 1,
+            "layout.overlap_expert_comm=true with layout.ep=1",
+            rule="one rank holds all experts and exchanges nothing",
+            fix="set layout.ep=2 or more, or layout.overlap_expert_comm=false",
+        )
+        require(
+            self.dispatcher != "allgather",
+            "layout.overlap_expert_comm=true with layout.dispatcher=allgather",
+            rule="only alltoall and flex overlap "
+            "(megatron/core/transformer/transformer_config.py:2683, 0.19.2)",
+            fix="set layout.dispatcher=alltoall",
+        )
+        require(
+            self.pp == 1 or self.vpp > 1,
+            f"layout.overlap_expert_comm=true with layout.pp={self.pp}, layout.vpp=1",
+            rule="a pipeline overlaps in the interleaved schedule only "
+            "(megatron/core/transformer/transformer_config.py:2674, 0.19.2)",
+            fix="set layout.vpp=2 or more, or layout.pp=1",
         )
 
     @property
@@ -163,27 +235,40 @@ class Layout:
             "num_attention_heads": architecture.num_attention_heads,
             "num_key_value_heads": architecture.num_key_value_heads,
             "vocab_size": architecture.vocab_size,
+            **architecture.variant_widths,
         }
         layers = architecture.num_hidden_layers
         return [
             _divides("tp", self.tp, sizes_by_tp),
             _divides("pp", self.pp, {"num_hidden_layers": layers}),
             _divides("vpp", self.vpp, {"num_hidden_layers / pp": layers // self.pp}),
-            _divides("ep", self.ep, {"num_experts": architecture.num_experts}),
-            _divides(
-                "etp", self.etp, {"moe_intermediate_size": architecture.moe_intermediate_size}
-            ),
+            *self._expert_problems(architecture),
+        ]
+
+    def _expert_problems(self, architecture: Mellum2Architecture) -> list[InputError | None]:
+        if architecture.has_experts:
+            width = {"moe_intermediate_size": architecture.moe_intermediate_size}
+            return [
+                _divides("ep", self.ep, {"num_experts": architecture.num_experts}),
+                _divides("etp", self.etp, width),
+            ]
+        return [
+            InputError(
+                f"layout.{name}={ways}",
+                rule="every layer is dense (architecture.mlp_layer_types), so there are no "
+                "experts to divide",
+                fix=f"use layout.{name}=1",
+            )
+            for name, ways in (("ep", self.ep), ("etp", self.etp))
+            if ways > 1
         ]
 
     def _sequence_problems(self, sequence_length: int) -> list[InputError | None]:
         given = f"data.sequence_length={sequence_length}"
         # A late query sees more keys than an early one, so a rank takes an early and a late chunk.
         if self.cp > 1 and sequence_length % (2 * self.cp):
-            working = [
-                cp
-                for cp in range(1, sequence_length + 1)
-                if cp == 1 or sequence_length % (2 * cp) == 0
-            ]
+            halves = [] if sequence_length % 2 else divisors(sequence_length // 2)
+            working = sorted({1, *halves})
             return [
                 InputError(
                     f"layout.cp={self.cp} with {given}",

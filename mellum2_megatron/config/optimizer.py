@@ -8,9 +8,11 @@ from typing import Literal
 from mellum2_megatron.architecture import Parameter
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.field_checks import (
+    check_fields,
     require,
     require_not_negative,
     require_positive,
+    require_positive_number,
 )
 from mellum2_megatron.config.layout import is_hidden_matrix
 
@@ -25,32 +27,55 @@ class Loss:
         aux_loss_type: tokens that the load-balancing loss balances over. ``global_aux_loss``
             (default, report §3): those of all ranks in the step's micro-batches so far; its value
             depends on the layout (docs/layouts.md). ``aux_loss``: one micro-batch.
-            ``seq_aux_loss``: one sequence. The last two do not depend on the layout.
+            ``seq_aux_loss``: one sequence. These two do not depend on the layout. ``none``: no
+            load-balancing loss.
         aux_loss_gradient: gradient of ``global_aux_loss``. ``megatron`` (default) divides it by the
             number of data-parallel ranks once too often (Megatron-LM issue 3672): on 256 ranks a
             coefficient of 1e-3 acts like 4e-6 on one. ``exact`` is the gradient of the logged loss
             on any number of ranks.
+        bias_update_rate: balancing by a bias on each expert's score, which decides the choice of
+            experts only (arXiv 2408.15664; there 1e-3). After a step the bias of an expert with
+            fewer tokens than average rises by this rate, that of one with more falls. It works
+            beside any ``aux_loss_type``; with ``none`` it balances alone. 0 (default): no bias.
+        capacity_factor: room of an expert in each micro-batch and rank, as a multiple of an even
+            load; tokens beyond it skip the expert, those with the smallest weights first. None
+            (default, report §3): no token is dropped.
         z_loss_coef: coefficient of the z-loss on the router's logits, default 1e-3 (report §3).
         mtp_factor: weight of the multi-token-prediction loss, default 0.1 (report §2).
         per_token: true: one mean over all counted tokens of a step. False (default): the mean of
             the means of micro-batches (and context-parallel ranks). The two differ if these count
             unequal numbers of tokens, because of masks or documents.
+        head_chunk: tokens whose logits exist at a time, in both heads, default 2048. Losses and
+            gradients are those of all at once to one rounding, in less memory. None: all at once.
 
     Raises:
-        InputError: a negative coefficient.
+        InputError: a value outside its range.
     """
 
     aux_loss_coef: float = 1e-3
-    aux_loss_type: Literal["global_aux_loss", "aux_loss", "seq_aux_loss"] = "global_aux_loss"
+    aux_loss_type: Literal["global_aux_loss", "aux_loss", "seq_aux_loss", "none"] = (
+        "global_aux_loss"
+    )
     aux_loss_gradient: Literal["megatron", "exact"] = "megatron"
+    bias_update_rate: float = 0.0
+    capacity_factor: float | None = None
     z_loss_coef: float = 1e-3
     mtp_factor: float = 0.1
     per_token: bool = False
+    head_chunk: int | None = 2048
 
     def __post_init__(self) -> None:
-        require_not_negative("loss.aux_loss_coef", self.aux_loss_coef, fix="use 0 or more")
-        require_not_negative("loss.z_loss_coef", self.z_loss_coef, fix="use 0 or more")
-        require_not_negative("loss.mtp_factor", self.mtp_factor, fix="use 0 or more")
+        check_fields("loss", self)
+        if self.head_chunk is not None:
+            require_positive("loss.head_chunk", self.head_chunk, fix="use 2048, or null")
+        for name in ("aux_loss_coef", "z_loss_coef", "mtp_factor"):
+            require_not_negative(
+                f"loss.{name}", getattr(self, name), fix="use 0 or more", most=1000.0
+            )
+        # Scores are at most 1, so a larger step would choose the experts by itself.
+        require_not_negative("loss.bias_update_rate", self.bias_update_rate, fix="use 1e-3", most=1)
+        if self.capacity_factor is not None:
+            require_positive("loss.capacity_factor", self.capacity_factor, fix="use 1.25", most=1e3)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +101,7 @@ class Optimizer:
         muon_tp_mode: orthogonalisation under tensor parallelism. ``blockwise`` (default): each
             rank's shard by itself. ``duplicated``, ``distributed``: the whole matrix.
         muon_split_qkv: orthogonalise Q, K and V separately, default true.
-        muon_split_gate_up: orthogonalise an expert's gate and up projections separately. False
+        muon_split_gate_up: orthogonalise an MLP's gate and up projections separately. False
             (default): as one matrix, since Megatron keeps the two in one weight. The report does
             not say.
         muon_router: optimizer of the routers' weights. True (default, as in Megatron): Muon; false:
@@ -114,9 +139,9 @@ class Optimizer:
     overlap_param_gather: bool = True
 
     def __post_init__(self) -> None:
-        require_positive(
-            "optimizer.lr", self.lr, fix="use 3e-4 as the report does (3e-5 from long context on)"
-        )
+        check_fields("optimizer", self)
+        report = "use 3e-4 as the report does (3e-5 from long context on)"
+        require_positive("optimizer.lr", self.lr, fix=report, most=100.0)
         require(
             0 <= self.min_lr <= self.lr,
             f"optimizer.min_lr={self.min_lr}",
@@ -136,11 +161,20 @@ class Optimizer:
             )
         off = "use 0 to switch it off"
         require_not_negative("optimizer.weight_decay", self.weight_decay, fix=off)
-        require_not_negative("optimizer.clip_grad", self.clip_grad, fix=off)
+        require(
+            self.lr * self.weight_decay < 1,
+            f"optimizer.weight_decay={self.weight_decay} with optimizer.lr={self.lr}",
+            rule="a step multiplies the weights by 1 - lr * weight_decay, which must be above 0",
+            fix="lower one of the two",
+        )
+        require_not_negative("optimizer.clip_grad", self.clip_grad, fix=off, most=1e6)
         default = "use the default"
-        require_positive("optimizer.adam_eps", self.adam_eps, fix=default)
-        require_positive("optimizer.muon_extra_scale", self.muon_extra_scale, fix=default)
-        require_positive("optimizer.muon_ns_steps", self.muon_ns_steps, fix=default)
+        # Below, the epsilon is 0 in FP32.
+        require_positive_number("optimizer.adam_eps", self.adam_eps, least=1e-37, most=1.0)
+        require_positive(
+            "optimizer.muon_extra_scale", self.muon_extra_scale, fix=default, most=1000.0
+        )
+        require_positive("optimizer.muon_ns_steps", self.muon_ns_steps, fix=default, most=100)
         # Megatron has one switch for both, so gate and up cannot split without Q, K and V.
         if self.name == "muon" and self.muon_split_gate_up and not self.muon_split_qkv:
             raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mellum2_megatron.common.field_checks import require, require_not_negative
+from mellum2_megatron.common.field_checks import check_fields, require, require_not_negative
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +49,7 @@ class Precision:
     grad_reduce_in_fp32: bool = True
 
     def __post_init__(self) -> None:
+        check_fields("precision", self)
         for key, layers in (
             ("precision.bf16_first_layers", self.bf16_first_layers),
             ("precision.bf16_last_layers", self.bf16_last_layers),

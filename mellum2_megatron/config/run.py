@@ -10,26 +10,37 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any, Literal
 
 import yaml
 
 from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.common.errors import InputError, nearest
+from mellum2_megatron.common.errors import InputError, keyed, nearest, shown
 from mellum2_megatron.common.field_checks import (
+    INT32_MAX,
+    INT64_MAX,
+    check_fields,
     require,
+    require_name,
     require_not_negative,
+    require_path,
     require_positive,
 )
-from mellum2_megatron.common.values import field_types, from_mapping, read_yaml, to_plain
+from mellum2_megatron.common.text import read_yaml
+from mellum2_megatron.common.values import NULLS, field_types, from_mapping, to_plain
+from mellum2_megatron.config.execution import Execution
 from mellum2_megatron.config.layout import Layout
 from mellum2_megatron.config.optimizer import Loss, Optimizer
 from mellum2_megatron.config.precision import Precision
 from mellum2_megatron.config.schedule import Schedule
 from mellum2_megatron.config.stability import Stability
+from mellum2_megatron.config.stream import Stream
 
 logger = logging.getLogger(__name__)
+
+_WANDB_REFUSES = "/\\#?%:"
+_MOST_SETS = 32766
+_MOST_MINUTES = 43_200
 
 Backend = Literal["te", "torch"]
 Device = Literal["cpu", "cuda"]
@@ -40,20 +51,34 @@ class Data:
     """Training and validation tokens, their tokenizer, and how ranks read them.
 
     Attributes:
-        path: folder written by ``mellum2 data prepare``: ``train_document.{bin,idx}``,
-            ``valid_document.{bin,idx}``, ``tokenizer/``, ``corpus.json``.
+        path: folder written by ``mellum2 data prepare``: packs or Megatron's indexed datasets,
+            ``tokenizer/``, ``corpus.json``; with ``phase`` the folder of a corpus plan. Not read
+            where the folders in ``train`` give all that is needed.
         sequence_length: tokens of one sequence, 2 or more.
-        tokenizer: tokenizer folder in Hugging Face format; None (default): ``path/tokenizer``.
-        train, valid: Megatron indexed datasets to blend in place of the folder's own two, as
-            ``(weight, prefix)`` pairs; a prefix is a path without ``.bin`` or ``.idx``. Default:
-            none.
-        seed: seed of the shuffling; None (default): the run's seed.
+        tokenizer: tokenizer folder in Hugging Face format; None (default): that of the first folder
+            in ``train``, else ``path/tokenizer``.
+        train: sets to blend in place of ``path``, as ``(weight, folder or prefix)`` pairs. A folder
+            is one of ``mellum2 data prepare``, a prefix the path of a Megatron indexed dataset
+            without ``.bin`` or ``.idx``. Default: none.
+        valid: the same for validation; default: the folders in ``train``, each with its own
+            validation split, else ``path``.
+        seed: seed of the order of the training data; None (default): the run's seed. The order of a
+            validation set has no seed.
         workers: reading processes of each rank, default 2; 0: the rank itself reads.
         cache: folder of the shuffling index, which Megatron builds once for each data set; None
-            (default): ``path/cache``.
+            (default): ``cache/`` beside each data set.
+        document_attention: let tokens attend only within their own document; for packs (a folder
+            with ``packs.json``), which alone record their documents. None (default): true for
+            packs, false for other sets.
+        phase: number of a phase of the corpus plan whose folder ``path`` is, 1 or more; its packs
+            are blended as the plan says. None (default): ``path`` is not a plan's folder.
         first_sample: sample count of the training at which this run's data begin, default 0. A run
             that continues another one (``checkpoint.continue_from``) on data of its own begins at
             that run's ``schedule.train_samples``. The phases of the report's pre-training do so.
+        feed: way of the training samples to the ranks. ``files`` (default): each rank reads them.
+            ``redis``: one process reads them and streams them to all; the samples are the same.
+            Validation is always read from files.
+        stream: settings of ``redis``, see `Stream`.
 
     Raises:
         InputError: a length, weight or number outside its range.
@@ -67,35 +92,49 @@ class Data:
     seed: int | None = None
     workers: int = 2
     cache: str | None = None
+    document_attention: bool | None = None
+    phase: int | None = None
     first_sample: int = 0
+    feed: Literal["files", "redis"] = "files"
+    stream: Stream = field(default_factory=Stream)
 
     def __post_init__(self) -> None:
+        check_fields("data", self)
         require(
-            self.sequence_length > 1,
+            isinstance(self.stream, Stream),
+            f"data.stream: {shown(self.stream)}",
+            rule="must be a Stream",
+            fix="give Stream(window=64)",
+        )
+        for name in ("path", "tokenizer", "cache"):
+            require_path(f"data.{name}", getattr(self, name))
+        require(
+            1 < self.sequence_length <= INT32_MAX,
             f"data.sequence_length={self.sequence_length}",
-            rule="must be 2 or more",
+            rule=f"must be 2 to {INT32_MAX}",
             fix="use 8192",
         )
-        require_not_negative("data.workers", self.workers, fix="use 0 to read in the rank itself")
-        require_not_negative("data.first_sample", self.first_sample, fix="use 0")
+        require_not_negative(
+            "data.workers", self.workers, fix="use 0 to read in the rank itself", most=1024
+        )
+        if self.phase is not None:
+            require_positive("data.phase", self.phase, most=INT64_MAX)
+        require_not_negative("data.first_sample", self.first_sample, fix="use 0", most=INT64_MAX)
+        if self.seed is not None:  # NumPy's, which shuffles
+            require_not_negative("data.seed", self.seed, fix="use null for the run's seed")
         for key, blend in (("data.train", self.train), ("data.valid", self.valid)):
+            require(
+                len(blend) <= _MOST_SETS,
+                f"{key} with {len(blend)} sets",
+                rule=f"Megatron blends {_MOST_SETS} sets at most "
+                "(core/datasets/blended_dataset.py:50, 0.19.2)",
+                fix="join some of them",
+            )
             for weight, prefix in blend:
-                require_positive(f"{key}: weight of {prefix}", weight, fix="drop the set instead")
-
-    @property
-    def tokenizer_folder(self) -> str:
-        """Folder of the tokenizer."""
-        return self.tokenizer or str(PurePath(self.path) / "tokenizer")
-
-    @property
-    def train_blend(self) -> tuple[tuple[float, str], ...]:
-        """``(weight, prefix)`` of every training set."""
-        return self.train or ((1.0, str(PurePath(self.path) / "train_document")),)
-
-    @property
-    def valid_blend(self) -> tuple[tuple[float, str], ...]:
-        """``(weight, prefix)`` of every validation set."""
-        return self.valid or ((1.0, str(PurePath(self.path) / "valid_document")),)
+                require_path(key, prefix)
+                require_positive(
+                    f"{key}: weight of {prefix}", weight, fix="drop the set instead", most=1e12
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,30 +147,63 @@ class Logging:
         eval_iterations: batches of a validation, default 10; 0: no validation.
         eval_batch_size: sequences of a validation batch; None (default): as in the last training
             step of the run.
+        validation_documents: write each validation's sums of nats and bytes by document, for
+            comparisons between runs, default false.
         tensorboard: write TensorBoard events, default true.
         wandb_project: project on Weights & Biases; None (default): do not log to W&B.
         wandb_entity: W&B account; None (default): the user's default one.
         wandb_name: display name in W&B; None (default): the run's ``name``.
+        sample_prompts: texts that the model continues while it trains, default none. The
+            continuations go to all logs.
+        sample_interval: steps between two rounds of them, default 1000. The last step has one too.
+        sample_tokens: tokens generated after each prompt, default 32.
 
     Raises:
-        InputError: an interval or number outside its range, or W&B fields without a project.
+        InputError: an interval or number outside its range, W&B fields without a project, sums
+            of a validation without one, or a blank prompt.
     """
 
     log_interval: int = 10
     eval_interval: int = 1000
     eval_iterations: int = 10
     eval_batch_size: int | None = None
+    validation_documents: bool = False
     tensorboard: bool = True
     wandb_project: str | None = None
     wandb_entity: str | None = None
     wandb_name: str | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_interval: int = 1000
+    sample_tokens: int = 32
 
     def __post_init__(self) -> None:
+        check_fields("logging", self, many_lines=("sample_prompts",))
+        for key, text in (
+            ("logging.wandb_project", self.wandb_project),
+            ("logging.wandb_entity", self.wandb_entity),
+        ):
+            refused = [letter for letter in text or "" if letter in _WANDB_REFUSES]
+            require(
+                not refused and len(text or "") <= 128,
+                f"{key}={shown(text)}",
+                rule="W&B takes 128 characters at most, and none of / \\ # ? % : "
+                "(wandb/sdk/wandb_settings.py:1352, 0.31)",
+                fix=f"remove {' '.join(refused)}" if refused else "shorten it",
+            )
+        require_name("logging.wandb_name", self.wandb_name)
         require_positive("logging.log_interval", self.log_interval)
         require_positive("logging.eval_interval", self.eval_interval)
         if self.eval_batch_size is not None:
             require_positive("logging.eval_batch_size", self.eval_batch_size)
         require_not_negative("logging.eval_iterations", self.eval_iterations, fix="use 0")
+        require_positive("logging.sample_interval", self.sample_interval)
+        require_positive("logging.sample_tokens", self.sample_tokens, fix="use 32")
+        require(
+            self.eval_iterations > 0 or not self.validation_documents,
+            "logging.validation_documents=true",
+            rule="there is no validation: logging.eval_iterations=0",
+            fix="set logging.eval_iterations=10",
+        )
         # Without a project nothing is logged to W&B, so these two would be dropped in silence.
         require(
             self.wandb_entity is None or self.wandb_project is not None,
@@ -188,6 +260,9 @@ class Checkpoint:
     continue_from: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields("checkpoint", self)
+        for name in ("output", "load", "continue_from"):
+            require_path(f"checkpoint.{name}", getattr(self, name))
         require_positive("checkpoint.save_interval", self.save_interval)
         if self.keep_last is not None:
             require_positive(
@@ -210,12 +285,16 @@ class Run:
 
     Attributes:
         name: name of the recipe.
-        description: one line about the recipe.
+        description: one line about the recipe, which `mellum2 recipes` prints; default none.
         architecture: the model.
-        layout, optimizer, loss, schedule, precision, stability, data, logging, checkpoint: one
-            section each, see their classes.
-        seed: seed of the initial weights, and of the shuffling unless ``data.seed`` is set;
-            default 1234.
+        layout, optimizer, loss, schedule, precision, execution, stability, data, logging,
+            checkpoint: one section each, see their classes.
+        seed: seed of the initial weights, and of the order of the training data unless
+            ``data.seed`` is set; default 1234.
+        seed_weights: numbering of the initial weights' random numbers. ``order`` (default):
+            Megatron's, one weight after the other as each rank builds them. ``by_name``: a seed for
+            each tensor, layer and expert, so equal weights in every layout, and in another model
+            where name and shape agree.
         backend: implementation of the layers. ``te``: Transformer Engine, on GPUs. ``torch``: plain
             PyTorch, anywhere. ``auto`` (default): te on a GPU, torch on a CPU.
         timeout_minutes: longest time without a new micro-batch, in minutes, default 10. The run
@@ -228,24 +307,65 @@ class Run:
     """
 
     name: str
-    description: str
+    description: str = ""
     architecture: Mellum2Architecture
     layout: Layout = field(default_factory=Layout)
     optimizer: Optimizer = field(default_factory=Optimizer)
     loss: Loss = field(default_factory=Loss)
     schedule: Schedule
     precision: Precision = field(default_factory=Precision)
+    execution: Execution = field(default_factory=Execution)
     stability: Stability = field(default_factory=Stability)
     data: Data
     logging: Logging = field(default_factory=Logging)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     seed: int = 1234
+    seed_weights: Literal["order", "by_name"] = "order"
     backend: Literal["auto", "te", "torch"] = "auto"
     timeout_minutes: float = 10.0
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require_positive("timeout_minutes", self.timeout_minutes, fix="use 10")
+        check_fields("", self)
+        # The default run folder and the name in W&B.
+        require_name("name", self.name)
+        require(
+            "/" not in self.name and self.name not in (".", ".."),
+            f"name={self.name}",
+            rule="is the name of a run's folder",
+            fix="leave out the slash; --output gives another folder",
+        )
+        require(
+            0 < self.seed <= INT32_MAX,
+            f"seed={self.seed}",
+            rule=f"must be 1 to {INT32_MAX} (megatron/training/initialize.py:436, 0.19.2)",
+            fix="use 1234",
+        )
+        require(
+            0.01 <= self.timeout_minutes <= _MOST_MINUTES,
+            f"timeout_minutes={self.timeout_minutes}",
+            rule=f"must be 0.01 to {_MOST_MINUTES}, 30 days",
+            fix="use 10",
+        )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self.architecture, name)
+            require(
+                all(
+                    token is None or token >= 0
+                    for token in (value if isinstance(value, tuple) else (value,))
+                ),
+                f"architecture.{name}={value}",
+                rule="a token id is 0 or more",
+                fix="use an id or null",
+            )
+        tokens = self.schedule.lr_horizon * self.data.sequence_length
+        require(
+            tokens <= INT64_MAX,
+            f"schedule.train_samples={self.schedule.train_samples} with "
+            f"data.sequence_length={self.data.sequence_length}",
+            rule=f"Megatron counts tokens in 64 bits, {INT64_MAX} at most",
+            fix="lower one of the two, or schedule.horizon_samples",
+        )
         require(
             self.data.first_sample < self.schedule.train_samples,
             f"data.first_sample={self.data.first_sample}",
@@ -334,8 +454,22 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_mapping(tag, mapping, flow_style=False)
 
 
-def from_yaml(text: str) -> Run:
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Without quotes `none` would be read as an absent value; PyYAML leaves quotes out where YAML
+    # alone reads text.
+    quotes = "'" if text.lower() in NULLS else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def from_yaml(text: str, *, warn: bool = True) -> Run:
     """Read what `to_yaml` writes; the result equals the run that was written.
+
+    Args:
+        text: the YAML.
+        warn: log each key that is younger than the file, default true.
 
     Raises:
         InputError: not YAML, an unknown or missing key, or a value of another type, each naming the
@@ -347,5 +481,20 @@ def from_yaml(text: str) -> Run:
     def warn_of_default(key: str) -> None:
         logger.warning("the run file is from before %s existed; taking its default", key)
 
-    values = read_yaml(text, document="run file", fix="give a file that `mellum2 train` wrote")
-    return from_mapping(Run, values, document="run file", on_default=warn_of_default)
+    on_default = warn_of_default if warn else None
+
+    def architecture(value: Any, key: str) -> Mellum2Architecture:
+        with keyed(key):
+            return from_mapping(
+                Mellum2Architecture, value, document=document, key=key, on_default=on_default
+            )
+
+    document = "run file"
+    values = read_yaml(text, document=document, fix="give a file that `mellum2 train` wrote")
+    return from_mapping(
+        Run,
+        values,
+        document=document,
+        on_default=on_default,
+        readers={"architecture": architecture},
+    )

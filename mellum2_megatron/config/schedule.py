@@ -8,6 +8,7 @@ training.py:1911-1922, 0.19.2).
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Literal, Self
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.field_checks import (
+    INT32_MAX,
+    INT64_MAX,
+    check_fields,
     require,
     require_not_negative,
     require_positive,
@@ -38,6 +42,8 @@ class Schedule:
         batch_schedule: ``(first sample, sequences a step)`` pairs; a single pair is a constant
             batch. A size applies from the first step that starts at or after its sample.
         micro_batch_size: sequences of one forward pass of a rank, default 1.
+        rewarm_at: sample count at which a resume may raise the learning rate above the last one
+            used; None (default): such a resume is refused.
 
     Raises:
         InputError: lengths that do not fit into each other, or ``train_samples`` between two steps.
@@ -50,19 +56,26 @@ class Schedule:
     decay_samples: int = 0
     batch_schedule: tuple[tuple[int, int], ...]
     micro_batch_size: int = 1
+    rewarm_at: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive("schedule.train_samples", self.train_samples)
+        check_fields("schedule", self)
+        require_positive("schedule.train_samples", self.train_samples, most=INT64_MAX)
         require_positive("schedule.micro_batch_size", self.micro_batch_size)
+        if self.rewarm_at is not None:
+            require_not_negative(
+                "schedule.rewarm_at", self.rewarm_at, fix="use null", most=INT64_MAX
+            )
         self._check_batch_schedule()
         self._check_lengths()
         steps = self.steps(self.train_samples)
         before, after = self.samples(steps - 1), self.samples(steps)
         if after != self.train_samples:
+            ends = [end for end in (before, after) if 0 < end <= INT64_MAX]
             raise InputError(
                 f"schedule.train_samples={self.train_samples}",
                 rule=f"a run ends after a whole step ({self.batch_size(before)} sequences there)",
-                fix=f"use {before} or {after}" if before else f"use {after}",
+                fix=f"use {' or '.join(str(end) for end in ends)}",
             )
 
     def _check_batch_schedule(self) -> None:
@@ -82,16 +95,18 @@ class Schedule:
         )
         for start, size in self.batch_schedule:
             require(
-                size > 0,
+                0 < size <= INT32_MAX,
                 given,
-                rule=f"the batch size from sample {start} on must be positive",
+                rule=f"the batch size from sample {start} on must be 1 to {INT32_MAX}",
                 fix="use 1 or more",
             )
 
     def _check_lengths(self) -> None:
         warmup, decay, horizon = self.warmup_samples, self.decay_samples, self.lr_horizon
-        require_not_negative("schedule.warmup_samples", warmup, fix="use 0 for none")
-        require_not_negative("schedule.decay_samples", decay, fix="use 0 for none")
+        require_not_negative(
+            "schedule.warmup_samples", warmup, fix="use 0 for none", most=INT64_MAX
+        )
+        require_not_negative("schedule.decay_samples", decay, fix="use 0 for none", most=INT64_MAX)
         require(
             self.train_samples <= horizon,
             f"schedule.train_samples={self.train_samples}",
@@ -190,6 +205,54 @@ class Schedule:
         """Return the samples that the first ``steps`` steps consume."""
         return _Steps(self.batch_schedule).samples(steps)
 
+    def after(self, done: Schedule, reached: int) -> Schedule:
+        """Return this schedule for a run that has trained ``reached`` samples by another one.
+
+        Steps done keep the batches that they had, so that a step count names a sample count. The
+        batches of this schedule begin at ``reached``. A schedule with those batches returns itself.
+
+        Args:
+            done: schedule of the steps done.
+            reached: samples done, the end of a step of ``done``.
+
+        Raises:
+            InputError: this schedule's ``train_samples`` is below ``reached``, or not the end of a
+                step any more.
+        """
+        past = [(start, size) for start, size in done.batch_schedule if start < reached]
+        to_come = [(start, size) for start, size in self.batch_schedule if start > reached]
+        size = self.batch_size(reached)
+        joined = tuple(past + ([] if past[-1][1] == size else [(reached, size)]) + to_come)
+        if self.train_samples < reached:
+            raise InputError(
+                f"schedule.train_samples={self.train_samples}",
+                rule=f"the checkpoint has {reached} samples already",
+                fix=f"use {reached + size} or more, or another --output",
+            )
+        try:
+            return dataclasses.replace(self, batch_schedule=joined)
+        except InputError as error:
+            raise InputError(
+                error.value,
+                rule=f"{error.rule}, counted from the {reached} samples done on",
+                fix=f"{error.fix}, with schedule.batch_schedule="
+                f"{str(list(map(list, joined))).replace(' ', '')}",
+            ) from None
+
+    def highest_rate(self, first: int, *, peak: float, minimum: float) -> float:
+        """Return the highest learning rate of the steps from sample ``first`` to the run's end.
+
+        0 without such steps.
+        """
+        if first >= self.train_samples:
+            return 0.0
+        # It only falls after the warmup.
+        last = self.train_samples - self.final_batch_size
+        top = max(first, min(self.warmup_samples, last))
+        return max(
+            self.learning_rate(sample, peak=peak, minimum=minimum) for sample in (first, top)
+        )
+
     def learning_rate(self, sample: int, *, peak: float, minimum: float) -> float:
         """Return the learning rate of the step that starts after ``sample`` samples.
 
@@ -236,7 +299,7 @@ class _Steps:
         ends = [start for start, _ in self.schedule[1:]] + [samples]
         for (_, size), end in zip(self.schedule, ends, strict=True):
             # The last step of a size may run past the start of the next size.
-            count = max(0, math.ceil((min(end, samples) - consumed) / size))
+            count = max(0, -((consumed - min(end, samples)) // size))
             steps, consumed = steps + count, consumed + count * size
         return steps
 
@@ -248,6 +311,6 @@ class _Steps:
             if index + 1 < len(self.schedule):
                 room = self.schedule[index + 1][0] - consumed
                 # A size has no step at all if the step before it ran past its range.
-                count = min(count, max(0, math.ceil(room / size)))
+                count = min(count, max(0, -(-room // size)))
             taken, consumed = taken + count, consumed + count * size
         return consumed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mellum2_megatron.common.field_checks import require, require_positive
+from mellum2_megatron.common.field_checks import check_fields, require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,16 +39,17 @@ class Stability:
     max_skips: int = 5
 
     def __post_init__(self) -> None:
+        check_fields("stability", self)
         require(
-            self.spike_factor > 1,
+            1 < self.spike_factor <= 1e6,
             f"stability.spike_factor={self.spike_factor}",
-            rule="must be above 1",
+            rule="must be above 1, 1e6 at most",
             fix="use 1.3",
         )
         require(
-            self.spike_window > 1,
+            1 < self.spike_window <= 1_000_000,
             f"stability.spike_window={self.spike_window}",
-            rule="must be 2 or more",
+            rule="must be 2 or more, 1,000,000 at most",
             fix="use 100",
         )
         require_positive("stability.max_skips", self.max_skips, fix="use 5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,7 @@ _DEFAULT_SEED = 1234
 def init_single_process(seed: int = _DEFAULT_SEED) -> bool:
     """Initialise torch.distributed (gloo, one rank), Megatron's groups and random number trackers.
 
-    The store lives in memory: no port is taken, and such processes run side by side.
+    The store lives in memory and gloo stays on loopback, so such processes run side by side.
 
     Args:
         seed: seed of torch and of Megatron's random number trackers.
@@ -40,6 +41,8 @@ def init_single_process(seed: int = _DEFAULT_SEED) -> bool:
     if parallel_state.model_parallel_is_initialized():
         return False
     if not torch.distributed.is_initialized():
+        # gloo listens even for a single rank, on the interface that the host's name stands for.
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # no type stub has it
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

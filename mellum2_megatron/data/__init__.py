@@ -1,7 +1,8 @@
 """Text to training-ready tokens.
 
-``corpus`` chooses the documents, ``tokens`` turns them into ids, ``prepare`` writes the prepared
-folder and ``prepared_folder`` reads it. ``feed`` gives its samples to training.
+``corpus`` reads and filters documents, ``tokens`` turns them into ids and packs, ``pipeline`` runs
+both as a plan. ``prepare_packs`` is a plan in one command; ``prepare`` writes Megatron's indexed
+datasets, which ``prepared_folder`` reads. ``feed`` gives samples to training.
 
 Only ``feed`` loads torch when it is imported: preparing and checking data must start quickly.
 """

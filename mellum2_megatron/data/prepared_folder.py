@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.data.corpus.discovery import SPLITS, Split
+from mellum2_megatron.common.files import check_size
+from mellum2_megatron.common.json_files import load_json
+from mellum2_megatron.data.corpus.selection import SPLITS, Split
+from mellum2_megatron.data.phase_record import PHASE_FILE, PLAN_FILE, packed_phases
 from mellum2_megatron.data.tokens.tokenizer import tokenizer_hash
+
+CORPUS_FILE = "corpus.json"
+"""Name of the record of a prepared folder."""
 
 FORMAT = 1
 """Version of the folder's layout, in ``corpus.json``."""
@@ -24,7 +29,7 @@ class SplitStatistics:
 
     Attributes:
         documents: number of documents.
-        tokens: number of tokens, one eos per document included.
+        tokens: number of tokens, one eod per document included.
         bytes: bytes of the texts in UTF-8.
         bin_bytes, idx_bytes: file sizes of the indexed dataset.
         bin_sha256: SHA-256 of the ``.bin`` file, hexadecimal.
@@ -69,36 +74,41 @@ class PreparedData:
         return self.path / "tokenizer"
 
     @property
-    def eos(self) -> int:
-        """Id that ends every document."""
-        return self.special_ids["eos"]
+    def eod(self) -> int:
+        """Id that ends every document; eos in folders of earlier versions."""
+        return self.special_ids["eod" if "eod" in self.special_ids else "eos"]
 
     def prefix(self, split: Split) -> Path:
         """Return the path of a split's indexed dataset without ``.bin`` / ``.idx``."""
         return self.path / f"{split}_document"
 
 
-def load_prepared(path: str | os.PathLike[str]) -> PreparedData:
+def load_prepared(path: str | os.PathLike[str], *, name: str | None = None) -> PreparedData:
     """Read a prepared folder, and check that all of its files have their full length.
 
     Hashes of the tokens are not checked: that would read the whole corpus at every start.
+
+    Args:
+        path: the folder.
+        name: the user's name for it, for messages; default ``data.path=PATH``.
 
     Raises:
         InputError: the folder is missing, not a prepared folder, of another format, or truncated;
             or it holds another tokenizer.
     """
-    folder = Path(path)
+    folder, name = Path(path), name or f"data.path={path}"
     if not (folder / "corpus.json").is_file():
+        _refuse_plan(folder, name)
         raise InputError(
-            f"data.path={path}",
+            name,
             rule="it is not a prepared corpus (there is no corpus.json)",
             fix=f"make one with `mellum2 data prepare --output {path}`",
         )
     try:
-        facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        facts = load_json(folder / "corpus.json")
         if facts["format"] != FORMAT:
             raise InputError(
-                f"data.path={path}",
+                name,
                 rule=f"its format is {facts['format']}, this version reads {FORMAT}",
                 fix=_PREPARE_AGAIN,
             )
@@ -119,13 +129,7 @@ def load_prepared(path: str | os.PathLike[str]) -> PreparedData:
     for split in SPLITS:
         statistics = prepared.splits[split]
         for suffix, size in ((".bin", statistics.bin_bytes), (".idx", statistics.idx_bytes)):
-            file = folder / f"{split}_document{suffix}"
-            actual = file.stat().st_size if file.is_file() else None
-            if actual != size:
-                state = "is missing" if actual is None else f"has {actual}"
-                raise InputError(
-                    str(file), rule=f"it should have {size} bytes and {state}", fix=_PREPARE_AGAIN
-                )
+            check_size(folder / f"{split}_document{suffix}", size, fix=_PREPARE_AGAIN)
     if (
         not (prepared.tokenizer_dir / "tokenizer.json").is_file()
         or tokenizer_hash(prepared.tokenizer_dir) != prepared.tokenizer_sha256
@@ -136,3 +140,31 @@ def load_prepared(path: str | os.PathLike[str]) -> PreparedData:
             fix=_PREPARE_AGAIN,
         )
     return prepared
+
+
+def _refuse_plan(folder: Path, name: str) -> None:
+    """Refuse the folder of a corpus plan or of a phase with the keys that take it.
+
+    Raises:
+        InputError: it is such a folder.
+    """
+    phases = packed_phases(folder)
+    if (folder / PHASE_FILE).is_file():
+        raise InputError(
+            name,
+            rule="it is one phase of a corpus plan",
+            fix=f"use data.path={folder.parent} data.phase={folder.name.removeprefix('phase-')}",
+        )
+    if phases:
+        raise InputError(
+            name,
+            rule="it is a corpus plan's folder, and a run trains on one of its phases "
+            f"({', '.join(map(str, phases))})",
+            fix=f"use data.path={folder} data.phase={phases[0]}",
+        )
+    if (folder / PLAN_FILE).is_file():
+        raise InputError(
+            name,
+            rule="it is a corpus plan's folder, and no phase is packed yet",
+            fix="run the plan to its end with `mellum2 data run`, and set data.phase",
+        )

@@ -1,7 +1,7 @@
 """Reports the one cause of a failed run, and leaves no half-written checkpoint behind.
 
 Several ranks fail at once, most of them only because another one did. So no rank prints its own
-failure: each leaves a report (`report_failure`) in the file that torch's elastic agent names for
+failure: each leaves a report (`report_failure`) in the file that torch's launcher names for
 it, and the launcher prints the root cause (`launchers.local`). A rank without such a launcher
 prints its own.
 """
@@ -26,6 +26,7 @@ from typing import Any, Literal
 from mellum2_megatron.checkpoint.folder import (
     RELEASE,
     TRACKER_FILE,
+    how_to_resume,
     is_complete,
     iteration_folder_name,
     iteration_folders,
@@ -37,8 +38,8 @@ from mellum2_megatron.common.errors import Mellum2Error, WorkError, first_line
 from mellum2_megatron.common.files import existing_ancestor
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
-"""Set for every rank by torch's elastic agent
-(torch/distributed/elastic/agent/server/local_elastic_agent.py, 2.15)."""
+"""Set for every rank by torch's process launcher
+(torch/distributed/elastic/multiprocessing/api.py, 2.15)."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -114,8 +115,15 @@ class RankFailure:
             ended=ended,
         )
 
-    def error(self, traceback_file: Path | None) -> Mellum2Error:
-        """Return the error to show: the rank's own message, or the rank and what ended it."""
+    def error(self, traceback_file: Path | None, output: Path | None) -> Mellum2Error:
+        """Return the error to show: the rank's own message, or the rank and what ended it.
+
+        Args:
+            traceback_file: file of the whole traceback; None: there is none.
+            output: run folder, whose checkpoints decide what the fix says; None: the fix does not
+                mention a restart, about which somebody else decides.
+        """
+        again = "" if output is None else f"; {how_to_resume(output)}"
         if self.kind == "explained":
             return RankError(self.message, exit_code=self.exit_code)
         if self.exit_code < 0:
@@ -123,7 +131,7 @@ class RankFailure:
             return WorkError(
                 f"rank {self.rank} was ended by {name}",
                 fix="if nobody sent it, the machine ran out of memory (see dmesg): lower "
-                "schedule.micro_batch_size; the same command resumes from the last checkpoint",
+                f"schedule.micro_batch_size{again}",
             )
         last = "\n".join(self.message.strip().splitlines()[-_LAST_LINES:]) or "it left no message"
         if traceback_file:
@@ -132,7 +140,7 @@ class RankFailure:
             more = "run with --verbose for more"
         return WorkError(
             f"rank {self.rank} failed with exit code {self.exit_code}: {last}",
-            fix=f"{more}; the same command resumes from the last checkpoint",
+            fix=f"{more}{again}",
         )
 
 
@@ -270,13 +278,11 @@ def _explain(error: BaseException, output: Path) -> WorkError | None:
     if is_full:
         return WorkError(
             f"the disk of {output} is full: {event}",
-            fix="free space there and give the same command again, which resumes from the last "
-            "complete checkpoint",
+            fix=f"free space there; {how_to_resume(output)}",
         )
     return WorkError(
         f"{event} ({reasons})",
-        fix="check that disk and its permissions; the same command resumes from the last complete "
-        "checkpoint",
+        fix=f"check that disk and its permissions; {how_to_resume(output)}",
     )
 
 

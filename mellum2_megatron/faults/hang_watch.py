@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from mellum2_megatron.checkpoint.folder import how_to_resume
 from mellum2_megatron.common.errors import WorkError
 
 _ANSWER_SECONDS = 10.0
@@ -66,6 +68,7 @@ class HangWatch:
         end: called from the watching thread with the error; must end the process. Its second
             argument is True on the first of the ranks that answered, which reports for all.
         step: returns the step in progress.
+        output: run folder, for the message.
         store: returns a new connection to the store of all ranks, for the watching thread alone.
     """
 
@@ -77,10 +80,12 @@ class HangWatch:
         timeout: float,
         end: Callable[[WorkError, bool], None],
         step: Callable[[], int],
+        output: Path,
         store: Callable[[], Store],
     ) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self._end, self._step, self._store = end, step, store
+        self._output = output
         self._beats, self._since, self._pauses = 0, time.monotonic(), 0
         self._stopped = threading.Event()
         self._main = threading.get_ident()
@@ -142,7 +147,7 @@ class HangWatch:
         error = WorkError(
             f"step {self._step()}: no micro-batch has begun for {shown}: "
             f"{blame(places, self.world_size)}",
-            fix="look at that rank's machine; the same command resumes from the last checkpoint. "
+            fix=f"look at that rank's machine; {how_to_resume(self._output)}. "
             "If a micro-batch needs more time than that, raise timeout_minutes",
         )
         if not self._stopped.is_set():

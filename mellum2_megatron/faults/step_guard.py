@@ -15,7 +15,6 @@ The gather of four numbers per rank is the only communication added to a step.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,8 +24,9 @@ from typing import Any
 import torch
 
 from mellum2_megatron.checkpoint.folder import iteration_folder_name
-from mellum2_megatron.common.errors import WorkError
+from mellum2_megatron.common.errors import InputError, WorkError, first_line
 from mellum2_megatron.common.files import write_json
+from mellum2_megatron.common.json_files import load_json
 from mellum2_megatron.config import Stability
 from mellum2_megatron.faults.failures import is_gradient_check
 from mellum2_megatron.faults.loss_history import LossHistory
@@ -115,12 +115,21 @@ class StepGuard:
         # A new run has no such file, nor one that continues another run, nor an old checkpoint.
         if not self.settings.is_watching or not file.is_file():
             return
-        state = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            state = load_json(file)
+            losses = [float(loss) for loss in state["losses"]]
+            skips = int(state["skipped_in_a_row"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                str(file),
+                rule=f"it must hold the losses before the checkpoint ({first_line(error)})",
+                fix="copy the checkpoint again, or remove the file: the history then starts anew",
+            ) from error
         window = self.settings.spike_window  # may be smaller now than when the state was saved
         self._history = LossHistory(
-            window=window, factor=self.settings.spike_factor, losses=state["losses"][-window:]
+            window=window, factor=self.settings.spike_factor, losses=losses[-window:]
         )
-        self._skips_in_a_row = int(state["skipped_in_a_row"])
+        self._skips_in_a_row = skips
 
     def save(self, folder: Path) -> None:
         """Write the state that a resume needs into a checkpoint's folder; one rank calls it."""

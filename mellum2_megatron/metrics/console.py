@@ -21,12 +21,14 @@ class _Column:
     """A column of the console.
 
     Attributes:
+        rank: importance; a narrow terminal shows the columns of the lowest ranks.
         title: title above the column, and label in a plain line.
         key: name of the value in a step's metrics.
         form: function from the value to its text.
         width: width in a terminal, in characters.
     """
 
+    rank: int
     title: str
     key: str
     form: Callable[[float], str]
@@ -57,24 +59,44 @@ def duration(seconds: float) -> str:
 
 
 _COLUMNS = (
-    _Column(title="step", key="step", form=lambda value: f"{value:.0f}", width=8),
-    _Column(title="samples", key="samples", form=short_number, width=8),
-    _Column(title="tokens", key="tokens", form=short_number, width=7),
-    _Column(title="lm loss", key="lm_loss", form=lambda value: f"{value:.4f}", width=8),
-    _Column(title="mtp loss", key="mtp_loss", form=lambda value: f"{value:.4f}", width=8),
-    _Column(title="aux", key="aux_loss", form=lambda value: f"{value:.3g}", width=8),
-    _Column(title="z", key="z_loss", form=lambda value: f"{value:.3g}", width=8),
-    _Column(title="grad norm", key="grad_norm", form=lambda value: f"{value:.3f}", width=9),
-    _Column(title="lr", key="learning_rate", form=lambda value: f"{value:.2e}", width=8),
-    _Column(title="busiest expert", key="busiest", form=lambda value: f"{value:.2f}x", width=14),
-    _Column(title="tokens/s", key="tokens_per_second", form=short_number, width=8),
-    _Column(title="model TFLOP/s", key="model_tflops_per_second", form=short_number, width=13),
-    _Column(title="left", key="left", form=duration, width=8),
+    _Column(rank=0, title="step", key="step", form=lambda value: f"{value:.0f}", width=8),
+    _Column(rank=8, title="samples", key="samples", form=short_number, width=8),
+    _Column(rank=7, title="tokens", key="tokens", form=short_number, width=7),
+    _Column(rank=1, title="lm loss", key="lm_loss", form=lambda value: f"{value:.4f}", width=8),
+    _Column(rank=6, title="mtp loss", key="mtp_loss", form=lambda value: f"{value:.4f}", width=8),
+    _Column(rank=10, title="aux", key="aux_loss", form=lambda value: f"{value:.3g}", width=8),
+    _Column(rank=11, title="z", key="z_loss", form=lambda value: f"{value:.3g}", width=8),
+    _Column(rank=4, title="grad norm", key="grad_norm", form=lambda value: f"{value:.3f}", width=9),
+    _Column(rank=3, title="lr", key="learning_rate", form=lambda value: f"{value:.2e}", width=8),
+    _Column(
+        rank=9, title="busiest expert", key="busiest", form=lambda value: f"{value:.2f}x", width=14
+    ),
+    _Column(rank=5, title="tokens/s", key="tokens_per_second", form=short_number, width=8),
+    _Column(
+        rank=12, title="model TFLOP/s", key="model_tflops_per_second", form=short_number, width=13
+    ),
+    _Column(rank=2, title="left", key="left", form=duration, width=8),
 )
+
+
+def fitting_columns(width: int) -> tuple[_Column, ...]:
+    """Return the most important columns whose row is no wider than a terminal, in their order.
+
+    >>> [column.title for column in fitting_columns(40)]
+    ['step', 'lm loss', 'lr', 'left']
+    """
+    chosen: list[_Column] = []
+    for column in sorted(_COLUMNS, key=lambda column: column.rank):
+        if sum(other.width + 2 for other in (*chosen, column)) - 2 > width:
+            break
+        chosen.append(column)
+    return tuple(column for column in _COLUMNS if column in chosen)
 
 
 class TrainingConsole:
     """Prints one row for each logged step.
+
+    A terminal shows the columns that fit its width; ``metrics.jsonl`` always has all of them.
 
     Args:
         title: run and processes, for the first line.
@@ -101,6 +123,7 @@ class TrainingConsole:
         self._total_steps, self._total_samples = total_steps, total_samples
         self._first: tuple[float, float] | None = None
         self._rows = 0
+        self._columns: tuple[_Column, ...] = ()
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = _bar(self._console, total_steps, resume_step)
@@ -132,9 +155,10 @@ class TrainingConsole:
         left = self._seconds_left(values["samples"]) if "samples" in values else None
         if left is not None:
             shown["left"] = left
+        columns = _COLUMNS if self._bar is None else fitting_columns(self._console.width)
         cells = [
             (column, column.form(shown[column.key]) if column.key in shown else "")
-            for column in _COLUMNS
+            for column in columns
         ]
         if self._bar is None:
             parts = [f"{column.title} {cell}" for column, cell in cells if cell]
@@ -142,11 +166,12 @@ class TrainingConsole:
             parts[0] = f"step {step}/{self._total_steps}"
             self.print_line(" | ".join(parts))
             return
-        if self._rows % _HEADER_EVERY == 0:
+        # A header again after the window was resized.
+        if self._rows % _HEADER_EVERY == 0 or columns != self._columns:
             self._console.print(
-                "  ".join(column.title.rjust(column.width) for column in _COLUMNS), style="bold"
+                "  ".join(column.title.rjust(column.width) for column in columns), style="bold"
             )
-        self._rows += 1
+        self._rows, self._columns = self._rows + 1, columns
         self._console.print("  ".join(cell.rjust(column.width) for column, cell in cells))
         self._bar.update(self._bar.task_ids[0], completed=step)
 
@@ -154,6 +179,12 @@ class TrainingConsole:
         """Print the losses of a validation after ``step`` steps."""
         parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()]
         self.print_line(f"step {step}/{self._total_steps} | validation | " + " | ".join(parts))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Print a text that the model generated after ``step`` steps, its lines indented."""
+        self.print_line(f"step {step}/{self._total_steps} | sample | {prompt!r} continues as")
+        for line in text.splitlines():
+            self.print_line(f"    {line}")
 
     def close(self) -> None:
         """Remove the progress bar."""

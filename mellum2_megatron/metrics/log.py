@@ -1,4 +1,4 @@
-"""A run's log: the same numbers in ``metrics.jsonl``, TensorBoard, Weights & Biases and console.
+r"""A run's log: the same numbers in ``metrics.jsonl``, TensorBoard, Weights & Biases and console.
 
 ``metrics.jsonl`` holds one JSON object a line::
 
@@ -6,6 +6,7 @@
     {"kind": "valid", "step": 10, "lm_loss": 8.2907}
     {"kind": "event", "step": 11, "note": "the loss is nan on rank 1: the update is skipped",
      "value": "nan", "rank": 1}
+    {"kind": "sample", "step": 20, "prompt": "def f(", "note": "x):\n    return x"}
 
 Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from
 step k the file holds every step once: lines after step k, which the earlier process wrote, are
@@ -14,24 +15,27 @@ dropped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.common.files import atomic_path, write_text
+from mellum2_megatron.common.errors import InputError, first_line
+from mellum2_megatron.common.files import atomic_path, read_bytes, write_text
+from mellum2_megatron.common.json_files import parse_object
 from mellum2_megatron.metrics.console import TrainingConsole
 
-Kind = Literal["train", "valid", "event"]
+Kind = Literal["train", "valid", "event", "sample"]
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id.txt"
+_LARGEST_FILE = 1 << 32  # bytes; a line has some 500
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,15 +44,18 @@ class Record:
 
     Attributes:
         kind: ``train``: a training step. ``valid``: a validation. ``event``: an incident.
+            ``sample``: a text that the model generated.
         step: optimizer step.
         values: numbers by name.
-        note: description of an event, empty for the other kinds.
+        note: description of an event, or the generated text; empty for the other kinds.
+        prompt: text that a sample continues; empty for the other kinds.
     """
 
     kind: Kind
     step: int
     values: dict[str, float]
     note: str = ""
+    prompt: str = ""
 
 
 class MetricsLogger:
@@ -140,6 +147,25 @@ class MetricsLogger:
         if self._active:
             self._record("event", step, values, note)
             self._console.print_line(f"step {step}: {note}")
+
+    def log_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Record texts that the model generated after ``step`` steps, as (prompt, text) pairs."""
+        if not self._active:
+            return
+        for number, (prompt, text) in enumerate(texts):
+            line = {"kind": "sample", "step": step, "prompt": prompt, "note": text}
+            self._file.write(json.dumps(line) + "\n")
+            self._console.sample(step, prompt, text)
+            if self._tensorboard is not None:
+                # Markdown: an indented block keeps the line breaks of code.
+                block = "".join(f"    {row}\n" for row in f"{prompt}{text}".split("\n"))
+                self._tensorboard.add_text(f"sample/{number}", block, step)
+        self._file.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            with self._surviving_its_process():
+                _log_samples_to_wandb(self._wandb, step, texts)
 
     def last_step(self, kind: Kind) -> int | None:
         """Return the last step of a kind in the file; None if there is none, or off rank 0."""
@@ -235,14 +261,31 @@ class MetricsLogger:
             # Each offline start writes a file of its own. Uploading it replaces all rows of earlier
             # files (wandb issue 4624), and a killed process has lost the rows of its last 15
             # seconds. So the newest file gets all earlier rows too.
-            for record in read_metrics(self._folder / METRICS_FILE):
-                _log_to_wandb(run, record.kind, record.step, record.values)
+            records = read_metrics(self._folder / METRICS_FILE)
+            for (kind, step), group in itertools.groupby(
+                records, key=lambda record: (record.kind, record.step)
+            ):
+                if kind == "sample":
+                    texts = [(record.prompt, record.note) for record in group]
+                    _log_samples_to_wandb(run, step, texts)
+                else:
+                    for record in group:
+                        _log_to_wandb(run, kind, step, record.values)
         return run
 
 
 def _log_to_wandb(run: Any, kind: Kind, step: int, values: Mapping[str, float]) -> None:
     # As a metric, because W&B's own step may only grow and a resumed run repeats steps.
     run.log({"step": step, **{f"{kind}/{name}": float(value) for name, value in values.items()}})
+
+
+def _log_samples_to_wandb(run: Any, step: int, texts: Sequence[tuple[str, str]]) -> None:
+    import wandb
+
+    table = wandb.Table(columns=["step", "prompt", "text"])
+    for prompt, text in texts:
+        table.add_data(step, prompt, text)
+    run.log({"step": step, "samples": table})
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
@@ -259,7 +302,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
             fix="name the metrics.jsonl of a training run",
         )
     # Every complete line ends in a newline, so the last item is empty or cut short.
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = _lines(file)
     return [
         _parse(line, f"{path} line {number}") for number, line in enumerate(lines[:-1], start=1)
     ]
@@ -277,14 +320,27 @@ def series(
     return [step for step, _ in points], [value for _, value in points]
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        content = read_bytes(path, largest=_LARGEST_FILE)
+    except OSError as error:
+        raise InputError(
+            str(path), rule=f"cannot be read ({first_line(error)})", fix="check the file"
+        ) from error
+    return content.decode("utf-8", errors="replace").split("\n")
+
+
 def _parse(line: str, where: str) -> Record:
     try:
-        value = json.loads(line)
-        kind, step, note = value.pop("kind"), value.pop("step"), value.pop("note", "")
-        if kind not in get_args(Kind) or not isinstance(step, int) or not isinstance(note, str):
-            raise ValueError(f"kind {kind!r}, step {step!r}, note {note!r}")
+        value = parse_object(line)
+        kind, step = value.pop("kind"), value.pop("step")
+        note, prompt = value.pop("note", ""), value.pop("prompt", "")
+        if kind not in get_args(Kind) or not isinstance(step, int):
+            raise ValueError(f"kind {kind!r}, step {step!r}")
+        if not isinstance(note, str) or not isinstance(prompt, str):
+            raise ValueError(f"note {note!r}, prompt {prompt!r}")
         values = {name: float(number) for name, number in value.items()}
-        return Record(kind=kind, step=step, values=values, note=note)
+        return Record(kind=kind, step=step, values=values, note=note, prompt=prompt)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             where, rule=f"it is not a metrics record ({error})", fix="remove the line"
@@ -297,7 +353,7 @@ def _drop_after(path: Path, step: int) -> None:
         return
     kept: list[str] = []
     if step > 0:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        lines = _lines(path)[:-1]
         kept = [
             line
             for number, line in enumerate(lines, start=1)

@@ -36,14 +36,19 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
-from mellum2_megatron.architecture import PRESETS, LayerType, Mellum2Architecture
+from mellum2_megatron.architecture import PRESETS, LayerType, Mellum2Architecture, MlpType
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.model.attention import Mellum2SelfAttention
 from mellum2_megatron.model.core_attention import TorchCoreAttention
+from mellum2_megatron.model.mlp_variants import make_dense, shared_expert
 from mellum2_megatron.model.norm import TorchRMSNorm
 from mellum2_megatron.model.router import Mellum2Router
+from mellum2_megatron.model.router_variants import router_class
 from mellum2_megatron.model.transformer_layer import Mellum2TransformerLayer
 
 if TYPE_CHECKING:
@@ -95,8 +100,10 @@ def layer_spec(
     backend: Backend,
     *,
     layer_types: Sequence[LayerType] | None = None,
+    router: type[Mellum2Router] = Mellum2Router,
+    mlp: MlpType = "sparse",
 ) -> ModuleSpec:
-    """Return the spec of one transformer layer, the same for every layer of its stack.
+    """Return the spec of one transformer layer, the same for all layers of a stack with its MLP.
 
     The attention type is chosen when a layer is built, by its number.
 
@@ -104,6 +111,8 @@ def layer_spec(
         architecture: the model's description.
         backend: "te" for Transformer Engine's modules, "torch" for plain ones.
         layer_types: attention types of the layer's stack; the decoder's if None.
+        router: class of the router; default the released model's.
+        mlp: "sparse" (default) for a mixture of experts, as in every released layer, or "dense".
     """
     provider = spec_provider(backend)
     fused_norm = provider.fuse_layernorm_and_linear()
@@ -136,7 +145,9 @@ def layer_spec(
         mlp=functools.partial(
             MoELayer,
             submodules=MoESubmodules(
-                router=Mellum2Router, experts=provider.grouped_mlp_modules(True)
+                shared_experts=shared_expert(provider),
+                router=functools.partial(router, norm_topk_prob=architecture.norm_topk_prob),
+                experts=provider.grouped_mlp_modules(True),
             ),
         ),
         mlp_bda=get_bias_dropout_add,
@@ -149,6 +160,8 @@ def layer_spec(
         submodules.sharded_state_dict_keys_map = {
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
         }
+    if mlp == "dense":
+        make_dense(submodules, provider)
     return ModuleSpec(module=Mellum2TransformerLayer, submodules=submodules)
 
 
@@ -167,9 +180,15 @@ def decoder_block_spec(
         config: the model's configuration, for its pipeline layout.
         vp_stage: virtual pipeline stage, or None without virtual stages.
     """
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    router = router_class(config)
+    specs = {
+        mlp: layer_spec(architecture, backend, router=router, mlp=mlp)
+        for mlp in map(architecture.mlp_type, layers)
+    }
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(architecture, backend)] * layers,
+        layer_specs=[specs[architecture.mlp_type(layer)] for layer in layers],
         layer_norm=spec_provider(backend).layer_norm(rms_norm=True),
     )
 
@@ -187,7 +206,13 @@ def mtp_block_spec(
     """
     if not architecture.num_mtp_layers:
         return None
-    layer = layer_spec(architecture, backend, layer_types=architecture.mtp_layer_types)
+    layer = layer_spec(
+        architecture,
+        backend,
+        layer_types=architecture.mtp_layer_types,
+        router=router_class(config),
+        mlp=architecture.mtp_mlp_type,
+    )
     return get_gpt_mtp_block_spec_for_backend(
         config,
         # A bare spec is accepted for Megatron's own layer class only, a block for any

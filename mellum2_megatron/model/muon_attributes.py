@@ -39,7 +39,7 @@ def mark_parameters(model: torch.nn.Module, optimizer: Optimizer) -> None:
     for name, parameter in model.named_parameters():
         if any(part in name for part in to_adam):
             parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
-        elif ".experts." in name and ".linear_fc1." in name and optimizer.muon_split_gate_up:
+        elif ".linear_fc1.weight" in name and optimizer.muon_split_gate_up:
             # The rows are [gate; up] of this rank, also under expert tensor parallelism
             # (megatron/core/transformer/mlp.py, 0.19.2). Megatron has one mechanism for blocks of
             # rows, and it is named after attention.

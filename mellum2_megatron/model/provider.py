@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megatron.core.models.gpt.gpt_model import GPTModel
-
+from mellum2_megatron.model.chunked_head import Mellum2Model
+from mellum2_megatron.model.initial_weights import draw_by_name
 from mellum2_megatron.model.layer_specs import decoder_block_spec, mtp_block_spec
 from mellum2_megatron.model.muon_attributes import mark_parameters
 from mellum2_megatron.model.router import configure_routers
+from mellum2_megatron.model.router_variants import enable_router_bias
 from mellum2_megatron.model.transformer_config import (
     keep_mtp_projection_in_bf16,
     require_matching_config,
@@ -35,7 +36,7 @@ def build_model(
     vp_stage: int | None = None,
     pg_collection: Any = None,
     **config_overrides: Any,
-) -> GPTModel:
+) -> Mellum2Model:
     """Build Mellum 2, or this rank's part of it.
 
     Torch distributed and Megatron's parallel state must be initialised. The model's forward pass
@@ -62,7 +63,7 @@ def build_model(
     elif config_overrides:
         raise TypeError(f"config_overrides {sorted(config_overrides)} have no effect beside config")
     require_matching_config(config, architecture)
-    return GPTModel(
+    return Mellum2Model(
         config=config,
         transformer_layer_spec=decoder_block_spec(architecture, backend, config, vp_stage=vp_stage),
         mtp_block_spec=mtp_block_spec(architecture, backend, config, vp_stage=vp_stage),
@@ -87,7 +88,8 @@ def model_provider(
     *,
     loss: Loss | None = None,
     precision: Precision | None = None,
-) -> Callable[..., GPTModel]:
+    seed_by_name: int | None = None,
+) -> Callable[..., Mellum2Model]:
     """Return the `model_provider` of Megatron's `pretrain`, called for each (virtual) stage.
 
     Args:
@@ -98,6 +100,7 @@ def model_provider(
         loss: loss settings, read only for those without a Megatron argument; Megatron's defaults
             if None.
         precision: precision settings, read likewise; Megatron's defaults if None.
+        seed_by_name: seed of initial weights by name; Megatron's order if None.
     """
 
     def provide(
@@ -106,7 +109,7 @@ def model_provider(
         vp_stage: int | None = None,
         config: TransformerConfig | None = None,
         pg_collection: Any = None,
-    ) -> GPTModel:
+    ) -> Mellum2Model:
         if config is None:
             from megatron.training import get_args
             from megatron.training.arguments import core_transformer_config_from_args
@@ -114,6 +117,8 @@ def model_provider(
             config = core_transformer_config_from_args(get_args())
         # Modules read the configuration when they are built: change it before that.
         use_plain_initialization(config)
+        if loss is not None and loss.bias_update_rate:
+            enable_router_bias(config, loss.bias_update_rate)
         if precision is not None and precision.bf16_mtp_projection:
             keep_mtp_projection_in_bf16(config)
         model = build_model(
@@ -130,13 +135,29 @@ def model_provider(
             mark_parameters(model, optimizer)
         if loss is not None:
             configure_routers(model, loss)
+            model.chunk_heads(loss.head_chunk)
+        if seed_by_name is not None:
+            draw_by_name(model, config, seed_by_name)
         return model
 
     return provide
 
 
-def run_model_provider(run: Run, backend: Backend) -> Callable[..., GPTModel]:
-    """Return the `model_provider` of a run's model, with its optimizer, loss and precision."""
+def run_model_provider(
+    run: Run, backend: Backend, *, new: bool = True
+) -> Callable[..., Mellum2Model]:
+    """Return the `model_provider` of a run's model, with its optimizer, loss and precision.
+
+    Args:
+        run: the run.
+        backend: implementation of the layers.
+        new: true (default) if the run keeps its initial weights, false if it loads others.
+    """
     return model_provider(
-        run.architecture, backend, run.optimizer, loss=run.loss, precision=run.precision
+        run.architecture,
+        backend,
+        run.optimizer,
+        loss=run.loss,
+        precision=run.precision,
+        seed_by_name=run.seed if new and run.seed_weights == "by_name" else None,
     )

@@ -20,7 +20,8 @@ def score_tokens(model: GPTModel, tokens: torch.Tensor) -> tuple[torch.Tensor, t
 
     Returns:
         Main logits `[b, s, v]`, float32, position i predicting token i + 1; and MTP logits of the
-        same shape, position i predicting token i + 2, or None without an MTP head. The last MTP
+        same shape, position i predicting token i + 2, or None without an MTP head. Of several MTP
+        layers they are the first one's. The last MTP
         position is fed token 0 in place of the next token it lacks
         (megatron/core/transformer/multi_token_prediction.py, `roll_tensor`, 0.19.2): leave it out
         of comparisons.

@@ -18,7 +18,7 @@ from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.config import Layout, Run
 from mellum2_megatron.config.layout import pipeline_stages
 from mellum2_megatron.planning.memory import gradient_bytes, memory_by_stage
-from mellum2_megatron.planning.rank_weights import adam_weights, ownership
+from mellum2_megatron.planning.rank_weights import adam_weights, ownership, stage_layers
 
 BF16_BYTES = 2
 """Size of an activation and of a gathered weight."""
@@ -118,13 +118,6 @@ def _groups(sizes: dict[str, int], varying: set[str]) -> list[list[int]]:
         )
         groups.setdefault(fixed, []).append(rank)
     return list(groups.values())
-
-
-def stage_layers(architecture: Mellum2Architecture, layout: Layout, stage: int) -> list[list[int]]:
-    """Return the decoder layers of a pipeline stage, from 0, one list for each virtual stage."""
-    count = architecture.num_hidden_layers // (layout.pp * layout.vpp)
-    starts = [(part * layout.pp + stage) * count for part in range(layout.vpp)]
-    return [list(range(start, start + count)) for start in starts]
 
 
 def _other_parts(architecture: Mellum2Architecture, layout: Layout, stage: int) -> list[str]:
@@ -239,7 +232,10 @@ def _context_parallel(model: Mellum2Architecture, layout: Layout, stage: int, un
 def _expert_parallel(model: Mellum2Architecture, layout: Layout, stage: int) -> float:
     """Return the number of hidden states of a rank's tokens sent to experts and back."""
     # To the experts and back, in the forward and in the backward pass.
-    passes = 4 * len(_kinds(model, layout, stage))
+    mlps = [model.mlp_type(layer) for part in stage_layers(model, layout, stage) for layer in part]
+    if stage == layout.pp - 1:
+        mlps += [model.mtp_mlp_type] * model.num_mtp_layers
+    passes = 4 * mlps.count("sparse")
     if layout.dispatcher == "allgather":
         # Every rank of the expert groups gets all tokens, whether its experts use them or not.
         return passes * float(layout.ep * layout.etp - 1)

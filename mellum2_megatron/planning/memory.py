@@ -10,13 +10,14 @@ import math
 from dataclasses import dataclass
 
 from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.config import Backend, Layout, Precision, Run
+from mellum2_megatron.config import Backend, Precision, Run
 from mellum2_megatron.planning.rank_weights import (
     Weight,
     adam_weights,
     buffer_elements,
     local_weights,
     ownership,
+    stage_layers,
 )
 
 WEIGHT_BYTES = 2
@@ -35,7 +36,9 @@ class Memory:
         padding: unused parts of the buffers of weights and gradients. They come from alignment, and
             from shares of a buffer that are all as long as the largest (docs/optimizer.md).
         optimizer: FP32 masters and states, on the rank with the most.
-        activations: tensors kept for the backward pass, without recomputation; a rough count.
+        activations: tensors kept for the backward pass, without recomputation, and the logits that
+            exist with them; a rough count, at an even load of the experts or, with
+            ``loss.capacity_factor``, at full ones.
     """
 
     parameters: int
@@ -103,7 +106,7 @@ def memory_by_stage(run: Run, *, world_size: int, backend: Backend = "te") -> li
                 gradients=gradient * count,
                 padding=(WEIGHT_BYTES + gradient) * unused,
                 optimizer=8 * muon + 12 * adam,
-                activations=_activations(model, layout, stage, tokens),
+                activations=_activations(run, stage, tokens),
             )
         )
     return stages
@@ -122,7 +125,7 @@ def computes_in_fp8(
         return False
     if weight.component == "mtp projection":
         return not precision.bf16_mtp_projection
-    if weight.component not in ("attention", "experts"):
+    if weight.component not in ("attention", "experts", "shared expert", "dense MLP"):
         return False
     layer = weight.name.removeprefix("decoder.layers.").split(".")[0]
     # A decoder layer has a number here. The MTP layer has none: it follows precision.compute.
@@ -148,29 +151,78 @@ def _most_owned(run: Run, world_size: int, backend: Backend, stage: int) -> int:
     )
 
 
-def _activations(architecture: Mellum2Architecture, layout: Layout, stage: int, tokens: int) -> int:
+def _activations(run: Run, stage: int, tokens: int) -> int:
     """Return the bytes kept for the backward pass on a rank of a pipeline stage.
 
     Args:
-        architecture, layout: model and layout.
+        run: the run.
         stage: pipeline stage, from 0.
         tokens: tokens of a micro-batch, before context parallelism divides them.
     """
-    a = architecture
+    a, layout = run.architecture, run.layout
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     # Elements kept for a token in one layer: inputs of the norms, q/k/v before and after RoPE,
-    # attention output; then input and inner activations of each of its experts.
+    # attention output; then input and inner activations of each of its experts, or of its MLP.
     attention = 3 * a.hidden_size + 2 * (queries + 2 * keys) + queries
-    experts = a.hidden_size + a.num_experts_per_tok * (a.hidden_size + 3 * a.moe_intermediate_size)
+    experts = a.hidden_size + _expert_rows(run) * (a.hidden_size + 3 * a.moe_intermediate_size)
+    experts = round(experts - _not_kept(run))
+    mlp = {
+        "sparse": experts + 3 * (a.shared_expert_intermediate_size or 0) // layout.tp,
+        "dense": 3 * a.intermediate_size // layout.tp,
+    }
     # Sequence parallelism divides the tokens among tensor-parallel ranks too.
     local = tokens // (layout.cp * layout.tp)
-    layers = a.num_hidden_layers // layout.pp
+    layers = [a.mlp_type(layer) for part in stage_layers(a, layout, stage) for layer in part]
     # One-forward-one-backward schedule: before the first gradient comes back, a stage starts one
     # micro-batch for itself and one for each stage after it.
     in_flight = layout.pp - stage
-    kept = 2 * local * (attention + experts) * layers * in_flight
+    kept = 2 * local * sum(attention + mlp[kind] for kind in layers) * in_flight
     if stage == layout.pp - 1:
-        # Logits of each head in BF16 and FP32 (6 bytes), and the MTP layer.
-        kept += (1 + a.num_mtp_layers) * 6 * local * a.vocab_size
-        kept += a.num_mtp_layers * 2 * local * (attention + experts)
+        heads = 1 + a.num_mtp_layers
+        chunk = run.loss.head_chunk
+        if chunk is None:
+            # Logits of each head in BF16 and FP32 (6 bytes).
+            kept += heads * 6 * local * a.vocab_size
+        else:
+            # Gradients of each head's hidden states and weight in BF16. On top, while one head
+            # runs: a chunk's logits in BF16 and FP32 and their gradient in BF16; and the weight's
+            # gradient in FP32 beside a chunk's part of it in BF16.
+            rows = a.vocab_size // layout.tp
+            kept += heads * 2 * a.hidden_size * (local * layout.tp + rows)
+            kept += 8 * min(chunk, local * layout.tp) * rows
+            kept += 6 * rows * a.hidden_size * (chunk < local * layout.tp)
+        kept += a.num_mtp_layers * 2 * local * (attention + mlp[a.mtp_mlp_type])
     return kept
+
+
+def _expert_rows(run: Run) -> float:
+    """Return the tokens of the experts of a rank, for each token that the rank has.
+
+    Without a capacity an even load is assumed, as nothing bounds another. With one, all experts of
+    the rank are full.
+    """
+    rows = run.architecture.num_experts_per_tok
+    if run.loss.capacity_factor is None:
+        return rows
+    # An expert-parallel group as a whole has no more rows than its tokens need.
+    return rows * min(run.loss.capacity_factor, run.layout.ep)
+
+
+def _not_kept(run: Run) -> float:
+    """Return the elements of a token in one layer that are computed again or offloaded.
+
+    Of the attention nothing is counted: a layer that attends still holds what it offloads.
+    """
+    a, execution = run.architecture, run.execution
+    rows, inner = _expert_rows(run), a.moe_intermediate_size
+    parts = {
+        "input of the experts' norm": "moe" in execution.recompute
+        or "layernorm" in execution.recompute
+        or "mlp_norm" in execution.offload,
+        "tokens as the experts got them": "moe" in execution.recompute
+        or "expert_fc1" in execution.offload,
+        "gate and up": "moe" in execution.recompute or "moe_act" in execution.offload,
+        "their product": "moe" in execution.recompute or "moe_act" in execution.recompute,
+    }
+    sizes = (a.hidden_size, rows * a.hidden_size, rows * 2 * inner, rows * inner)
+    return sum(size for size, gone in zip(sizes, parts.values(), strict=True) if gone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from packaging.version import Version
@@ -74,6 +75,7 @@ def find_optional_packages() -> tuple[OptionalPackage, ...]:
             loss="no te backend, so no FP8 and no grouped GEMM; pip install 'mellum2-megatron[te]'",
         ).find(),
         find_apex(),
+        find_deep_ep(),
         _Candidate(
             name="FlashAttention",
             module="flash_attn",
@@ -133,6 +135,38 @@ def find_apex() -> OptionalPackage:
     kernels = filter(_is_importable, ("amp_C", "fused_weight_gradient_mlp_cuda"))
     built = ", ".join(kernels) or "none: it was built without --cpp_ext --cuda_ext"
     return OptionalPackage(name=name, state="present", detail=f"compiled extensions: {built}")
+
+
+def find_deep_ep() -> OptionalPackage:
+    """Look for DeepEP, and for HybridEP, which one branch of it has."""
+    if missing_dispatcher("deepep") is not None:
+        state: State = "absent"
+        detail = (
+            "no layout.dispatcher=flex: the exchange of tokens runs on NCCL, which sends a token "
+            "once for each of its experts; built from source (docs/install.md)"
+        )
+    elif missing_dispatcher("hybridep") is not None:
+        state = "present"
+        detail = "layout.dispatcher_backend=deepep only: HybridEP is in its branch hybrid-ep"
+    else:
+        state, detail = "present", "layout.dispatcher=flex with deepep or hybridep"
+    return OptionalPackage(name="DeepEP", state=state, detail=detail)
+
+
+def missing_dispatcher(backend: Literal["hybridep", "deepep"]) -> str | None:
+    """Return what a backend of the flex dispatcher lacks on this machine; None if nothing.
+
+    Both are in the package ``deep_ep`` (megatron/core/transformer/moe/fused_a2a.py, 0.19.2).
+    """
+    spec = importlib.util.find_spec("deep_ep")
+    if spec is None:
+        return "the package deep_ep is not installed here"
+    folders = spec.submodule_search_locations or []
+    if backend == "hybridep" and not any(
+        (Path(folder) / "hybrid_ep_buffer.py").is_file() for folder in folders
+    ):
+        return "the installed deep_ep has no HybridEP, which is in its branch hybrid-ep"
+    return None
 
 
 def find_resiliency() -> OptionalPackage:

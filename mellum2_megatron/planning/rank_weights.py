@@ -12,7 +12,13 @@ import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
-from mellum2_megatron.architecture import Component, Mellum2Architecture, Parameter, Shape
+from mellum2_megatron.architecture import (
+    Component,
+    Mellum2Architecture,
+    MlpType,
+    Parameter,
+    Shape,
+)
 from mellum2_megatron.config import Backend, Layout, Optimizer, Run
 
 
@@ -41,6 +47,13 @@ class Weight:
     def numel(self) -> int:
         """Number of elements on this rank."""
         return math.prod(self.shape)
+
+
+def stage_layers(architecture: Mellum2Architecture, layout: Layout, stage: int) -> list[list[int]]:
+    """Return the decoder layers of a pipeline stage, from 0, one list for each virtual stage."""
+    count = architecture.num_hidden_layers // (layout.pp * layout.vpp)
+    starts = [(part * layout.pp + stage) * count for part in range(layout.vpp)]
+    return [list(range(start, start + count)) for start in starts]
 
 
 def local_weights(
@@ -78,7 +91,13 @@ def local_weights(
             )
         )
     for layer in range(part * layers, (part + 1) * layers):
-        weights += _layer(architecture, layout, backend, f"decoder.layers.{layer}.")
+        weights += _layer(
+            architecture,
+            layout,
+            backend,
+            f"decoder.layers.{layer}.",
+            architecture.mlp_type(layer),
+        )
     if last:
         weights.append(_norm("decoder.final_layernorm.weight", hidden))
         for layer in range(mtp):
@@ -90,7 +109,13 @@ def local_weights(
                     name=f"{prefix}eh_proj.weight", shape=shape, component="mtp projection", split=0
                 )
             )
-            weights += _layer(architecture, layout, backend, f"{prefix}mtp_model_layer.")
+            weights += _layer(
+                architecture,
+                layout,
+                backend,
+                f"{prefix}mtp_model_layer.",
+                architecture.mtp_mlp_type,
+            )
             weights.append(_norm(f"{prefix}final_layernorm.weight", hidden))
         weights.append(
             Weight(name="output_layer.weight", shape=vocabulary, component="output head", split=0)
@@ -99,7 +124,11 @@ def local_weights(
 
 
 def _layer(
-    architecture: Mellum2Architecture, layout: Layout, backend: Backend, prefix: str
+    architecture: Mellum2Architecture,
+    layout: Layout,
+    backend: Backend,
+    prefix: str,
+    mlp: MlpType,
 ) -> Iterator[Weight]:
     """Yield the weights of one decoder layer, or of the MTP layer's."""
     a, hidden = architecture, architecture.hidden_size
@@ -118,6 +147,14 @@ def _layer(
     yield Weight(name=f"{attention}linear_qkv.weight", shape=shape, component="attention", split=0)
     for name in ("q_layernorm", "k_layernorm"):
         yield _norm(f"{attention}{name}.weight", a.head_dim)
+    if mlp == "dense":
+        # Transformer Engine fuses the norm before a dense MLP into its first matrix.
+        norm = "pre_mlp_layernorm." if backend == "torch" else "mlp.linear_fc1.layer_norm_"
+        yield _norm(f"{prefix}{norm}weight", hidden)
+        yield from _gated_mlp(
+            f"{prefix}mlp.", hidden, a.intermediate_size // layout.tp, "dense MLP"
+        )
+        return
     yield _norm(f"{prefix}pre_mlp_layernorm.weight", hidden)
     yield Weight(
         name=f"{prefix}mlp.router.weight", shape=(a.num_experts, hidden), component="router"
@@ -139,6 +176,20 @@ def _layer(
         yield Weight(
             name=f"{prefix}mlp.experts.{name}", shape=shape, component="experts", split=split
         )
+    if a.shared_expert_intermediate_size is not None:
+        yield from _gated_mlp(
+            f"{prefix}mlp.shared_experts.",
+            hidden,
+            a.shared_expert_intermediate_size // layout.tp,
+            "shared expert",
+        )
+
+
+def _gated_mlp(prefix: str, hidden: int, width: int, component: Component) -> Iterator[Weight]:
+    """Yield the two weights of an MLP that tensor parallelism divides; `width` is a rank's."""
+    fc1, fc2 = f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"
+    yield Weight(name=fc1, shape=(2 * width, hidden), component=component, split=0)
+    yield Weight(name=fc2, shape=(hidden, width), component=component, split=1)
 
 
 def _norm(name: str, size: int) -> Weight:

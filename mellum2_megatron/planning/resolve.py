@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.checkpoint.run_folder import read_run_in_place
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides
 from mellum2_megatron.planning.rules import check
 from mellum2_megatron.recipes import recipe
+
+logger = logging.getLogger(__name__)
 
 
 def plan(run: Run, device: str, nproc: int | None) -> tuple[Device, int]:
@@ -42,22 +46,72 @@ def plan(run: Run, device: str, nproc: int | None) -> tuple[Device, int]:
     return resolved, ranks
 
 
+def named_run(name: str) -> Run:
+    """Return the run that a word of the command line names.
+
+    Args:
+        name: recipe, ``FILE.py:FUNCTION`` for a recipe in a file, or path of a resolved run
+            (``.yaml`` or ``.yml``). The ``run.yaml`` of a run folder means that folder, wherever it
+            was moved or copied; a warning states it.
+
+    Raises:
+        InputError: an unknown recipe, or a file that is unreadable or fails.
+    """
+    if not name.endswith((".yaml", ".yml")):
+        return recipe(name)
+    run, note = read_run_in_place(Path(name))
+    if note:
+        logger.warning(note)
+    return run
+
+
 def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = None) -> Run:
     """Return the run of a recipe or a YAML file, with overrides and an output folder.
 
     Args:
-        name: recipe, or path of a resolved run (``.yaml`` or ``.yml``).
+        name: see `named_run`.
         overrides: ``key=value`` words.
         output: folder of the run; None (default): ``checkpoint.output``, else ``runs/NAME``.
 
     Raises:
-        InputError: an unknown recipe, an unreadable file, or a bad override.
+        InputError: see `named_run`; or a bad override.
     """
-    run = read_run(Path(name)) if name.endswith((".yaml", ".yml")) else recipe(name)
-    run = apply_overrides(run, overrides)
+    run = apply_overrides(named_run(name), overrides)
     folder = output or Path(run.checkpoint.output or Path("runs") / run.name)
+    return with_home(
+        dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, output=str(folder)))
+    )
+
+
+def with_home(run: Run) -> Run:
+    """Return the run with ``~`` at the start of a path written out.
+
+    No shell does it behind ``key=``.
+    """
+    data, checkpoint = run.data, run.checkpoint
+
+    def blend(pairs: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
+        return tuple((weight, os.path.expanduser(entry)) for weight, entry in pairs)
+
+    def path(given: str | None) -> str | None:
+        return None if given is None else os.path.expanduser(given)
+
     return dataclasses.replace(
-        run, checkpoint=dataclasses.replace(run.checkpoint, output=str(folder))
+        run,
+        data=dataclasses.replace(
+            data,
+            path=os.path.expanduser(data.path),
+            tokenizer=path(data.tokenizer),
+            train=blend(data.train),
+            valid=blend(data.valid),
+            cache=path(data.cache),
+        ),
+        checkpoint=dataclasses.replace(
+            checkpoint,
+            output=path(checkpoint.output),
+            load=path(checkpoint.load),
+            continue_from=path(checkpoint.continue_from),
+        ),
     )
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.checkpoint.folder import ROTATION, names_checkpoint
+from mellum2_megatron.checkpoint.resume_keys import changes
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.model_folders import kind_of, not_checkpoint
 from mellum2_megatron.config import Run
-from mellum2_megatron.planning.rules import FROM_CHECKPOINT
 from mellum2_megatron.recipes import recipe, recipe_names
 
 
@@ -85,6 +86,12 @@ def check_predecessor(run: Run, start: StartingPoint | None = None) -> None:
     setting = "continue_from" if start.kind == "continue" else "load"
     key = f"checkpoint.{setting}={getattr(run.checkpoint, setting)}"
     if not names_checkpoint(start.folder):
+        mistaken = not_checkpoint(start.folder)
+        if mistaken is not None and kind_of(start.folder) not in ("missing", "unknown", "run"):
+            fix = mistaken.fix
+            if start.kind == "continue" and kind_of(start.folder) == "huggingface":
+                fix = f"use checkpoint.load={start.folder}: it has weights, and no run's state"
+            raise InputError(key, rule=mistaken.rule, fix=fix)
         name = start.folder.name
         first = f"train {name} first, or " if name in recipe_names() else ""
         raise InputError(
@@ -177,13 +184,12 @@ def _continuation_problems(before: Run, after: Run) -> Iterator[tuple[str, str]]
                 "give both the same: one training has one schedule, and a phase ends at "
                 f"schedule.train_samples before schedule.horizon_samples={horizon}",
             )
-    # In advance: the rule `resume-keeps-optimizer` needs a checkpoint, which is not there yet.
-    for name in ("name", *FROM_CHECKPOINT):
-        old, new = getattr(before.optimizer, name), getattr(after.optimizer, name)
-        if old != new:
+    # In advance: the rule `resume-keeps-settings` needs a checkpoint, which is not there yet.
+    for change in changes(before, after, phase=True):
+        if change.kind == "fixed" and not change.key.startswith("architecture."):
             yield (
-                f"has optimizer.{name}={new}; the former has {old}",
-                "give both the same: these settings are stored with the optimizer state",
+                f"has {change.key}={change.after}; the former has {change.before}",
+                f"give both the same: {change.reason}",
             )
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.config import (
     Checkpoint,
-    Data,
     Layout,
     Logging,
     Optimizer,
@@ -74,6 +73,8 @@ PHASES = pretraining.three_phases(
 # The 12B's stage with fewer layers, steps and tokens; learning rate and precision are the same.
 LONG_CONTEXT = replace(
     long_context.LONG_CONTEXT,
+    keep_last=None,
+    retain_interval=None,
     summary="long context (52.4M tokens at 32K, layer-selective YaRN)",
     architecture=long_context.LONG_CONTEXT.architecture.replace(num_hidden_layers=LAYERS),
     schedule=Schedule.from_steps(
@@ -121,7 +122,7 @@ def four_layer_pretraining() -> Run:
             micro_batch_size=2,
         ),
         precision=Precision(compute="fp8"),
-        data=Data(path="data/phase1", sequence_length=pretraining.SEQUENCE_LENGTH),
+        data=pretraining.PRETRAINING[0].data,
         logging=Logging(log_interval=10, eval_interval=200, eval_iterations=8),
         checkpoint=Checkpoint(save_interval=500),
         sources={
@@ -131,6 +132,9 @@ def four_layer_pretraining() -> Run:
                 "report §3: WHD and a batch that doubles; lengths are ours: one billion tokens"
             ),
             "schedule.micro_batch_size": "report App. B",
-            "data.sequence_length": "report §3: packed into 8,192 tokens",
+            **{
+                key: pretraining.SOURCES[key]
+                for key in ("data.sequence_length", "data.phase", "data.document_attention")
+            },
         },
     )

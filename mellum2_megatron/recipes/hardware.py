@@ -1,10 +1,27 @@
-"""Machines that recipes are written for: a parallel layout and the source of its size."""
+"""Machines that recipes are written for: a parallel layout, and how a step is computed on them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from mellum2_megatron.config import Layout
+from mellum2_megatron.config import Execution, Layout, Precision
+
+FAST_SOURCES = {
+    "layout.dispatcher": "ours: HybridEP, as in the fastest published runs on H100",
+    "layout.overlap_expert_comm": "ours: as in the fastest published runs on H100",
+    "layout.delay_wgrad": "ours: as in Megatron-Bridge's run of Moonlight-16B-A3B",
+    "execution.gc_interval": "ours: as in Megatron-Bridge's runs",
+    "execution.pad_expert_tokens": "ours: once in the router instead of in each product",
+}
+
+H100_SOURCES = {
+    "schedule.micro_batch_size": "ours: one sequence, for a card of 80 GB",
+    "execution.recompute": "ours: for a card of 80 GB",
+}
+
+BF16 = "ours: BF16, because no published run on Hopper shows FP8 ahead at this expert size"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,25 +29,89 @@ class Hardware:
     """Machines that a stage runs on.
 
     Attributes:
-        label: name in a recipe's description, such as ``256 GPUs``.
+        label: name in a recipe's description, such as ``256 H200``.
         layout: parallel layout that uses all of them.
         source: source of their number, recorded for ``layout.dp``.
+        precision: number formats; None (default): the stage's.
+        execution: memory traded for time, and kernels; default none.
+        micro_batch_size: sequences of a micro-batch; None (default): the stage's.
+        sources: sources of what differs from the stage, by key; default none.
     """
 
     label: str
     layout: Layout
     source: str
+    precision: Precision | None = None
+    execution: Execution = field(default_factory=Execution)
+    micro_batch_size: int | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def h200_nodes(gpus: int, *, source: str, cp: int = 1) -> Hardware:
-    """Return nodes of 8 H200; EP 8 keeps the experts of a layer inside one node (report §3).
+def cluster(numbers: Mapping[int, str], *, default: int, cp: int = 1) -> dict[str, Hardware]:
+    """Return nodes of 8 GPUs by the ending of a recipe's name, such as ``_256gpu_h200_bf16_fast``.
+
+    EP 8 keeps the experts of a layer inside one node (report §3). On H200 there is each precision,
+    plain and fast; on H100 each precision, with less memory.
 
     Args:
-        gpus: number of GPUs in all nodes together.
-        source: source of that number.
+        numbers: source of each number of GPUs.
+        default: number of GPUs behind an empty ending, which is plain FP8 on H200.
         cp: context-parallel ways, default 1; the rest is data parallel.
     """
-    return Hardware(label=f"{gpus} GPUs", layout=Layout(ep=8, cp=cp, dp=gpus // cp), source=source)
+    found = {}
+    for gpus, source in numbers.items():
+        for compute in ("fp8", "bf16"):
+            plain = _h200(gpus, source, compute, cp)
+            found[f"_{gpus}gpu_h200_{compute}"] = plain
+            found[f"_{gpus}gpu_h200_{compute}_fast"] = _fast(plain)
+            found[f"_{gpus}gpu_h100_{compute}"] = _h100(plain, gpus)
+    return {"": found[f"_{default}gpu_h200_fp8"], **found}
+
+
+def _h200(gpus: int, source: str, compute: Literal["fp8", "bf16"], cp: int) -> Hardware:
+    return Hardware(
+        label=f"{gpus} H200" + " BF16" * (compute == "bf16"),
+        layout=Layout(ep=8, cp=cp, dp=gpus // cp),
+        source=source,
+        precision=Precision(compute=compute),
+        sources={"precision.compute": BF16} if compute == "bf16" else {},
+    )
+
+
+def _fast(plain: Hardware) -> Hardware:
+    """Return the same machines with a faster exchange of tokens (docs/speed.md)."""
+    # Context parallelism wants one hardware queue, the overlap many (megatron/training/
+    # arguments.py:1426, 0.19.2).
+    overlaps = plain.layout.cp == 1
+    assert plain.precision is not None
+    return replace(
+        plain,
+        label=f"{plain.label} fast",
+        layout=replace(
+            plain.layout, dispatcher="flex", overlap_expert_comm=overlaps, delay_wgrad=overlaps
+        ),
+        execution=Execution(gc_interval=100, pad_expert_tokens=plain.precision.compute == "fp8"),
+        sources={**plain.sources, **FAST_SOURCES},
+    )
+
+
+def _h100(plain: Hardware, gpus: int) -> Hardware:
+    """Return as many cards of 80 GB, with smaller parts of the batch and less kept."""
+    cp, sources = plain.layout.cp, {**plain.sources, **H100_SOURCES}
+    execution = Execution(recompute=("moe_act", "layernorm"))
+    if cp > 1 and gpus >= 4 * cp:
+        cp *= 2
+        sources["layout.cp"] = "ours: twice the ranks of a sequence, for cards of 80 GB"
+    elif cp > 1:
+        execution = Execution(recompute=("moe",))
+    return replace(
+        plain,
+        label=plain.label.replace("H200", "H100"),
+        layout=replace(plain.layout, cp=cp, dp=gpus // cp),
+        execution=execution,
+        micro_batch_size=1,
+        sources=sources,
+    )
 
 
 ONE_GPU = Hardware(label="one GPU", layout=Layout(dp=1), source="ours: one GPU")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.config import Data, Logging, Optimizer, Precision, Schedule
-from mellum2_megatron.recipes.hardware import h200_nodes
-from mellum2_megatron.recipes.stage import Stage
+from mellum2_megatron.recipes.hardware import cluster
+from mellum2_megatron.recipes.stage import DOCUMENTS, PLAN, Stage
 
 SEQUENCE_LENGTH = 131_072
 """Tokens a sequence (report §4)."""
@@ -19,8 +19,6 @@ SEQUENCES = 256
 
 CP = 8
 """Context-parallel ways: the report's for its SFT at the same length (report §5.1)."""
-
-_H200_128 = h200_nodes(128, cp=CP, source="report §5.1: 16 nodes of 8 H200")
 
 LONG_CONTEXT = Stage(
     name="long_context",
@@ -35,18 +33,22 @@ LONG_CONTEXT = Stage(
         micro_batch_size=1,  # CP ranks already share one sequence
     ),
     precision=Precision(compute="fp8"),
-    data=Data(path="data/long_context", sequence_length=SEQUENCE_LENGTH),
+    # The plan's pieces must begin at multiples of 2 CP: `align: 16`.
+    data=Data(path=PLAN, phase=4, sequence_length=SEQUENCE_LENGTH, document_attention=True),
     logging=Logging(log_interval=10, eval_interval=500, eval_iterations=4),
     save_interval=500,
     start="weights",  # the optimizer state belongs to the other schedule
-    hardware={
-        "": _H200_128,
-        "_128gpu_h200_fp8": _H200_128,
-        "_256gpu_h200_fp8": h200_nodes(
-            256, cp=CP, source="ours: as many nodes as at the start of the pre-training (report §3)"
-        ),
-        "_8gpu_h200_fp8": h200_nodes(8, cp=CP, source="ours: the same training on one node"),
-    },
+    keep_last=3,
+    retain_interval=1000,
+    hardware=cluster(
+        {
+            128: "report §5.1: 16 nodes of 8 H200",
+            256: "ours: as many nodes as at the start of the pre-training (report §3)",
+            8: "ours: the same training on one node",
+        },
+        default=128,
+        cp=CP,
+    ),
     sources={
         "architecture.max_position_embeddings": "report §4: 131,072",
         "architecture.rope_full_attention": (
@@ -66,6 +68,8 @@ LONG_CONTEXT = Stage(
         ),
         "schedule.micro_batch_size": "ours: eight ranks share one sequence",
         "data.sequence_length": "report §4",
+        "data.phase": "ours: the plan's fourth, after the three of pre-training",
+        "data.document_attention": DOCUMENTS,
         "checkpoint.load": "ours: weights only, because the stage has a schedule of its own",
     },
 )

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.config import Data, Logging, Optimizer, Precision, Schedule
-from mellum2_megatron.recipes.hardware import Hardware, h200_nodes
-from mellum2_megatron.recipes.stage import Stage
+from mellum2_megatron.recipes.hardware import Hardware, cluster
+from mellum2_megatron.recipes.stage import DOCUMENTS, PLAN, Stage
 
 SEQUENCE_LENGTH = 8192
 """Tokens a sequence (report §2)."""
@@ -91,23 +91,24 @@ SOURCES = {
         "(RAMP_STEPS)"
     ),
     "schedule.micro_batch_size": "report App. B",
+    "schedule.rewarm_at": "ours: the rate never rises again after the warmup",
     "data.sequence_length": "report §3: packed into 8,192 tokens",
+    "data.phase": "report §3: each phase has a mixture of its own; numbers are those of the plan",
+    "data.document_attention": DOCUMENTS,
     "data.first_sample": "end of the phase before; each phase has its own data (report §3)",
     "checkpoint.continue_from": (
         "report App. B: one schedule of 323,459 steps, so all state and the step count continue"
     ),
 }
 
-_H200_256 = h200_nodes(256, source="report §3: 32 nodes of 8 H200")
-
-HARDWARE = {
-    "": _H200_256,
-    "_256gpu_h200_fp8": _H200_256,
-    "_128gpu_h200_fp8": h200_nodes(
-        128, source="report §3: 16 nodes of 8 H200, in the later part of the training"
-    ),
-    "_8gpu_h200_fp8": h200_nodes(8, source="ours: the same training on one node"),
-}
+HARDWARE = cluster(
+    {
+        256: "report §3: 32 nodes of 8 H200",
+        128: "report §3: 16 nodes of 8 H200, in the later part of the training",
+        8: "ours: the same training on one node",
+    },
+    default=256,
+)
 
 
 def three_phases(
@@ -123,12 +124,15 @@ def three_phases(
     save_interval: int,
     hardware: Mapping[str, Hardware],
     sources: Mapping[str, str],
+    keep_last: int | None = None,
+    retain_interval: int | None = None,
 ) -> tuple[Stage, ...]:
     """Return a pre-training as three stages: one schedule, cut at ``ends``.
 
     Args:
         architecture: the model.
-        optimizer, precision, logging, save_interval, hardware: see `Stage`.
+        optimizer, precision, logging, save_interval, hardware, keep_last, retain_interval: see
+            `Stage`.
         schedule: schedule of the whole pre-training.
         ends: sample count at which each phase ends.
         tokens: number of tokens of each phase, as text for its description.
@@ -160,6 +164,8 @@ def three_phases(
                 data=replace(own_data, first_sample=ends[number - 2] if number > 1 else 0),
                 logging=logging,
                 save_interval=save_interval,
+                keep_last=keep_last,
+                retain_interval=retain_interval,
                 start="continue" if number > 1 else "new",
                 hardware=hardware,
                 sources={**SOURCES, **end_source, **sources},
@@ -176,10 +182,13 @@ PRETRAINING = three_phases(
     tokens=("6.18T tokens at 8K", "2.79T tokens at 8K", "1.69T tokens at 8K"),
     precision=Precision(compute="fp8"),
     data=[
-        Data(path=f"data/phase{number}", sequence_length=SEQUENCE_LENGTH) for number in (1, 2, 3)
+        Data(path=PLAN, phase=number, sequence_length=SEQUENCE_LENGTH, document_attention=True)
+        for number in (1, 2, 3)
     ],
     logging=Logging(log_interval=10, eval_interval=1000, eval_iterations=8),
     save_interval=1000,
+    keep_last=3,
+    retain_interval=10_000,
     hardware=HARDWARE,
     sources={},
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mellum2_megatron.architecture import Mellum2Architecture
@@ -17,6 +17,7 @@ from mellum2_megatron.config import (
     Checkpoint,
     Data,
     Logging,
+    Loss,
     Optimizer,
     Precision,
     Run,
@@ -24,12 +25,22 @@ from mellum2_megatron.config import (
 )
 from mellum2_megatron.recipes.hardware import Hardware
 
+PLAN = "data/mellum2"
+"""Folder of the 12B's corpus plan (``mellum2 data run``), which has a phase for each stage."""
+
+DOCUMENTS = (
+    "ours: each document is seen as it will be in use; the report does not say "
+    "whether attention crossed the documents of a sequence"
+)
+"""Source of ``data.document_attention=True``."""
+
 BF16_LAYERS = "ours: the report names no layer that stays in BF16"
 
 OPERATION_SOURCES = {
+    "execution": "ours: nothing traded; the report does not say",
     "stability": "ours: report §3.6 describes spikes and their cause, but no rule for such steps",
     **dict.fromkeys(
-        ("data", "logging", "checkpoint", "seed", "backend", "timeout_minutes"),
+        ("data", "logging", "checkpoint", "seed", "seed_weights", "backend", "timeout_minutes"),
         "ours: operation of the run",
     ),
 }
@@ -47,6 +58,15 @@ LENGTHS = (
 COMMON_SOURCES = {
     "architecture": "report §2, table Architecture configuration; released config.json",
     "layout.dispatcher": "ours: dropless all-to-all; the report names none",
+    **dict.fromkeys(
+        (
+            "layout.dispatcher_backend",
+            "layout.dispatcher_sms",
+            "layout.overlap_expert_comm",
+            "layout.delay_wgrad",
+        ),
+        "ours: Megatron's plain exchange; the report names none",
+    ),
     "optimizer": "report §3, App. B",
     "optimizer.muon_split_qkv": "Megatron's default; the report does not say",
     "optimizer.muon_split_gate_up": "Megatron's default; the report does not say",
@@ -56,6 +76,7 @@ COMMON_SOURCES = {
     "loss": "report §3",
     "loss.aux_loss_gradient": "Megatron's, as in the report's stack; see docs/layouts.md",
     "loss.mtp_factor": "report §2",
+    "loss.head_chunk": "ours: less memory, the same losses and gradients to one rounding",
     "precision": "report §3: BF16 + FP8 hybrid, tensorwise, gradients reduced in FP32",
     "precision.fp8_param_gather": (
         "ours: with Muon, megatron-core 0.19.2 gathers wrong FP8 weights (rule muon-gathers-bf16)"
@@ -77,12 +98,15 @@ class Stage:
         summary: stage, tokens and schedule in one phrase, for the recipe's description.
         architecture: the model, with this stage's context length and rotation.
         optimizer, schedule, precision, data, logging: sections of the run.
+        loss: another section; default the report's of pre-training.
         save_interval: optimizer steps between two checkpoints.
+        keep_last, retain_interval: checkpoints to keep, see `Checkpoint`; default all.
         start: state taken from the stage before. ``new``: none. ``continue``: all of it, under one
             schedule. ``weights``: the weights alone, under a new schedule.
         hardware: machines, by the ending of the recipe's name, such as ``_8gpu_h200_fp8``. An empty
             ending gives the short name.
         sources: sources of the values, by key; they override `COMMON_SOURCES`.
+        after: name of the stage to start from; default None: the one before in the family.
     """
 
     name: str
@@ -97,6 +121,10 @@ class Stage:
     start: Literal["new", "continue", "weights"]
     hardware: Mapping[str, Hardware]
     sources: Mapping[str, str]
+    loss: Loss = Loss()  # noqa: RUF009  # frozen
+    after: str | None = None
+    keep_last: int | None = None
+    retain_interval: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +134,7 @@ class StageFamily:
     Attributes:
         name: beginning of the recipes' names.
         title: beginning of the recipes' descriptions.
-        stages: stages in order; each starts from the one before it.
+        stages: stages in order; each starts from the one before it, or from `Stage.after`.
     """
 
     name: str
@@ -118,7 +146,10 @@ def stage_recipes(family: StageFamily) -> dict[str, Callable[[], Run]]:
     """Return the family's recipes by name: each stage on each of its `Stage.hardware`."""
     recipes: dict[str, Callable[[], Run]] = {}
     before: Stage | None = None
+    named = {stage.name: stage for stage in family.stages}
     for stage in family.stages:
+        if stage.after is not None:
+            before = named[stage.after]
         for ending in stage.hardware:
             recipes[f"{family.name}_{stage.name}{ending}"] = functools.partial(
                 stage_run, family, stage, before, ending
@@ -139,6 +170,9 @@ def stage_run(family: StageFamily, stage: Stage, before: Stage | None, ending: s
     hardware = stage.hardware[ending]
     # Default folder of the recipe with the same ending. The empty ending is 256 GPUs in the phases
     # and 128 in long context.
+    schedule = stage.schedule
+    if hardware.micro_batch_size is not None:
+        schedule = replace(schedule, micro_batch_size=hardware.micro_batch_size)
     folder = f"runs/{family.name}_{before.name}{ending}" if before else None
     return Run(
         name=f"{family.name}_{stage.name}{ending}",
@@ -146,15 +180,24 @@ def stage_run(family: StageFamily, stage: Stage, before: Stage | None, ending: s
         architecture=stage.architecture,
         layout=hardware.layout,
         optimizer=stage.optimizer,
-        schedule=stage.schedule,
-        precision=stage.precision,
+        loss=stage.loss,
+        schedule=schedule,
+        precision=hardware.precision or stage.precision,
+        execution=hardware.execution,
         data=stage.data,
         logging=stage.logging,
         checkpoint=Checkpoint(
             save_interval=stage.save_interval,
+            keep_last=stage.keep_last,
+            retain_interval=stage.retain_interval,
             continue_from=folder if stage.start == "continue" else None,
             load=folder if stage.start == "weights" else None,
         ),
-        # Later sources win. Hardware gives one source only: that of its number of machines.
-        sources={**COMMON_SOURCES, **stage.sources, "layout.dp": hardware.source},
+        # Later sources win.
+        sources={
+            **COMMON_SOURCES,
+            **stage.sources,
+            "layout.dp": hardware.source,
+            **hardware.sources,
+        },
     )

@@ -6,6 +6,8 @@
     mellum2 train mellum2_tiny_pretrain_phase2
     mellum2 train mellum2_tiny_pretrain_phase3
     mellum2 train mellum2_tiny_long_context
+    mellum2 train mellum2_tiny_sft_instruct      # data: mellum2 data chat --length 1024
+    mellum2 train mellum2_tiny_sft_thinking
 """
 
 from __future__ import annotations
@@ -24,18 +26,27 @@ from mellum2_megatron.config import (
     Run,
     Schedule,
 )
-from mellum2_megatron.recipes import long_context, pretraining
+from mellum2_megatron.recipes import long_context, pretraining, sft
 from mellum2_megatron.recipes.hardware import Hardware
-from mellum2_megatron.recipes.stage import LENGTHS, OPERATION_SOURCES, StageFamily
+from mellum2_megatron.recipes.stage import LENGTHS, OPERATION_SOURCES, Stage, StageFamily
 
 DATA = "data/quickstart"
-"""Corpus of all tiny recipes, which `mellum2 quickstart` prepares."""
+"""Packs of the tiny recipes, which `mellum2 quickstart` prepares."""
+
+LONG_DATA = "data/quickstart_long"
+"""Packs of the long-context stage: the same corpus in longer sequences (docs/stages.md)."""
 
 SEQUENCE_LENGTH = 256
 """Tokens a sequence: half the native context, and four attention windows."""
 
-EXTENSION = 4
-"""Factor of the long-context stage on context and sequence length; 16 in the report (§4)."""
+EXTENSION = 16
+"""Factor of the long-context stage on the sequence length (report §4)."""
+
+LONG_LENGTH = EXTENSION * SEQUENCE_LENGTH
+"""Tokens a sequence of the long-context stage, and the longest context of its model."""
+
+SFT_LENGTH = 1024
+"""Tokens of a pack of conversations."""
 
 PHASE_STEPS = (59, 84, 100)
 """Step at which each phase ends: the same shares of 100 steps as the report's of 323,459."""
@@ -103,15 +114,18 @@ PHASES = pretraining.three_phases(
 
 LONG_CONTEXT = replace(
     long_context.LONG_CONTEXT,
-    summary="long context (41K tokens at 1K, layer-selective YaRN)",
+    keep_last=None,
+    retain_interval=None,
+    summary="long context (164K tokens at 4K, layer-selective YaRN)",
     architecture=ARCHITECTURE.replace(
-        max_position_embeddings=EXTENSION * ARCHITECTURE.max_position_embeddings,
-        # The released model's attention factor is 0.1 ln(16) + 1; here the same rule, factor 4.
+        max_position_embeddings=LONG_LENGTH,
         rope_full_attention=RopeParameters(
             rope_type="yarn",
             rope_theta=ARCHITECTURE.rope_full_attention.rope_theta,
             factor=float(EXTENSION),
-            original_max_position_embeddings=ARCHITECTURE.max_position_embeddings,
+            # The length that was trained on, half of the phases' longest.
+            original_max_position_embeddings=SEQUENCE_LENGTH,
+            # As in the released model.
             attention_factor=0.1 * math.log(EXTENSION) + 1,
         ),
     ),
@@ -120,7 +134,7 @@ LONG_CONTEXT = replace(
         train_steps=20, warmup_steps=2, decay_steps=5, batch_sizes=((0, 2),), micro_batch_size=1
     ),
     precision=Precision(),
-    data=Data(path=DATA, sequence_length=EXTENSION * SEQUENCE_LENGTH, workers=0),
+    data=Data(path=LONG_DATA, sequence_length=LONG_LENGTH, workers=0),
     logging=Logging(log_interval=2, eval_interval=10, eval_iterations=2),
     save_interval=10,
     hardware={
@@ -130,20 +144,64 @@ LONG_CONTEXT = replace(
         **long_context.LONG_CONTEXT.sources,
         **STAGE_SOURCES,
         "architecture.max_position_embeddings": (
-            "ours: four times the native context; report §4: sixteen times"
+            "report §4: sixteen times the length trained on before"
         ),
         "architecture.rope_full_attention": "report §4: YaRN on the full-attention layers only",
         "optimizer.lr": "ours: a tenth of the phases' rate, as in the report (§4)",
         "layout": "ours: EP 2 and CP 2 in place of the 12B's EP 8 and CP 8",
-        "schedule": "report §4: WHD; lengths are ours, for a minute on two cores",
+        "schedule": "report §4: WHD; lengths are ours, for two minutes on two cores",
         "schedule.warmup_samples": "ours: two steps",
         "schedule.batch_schedule": "ours: as much as two cores can do",
         "schedule.micro_batch_size": "ours: the context-parallel ranks share one sequence",
-        "data.sequence_length": "ours: four times the phases', and twice the native context",
+        "data.sequence_length": "report §4: sixteen times the phases'",
     },
 )
 
-TINY = StageFamily(name="mellum2_tiny", title="Tiny Mellum 2", stages=(*PHASES, LONG_CONTEXT))
+
+def _sft(kind: sft.Kind) -> Stage:
+    return sft.sft_stage(
+        kind,
+        architecture=LONG_CONTEXT.architecture,
+        optimizer=replace(OPTIMIZER, lr=1e-3, min_lr=1e-4),
+        schedule=Schedule.from_steps(
+            style="cosine",
+            train_steps=40,
+            warmup_steps=4,
+            batch_sizes=((0, 8),),
+            micro_batch_size=1,
+        ),
+        precision=Precision(),
+        data=Data(
+            path=f"data/tiny_sft_{kind.name}",
+            sequence_length=SFT_LENGTH,
+            workers=0,
+            document_attention=True,
+        ),
+        logging=Logging(log_interval=2, eval_interval=20, eval_iterations=2),
+        save_interval=20,
+        hardware=LONG_CONTEXT.hardware,
+        sources={
+            **STAGE_SOURCES,
+            "architecture": LONG_CONTEXT.sources["architecture"],
+            "optimizer.lr": "ours: half the phases' rate; so small a model learns a format with it",
+            "optimizer.min_lr": "report §5.1: a tenth of the peak",
+            "layout": LONG_CONTEXT.sources["layout"],
+            "schedule": "report §5.1: cosine; lengths are ours, for two minutes on two cores",
+            "schedule.train_samples": "ours: 40 steps",
+            "schedule.warmup_samples": "ours: 4 steps",
+            "schedule.batch_schedule": "ours: as much as two cores can do",
+            "schedule.micro_batch_size": "ours: the context-parallel ranks share one sequence",
+            "data.sequence_length": "ours: a few conversations each",
+        },
+        tokens="328K tokens at 1K",
+    )
+
+
+TINY = StageFamily(
+    name="mellum2_tiny",
+    title="Tiny Mellum 2",
+    stages=(*PHASES, LONG_CONTEXT, *map(_sft, (sft.INSTRUCT, sft.THINKING))),
+)
 
 
 def quickstart() -> Run:

@@ -23,10 +23,14 @@ from mellum2_megatron.upstream import patching
 from mellum2_megatron.upstream.patching import Patch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mellum2_megatron.config import Checkpoint
     from mellum2_megatron.faults.step_guard import StepGuard
     from mellum2_megatron.faults.stop_request import StopRequest
     from mellum2_megatron.training.metrics import TrainingMetrics
+    from mellum2_megatron.training.samples import TrainingSamples
+    from mellum2_megatron.training.validation_documents import ValidationDocuments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +40,20 @@ class LoopParts:
     Attributes:
         checkpoint: checkpoint settings of the run.
         metrics: log of the run.
+        sums: sums of each validation by document.
+        samples: texts that are generated during the training.
         guard: check of each step's losses and gradients.
+        add_files: called on one rank with a checkpoint's folder, to add files of our own.
         stop: stop request of this rank.
         pause_watch: context manager in which the hang watch is off.
     """
 
     checkpoint: Checkpoint
     metrics: TrainingMetrics
+    sums: ValidationDocuments
+    samples: TrainingSamples
     guard: StepGuard
+    add_files: Callable[[Path], None]
     stop: StopRequest
     pause_watch: Callable[[], AbstractContextManager[None]]
 
@@ -64,6 +74,28 @@ def hooks(parts: LoopParts) -> tuple[Patch, ...]:
             replacement=parts.metrics.wrap_training_log,
             why="training/training.py:3985 has no callback at the end of a step; this function is "
             "called after every step on every rank",
+        ),
+        Patch(
+            name="validation",
+            target="megatron.training.training:evaluate_and_print_results",
+            replacement=parts.sums.wrap_validation,
+            why="training/training.py:4040 and :1483 have no callback at the end of a validation; "
+            "this function is called for each on every rank",
+        ),
+        Patch(
+            name="acceptance",
+            target="megatron.core.transformer.multi_token_prediction:"
+            "_compute_mtp_acceptance_counts",
+            replacement=parts.metrics.wrap_acceptance,
+            why="core/transformer/multi_token_prediction.py:863 counts the MTP head's right "
+            "predictions in every micro-batch, though few steps are logged",
+        ),
+        Patch(
+            name="samples",
+            target="megatron.training.training:post_training_step_callbacks",
+            replacement=parts.samples.wrap_end_of_step,
+            why="training/training.py:4068 has no callback between a step's validation and its "
+            "save; this function is called there with the model on every rank",
         ),
         Patch(
             name="step",
@@ -89,7 +121,7 @@ def hooks(parts: LoopParts) -> tuple[Patch, ...]:
         Patch(
             name="save-files",
             target="megatron.core.dist_checkpointing.serialization:save",
-            replacement=functools.partial(with_manifest, extra_save=parts.guard.save),
+            replacement=functools.partial(with_manifest, extra_save=parts.add_files),
             why="training/checkpointing.py:827 writes into the folder whatever is there, and "
             "records no digest of what was written",
         ),

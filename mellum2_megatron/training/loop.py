@@ -6,14 +6,18 @@ Order in which Megatron 0.19.2 calls us, on every rank:
 2. having restored a checkpoint, if any: the dataset provider. Its first call (`after_load`) opens
    the log, restores the guard and installs ``hooks.hooks``;
 3. for each step, `train_step`: `forward_step` and `sum_loss` for each micro-batch, `prepare_grads`
-   once, then `training_log`;
+   once, then `training_log`, a validation where one is due, `post_training_step_callbacks`;
 4. `save_checkpoint` where a save is due; after a stop signal a save, then `SystemExit`.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import sys
+from argparse import Namespace
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
 
 from megatron.core.enums import ModelType
 from megatron.training import get_args, pretrain
@@ -21,7 +25,13 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
 from mellum2_megatron.checkpoint import StartingPoint, output_folder
-from mellum2_megatron.config import Device, Run
+from mellum2_megatron.checkpoint.data_record import DataRecord
+from mellum2_megatron.checkpoint.folder import RUN_FILE
+from mellum2_megatron.checkpoint.resume_keys import Change
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import write_text
+from mellum2_megatron.config import Device, Run, to_yaml
+from mellum2_megatron.data.feed.sources import check_data
 from mellum2_megatron.faults.hang_watch import HangWatch
 from mellum2_megatron.faults.step_guard import StepGuard
 from mellum2_megatron.faults.stop_request import StopRequest
@@ -29,13 +39,16 @@ from mellum2_megatron.model.provider import run_model_provider
 from mellum2_megatron.training.datasets import dataset_provider
 from mellum2_megatron.training.hooks import LoopParts, install_hooks
 from mellum2_megatron.training.metrics import TrainingMetrics
+from mellum2_megatron.training.samples import TrainingSamples
 from mellum2_megatron.training.step import forward_step
+from mellum2_megatron.training.validation_documents import ValidationDocuments
 from mellum2_megatron.upstream import megatron_arguments
 
 
 def run_loop(
     run: Run,
     start: StartingPoint,
+    changed: tuple[Change, ...] = (),
     *,
     world_size: int,
     device: Device,
@@ -47,6 +60,7 @@ def run_loop(
     Args:
         run: a resolved run, checked.
         start: starting point of the run.
+        changed: settings and data that differ from the checkpoint's, default none.
         world_size: number of ranks.
         device: "cpu" or "cuda".
         stop: stop request of this rank, already listening.
@@ -61,13 +75,34 @@ def run_loop(
     sys.argv[1:] = megatron_arguments(
         run, world_size=world_size, device=device, backend=backend, start=start
     )
-    container = pretrain_cfg_container_from_args(parse_and_validate_args())
+    container = pretrain_cfg_container_from_args(parse_arguments(run))
     metrics = TrainingMetrics(run)
+    data = check_data(run)
+    names = tuple(source.name for source in data.valid) if len(data.valid) > 1 else ()
+    sums = ValidationDocuments(
+        run, corpora=[source.name for source in data.valid], folder=output_folder(run)
+    )
+    step = functools.partial(
+        forward_step,
+        validation_sets=names,
+        documents=data.document_attention,
+        on_validation=sums.add if sums.active else None,
+    )
     guard = StepGuard(run.stability, on_event=metrics.log_event)
+
+    def add_files(folder: Path) -> None:
+        """Write this project's own files into a checkpoint."""
+        guard.save(folder)
+        write_text(folder / RUN_FILE, to_yaml(run))
+        DataRecord.of(data).write(folder)
+
     parts = LoopParts(
         checkpoint=run.checkpoint,
         metrics=metrics,
+        sums=sums,
+        samples=TrainingSamples(run, on_texts=metrics.log_samples, pause_watch=watch.paused),
         guard=guard,
+        add_files=add_files,
         stop=stop,
         pause_watch=watch.paused,
     )
@@ -75,19 +110,49 @@ def run_loop(
     @functools.cache  # the provider is called once for each virtual pipeline stage
     def after_load() -> None:
         metrics.open()
+        for change in changed:
+            # At the first step that the change applies to, so that a resume from the same
+            # checkpoint drops the line and writes its own.
+            metrics.log_note(
+                get_args().iteration + 1, f"changed: {change.line()} ({change.reason})"
+            )
         guard.load(output_folder(run), iteration=get_args().iteration)
         install_hooks(parts)
 
     try:
         pretrain(
             container,
-            dataset_provider(run, after_load),
+            dataset_provider(
+                run, after_load, lambda samples: sums.open(samples, get_args().iteration)
+            ),
             ModelType.encoder_or_decoder,
-            watch.count_micro_batches(guard.wrap_forward_step(forward_step)),
+            watch.count_micro_batches(guard.wrap_forward_step(step)),
             # Not through the container: in 0.19.2 that path never lays parameters out for
             # layer-wise Muon (megatron/training/training.py:2040-2061), which then runs without
             # sharding its state.
-            model_provider=metrics.wrap_provider(run_model_provider(run, backend)),
+            model_provider=metrics.wrap_provider(
+                run_model_provider(run, backend, new=start.kind == "new")
+            ),
         )
     finally:
         metrics.close()
+
+
+def parse_arguments(run: Run) -> Namespace:
+    """Read the command line with Megatron's parser and validation.
+
+    Raises:
+        InputError: a word of `execution.extra_arguments` is none of Megatron's; its parser would
+            print its whole help and exit.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said) if run.execution.extra_arguments else nullcontext():
+            arguments: Namespace = parse_and_validate_args()
+    except SystemExit as error:
+        raise InputError(
+            f"execution.extra_arguments={' '.join(run.execution.extra_arguments)}",
+            rule=f"Megatron's command line: {said.getvalue().strip().rpartition('error: ')[2]}",
+            fix="correct them, or leave them out",
+        ) from error
+    return arguments

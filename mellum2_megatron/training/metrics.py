@@ -15,9 +15,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.training import get_args
 
+from mellum2_megatron.architecture import MOST_MTP_LAYERS
 from mellum2_megatron.common.values import to_plain
 from mellum2_megatron.metrics import MetricsLogger
 from mellum2_megatron.model.router import Mellum2Router
+from mellum2_megatron.model.router_variants import VariantRouter
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -25,9 +27,19 @@ if TYPE_CHECKING:
     from mellum2_megatron.config import Run
     from mellum2_megatron.faults.step_guard import Event
 
+ACCEPTANCE = {
+    f"mtp_{depth}_acceptance_rate": f"mtp_{depth}_acceptance" if depth > 1 else "mtp_acceptance"
+    for depth in range(1, MOST_MTP_LAYERS + 1)
+}
+"""Megatron's names of the share of tokens that each MTP layer predicts, in percent."""
+
 NAMES = {
     "lm loss": "lm_loss",
-    "mtp_1 loss": "mtp_loss",
+    **{
+        f"mtp_{depth} loss": f"mtp_{depth}_loss" if depth > 1 else "mtp_loss"
+        for depth in range(1, MOST_MTP_LAYERS + 1)
+    },
+    **ACCEPTANCE,
     "global_load_balancing_loss": "aux_loss",
     "load_balancing_loss": "aux_loss",
     "seq_load_balancing_loss": "aux_loss",
@@ -39,8 +51,17 @@ NAMES = {
 }
 """Megatron's name of each scalar that is kept -> its name in the log."""
 
-VALIDATION_NAMES = {"lm loss validation": "lm_loss"}
-"""The same for the scalars of a validation."""
+HOTTEST_RANK = "expert_load/hottest_rank_over_mean"
+"""Tokens that the busiest rank of an expert-parallel group gets, over the group's mean: the mean
+over the layers of a pipeline stage, whose activations exist together; of the worst stage."""
+
+HOT_RANK = 1.5
+"""Load of the hottest rank above which an event is logged. No expert drops a token, so activations
+of experts grow with this load."""
+
+VALIDATION_LOSS = "lm loss validation"
+"""Megatron's name of the validation loss. Those of its sources, `lm loss/NAME validation`, come
+before it (`step.sum_loss`)."""
 
 
 class ScalarCapture:
@@ -52,16 +73,22 @@ class ScalarCapture:
 
     def __init__(self, on_validation: Callable[[int, dict[str, float]], None]) -> None:
         self.values: dict[str, float] = {}
+        self._of_sources: dict[str, float] = {}
         self._on_validation = on_validation
 
     def add_scalar(
         self, tag: str, scalar_value: Any, global_step: int | None = None, *_: Any, **__: Any
     ) -> None:
         """Keep the value of a known name; hand on a validation loss at once."""
-        if tag in NAMES:
+        if tag in ACCEPTANCE:
+            self.values[NAMES[tag]] = float(scalar_value) / 100
+        elif tag in NAMES:
             self.values[NAMES[tag]] = float(scalar_value)
-        elif tag in VALIDATION_NAMES and global_step is not None:
-            self._on_validation(global_step, {VALIDATION_NAMES[tag]: float(scalar_value)})
+        elif tag == VALIDATION_LOSS and global_step is not None:
+            self._on_validation(global_step, {"lm_loss": float(scalar_value), **self._of_sources})
+        elif tag.startswith("lm loss/") and tag.endswith(" validation"):
+            name = tag.removeprefix("lm loss/").removesuffix(" validation")
+            self._of_sources[f"lm_loss/{name}"] = float(scalar_value)
 
     def add_text(self, *_: Any, **__: Any) -> None:
         """Ignore: the arguments are in run.yaml."""
@@ -82,6 +109,7 @@ class TrainingMetrics:
         self._routers: list[Mellum2Router] = []
         self._log: MetricsLogger | None = None
         self._last_validation = -1
+        self._alarm_above = HOT_RANK
         self._capture = ScalarCapture(self._log_validation)
 
     @property
@@ -136,6 +164,14 @@ class TrainingMetrics:
         """Log a step that went wrong, and the action taken."""
         self.log.log_event(event.step, event.note, event.values)
 
+    def log_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        """Log the texts that the model generated after a step."""
+        self.log.log_samples(step, texts)
+
+    def log_note(self, step: int, note: str) -> None:
+        """Log an event that has no numbers."""
+        self.log.log_event(step, note, {})
+
     def replace_writer(self, writer: object | None) -> object | None:
         """Return the capture on the last rank, whose writer alone Megatron uses; else `writer`."""
         is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
@@ -159,8 +195,10 @@ class TrainingMetrics:
                 loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
             )
             run = self.run
-            is_last = iteration == run.schedule.train_steps
-            if iteration % run.logging.log_interval and not is_last:
+            is_logged = self._is_logged(iteration)
+            for router in self._routers:
+                router.end_batch(publish=is_logged)
+            if not is_logged:
                 return result
             values = self._capture.values | self._expert_load()
             values["samples"] = float(get_args().consumed_train_samples)
@@ -172,9 +210,33 @@ class TrainingMetrics:
                 values["tokens_per_second"] = rate
                 values["model_tflops_per_second"] = rate * flops / 1e12
             self.log.log_step(iteration, values)
+            self._watch_hottest_rank(iteration, values.get(HOTTEST_RANK, 0.0))
             return result
 
         return log_step
+
+    def wrap_acceptance(self, count: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap Megatron's `_compute_mtp_acceptance_counts`: 0 of 0 in a step that is not logged.
+
+        It takes the largest of all logits of a micro-batch, and Megatron calls it for each.
+        """
+
+        @functools.wraps(count)
+        def count_if_logged(
+            mtp_logits: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if self._is_logged(get_args().curr_iteration + 1):
+                counts: tuple[torch.Tensor, torch.Tensor] = count(mtp_logits, *args, **kwargs)
+                return counts
+            nothing = torch.zeros((), device=mtp_logits.device)
+            return nothing, nothing
+
+        return count_if_logged
+
+    def _is_logged(self, step: int) -> bool:
+        """Return true if the metrics of this step, from 1, are logged."""
+        run = self.run
+        return step % run.logging.log_interval == 0 or step == run.schedule.train_steps
 
     def _log_validation(self, step: int, values: dict[str, float]) -> None:
         """Log a validation, once: Megatron validates again after the last step."""
@@ -185,9 +247,14 @@ class TrainingMetrics:
     def _expert_load(self) -> dict[str, float]:
         """Return load of the busiest and idlest expert of each layer, relative to an even load.
 
+        With a capacity also the share of the chosen experts that had no room, and with expert
+        parallelism `HOTTEST_RANK`. Counts are those of a whole step on all ranks.
+
         A collective of the pipeline stages, each of which has its own layers.
         """
         load: dict[str, float] = {}
+        ranks = parallel_state.get_expert_model_parallel_world_size()
+        loads_of_ranks: list[torch.Tensor] = []
         for router in self._routers:
             counts = router.last_global_load
             if counts is None or not counts.sum():
@@ -196,6 +263,12 @@ class TrainingMetrics:
             shares = counts / counts.mean()
             load[f"expert_load/{layer}/max_over_mean"] = shares.max().item()
             load[f"expert_load/{layer}/min_over_mean"] = shares.min().item()
+            # Each rank holds experts with neighbouring numbers.
+            loads_of_ranks.append(shares.view(ranks, -1).mean(dim=1))
+            if isinstance(router, VariantRouter) and router.last_dropped_share is not None:
+                load[f"expert_load/{layer}/dropped_share"] = router.last_dropped_share
+        if ranks > 1 and loads_of_ranks:
+            load[HOTTEST_RANK] = torch.stack(loads_of_ranks).mean(dim=0).max().item()
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         if stages == 1:
             return load
@@ -203,4 +276,19 @@ class TrainingMetrics:
         torch.distributed.all_gather_object(
             parts, load, group=parallel_state.get_pipeline_model_parallel_group()
         )
-        return {name: value for part in parts for name, value in part.items()}
+        merged = {name: value for part in parts for name, value in part.items()}
+        hottest = [part[HOTTEST_RANK] for part in parts if HOTTEST_RANK in part]
+        return merged | ({HOTTEST_RANK: max(hottest)} if hottest else {})
+
+    def _watch_hottest_rank(self, step: int, load: float) -> None:
+        """Log an event if the hottest rank is above `HOT_RANK`, and again when it grows by 10%."""
+        if load <= self._alarm_above:
+            return
+        self._alarm_above = 1.1 * load
+        self.log.log_event(
+            step,
+            f"one rank's experts get {load:.2f} times the mean number of tokens, and their "
+            "activations take as much more memory: before it runs out, use execution.recompute, a "
+            "smaller schedule.micro_batch_size, or loss.aux_loss_gradient=exact",
+            {"hottest_rank_over_mean": load},
+        )

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,14 +25,14 @@ from mellum2_megatron.checkpoint import (
     StartingPoint,
     check_run_folder,
     output_folder,
-    read_run,
     write_run_folder,
 )
 from mellum2_megatron.checkpoint.checks import check_share
+from mellum2_megatron.checkpoint.run_folder import read_run_in_place
 from mellum2_megatron.checkpoint.saving import remove_partial_checkpoints
 from mellum2_megatron.common.errors import WorkError
 from mellum2_megatron.common.provenance import record
-from mellum2_megatron.config import Device, Run
+from mellum2_megatron.config import Device, Run, overridden
 from mellum2_megatron.faults.failures import (
     explained,
     is_echo,
@@ -41,6 +41,7 @@ from mellum2_megatron.faults.failures import (
 )
 from mellum2_megatron.faults.hang_watch import HangWatch, default_store
 from mellum2_megatron.faults.stop_request import STOPPED, StopRequest
+from mellum2_megatron.planning.resume import data_changes, resume_lines
 from mellum2_megatron.planning.rules import enforce
 
 _ECHO_SECONDS = 5.0
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         finished = train(
-            read_run(options.run),
+            read_run_in_place(options.run)[0],
             device=options.device,
             verbose=options.verbose,
             to_launcher=options.to_launcher,
@@ -121,9 +122,13 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     start = StartingPoint.of(run)
     enforce(run, world_size=world_size, device=device, start=start)
+    run = start.joined(run)
     check_run_folder(run, start)
     check_share(run, start, rank=rank, world_size=world_size)
     os.environ.update(upstream.environment(run))
+    if device == "cuda":
+        for name, value in upstream.gpu_environment(run).items():
+            os.environ.setdefault(name, value)
     _activate(device, verbose=verbose)
     output, stop = output_folder(run), StopRequest()
     stop.listen()
@@ -146,8 +151,10 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
         timeout=run.timeout_minutes * 60,
         end=end_hung_rank,
         step=current_step,
+        output=output,
         store=default_store,
     )
+    changed = (*start.changes(run), *data_changes(run, start))
     if rank == 0:
         remove_partial_checkpoints(output)
         # Our launchers have written it already. A plain torchrun with a run file has not.
@@ -157,21 +164,49 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
             event="start",
             world_size=world_size,
             from_step=start.step,
-            more={"device": device},
+            more={
+                "device": device,
+                # The file and its hash, if the recipe is in a file of the user's own.
+                "recipe": run.sources.get("name", run.name),
+                "overrides": overridden(run),
+                "changed": {change.key: [change.before, change.after] for change in changed},
+                "cwd": os.getcwd(),
+            },
         )
         sys.stdout.write(f"{start.line(run)}\n")
+        sys.stdout.writelines(f"{line}\n" for line in resume_lines(run, start))
         sys.stdout.flush()
+
+    def record_end(outcome: str) -> None:
+        # A full disk must not turn a finished run into a failure, nor hide why another one failed.
+        with suppress(OSError):
+            if rank == 0:
+                record(output, event="end", world_size=world_size, more={"outcome": outcome})
+
     with only_complete_checkpoints(output) if rank == 0 else nullcontext(), explained(output):
         from mellum2_megatron.training.loop import run_loop
 
         try:
-            run_loop(run, start, world_size=world_size, device=device, stop=stop, watch=watch)
+            run_loop(
+                run,
+                start,
+                changed,
+                world_size=world_size,
+                device=device,
+                stop=stop,
+                watch=watch,
+            )
         except SystemExit as end:  # Megatron's way to leave its loop early
             if end.code or not stop.agreed:
                 raise
+            record_end("stopped")
             return False
+        except Exception:
+            record_end("failed")
+            raise
         finally:
             watch.stop()
+        record_end("finished")
     return True
 
 

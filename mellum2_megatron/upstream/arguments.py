@@ -16,6 +16,7 @@ from mellum2_megatron.architecture import architecture_arguments
 from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Backend, Device, Run
+from mellum2_megatron.data.feed.entries import prefixes
 
 _TORCH_BACKEND = (
     *("--transformer-impl", "local"),
@@ -72,10 +73,12 @@ def megatron_arguments(
         *architecture_arguments(run.architecture),
         *("--max-position-embeddings", str(run.architecture.max_position_embeddings)),
         *_layout(run),
-        *_experts(run, backend),
+        *_losses(run),
+        *(_experts(run, backend) if run.architecture.has_experts else ()),
         *_optimizer(run),
         *_schedule(run),
         *_precision(run),
+        *_execution(run),
         *_data(run),
         *_logging(run),
         *_checkpoint(run, start or StartingPoint.of(run)),
@@ -88,16 +91,43 @@ def megatron_arguments(
         *("--rerun-mode", "disabled"),
         *(("--transformer-impl", "transformer_engine") if backend == "te" else _TORCH_BACKEND),
         *(_CPU if device == "cpu" else ()),
+        *run.execution.extra_arguments,
     ]
 
 
 def environment(run: Run) -> dict[str, str]:
     """Return the environment variables that Megatron asserts for this run."""
-    if run.layout.tp > 1 or run.layout.cp > 1:
+    variables = {}
+    if (run.layout.tp > 1 or run.layout.cp > 1) and not run.layout.overlap_expert_comm:
         # One hardware queue up to Hopper, so that communication is issued in program order
         # (arguments.py:1408-1438).
-        return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return {}
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if run.execution.offload:
+        # Else Transformer Engine would offload weights too (arguments.py:1857).
+        variables["NVTE_CPU_OFFLOAD_V1"] = "1"
+    return variables
+
+
+def gpu_environment(run: Run) -> dict[str, str]:
+    """Return the environment variables of a fast run on GPUs; those that are set already win.
+
+    They are those of the fastest published runs of such models on H100: Megatron-Bridge's
+    Moonlight-16B-A3B and Qwen3-30B-A3B.
+    """
+    variables = {
+        # Segments that grow: steps whose experts get other numbers of tokens leave no holes.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # Registered buffers of CUDA graphs do not go with such segments.
+        "NCCL_GRAPH_REGISTER": "0",
+    }
+    if "CUDA_DEVICE_MAX_CONNECTIONS" not in environment(run):
+        # As many hardware queues as there are: with one, an exchange of tokens would wait for the
+        # computation that it should overlap.
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+    if run.layout.overlap_expert_comm:
+        # Norms leave multiprocessors to the exchange beside them.
+        variables |= {"NVTE_FWD_LAYERNORM_SM_MARGIN": "16", "NVTE_BWD_LAYERNORM_SM_MARGIN": "16"}
+    return variables
 
 
 def _layout(run: Run) -> list[str]:
@@ -112,10 +142,27 @@ def _layout(run: Run) -> list[str]:
     ]
     if layout.sp:
         words.append("--sequence-parallel")
+    if layout.dispatcher == "flex":
+        words += ["--moe-flex-dispatcher-backend", layout.dispatcher_backend]
+        if layout.dispatcher_sms is not None:
+            words += ["--moe-flex-dispatcher-num-sms", str(layout.dispatcher_sms)]
+    if layout.overlap_expert_comm:
+        words.append("--overlap-moe-expert-parallel-comm")
+    if layout.delay_wgrad:
+        words.append("--delay-wgrad-compute")
     if layout.vpp > 1:
         words += ["--num-virtual-stages-per-pipeline-rank", str(layout.vpp)]
     if layout.cp > 1:
         words += ["--cp-comm-type", *layout.cp_comm_types(run.architecture)]
+    return words
+
+
+def _losses(run: Run) -> list[str]:
+    words = []
+    if run.architecture.num_mtp_layers:
+        words += ["--mtp-loss-scaling-factor", str(run.loss.mtp_factor)]
+    if run.loss.per_token:
+        words.append("--calculate-per-token-loss")
     return words
 
 
@@ -125,16 +172,20 @@ def _experts(run: Run, backend: Backend) -> list[str]:
         *("--moe-aux-loss-coeff", str(run.loss.aux_loss_coef)),
         *("--moe-router-dtype", "fp32"),
     ]
+    if run.loss.capacity_factor is not None:
+        words += ["--moe-expert-capacity-factor", str(run.loss.capacity_factor)]
     if run.loss.z_loss_coef:
         words += ["--moe-z-loss-coeff", str(run.loss.z_loss_coef)]
-    if run.architecture.num_mtp_layers:
-        words += ["--mtp-loss-scaling-factor", str(run.loss.mtp_factor)]
-    if run.loss.per_token:
-        words.append("--calculate-per-token-loss")
     if backend == "te":
         # All three are Transformer Engine kernels; without it router fusion passes validation and
         # fails at run time (megatron/core/transformer/moe/moe_utils.py:127-129).
-        words += ["--moe-grouped-gemm", "--moe-router-fusion", "--moe-permute-fusion"]
+        words += ["--moe-grouped-gemm", "--moe-permute-fusion"]
+        # The fused choice of experts knows no bias on softmax scores.
+        if not run.loss.bias_update_rate:
+            words.append("--moe-router-fusion")
+        if run.layout.dispatcher == "flex" and run.layout.dispatcher_backend == "hybridep":
+            # HybridEP's kernel writes tokens in the order of their experts by itself.
+            words.append("--moe-permute-fusion-into-hybridep")
     return words
 
 
@@ -178,9 +229,9 @@ def _schedule(run: Run) -> list[str]:
         *("--lr-warmup-samples", str(schedule.warmup_samples)),
         *("--lr-decay-samples", str(schedule.lr_horizon)),
         # The run, not the checkpoint, states the schedule; peak and minimum rate come with the
-        # checkpoint's parameter groups (`rules.FROM_CHECKPOINT`). Phases extend `train_samples`,
-        # which Megatron stores as the length of the weight-decay schedule and otherwise asserts to
-        # be unchanged (megatron/core/optimizer_param_scheduler.py:333-341).
+        # checkpoint's parameter groups (`checkpoint/resume_keys.py`). Phases extend
+        # `train_samples`, which Megatron stores as the length of the weight-decay schedule and
+        # otherwise asserts to be unchanged (megatron/core/optimizer_param_scheduler.py:333-341).
         "--override-opt-param-scheduler",
     ]
     if schedule.style == "whd":
@@ -218,6 +269,24 @@ def _precision(run: Run) -> list[str]:
     return words
 
 
+def _execution(run: Run) -> list[str]:
+    execution = run.execution
+    words = []
+    if execution.recompute:
+        words += ["--recompute-granularity", "selective"]
+        words += ["--recompute-modules", *execution.recompute]
+    if execution.offload:
+        words += ["--fine-grained-activation-offloading"]
+        words += ["--offload-modules", *execution.offload]
+    if execution.gc_interval is not None:
+        words += ["--manual-gc", "--manual-gc-interval", str(execution.gc_interval)]
+    if execution.fused_residual_norm:
+        words.append("--fused-residual-rmsnorm")
+    if execution.pad_expert_tokens:
+        words.append("--moe-router-padding-for-quantization")
+    return words
+
+
 def _data(run: Run) -> list[str]:
     """Return the data flags. Tokens are ids already, so Megatron gets a tokenizer's size only."""
     vocabulary = str(run.architecture.vocab_size)
@@ -228,8 +297,8 @@ def _data(run: Run) -> list[str]:
         *("--tokenizer-type", "NullTokenizer"),
         # Both, which leaves Megatron nothing to pad (core/tokenizers/utils/build_tokenizer.py:140).
         *("--vocab-size", vocabulary, "--padded-vocab-size", vocabulary),
-        *("--train-data-path", *_blend(run.data.train_blend)),
-        *("--valid-data-path", *_blend(run.data.valid_blend)),
+        *("--train-data-path", *_blend(prefixes(run.data, "train"))),
+        *("--valid-data-path", *_blend(prefixes(run.data, "valid"))),
         *("--num-workers", str(run.data.workers)),
         # Both backends mask by themselves; a [b, 1, s, s] mask would only cost memory.
         "--no-create-attention-mask-in-dataloader",
@@ -276,8 +345,8 @@ def _checkpoint(run: Run, start: StartingPoint) -> list[str]:
         # Without its own process Megatron switches it off after a warning (arguments.py:1741-1746);
         # the other strategy is a package of its own, nvidia-resiliency-ext.
         words += ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
-    if checkpoint.load is not None:
-        # Read only while --load has no checkpoint yet, and then as weights without optimizer state
-        # or step count (megatron/training/checkpointing.py:2095-2106).
+    if checkpoint.load is not None and start.kind != "resume":
+        # Read as weights without optimizer state or step count, because --load has no checkpoint
+        # yet (megatron/training/checkpointing.py:2095-2106).
         words += ["--pretrained-checkpoint", checkpoint.load]
     return words

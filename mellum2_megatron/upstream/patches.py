@@ -14,7 +14,7 @@ import importlib.util
 import os
 
 from mellum2_megatron.common.errors import WorkError
-from mellum2_megatron.upstream import muon_groups, patching, replacements
+from mellum2_megatron.upstream import muon_groups, patching, replacements, safe_loading
 from mellum2_megatron.upstream.patching import Patch
 
 PATCHES: tuple[Patch, ...] = (
@@ -100,6 +100,45 @@ PATCHES: tuple[Patch, ...] = (
         why="core/transformer/multi_token_prediction.py:873-891 weights the MTP loss of each "
         "context-parallel rank by that rank's own number of tokens; these differ by the tokens "
         "that have no next one (Megatron-LM pull request 7498)",
+    ),
+    Patch(
+        name="chunked-mtp",  # after context-mtp, whose share multiplies the chunked loss too
+        target="megatron.core.transformer.multi_token_prediction:process_mtp_loss",
+        replacement=replacements.chunk_mtp_loss,
+        why="core/transformer/multi_token_prediction.py:839 takes the logits of all tokens at "
+        "once, and GPTModel's output_processor replaces the main head's only",
+    ),
+    Patch(
+        name="chunked-acceptance",
+        target="megatron.core.transformer.multi_token_prediction:_compute_mtp_acceptance_counts",
+        replacement=replacements.chunk_acceptance,
+        why="the other half of chunked-mtp: core/transformer/multi_token_prediction.py:544 counts "
+        "predictions in the logits of all tokens",
+    ),
+    Patch(
+        name="planned-documents",
+        target="megatron.core.models.common.fine_grained_callables:build_mtp_layer_callables",
+        replacement=replacements.plan_documents,
+        why="core/models/common/fine_grained_callables.py:87 asserts in the plan of overlapped "
+        "exchanges that there are no packed documents beside MTP, which its other lines pass on",
+    ),
+    Patch(
+        name="metadata-pickle",
+        target="torch.distributed.checkpoint.filesystem:FileSystemReader.read_metadata",
+        replacement=safe_loading.read_records,
+        why="torch/distributed/checkpoint/filesystem.py:938 (2.15) unpickles .metadata, which runs "
+        "any program that the file's author wrote",
+        distribution="torch",
+        versions=">=2.6",
+    ),
+    Patch(
+        name="object-pickle",
+        target="torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes",
+        replacement=safe_loading.load_plain_objects,
+        why="torch/distributed/checkpoint/default_planner.py:388 (2.15) loads stored objects with "
+        "weights_only=False, which does the same",
+        distribution="torch",
+        versions=">=2.6",
     ),
 )
 

@@ -5,10 +5,11 @@ Each public function takes an upstream function and returns the one to put in it
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mellum2_megatron.common.errors import InputError, WorkError
@@ -199,7 +200,8 @@ def share_mtp_count(
     weights a token's loss by f n / m with ``calculate_per_token_loss``, else by f / m. Correct are
     f n' / m' and f / m', with n' and m' of the average rank. Two changes lead there:
 
-    - the loss is multiplied by m / m', so that upstream's 1 / m becomes 1 / m';
+    - the loss is multiplied by m / m', those of the MTP layer, so that upstream's 1 / m becomes
+      1 / m';
     - with ``calculate_per_token_loss``, f is multiplied by n' and the flag is turned off, so that
       upstream adds no factor n.
     """
@@ -216,20 +218,29 @@ def share_mtp_count(
         **kwargs: Any,
     ) -> torch.Tensor:
         import torch
-        from megatron.core.transformer.multi_token_prediction import roll_tensor
 
         compute_loss = compute_language_model_loss
         if (
             cp_group is not None
             and cp_group.size() > 1
             and labels is not None
-            and config.mtp_num_layers == 1
+            and config.mtp_num_layers
         ):
             mask = torch.ones_like(labels) if loss_mask is None else loss_mask
-            predicted = roll_tensor(mask, cp_group=cp_group, packed_seq_params=packed_seq_params)[1]
-            counts = torch.stack((mask.sum(), predicted)).float()
+            predicted = torch.stack(
+                [
+                    count
+                    for _, count in _rolled_masks(
+                        mask,
+                        config.mtp_num_layers,
+                        cp_group=cp_group,
+                        packed_seq_params=packed_seq_params,
+                    )
+                ]
+            )
+            counts = torch.cat((mask.sum()[None], predicted)).float()
             torch.distributed.all_reduce(counts, group=cp_group)
-            mean_counted, mean_predicted = counts / cp_group.size()
+            mean_counted, *mean_predicted = counts / cp_group.size()
             if config.calculate_per_token_loss:
                 # A copy: the run's own configuration is shared by all micro-batches.
                 config = copy.copy(config)
@@ -237,10 +248,10 @@ def share_mtp_count(
                 config.calculate_per_token_loss = False
             # Upstream divides by max(m, 1), which cancels. The mean is 0 only where no rank has a
             # loss; otherwise it is at least 1 / cp, well above 1e-3.
-            share = predicted.clamp(min=1) / mean_predicted.clamp(min=1e-3)
+            shares = iter(predicted.clamp(min=1) / torch.stack(mean_predicted).clamp(min=1e-3))
 
             def compute_shared_loss(*args: Any) -> torch.Tensor:
-                loss: torch.Tensor = compute_language_model_loss(*args) * share
+                loss: torch.Tensor = compute_language_model_loss(*args) * next(shares)
                 return loss
 
             compute_loss = compute_shared_loss
@@ -256,3 +267,124 @@ def share_mtp_count(
         )
 
     return process_mtp_loss
+
+
+def _rolled_masks(
+    mask: torch.Tensor, layers: int, **places: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the loss mask of each MTP layer, `[b, s]`, and its sum; ``places`` are `roll_tensor`'s.
+
+    A layer's mask is that of the layer before it, one token further.
+    """
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    for _ in range(layers):
+        mask, count = roll_tensor(mask, shifts=-1, dims=-1, **places)
+        yield mask, count
+
+
+def chunk_mtp_loss(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap `process_mtp_loss`: chunks where the output layer has a `head_chunk`."""
+
+    @functools.wraps(original)
+    def process_mtp_loss(
+        *args: Any,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        output_layer: Any,
+        config: TransformerConfig,
+        tp_group: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        import torch
+
+        from mellum2_megatron.model.chunked_head import ChunkedHead
+
+        chunk = getattr(output_layer, "head_chunk", None)
+        if chunk is not None and labels is not None:
+            head = ChunkedHead(output_layer, chunk, tp_group)
+            places = {name: kwargs.get(name) for name in ("cp_group", "packed_seq_params")}
+            mask = torch.ones_like(labels) if loss_mask is None else loss_mask
+            rolled = _rolled_masks(mask, config.mtp_num_layers or 0, **places)
+
+            def compute_loss(rolled_labels: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+                return head.loss(rolled_labels, hidden, next(rolled)[0])
+
+            output_layer = head
+            kwargs["compute_language_model_loss"] = compute_loss
+        return original(
+            *args,
+            labels=labels,
+            loss_mask=loss_mask,
+            output_layer=output_layer,
+            config=config,
+            tp_group=tp_group,
+            **kwargs,
+        )
+
+    return process_mtp_loss
+
+
+def chunk_acceptance(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `_compute_mtp_acceptance_counts`: take the logits of a chunked head in chunks too."""
+
+    @functools.wraps(original)
+    def count(
+        mtp_logits: torch.Tensor,
+        mtp_labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        output_layer: Any,
+        *rest: Any,
+    ) -> Any:
+        from mellum2_megatron.model.chunked_head import ChunkedHead
+
+        if not isinstance(output_layer, ChunkedHead):
+            return original(mtp_logits, mtp_labels, loss_mask, output_layer, *rest)
+        # In the place of the logits there are the hidden states.
+        return output_layer.acceptance(original, mtp_logits, mtp_labels, loss_mask, *rest)
+
+    return count
+
+
+def plan_documents(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wrap `build_mtp_layer_callables`: hand packed documents around its assertion.
+
+    The rest of the plan passes them on: to MTP's embeddings, its attention and its loss.
+    """
+
+    @functools.wraps(original)
+    def build_mtp_layer_callables(layer: Any) -> Any:
+        (before_dispatch, *others), weights = original(layer)
+        inner = layer.mtp_model_layer
+
+        def dispatch_documents(node: Any, hidden_states: torch.Tensor) -> Any:
+            state = node.chunk_state
+            packed = state.packed_seq_params
+            if packed is None:
+                return before_dispatch(node, hidden_states)
+            state.packed_seq_params = None
+            try:
+                with (
+                    _with_documents(layer, "_get_embeddings", packed),
+                    _with_documents(inner, "_forward_attention", packed),
+                ):
+                    return before_dispatch(node, hidden_states)
+            finally:
+                state.packed_seq_params = packed
+
+        return [dispatch_documents, *others], weights
+
+    return build_mtp_layer_callables
+
+
+@contextlib.contextmanager
+def _with_documents(owner: Any, name: str, packed: PackedSeqParams) -> Iterator[None]:
+    """Give one object's method the documents inside, whatever its caller passes."""
+    method = getattr(owner, name)
+    object.__setattr__(
+        owner, name, lambda **kwargs: method(**kwargs | {"packed_seq_params": packed})
+    )
+    try:
+        yield
+    finally:
+        object.__delattr__(owner, name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import re
 from typing import Any
 
@@ -171,14 +173,15 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
         ({"attention_bias": True}, "attention_bias=True"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"mlp_layer_types": ["sparse"] * 27 + ["dense"]}, "mlp_layer_types[27]='dense'"),
+        ({"mlp_layer_types": ["sparse"] * 27 + ["moe"]}, "mlp_layer_types entry 'moe'"),
+        ({"mlp_layer_types": ["dense"] * 28}, "mtp_mlp_layer_types[0]='sparse'"),
         ({"mtp_mlp_layer_types": ["dense"]}, "mtp_mlp_layer_types[0]='dense'"),
         ({"mlp_layer_types": ["sparse"] * 27}, "mlp_layer_types with 27 entries"),
         (
             {"num_nextn_predict_layers": 2, "mtp_layer_types": None, "mtp_mlp_layer_types": None},
             "num_mtp_layers=2",
         ),
-        ({"num_nextn_predict_layers": True}, "num_mtp_layers=True"),
+        ({"num_nextn_predict_layers": True}, "num_mtp_layers=true"),
         ({"mtp_layer_types": []}, "mtp_layer_types with 0 entries"),
         ({"layer_types": [SLIDING] * 27}, "layer_types with 27 entries"),
         ({"layer_types": [SLIDING] * 27 + ["chunked_attention"]}, "'chunked_attention'"),
@@ -219,3 +222,19 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
 def test_inexpressible_configs_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=re.escape(named)):
         from_hf_config(RELEASED_CONFIG | changes)
+
+
+WRONG = (None, [], {}, "x", -1, 1.5, True, [None], {"a": 1}, [["a"]], [{}], 10**30, math.nan)
+
+
+@pytest.mark.parametrize("key", to_hf_config(PRESETS["mellum2-tiny"], "bfloat16"))
+def test_any_value_under_any_key_is_taken_or_refused(key: str) -> None:
+    """No value ends in another exception."""
+    config = to_hf_config(PRESETS["mellum2-tiny"], "bfloat16")
+    for value in WRONG:
+        with contextlib.suppress(InputError):
+            from_hf_config({**config, key: value})
+    if key not in ("layer_types", "mtp_layer_types"):
+        return
+    with pytest.raises(InputError, match="list of names"):
+        from_hf_config({**config, key: [["a"]]})

@@ -70,7 +70,8 @@ def test_replace_continues_the_pattern_of_layers() -> None:
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0"),
         ({"norm_topk_prob": 1}, "norm_topk_prob=1"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
-        ({"num_mtp_layers": 2}, "num_mtp_layers=2"),
+        ({"num_mtp_layers": 5}, "num_mtp_layers=5"),
+        ({"num_mtp_layers": True}, "num_mtp_layers=true"),
         ({"mtp_layer_types": ()}, "mtp_layer_types with 0 entries"),
         ({"layer_types": (SLIDING,) * 3}, "layer_types with 3 entries"),
         ({"sliding_window": None}, "sliding_window=None"),
@@ -87,7 +88,7 @@ def test_impossible_values_are_refused(changes: dict[str, Any], named: str) -> N
     [
         ({"rope_type": "default", "factor": 2.0}, "rope.factor=2.0"),
         ({"rope_type": "yarn"}, "rope.factor=None"),
-        ({"rope_type": "yarn", "factor": 2.0}, "rope.original_max_position_embeddings=None"),
+        ({"rope_type": "yarn", "factor": 2.0}, "rope.original_max_position_embeddings=null"),
         ({"rope_type": "linear"}, "rope_type='linear'"),
         (
             {
@@ -118,3 +119,18 @@ def test_describing_a_model_imports_no_heavy_library() -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_patterns_of_layers_fit_any_depth() -> None:
+    """One override of a study holds for models of every size."""
+    assert TINY.replace(mlp_layer_types=("dense",)).mlp_layer_types == ("dense",) * 4
+    mixed = TINY.replace(mlp_layer_types=("dense", "sparse"))
+    assert mixed.mlp_layer_types == ("dense", "sparse") * 2
+    assert mixed.replace(num_hidden_layers=3).mlp_layer_types == ("dense", "sparse", "dense")
+    assert mixed.replace(hidden_size=128).mlp_layer_types == mixed.mlp_layer_types
+    assert TINY.replace(mlp_layer_types=("sparse",)) == TINY
+    assert TINY.replace(layer_types=(FULL,), num_hidden_layers=6).layer_types == (FULL,) * 6
+    with pytest.raises(InputError, match="mlp_layer_types with 3 entries"):
+        TINY.replace(mlp_layer_types=("dense",) * 3)
+    with pytest.raises(InputError, match="mlp_layer_types='dense'"):
+        TINY.replace(mlp_layer_types="dense")

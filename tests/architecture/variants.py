@@ -29,9 +29,12 @@ ODD = TINY.replace(  # nothing a multiple of anything else
 VARIANTS = {
     "tiny": TINY,
     "odd": ODD,
+    "one_expert_per_token": TINY.replace(num_experts_per_tok=1, num_hidden_layers=2),
     "no_mtp": TINY.replace(num_mtp_layers=0, num_hidden_layers=2),
     "full_mtp_layer": TINY.replace(mtp_layer_types=(FULL,)),
     "all_full": TINY.replace(layer_types=(FULL,) * 4, mtp_layer_types=(FULL,), sliding_window=None),
+    "dense_and_sparse": TINY.replace(mlp_layer_types=("dense", "sparse") * 2),
+    "all_dense": TINY.replace(mlp_layer_types=("dense",) * 4),
     "two_periods_yarn": TINY.replace(
         num_hidden_layers=8,
         norm_topk_prob=False,

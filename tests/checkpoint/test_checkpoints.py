@@ -210,10 +210,11 @@ def require_equal_resume(source: Path, run: Run, nproc: int) -> None:
     )
     assert common["opt_param_scheduler"] == found_common["opt_param_scheduler"]
     assert steps(found_common["optimizer"]) == steps(common["optimizer"]) == {3}
-    for name in ("lm_loss", "mtp_loss", "grad_norm"):
+    # Seen on ten pairs of layouts: 2.3e-4 and 1e-4 of the losses, 4.7e-3 of the norm.
+    for name, within in (("lm_loss", 1e-3), ("mtp_loss", 5e-4), ("grad_norm", 1.5e-2)):
         expected, seen = losses(source, name), losses(output, name)
         assert seen.keys() == expected.keys()
-        assert seen == pytest.approx(expected, rel=2e-2 if name == "grad_norm" else 3e-3), name
+        assert seen == pytest.approx(expected, rel=within), name
 
 
 def test_resume_with_expert_tensor_parallelism(
@@ -248,7 +249,7 @@ def test_resume_back_to_expert_parallelism(
     ]
     assert groups == [1, 2]
     assert equal(state(wrote)[0], state(tmp_path / "again" / "iter_0000004")[0])
-    assert losses(tmp_path / "back") == pytest.approx(losses(trained), rel=3e-3)
+    assert losses(tmp_path / "back") == pytest.approx(losses(trained), rel=1e-4)  # seen: 1.2e-5
 
 
 def muon_groups(objects: dict[str, Any]) -> list[dict[str, Any]]:

@@ -208,6 +208,6 @@ def test_settings_stored_in_the_checkpoint_cannot_change(
     values = [
         violation.problem.value
         for violation in check(run, 2, "cpu")
-        if violation.rule.name == "resume-keeps-optimizer"
+        if violation.rule.name == "resume-keeps-settings"
     ]
     assert values == ([f"{change} with a checkpoint of {kept} in {root}"] if kept else [])

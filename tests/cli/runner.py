@@ -30,7 +30,9 @@ SMALL = [
     "logging.eval_iterations=0",
     "checkpoint.save_interval=1",
 ]
-PREPARE = ["--vocab-size", "360", "--workers", "1", "--valid-fraction", "0.2"]
+PACK = ["--vocab-size", "360", "--workers", "1", "--valid-fraction", "0.2"]
+"""Options of a small `data prepare`."""
+PREPARE = [*PACK, "--format", "megatron"]
 
 
 @dataclasses.dataclass

@@ -76,6 +76,34 @@ def test_folder_of_another_model_is_refused(
     assert snapshot(tmp_path) == before
 
 
+def test_a_folder_of_the_other_form_leads_to_the_right_command(
+    hf_folder: Path, checkpoint: Path, small_run: list[str], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "tokens.npy", np.ones((1, 4), dtype=np.int64))
+    score = ["score", "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "out.npz"]
+    before = snapshot(tmp_path)
+    mellum2(*score, "--hf-path", checkpoint).refused(f"give --megatron-path {checkpoint}")
+    mellum2(*score, "--megatron-path", hf_folder).refused(f"give --hf-path {hf_folder}")
+    mellum2("verify", "--megatron-path", hf_folder, "--hf-path", checkpoint).refused(
+        f"give --hf-path {hf_folder} and --megatron-path {checkpoint}"
+    )
+    export = f"mellum2 convert export --megatron-path {checkpoint} --hf-path {checkpoint}-hf"
+    mellum2("verify", "--megatron-path", checkpoint, "--hf-path", checkpoint).refused(export)
+    for words in ([checkpoint, hf_folder], [hf_folder, checkpoint]):
+        mellum2("convert", "stitch-mtp", *words, "--output", tmp_path / "x").refused(export)
+    mellum2("convert", "export", "--megatron-path", hf_folder, "--hf-path", tmp_path / "x").refused(
+        f"mellum2 convert import --hf-path {hf_folder} --megatron-path {hf_folder}-megatron"
+    )
+    target = ["--megatron-path", tmp_path / "x"]
+    mellum2("convert", "import", "--hf-path", checkpoint, *target).refused(export)
+    mellum2("train", hf_folder).refused(f"RECIPE architecture={hf_folder}")
+    output = ["--output", tmp_path / "run"]
+    mellum2("train", *small_run, f"checkpoint.continue_from={hf_folder}", *output).refused(
+        f"use checkpoint.load={hf_folder}"
+    )
+    assert snapshot(tmp_path) == before
+
+
 def test_checkpoints_of_another_architecture_are_refused(
     checkpoint: Path, run_folder: Path, small_run: list[str], tmp_path: Path
 ) -> None:
@@ -200,21 +228,37 @@ def test_occupied_targets_are_refused(
     assert snapshot(tmp_path) == before
 
 
+CHAT = ["--mode", "instruct"]
+PLAN = """
+name: x
+tokenizer: {tokenizer}
+output: {output}
+sources: {{code: {{kind: code, inputs: [{texts}]}}}}
+phases: [{{tokens: 100, mixture: {{code: 100}}, sequence_length: 64}}]
+"""
+
+
 def test_read_only_disk_is_refused(
     mounted: Callable[[str], Path],
     hf_folder: Path,
     small_run: list[str],
     texts: Path,
+    corpus: Path,
     tmp_path: Path,
 ) -> None:
     """A read-only file system, which stops even root."""
     disk = mounted("ro")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN.format(tokenizer=corpus / "tokenizer", texts=texts, output=disk / "plan"))
     np.save(tmp_path / "tokens.npy", np.ones((1, 4), dtype=np.int64))
     tokens, out = ["--tokens", tmp_path / "tokens.npy"], ["--out", disk / "out.npz"]
     for words in (
         ["train", *small_run, "--output", disk / "run"],
         ["convert", "import", "--hf-path", hf_folder, "--megatron-path", disk / "checkpoint"],
         ["data", "prepare", "--input", texts, "--output", disk / "corpus"],
+        ["data", "prepare", "--input", texts, "--output", disk / "x", "--format", "megatron"],
+        ["data", "chat", texts, "--output", disk / "chat", "--tokenizer", hf_folder, *CHAT],
+        *(["data", word, plan] for word in ("plan", "run", "report")),
         ["score", *tokens, *out, "--hf-path", hf_folder],
     ):
         mellum2(*words).refused(str(disk), "not writable")

@@ -16,15 +16,19 @@ import torch
 import typer
 from rich.text import Text
 
+from conversion.convert import import_hf
 from conversion.release.check_release import MIN_ACCEPTANCE
 from conversion.release.members import MEMBERS
-from mellum2_megatron.cli.app import app
+from mellum2_megatron.cli.app import app, command_line
 from mellum2_megatron.config import from_yaml
+from mellum2_megatron.data.corpus.discovery import INSTALLED_FILE_LIMIT
+from mellum2_megatron.data.corpus.sources import TEXT_KEYS
 from mellum2_megatron.data.prepare import DEFAULT_MAX_BYTES
 from mellum2_megatron.data.prepared_folder import load_prepared
 from tests import REPOSITORY
 from tests.cli.runner import BIG, TINY, Result, mellum2, process
 from tests.conversion.folders import load_tensors, save_tensors
+from tests.conversion.releases import write_model
 
 
 def test_version_and_help() -> None:
@@ -64,10 +68,14 @@ def _commands(command: Any, name: str = "mellum2") -> Iterator[tuple[str, Any]]:
 def test_help_texts_are_printed_unchanged() -> None:
     """rich takes square brackets for markup, and typer keeps a summary's line breaks."""
     names = []
-    for name, command in _commands(typer.main.get_command(app)):
+    written = _commands(typer.main.get_command(app))
+    for (name, command), (_, printed) in zip(written, _commands(command_line()), strict=True):
         names.append(name)
-        for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
-            assert text is None or Text.from_markup(text).plain == text, (name, text)
+        for source, shown in zip(
+            (command, *command.params), (printed, *printed.params), strict=True
+        ):
+            text = getattr(source, "help", None)
+            assert not text or Text.from_markup(shown.help).plain == text, (name, text)
         assert command.help, name
         assert "\n" not in command.help.partition("\n\n")[0], name
     assert len(names) > 20
@@ -75,7 +83,10 @@ def test_help_texts_are_printed_unchanged() -> None:
 
 def test_help_states_the_defaults_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    assert f"default: {DEFAULT_MAX_BYTES >> 20} MiB" in mellum2("data", "prepare", "--help").out
+    shown = mellum2("data", "prepare", "--help").out
+    assert f"default: {DEFAULT_MAX_BYTES >> 20} MiB" in shown
+    assert f"({INSTALLED_FILE_LIMIT >> 10} KiB)" in shown
+    assert all(key in shown for key in TEXT_KEYS)
     for command in ("release", "check-release"):
         shown = mellum2(command, "--help").out
         assert all(member in shown for member in MEMBERS)
@@ -167,11 +178,26 @@ def test_dry_run_is_a_run_file(small_run: list[str], tmp_path: Path) -> None:
     assert from_yaml(mellum2("train", TINY, "--dry-run").out).checkpoint.output == f"runs/{TINY}"
 
 
-def test_prepare_prints_one_line(prepare_result: tuple[Path, Result]) -> None:
+def test_a_dry_run_checks_the_data(small_run: list[str], corpus: Path, tmp_path: Path) -> None:
+    shown = mellum2("train", *small_run, "--dry-run").out
+    assert "# training data: " in shown
+    assert " epochs)" in shown
+    for word in (f"data.path={tmp_path}", f"data.train=[[1,{corpus}],[1,{tmp_path}]]"):
+        mellum2("train", *small_run, "--dry-run", word).refused(str(tmp_path), "prepared corpus")
+        assert "data-present" in mellum2("doctor", *small_run, word).out
+    mellum2("train", *small_run, "--dry-run", "data.path=nowhere").refused("data.path=nowhere")
+    shown = mellum2("train", BIG, "--nproc", "256", "--dry-run").out
+    assert "# data: not checked, " in shown
+
+
+def test_prepare_prints_the_encoder_and_the_size(prepare_result: tuple[Path, Result]) -> None:
     folder, result = prepare_result
     assert (result.code, result.err) == (0, "")
     tokens = load_prepared(folder).splits["train"].tokens
-    assert result.out == f"wrote {folder}: {tokens:,} training tokens\n"
+    encoder, wrote = result.out.splitlines()
+    assert encoder.startswith("encoded with tiktoken: the same ids as tokenizers on 2,")
+    assert encoder.endswith("fixed texts, all 348 entries and 40 documents")
+    assert wrote == f"wrote {folder}: {tokens:,} training tokens"
 
 
 def test_conversion_and_scoring_agree(hf_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -215,3 +241,20 @@ def test_verify_ends_with_1_when_logits_differ(
     result = mellum2("verify", "--megatron-path", checkpoint, "--hf-path", other)
     assert result.code == 1
     assert "DIFFER" in result.out
+
+
+def test_generate_takes_a_megatron_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    """The text of its export; a checkpoint without a tokenizer names the command that adds one."""
+    write_model(tmp_path / "model")
+    import_hf(tmp_path / "model", tmp_path / "megatron")
+    megatron, exported = tmp_path / "megatron", tmp_path / "hf"
+    assert (
+        mellum2("convert", "export", "--megatron-path", megatron, "--hf-path", exported).code == 0
+    )
+    words = ["generate", "--prompt", "def f(", "--max-new-tokens", "3"]
+    direct = mellum2(*words, "--megatron-path", megatron)
+    assert (direct.code, direct.out) == (0, mellum2(*words, "--hf-path", exported).out)
+    assert direct.out.startswith("def f(")
+    assert "to a temporary folder" in direct.err
+    mellum2(*words, "--megatron-path", checkpoint).refused("no tokenizer", "--tokenizer DIR")
+    mellum2(*words).refused("exactly one model")

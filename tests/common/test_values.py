@@ -10,7 +10,8 @@ import pytest
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.field_checks import require
-from mellum2_megatron.common.values import from_mapping, read_yaml, to_plain
+from mellum2_megatron.common.text import read_yaml
+from mellum2_megatron.common.values import from_mapping, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def test_nested_dataclasses_lists_and_mappings_round_trip() -> None:
             {"engine": {"power": 1}},
             "engine.kind is missing: it has no default. Fix: add engine.kind.",
         ),
-        ({"engine": None}, "engine: None: must be a mapping of keys to values"),
+        ({"engine": None}, "engine: null: must be a mapping of keys to values"),
         (
             {"spare": 3},
             "spare: 3: must be a mapping of keys to values. Fix: its keys are kind, power.",

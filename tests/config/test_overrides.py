@@ -33,7 +33,7 @@ def value(run: Run, key: str) -> Any:
         ("optimizer.muon_nesterov=True", True),
         ("optimizer.name=adam", "adam"),
         ("seed=4_096", 4096),
-        ("seed=-1", -1),
+        ("architecture.bos_token_id=+1", 1),
         ("backend=torch", "torch"),
         ("name=my run = 3", "my run = 3"),
         ("data.path=/a/b=c", "/a/b=c"),
@@ -45,6 +45,10 @@ def value(run: Run, key: str) -> Any:
         ("schedule.batch_schedule=[[0,16],[320,32]]", ((0, 16), (320, 32))),
         ("schedule.batch_schedule=(0, 16), (320, 32)", ((0, 16), (320, 32))),
         ("schedule.batch_schedule=[[0,16]]", ((0, 16),)),
+        ('data.train=[[1, "/web (1)/a,b"]]', ((1.0, "/web (1)/a,b"),)),
+        ("data.train=[[1, /web (1)/[a]: b]]", ((1.0, "/web (1)/[a]: b"),)),
+        ("optimizer.lr=.5", 0.5),
+        ("data.path=2026-01-02", "2026-01-02"),
         ("architecture.eos_token_id=[3,5]", (3, 5)),
         ("architecture.eos_token_id=3", 3),
         ("architecture.eos_token_id=null", None),
@@ -69,7 +73,8 @@ def test_values_are_typed_by_their_field(override: str, expected: Any) -> None:
     [
         ("layot.ep=2", "there is no key 'layot.ep'", "'layout.ep'"),
         ("ep=2", "there is no key 'ep'", "'layout.ep'"),
-        ("optimizer.learning_rate=1", "there is no key", "(optimizer has name, lr, min_lr,"),
+        ("optimizer.rate=1", "there is no key", "(optimizer has name, lr, min_lr,"),
+        ("optimizer.learning_rate=1", "there is no key", "'optimizer.lr'"),
         ("schedule.lr=1", "there is no key", "'optimizer.lr'"),
         ("layout=2", "there is no key 'layout'", "layout.tp"),
         ("layout.ep.x=2", "there is no key", "layout.ep"),
@@ -87,6 +92,28 @@ def test_values_are_typed_by_their_field(override: str, expected: Any) -> None:
         ("schedule.batch_schedule=16", "must be list of", ""),
         ("schedule.batch_schedule=[[0,16]", "must be list of", ""),
         ("schedule.batch_schedule=[[0,16,1]]", "must be list of", "2 values are needed, 3 given"),
+        ("data.train=[[1, /a,b/x]]", "must be list of", 'needs quotes: [1, "/a,b/x"]'),
+        ("data.train=[['1', x]]", "must be list of [a number, text]", ""),
+        ("seed=010", "must be a whole number", "without zeros in front"),
+        ("optimizer.lr=010", "must be a number", "without zeros in front"),
+        ("seed=1:30", "must be a whole number", "a whole number"),
+        ("seed=0x10", "must be a whole number", "a whole number"),
+        ("seed=\u0663", "must be a whole number", "a whole number"),
+        ("seed=1e3", "must be a whole number", "1000"),
+        ("seed=1e30", "must be a whole number", "give a whole number"),
+        ("schedule.train_samples=9223372036854775807", "whole step", "use 9223372036854775792"),
+        ("seed=" + "9" * 5000, "must be a whole number", "a whole number"),
+        ("optimizer.lr=" + "9" * 5000, "must be a number", "a number"),
+        ("optimizer.lr=1e400", "must be a number", "a finite number"),
+        ("optimizer.lr=-inf", "must be a number", "a finite number"),
+        ("optimizer.lr=nan", "must be a number", "a finite number"),
+        ("optimizer.muon_nesterov=on", "must be true or false", "write true"),
+        ("data.path=null", "must be text", "cannot be absent"),
+        ("foo=1", "there is no key 'foo'", "closest: "),
+        ("learning_rate=1", "there is no key", "'optimizer.lr'"),
+        ("train_steps=40", "there is no key 'train_steps'", "set schedule.train_samples: lengths"),
+        ("schedule.train_iterations=3", "there is no key", "lengths are in samples"),
+        ("warmup_iters=3", "there is no key", "set schedule.warmup_samples"),
         ("architecture=mellum2-tyni", "no preset", "'mellum2-tiny'"),
         ("architecture.layer_types=[sliding]", "must be list of", "'sliding_attention'"),
         ("layout.tp=2", "sequence parallelism", "layout.sp=true"),
@@ -97,6 +124,8 @@ def test_bad_overrides_are_named(override: str, rule: str, fix: str) -> None:
         apply_overrides(recipe(TINY), [override])
     assert rule in error.value.rule
     assert fix in error.value.fix
+    assert len(str(error.value)) < 700
+    assert "\n" not in str(error.value)
 
 
 def test_values_given_together_are_validated_together() -> None:

@@ -15,6 +15,7 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import (
     Checkpoint,
     Data,
+    Execution,
     Layout,
     Logging,
     Loss,
@@ -23,6 +24,7 @@ from mellum2_megatron.config import (
     Run,
     Schedule,
     Stability,
+    Stream,
     from_yaml,
     keys,
     to_yaml,
@@ -67,7 +69,7 @@ def odd_run() -> Run:
     """A run in which no field has its default, so that a field lost on the way shows."""
     return Run(
         name="odd: one",
-        description="# not a comment, 'quotes' and a line\nbreak",
+        description="# not a comment, 'quotes' and a line-break",
         architecture=Mellum2Architecture.preset("mellum2-12b-128k").replace(
             num_hidden_layers=6,
             norm_topk_prob=False,
@@ -75,15 +77,40 @@ def odd_run() -> Run:
             pad_token_id=3,
             num_mtp_layers=0,
         ),
-        layout=Layout(tp=2, sp=True, pp=2, vpp=3, ep=4, etp=2, cp=2, dp=8, dispatcher="flex"),
+        layout=Layout(
+            tp=2,
+            sp=True,
+            pp=2,
+            vpp=3,
+            ep=4,
+            etp=2,
+            cp=2,
+            dp=8,
+            dispatcher="flex",
+            dispatcher_backend="deepep",
+            dispatcher_sms=24,
+            overlap_expert_comm=True,
+            delay_wgrad=True,
+        ),
+        execution=Execution(
+            recompute=("layernorm", "moe_act"),
+            offload=("core_attn", "expert_fc1"),
+            gc_interval=7,
+            fused_residual_norm=True,
+            pad_expert_tokens=True,
+            extra_arguments=("--x", "null"),
+        ),
         optimizer=ODD_OPTIMIZER,
         loss=Loss(
             aux_loss_coef=0.0,
             aux_loss_type="aux_loss",
             aux_loss_gradient="exact",
+            bias_update_rate=0.002,
+            capacity_factor=1.25,
             z_loss_coef=3e-7,
             mtp_factor=0.3,
             per_token=True,
+            head_chunk=None,
         ),
         schedule=Schedule(
             style="cosine",
@@ -115,20 +142,39 @@ def odd_run() -> Run:
             seed=7,
             workers=0,
             cache="~",
+            document_attention=False,
+            phase=3,
             first_sample=32,
+            feed="redis",
+            stream=Stream(
+                user="reader",
+                password_file="p",
+                streamer_user="writer",
+                streamer_password_file="q",
+                ca_file="ca.pem",
+                certificate="c.pem",
+                key="k.pem",
+                window=64,
+                timeout_s=7.5,
+            ),
         ),
         logging=Logging(
             log_interval=3,
             eval_interval=4,
-            eval_iterations=0,
+            eval_iterations=3,
             eval_batch_size=8,
+            validation_documents=True,
             tensorboard=False,
             wandb_project="12",
             wandb_entity="e",
             wandb_name="n",
+            sample_prompts=("def f(", "null", "[a, b]: # é", "for x:\n\tpass\n"),
+            sample_interval=2,
+            sample_tokens=5,
         ),
         checkpoint=ODD_CHECKPOINT,
         seed=99,
+        seed_weights="by_name",
         backend="te",
         sources={"optimizer": "report §3", "schedule.batch_schedule": "a: b # c"},
     )
@@ -201,19 +247,19 @@ def test_a_file_older_than_a_key_takes_its_default_and_says_so(
     [
         (edited(layout__dispacher=2), "layout.dispacher", "layout.dispatcher"),
         (edited(layot={}), "layot", "layout"),
-        (edited(optimizer__lr="fast"), "optimizer.lr='fast'", "a number"),
+        (edited(optimizer__lr="fast"), "optimizer.lr=fast", "a number"),
         (edited(layout__ep=2.0), "layout.ep=2.0", "a whole number"),
-        (edited(layout__ep=True), "layout.ep=True", "a whole number"),
+        (edited(layout__ep=True), "layout.ep=true", "a whole number"),
         (edited(optimizer__muon_nesterov="yes"), "optimizer.muon_nesterov='yes'", "true or false"),
         (edited(optimizer__muon_nesterov=1), "optimizer.muon_nesterov=1", "true or false"),
-        (edited(backend="tee"), "backend='tee'", "'te'"),
+        (edited(backend="tee"), "backend=tee", "'te'"),
         (
             edited(schedule__batch_schedule=[[0, 16, 3]]),
             "schedule.batch_schedule",
             "2 values are needed",
         ),
         (edited(schedule__batch_schedule=16), "schedule.batch_schedule=16", "list of"),
-        (edited(data__path=None), "data.path=None", "text"),
+        (edited(data__path=None), "data.path=null", "text"),
         (edited(layout=None), "layout", "mapping"),
         (edited(data__path=...), "data.path is missing", "add data.path"),
         (
@@ -235,10 +281,20 @@ def test_a_wrong_file_is_refused_by_key(text: str, named: str, helps: str) -> No
     assert helps in error.value.rule + error.value.fix
 
 
-def test_a_float_without_a_dot_is_a_float() -> None:
-    """YAML 1.1 reads 3e-4 as text; a person writes it all the same."""
-    text = to_yaml(odd_run()).replace("  lr: 1.0e-05", "  lr: 3e-4")
-    assert from_yaml(text).optimizer.lr == 3e-4
+def test_a_file_reads_words_as_the_command_line_does() -> None:
+    """YAML 1.1 reads 3e-4 as text, 010 as 8, on as true."""
+    text = to_yaml(odd_run())
+    assert from_yaml(text.replace("  lr: 1.0e-05", "  lr: 3e-4")).optimizer.lr == 3e-4
+    for old, new in (("ep: 4", "ep: 010"), ("sp: true", "sp: on"), ("seed: 99", "seed: 1:39")):
+        assert old in text
+        with pytest.raises(InputError):
+            from_yaml(text.replace(old, new))
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NULL", "~", "true", "12", "3e-4", "a: b", " a"])
+def test_text_that_looks_like_something_else_stays_text(word: str) -> None:
+    run = dataclasses.replace(odd_run(), data=dataclasses.replace(odd_run().data, cache=word))
+    assert from_yaml(to_yaml(run)) == run
 
 
 def test_source_of_a_key_or_its_section() -> None:
@@ -255,15 +311,6 @@ def test_keys_are_all_leaves() -> None:
     assert "architecture.rope_full_attention.factor" in known
     assert "seed" in known
     assert not {"layout", "architecture", "sources"} & set(known)
-
-
-def test_data_defaults_follow_the_prepared_folder() -> None:
-    data = Data(path="data/x", sequence_length=8)
-    assert data.tokenizer_folder == "data/x/tokenizer"
-    assert data.train_blend == ((1.0, "data/x/train_document"),)
-    assert data.valid_blend == ((1.0, "data/x/valid_document"),)
-    assert odd_run().data.tokenizer_folder == "3e-4"
-    assert odd_run().data.train_blend == ((0.1, "a b"), (2.0, "true"))
 
 
 def test_derived_values() -> None:
@@ -312,9 +359,20 @@ def test_derived_values() -> None:
         ),
         (lambda: Data(path="x", sequence_length=8, first_sample=-1), "data.first_sample=-1"),
         (lambda: Data(path="x", sequence_length=0), "data.sequence_length=0"),
+        (lambda: Stream(window=0), "data.stream.window=0"),
+        (lambda: Stream(timeout_s=0.0), "data.stream.timeout_s=0"),
+        (lambda: Stream(key="k"), "data.stream.key"),
+        (lambda: Stream(key="k", certificate="c"), "data.stream.certificate=c"),
+        (
+            lambda: Stream(url="rediss://h:1", key="k", certificate="c", ca_file="a"),
+            "data.stream.url=rediss://h:1 with data.stream.certificate",
+        ),
         (lambda: Data(path="x", sequence_length=8, train=((0.0, "a"),)), "data.train"),
         (lambda: Logging(eval_interval=0), "logging.eval_interval=0"),
         (lambda: Logging(wandb_name="x"), "logging.wandb_name=x"),
+        (lambda: Logging(sample_prompts=("a", "\n")), "logging.sample_prompts="),
+        (lambda: Logging(sample_prompts=("\ud83d",)), "logging.sample_prompts"),
+        (lambda: Logging(sample_interval=0), "logging.sample_interval=0"),
         (lambda: Checkpoint(save_interval=3, retain_interval=10), "checkpoint.retain_interval=10"),
     ],
 )

@@ -58,6 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"],
         "mtp_layer_types": ["full_attention"],
     },
+    "dense_and_sparse": {"mlp_layer_types": ["dense", "sparse", "dense"]},
+    "all_dense": {"mlp_layer_types": ["dense"] * 3, "mtp_mlp_layer_types": ["dense"]},
     "no_mtp": {"num_mtp_layers": None, "mtp_layer_types": None},
     "period_2_wide_heads": {
         "num_hidden_layers": 4,
@@ -167,12 +169,14 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], files: int = 1)
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of the folder's files by name."""
-    return {
+    """Return every tensor of the folder's files by name; there must be some."""
+    tensors = {
         name: tensor
         for file in sorted(folder.glob("*.safetensors"))
         for name, tensor in load_file(file).items()
     }
+    assert tensors, f"no tensors in {folder}"
+    return tensors
 
 
 def whole_chunk(key: str, tensor: torch.Tensor) -> Chunk:

@@ -29,6 +29,11 @@ def write_model(folder: Path, **changes: Any) -> Path:
     """A random Hugging Face folder with a tokenizer whose ids are those of its config."""
     write_folder(folder, {"vocab_size": VOCABULARY, **changes})
     train_tokenizer(map(python_like, range(20)), folder, vocab_size=VOCABULARY)
+    # A text ends with another token than a turn of a chat (id 8): generation must stop at both.
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        text = (folder / name).read_text()
+        text = text.replace('"<|im_end|>"', '"</s>"').replace('"<filename>"', '"<|im_end|>"')
+        (folder / name).write_text(text)
     return folder
 
 

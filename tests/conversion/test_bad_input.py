@@ -10,16 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from conversion.convert import export_hf, import_hf, roundtrip
 from conversion.torch_dist.reader import TorchDistReader
-from conversion.torch_dist.safe_metadata import read_metadata
 from conversion.torch_dist.writer import Chunk
+from conversion.verification.scoring import read_tokens
 from mellum2_megatron.checkpoint import find_checkpoint
 from mellum2_megatron.checkpoint.folder import iteration_folders, iteration_number, write_tracker
+from mellum2_megatron.checkpoint.safe_metadata import read_metadata
 from mellum2_megatron.common.errors import InputError
 from tests.conversion.folders import load_tensors, save_tensors, write_folder, write_torch_dist
 
@@ -57,10 +59,6 @@ def _transpose(tensors: Tensors) -> None:
     ].T.contiguous()
 
 
-def _mix(tensors: Tensors) -> None:
-    tensors["lm_head.weight"] = tensors["lm_head.weight"].float()
-
-
 def _quantize(tensors: Tensors) -> None:
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
 
@@ -81,7 +79,6 @@ def _fuse_beside(tensors: Tensors) -> None:
         (_add, r"self_attn\.q_proj\.bias not part of the model"),
         (_misshape, r"mlp\.gate\.weight \[4, 24\] \(expected \[3, 24\]\)"),
         (_transpose, r"o_proj\.weight \[32, 24\] \(expected \[24, 32\]\)"),
-        (_mix, r"lm_head\.weight \(F32\) beside BF16"),
         (_quantize, r"lm_head\.weight of dtype F8_E4M3"),
         (_drop_mtp, r"mtp\.fc\.weight.* missing.*num_nextn_predict_layers to 0"),
         (_fuse_beside, r"beside 'model\.layers\.0\.mlp\.experts\.down_proj'"),
@@ -136,7 +133,7 @@ def test_config_that_is_not_a_json_object(content: str, hf_copy: Path, tmp_path:
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", None])
 def test_incomplete_folder_is_refused(missing: str | None, hf_copy: Path, tmp_path: Path) -> None:
     if missing is None:
-        refused(tmp_path / "nowhere", tmp_path, "must be a folder")
+        refused(tmp_path / "nowhere", tmp_path, "there is no such folder")
         return
     (hf_copy / missing).unlink()
     refused(
@@ -163,7 +160,7 @@ def test_a_name_twice_in_a_safetensors_header(hf_copy: Path, tmp_path: Path) -> 
     header = header[:-1] + f', "model.norm.weight": {entry}}}'.encode()
     header += b" " * (-len(header) % 8)
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
-    refused(hf_copy, tmp_path, r"'model\.norm\.weight' twice")
+    refused(hf_copy, tmp_path, r"'model\.norm\.weight' is given twice")
 
 
 def test_pickled_weights_are_never_opened(hf_copy: Path, tmp_path: Path) -> None:
@@ -282,7 +279,7 @@ def test_incomplete_checkpoint_is_refused(checkpoint_copy: Path, tmp_path: Path)
 
 
 def test_tracker_and_path(checkpoint_copy: Path, tmp_path: Path) -> None:
-    not_exported(tmp_path / "nowhere", tmp_path, "must be a checkpoint folder")
+    not_exported(tmp_path / "nowhere", tmp_path, "there is no such folder")
     write_tracker(checkpoint_copy, 12)
     not_exported(checkpoint_copy, tmp_path, r"iter_0000012 is missing.*release")
     (checkpoint_copy / "latest_checkpointed_iteration.txt").write_text("soon")
@@ -324,7 +321,7 @@ def test_nothing_in_metadata_is_executed(checkpoint_copy: Path, tmp_path: Path) 
     not_exported(checkpoint_copy, tmp_path, r"posix\.mkdir")
     assert not (tmp_path / "owned").exists()
     (checkpoint_copy / "release" / ".metadata").write_bytes(b"not a pickle")
-    not_exported(checkpoint_copy, tmp_path, r"readable checkpoint metadata")
+    not_exported(checkpoint_copy, tmp_path, r"\.metadata uses pickle operation 110")
 
 
 def test_nothing_in_a_tensor_is_executed(tmp_path: Path) -> None:
@@ -375,9 +372,9 @@ def test_unknown_objects_and_tensors_are_errors(checkpoint_copy: Path, tmp_path:
     (checkpoint_copy / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
     not_exported(checkpoint_copy, tmp_path, "modelopt_state/shard_0_1")
     del stored["modelopt_state/shard_0_1"]
-    stored["decoder.layers.mlp.router.expert_bias"] = stored["decoder.final_layernorm.weight"]
+    stored["decoder.layers.mlp.router.other_bias"] = stored["decoder.final_layernorm.weight"]
     (checkpoint_copy / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
-    not_exported(checkpoint_copy, tmp_path, r"router\.expert_bias not part of the model")
+    not_exported(checkpoint_copy, tmp_path, r"router\.other_bias not part of the model")
 
 
 def one_tensor_checkpoint(folder: Path, key: str, global_shape: tuple[int, ...] = (3,)) -> Path:
@@ -395,3 +392,11 @@ def one_tensor_checkpoint(folder: Path, key: str, global_shape: tuple[int, ...] 
 
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_token_files_are_refused_by_their_content(tmp_path: Path) -> None:
+    numpy.savez(tmp_path / "archive.npz", ids=numpy.zeros((1, 2), dtype=numpy.int64))
+    with pytest.raises(InputError, match=r"an \.npz archive: must be integer token ids"):
+        read_tokens(tmp_path / "archive.npz")
+    numpy.save(tmp_path / "ids.npy", numpy.array([[2**63, 1]], dtype=numpy.uint64))
+    assert read_tokens(tmp_path / "ids.npy").tolist() == [[2**63 - 1, 1]]

@@ -100,6 +100,7 @@ def test_transformers_loads_the_export_into_the_same_model(
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
     if mtp is not None:
         heads = MtpModel.from_pretrained(loaded).state_dict()
+        assert heads.keys() == mtp.state_dict().keys()
         assert all(torch.equal(value, mtp.state_dict()[name]) for name, value in heads.items())
     for name in (
         "layer_types",
@@ -193,6 +194,7 @@ def test_dtype_is_converted_on_request_only(tmp_path: Path) -> None:
     wanted = {name: tensor.to(torch.bfloat16) for name, tensor in load_tensors(source).items()}
     for folder in ("a", "b"):
         tensors = load_tensors(tmp_path / folder)
+        assert tensors.keys() == wanted.keys()
         assert all(torch.equal(wanted[name], tensors[name]) for name in wanted)
     with pytest.raises(InputError, match="float8"):
         import_hf(source, tmp_path / "never", dtype="float8")
@@ -249,6 +251,7 @@ def test_padded_vocabulary_is_cut_off(checkpoint: Path, hf_folder: Path, tmp_pat
     write_architecture(tmp_path / "padded", find_checkpoint(checkpoint).architecture)
     export_hf(tmp_path / "padded", tmp_path / "out")
     before, after = load_tensors(hf_folder), load_tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -289,6 +292,7 @@ def test_an_existing_target_needs_overwrite(
     import_hf(hf_folder, tmp_path / "megatron", overwrite=True)
     export_hf(tmp_path / "megatron", tmp_path / "out", overwrite=True)
     before, after = load_tensors(hf_folder), load_tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "other", "out"]
 

@@ -189,7 +189,7 @@ def test_invalid_requests_are_refused(folder: Path, tmp_path: Path) -> None:
     (without / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer.json"):
         generate(without, PROMPT)
-    with pytest.raises(InputError, match="must be a folder"):
+    with pytest.raises(InputError, match="no such folder"):
         generate(tmp_path / "absent", PROMPT)
 
 

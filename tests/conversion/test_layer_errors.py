@@ -72,13 +72,15 @@ def test_errors_are_those_of_the_definition() -> None:
     architecture = PRESETS["mellum2-tiny"]
     reference = torch.tensor([[[0.0, 4.0], [1.0, 0.0]]])
     (error,) = compare_layers(
-        {"layer 3": [reference + torch.tensor([0.0, 0.5])]}, {"layer 3": [reference]}, architecture
+        {"layer 3": reference + torch.tensor([0.0, 0.5])}, {"layer 3": reference}, architecture
     )
     assert error == LayerError(
         name="layer 3", kind="full_attention", max_error=0.5, mean_error=0.25, relative_error=0.125
     )
     with pytest.raises(RuntimeError, match="layer 3"):
-        compare_layers({"layer 3": [reference]}, {"layer 3": [reference, reference]}, architecture)
+        compare_layers(
+            {"layer 3": reference}, {"layer 3": torch.cat([reference, reference])}, architecture
+        )
 
 
 def test_a_nan_is_the_worst_of_its_type() -> None:

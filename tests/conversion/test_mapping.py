@@ -81,7 +81,8 @@ def test_names_agree_with_the_architecture() -> None:
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_entries_cover_every_megatron_tensor_exactly(changes: dict[str, Any]) -> None:
     covered: dict[str, torch.Tensor] = {}
-    for entry in derive(architecture_of(changes)):
+    architecture = architecture_of(changes)
+    for entry in derive(architecture):
         count = covered.setdefault(entry.key, torch.zeros(entry.global_shape))
         count[
             tuple(
@@ -90,6 +91,8 @@ def test_entries_cover_every_megatron_tensor_exactly(changes: dict[str, Any]) ->
         ] += 1
         assert math.prod(entry.shape) == sum(math.prod(source.shape) for source in entry.sources)
     assert all(bool((count == 1).all()) for count in covered.values())
+    elements = sum(count.numel() for count in covered.values())
+    assert elements == architecture.num_parameters(mtp=True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import MellumForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from conversion.convert import import_hf, stitch_mtp
+from conversion.release.check_release import check_release
+from conversion.release.release import ReleaseResult
 from mellum2_megatron.common.errors import InputError
 from tests.conversion.folders import VARIANTS, load_tensors, save_tensors, unfused, write_folder
 
@@ -92,3 +95,66 @@ def test_invalid_stitching_is_refused(lost: Path, hf_folder: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"mtp\.fc\.weight' has 1 of"):
         stitch_mtp(precise, lost, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_release_saved_over_by_transformers_is_whole_again(
+    released: ReleaseResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every file is the original, to the byte; hidden files and programs stay behind."""
+    original = released.path
+    damaged = Path(shutil.copytree(original, tmp_path / "damaged"))
+    MellumForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(damaged)
+    shutil.copyfile(original / "generation_config.json", damaged / "generation_config.json")
+    (damaged / "assets").mkdir()
+    (damaged / "assets" / "logo.svg").write_text("<svg/>")
+    (damaged / "training_args.bin").write_bytes(b"pickle")
+    (damaged / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    with pytest.raises(InputError, match=r"convert stitch-mtp SRC .*damaged"):
+        import_hf(damaged, tmp_path / "megatron")
+    assert "stitch-mtp" in str(check_release(damaged, skip_run=True))
+    stitch_mtp(original, damaged, tmp_path / "out")
+    assert caplog.messages == ["left out, because they can run code: training_args.bin"]
+    restored = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")}
+    assert restored == {
+        *(path.relative_to(original) for path in original.iterdir() if "." in path.name),
+        Path("assets/logo.svg"),
+    }
+    for path in original.iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path
+    assert check_release(tmp_path / "out", skip_run=True).ok
+
+
+def test_a_trunk_trained_since_is_named_and_its_card_dropped(
+    released: ReleaseResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = released.path
+    trained = Path(shutil.copytree(original, tmp_path / "trained"))
+    model = MellumForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(trained)
+    stitch_mtp(original, trained, tmp_path / "out")
+    old, left_out = caplog.messages
+    assert "model.norm.weight changed since" in old
+    assert "verification.json is left out" in left_out
+    assert not (tmp_path / "out" / "verification.json").exists()
+    assert check_release(tmp_path / "out", skip_run=True).ok
+    # Without the lost head in it a manifest is believed: the same change is then damage.
+    manifest = trained / "weights_manifest.json"
+    records = json.loads(manifest.read_text())["weights"]
+    kept = [record for record in records if not record["name"].startswith("mtp.")]
+    manifest.write_text(json.dumps({"weights": kept}))
+    with pytest.raises(InputError, match=r"'model\.norm\.weight' has SHA-256"):
+        stitch_mtp(original, trained, tmp_path / "again")
+
+
+def test_a_new_folder_gets_what_save_pretrained_does_not_write(
+    released: ReleaseResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, saved = released.path, tmp_path / "saved"
+    MellumForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(saved)
+    stitch_mtp(original, saved, tmp_path / "out")
+    (line,) = caplog.messages
+    assert "taken from" in line
+    assert all(name in line for name in ("LICENSE", "README.md", "tokenizer.json"))
+    assert check_release(tmp_path / "out", skip_run=True).ok

@@ -11,10 +11,6 @@ import torch
 from mellum2_megatron import cpu
 from mellum2_megatron.cpu import device
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the CPU backend refuses beside a GPU"
-)
-
 DEVICES = {
     "text": "cuda",
     "text_with_index": "cuda:0",

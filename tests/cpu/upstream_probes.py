@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import pickle
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from mellum2_megatron.common.errors import InputError
 from tests.cpu.patch_probes import PROBES, on_two_ranks, one_rank, parse, probe
@@ -160,9 +168,16 @@ def _context_mtp() -> None:
             assert found == pytest.approx([weight * each for each in has_next]), (
                 f"rank {rank} of 2 weighs {found}"
             )
+    # Of two layers each has half the factor; six tokens have one after the next.
+    for rank, found in enumerate(on_two_ranks(functools.partial(_mtp_weights, False, 2))):
+        counted = ([1, 1, 1, 0], [1, 1, 0, 0]) if rank == 0 else ([1] * 4, [1] * 4)
+        expected = [
+            each / tokens for row, tokens in zip(counted, (7, 6), strict=True) for each in row
+        ]
+        assert found == pytest.approx(expected), f"rank {rank} of 2 weighs {found} with two layers"
 
 
-def _mtp_weights(per_token: bool) -> list[float]:
+def _mtp_weights(per_token: bool, layers: int = 1) -> list[float]:
     """The gradient of the MTP loss in each token's logit, on one of two context-parallel ranks."""
     import torch
     from megatron.core.transformer import TransformerConfig
@@ -172,13 +187,12 @@ def _mtp_weights(per_token: bool) -> list[float]:
         num_layers=1,
         hidden_size=1,
         num_attention_heads=1,
-        mtp_num_layers=1,
+        mtp_num_layers=layers,
         mtp_loss_scaling_factor=1.0,
         calculate_per_token_loss=per_token,
     )
-    hidden = torch.zeros(
-        8, 1, 1, requires_grad=True
-    )  # four tokens of the trunk, four of the MTP layer
+    # Four tokens of the trunk, four of each MTP layer.
+    hidden = torch.zeros(4 * (1 + layers), 1, 1, requires_grad=True)
     mtp.process_mtp_loss(
         hidden_states=hidden,
         labels=torch.zeros(1, 4, dtype=torch.long),
@@ -193,6 +207,120 @@ def _mtp_weights(per_token: bool) -> list[float]:
     ).sum().backward()
     assert hidden.grad is not None
     return [float(weight) for weight in hidden.grad[4:].flatten()]
+
+
+class _ChunkedLayer:
+    """An output layer with a chunk; Megatron must not call it."""
+
+    sequence_parallel = False
+    head_chunk = 3
+
+    def __init__(self) -> None:
+        import torch
+
+        self.weight = torch.eye(5, 2)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("the logits of all tokens at once")
+
+
+@probe("chunked-mtp")
+def _chunked_mtp() -> None:
+    """Four tokens in chunks of three: the head's own cross entropy, of the next labels."""
+    import torch
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=1,
+        num_attention_heads=1,
+        mtp_num_layers=1,
+        mtp_loss_scaling_factor=1.0,
+    )
+    hidden = torch.randn(8, 1, 2, requires_grad=True)
+    layer = _ChunkedLayer()
+    mtp.process_mtp_loss(
+        hidden_states=hidden,
+        labels=torch.tensor([[4, 1, 0, 2]]),
+        loss_mask=torch.ones(1, 4),
+        output_layer=layer,
+        output_weight=None,
+        runtime_gather_output=None,
+        is_training=False,
+        compute_language_model_loss=None,
+        config=config,
+        tp_group=SimpleNamespace(size=lambda: 1, rank=lambda: 0),
+    ).sum().backward()
+    copy = hidden.detach()[4:7, 0].requires_grad_()
+    losses = torch.nn.functional.cross_entropy(copy @ layer.weight.T, torch.tensor([1, 0, 2]))
+    losses.backward()
+    assert hidden.grad is not None
+    assert copy.grad is not None
+    assert torch.allclose(hidden.grad[4:7, 0], copy.grad, atol=1e-6)
+
+
+@probe("chunked-acceptance")
+def _chunked_acceptance() -> None:
+    """Four tokens in chunks of three; logits are the first two entries and zeros."""
+    import torch
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    from mellum2_megatron.model.chunked_head import ChunkedHead
+
+    head = ChunkedHead(_ChunkedLayer(), 3, SimpleNamespace(size=lambda: 1, rank=lambda: 0))  # type: ignore[arg-type]
+    hidden = torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, -1.0], [1.0, 2.0]]).unsqueeze(1)
+    head(hidden)
+    labels, mask = torch.tensor([[1, 1, 2, 1]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    counts = mtp._compute_mtp_acceptance_counts(hidden, labels, mask, head, None)
+    assert [float(count) for count in counts] == [2.0, 3.0], f"{counts[0]} of {counts[1]} accepted"
+
+
+@probe("planned-documents")
+def _planned_documents() -> None:
+    """The plan of an MTP layer's first part: what embeddings and attention get."""
+    from megatron.core.models.common import fine_grained_callables as plan
+
+    class Layer:
+        mtp_model_layer: Any
+        config = SimpleNamespace(sequence_parallel=False)
+        got: Any
+
+        def _get_embeddings(self, **kwargs: Any) -> tuple[None, ...]:
+            self.got = kwargs["packed_seq_params"]
+            return (None,) * 5
+
+        def _concat_embeddings(self, *_: Any) -> None: ...
+
+        def _forward_attention(self, **kwargs: Any) -> None:
+            self.got = kwargs["packed_seq_params"]
+
+    layer, inner, documents = Layer(), Layer(), object()
+    layer.mtp_model_layer = inner
+
+    def attend(node: Any, _: Any) -> None:
+        inner._forward_attention(packed_seq_params=node.chunk_state.packed_seq_params)
+
+    stock = plan.build_layer_callables, plan.get_layer_moe_metadata
+    plan.build_layer_callables = lambda _: ([attend] * 5, {"pre_dispatch_computation": []})
+    plan.get_layer_moe_metadata = lambda _: (True, 1)
+    layer.eh_proj = None  # type: ignore[attr-defined]
+    state = SimpleNamespace(
+        packed_seq_params=documents,
+        mtp_hidden_states=[],
+        input_ids=None,
+        position_ids=None,
+        padding_mask=None,
+        context=None,
+        model=SimpleNamespace(embedding=None),
+    )
+    try:
+        first = plan.build_mtp_layer_callables(layer)[0][0]
+        first(SimpleNamespace(chunk_state=state, is_first_layer=False), None)
+    finally:
+        plan.build_layer_callables, plan.get_layer_moe_metadata = stock
+    assert layer.got is inner.got is state.packed_seq_params is documents
+    assert "_get_embeddings" not in vars(layer)
 
 
 @probe("padded-counts")
@@ -215,3 +343,49 @@ def _counts() -> list[Any]:
         torch.tensor(sent).bool(), torch.distributed.group.WORLD, topk=2, with_padding_mask=True
     )
     return [counts.tolist(), float(local), int(total), total.dtype == torch.int64]
+
+
+class _Marker:
+    """Pickles as a call that makes a file."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.file, "w")
+
+
+@probe("metadata-pickle")
+def _metadata_pickle() -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    with tempfile.TemporaryDirectory() as folder:
+        marker = Path(folder, "marker")
+        Path(folder, ".metadata").write_bytes(pickle.dumps(_Marker(str(marker))))
+        with contextlib.suppress(Exception):
+            FileSystemReader(folder).read_metadata()
+        assert not marker.exists(), ".metadata was executed"
+
+
+@probe("object-pickle")
+def _object_pickle() -> None:
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    with tempfile.TemporaryDirectory() as folder:
+        marker = Path(folder, "marker")
+        stored = io.BytesIO()
+        torch.save(_Marker(str(marker)), stored)
+        stored.seek(0)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner.state_dict = {}
+        item = SimpleNamespace(dest_index=SimpleNamespace(fqn="rng"))
+        with contextlib.suppress(Exception):
+            planner.load_bytes(item, stored)
+        assert not marker.exists(), "a stored object was executed"
+        # What training stores comes back.
+        state = [{"a": torch.arange(3), "b": np.arange(2, dtype=np.uint32), "c": (1, None, "x")}]
+        stored = io.BytesIO()
+        torch.save(state, stored)
+        stored.seek(0)
+        planner.load_bytes(item, stored)
+        assert str(planner.state_dict["rng"]) == str(state), "another value"

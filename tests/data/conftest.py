@@ -17,7 +17,7 @@ HOSTILE = {
     "crlf": "if True:\r\n\tpass\r\n\r\n\rlone return\n",
     "blanks": "  \t leading,   inner    and trailing   \n\n\n   \n",
     "special": "<|endoftext|><fim_prefix>a<fim_suffix>b<fim_middle>"
-    "<|startoftext|><|pad|><|im_start|>user<|im_end|>",
+    "<|startoftext|><|pad|><|im_start|>user<|im_end|><think></think>",
     "numbers": "3.14159 0x1F 1_000_000 \u0663\u0664 \u216f\n",
     "bom": "\ufeff# with a byte order mark\n",
     "unassigned": "\U0003ffff \ue000 \ufffd\n",

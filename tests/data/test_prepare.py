@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import multiprocessing
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mellum2_megatron.common import ordered_pool
 from mellum2_megatron.common.errors import InputError, WorkError
-from mellum2_megatron.data.corpus.discovery import given_sources, read_document, select
+from mellum2_megatron.data.corpus.discovery import given_sources
+from mellum2_megatron.data.corpus.left_out import LeftOut
+from mellum2_megatron.data.corpus.selection import Selection, read_selected, select
 from mellum2_megatron.data.prepare import prepare
 from mellum2_megatron.data.prepared_folder import PreparedData, load_prepared
 from mellum2_megatron.data.tokens import encode
@@ -39,6 +44,12 @@ def read_indexed(prefix: Path) -> list[list[int]]:
     ]
 
 
+def selected(folder: Path) -> Selection:
+    """Return the documents that `prepare` takes from a folder with the tests' options."""
+    sources = given_sources([folder], LeftOut())
+    return select(sources, seed=1234, valid_fraction=0.2, max_bytes=None)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -53,10 +64,11 @@ def test_tokens_equal_a_plain_encoding_of_every_document(
     from transformers import AutoTokenizer
 
     plain = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, split_special_tokens=True)
-    selection = select(given_sources([text_folder]), seed=1234, valid_fraction=0.2, max_bytes=None)
+    selection = selected(text_folder)
     for split in ("train", "valid"):
         expected = [
-            [*plain(read_document(document))["input_ids"], 1] for document in selection.of(split)
+            [*plain(text)["input_ids"], 0]
+            for _, text in read_selected(selection, selection.of(split))
         ]
         assert read_indexed(prepared.prefix(split)) == expected
         statistics = prepared.splits[split]
@@ -88,7 +100,9 @@ def test_two_workers_write_the_same_bytes_as_one(
 ) -> None:
     monkeypatched = pytest.MonkeyPatch()
     with monkeypatched.context() as patch:
-        patch.setattr(encode, "_BATCH_BYTES", 2000)  # dozens of batches, more than may be in flight
+        patch.setattr(
+            encode, "_BATCH_LENGTH", 2000
+        )  # dozens of batches, more than may be in flight
         again = prepare(
             tmp_path / "out",
             inputs=[text_folder],
@@ -167,21 +181,25 @@ def test_a_failure_in_the_middle_leaves_nothing(
         patch.setattr(IndexedDatasetBuilder, "finalize", full_disk)
         fail(WorkError, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "read_document", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(encode, "_encode", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         fail(KeyboardInterrupt, "")
 
 
-def test_an_error_in_a_worker_process_comes_back_whole(text_folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(text_folder, tmp_path / "texts")
-    selection = select(given_sources([copy]), seed=1, valid_fraction=0.2, max_bytes=None)
-    shutil.rmtree(copy)
-    tokenizer = tmp_path / "tokenizer"
+def test_a_killed_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
 
-    train_tokenizer(["some text, some text"], tokenizer, vocab_size=270)
-    with pytest.raises(WorkError, match="can no longer be read") as error:
-        list(encode.encode_documents(selection.documents, tokenizer, eos=1, workers=2))
-    assert "leave the input files alone" in error.value.fix
+    train_tokenizer(["some text, some text"], tmp_path, vocab_size=270)
+
+    def killing() -> Iterator[str]:
+        yield "x" * encode._BATCH_LENGTH
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        yield from ["y" * encode._BATCH_LENGTH] * 10
+
+    monkeypatch.setattr(ordered_pool, "_BATCHES_IN_FLIGHT", 1)
+    with pytest.raises(WorkError, match="worker was killed") as error:
+        list(encode.encode_texts(killing(), tmp_path, eod=0, engine="tokenizers", workers=2))
+    assert "fewer --workers" in error.value.fix
 
 
 def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_corpus(
@@ -210,16 +228,28 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_corp
         again(overwrite=True)
 
 
+def test_an_empty_split_is_refused_with_a_line_for_each_reason(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("one document")
+    (tmp_path / "in" / "b.txt").write_text("")
+    (tmp_path / "in" / "c.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="split is empty") as error:
+        prepare(tmp_path / "out", inputs=[tmp_path / "in"], vocab_size=300, workers=1)
+    lines = [line for line in str(error.value).splitlines() if line.startswith("left out: 1 ")]
+    assert len(lines) == 2
+    assert "--valid-fraction" in str(error.value).splitlines()[0]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"workers": 0}, "workers=0"),
-        ({"valid_fraction": 0.0}, "valid_fraction=0.0"),
-        ({"valid_fraction": 0.6}, "valid_fraction=0.6"),
-        ({"max_bytes": 0}, "max_bytes=0"),
+        ({"valid_fraction": 0.0}, "--valid-fraction 0.0"),
+        ({"valid_fraction": 0.6}, "--valid-fraction 0.6"),
+        ({"max_bytes": -1}, "max_bytes=-1"),
         ({"max_bytes": 5}, r"the train split is empty|the valid split is empty"),
-        ({"vocab_size": 100}, "vocab_size=100"),
-        ({"vocab_size": 50_000}, "vocab_size=50000"),
+        ({"vocab_size": 100}, "--vocab-size 100"),
+        ({"vocab_size": 50_000}, "--vocab-size 50000"),
         ({"tokenizer": "/nowhere"}, "tokenizer /nowhere"),
         ({"inputs": ["/nowhere/x.txt"]}, "--input /nowhere/x.txt"),
     ],
@@ -267,3 +297,49 @@ def test_a_damaged_folder_is_refused_with_the_fix(
     with pytest.raises(InputError, match=message) as error:
         load_prepared(copy)
     assert "mellum2 data prepare" in error.value.fix
+
+
+def test_the_output_lies_apart_from_every_input(text_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(text_folder, tmp_path / "texts"))
+    (tmp_path / "link").symlink_to(copy)
+    for output in (copy, copy / "corpus", tmp_path / "link" / "deep" / "corpus", tmp_path):
+        with pytest.raises(InputError, match="neither inside the other"):
+            prepare(output, inputs=[copy], workers=1, overwrite=True, progress=False)
+    assert files(copy) == files(text_folder)
+
+
+def test_training_and_validation_hold_disjoint_documents(text_folder: Path, tmp_path: Path) -> None:
+    """Copies of every text, in another format and under other names, change nothing."""
+    texts = [
+        text for _, text in read_selected(selected(text_folder), selected(text_folder).documents)
+    ]
+    copy = Path(shutil.copytree(text_folder, tmp_path / "texts"))
+    lines = [json.dumps({"content": text}) for text in [*reversed(texts), *texts]]
+    (copy / "copies.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    out = prepare(
+        tmp_path / "out",
+        inputs=[copy],
+        vocab_size=360,
+        workers=1,
+        valid_fraction=0.2,
+        progress=False,
+    )
+    train, valid = (
+        {tuple(ids) for ids in read_indexed(out.prefix(split))} for split in ("train", "valid")
+    )
+    assert not train & valid
+    assert len(train) + len(valid) == len(texts) == len(set(texts))
+    assert out.corpus["documents_left_out"] == {"duplicate": 2 * len(texts)}
+
+
+def test_a_new_tokenizer_is_trained_on_training_documents_alone(
+    prepared: PreparedData, text_folder: Path, tmp_path: Path
+) -> None:
+    from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
+
+    selection = selected(text_folder)
+    for name, documents in (("train", selection.of("train")), ("all", selection.documents)):
+        texts = [text for _, text in read_selected(selection, documents)]
+        train_tokenizer(texts, tmp_path / name, vocab_size=360)
+    assert files(tmp_path / "train") == files(prepared.tokenizer_dir)
+    assert files(tmp_path / "all") != files(prepared.tokenizer_dir)

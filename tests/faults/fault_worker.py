@@ -103,7 +103,7 @@ def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
 
     sum_loss = module.sum_loss
 
-    def spoiled(loss_mask: Any, output: Any) -> Any:
+    def spoiled(loss_mask: Any, output: Any, **source: Any) -> Any:
         from megatron.training import get_args
 
         if (
@@ -115,7 +115,7 @@ def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
                 output.register_hook(lambda gradient: gradient * float("nan"))
             else:
                 output = output * (float("nan") if what == "loss" else 3.0)
-        return sum_loss(loss_mask, output)
+        return sum_loss(loss_mask, output, **source)
 
     module.sum_loss = spoiled
     return train(run_file)

@@ -17,6 +17,7 @@ import pytest
 from launchers.local import FAILURE_FILE, run_local, run_ranks
 from mellum2_megatron.checkpoint.folder import TRACKER_FILE, iteration_folder_name
 from mellum2_megatron.common.errors import InputError, Mellum2Error, WorkError
+from mellum2_megatron.config import to_yaml
 from mellum2_megatron.faults.failures import (
     ERROR_FILE_VARIABLE,
     RankFailure,
@@ -27,6 +28,7 @@ from mellum2_megatron.faults.failures import (
     root_cause,
 )
 from mellum2_megatron.faults.stop_request import STOPPED
+from mellum2_megatron.recipes import recipe
 from tests import REPOSITORY
 
 
@@ -190,11 +192,11 @@ def test_the_cause_is_found_among_the_effects() -> None:
         ([ended], ended),
     ):
         assert root_cause(failures) is cause
-    assert "rank 3 was ended by SIGKILL" in str(killed.error(None))
+    assert "rank 3 was ended by SIGKILL" in str(killed.error(None, Path()))
     assert "rank 2 failed with exit code 1: ValueError: a bug" in str(
-        bug.error(Path("failure.txt"))
+        bug.error(Path("failure.txt"), Path())
     )
-    assert str(told.error(None)) == "the disk is full"
+    assert str(told.error(None, Path())) == "the disk is full"
 
 
 def test_a_rank_without_launcher_prints_for_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,10 +256,12 @@ BODIES = {
 
 @pytest.fixture
 def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Path whose sibling `rank.py` is the ranks' program; the file's own content is not read."""
+    """A run file whose sibling `rank.py` is the ranks' program."""
     command = [sys.executable, str(tmp_path / "rank.py")]
     monkeypatch.setattr("launchers.local.rank_command", lambda *_, **__: command)
-    return tmp_path / "run.yaml"
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(recipe("mellum2_tiny_pretrain_phase1")))
+    return file
 
 
 def write_rank(run_file: Path, body: str) -> None:

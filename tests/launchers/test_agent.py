@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.early_end import LossLimit
 from launchers.outcome import read_attempts, read_reports, start_attempt
 from mellum2_megatron.config import Run, to_yaml
 
@@ -127,6 +128,42 @@ time.sleep(200)
     assert nodes.reports() == [("n0", 75), ("n1", 75)]
     # The batch script records the end.
     assert [attempt.kind for attempt in read_attempts(nodes.folder)] == [None]
+
+
+def test_a_limit_of_the_loss_ends_the_ranks_of_all_nodes_for_good(nodes: Nodes):
+    LossLimit(step=2, train_loss_above=8.5).write(nodes.folder)
+    # As Megatron's ranks, which save together: one that was not told leaves with the others.
+    rank = """
+import json
+signal.signal(signal.SIGTERM, lambda *_: (folder / "told").write_text(""))
+rows = [{"kind": "train", "step": step, "lm_loss": 9.0} for step in (1, 2)]
+if rank == 3:
+    text = "".join(json.dumps(row) + chr(10) for row in rows)
+    (folder / "metrics.jsonl").write_text(text)
+(folder / f"ready.{rank}").write_text("")
+while not (folder / "told").exists():
+    time.sleep(0.05)
+os._exit(75)
+"""
+    nodes.start(rank)
+    assert nodes.wait() == [0, 0], nodes.output
+    (attempt,) = read_attempts(nodes.folder)
+    assert (attempt.kind, attempt.code) == ("early", 0)
+    assert attempt.reason == "stop rule: loss 9.000 at step 2 > 8.5"
+    for path in nodes.folder.glob("ready.*"):
+        path.unlink()
+    nodes.agents.clear()
+    nodes.start(rank)
+    assert nodes.wait() == [0, 0], nodes.output
+    assert not list(nodes.folder.glob("ready.*"))
+
+
+def test_a_loss_below_its_limit_is_no_reason_to_end(nodes: Nodes):
+    LossLimit(step=2, train_loss_above=8.5).write(nodes.folder)
+    (nodes.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 2, "lm_loss": 8.5}\n')
+    nodes.start("time.sleep(7)", nodes=(0,), of=1)
+    assert nodes.wait() == [0], nodes.output
+    assert [attempt.kind for attempt in read_attempts(nodes.folder)] == ["done"]
 
 
 def test_a_signal_that_comes_before_the_ranks(nodes: Nodes):

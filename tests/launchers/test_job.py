@@ -134,11 +134,8 @@ def test_layout_that_does_not_fit(run: Run):
 def test_folders(run: Run, tmp_path: Path):
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(changed(run, f"checkpoint.output={tmp_path}/file/run"), CPU)
-    for name in ("a\\b", "a\nb"):
-        bad = dataclasses.replace(
-            run, checkpoint=dataclasses.replace(run.checkpoint, output=str(tmp_path / name))
-        )
-        assert "a name of Slurm's log files cannot hold" in refused(bad, CPU)
+    bad = changed(run, f"checkpoint.output={tmp_path}/a\\b")
+    assert "a name of Slurm's log files cannot hold" in refused(bad, CPU)
 
 
 def test_data_that_is_not_there(run: Run):

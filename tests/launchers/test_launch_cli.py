@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import subprocess
 from pathlib import Path
@@ -107,6 +108,31 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert not Path(str(run.checkpoint.output)).exists()
 
 
+def test_a_recipe_in_a_file_names_the_job_and_travels_with_it(
+    run: Run, place: Path, no_slurm: None, no_nemo_run: None
+) -> None:
+    (place / "mine.py").write_text(
+        "from pathlib import Path\n"
+        "from dataclasses import replace\n"
+        "from mellum2_megatron.config import from_yaml\n"
+        "def my_window():\n"
+        "    base = from_yaml(Path('run.yaml').read_text())\n"
+        "    nowhere = replace(base.checkpoint, output=None)\n"
+        "    return replace(base, name='my_window', checkpoint=nowhere)\n"
+    )
+    words = ("mine.py:my_window", "--profile", "site.yaml", "--nodes", "1", "--render", "sbatch")
+    result = launch(*words)
+    assert result.code == 0, result
+    assert "#SBATCH --job-name=my_window" in result.out
+    folder = place / "runs" / "my_window"
+    assert (folder / "recipe.py").read_bytes() == (place / "mine.py").read_bytes()
+    assert read_run(folder / "run.yaml").source("name") == (
+        f"{place / 'mine.py'}:my_window, "
+        f"sha256 {hashlib.sha256((folder / 'recipe.py').read_bytes()).hexdigest()}"
+    )
+    launch("mine.py:my_windo", *words[1:]).refused("did you mean 'my_window'")
+
+
 def test_a_dry_run_shows_reasons_for_a_refusal(run: Run, place: Path, no_slurm: None) -> None:
     """A dry run needs no data. A broken rule of the run itself is refused all the same."""
     (place.parent / "code/mellum2_megatron/__init__.py").write_text("changed")
@@ -117,7 +143,7 @@ def test_a_dry_run_shows_reasons_for_a_refusal(run: Run, place: Path, no_slurm: 
         "account: nlp\ngpus_per_node: 8\ncontainer: {image: /no.sif, runtime: apptainer}\n"
     )
     shown = launch("mellum2_12b_pretrain_phase2", "--profile", "gpu.yaml", "--dry-run")
-    assert shown.code == 0, shown
+    assert shown.code == 2, shown
     assert "256 ranks: 32 nodes of 8 cuda ranks" in shown.out
     assert "#SBATCH --nodes=32" in shown.out
     for problem in ("__init__.py", "checkpoint.continue_from=", "/no.sif"):
@@ -231,13 +257,15 @@ def test_without_slurm(run: Run, no_slurm: None) -> None:
             [],
             ["container.image=/no/image.sqsh"],
         ),
-        (PROFILE + "time: 24:00:00\n", [], ["quotes"]),
+        (PROFILE + "time: 24 hours\n", [], ["time: 24 hours", "no time of Slurm"]),
         (PROFILE, ["checkpoint.output=/dev/null/run"], ["/dev/null/run"]),
         (PROFILE, ["--nproc", "2"], ["--nproc 2", "ranks_per_node"]),
         (PROFILE, ["--executor", "local"], ["--executor local with --profile site.yaml"]),
         (PROFILE, ["--executor", "ssh"], ["--executor ssh"]),
         (PROFILE, ["--render", "pbs"], ["--render pbs"]),
         (PROFILE, ["--array", "seed=1", "--follow"], ["--follow"]),
+        (PROFILE, ["--dry-run", "--assumed-tflops", "inf"], ["--assumed-tflops inf", "finite"]),
+        (PROFILE, ["--array", "seed='1"], ["--array seed='1", "close the quote"]),
         (PROFILE, ["--array", "sed=1"], ["sed"]),
         (PROFILE, ["sed=1"], ["sed"]),
     ],

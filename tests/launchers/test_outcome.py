@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launchers import outcome
+from launchers.early_end import ENDED_FILE
 from launchers.outcome import (
     Attempt,
     Kind,
@@ -203,6 +204,15 @@ def test_a_job_from_begin_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     start(monkeypatch, 9, series=8)  # a continuation counts on
     assert start_attempt(tmp_path, tries=1) is None
     assert not finish_attempt(tmp_path, code=1, tries=1).restart
+
+
+def test_an_early_end_is_no_reason_to_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert start_attempt(tmp_path, tries=3) is None
+    (tmp_path / ENDED_FILE).write_text('{"reason": "stop rule: loss 9 at step 2 > 8"}')
+    decision = finish_attempt(tmp_path, code=75, tries=3)
+    assert (decision.kind, decision.restart) == ("early", False)
+    assert decision.message == "ended at step 0, stop rule: loss 9 at step 2 > 8"
 
 
 def test_nodes_that_fail_leave_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -91,6 +91,7 @@ def test_allowed_changes_are_packaged_and_reported(checkout: Path, tmp_path: Pat
     assert (made.folder / "mellum2_megatron/value.py").read_text() == "VALUE = 2\n"
     assert "with blank.txt" not in files(made.folder)
     assert "unknown.py" not in files(made.folder)
+    assert "launchers/new.py" in files(made.folder)
     said = "\n".join(made.notes)
     assert "mellum2_megatron/value.py" in said
     assert "not packaged: unknown.py" in said

@@ -55,7 +55,7 @@ def test_a_profile_with_everything():
         gpus_per_node=8,
         cpus_per_task=96,
         memory="1800G",
-        sbatch={"constraint": "h100", "nice": 10, "spread-job": True},
+        sbatch={"constraint": "h100", "nice": "10", "spread-job": True},
         container=Container(
             image="registry.site#nvidia/pytorch:25.10-py3",
             runtime="pyxis",
@@ -85,19 +85,14 @@ def test_a_profile_with_everything():
             "account: a\nqos: b\naccount: c",
             "profile, line 3: not YAML (key account is given twice)",
         ),
-        (
-            "time: 24:00:00",
-            "time=86400: YAML has read it as a number. "
-            'Fix: put it in quotes, like time: "24:00:00"',
-        ),
         ("time: soon", 'time: soon: is no time of Slurm. Fix: write it like "1-12:00:00"'),
         ('time: "3"', "time: 3: must be longer than grace_seconds (180)"),
         ("memory: lots", "memory: lots: is a node's memory, a number with K, M, G or T"),
         (
             "executor: slrum",
-            "executor='slrum': must be 'slurm' or 'local'. Fix: did you mean 'slurm'",
+            "executor=slrum: must be 'slurm' or 'local'. Fix: did you mean 'slurm'",
         ),
-        ("gpus_per_node: many", "gpus_per_node='many': must be a whole number"),
+        ("gpus_per_node: many", "gpus_per_node=many: must be a whole number"),
         ("gpus_per_node: -1", "gpus_per_node: -1: must be 0 or more"),
         ("device: cuda", "device: cuda without gpus_per_node: ranks need GPUs"),
         (
@@ -108,18 +103,34 @@ def test_a_profile_with_everything():
         ("sbatch: {job-name: x}", "sbatch.job-name: is set by the job itself. Fix: drop it"),
         ("sbatch: {'-C': x}", "sbatch.-C: is no long flag of sbatch"),
         ("sbatch: [a]", "sbatch: list: must be a mapping of names to values"),
-        ("environment: [A=1]", "variable 'A=1': is no name of a variable"),
-        ("environment: A", "environment='A': must be list of text"),
+        ("environment: [A=1]", "variable 'A': is listed with a value"),
+        ("environment: [a-b]", "variable 'a-b': is no name of a variable"),
+        ("variables: {folder: /x}", "variable folder: is set by the batch script"),
+        ("environment: [SLURM_JOB_ID]", "variable SLURM_JOB_ID: is set by the batch script"),
+        ('account: "a\\nrm -rf x"', r"account='a\nrm -rf x': is one line of text"),
+        ('partition: "a\\rb"', "partition="),
+        ("qos: |\n  a\n  b", "qos="),
+        ("qos: ''", "qos='': must not be empty"),
+        ('sbatch: {comment: "a\\n#SBATCH --uid=0"}', "sbatch.comment="),
+        ('srun: ["--x=a\\u2028b"]', "srun[0]="),
+        ('python: "a\\0b"', "python="),
+        ('variables: {A: "x\\ny"}', "variables.A: must be one line"),
+        ("time: " + "9" * 30, "is no time of Slurm"),
+        ("memory: " + "9" * 30, "is a node's memory"),
+        ("nodes: 70000", "nodes: 70000: must not exceed 65533"),
+        ("grace_seconds: 65536", "grace_seconds: 65536: must not exceed 65535"),
+        ("tries: " + "9" * 5000, "tries="),
+        ("environment: A", "environment=A: must be list of text"),
         ("{environment: [A], variables: {A: b}}", "A under environment and variables"),
         ("container: {runtime: pyxis}", "container.image is missing"),
         (
             "container: {image: a, runtime: docker}",
-            "container.runtime='docker': must be 'pyxis' or",
+            "container.runtime=docker: must be 'pyxis' or",
         ),
-        ("container: image.sqsh", "container: 'image.sqsh': must be a mapping"),
+        ("container: image.sqsh", "container: image.sqsh: must be a mapping"),
         (
             "container: {image: a, runtime: pyxis, mounts: /a}",
-            "container.mounts: '/a': must be a list",
+            "container.mounts: /a: must be a list",
         ),
         (
             "container: {image: a, runtime: pyxis, mounts: ['a:b']}",
@@ -145,6 +156,50 @@ def test_bad_profiles_are_refused_with_a_fix(text: str, message: str):
     with pytest.raises(InputError) as error:
         read(text)
     assert message in str(error.value)
+
+
+def test_words_without_quotes_stay_as_they_are_written():
+    """YAML 1.1 would read a number of seconds, the number 83, true and a date."""
+    profile = read(
+        """
+        account: 0123
+        time: 24:00:00
+        qos: 2026-01-02
+        memory: 1000
+        sbatch: {mail-type: none, nice: 010, spread-job: true}
+        variables: {A: yes, B: 1.0, C: 0x10}
+        """
+    )
+    assert (profile.account, profile.time, profile.qos) == ("0123", "24:00:00", "2026-01-02")
+    assert profile.memory == "1000"
+    assert profile.sbatch == {"mail-type": "none", "nice": "010", "spread-job": True}
+    assert profile.variables == {"A": "yes", "B": "1.0", "C": "0x10"}
+    assert read("account: none").account == "none"
+    assert read("account: null").account is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "variables: {https_proxy: 'http://me:hunter2@proxy:80'}",
+        "environment: [HF_TOKEN=hunter2]",
+        "setup: ['export WANDB_API_KEY=hunter2']",
+        "setup: ['export PATH=/x GITHUB_PAT=\"hunter2\"']",
+        "srun: ['--export=ALL,DB_PW=hunter2']",
+        "container: {image: 'docker://me:hunter2@host/x', runtime: pyxis}",
+        "sbatch: {comment: 'api_key=hunter2'}",
+    ],
+)
+def test_secrets_anywhere_in_a_profile_are_refused_and_not_repeated(text: str):
+    with pytest.raises(InputError) as error:
+        read(text)
+    assert "hunter2" not in str(error.value)
+    assert "environment: " in error.value.fix or "names alone" in error.value.fix
+
+
+def test_lines_of_bash_that_read_a_secret_elsewhere_are_fine():
+    lines = ("export HF_TOKEN=$(cat ~/.token)", 'export WANDB_API_KEY="$KEY"', "module load x")
+    assert read(f"setup: {list(lines)}").setup == lines
 
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "db_password", "AWS_SECRET"])

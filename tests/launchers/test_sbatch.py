@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 
 from launchers.job import ClusterJob
 from launchers.profile import Container, Mount
+from launchers.profile_text import SCRIPT_VARIABLES
 from launchers.sbatch import render
 from tests.launchers.golden_jobs import GOLDEN, golden_jobs
 
@@ -124,11 +126,16 @@ def test_no_golden_is_left_over():
 
 
 @pytest.mark.parametrize("name", sorted(JOBS))
-def test_bash_and_shellcheck_find_nothing(name: str):
-    file = str(GOLDEN / f"{name}.sbatch")
-    subprocess.run(["bash", "-n", file], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", file], check=True)
+def test_bash_finds_nothing(name: str):
+    subprocess.run(["bash", "-n", str(GOLDEN / f"{name}.sbatch")], check=True)
+
+
+@pytest.mark.slurm
+def test_shellcheck_finds_nothing():
+    """Part of `make test-launch`, whose set-up installs shellcheck."""
+    if shutil.which("shellcheck") is None and os.environ.get("MELLUM2_REQUIRE_SLURM") != "1":
+        pytest.skip("shellcheck is not installed: scripts/setup_slurm.sh installs it")
+    subprocess.run(["shellcheck", *sorted(GOLDEN.glob("*.sbatch"))], check=True)
 
 
 @pytest.mark.parametrize("name", ["bare", "pyxis", "apptainer", "enroot"])
@@ -176,6 +183,80 @@ def test_every_word_arrives_as_it_was(stage: Stage):
     assert environment["PYTHONPATH"] == f"{folder}/code"
 
 
+def sbatch_words(line: str) -> list[str]:
+    """Words of an ``#SBATCH`` line by sbatch's own rules (src/sbatch/opt.c, Slurm 23.11).
+
+    A backslash escapes the next character anywhere, quotes of both kinds group, and an unquoted #
+    begins a comment.
+    """
+    words, word, quote, position = [], "", "", 0
+    started = False
+    while position < len(line):
+        letter = line[position]
+        if letter == "\\":
+            position += 1
+            word, started = word + line[position : position + 1], True
+        elif quote:
+            if letter == quote:
+                quote = ""
+            else:
+                word += letter
+        elif letter in "'\"":
+            quote, started = letter, True
+        elif letter == "#":
+            break
+        elif letter.isspace():
+            if started:
+                words.append(word)
+            word, started = "", False
+        else:
+            word, started = word + letter, True
+        position += 1
+    assert not quote, "an unclosed quote is an error of sbatch"
+    return [*words, word] if started else words
+
+
+def directives(script: str) -> dict[str, str]:
+    """Flags of a script with their values as sbatch reads them."""
+    flags: dict[str, str] = {}
+    for line in script.splitlines():
+        if line.startswith("#SBATCH"):
+            for word in sbatch_words(line.removeprefix("#SBATCH")):
+                flag, _, value = word.partition("=")
+                assert flag not in flags
+                flags[flag] = value
+        elif line and not line.startswith("#"):
+            break
+    return flags
+
+
+@pytest.mark.parametrize(
+    "text", [*NASTY, "a\\", "\\", '"', "#", " # x", "a\tb".replace("\t", " "), "%j"]
+)
+def test_directives_are_read_back_as_they_were(text: str):
+    job = JOBS["bare"]
+    profile = dataclasses.replace(
+        job.profile, account=text, partition=text, qos=text, sbatch={"comment": text, "wckey": "w"}
+    )
+    flags = directives(render(dataclasses.replace(job, profile=profile)))
+    for flag in ("--account", "--partition", "--qos", "--comment"):
+        assert flags[flag] == text
+    assert flags["--wckey"] == "w"
+    assert flags["--output"] == "/lustre/runs/my tiny run/logs/%x-%j.log"
+
+
+def test_a_profile_cannot_set_a_variable_of_the_script():
+    for job in JOBS.values():
+        script = render(job)
+        # The site's own lines and variables are the profile's.
+        assigned = set(re.findall(r"(?m)^\s*(?:export )?([A-Za-z_]\w*)\+?=", script))
+        assigned |= set(re.findall(r"(?m)^\s*for ([a-z]+) in", script))
+        assigned |= set(*re.findall(r"read -r ([a-z]+) ([a-z]+)", script))
+        ours = assigned - {"", "PYTHONPATH", *job.profile.variables}
+        assert ours - {"NCCL_DEBUG"} <= SCRIPT_VARIABLES, ours - SCRIPT_VARIABLES
+        assert {"folder", "step", "MASTER_PORT", "waiting"} & ours
+
+
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer", "enroot"])
 def test_container_words_arrive_as_they_were(runtime: str, stage: Stage):
     container = Container(
@@ -212,12 +293,12 @@ def test_container_words_arrive_as_they_were(runtime: str, stage: Stage):
 
 def test_the_meeting_place(stage: Stage):
     ports = set()
-    for job, restart in (("42", "0"), ("42", "1"), ("43", "0"), ("50", "0")):
-        assert stage.run(JOBS["bare"], SLURM_JOB_ID=job, SLURM_RESTART_COUNT=restart) == 0
+    for _ in range(4):  # of the same job
+        assert stage.run(JOBS["bare"]) == 0
         environment = stage.lines()[-1][1]
         assert environment["MASTER_ADDR"] == "10.0.0.1"
         ports.add(environment["MASTER_PORT"])
-    assert len(ports) == 4
+    assert len(ports) > 1  # by chance alone; all four are equal once in 8e12 runs
     assert all(10000 <= int(port) < 30000 for port in ports)
 
 

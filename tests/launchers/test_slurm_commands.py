@@ -13,6 +13,7 @@ import pytest
 from launchers import slurm, status
 from launchers.slurm import JobState
 from mellum2_megatron.common.errors import InputError, WorkError
+from tests.cli.runner import mellum2
 
 # Output of `scontrol --oneliner show job` without the fields that are not read.
 FAILED = (
@@ -96,7 +97,13 @@ def test_tasks_of_an_array_each_have_a_state(fake: Fake) -> None:
 
 @pytest.mark.parametrize(
     ("text", "tasks"),
-    [("3", (3,)), ("0-2,5%4", (0, 1, 2, 5)), ("0-9:3", (0, 3, 6, 9)), ("0-1%1", (0, 1))],
+    [
+        ("3", (3,)),
+        ("0-2,5%4", (0, 1, 2, 5)),
+        ("0-9:3", (0, 3, 6, 9)),
+        ("0-1%1", (0, 1)),
+        ("1,3,...", (1, 3)),
+    ],
 )
 def test_expand(text: str, tasks: tuple[int, ...]) -> None:
     assert slurm.expand(text) == tasks
@@ -116,14 +123,39 @@ def test_accounting_is_asked_for_what_the_controller_has_forgotten(fake: Fake) -
     fake("scontrol", **UNKNOWN)
     fake(
         "sacct",
-        "7_0|CANCELLED by 1000|None|sweep|n1|00:03:00|0:15\n"
-        "7_1|COMPLETED|None|sweep|n2|00:05:00|0:0\n",
+        "7_0|CANCELLED by 1000|None|n1|00:03:00|0:15|a|b\n"
+        "7_1|COMPLETED|None|n2|00:05:00|0:0|sweep\n"
+        "7_2|||||||\n",
     )
     states = slurm.states("7")
     assert [(state.job_id, state.state, state.reason, state.exit_code) for state in states] == [
         ("7_0", "CANCELLED", None, 0),
         ("7_1", "COMPLETED", None, 0),
+        ("7_2", "UNKNOWN", None, None),
     ]
+    assert states[0].name == "a|b"
+    fake("sacct", "7_0|COMPLETED\n")
+    with pytest.raises(WorkError, match="seven fields"):
+        slurm.states("7")
+    fake("sacct", err="sacct: error: slurmdbd: Connection refused\n", code=1)
+    with pytest.raises(WorkError, match="Connection refused"):
+        slurm.states("7")
+
+
+def test_without_an_answer_the_records_answer_and_the_reason_is_told(
+    fake: Fake, tmp_path: Path
+) -> None:
+    fake("scontrol", err="Unable to contact slurm controller\n", code=1)
+    launch(tmp_path / "run", "12")
+    (record,) = status.job_status(tmp_path / "run", "12")
+    assert (record.state, record.source) == ("UNKNOWN", "nobody")
+    assert "Unable to contact" in record.reason
+    attempt(tmp_path / "run", "12", step=3, kind="done")
+    (record,) = status.job_status(tmp_path / "run", "12")
+    assert (record.state, record.source) == ("COMPLETED", "records")
+    assert "records: scontrol: Unable to contact" in record.reason
+    with pytest.raises(WorkError):
+        status.job_status(None, "12")
 
 
 def test_submitting_returns_the_number(fake: Fake) -> None:
@@ -178,7 +210,7 @@ def test_no_slurm_here(fake: Fake) -> None:
     for call in (
         lambda: slurm.submit(Path("x")),
         lambda: slurm.states("1"),
-        lambda: slurm.cancel(["1"]),
+        lambda: slurm.cancel("1"),
     ):
         with pytest.raises(InputError, match=r"not on PATH.*--render sbatch"):
             call()
@@ -194,10 +226,82 @@ def test_the_controller_is_down(fake: Fake) -> None:
         slurm.states("1")
 
 
-def test_cancel(fake: Fake) -> None:
+def shown(state: str) -> str:
+    return f"JobId=3 JobName=x JobState={state} Reason=None Restarts=0 ExitCode=0:0\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "err", "done", "note"),
+    [
+        ("CANCELLED", 0, "", True, "had already ended: CANCELLED"),
+        ("COMPLETED", 0, "", True, "had already ended: COMPLETED"),
+        ("COMPLETING", 0, "", True, "cancelled: COMPLETING"),
+        ("RUNNING", 0, "", False, "not cancelled: Slurm shows RUNNING"),
+        (
+            "RUNNING",
+            1,
+            "scancel: error: Kill job error on job id 3: Access/permission denied",
+            False,
+            "not cancelled: Slurm shows RUNNING (scancel: error: Kill job error on job id 3: "
+            "Access/permission denied)",
+        ),
+        ("SOMETHING_NEW", 0, "", False, "not cancelled: Slurm shows SOMETHING_NEW"),
+    ],
+)
+def test_cancel_tells_what_slurm_confirms(
+    state: str,
+    code: int,
+    err: str,
+    done: bool,
+    note: str,
+    fake: Fake,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slurm, "_CONFIRM_SECONDS", 0.0)
+    fake("scontrol", shown(state))
+    fake("scancel", err=f"{err}\n" if err else "", code=code)
+    assert slurm.cancel("3") == slurm.Cancellation(job_id="3", done=done, note=note)
+    if "ended" not in note:
+        assert words("scancel") == ["3"]
+
+
+def test_cancel_waits_for_slurm(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("scontrol", shown("RUNNING"))
     fake("scancel")
-    slurm.cancel(["3", "4_1"])
-    assert words("scancel") == ["3", "4_1"]
+    monkeypatch.setattr("time.sleep", lambda _: fake("scontrol", shown("CANCELLED")))
+    assert slurm.cancel("3").note == "cancelled: CANCELLED"
+
+
+def test_the_command_names_each_job_and_fails_for_the_others(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_CONFIRM_SECONDS", 0.0)
+    fake("scancel")
+    fake("scontrol", **UNKNOWN)
+    result = mellum2("launch", "cancel", "3", "4")
+    assert result.code == 1
+    assert "3: not found" in result.out
+    assert "4: not found" in result.out
+    assert "3, 4 not cancelled" in result.err
+    fake("scontrol", shown("COMPLETING"))
+    result = mellum2("launch", "cancel", "3")
+    assert (result.code, result.out) == (0, "3: cancelled: COMPLETING\n")
+
+
+def test_the_table_keeps_the_end_of_a_folder(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    fake("scontrol", shown("RUNNING"))
+    folders = [tmp_path / "chain" / f"mellum2_12b_pretrain_a_long_name_{n}" for n in range(3)]
+    for folder in folders:
+        launch(folder, "3")
+    out = "".join(mellum2("launch", "status", "--runs", "chain").out.split())
+    for number in range(3):
+        # Folded over lines, no character is lost.
+        assert f"chain/mellum2_12b_pretrain_a_long_name_{number}" in out
+    assert "\u2026" not in out
 
 
 @pytest.mark.parametrize("word", ["x", "1_", "1_a", "-1", "1.5"])
@@ -274,7 +378,7 @@ def test_job_without_any_record_is_unknown(fake: Fake, tmp_path: Path) -> None:
     launch(tmp_path / "run", "12")
     (record,) = status.job_status(*status.find_job(str(tmp_path / "run")))
     assert (record.state, record.source) == ("UNKNOWN", "nobody")
-    assert "no longer knows" in record.reason
+    assert "no longer has" in record.reason
 
 
 def test_every_task_of_an_array_has_its_own_records(fake: Fake, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import itertools
 import pytest
 import torch
 
-from tests.distributed import run_distributed
+from tests.distributed import gpu_count, run_distributed
 from tests.layouts.worker import ARCHITECTURE, BATCH, SEQUENCE, Case, Outcome, shard
 
 pytestmark = pytest.mark.distributed
@@ -28,6 +28,11 @@ DOCUMENTS = (5, 13, 3)
 BALANCED = ("aux_loss", 0.5)
 # At cp 2 rank 0 has one token that counts in the loss, rank 1 has fifteen.
 UNEVEN = (*range(10), 25, *range(27, 32))
+
+VARIANT = (
+    ("mlp_layer_types", ("dense", "sparse", "sparse", "dense")),
+    ("shared_expert_intermediate_size", 48),
+)
 
 LAYOUTS: dict[str, tuple[int, Case]] = {
     "dp2": (2, Case()),
@@ -48,6 +53,12 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     "documents_tp2": (2, Case(tp=2, documents=DOCUMENTS, per_token=True)),
     "documents_cp2": (2, Case(cp=2, documents=DOCUMENTS, per_token=True)),
     "documents_cp4": (4, Case(cp=4, documents=DOCUMENTS, per_token=True)),
+    "documents_masked_tp2_cp2": (
+        4,
+        Case(
+            tp=2, cp=2, documents=DOCUMENTS, per_token=True, balance=BALANCED, mask=(*range(6, 16),)
+        ),
+    ),
     "documents_aux_loss_tp2_cp2": (
         4,
         Case(tp=2, cp=2, documents=DOCUMENTS, per_token=True, balance=BALANCED),
@@ -56,6 +67,10 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     # the layout.
     "uneven_mask_cp2": (2, Case(cp=2, mask=UNEVEN, per_token=True)),
     "uneven_mask_tp2_dp2": (4, Case(tp=2, mask=UNEVEN, per_token=True)),
+    # Chunks of 5 tokens divide no micro-batch evenly.
+    "chunks": (1, Case(head_chunk=5)),
+    "chunks_tp2": (2, Case(tp=2, head_chunk=5, mask=UNEVEN, per_token=True)),
+    "chunks_cp2": (2, Case(cp=2, head_chunk=5, mask=UNEVEN, per_token=True)),
     # So are the load-balancing losses of one micro-batch or one sequence.
     "aux_loss_dp2": (2, Case(balance=("aux_loss", 0.5))),
     # So is the global one with its exact gradient.
@@ -63,6 +78,9 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     "exact_cp2_dp2": (4, Case(cp=2, exact=True)),
     "exact_per_token_tp2_dp2": (4, Case(tp=2, per_token=True, exact=True)),
     "seq_aux_loss_cp2_dp2": (4, Case(cp=2, balance=("seq_aux_loss", 0.5))),
+    # Dense layers and a shared expert, of which tensor parallelism divides each MLP.
+    "variant_tp2_ep2": (4, Case(tp=2, ep=2, changes=VARIANT)),
+    "variant_pp2": (2, Case(pp=2, changes=VARIANT)),
 }
 
 
@@ -75,7 +93,11 @@ def reference_of(ranks: int, case: Case) -> Case:
     all ranks, and DDP then averages (Megatron-LM issue 3672).
     """
     one = Case(
-        balance=case.balance, per_token=case.per_token, documents=case.documents, mask=case.mask
+        balance=case.balance,
+        per_token=case.per_token,
+        documents=case.documents,
+        mask=case.mask,
+        changes=case.changes,
     )
     if case.balance[0] != "global_aux_loss":
         return one
@@ -89,20 +111,46 @@ def reference(case: Case, backend: str) -> Outcome:
     return run_distributed("tests.layouts.worker:step", 1, case, backend=backend)[0]
 
 
-@pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "gloo" and torch.cuda.is_available():
-        pytest.skip("the CPU backend refuses beside a GPU: set CUDA_VISIBLE_DEVICES='' for these")
-    return str(request.param)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 def test_layout_equals_one_process(layout: str, backend: str):
     ranks, case = LAYOUTS[layout]
-    if backend == "nccl" and torch.cuda.device_count() < ranks:
-        pytest.skip(f"{ranks} GPUs needed, {torch.cuda.device_count()} here")
+    if backend == "nccl" and gpu_count() < ranks:
+        pytest.skip(f"{ranks} GPUs needed, {gpu_count()} here")
     outcomes = run_distributed("tests.layouts.worker:step", ranks, case, backend=backend)
     compare(outcomes, case, reference(reference_of(ranks, case), backend))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [
+        (2, Case(ep=2, sequences=8)),
+        (2, Case(ep=2, sequences=8, head_chunk=5)),
+        (2, Case(ep=2, sequences=8, documents=DOCUMENTS, per_token=True)),
+        (4, Case(ep=2, pp=2, vpp=2, sequences=8)),
+    ],
+    ids=["ep2", "ep2_chunks", "ep2_documents", "pp2_vpp2_ep2"],
+)
+def test_overlapped_exchanges_change_no_bit(ranks: int, case: Case):
+    """Four micro-batches: the combined schedule against the plain one, on the same ranks.
+
+    The exception is the embedding where the trunk and MTP share it.
+    """
+    plain, overlapped = (
+        run_distributed("tests.layouts.worker:step", ranks, one)
+        for one in (case, dataclasses.replace(case, overlap=True))
+    )
+    for one, other in zip(plain, overlapped, strict=True):
+        assert other.losses.keys() >= {"aux", "z"}
+        for name, loss in one.losses.items():
+            assert torch.equal(other.losses[name], loss), f"{name} loss at {one.ranks}"
+        assert other.gradients.keys() == one.gradients.keys()
+        for name, gradient in one.gradients.items():
+            if name.startswith("embedding.") and case.pp == 1:
+                # The trunk's and MTP's parts join the sum over micro-batches one by one.
+                close(other.gradients[name], gradient, gradient, name)
+                continue
+            assert torch.equal(other.gradients[name], gradient), f"gradient of {name}, {one.ranks}"
 
 
 def compare(outcomes: list[Outcome], case: Case, expected: Outcome) -> None:
@@ -125,7 +173,8 @@ def compare(outcomes: list[Outcome], case: Case, expected: Outcome) -> None:
             full = expected.losses[name]
             close(loss, full, full, f"{name} loss at {outcome.ranks}")
     assert seen["gradients"] == expected.gradients.keys()
-    assert seen["logits"] == {(row, head) for row in range(BATCH) for head in ("main", "mtp")}
+    if case.head_chunk is None:  # else there are no logits of a whole micro-batch
+        assert seen["logits"] == {(row, head) for row in range(BATCH) for head in ("main", "mtp")}
     assert seen["losses"] == {"lm", "mtp", "aux", "z"}
 
 
@@ -166,6 +215,34 @@ def test_padding_between_documents_changes_nothing(balance: str, per_token: bool
         close(loss, tight.losses[name], tight.losses[name], f"{name} loss")
     for name, gradient in padded.gradients.items():
         close(gradient, tight.gradients[name], tight.gradients[name], f"gradient of {name}")
+
+
+def test_labels_that_do_not_count_change_nothing():
+    """The mask reaches both heads: their losses and all gradients are those of other labels."""
+    masked = Case(mask=UNEVEN, per_token=True)
+    plain, other = (
+        reference(dataclasses.replace(masked, other_labels=changed), "gloo")
+        for changed in (False, True)
+    )
+    for name, loss in plain.losses.items():
+        close(other.losses[name], loss, loss, f"{name} loss")
+    for name, gradient in plain.gradients.items():
+        close(other.gradients[name], gradient, gradient, f"gradient of {name}")
+    everything = reference(Case(per_token=True), "gloo").losses
+    assert abs(everything["mtp"] - plain.losses["mtp"]) > 0.01, "the mask would change nothing"
+
+
+@pytest.mark.parametrize("tight", [False, True], ids=["padding", "no-padding"])
+def test_a_mask_does_not_change_the_weight_of_router_losses(tight: bool):
+    """Where all micro-batches count equally many tokens, both kinds of mean have one gradient."""
+    mask = tuple(range(6, 16))  # a question of ten tokens in the second document
+    case = Case(documents=DOCUMENTS, balance=BALANCED, mask=mask, tight=tight)
+    mean = reference(case, "gloo")
+    per_token = reference(dataclasses.replace(case, per_token=True), "gloo")
+    for name, gradient in per_token.gradients.items():
+        close(gradient, mean.gradients[name], mean.gradients[name], f"gradient of {name}")
+    for name, loss in per_token.losses.items():
+        close(loss, mean.losses[name], mean.losses[name], f"{name} loss")
 
 
 def test_the_reference_has_every_parameter_and_both_losses():

@@ -13,7 +13,7 @@ import functools
 import itertools
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from mellum2_megatron.architecture import Mellum2Architecture, RopeParameters
 from tests.layouts.traffic import counting
-from tests.model.packing import packed_documents
+from tests.training.step_worker import use_arguments
 
 SEQUENCE = 32
 BATCH = 4
@@ -63,9 +63,14 @@ class Case:
         documents: real lengths of the documents that each sequence is packed from, each padded to a
             multiple of 8; empty for one document, not packed.
         mask: positions that do not count in the loss.
+        other_labels: give the positions that do not count other labels.
         tight: leave out the padding of documents.
         exact: the run's `loss.aux_loss_gradient` is "exact".
         dispatcher: Megatron's token dispatcher of the experts.
+        head_chunk: the run's `loss.head_chunk`.
+        overlap: the run's `layout.overlap_expert_comm`.
+        sequences: sequences of the global batch.
+        changes: fields of the architecture that differ from `ARCHITECTURE`.
     """
 
     tp: int = 1
@@ -79,9 +84,19 @@ class Case:
     per_token: bool = False
     documents: tuple[int, ...] = ()
     mask: tuple[int, ...] = ()
+    other_labels: bool = False
     tight: bool = False
     exact: bool = False
     dispatcher: str = "alltoall"
+    head_chunk: int | None = None
+    overlap: bool = False
+    sequences: int = BATCH
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def architecture(self) -> Mellum2Architecture:
+        """The model."""
+        return ARCHITECTURE.replace(**dict(self.changes))
 
     @property
     def rooms(self) -> list[int]:
@@ -120,14 +135,24 @@ SHARDED = {
     "linear_qkv.weight": (0, "tp"),
     "linear_proj.weight": (1, "tp"),
     "eh_proj.weight": (0, "tp"),
+    # Before the experts', whose names end alike.
+    "mlp.linear_fc1.weight": (0, "tp"),
+    "mlp.linear_fc2.weight": (1, "tp"),
+    "shared_experts.linear_fc1.weight": (0, "tp"),
+    "shared_experts.linear_fc2.weight": (1, "tp"),
     "linear_fc1.weight": (0, "etp"),
     "linear_fc2.weight": (1, "etp"),
 }
 
 
+def division(name: str) -> tuple[int, str]:
+    """Return the divided dimension of a tensor, and the parallelism that divides it, or ""."""
+    return next((rule for end, rule in SHARDED.items() if name.endswith(end)), (0, ""))
+
+
 def shard(name: str, full: torch.Tensor, case: Case, ranks: dict[str, int]) -> torch.Tensor:
     """Return the part of the global tensor ``name`` that the rank at ``ranks`` holds."""
-    dimension, axis = next((rule for end, rule in SHARDED.items() if name.endswith(end)), (0, ""))
+    dimension, axis = division(name)
     if not axis:
         return full
     ways, rank = getattr(case, axis), ranks[axis]
@@ -143,9 +168,9 @@ def initial_value(
 ) -> torch.Tensor:
     """Return this rank's part of a tensor that is a function of its global name and shape."""
     shape = list(local.shape)
-    for end, (dimension, axis) in SHARDED.items():
-        if name.endswith(end):
-            shape[dimension] *= getattr(case, axis)
+    dimension, axis = division(name)
+    if axis:
+        shape[dimension] *= getattr(case, axis)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     if len(shape) == 1:
         value = 1 + 0.2 * noise
@@ -222,11 +247,15 @@ def step(case: Case, device: str = "cpu") -> Outcome:
         )
     config.finalize_model_grads_func = finalize_model_grads
     data_ranks = mpu.get_data_parallel_world_size()
-    microbatches = BATCH // case.micro_batch // data_ranks
+    microbatches = case.sequences // case.micro_batch // data_ranks
     feed = functools.partial(batches, case, ranks["dp"], data_ranks, device)
+    rows = row_numbers(case, ranks["dp"], data_ranks)
+    use_arguments(
+        tp=case.tp, pp=case.pp, cp=case.cp, micro_batch=case.micro_batch, length=case.length
+    )
     with counting() as sent:
         reported = get_forward_backward_func()(
-            forward_step_func=functools.partial(forward_step, logits, case),
+            forward_step_func=functools.partial(forward_step, logits, rows, case),
             data_iterator=[feed() for _ in wrapped] if case.vpp > 1 else feed(),
             model=wrapped if case.vpp > 1 else wrapped[0],
             num_microbatches=microbatches,
@@ -243,7 +272,7 @@ def step(case: Case, device: str = "cpu") -> Outcome:
     return Outcome(ranks=ranks, gradients=gradients, logits=logits, losses=totals, sent=dict(sent))
 
 
-def build(case: Case, device: str) -> list[torch.nn.Module]:
+def build(case: Case, device: str, *, seed_by_name: int | None = None) -> list[torch.nn.Module]:
     """Return this rank's model chunks, built by the provider that training uses."""
     from megatron.core import parallel_state as mpu
 
@@ -253,7 +282,7 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
 
     kind, coefficient = case.balance
     config = transformer_config(
-        ARCHITECTURE,
+        case.architecture,
         tensor_model_parallel_size=case.tp,
         sequence_parallel=case.tp > 1,
         pipeline_model_parallel_size=case.pp,
@@ -273,9 +302,11 @@ def build(case: Case, device: str) -> list[torch.nn.Module]:
         moe_aux_loss_coeff=coefficient,
         moe_z_loss_coeff=0.1,
         mtp_loss_scaling_factor=0.3,
+        overlap_moe_expert_parallel_comm=case.overlap,
+        bf16=case.overlap,  # Megatron asserts it; weights and activations stay in float32
     )
-    loss = Loss(aux_loss_gradient="exact") if case.exact else None
-    provide = model_provider(ARCHITECTURE, "torch", loss=loss)
+    loss = Loss(aux_loss_gradient="exact" if case.exact else "megatron", head_chunk=case.head_chunk)
+    provide = model_provider(case.architecture, "torch", loss=loss, seed_by_name=seed_by_name)
     chunks = []
     for stage in range(case.vpp):
         where: dict[str, Any] = {
@@ -300,10 +331,10 @@ def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str
     text = torch.randint(
         0,
         ARCHITECTURE.vocab_size,
-        (BATCH, SEQUENCE + 1),
+        (case.sequences, SEQUENCE + 1),
         generator=torch.Generator().manual_seed(7),
     )
-    mask = torch.ones(BATCH, SEQUENCE)
+    mask = torch.ones(case.sequences, SEQUENCE)
     mask[:, list(case.mask)] = 0.0
     places = list(range(SEQUENCE))
     if case.documents:
@@ -317,11 +348,11 @@ def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str
         mask[:, [place for place in places if place not in real]] = 0.0
         places = sorted(real) if case.tight else places
     text, targets, mask = text[:, :-1][:, places], text[:, 1:][:, places], mask[:, places]
-    size = case.micro_batch
-    for start in range(rank * size, BATCH, ranks * size):
-        rows = slice(start, start + size)
+    if case.other_labels:
+        targets = torch.where(mask > 0, targets, (targets + 1) % ARCHITECTURE.vocab_size)
+    for rows in row_numbers(case, rank, ranks):
+        size = len(rows)
         batch = {
-            "rows": torch.arange(start, start + size),
             "tokens": text[rows].contiguous(),
             "labels": targets[rows].contiguous(),
             "loss_mask": mask[rows],
@@ -335,49 +366,50 @@ def batches(case: Case, rank: int, ranks: int, device: str) -> Iterator[dict[str
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def row_numbers(case: Case, rank: int, ranks: int) -> Iterator[list[int]]:
+    """Yield the sequences of each micro-batch of a data-parallel rank."""
+    size = case.micro_batch
+    for start in range(rank * size, case.sequences, ranks * size):
+        yield list(range(start, start + size))
+
+
 def forward_step(
     logits: dict[tuple[int, str], torch.Tensor],
+    rows: Iterator[Sequence[int]],
     case: Case,
     iterator: Iterator[dict[str, Any]],
     model: torch.nn.Module,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """Run one micro-batch, keeping the logits of every head."""
-    from megatron.core import parallel_state as mpu
-    from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+    """Run one micro-batch as training does, keeping the logits of every head.
 
-    from mellum2_megatron.training.step import sum_loss
+    Args:
+        logits: place of the logits.
+        rows: sequences of each micro-batch that this rank's last stage runs.
+        case, iterator, model: the step, its samples, and the stage of the model.
+        **kwargs: Megatron's further arguments.
+    """
+    from megatron.core.utils import get_attr_wrapped_model
 
-    batch = next(iterator)
-    rows = batch.pop("rows").tolist()
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    from mellum2_megatron.training.step import forward_step as training_forward_step
+
+    run = functools.partial(
+        training_forward_step, iterator, model, documents=bool(case.documents), **kwargs
     )
+    if case.head_chunk or case.overlap or not get_attr_wrapped_model(model, "post_process"):
+        return run()
     heads: list[torch.Tensor] = []
-    post_process = get_attr_wrapped_model(model, "post_process")
-    if post_process:
-        # The head runs for MTP first, then for the trunk; the cross entropy overwrites its input.
-        head = get_attr_wrapped_model(model, "output_layer")
-        hook = head.register_forward_hook(
-            lambda _module, _inputs, out: heads.append(out[0].detach().cpu().clone())
-        )
-    packed = (
-        packed_documents(case.documents, case.rooms, batch["tokens"].device)
-        if case.documents
-        else None
+    # The head runs for MTP first, then for the trunk; the cross entropy overwrites its input.
+    head = get_attr_wrapped_model(model, "output_layer")
+    hook = head.register_forward_hook(
+        lambda _module, _inputs, out: heads.append(out[0].detach().cpu().clone())
     )
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=packed,
-    )
-    if post_process:
-        hook.remove()
-        for name, values in zip(("mtp", "main"), heads, strict=True):
-            logits |= {(row, name): values[:, i] for i, row in enumerate(rows)}
-    return output, functools.partial(sum_loss, batch["loss_mask"])
+    outcome = run()
+    hook.remove()
+    numbers = next(rows)
+    for name, values in zip(("mtp", "main"), heads, strict=True):
+        logits |= {(row, name): values[:, i] for i, row in enumerate(numbers)}
+    return outcome
 
 
 def losses(

@@ -87,6 +87,28 @@ def test_an_event_has_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     assert kinds == ["train", "train", "valid"]
 
 
+def test_a_generated_text_keeps_its_prompt_and_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = logger(tmp_path, tensorboard=True)
+    log.log_samples(2, [("def f(", "x):\n    return x"), ("é [b]", "")])
+    log.close()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(record.kind, record.step) for record in records] == [("sample", 2)] * 2
+    assert [(record.prompt, record.note) for record in records] == [
+        ("def f(", "x):\n    return x"),
+        ("é [b]", ""),
+    ]
+    assert "step 2/100 | sample | 'def f(' continues as\n    x):\n        return x\n" in (
+        capsys.readouterr().out
+    )
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (text,) = events.Tensors("sample/0/text_summary")
+    assert text.tensor_proto.string_val == [b"    def f(x):\n        return x\n"]
+
+
 def test_numbers_that_json_lacks_survive_as_valid_json(tmp_path: Path) -> None:
     log = logger(tmp_path)
     log.log_step(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
@@ -219,7 +241,9 @@ def test_wandb_without_a_key_keeps_the_series_in_the_run_folder(
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    train(logger(tmp_path, wandb_project="mellum", config={"recipe": "tiny"}), range(1, 4))
+    log = logger(tmp_path, wandb_project="mellum", config={"recipe": "tiny"})
+    log.log_samples(1, [("def f(", "x):")])
+    train(log, range(1, 4))
     assert capsys.readouterr().out.count("WANDB_API_KEY") == 1
     first_id = (tmp_path / "wandb_run_id.txt").read_text().strip()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
@@ -231,6 +255,8 @@ def test_wandb_without_a_key_keeps_the_series_in_the_run_folder(
     assert rows[0]["train/expert_load/layer_03/max_over_mean"] == 1.5
     (valid,) = [row for row in wandb_history(file) if "valid/lm_loss" in row]
     assert (valid["step"], valid["valid/lm_loss"]) == (2, loss_at(2) + 0.5)
+    (table,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json")
+    assert json.loads(table.read_text())["data"] == [[1, "def f(", "x):"]]
 
     train(logger(tmp_path, wandb_project="mellum", resume_step=3), range(4, 6))
     assert {file.name for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb")} == {
@@ -328,7 +354,8 @@ def test_a_log_file_gets_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_a_terminal_gets_aligned_rows_and_a_bar() -> None:
+def test_a_terminal_gets_aligned_rows_and_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     file = Terminal()
     shown = TrainingConsole(title="tiny", total_steps=30, total_samples=960, file=file)
     shown.step(10, VALUES)
@@ -342,6 +369,20 @@ def test_a_terminal_gets_aligned_rows_and_a_bar() -> None:
     assert all(row[end - 6 : end] == "6.1235" for row in rows)
     assert "\x1b[" in file.getvalue()
     assert "20/30" in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 200])
+def test_a_row_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    file = Terminal()
+    shown = TrainingConsole(title="tiny", total_steps=30, total_samples=960, file=file)
+    shown.step(20, VALUES)
+    shown.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    rows = [line for line in text.splitlines() if "6.1235" in line or "lm loss" in line]
+    assert len(rows) == 2
+    assert all(min(width, 160) - 30 < len(row) <= width for row in rows), rows
+    assert ("model TFLOP/s" in rows[0]) == (width == 200)
 
 
 def test_numbers_are_shortened_for_reading() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.metrics import plots
-from mellum2_megatron.metrics.plots import plot_loss
+from mellum2_megatron.metrics.log import Record
+from mellum2_megatron.metrics.plots import Curves, plot_loss, plot_runs, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,10 +53,10 @@ def test_loss_curve(log: Path, tmp_path: Path, figures: list[Figure]) -> None:
     }
     assert curves["next token, training"] == ([10, 20, 30], [7.0, 6.0, 5.0])
     assert curves["MTP (token after next), training"] == ([10, 20, 30], [8.0, 7.0, 6.0])
-    assert curves["next token, validation"] == ([20], [6.5])
+    assert curves["next token, validation (last 6.50)"] == ([20], [6.5])
     assert {y[0] for x, y in curves.values() if x == [0, 1]} == {6.25, math.log(4096)}
     texts = {text.get_text() for text in axes.texts}
-    assert {"uniform guess: 8.32", "best without context (unigram entropy): 6.25", "6.50"} <= texts
+    assert texts == {"uniform guess: 8.32", "best without context (unigram entropy): 6.25"}
     low, high = axes.get_ylim()
     assert low < 5.0
     assert high > math.log(4096)
@@ -75,3 +76,39 @@ def test_logs_without_the_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no lm_loss"):
         plot_loss(path, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def _run(name: str, losses: list[float], tokens_a_step: float = 10.0) -> Curves:
+    records = [
+        Record(kind="train", step=step, values={"lm_loss": loss, "tokens": step * tokens_a_step})
+        for step, loss in enumerate(losses, 1)
+    ]
+    return Curves(name=name, records=records, recipe="tiny")
+
+
+def test_runs_are_compared_over_the_chosen_axis(tmp_path: Path, figures: list[Figure]) -> None:
+    runs = [_run("a", [3.0, 2.0]), _run("b", [4.0, 1.0], tokens_a_step=100.0)]
+    plot_runs(runs, tmp_path / "x.png", metrics=("lm_loss", "tokens"), against="tokens")
+    losses, tokens = figures[0].axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in losses.lines}
+    assert drawn == {"a (tiny)": [[10, 3], [20, 2]], "b (tiny)": [[100, 4], [200, 1]]}
+    assert tokens.lines[1].get_ydata().tolist() == [100, 200]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(drawn)
+
+
+def test_an_unknown_metric_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"did you mean 'lm_loss'; there are lm_loss, tokens"):
+        plot_runs([_run("a", [3.0])], tmp_path / "x.png", metrics=("lm_los",))
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_smoothing_keeps_a_line_and_leaves_out_what_is_not_finite() -> None:
+    line = [2.0 * index for index in range(200)]
+    means, window = smoothed(line)
+    assert window == 7
+    assert means == pytest.approx(line)
+    line[100] = math.nan
+    means, _ = smoothed(line)
+    neighbours = [line[index] for index in range(97, 104) if index != 100]
+    assert means[100] == pytest.approx(sum(neighbours) / 6)
+    assert means[103] == pytest.approx(sum(line[101:107]) / 6)

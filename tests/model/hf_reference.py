@@ -5,6 +5,7 @@ The project's converter is not used, so that a mistake in it cannot hide one in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,24 +63,36 @@ class Reference:
         if self.mtp is None:
             return logits, None
         source = captured[0] if mtp_from_pre_norm else hidden
-        positions = torch.arange(tokens.shape[1] - 1)[None]
-        mtp_hidden = self.mtp.forward_layer(
-            0, source[:, :-1], positions, None, input_ids=tokens[:, 1:]
-        )
-        return logits, self.trunk.lm_head(mtp_hidden)
+        return logits, next(self.mtp_logits(source, tokens))
+
+    def mtp_logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the logits of each MTP layer; those of depth d, from 1, are `[b, s - d, v]`.
+
+        Args:
+            hidden: the trunk's hidden state `[b, s, h]`.
+            tokens: token ids `[b, s]`.
+        """
+        for depth in range(1, self.mtp.num_mtp_layers + 1):
+            positions = torch.arange(tokens.shape[1] - depth)[None]
+            hidden = self.mtp.forward_layer(
+                depth - 1, hidden[:, :-1], positions, None, input_ids=tokens[:, depth:]
+            )
+            yield self.trunk.lm_head(hidden)
 
     def loss(self, tokens: torch.Tensor, mtp_weight: float) -> torch.Tensor:
-        """Return the next token's cross entropy plus `mtp_weight` times that of the one after it.
+        """Return the next token's cross entropy plus `mtp_weight` times the mean of MTP's.
 
         Args:
             tokens: token ids `[b, s]`.
             mtp_weight: weight of the MTP loss.
         """
-        logits, mtp_logits = self.logits(tokens[:, :-1])
-        entropy = torch.nn.functional.cross_entropy
-        total = entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        if mtp_logits is not None:
-            total = total + mtp_weight * entropy(mtp_logits.flatten(0, 1), tokens[:, 2:].flatten())
+        inputs, entropy = tokens[:, :-1], torch.nn.functional.cross_entropy
+        hidden = self.trunk.model(inputs, use_cache=False).last_hidden_state
+        total = entropy(self.trunk.lm_head(hidden).flatten(0, 1), tokens[:, 1:].flatten())
+        if self.mtp is not None:
+            for depth, logits in enumerate(self.mtp_logits(hidden, inputs), start=1):
+                loss = entropy(logits.flatten(0, 1), tokens[:, 1 + depth :].flatten())
+                total = total + mtp_weight / self.mtp.num_mtp_layers * loss
         return total
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -95,10 +108,17 @@ def make_reference(
     architecture: Mellum2Architecture, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Reference:
     """Build transformers' model of `architecture`, every parameter random, norms included."""
-    config = MellumConfig(**to_hf_config(architecture, torch_dtype="float32"))
+    layers = architecture.num_mtp_layers
+    described = architecture.replace(num_mtp_layers=min(layers, 1))
+    config = MellumConfig(**to_hf_config(described, torch_dtype="float32"))
     config._attn_implementation = "eager"
     trunk = MellumForCausalLM(config)
-    mtp = MtpModel(trunk, architecture.num_mtp_layers) if architecture.num_mtp_layers else None
+    if layers > 1:
+        # The config refuses more than one layer, MtpModel computes any number.
+        config.num_mtp_layers = layers
+        config.mtp_layer_types = list(architecture.mtp_layer_types)
+        config.mtp_mlp_layer_types = [architecture.mtp_mlp_type] * layers
+    mtp = MtpModel(trunk, layers) if layers else None
     reference = Reference(trunk, mtp)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -129,10 +149,10 @@ def megatron_name_pairs(architecture: Mellum2Architecture) -> list[tuple[str, st
         (f"decoder.layers.{i}.", f"model.layers.{i}.")
         for i in range(architecture.num_hidden_layers)
     ]
-    if architecture.num_mtp_layers:
-        stacks.append(("mtp.layers.0.mtp_model_layer.", "mtp.layers.0.mtp_block."))
+    for depth in range(architecture.num_mtp_layers):
+        stacks.append((f"mtp.layers.{depth}.mtp_model_layer.", f"mtp.layers.{depth}.mtp_block."))
         pairs += [
-            (f"mtp.layers.0.{ours}.weight", f"mtp.layers.0.{theirs}.weight")
+            (f"mtp.layers.{depth}.{ours}.weight", f"mtp.layers.{depth}.{theirs}.weight")
             for ours, theirs in (
                 ("enorm", "enorm"),
                 ("hnorm", "hnorm"),
@@ -147,9 +167,20 @@ def megatron_name_pairs(architecture: Mellum2Architecture) -> list[tuple[str, st
             (f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight"),
             (f"{ours}self_attention.q_layernorm.weight", f"{theirs}self_attn.q_norm.weight"),
             (f"{ours}self_attention.k_layernorm.weight", f"{theirs}self_attn.k_norm.weight"),
-            (f"{ours}mlp.router.weight", f"{theirs}mlp.gate.weight"),
         ]
+        if is_dense(architecture, ours):
+            pairs += [(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight")]
+        else:
+            pairs += [(f"{ours}mlp.router.weight", f"{theirs}mlp.gate.weight")]
     return pairs
+
+
+def is_dense(architecture: Mellum2Architecture, prefix: str) -> bool:
+    """Return true if the layer with this prefix of Megatron's names has no experts."""
+    types = architecture.mlp_layer_types or ("sparse",)
+    if prefix.startswith("mtp."):
+        return set(types) == {"dense"}
+    return types[int(prefix.split(".")[2]) % len(types)] == "dense"
 
 
 def to_megatron(
@@ -164,8 +195,10 @@ def to_megatron(
         (f"decoder.layers.{i}.", f"model.layers.{i}.")
         for i in range(architecture.num_hidden_layers)
     ]
-    if architecture.num_mtp_layers:
-        stacks.append(("mtp.layers.0.mtp_model_layer.", "mtp.layers.0.mtp_block."))
+    stacks += [
+        (f"mtp.layers.{depth}.mtp_model_layer.", f"mtp.layers.{depth}.mtp_block.")
+        for depth in range(architecture.num_mtp_layers)
+    ]
     per_group = architecture.num_attention_heads // architecture.num_key_value_heads
     d = architecture.head_dim
     for ours, theirs in stacks:
@@ -175,6 +208,10 @@ def to_megatron(
             rows += [q[group * per_group * d : (group + 1) * per_group * d]]
             rows += [k[group * d : (group + 1) * d], v[group * d : (group + 1) * d]]
         result[f"{ours}self_attention.linear_qkv.weight"] = torch.cat(rows)
+        if is_dense(architecture, ours):
+            gate, up = (tensors[f"{theirs}mlp.{name}_proj.weight"] for name in ("gate", "up"))
+            result[f"{ours}mlp.linear_fc1.weight"] = torch.cat((gate, up))
+            continue
         for expert in range(architecture.num_experts):
             name = f"{ours}mlp.experts.local_experts.{expert}"
             result[f"{name}.linear_fc1.weight"] = tensors[f"{theirs}mlp.experts.gate_up_proj"][

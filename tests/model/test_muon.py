@@ -247,5 +247,6 @@ def test_distributed_update_is_that_of_one_process(nproc: int, overrides: tuple[
                 assert torch.equal(values, full.values[key][covered]), (name, key)
                 seen.setdefault((name, key), torch.zeros(len(full.values[key])))[covered] += 1
     # Every element of every state has one owner.
+    assert seen
     assert seen.keys() == {(name, key) for name, part in alone.parts.items() for key in part.values}
     assert all(torch.all(count == 1) for count in seen.values())

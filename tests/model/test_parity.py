@@ -61,10 +61,20 @@ CASES: dict[str, tuple[Mellum2Architecture, int]] = {
         SMALL.replace(num_experts=7, num_experts_per_tok=1, norm_topk_prob=False),
         20,
     ),
+    "seven_experts_top_one": (SMALL.replace(num_experts=7, num_experts_per_tok=1), 20),
     "not_renormalised": (SMALL.replace(norm_topk_prob=False), 20),
     "one_kv_head": (SMALL.replace(num_key_value_heads=1), 20),
     "four_kv_heads": (SMALL.replace(num_key_value_heads=4), 20),
     "no_mtp": (SMALL.replace(num_mtp_layers=0), 20),
+    "two_mtp_layers": (
+        SMALL.replace(num_mtp_layers=2, mtp_layer_types=("sliding_attention", F)),
+        20,
+    ),
+    "dense_and_sparse": (
+        SMALL.replace(mlp_layer_types=("dense", "sparse", "sparse", "dense")),
+        20,
+    ),
+    "all_dense": (SMALL.replace(mlp_layer_types=("dense",) * 4), 20),
 }
 
 
@@ -116,7 +126,12 @@ def test_logits_equal_transformers(case):
         "one_kv_head",
         "four_kv_heads",
         "no_mtp",
+        "two_mtp_layers",
+        "dense_and_sparse",
+        "all_dense",
         "not_renormalised",
+        "seven_experts_top_one_of_softmax_over_all",
+        "seven_experts_top_one",
     ],
 )
 def test_gradients_equal_transformers(case):
@@ -138,7 +153,16 @@ def test_gradients_equal_transformers(case):
         loss_mask=torch.ones_like(labels, dtype=torch.float32),
     )
     loss.mean().backward()
-    errors = {name: relative_error(p.grad, want[name]) for name, p in model.named_parameters()}
+    # Experts without a token have no gradient. With one renormalised expert the routers have none
+    # either, but for its rounding, which no two programs share.
+    rounding = 1e-7 * max(gradient.abs().max().item() for gradient in want.values())
+    errors = {
+        name: relative_error(p.grad, want[name])
+        for name, p in model.named_parameters()
+        if max(p.grad.abs().max(), want[name].abs().max()) > rounding
+    }
+    routers = {name for name, _ in model.named_parameters() if name.endswith("router.weight")}
+    assert routers & set(errors) == (set() if case == "seven_experts_top_one" else routers)
     assert max(errors.values()) < 1e-4, {
         name: error for name, error in errors.items() if error >= 1e-4
     }

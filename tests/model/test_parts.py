@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
+from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.model.core_attention import TorchCoreAttention, causal_window_mask
 from mellum2_megatron.model.norm import TorchRMSNorm
 from mellum2_megatron.model.provider import build_model
@@ -113,9 +116,11 @@ def test_norm_equals_rmsnorm_and_is_tagged_for_sequence_parallelism():
         TorchRMSNorm(config, 16)
 
 
-def make_router(kind: type[TopKRouter]) -> TopKRouter:
+def make_router(
+    kind: Callable[..., TopKRouter], architecture: Mellum2Architecture = SMALL
+) -> TopKRouter:
     config = transformer_config(
-        SMALL,
+        architecture,
         moe_router_load_balancing_type="global_aux_loss",
         moe_aux_loss_coeff=1e-3,
         moe_z_loss_coeff=1e-3,
@@ -123,6 +128,25 @@ def make_router(kind: type[TopKRouter]) -> TopKRouter:
     router = kind(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
     router.set_layer_number(1)
     return router.train()
+
+
+def test_one_renormalised_expert_learns_from_the_balancing_losses_alone():
+    """Its probability is 1 whatever the logits; the losses attached to it still reach them."""
+    architecture = SMALL.replace(num_experts_per_tok=1)
+    router = make_router(functools.partial(Mellum2Router, norm_topk_prob=True), architecture)
+    torch.manual_seed(1)
+    probs, chosen = router(torch.randn(6, 2, SMALL.hidden_size))
+    assert chosen.sum(-1).tolist() == [1] * 12
+    torch.testing.assert_close(probs[chosen], torch.ones(12))
+    # The weights of 12 tokens' losses differ, so that a probability below 1 would give a gradient.
+    (probs.sum(-1) * torch.arange(12)).sum().backward()
+    with_losses = router.weight.grad.clone()
+    assert with_losses.abs().max() > 1e-6
+    router.weight.grad = None
+    router.eval()
+    probs, _ = router(torch.randn(6, 2, SMALL.hidden_size))
+    (probs.sum(-1) * torch.arange(12)).sum().backward()
+    assert router.weight.grad.abs().max() < 1e-5  # rounding
 
 
 def test_router_losses_equal_the_formulas():
@@ -179,4 +203,6 @@ def test_every_matrix_is_initialised_alike():
     for name, parameter in matrices.items():
         spread = 0.03 * (1 + 4 / math.sqrt(2 * parameter.numel()))
         assert 0.03**2 / spread < parameter.std().item() < spread, name
-    assert all(torch.equal(p, torch.ones_like(p)) for p in model.parameters() if p.dim() == 1)
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    assert len(vectors) > model.config.num_layers
+    assert all(torch.equal(p, torch.ones_like(p)) for p in vectors)

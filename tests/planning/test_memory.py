@@ -14,6 +14,7 @@ from mellum2_megatron.planning.memory import Memory, memory_by_stage, memory_per
 from mellum2_megatron.recipes import recipe
 from tests import parameter_id
 from tests.distributed import run_distributed
+from tests.layouts.worker import ARCHITECTURE
 from tests.model.test_muon import run_of
 
 BIG = Mellum2Architecture.preset("mellum2-12b")
@@ -140,7 +141,81 @@ def test_memory_of_a_pipeline_covers_every_parameter() -> None:
         stages = memory_by_stage(run_with(TINY, layout), world_size=layout.pp)
         held = sum(stage.parameters for stage in stages)
         assert held == TINY.num_parameters() + TINY.vocab_size * TINY.hidden_size
-    assert memory(TINY, Layout(pp=4), 4).activations > 0
+
+
+# Elements that one token keeps in a layer of `tests.layouts.worker.ARCHITECTURE`.
+KEPT = {
+    "input of the attention's norm": 64,
+    "output of that norm": 64,
+    "queries before and after rotation": 2 * 4 * 16,
+    "keys before and after rotation": 2 * 2 * 16,
+    "values, twice": 2 * 2 * 16,
+    "output of the attention": 4 * 16,
+    "input of the experts' norm": 64,
+    "output of that norm, to route": 64,
+    "tokens as two experts got them": 2 * 64,
+    "gate, up and product in two experts": 2 * 3 * 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "tokens"),
+    [
+        (Layout(pp=2), 2, 512),
+        (Layout(pp=2, tp=2, sp=True), 4, 256),
+        (Layout(pp=2, cp=2), 4, 256),
+        (Layout(pp=2, tp=2, sp=True, cp=2), 8, 128),
+    ],
+    ids=["pp2", "pp2_tp2", "pp2_cp2", "pp2_tp2_cp2"],
+)
+def test_activations_are_those_of_a_count_by_hand(layout: Layout, ranks: int, tokens: int) -> None:
+    """Two of four layers a stage; the first has two micro-batches in flight."""
+    changes = ("schedule.micro_batch_size=2", "loss.head_chunk=null")
+    run = run_with(ARCHITECTURE, layout, *changes)
+    first, last = memory_by_stage(run, world_size=ranks)
+    layer = 2 * tokens * sum(KEPT.values())
+    assert first.activations == 2 * 2 * layer
+    logits = 2 * tokens * 96 * (2 + 4)  # of two heads, in BF16 and in FP32
+    assert last.activations == 2 * layer + layer + logits
+
+
+@pytest.mark.parametrize(
+    ("capacity", "ep", "factor"), [(1.25, 2, 1.25), (1.25, 1, 1), (4.0, 2, 2), (0.5, 1, 0.5)]
+)
+def test_experts_with_a_capacity_are_full(capacity: float, ep: int, factor: float) -> None:
+    """A rank's experts hold no more than its expert-parallel group has."""
+    even, full = (
+        memory_by_stage(
+            run_with(
+                ARCHITECTURE,
+                Layout(ep=ep),
+                "schedule.micro_batch_size=2",
+                f"loss.capacity_factor={value}",
+            ),
+            world_size=ep,
+        )[0].activations
+        for value in ("null", capacity)
+    )
+    layers, tokens, rows = 4 + 1, 512, 2 * (64 + 3 * 32)
+    assert full - even == 2 * tokens * layers * rows * (factor - 1)
+
+
+@pytest.mark.parametrize("chunk", [100, 512])
+def test_chunked_heads_keep_no_logits(chunk: int) -> None:
+    """512 tokens on each of two tensor-parallel ranks, with half of the vocabulary each."""
+    layout = Layout(tp=2, sp=True)
+    whole, chunked = (
+        memory_by_stage(
+            run_with(
+                ARCHITECTURE, layout, "schedule.micro_batch_size=2", f"loss.head_chunk={size}"
+            ),
+            world_size=2,
+        )[0].activations
+        for size in ("null", chunk)
+    )
+    kept = 2 * (512 * 64 + 48 * 64) * 2  # gradients of hidden states and weight, of two heads
+    running = chunk * 48 * (2 + 4 + 2) + (chunk == 100) * 48 * 64 * (4 + 2)
+    assert whole - chunked == 2 * 256 * 96 * (2 + 4) - kept - running
 
 
 def test_memory_refuses_a_misfit() -> None:

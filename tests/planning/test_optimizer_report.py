@@ -25,6 +25,14 @@ BIG = "mellum2_12b_pretrain_phase1"
 OPTIONS = ("optimizer.muon_router=false", "optimizer.muon_mtp_projection=false")
 
 
+VARIANT = (
+    "layout.ep=2",
+    "architecture.mlp_layer_types=[sparse,dense]",
+    "architecture.shared_expert_intermediate_size=48",
+    "optimizer.muon_split_gate_up=true",
+)
+
+
 def report(run: Run, world_size: int, **kwargs: Any) -> dict[str, Any]:
     return optimizer_report(run, world_size=world_size, backend=kwargs.get("backend", "te"))
 
@@ -44,6 +52,7 @@ def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         (2, OPTIONS),
         (4, ("layout.ep=2",)),
         (4, ("layout.ep=2", "optimizer.overlap_grad_reduce=true")),
+        (2, VARIANT),
     ],
     ids=parameter_id,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 
 from mellum2_megatron.planning.optional_packages import (
     find_apex,
+    find_deep_ep,
     find_optional_packages,
     find_resiliency,
+    missing_dispatcher,
 )
 
 
@@ -69,6 +72,7 @@ def test_every_optional_package_is_reported_and_none_imported() -> None:
     assert names == [
         "Transformer Engine",
         "NVIDIA apex",
+        "DeepEP",
         "FlashAttention",
         "NeMo-Run",
         "NVIDIA resiliency extension",
@@ -78,3 +82,15 @@ def test_every_optional_package_is_reported_and_none_imported() -> None:
     assert not {"transformer_engine", "nemo_run", "wandb", "flash_attn"} & (
         set(sys.modules) - before
     )
+
+
+def test_deep_ep_without_and_with_hybrid_ep(site: Path) -> None:
+    assert find_deep_ep().state == "absent"
+    _package(site / "deep_ep")
+    importlib.invalidate_caches()
+    assert missing_dispatcher("deepep") is None
+    assert "has no HybridEP" in (missing_dispatcher("hybridep") or "")
+    assert find_deep_ep().state == "present"
+    (site / "deep_ep" / "hybrid_ep_buffer.py").touch()
+    assert missing_dispatcher("hybridep") is None
+    assert "hybridep" in find_deep_ep().detail

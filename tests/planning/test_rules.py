@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.checkpoint.folder import RUN_FILE, TRACKER_FILE
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides, to_yaml
-from mellum2_megatron.planning import rules
-from mellum2_megatron.planning.rules import RULES, check, enforce
+from mellum2_megatron.data.feed import sources
+from mellum2_megatron.data.prepared_folder import PreparedData
+from mellum2_megatron.planning import machine_rules
+from mellum2_megatron.planning.machine_rules import sample_prompts_fit
+from mellum2_megatron.planning.rules import (
+    RULES,
+    PlannedRun,
+    Rule,
+    check,
+    enforce,
+)
 from mellum2_megatron.recipes import recipe
 from tests import parameter_id
 
@@ -60,6 +74,15 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
     (
         TINY,
         "cpu",
+        2,
+        ["data.feed=redis", "data.stream.window=31"],
+        "stream-window-holds-batches",
+        "data.stream.window=31",
+        ["data.stream.window=32"],
+    ),
+    (
+        TINY,
+        "cpu",
         8,
         ["layout.ep=1", "layout.pp=4", "layout.vpp=2", "architecture.num_hidden_layers=8"],
         "interleaving-divides",
@@ -83,6 +106,24 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         "bf16-layers-exist",
         "precision.bf16_last_layers=8",
         ["precision.bf16_last_layers=7"],
+    ),
+    (
+        TINY,
+        "cpu",
+        2,
+        ["data.path=/etc/passwd"],
+        "paths-are-folders",
+        "data.path=/etc/passwd",
+        ["data.path=/nowhere"],
+    ),
+    (
+        TINY,
+        "cpu",
+        2,
+        ["checkpoint.output=/etc/passwd/run"],
+        "paths-are-folders",
+        "checkpoint.output=/etc/passwd/run",
+        ["checkpoint.output=/tmp/run"],
     ),
     (
         TINY,
@@ -133,6 +174,60 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         "moe_intermediate_size / layout.etp = 900",
         ["architecture.moe_intermediate_size=896"],
     ),
+    (
+        BIG,
+        "cuda",
+        256,
+        ["architecture.hidden_size=2312"],
+        "fp8-dimensions",
+        "architecture.hidden_size = 2312",
+        ["architecture.hidden_size=2304"],
+    ),
+    (
+        BIG,
+        "cuda",
+        256,
+        [
+            "architecture.num_attention_heads=20",
+            "architecture.head_dim=6",
+            "layout.tp=4",
+            "layout.sp=true",
+            "layout.dp=64",
+        ],
+        "fp8-dimensions",
+        "num_attention_heads * head_dim / layout.tp = 30",
+        ["architecture.head_dim=16"],
+    ),
+    (
+        BIG,
+        "cuda",
+        256,
+        ["layout.etp=16"],
+        "fp8-dimensions",
+        "moe_intermediate_size / layout.etp = 56",
+        ["layout.etp=8"],
+    ),
+    (
+        BIG,
+        "cuda",
+        256,
+        ["precision.bf16_first_layers=29"],
+        "bf16-layers-exist",
+        "precision.bf16_first_layers=29",
+        ["precision.bf16_first_layers=28"],
+    ),
+    *(
+        (
+            TINY,
+            "cpu",
+            2,
+            [f"{key}=/etc/passwd"],
+            "paths-are-folders",
+            f"{key}=/etc/passwd",
+            [f"{key}=/nowhere"],
+        )
+        for key in ("data.tokenizer", "data.cache", "checkpoint.load", "checkpoint.continue_from")
+    ),
     (TINY, "cpu", 2, ["backend=te"], "cpu-supports-run", "backend=te", ["backend=auto"]),
     (
         TINY,
@@ -142,6 +237,69 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         "cpu-supports-run",
         "flex",
         ["layout.dispatcher=alltoall"],
+    ),
+    *(
+        (TINY, "cpu", 2, bad, rule, named, fix)
+        for bad, rule, named, fix in (
+            (
+                ["layout.overlap_expert_comm=true", "execution.recompute=moe"],
+                "overlap-without-moe-recompute",
+                "execution.recompute=moe",
+                ["execution.recompute=layernorm"],
+            ),
+            (
+                ["layout.overlap_expert_comm=true", "layout.delay_wgrad=true"],
+                "execution-has-kernels",
+                "layout.delay_wgrad=true with backend=torch",
+                ["layout.delay_wgrad=false"],
+            ),
+            (
+                ["execution.offload=moe_act"],
+                "execution-has-kernels",
+                "execution.offload=moe_act",
+                ["execution.offload=[]"],
+            ),
+            (
+                ["execution.pad_expert_tokens=true"],
+                "fp8-options-fit",
+                "execution.pad_expert_tokens=true",
+                ["execution.pad_expert_tokens=false"],
+            ),
+            (
+                ["execution.extra_arguments=[--log-params-norm,--lr-warmup-iters,3]"],
+                "extra-arguments-are-free",
+                "--lr-warmup-iters",
+                ["execution.extra_arguments=[--log-params-norm]"],
+            ),
+        )
+    ),
+    (
+        BIG,
+        "cuda",
+        256,
+        ["precision.fp8_recipe=delayed"],
+        "fp8-scales-can-be-resumed",
+        "precision.fp8_recipe=delayed",
+        ["precision.fp8_recipe=tensorwise"],
+    ),
+    (
+        BIG,
+        "cuda",
+        256,
+        ["data.sequence_length=1021", "schedule.micro_batch_size=1"],
+        "fp8-dimensions",
+        "data.sequence_length=1021",
+        ["data.sequence_length=1024"],
+    ),
+    *(
+        (BIG, "cuda", 256, bad, "fp8-options-fit", named, fix)
+        for bad, named, fix in (
+            (
+                ["layout.dispatcher=allgather", "execution.pad_expert_tokens=true"],
+                "layout.dispatcher=allgather",
+                ["layout.dispatcher=alltoall"],
+            ),
+        )
     ),
     (
         TINY,
@@ -174,11 +332,43 @@ def test_a_broken_rule_is_reported_and_its_fix_works(
 def test_every_rule_has_a_case_here() -> None:
     machine = {rule.name for rule in RULES if rule.machine}
     assert {case[4] for case in CASES} == {rule.name for rule in RULES} - machine
-    assert machine == {"packages-present", "data-present", "resume-fits", "resume-keeps-optimizer"}
+    assert machine == {
+        *("packages-present", "data-present", "sample-prompts-fit", "resume-fits"),
+        *("resume-keeps-settings", "resume-keeps-rate-down", "resume-keeps-tokenizer"),
+        *("resume-ends-on-a-step", "stream-can-be-served"),
+    }
     assert len({rule.name for rule in RULES}) == len(RULES)
     for rule in RULES:
         assert rule.statement.endswith(".")
         assert rule.evidence
+
+
+def test_every_branch_of_a_rule_has_a_case() -> None:
+    """Each ``yield`` in a rule that needs no machine is reached by one of the cases."""
+    branches = {
+        (rule.name, node.lineno)
+        for rule in RULES
+        if not rule.machine
+        for node in ast.walk(ast.parse(source_in_place(rule)))
+        if isinstance(node, ast.Yield)
+    }
+    reached = set()
+    for name, device, ranks, bad, _, _, _ in CASES:
+        run = apply_overrides(recipe(name), bad)
+        start = StartingPoint(kind="new")
+        planned = PlannedRun(run=run, world_size=ranks, device=device, start=start)
+        for rule in RULES:
+            if not rule.machine:
+                problems = rule.find(planned)
+                reached |= {(rule.name, problems.gi_frame.f_lineno) for _ in problems}
+    assert branches - reached == set()
+    assert len(branches) > 10
+
+
+def source_in_place(rule: Rule) -> str:
+    """Return the source of a rule, on the lines that it has in its file."""
+    lines, first = inspect.getsourcelines(rule.find)
+    return "\n" * (first - 1) + "".join(lines)
 
 
 def test_enforce_reports_all_at_once() -> None:
@@ -204,7 +394,9 @@ def broken_on_this_machine(run: Run, device: Device = "cpu") -> list[tuple[str, 
 
 def with_data(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return the run; its data count as present."""
-    monkeypatch.setattr("mellum2_megatron.data.feed.datasets.check_data", lambda run: None)
+    no_data = SimpleNamespace(train=(), valid=())
+    monkeypatch.setattr(sources, "check_data", lambda run: no_data)
+    monkeypatch.setattr(sources, "check_amounts", lambda run, data: [])
     return run
 
 
@@ -214,13 +406,51 @@ def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     assert check(run, 2, "cpu", machine=False) == []
 
 
+def test_a_stream_needs_redis_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "stream-can-be-served"
+    run = with_data(apply_overrides(recipe(TINY), ["data.feed=redis"]), monkeypatch)
+    monkeypatch.setattr(machine_rules.shutil, "which", lambda program: None)
+    lacking = (name, "data.feed=redis without data.stream.url")
+    assert broken_on_this_machine(run) == [lacking]
+    # The ranks of a launcher that serves them, and of a run that names its server.
+    named = apply_overrides(run, ["data.stream.url=redis://h:1"])
+    assert broken_on_this_machine(named) == []
+    monkeypatch.setenv("MELLUM2_STREAM_URL", "redis://127.0.0.1:1")
+    assert broken_on_this_machine(run) == []
+    monkeypatch.delenv("MELLUM2_STREAM_URL")
+    monkeypatch.setattr(machine_rules.shutil, "which", lambda program: program)
+    assert broken_on_this_machine(run) == []
+    large = apply_overrides(run, ["data.stream.window=2000000000"])
+    assert broken_on_this_machine(large) == [(name, "data.stream.window=2000000000")]
+    monkeypatch.setattr(machine_rules.importlib.util, "find_spec", lambda name: None)
+    assert broken_on_this_machine(run) == [(name, "data.feed=redis")]
+
+
 def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     run = with_data(apply_overrides(recipe(TINY), ["logging.wandb_project=p"]), monkeypatch)
-    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine_rules.importlib.util, "find_spec", lambda name: None)
     assert broken_on_this_machine(run) == [("packages-present", "logging.wandb_project=p")]
     assert ("packages-present", "backend=auto, te on a GPU") in broken_on_this_machine(run, "cuda")
-    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(machine_rules.importlib.util, "find_spec", lambda name: object())
     assert broken_on_this_machine(run) == []
+
+
+@pytest.mark.parametrize("backend", ["hybridep", "deepep"])
+def test_a_missing_dispatcher_is_reported(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = with_data(recipe(TINY), monkeypatch)
+    flex = ["layout.dispatcher=flex", f"layout.dispatcher_backend={backend}"]
+    given = f"layout.dispatcher=flex, layout.dispatcher_backend={backend}"
+    assert ("packages-present", given) in broken_on_this_machine(apply_overrides(run, flex), "cuda")
+
+
+@pytest.mark.parametrize(
+    "word", ["--lr", "--micro-batch", "--no-bf16", "--fp8-recipe=delayed", "--swiglu", "--spec"]
+)
+def test_a_word_that_a_key_covers_is_refused(word: str) -> None:
+    """The flag itself, its beginning, its opposite, with a value, the model's, and others."""
+    run = apply_overrides(recipe(TINY), [f"execution.extra_arguments=[{word}]"])
+    problems = [violation.problem.value for violation in check(run, 2, "cpu", machine=False)]
+    assert problems == [f"execution.extra_arguments: {word}"]
 
 
 @pytest.mark.parametrize(
@@ -268,3 +498,24 @@ def test_optimizer_state_must_be_readable_on_resume(
     assert check(before, 4, "cpu") == []
     found = [violation.problem.value for violation in check(after, 4, "cpu")]
     assert found == [] if named is None else (len(found) == 1 and named in found[0])
+
+
+def test_prompts_fit_the_tokenizer_and_the_sequence(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    base = [f"data.path={small_data.path}", "data.sequence_length=16", "logging.sample_tokens=10"]
+
+    def problems(prompts: str, *more: str) -> list[str]:
+        run = apply_overrides(recipe(TINY), [*base, f"logging.sample_prompts={prompts}", *more])
+        planned = PlannedRun(run=run, world_size=2, device="cpu", start=StartingPoint.of(run))
+        return [f"{problem.value}: {problem.rule}" for problem in sample_prompts_fit.find(planned)]
+
+    assert problems('["x = ", "ab cd"]') == []
+    (long,) = problems('["x", "0123456"]')  # digits are single tokens
+    assert long.startswith("logging.sample_prompts: '0123456'")
+    assert "1 to 6 tokens" in long
+    assert "it has 7" in long
+    # Ranks would look for the token that ends a continuation, many steps later.
+    shutil.copy(small_data.tokenizer_dir / "tokenizer.json", tmp_path)
+    (endless,) = problems('["x"]', f"data.tokenizer={tmp_path}")
+    assert "eos_token" in endless

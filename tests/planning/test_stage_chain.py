@@ -187,7 +187,7 @@ def test_weights_may_get_another_rotation(tmp_path: Path) -> None:
     state_too = ["checkpoint.load=null", f"checkpoint.continue_from={root}", output]
     with pytest.raises(
         InputError,
-        match=r"holds another architecture .*max_position_embeddings: 512 there, 2048 here",
+        match=r"holds another architecture .*max_position_embeddings: 512 there, 4096 here",
     ):
         check_folder(changed(TINY[3], *state_too))
 

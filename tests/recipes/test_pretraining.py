@@ -6,15 +6,15 @@ import dataclasses
 import itertools
 
 import pytest
-import torch
 
 from mellum2_megatron.config import Run
 from mellum2_megatron.planning.memory import memory_per_rank
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.recipes.pretraining import PHASE_ENDS, SCHEDULE
-from tests.upstream.test_arguments import megatron_scheduler, validated
+from tests.upstream.test_arguments import megatron_scheduler, stub_te, validated
 
 PHASES = tuple(f"mellum2_12b_pretrain_phase{number}" for number in (1, 2, 3))
+SFT = ("mellum2_12b_sft_instruct", "mellum2_12b_sft_thinking")
 ON_GPUS = tuple(name for name in recipe_names() if "tiny" not in name)
 ENDINGS = ("", "_256gpu_h200_fp8", "_128gpu_h200_fp8", "_8gpu_h200_fp8")
 UNCHANGED = ("architecture", "layout", "optimizer", "loss", "precision", "seed", "backend")
@@ -46,7 +46,8 @@ def test_phases_are_one_training(ending: str) -> None:
         assert after.data.first_sample == before.schedule.train_samples
         assert after.checkpoint.continue_from == f"runs/{before.name}"
         assert after.checkpoint.load is None
-        assert after.data.path != before.data.path
+        same = (after.data.path, after.data.phase) == (before.data.path, before.data.phase)
+        assert not same
     for run in runs:
         for field in UNCHANGED:
             assert getattr(run, field) == getattr(runs[0], field), field
@@ -101,16 +102,18 @@ def test_megatrons_scheduler_carries_on_over_the_phases(monkeypatch: pytest.Monk
         state = scheduler.state_dict()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron runs through the CPU backend here")
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_megatron_accepts_every_recipe_at_its_size(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stub_te(monkeypatch)
     run = recipe(name)
     args = validated(run, monkeypatch, world_size=world_size(run), device="cuda")
     assert (args.world_size, args.expert_model_parallel_size) == (world_size(run), run.layout.ep)
     assert args.use_layer_wise_distributed_optimizer
-    assert (args.fp8, args.fp8_recipe, args.fp8_param_gather) == ("hybrid", "tensorwise", False)
+    fp8 = None if "bf16" in name else "hybrid"
+    assert (args.fp8, args.fp8_param_gather) == (fp8, False)
+    assert fp8 is None or args.fp8_recipe == "tensorwise"
     assert args.train_samples == run.schedule.train_samples
     assert args.seq_length == run.data.sequence_length
     assert args.max_position_embeddings == run.architecture.max_position_embeddings
@@ -125,9 +128,9 @@ def test_every_recipe_fits_an_h200(name: str) -> None:
     assert memory.total < 0.85 * 141e9
 
 
-@pytest.mark.parametrize("base", [*PHASES, "mellum2_12b_long_context"])
+@pytest.mark.parametrize("base", [*PHASES, "mellum2_12b_long_context", *SFT])
 def test_a_short_name_is_the_reports_hardware(base: str) -> None:
-    full = base + ("_128gpu_h200_fp8" if "long" in base else "_256gpu_h200_fp8")
+    full = base + ("_256gpu_h200_fp8" if "pretrain" in base else "_128gpu_h200_fp8")
     short, long = recipe(base), recipe(full)
     same = dataclasses.replace(long, name=short.name, checkpoint=short.checkpoint)
     assert short == same
@@ -147,6 +150,48 @@ def test_long_context_is_the_reports() -> None:
     assert schedule.decay_samples == 500 * schedule.final_batch_size
     assert round(run.train_tokens / 1e9) == 117
     assert (run.layout.ep, run.layout.cp) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "packs", "tokens"), [(SFT[0], 119_334, 47), (SFT[1], 425_322, 167)]
+)
+def test_fine_tuning_is_the_reports(
+    name: str, packs: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, base = recipe(name), recipe("mellum2_12b_long_context")
+    assert run.architecture == base.architecture
+    assert run.checkpoint.load == f"runs/{base.name}"
+    assert (run.layout.ep, run.layout.cp, run.layout.world_size) == (8, 8, 128)
+    assert (run.optimizer.lr, run.optimizer.min_lr) == (3e-5, 3e-6)
+    assert dataclasses.replace(run.optimizer, lr=3e-4, min_lr=0.0) == recipe(PHASES[0]).optimizer
+    assert (run.loss.aux_loss_coef, run.loss.mtp_factor) == (1e-4, 0.1)
+    assert run.precision == base.precision
+    schedule = run.schedule
+    assert schedule.batch_schedule == ((0, 64),)
+    assert 3 * packs <= schedule.train_samples < 3 * packs + 64
+    assert round(run.train_tokens / 1e9) == tokens
+    assert schedule.warmup_samples == 100 * 64
+    args = validated(run, monkeypatch, world_size=128, device="cuda")
+    with megatron_scheduler(args, monkeypatch) as (scheduler, group, _):
+        assert args.train_iters == schedule.train_steps
+        for sample, rate in ((6400, 3e-5), (schedule.train_samples, 3e-6)):
+            scheduler.step(sample - scheduler.num_steps)
+            assert group["lr"] == pytest.approx(rate)
+            assert run.learning_rate(sample) == pytest.approx(rate)
+    assert (args.lr_decay_style, args.calculate_per_token_loss) == ("cosine", True)
+
+
+def test_fine_tuning_starts_from_long_context_in_every_size() -> None:
+    for kind in ("instruct", "thinking"):
+        for beginning, ending in (
+            ("mellum2_12b", ""),
+            ("mellum2_12b", "_8gpu_h200_fp8"),
+            ("mellum2_tiny", ""),
+        ):
+            run = recipe(f"{beginning}_sft_{kind}{ending}")
+            assert run.checkpoint.load == f"runs/{beginning}_long_context{ending}"
+            assert run.schedule.style == "cosine"
+            assert run.loss.aux_loss_coef == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -208,14 +253,14 @@ def test_the_tiny_long_context_is_the_released_one_at_another_size() -> None:
         rope.factor * rope.original_max_position_embeddings
         == run.architecture.max_position_embeddings
     )
-    assert rope.original_max_position_embeddings == phase.architecture.max_position_embeddings
+    assert (rope.factor, rope.attention_factor) == (
+        theirs.factor,
+        pytest.approx(theirs.attention_factor),
+    )
+    assert rope.original_max_position_embeddings == phase.data.sequence_length
     assert run.architecture.rope_sliding_attention.rope_type == "default"
     assert run.optimizer.lr / phase.optimizer.lr == pytest.approx(
         big.optimizer.lr / recipe(PHASES[2]).optimizer.lr
     )
     assert (run.layout.ep, run.layout.cp) == (2, 2)
-    extension = (
-        run.architecture.max_position_embeddings // phase.architecture.max_position_embeddings
-    )
-    assert run.data.sequence_length == extension * phase.data.sequence_length
-    assert run.data.sequence_length > phase.architecture.max_position_embeddings
+    assert run.data.sequence_length == run.architecture.max_position_embeddings

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.config import Device, from_yaml, keys, to_yaml
+from mellum2_megatron.config import Device, Precision, from_yaml, keys, to_yaml
+from mellum2_megatron.planning.memory import memory_per_rank
 from mellum2_megatron.planning.rules import check
 from mellum2_megatron.recipes import describe_recipes, recipe, recipe_names
 from tests.recipes.golden_recipes import GOLDEN, digests
@@ -16,23 +18,22 @@ from tests.recipes.golden_recipes import GOLDEN, digests
 HARDWARE: dict[str, tuple[int, Device]] = {
     "mellum2_tiny_pretrain": (2, "cpu"),
     **{
-        f"mellum2_12b_pretrain_phase{number}{ending}": (gpus, "cuda")
-        for number in (1, 2, 3)
-        for ending, gpus in {
-            "": 256,
-            "_256gpu_h200_fp8": 256,
-            "_128gpu_h200_fp8": 128,
-            "_8gpu_h200_fp8": 8,
+        f"mellum2_12b_{stage}_{gpus}gpu_{card}": (gpus, "cuda")
+        for stage, numbers in {
+            **{f"pretrain_phase{number}": (8, 128, 256) for number in (1, 2, 3)},
+            "long_context": (8, 128, 256),
+            **{f"sft_{kind}": (8, 128) for kind in ("instruct", "thinking")},
         }.items()
+        for gpus in numbers
+        for card in (
+            *("h200_fp8", "h200_fp8_fast", "h200_bf16", "h200_bf16_fast"),
+            *("h100_fp8", "h100_bf16"),
+        )
     },
+    **{f"mellum2_12b_pretrain_phase{number}": (256, "cuda") for number in (1, 2, 3)},
     **{
-        f"mellum2_12b_long_context{ending}": (gpus, "cuda")
-        for ending, gpus in {
-            "": 128,
-            "_256gpu_h200_fp8": 256,
-            "_128gpu_h200_fp8": 128,
-            "_8gpu_h200_fp8": 8,
-        }.items()
+        f"mellum2_12b_{stage}": (128, "cuda")
+        for stage in ("long_context", "sft_instruct", "sft_thinking")
     },
     **{
         f"mellum2_4layer_{stage}_1gpu_h200_fp8": (1, "cuda")
@@ -46,7 +47,14 @@ HARDWARE: dict[str, tuple[int, Device]] = {
     },
     **{
         f"mellum2_tiny_{stage}": (2, "cpu")
-        for stage in ("pretrain_phase1", "pretrain_phase2", "pretrain_phase3", "long_context")
+        for stage in (
+            "pretrain_phase1",
+            "pretrain_phase2",
+            "pretrain_phase3",
+            "long_context",
+            "sft_instruct",
+            "sft_thinking",
+        )
     },
 }
 
@@ -87,7 +95,8 @@ def test_descriptions_are_one_line_each() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in HARDWARE if "_pretrain_phase" in name or "long" in name]
+    "name",
+    [name for name in HARDWARE if "_pretrain_phase" in name or "long" in name or "sft" in name],
 )
 def test_descriptions_give_the_tokens_of_the_stage(name: str) -> None:
     run = recipe(name)
@@ -178,3 +187,31 @@ def test_the_quickstart_is_the_same_kind_of_run() -> None:
         < schedule.train_samples - schedule.decay_samples
         < schedule.train_samples
     )
+
+
+@pytest.mark.parametrize("name", [name for name in HARDWARE if "_12b_" in name])
+def test_a_variant_trains_the_same(name: str) -> None:
+    """Twins differ in precision, exchange, memory and place; never in what is trained."""
+    run = recipe(name)
+    plain = recipe(re.sub(r"_\d+gpu_.*", "", name))
+    for section in ("architecture", "optimizer", "loss", "stability", "data", "logging", "seed"):
+        assert getattr(run, section) == getattr(plain, section), section
+    assert replace(run.schedule, micro_batch_size=1) == replace(plain.schedule, micro_batch_size=1)
+    assert run.precision == Precision(compute="bf16" if "bf16" in name else "fp8")
+    fast = name.endswith("_fast")
+    assert (run.layout.dispatcher == "flex", run.execution.gc_interval is not None) == (fast, fast)
+    overlaps = fast and run.layout.cp == 1
+    assert (run.layout.overlap_expert_comm, run.layout.delay_wgrad) == (overlaps, overlaps)
+    assert (run.checkpoint.keep_last, run.checkpoint.retain_interval is None) == (3, False)
+
+
+@pytest.mark.parametrize("name", [name for name in HARDWARE if "h100" in name])
+def test_an_h100_recipe_fits_its_card_by_count(name: str) -> None:
+    """Of 79 GiB: 8 for NCCL, context and fragments, and half of the experts' part once more."""
+    run = recipe(name)
+    memory = memory_per_rank(run, world_size=HARDWARE[name][0])
+    model = run.architecture
+    tokens = run.data.sequence_length * run.schedule.micro_batch_size // run.layout.cp
+    rows = model.num_experts_per_tok * (model.hidden_size + 2 * model.moe_intermediate_size)
+    experts = 0 if "moe" in run.execution.recompute else 2 * 29 * tokens * rows
+    assert memory.total + experts / 2 + 8 * 2**30 < 79 * 2**30

@@ -204,7 +204,8 @@ def test_preempted_run_resumes_by_itself(site: Site) -> None:
     assert (after["job_id"], after["step"], after["attempts"]) == (before["job_id"], STEPS, 2)
     (launch,) = read_launches(folder)
     assert (launch.job_id, launch.profile, launch.nodes) == (after["job_id"], "spare", 2)
-    assert [line["event"] for line in read_records(folder)] == ["launch", "start", "start"]
+    events = [line["event"] for line in read_records(folder)]
+    assert events == ["launch", "start", "end", "start", "end"]
 
     # The same run, undisturbed and on one node; world and seed are the same.
     chain = site.folder / "runs/chain/one"

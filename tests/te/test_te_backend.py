@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -58,6 +59,10 @@ def test_both_backends_have_the_same_checkpoint_keys(tiny: dict[str, Any]):
     assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in tiny["te"]
 
 
+def test_both_backends_draw_equal_weights_by_name(tiny: dict[str, Any]):
+    assert tiny["drawn_alike"] == tiny["matrices"] > 90
+
+
 def test_te_layers_attend_by_their_type(tiny: dict[str, Any]):
     """Sliding and MTP layers have a window of 64; the full one none, and YaRN's factor squared."""
     assert tiny["windows"][:3] == [[63, 0]] * 3
@@ -85,15 +90,27 @@ def test_the_mtp_projection_alone_leaves_fp8():
     assert run_worker("projection_contexts") == [everything, everything | {"eh_proj": False}]
 
 
-def production_stages() -> list[tuple[str, int]]:
-    """One rank passes Megatron's own validation at its real world size and dimensions."""
-    kinds: dict[Any, list[tuple[str, int]]] = {}
+NO_DEEPEP = pytest.mark.skipif(
+    importlib.util.find_spec("deep_ep") is None,
+    reason="HybridEP is not installed: it is built for a GPU",
+)
+
+
+def production_stages() -> list[Any]:
+    """Return one recipe for each layout, precision, model and optimizer, with each of its stages.
+
+    The recipes that exchange tokens through HybridEP need its package to be built.
+    """
+    kinds: dict[Any, list[Any]] = {}
     for name in recipe_names():
         run = recipe(name)
         # Production recipes are for a number of GPUs; the others fit any.
         if run.layout.world_size is not None:
             kind = (run.layout, run.precision, run.architecture, run.optimizer)
-            kinds.setdefault(kind, [(name, stage) for stage in range(run.layout.pp)])
+            marks = [NO_DEEPEP] if run.layout.dispatcher == "flex" else []
+            kinds.setdefault(
+                kind, [pytest.param(name, stage, marks=marks) for stage in range(run.layout.pp)]
+            )
     return [stage for stages in kinds.values() for stage in stages]
 
 

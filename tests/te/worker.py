@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -58,7 +59,9 @@ def sharded_tensors(model: Any) -> dict[str, list[int]]:
 def tiny_models() -> dict[str, Any]:
     """Return checkpoint keys of the tiny model with both backends, and windows and scales of te."""
     from mellum2_megatron.architecture import PRESETS, RopeParameters
+    from mellum2_megatron.model.initial_weights import draw_by_name
     from mellum2_megatron.model.provider import build_model
+    from mellum2_megatron.model.router import Mellum2Router
 
     yarn = RopeParameters(
         rope_type="yarn", rope_theta=500_000.0, factor=16.0, original_max_position_embeddings=32
@@ -75,7 +78,19 @@ def tiny_models() -> dict[str, Any]:
     plain = build_model(architecture, backend="torch", use_cpu_initialization=True)
     attentions = [layer.self_attention for layer in te.decoder.layers]
     attentions.append(te.mtp.layers[0].mtp_model_layer.self_attention)
+    for model in (te, plain):
+        draw_by_name(model, model.config, 3)
+    wanted = dict(plain.named_parameters())
+    drawn = {
+        re.sub(
+            r"experts\.(linear_fc\d)\.weight(\d+)", r"experts.local_experts.\2.\1.weight", name
+        ): p
+        for name, p in te.named_parameters()
+        if p.dim() > 1
+    }
     return {
+        "drawn_alike": sum(torch.equal(p, wanted[name].bfloat16()) for name, p in drawn.items()),
+        "matrices": sum(p.dim() > 1 for p in wanted.values()),
         "te": sharded_tensors(te),
         "torch": sharded_tensors(plain),
         "parameters": {
@@ -86,7 +101,7 @@ def tiny_models() -> dict[str, Any]:
         "scales": [attention.core_attention.softmax_scale for attention in attentions],
         "modules": sorted({type(module).__name__ for module in te.modules()}),
         "routers_are_ours": all(
-            type(layer.mlp.router).__name__ == "Mellum2Router" for layer in te.decoder.layers
+            isinstance(layer.mlp.router, Mellum2Router) for layer in te.decoder.layers
         ),
     }
 

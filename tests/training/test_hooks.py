@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -19,27 +20,34 @@ from megatron.core import dist_checkpointing, num_microbatches_calculator
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.rerun_state_machine import RerunStateMachine
+from megatron.core.transformer import multi_token_prediction
 from megatron.training import global_vars, training
 
 from mellum2_megatron.checkpoint.file_manifest import read_manifest
 from mellum2_megatron.checkpoint.folder import iteration_folder_name, iteration_folders
 from mellum2_megatron.common.errors import InputError, WorkError
-from mellum2_megatron.config import Checkpoint, Stability
+from mellum2_megatron.config import Checkpoint, Logging, Stability
 from mellum2_megatron.faults.failures import is_gradient_check
 from mellum2_megatron.faults.step_guard import STATE_FILE, Event, StepGuard
 from mellum2_megatron.faults.stop_request import StopRequest
 from mellum2_megatron.recipes import recipe
 from mellum2_megatron.training import hooks as training_hooks
 from mellum2_megatron.training import metrics as training_metrics
+from mellum2_megatron.training import samples as training_samples
 from mellum2_megatron.training.hooks import LoopParts, hooks, install_hooks
 from mellum2_megatron.training.metrics import TrainingMetrics
+from mellum2_megatron.training.samples import TrainingSamples
 from mellum2_megatron.training.step import LOSS_CHECK
+from mellum2_megatron.training.validation_documents import ValidationDocuments
 from mellum2_megatron.upstream import patching
 from mellum2_megatron.upstream.patching import Patch
 
 SHAPES = {
     "scalars": None,
     "end-of-step": ["loss_dict", "total_loss_dict", "learning_rate", "iteration"],
+    "validation": ["prefix", "forward_step_func", "data_iterator", "model", "iteration"],
+    "acceptance": ["mtp_logits", "mtp_labels", "loss_mask", "output_layer"],
+    "samples": ["model", "optimizer", "opt_param_scheduler", "iteration"],
     "step": ["forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler"],
     "bad-value": ["self", "result", "rejection_func", "message"],
     "update-or-skip": ["self"],
@@ -52,6 +60,9 @@ SHAPES = {
 CALLERS: dict[str, tuple[Any, str]] = {
     "scalars": (global_vars, "_GLOBAL_TENSORBOARD_WRITER"),
     "end-of-step": (training, "training_log"),
+    "validation": (training, "evaluate_and_print_results"),
+    "acceptance": (multi_token_prediction, "_compute_mtp_acceptance_counts"),
+    "samples": (training, "post_training_step_callbacks"),
     "step": (training, "train_step"),
     "bad-value": (RerunStateMachine, "validate_result"),
     "update-or-skip": (ChainedOptimizer, "prepare_grads"),
@@ -63,6 +74,7 @@ CALLERS: dict[str, tuple[Any, str]] = {
 
 CITED = [
     ("training/training.py", 1354, "iterators = build_train_valid_test_data_iterators("),
+    ("training/training.py", 1483, "evaluate_and_print_results("),
     ("training/training.py", 2518, "if update_successful:"),
     ("training/training.py", 2588, "writer = get_tensorboard_writer()"),
     ("training/training.py", 3086, "save_checkpoint("),
@@ -70,6 +82,10 @@ CITED = [
     ("training/training.py", 3772, "save_checkpoint_and_time("),
     ("training/training.py", 3856, ") = train_step("),
     ("training/training.py", 3985, "report_memory_flag = training_log("),
+    ("training/training.py", 4009, "timers('interval-time').stop()"),
+    ("training/training.py", 4040, "evaluate_and_print_results(prefix, forward_step_func,"),
+    ("training/training.py", 4059, "timers('interval-time', log_level=0).start(barrier=True)"),
+    ("training/training.py", 4068, "= post_training_step_callbacks("),
     ("training/training.py", 4155, "sys.exit(exit_code)"),
     ("training/checkpointing.py", 827, "async_save_request = dist_checkpointing.save("),
     ("training/datasets/data_samplers.py", 94, "if args.exit_signal_handler:"),
@@ -89,10 +105,20 @@ class Run:
         self.folder = folder
         self.events: list[Event] = []
         self.pauses: list[str] = []
+        guard = StepGuard(stability, self.events.append)
         self.parts = LoopParts(
             checkpoint=checkpoint,
             metrics=TrainingMetrics(recipe("mellum2_tiny_pretrain")),
-            guard=StepGuard(stability, self.events.append),
+            sums=ValidationDocuments(
+                recipe("mellum2_tiny_pretrain"), corpora=("valid",), folder=folder
+            ),
+            samples=TrainingSamples(
+                recipe("mellum2_tiny_pretrain"),
+                on_texts=lambda step, texts: None,
+                pause_watch=self.pause,
+            ),
+            guard=guard,
+            add_files=guard.save,
             stop=StopRequest(),
             pause_watch=self.pause,
         )
@@ -187,6 +213,20 @@ def test_another_version_is_refused_before_anything_is_replaced(
 
 
 @pytest.mark.usefixtures("megatron_world")
+def test_accepted_tokens_are_counted_in_logged_steps_only(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = run.parts.metrics
+    metrics.run = dataclasses.replace(metrics.run, logging=Logging(log_interval=7))
+    last = metrics.run.schedule.train_steps
+    assert last % 7
+    count = metrics.wrap_acceptance(lambda *_: (torch.tensor(3.0), torch.tensor(4.0)))
+    for done, counted in ((6, 4), (7, 0), (last - 1, 4), (last - 2, 0)):
+        args = SimpleNamespace(curr_iteration=done)
+        monkeypatch.setattr("mellum2_megatron.training.metrics.get_args", lambda args=args: args)
+        assert count(torch.zeros(1))[1] == counted
+
+
 def test_scalars_of_a_step_arrive_once_it_is_complete(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +259,41 @@ def test_scalars_of_a_step_arrive_once_it_is_complete(
     for _ in range(2):  # Megatron validates twice at the end
         writer.add_scalar("lm loss validation", 2.0, 20)
     assert logged[1:] == [("valid", 20, {"lm_loss": 2.0})]
+
+
+def test_texts_are_generated_where_they_are_due_with_the_watch_off(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logging = Logging(sample_prompts=("def f(",), sample_interval=4)
+    settings = dataclasses.replace(recipe("mellum2_tiny_pretrain"), logging=logging)
+    last = settings.schedule.train_steps
+    order: list[Any] = []
+
+    @contextlib.contextmanager
+    def outside(model: Any, optimizer: Any) -> Iterator[None]:
+        order.append(("outside", model, optimizer, list(run.pauses)))
+        yield
+
+    def generate(model: list[str]) -> list[tuple[str, str]]:
+        return [("def f(", f"x of {model[0]}")]
+
+    samples = TrainingSamples(
+        settings, on_texts=lambda *texts: order.append(texts), pause_watch=run.pause
+    )
+    monkeypatch.setattr(training_samples, "_outside_of_training", outside)
+    monkeypatch.setattr(samples, "_generate", generate)
+    end_step = samples.wrap_end_of_step(lambda *args: ("upstream's result", args))
+    for step in (3, 4, 5, last):
+        done = end_step(["part"], "optimizer", "scheduler", step, "profiler", 0.5)
+        assert done[0] == "upstream's result"
+        assert done[1][3:] == (step, "profiler", 0.5)
+    texts = [("def f(", "x of part")]
+    assert order == [
+        ("outside", ["part"], "optimizer", ["begin"]),
+        (4, texts),
+        ("outside", ["part"], "optimizer", ["begin", "end", "begin"]),
+        (last, texts),
+    ]
 
 
 def chained(*inner: Any) -> Any:

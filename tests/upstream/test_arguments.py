@@ -10,17 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides
-from mellum2_megatron.recipes import recipe
-from mellum2_megatron.upstream import environment, megatron_arguments
+from mellum2_megatron.recipes import recipe, recipe_names
+from mellum2_megatron.upstream import environment, gpu_environment, megatron_arguments
 from tests import parameter_id
-
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="Megatron runs through the CPU backend here"
-)
 
 TINY, BIG = "mellum2_tiny_pretrain", "mellum2_12b_pretrain_phase1"
 
@@ -69,6 +64,7 @@ ARCHITECTURES: list[list[str]] = [
         "architecture.rms_norm_eps=1e-5",
         "architecture.initializer_range=0.01",
     ],
+    ["architecture.num_experts_per_tok=1"],
     ["architecture=mellum2-12b-128k", "schedule.micro_batch_size=1"],
 ]
 
@@ -92,7 +88,7 @@ def test_megatrons_config_describes_the_architecture(
         "num_moe_experts": model.num_experts,
         "moe_ffn_hidden_size": model.moe_intermediate_size,
         "moe_router_topk": model.num_experts_per_tok,
-        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_pre_softmax": not model.norm_topk_prob or model.num_experts_per_tok == 1,
         "moe_expert_capacity_factor": None,
         "moe_shared_expert_intermediate_size": None,
         "moe_router_dtype": "fp32",
@@ -127,7 +123,34 @@ def test_megatrons_config_describes_the_architecture(
     assert args.position_embedding_type == "rope"
 
 
-@pytest.mark.parametrize("kind", ["global_aux_loss", "aux_loss", "seq_aux_loss"])
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (
+            ["architecture.mlp_layer_types=[dense,sparse]"],
+            {"moe_layer_freq": [0, 1, 0, 1], "num_moe_experts": 8, "ffn_hidden_size": 512},
+        ),
+        (
+            ["architecture.mlp_layer_types=[dense]", "layout.ep=1"],
+            {"moe_layer_freq": 1, "num_moe_experts": None, "ffn_hidden_size": 512},
+        ),
+        (
+            ["architecture.shared_expert_intermediate_size=96"],
+            {"moe_layer_freq": 1, "moe_shared_expert_intermediate_size": 96},
+        ),
+    ],
+    ids=["dense_and_sparse", "all_dense", "shared_expert"],
+)
+def test_variants_reach_the_config(
+    overrides: list[str], facts: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    config = core_transformer_config_from_args(on_cpu(overrides, monkeypatch)[1])
+    assert {name: getattr(config, name) for name in facts} == facts
+
+
+@pytest.mark.parametrize("kind", ["global_aux_loss", "aux_loss", "seq_aux_loss", "none"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_loss_settings_reach_the_config(
     kind: str, per_token: bool, monkeypatch: pytest.MonkeyPatch
@@ -135,11 +158,14 @@ def test_loss_settings_reach_the_config(
     from megatron.training.arguments import core_transformer_config_from_args
 
     overrides = [f"loss.aux_loss_type={kind}", f"loss.per_token={str(per_token).lower()}"]
+    overrides.append("loss.capacity_factor=1.5")
     config = core_transformer_config_from_args(on_cpu(overrides, monkeypatch)[1])
-    assert (config.moe_router_load_balancing_type, config.calculate_per_token_loss) == (
-        kind,
-        per_token,
+    facts = (
+        config.moe_router_load_balancing_type,
+        config.calculate_per_token_loss,
+        config.moe_expert_capacity_factor,
     )
+    assert facts == (kind, per_token, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -353,8 +379,126 @@ def test_layout_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert {name: getattr(args, name) for name in facts} == facts
     assert run.layout.data_parallel(32) == 4
+    assert args.moe_flex_dispatcher_backend == "hybridep"
     assert environment(run) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     assert environment(recipe(BIG)) == {}
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in gpu_environment(run), "Megatron's wins"
+
+
+EXCHANGE = [
+    "layout.dispatcher=flex",
+    "layout.dispatcher_backend=deepep",
+    "layout.dispatcher_sms=24",
+    "layout.overlap_expert_comm=true",
+    "layout.delay_wgrad=true",
+    "execution.recompute=layernorm,moe_act",
+    "execution.offload=core_attn,attn_proj",
+    "execution.gc_interval=77",
+    "execution.fused_residual_norm=true",
+    "execution.pad_expert_tokens=true",
+    "execution.extra_arguments=[--log-params-norm]",
+]
+
+
+def stub_te(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Megatron's validation find Transformer Engine 2.20.2, which tests hide."""
+    import megatron.core.transformer.transformer_config as config
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer.moe import moe_utils
+    from packaging.version import Version
+
+    version = Version("2.20.2")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and hasattr(module, "is_te_min_version"):
+            monkeypatch.setattr(
+                module, "is_te_min_version", lambda least, **_: version >= Version(least)
+            )
+    monkeypatch.setattr(config, "get_te_version", lambda: version)
+    for module in (rope_utils, transformer_engine, moe_utils):
+        for name, value in list(vars(module).items()):
+            if name.startswith("fused_") and value is None:
+                monkeypatch.setattr(module, name, object())
+
+
+def test_every_exchange_and_execution_setting_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    stub_te(monkeypatch)
+    run = apply_overrides(recipe(BIG), EXCHANGE)
+    args = validated(run, monkeypatch, world_size=256, device="cuda")
+    assert (args.manual_gc, args.manual_gc_interval) == (True, 77)
+    assert args.log_params_norm
+    config = core_transformer_config_from_args(args)
+    facts = {
+        "moe_token_dispatcher_type": "flex",
+        "moe_flex_dispatcher_backend": "deepep",
+        "moe_flex_dispatcher_num_sms": 24,
+        "overlap_moe_expert_parallel_comm": True,
+        "delay_wgrad_compute": True,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["layernorm", "moe_act"],
+        "fine_grained_activation_offloading": True,
+        "offload_modules": ["core_attn", "attn_proj"],
+        "fused_residual_rmsnorm": True,
+        "moe_router_padding_for_quantization": True,
+    }
+    assert {name: getattr(config, name) for name in facts} == facts
+    assert environment(run) == {"NVTE_CPU_OFFLOAD_V1": "1"}
+    assert gpu_environment(run) == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_GRAPH_REGISTER": "0",
+        "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",
+        "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "gpu" in name])
+def test_megatron_accepts_every_gpu_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    stub_te(monkeypatch)
+    run = recipe(name)
+    assert run.layout.world_size is not None
+    args = validated(run, monkeypatch, world_size=run.layout.world_size, device="cuda")
+    config = core_transformer_config_from_args(args)
+    assert config.overlap_moe_expert_parallel_comm == run.layout.overlap_expert_comm
+
+
+def test_the_table_of_covered_flags_is_that_of_the_code() -> None:
+    import inspect
+    import re
+
+    from mellum2_megatron.planning.extra_arguments import CONTRADICTING, COVERED
+    from mellum2_megatron.upstream import arguments
+
+    assert set(re.findall(r'"--([a-z0-9-]+)"', inspect.getsource(arguments))) == COVERED
+    assert not COVERED & CONTRADICTING
+
+
+def test_an_unknown_word_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mellum2_megatron.training.loop import parse_arguments
+
+    run = apply_overrides(recipe(TINY), ["execution.extra_arguments=[--no-such-flag]"])
+    monkeypatch.setattr(
+        sys, "argv", ["train", *megatron_arguments(run, world_size=2, device="cpu")]
+    )
+    with pytest.raises(InputError, match="unrecognized arguments: --no-such-flag"):
+        parse_arguments(run)
+
+
+def test_contradicting_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag that Megatron has renamed would no longer be refused."""
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from mellum2_megatron.planning.extra_arguments import CONTRADICTING
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(conflict_handler="resolve"))
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert {f"--{name}" for name in CONTRADICTING} <= known
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from mellum2_megatron.data.feed.blend import Blend
+
 if TYPE_CHECKING:
-    from megatron.core.datasets.gpt_dataset import GPTDataset
+    from mellum2_megatron.data.feed.indexed_documents import IndexedDocuments
+    from mellum2_megatron.data.feed.packed_dataset import PackedDataset
 
 
 class FixedValidation(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """A validation set that starts over after `period` samples.
+    """A validation set that starts over after `period` samples, and numbers them.
 
     Megatron's sampler moves on: each validation of a run reads the next samples
     (megatron/training/training.py:4553, 0.19.2). Two validation losses would then differ by their
@@ -23,7 +28,9 @@ class FixedValidation(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         length: number of samples of all validations of the run.
     """
 
-    def __init__(self, dataset: GPTDataset, *, period: int, length: int) -> None:
+    def __init__(
+        self, dataset: IndexedDocuments | PackedDataset | Blend, *, period: int, length: int
+    ) -> None:
         self.dataset = dataset
         self.period = period
         self.length = length
@@ -35,5 +42,22 @@ class FixedValidation(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.length
 
     def __getitem__(self, index: Any) -> dict[str, torch.Tensor]:
-        sample: dict[str, torch.Tensor] = self.dataset[int(index) % self.period]
-        return sample
+        number = int(index) % self.period
+        sample: dict[str, torch.Tensor] = self.dataset[number]
+        return {**sample, "sample": torch.tensor(number)}
+
+    def documents(self, sample: int) -> tuple[int, npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        """Return the documents of a sample's labels.
+
+        Args:
+            sample: number of a sample, which each carries as ``sample``.
+
+        Returns:
+            Number of its source, first place of each document in the sample, rising from 0, and
+            the documents.
+        """
+        dataset, source = self.dataset, 0
+        if isinstance(dataset, Blend):
+            source, sample = dataset.locate(sample)
+            dataset = dataset.datasets[source]
+        return source, *dataset.label_documents(sample)

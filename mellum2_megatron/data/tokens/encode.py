@@ -1,130 +1,101 @@
-"""Documents to token arrays in worker processes; the result is the same for any number of them.
+"""Texts to token arrays in worker processes; the result is the same for any number of them.
 
-Workers are spawned, not forked: a forked tokenizer may deadlock on its thread pool. They import
+The texts are read in this process, which is several times as fast as encoding them. Workers import
 neither torch nor megatron.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from mellum2_megatron.common.errors import WorkError
-from mellum2_megatron.data.corpus.discovery import Document, read_document
-from mellum2_megatron.data.tokens.tokenizer import load_tokenizer
+from mellum2_megatron.common.ordered_pool import map_in_order
+from mellum2_megatron.data.tokens.encoder import DocumentEncoder, Engine
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-_BATCH_BYTES = 512 * 1024
-# Per worker: enough to keep it busy, few enough to bound memory.
-_BATCHES_IN_FLIGHT = 4
+_BATCH_LENGTH = 512 * 1024
 
 # Set once in each process: sending the tokenizer with every batch would cost more than encoding.
-_tokenizer: Tokenizer | None = None
-_eos = -1
+_encoder: DocumentEncoder | None = None
+_eod = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedBatch:
-    """Token ids of consecutive documents, each ending with eos.
+    """Token ids of consecutive documents, each ending with eod.
 
     Attributes:
         tokens: ids of all documents, one after the other.
-        lengths: tokens of each document, eos included.
-        size: bytes of the texts in UTF-8.
+        lengths: tokens of each document, eod included.
     """
 
     tokens: npt.NDArray[np.int32]
     lengths: list[int]
-    size: int
+
+    def documents(self) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of each document, as views."""
+        return np.split(self.tokens, np.cumsum(self.lengths)[:-1])
 
 
-def encode_documents(
-    documents: Sequence[Document], tokenizer_folder: Path, *, eos: int, workers: int
+def encode_texts(
+    texts: Iterable[str], tokenizer_folder: Path, *, eod: int, engine: Engine, workers: int
 ) -> Iterator[EncodedBatch]:
-    """Encode documents in order.
+    """Encode texts in order.
 
     Args:
-        documents: references to the documents.
+        texts: the texts; they are taken as they are needed.
         tokenizer_folder: Hugging Face tokenizer folder.
-        eos: id that ends each document.
+        eod: id that ends each document.
+        engine: library that encodes, from `choose_encoder`.
         workers: number of processes; 1 encodes in this process.
 
     Raises:
-        WorkError: a file changed or vanished since it was selected, or a worker was killed.
+        WorkError: a worker was killed, or a text became a protected token.
     """
-    batches = _batches(documents)
+    batches = _batches(texts)
     if workers == 1:
-        _initialise(str(tokenizer_folder), eos)
+        _initialise(tokenizer_folder, engine, eod)
         yield from map(_encode, batches)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=context,
-        initializer=_initialise_worker,
-        initargs=(str(tokenizer_folder), eos),
-    ) as pool:
-        pending: deque[Future[EncodedBatch]] = deque()
-        try:
-            for batch in batches:
-                pending.append(pool.submit(_encode, batch))
-                if len(pending) >= workers * _BATCHES_IN_FLIGHT:
-                    # The oldest, not the first to finish: the order is part of the result.
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise WorkError(
-                "a tokenizer worker was killed", fix="free memory or use fewer --workers"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    yield from map_in_order(
+        _encode,
+        batches,
+        workers=workers,
+        initialise=_initialise_worker,
+        arguments=(tokenizer_folder, engine, eod),
+        worker="a tokenizer worker",
+    )
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Yield consecutive documents in lists of at least `_BATCH_BYTES`; the last may be smaller."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.size
-        if size >= _BATCH_BYTES:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield consecutive texts in lists of about `_BATCH_LENGTH` characters or one longer text."""
+    batch: list[str] = []
+    length = 0
+    for text in texts:
+        batch.append(text)
+        length += len(text)
+        if length >= _BATCH_LENGTH:
             yield batch
-            batch, size = [], 0
+            batch, length = [], 0
     if batch:
         yield batch
 
 
-def _initialise(folder: str, eos: int) -> None:
-    global _tokenizer, _eos
-    _tokenizer, _eos = load_tokenizer(Path(folder)), eos
+def _initialise(folder: Path, engine: Engine, eod: int) -> None:
+    global _encoder, _eod
+    _encoder, _eod = DocumentEncoder(folder, engine, eod), eod
 
 
-def _initialise_worker(folder: str, eos: int) -> None:
+def _initialise_worker(folder: Path, engine: Engine, eod: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _initialise(folder, eos)
+    _initialise(folder, engine, eod)
 
 
-def _encode(documents: list[Document]) -> EncodedBatch:
-    assert _tokenizer is not None
-    encodings = _tokenizer.encode_batch_fast(
-        [read_document(document) for document in documents], add_special_tokens=False
-    )
-    parts = [np.array([*encoding.ids, _eos], dtype=np.int32) for encoding in encodings]
-    return EncodedBatch(
-        tokens=np.concatenate(parts),
-        lengths=[len(part) for part in parts],
-        size=sum(document.size for document in documents),
-    )
+def _encode(texts: list[str]) -> EncodedBatch:
+    assert _encoder is not None
+    parts = [np.append(ids, np.int32(_eod)) for ids in _encoder.encode(texts)]
+    return EncodedBatch(tokens=np.concatenate(parts), lengths=[len(part) for part in parts])

@@ -1,0 +1,64 @@
+"""Packed data of the studies on packing, documents and FIM, each made by a corpus plan.
+
+All have the same documents in training and in validation; FIM and packing alone differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ablations.asking.scales import TINY_DATA
+from ablations.asking.study import DataSet, Scale
+
+PACKAGES = "asyncio email http importlib json multiprocessing unittest urllib xml".split()
+"""Packages of Python's own library that the tiny scale packs, about 2 MB."""
+
+_PLAN = """\
+# Packages of Python's own library, packed for the tiny scale of the ablations.
+name: {name}
+tokenizer: ablations/tokenizer
+sources:
+  code: {{kind: code, inputs: [{inputs}], near_duplicates: false, max_epochs: 1,
+         filters: {{LineLength: null, ByteEntropy: null, LetterShare: null, CommentShare: null}}}}
+phases:
+  - {{tokens: 260000, sequence_length: 256, unique_tokens: 8, mixture: {{code: 100}}{settings}}}
+unique_tokens: 16
+valid_share: 0.1
+margin: 0.1
+"""
+
+
+def packed(name: str, settings: str, note: str) -> Mapping[Scale, DataSet]:
+    """Return the data of an arm at all scales.
+
+    Args:
+        name: name of the data set.
+        settings: settings of the plan's phase, such as ``packing: drop``; empty: the default.
+        note: the same in words, for the plans of the larger scales, which the user writes.
+    """
+    extra = f", {settings}" if settings else ""
+
+    def own(scale: Scale) -> DataSet:
+        return DataSet(
+            name=name,
+            path=f"data/ablations_{scale}_{name}",
+            overrides=("data.phase=1",),
+            note=f"a corpus plan (docs/corpus_plans.md) whose phase 1 has {note}",
+        )
+
+    return {
+        "tiny": DataSet(
+            name=name,
+            path=f"data/ablations_{name}",
+            command="mellum2 data run {path}.yaml",
+            overrides=("data.phase=1",),
+            plan=_PLAN.format(
+                name=name,
+                settings=extra,
+                inputs=", ".join(f"{{stdlib}}/{package}" for package in PACKAGES),
+            ),
+            after=TINY_DATA,
+        ),
+        "proxy": own("proxy"),
+        "full": own("full"),
+    }

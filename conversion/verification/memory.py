@@ -1,0 +1,121 @@
+"""Memory that scoring needs, in transformers and on a Megatron rank, compared with what is free."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+
+from conversion.huggingface.format import torch_dtype
+from conversion.verification.ranks import Ranks
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import size_text
+from mellum2_megatron.config import Backend
+from mellum2_megatron.planning.rank_weights import local_weights
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+_LOGIT_COPIES = 3
+"""Copies of a sequence's logits that exist at once: of the head, in float32, and of the loss."""
+
+
+def free_memory() -> int:
+    """Return the main memory in bytes that this process and its children may still take.
+
+    A container or a Slurm job may have a limit below the machine's memory (cgroup v2).
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="ascii").rpartition("0::/")[2].strip()
+    except OSError:
+        return free
+    group = _CGROUPS / own
+    # A limit may stand at any level above this process's own group.
+    for folder in [group, *group.parents]:
+        if folder == _CGROUPS.parent:
+            break
+        try:
+            limit = int((folder / "memory.max").read_text(encoding="ascii"))
+            used = int((folder / "memory.current").read_text(encoding="ascii"))
+            stat = dict(
+                line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines()
+            )
+        except (OSError, ValueError):  # no such controller, or "max" for no limit
+            continue
+        # Cached files count as used, and the system gives them up first.
+        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
+    return free
+
+
+def require_huggingface_memory(
+    name: str, architecture: Mellum2Architecture, length: int, *, free: int | None = None
+) -> None:
+    """Check that transformers can hold a whole model in float32, and one sequence's logits.
+
+    Args:
+        name: the folder, for the message.
+        architecture: the model.
+        length: tokens of a sequence.
+        free: free memory in bytes, default `free_memory`.
+
+    Raises:
+        InputError: it cannot.
+    """
+    weights = 4 * sum(math.prod(parameter.shape) for parameter in architecture.parameters())
+    heads = 1 + architecture.num_mtp_layers
+    logits = 4 * _LOGIT_COPIES * heads * length * architecture.vocab_size
+    _require(
+        f"{name} in transformers, sequences of {length} tokens",
+        weights,
+        logits,
+        free_memory() if free is None else free,
+        fix="use a machine with more memory, or shorter sequences (--tokens)",
+    )
+
+
+def require_rank_memory(
+    architecture: Mellum2Architecture,
+    ranks: Ranks,
+    length: int,
+    *,
+    backend: Backend = "torch",
+    free: int,
+) -> None:
+    """Check that a rank can hold its part of the weights, and of one sequence's logits.
+
+    Args:
+        architecture: the model.
+        ranks: the processes.
+        length: tokens of a sequence.
+        backend: backend of the modules, default "torch".
+        free: memory in bytes that one rank may take.
+
+    Raises:
+        InputError: it cannot.
+    """
+    layout, itemsize = ranks.layout, torch_dtype(ranks.dtype).itemsize
+    weights = itemsize * max(
+        sum(weight.numel for weight in local_weights(architecture, layout, backend, stage=stage))
+        for stage in range(layout.pp)
+    )
+    # The heads run one after the other, and each logit is written and dropped.
+    part = ranks.padded(length) // layout.cp * (architecture.vocab_size // layout.tp)
+    ways = f"--tp {2 * layout.tp}, --pp {2 * layout.pp} or --ep {2 * layout.ep}"
+    _require(
+        f"the fullest rank of {ranks.count}, sequences of {length} tokens",
+        weights,
+        4 * _LOGIT_COPIES * part,
+        free,
+        fix=f"divide the model among more ranks ({ways}), or shorten the sequences (--tokens)",
+    )
+
+
+def _require(what: str, weights: int, logits: int, free: int, *, fix: str) -> None:
+    if weights + logits > free:
+        raise InputError(
+            f"{what}: {size_text(weights)} of weights and {size_text(logits)} of logits",
+            rule=f"{size_text(free)} of memory are free",
+            fix=fix,
+        )

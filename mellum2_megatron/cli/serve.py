@@ -1,0 +1,71 @@
+"""`mellum2 serve`: a model behind vLLM's own server, for a person who wants to try it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mellum2_megatron.common.console import print_line
+from mellum2_megatron.common.errors import InputError
+
+
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Hugging Face folder")],
+    use_mtp: Annotated[
+        bool, typer.Option("--use-mtp", help="draft with the MTP head, one token a step")
+    ] = False,
+    python: Annotated[
+        Path, typer.Option("--python", help="Python of an environment with vLLM")
+    ] = Path(".venv-serve/bin/python"),
+    name: Annotated[str, typer.Option("--name", help="name of the model in requests")] = "mellum2",
+    host: Annotated[str, typer.Option("--host", help="address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="port")] = 8000,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", help="tokens of a request and its answer; default: all"),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (the folder's), bfloat16 or float32")
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the command, and start nothing")
+    ] = False,
+) -> None:
+    """Serve a model with vLLM's server, which speaks OpenAI's protocol.
+
+    A line of curl to try it is printed first. vLLM lives in an environment of its own.
+    """
+    from conversion.huggingface.folder import HfFolder
+    from mellum2_megatron.evaluation.serving import (
+        check_versions,
+        curl_line,
+        read_versions,
+        serve_command,
+    )
+
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise InputError(
+            f"--dtype {dtype}", rule="no such dtype", fix="use auto, bfloat16 or float32"
+        )
+    with HfFolder.open(folder) as opened:
+        architecture = opened.architecture
+    command = serve_command(
+        python,
+        folder,
+        architecture,
+        name=name,
+        host=host,
+        port=port,
+        use_mtp=use_mtp,
+        max_length=max_length,
+        dtype=dtype,
+    )
+    check_versions(read_versions(python), architecture, use_mtp=use_mtp)
+    print_line(shlex.join(command))
+    print_line("When it is up: " + curl_line(folder, name=name, host=host, port=port))
+    if not dry_run:
+        os.execv(command[0], command)

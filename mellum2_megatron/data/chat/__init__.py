@@ -1,0 +1,1 @@
+"""Chat data: conversations to packs with loss masks, for supervised fine-tuning."""

@@ -1,0 +1,1 @@
+"""Corpus plans: from sources and phases to the packs that each phase trains on."""

@@ -1,0 +1,73 @@
+"""What a measure may ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mellum2_megatron.architecture import Mellum2Architecture
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Continuation:
+    """How a model takes a given continuation of a prompt.
+
+    Attributes:
+        log_probability: sum over the tokens of the continuation, in nats.
+        is_greedy: true if each of them is the most likely one at its place.
+    """
+
+    log_probability: float
+    is_greedy: bool
+
+
+class EvaluatedModel(Protocol):
+    """A model with its tokenizer.
+
+    Attributes:
+        architecture: the model's description; it gives the longest context.
+    """
+
+    @property
+    def architecture(self) -> Mellum2Architecture:
+        """The model's description."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of the special tokens by role, see `data.tokens.tokenizer.special_ids`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without special tokens around it."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+
+    def log_probabilities(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the log-probability of every token but the first, given those before it.
+
+        Args:
+            tokens: token ids `[b, s]`, s >= 2.
+
+        Returns:
+            Nats, `[b, s - 1]`, float32: place t belongs to token t + 1.
+        """
+
+    def score_continuations(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[Continuation]:
+        """Return how the model takes each continuation of one prompt, none of them empty."""
+
+    def continue_greedily(
+        self, prompt: Sequence[int], *, max_new_tokens: int, stop: Collection[int] = ()
+    ) -> list[int]:
+        """Return the most likely next tokens, one after the other.
+
+        Args:
+            prompt: token ids, at least one.
+            max_new_tokens: most tokens to return.
+            stop: ids that end the text; the one that did is returned too.
+        """

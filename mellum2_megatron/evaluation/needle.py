@@ -1,0 +1,186 @@
+"""Needle retrieval: does a model find one line of a long text again, at growing lengths?
+
+::
+
+    ..code..
+    ACCESS_CODE_HERON = 48213        <- the needle, somewhere
+    ..code..
+    assert ACCESS_CODE_HERON ==      <- the question; the answer is the number
+
+Like RULER's needle tasks (Hsieh et al. 2024, arXiv:2404.06654), with filler of our own: its figures
+are not RULER's. Two questions are asked, because a small model rarely gives the whole number:
+
+- ``found``: is the number the model's greedy answer?
+- ``preferred``: does the number get a higher probability than others that the text does not have?
+  A guess is right once in ``choices`` times.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.field_checks import require_positive_int
+from mellum2_megatron.evaluation.measure import Figure, Measure, Outcome
+from mellum2_megatron.evaluation.model import EvaluatedModel
+from mellum2_megatron.evaluation.texts import notes_on, shuffled_texts
+
+NAME = "needle"
+SHORTEST = 64
+"""Tokens of the shortest text: a needle, its question, and some filler."""
+
+_KEYS = "HERON MAPLE COBALT EMBER QUARTZ WILLOW FALCON CEDAR ONYX PRISM TUNDRA LOTUS".split()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Settings of the measure.
+
+    Attributes:
+        lengths: tokens of the texts; default: a sixteenth of the model's longest, and its doubles.
+        items: texts of each length, default 20. Their needles lie from the beginning to the end.
+        choices: numbers that are compared, the right one among them, default 8.
+        digits: digits of a number, default 5.
+        text: files or folders of the filler; default: Python's standard library.
+        seed: seed of filler, keys and numbers, default 1.
+    """
+
+    lengths: tuple[int, ...] = ()
+    items: int = 20
+    choices: int = 8
+    digits: int = 5
+    text: tuple[str, ...] = ()
+    seed: int = 1
+
+
+def lengths_of(architecture: Mellum2Architecture, settings: Settings) -> tuple[int, ...]:
+    """Return the lengths to measure, ascending."""
+    if settings.lengths:
+        return tuple(sorted(set(settings.lengths)))
+    longest = architecture.max_position_embeddings
+    return tuple(longest >> shift for shift in (4, 3, 2, 1, 0) if longest >> shift >= SHORTEST)
+
+
+def check(architecture: Mellum2Architecture, settings: Settings) -> None:
+    """Check settings against a model.
+
+    Raises:
+        InputError: a number out of range, or a text longer than the model's context.
+    """
+    require_positive_int(f"{NAME}.items", settings.items)
+    require_positive_int(f"{NAME}.choices", settings.choices)
+    require_positive_int(f"{NAME}.digits", settings.digits, most=18)
+    longest = architecture.max_position_embeddings
+    for length in lengths_of(architecture, settings):
+        if not SHORTEST <= length <= longest:
+            raise InputError(
+                f"{NAME}.lengths={length}",
+                rule=f"a text has {SHORTEST} to max_position_embeddings={longest} tokens",
+                fix=f"use {longest} or less",
+            )
+    if not 2 <= settings.choices <= 9 * 10 ** (settings.digits - 1):
+        raise InputError(
+            f"{NAME}.choices={settings.choices}",
+            rule="at least two different numbers are compared",
+            fix="use 8, with 5 digits",
+        )
+
+
+def needle(model: EvaluatedModel, settings: Settings) -> Outcome:
+    """Measure how often needles are found and preferred, by length.
+
+    Returns:
+        For each length the shares ``found`` and ``preferred``, and ``answer``: the mean
+        log-probability of the right number in nats. One detail an item.
+
+    Raises:
+        InputError: the texts are too short to fill the longest length.
+    """
+    lengths = lengths_of(model.architecture, settings)
+    filler = _filler(model, settings, max(lengths))
+    figures: list[Figure] = []
+    details = []
+    for length in lengths:
+        items = [_item(model, settings, filler, length, item) for item in range(settings.items)]
+        where = {"length": length}
+        figures += [
+            Figure.share("found", [item["found"] for item in items], where),
+            Figure.share("preferred", [item["preferred"] for item in items], where),
+            Figure.mean("answer", [item["answer"] for item in items], "nats", where),
+        ]
+        details += items
+    return Outcome(figures=tuple(figures), details=tuple(details), notes=notes_on(settings.text))
+
+
+def _filler(model: EvaluatedModel, settings: Settings, longest: int) -> list[list[int]]:
+    """Return the lines that texts are filled with, each as token ids: twice the longest text."""
+    lines: list[list[int]] = []
+    count = 0
+    for text in shuffled_texts(settings.text, settings.seed):
+        for line in text.splitlines(keepends=True):
+            lines.append(model.encode(line))
+            count += len(lines[-1])
+            if count >= 2 * longest:
+                return lines
+    if count < longest:
+        raise InputError(
+            f"{NAME}.lengths={longest}",
+            rule=f"the texts of the filler have {count} tokens",
+            fix=f"name more with {NAME}.text, or lower {NAME}.lengths",
+        )
+    return lines
+
+
+def _item(
+    model: EvaluatedModel, settings: Settings, filler: Sequence[list[int]], length: int, item: int
+) -> dict[str, Any]:
+    """Ask one question, and return the outcome as plain values."""
+    # Of its own numbers alone, so that a longer list of lengths or items leaves it as it is.
+    rng = random.Random(f"{settings.seed} {length} {item}")
+    key = rng.choice(_KEYS)
+    numbers: list[int] = []
+    while len(numbers) < settings.choices:
+        number = rng.randrange(10 ** (settings.digits - 1), 10**settings.digits)
+        if number not in numbers:
+            numbers.append(number)
+    answers = [model.encode(f" {number}") for number in numbers]
+    line = model.encode(f"ACCESS_CODE_{key} = {numbers[0]}\n")
+    question = model.encode(f"assert ACCESS_CODE_{key} ==")
+    room = length - len(line) - len(question) - max(map(len, answers))
+    lines = _take(filler, rng.randrange(len(filler)), room)
+    depth = item / max(1, settings.items - 1)
+    lines.insert(round(depth * len(lines)), line)
+    prompt = [token for one in [*lines, question] for token in one]
+    right, *wrong = model.score_continuations(prompt, answers)
+    return {
+        "length": length,
+        "depth": depth,
+        "key": key,
+        "number": numbers[0],
+        "found": right.is_greedy,
+        "preferred": all(right.log_probability > other.log_probability for other in wrong),
+        "answer": right.log_probability,
+    }
+
+
+def _take(filler: Sequence[list[int]], start: int, room: int) -> list[list[int]]:
+    """Return whole lines from ``start`` on that fill ``room`` tokens, the end going on at 0."""
+    lines: list[list[int]] = []
+    while (line := filler[(start + len(lines)) % len(filler)]) and len(line) <= room:
+        lines.append(line)
+        room -= len(line)
+    return lines
+
+
+MEASURE = Measure(
+    name=NAME,
+    summary="one line of a long text found again, at growing lengths",
+    version=1,
+    settings=Settings,
+    check=check,
+    run=needle,
+)

@@ -1,0 +1,84 @@
+"""Words for Megatron's command line that no key covers (`execution.extra_arguments`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mellum2_megatron.architecture.megatron_fields import MEGATRON_FIELDS
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import Run
+
+COVERED = frozenset(
+    """
+    accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps async-save
+    async-strategy bf16 calculate-per-token-loss ckpt-format clip-grad context-parallel-size
+    cp-comm-type data-cache-path delay-wgrad-compute dist-ckpt-optim-fully-reshardable
+    distributed-backend distributed-timeout-minutes eval-global-batch-size eval-interval
+    eval-iters expert-model-parallel-size expert-tensor-parallel-size
+    fine-grained-activation-offloading first-last-layers-bf16 fp8-format fp8-param-gather
+    fp8-recipe fused-residual-rmsnorm global-batch-size grad-reduce-in-bf16 load
+    log-interval log-timers-to-tensorboard lr lr-decay-samples lr-decay-style
+    lr-warmup-samples lr-wsd-decay-samples lr-wsd-decay-style manual-gc manual-gc-interval
+    max-position-embeddings micro-batch-size min-lr moe-aux-loss-coeff
+    moe-expert-capacity-factor moe-flex-dispatcher-backend moe-flex-dispatcher-num-sms
+    moe-grouped-gemm
+    moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-dtype moe-router-fusion
+    moe-router-load-balancing-type
+    moe-router-padding-for-quantization moe-token-dispatcher-type moe-z-loss-coeff
+    mtp-loss-scaling-factor muon-coefficient-type muon-extra-scale-factor muon-momentum
+    muon-nesterov muon-no-split-qkv muon-num-ns-steps muon-scalar-optimizer muon-scale-mode
+    muon-tp-mode no-bias-dropout-fusion no-bias-swiglu-fusion
+    no-create-attention-mask-in-dataloader no-gradient-accumulation-fusion
+    no-masked-softmax-fusion no-one-logger no-persist-layer-norm no-rope-fusion
+    null-tokenizer-eod-id num-layers-at-end-in-bf16 num-layers-at-start-in-bf16
+    num-virtual-stages-per-pipeline-rank num-workers offload-modules optimizer
+    overlap-grad-reduce overlap-moe-expert-parallel-comm overlap-param-gather
+    override-opt-param-scheduler padded-vocab-size pipeline-model-parallel-size
+    pretrained-checkpoint recompute-granularity recompute-modules rerun-mode save
+    save-interval seed seq-length sequence-parallel step-batch-size-schedule
+    tensor-model-parallel-size tokenizer-type train-data-path train-samples transformer-impl
+    use-cpu-initialization use-distributed-optimizer use-persistent-ckpt-worker
+    valid-data-path vocab-size weight-decay
+    """.split()
+)
+"""Flags that ``upstream/arguments.py`` makes of a run, without dashes; a test compares them."""
+
+CONTRADICTING = frozenset(
+    """
+    data-path exit-interval exit-signal exit-signal-handler fp16 iterations-to-skip
+    lr-decay-iters lr-warmup-fraction lr-warmup-iters lr-wsd-decay-iters mock-data
+    moe-enable-deepep moe-layer-recompute moe-router-force-load-balancing
+    moe-router-padding-for-fp8 no-use-layer-wise-param-layout
+    overlap-param-gather-with-optimizer-step rampup-batch-size recompute-activations
+    recompute-method recompute-num-layers save-retain-interval sft spec split
+    tensorboard-dir test-data-path train-iters use-checkpoint-args use-mup wandb-entity
+    wandb-exp-name wandb-project
+    """.split()
+)
+"""Flags that would set by another name what keys decide, or that this project cannot work with."""
+
+_MODEL = frozenset(
+    """
+    attention-dropout group-query-attention hidden-dropout position-embedding-type rotary-base
+    untie-embeddings-and-output-weights window-attn-skip-freq window-size
+    """.split()
+) | {field.flag.removeprefix("--") for field in MEGATRON_FIELDS}
+"""Flags of the architecture."""
+
+
+def extra_argument_problems(run: Run) -> Iterator[InputError]:
+    """Find words of `execution.extra_arguments` that a key covers."""
+    taken = COVERED | CONTRADICTING | _MODEL
+    for word in run.execution.extra_arguments:
+        if not word.startswith("--"):
+            continue  # a value of the flag before it
+        name = word.removeprefix("--").partition("=")[0]
+        positive = name.removeprefix("no-")
+        # Megatron's parser takes the beginning of a flag for the flag.
+        found = sorted(flag for flag in taken if flag.startswith(name) or flag == positive)
+        if found:
+            yield InputError(
+                f"execution.extra_arguments: {word}",
+                rule=f"--{found[0]} is decided by keys of the run, or cannot be used with them",
+                fix="set the key (`mellum2 keys` lists all), and leave the word out",
+            )

@@ -1,0 +1,161 @@
+"""Rules about what a run needs on its machine: packages, servers, folders and data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.files import check_writable, size_text
+from mellum2_megatron.data.feed.entries import tokenizer_folder
+from mellum2_megatron.data.feed.redis_run import (
+    URL_VARIABLE,
+    memory_limit,
+    two_batches,
+    window_of,
+)
+from mellum2_megatron.data.tokens.prompts import encode_prompts
+from mellum2_megatron.data.tokens.tokenizer import special_ids
+from mellum2_megatron.planning.optional_packages import missing_dispatcher
+from mellum2_megatron.planning.rule import PlannedRun, Problems, rule
+
+
+@rule(evidence="this machine", machine=True)
+def packages_present(planned: PlannedRun) -> Problems:
+    """The packages that the run needs are installed."""
+    if (
+        planned.backend == "te"
+        and planned.device == "cuda"
+        and importlib.util.find_spec("transformer_engine") is None
+    ):
+        yield InputError(
+            f"backend={planned.run.backend}, te on a GPU",
+            rule="Transformer Engine is not installed here",
+            fix="install the extra `te`, or set backend=torch (much slower, for checks)",
+        )
+    layout = planned.run.layout
+    if layout.dispatcher == "flex" and planned.device == "cuda":
+        missing = missing_dispatcher(layout.dispatcher_backend)
+        if missing is not None:
+            yield InputError(
+                f"layout.dispatcher=flex, layout.dispatcher_backend={layout.dispatcher_backend}",
+                rule=missing,
+                fix="install it (docs/install.md), or set layout.dispatcher=alltoall",
+            )
+    project = planned.run.logging.wandb_project
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        yield InputError(
+            f"logging.wandb_project={project}",
+            rule="the package wandb is not installed here",
+            fix="install the extra `wandb`, or set logging.wandb_project=null",
+        )
+
+
+@rule(evidence="data/feed/redis_streamer.py: the window moves with the slowest reader")
+def stream_window_holds_batches(planned: PlannedRun) -> Problems:
+    """The window of a stream holds two of the run's largest batches."""
+    run, least = planned.run, two_batches(planned.run)
+    if run.data.feed == "redis" and window_of(run) < least:
+        yield InputError(
+            f"data.stream.window={run.data.stream.window}",
+            rule="it must hold two of the run's largest batches, one to train on and one ahead",
+            fix=f"use {least} or more, or null",
+        )
+
+
+@rule(evidence="this machine", machine=True)
+def stream_can_be_served(planned: PlannedRun) -> Problems:
+    """Redis is installed, and this machine's memory holds the window of the stream."""
+    run = planned.run
+    if run.data.feed != "redis":
+        return
+    if importlib.util.find_spec("redis") is None:
+        yield InputError(
+            "data.feed=redis",
+            rule="the package redis is not installed here",
+            fix="install the extra `stream`, or set data.feed=files",
+        )
+    # A launcher that has named its server has found the program, maybe on another node.
+    if run.data.stream.url is not None or URL_VARIABLE in os.environ:
+        return
+    if shutil.which("redis-server") is None:
+        yield InputError(
+            "data.feed=redis without data.stream.url",
+            rule="the program redis-server is not installed here",
+            fix="install it (Debian, Ubuntu: apt-get install redis-server), or name a server in "
+            "data.stream.url",
+        )
+    limit, total = memory_limit(run), psutil.virtual_memory().total
+    if limit > total // 2:
+        yield InputError(
+            f"data.stream.window={run.data.stream.window}",
+            rule=f"{window_of(run):,} samples ahead may take {size_text(limit)}, this machine has "
+            f"{size_text(total)} of memory for all",
+            fix="lower data.stream.window, name a server in data.stream.url, or set "
+            "data.feed=files",
+        )
+
+
+@rule(
+    evidence="a file here is one everywhere; a folder that is only on another machine is not "
+    "looked for"
+)
+def paths_are_folders(planned: PlannedRun) -> Problems:
+    """Where a folder is meant there is no file."""
+    data, checkpoint = planned.run.data, planned.run.checkpoint
+    for key, path in (
+        ("data.path", data.path),
+        ("data.tokenizer", data.tokenizer),
+        ("data.cache", data.cache),
+        ("checkpoint.output", checkpoint.output),
+        ("checkpoint.load", checkpoint.load),
+        ("checkpoint.continue_from", checkpoint.continue_from),
+    ):
+        if path is None:
+            continue
+        for place in (Path(path), *Path(path).parents):
+            # os.path, because pathlib raises where a folder may not be entered.
+            if os.path.exists(place) and not os.path.isdir(place):
+                yield InputError(
+                    f"{key}={path}", rule=f"{place} is a file, not a folder", fix="name a folder"
+                )
+
+
+@rule(evidence="this machine", machine=True, after=paths_are_folders)
+def data_present(planned: PlannedRun) -> Problems:
+    """The data, their tokenizer and a place for their index exist; the tokens are the model's."""
+    # Imports numpy, which planning for another machine does not need.
+    from mellum2_megatron.data.feed.sources import check_amounts, check_data
+
+    run = planned.run
+    try:
+        data = check_data(run)
+        check_amounts(run, data)
+        caches = {source.cache for source in (*data.train, *data.valid) if not source.shards}
+        if run.data.cache is not None:
+            caches = {Path(run.data.cache)}
+        for cache in sorted(caches):
+            # An existing cache may be read-only, since a complete one is only read.
+            if not cache.is_dir():
+                check_writable("data.cache", cache, folder=True)
+    except InputError as error:
+        yield error
+
+
+@rule(evidence="training/samples.py", machine=True)
+def sample_prompts_fit(planned: PlannedRun) -> Problems:
+    """Each prompt has tokens, and leaves room for a continuation, which can end (eos)."""
+    run = planned.run
+    room = run.data.sequence_length - run.logging.sample_tokens
+    folder = tokenizer_folder(run.data)
+    # Without a tokenizer `data_present` has its say.
+    if run.logging.sample_prompts and (folder / "tokenizer.json").is_file():
+        try:
+            encode_prompts(folder, run.logging.sample_prompts, longest=room)
+            special_ids(folder)
+        except InputError as error:
+            yield error

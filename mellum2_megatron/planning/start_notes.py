@@ -1,0 +1,28 @@
+"""What a run's settings mean on its number of ranks, said before it starts; no reason to refuse."""
+
+from __future__ import annotations
+
+from mellum2_megatron.config import Run
+
+
+def start_notes(run: Run, world_size: int) -> list[str]:
+    """Return remarks about a run, one line each.
+
+    Args:
+        run: a resolved run.
+        world_size: number of ranks, which the layout divides.
+    """
+    loss, ranks = run.loss, run.layout.data_parallel(world_size)
+    notes = []
+    if (
+        loss.aux_loss_type == "global_aux_loss"
+        and loss.aux_loss_gradient == "megatron"
+        and loss.aux_loss_coef
+        and ranks > 1
+    ):
+        notes.append(
+            f"balancing of experts: on {ranks} data-parallel ranks loss.aux_loss_coef="
+            f"{loss.aux_loss_coef:g} acts like {loss.aux_loss_coef / ranks:.2g} on one rank "
+            "(loss.aux_loss_gradient=megatron, docs/layouts.md)"
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""Rewards that a program can check: code by tests, mathematics, tool calls, form."""

@@ -1,0 +1,322 @@
+"""Code by tests: a program in the answer, run in the sandbox, its results compared outside.
+
+A test is one of:
+
+- ``{"stdin": TEXT, "stdout": TEXT}``: the program reads and prints. Blanks at the ends of lines and
+  empty lines at the end do not count.
+- ``{"call": EXPRESSION, "equals": LITERAL}``: the value of a Python expression in the program's
+  namespace; with ``"tolerance": X`` floats may differ by X, absolutely or relatively.
+- ``{"assert": "assert EXPRESSION == LITERAL"}``: the same in the form of MBPP and HumanEval. Also
+  ``is``, ``EXPRESSION`` alone, ``not EXPRESSION``, ``abs(EXPRESSION - LITERAL) < X`` and
+  ``math.isclose(EXPRESSION, LITERAL)``.
+
+Expected results never enter the sandbox. A program can print "passed", leave early, patch built-ins
+or read the harness: to be right it has to know the results.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from mellum2_megatron.common.errors import first_line, shown
+from mellum2_megatron.rlvr.rewards.sandbox import Limits, Outcome, find_sandbox
+from mellum2_megatron.rlvr.rewards.verdict import (
+    RIGHT,
+    Answer,
+    ArgumentsError,
+    Verdict,
+    take,
+    wrong,
+)
+
+_FENCE = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_PYTHON = ("python", "python3", "py", "")
+_SCRIPT = Path(__file__).with_name("calls_script.py")
+_KINDS = {"tests": (list,), "setup": (str,), "seconds": (int, float), "partial": (bool,)}
+_MOST_TESTS, _LARGEST_VALUE = 1000, 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Printed:
+    """A test of what a program prints."""
+
+    stdin: str
+    stdout: str
+
+    def accepts(self, outcome: Outcome) -> bool:
+        """Return true for the right text of a program that ended well."""
+        said = outcome.output.decode("utf-8", "replace")
+        return not outcome.reason and _lines(said) == _lines(self.stdout)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Called:
+    """A test of a value.
+
+    Attributes:
+        expression: Python expression.
+        equals: its value, plain data.
+        tolerance: difference that floats may have, absolutely or relatively; default none.
+        truth: compare only the truth of the value.
+    """
+
+    expression: str
+    equals: Any
+    tolerance: float = 0.0
+    truth: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        """Return true for the right value, plain data."""
+        if self.truth:
+            return bool(value) is bool(self.equals)
+        return _is_close(value, self.equals, self.tolerance)
+
+
+Test = Printed | Called
+
+
+class CodeTests:
+    """The verifier ``code``: 1 if all tests pass; with ``partial`` their share.
+
+    Arguments of a task: ``tests``; ``setup``, code in front of the program; ``seconds`` for each
+    run, default 10; ``partial``, default false.
+    """
+
+    def check(self, arguments: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> list[str]:
+        take(arguments, _KINDS, required=["tests"])
+        tests = read_tests(arguments["tests"])
+        if not 0 < arguments.get("seconds", 10) <= 600:
+            raise ArgumentsError("seconds is not above 0, at most 600")
+        _compile(arguments.get("setup", ""), "exec", "setup")
+        expected = {
+            repr(test.equals) if isinstance(test, Called) else _lines(test.stdout) for test in tests
+        }
+        if len(expected) == 1 and len(tests) > 1:
+            return ["all tests expect one result, which a program can always give"]
+        return []
+
+    def score(
+        self,
+        answer: Answer,
+        arguments: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> Verdict:
+        program = find_program(answer.content)
+        if program is None:
+            return wrong("no program")
+        tests = read_tests(arguments["tests"])
+        program = f"{arguments.get('setup', '')}\n{program}" if "setup" in arguments else program
+        seconds = float(arguments.get("seconds", 10))
+        limits = Limits(seconds=seconds, cpu_seconds=math.ceil(seconds))
+        all_needed = not arguments.get("partial", False)
+        passed, reason = _run_tests(program, tests, limits, all_needed=all_needed)
+        if passed == len(tests):
+            return RIGHT
+        return Verdict(reward=0.0 if all_needed else passed / len(tests), reason=reason)
+
+
+def find_program(text: str) -> str | None:
+    """Return the last Python block of an answer; all of an answer without any block.
+
+    A block without an end is the end of an answer that was cut off, and no program.
+    """
+    blocks = [body for language, body in _FENCE.findall(text) if language.lower() in _PYTHON]
+    if blocks:
+        return str(blocks[-1])
+    return text if text.strip() and "```" not in text else None
+
+
+def read_tests(values: Sequence[Any]) -> list[Test]:
+    """Return the tests of a task.
+
+    Raises:
+        ArgumentsError: none, too many, or the first that has another form.
+    """
+    if not 0 < len(values) <= _MOST_TESTS:
+        raise ArgumentsError(f"there are {len(values)} tests; a task has 1 to {_MOST_TESTS}")
+    tests = []
+    for number, value in enumerate(values, 1):
+        try:
+            tests.append(_read_test(value))
+        except ArgumentsError as error:
+            raise ArgumentsError(f"test {number}: {error}") from None
+    return tests
+
+
+def _read_test(value: Any) -> Test:
+    if not isinstance(value, Mapping):
+        raise ArgumentsError(f"it is no object but {shown(value)}")
+    if "stdout" in value:
+        take(value, {"stdin": (str,), "stdout": (str,)}, required=["stdout"])
+        if not value["stdout"].strip():
+            raise ArgumentsError("stdout is empty, which a program that ends at once prints too")
+        return Printed(stdin=value.get("stdin", ""), stdout=value["stdout"])
+    if "assert" in value:
+        take(value, {"assert": (str,)}, required=["assert"])
+        return _read_assert(value["assert"])
+    take(
+        value,
+        {"call": (str,), "equals": (str,), "tolerance": (int, float)},
+        required=["call", "equals"],
+    )
+    _compile(value["call"], "eval", "call")
+    tolerance = float(value.get("tolerance", 0.0))
+    if not 0 <= tolerance < 1:
+        raise ArgumentsError("tolerance is not from 0 to below 1")
+    expected = _literal(_compile(value["equals"], "eval", "equals").body)
+    return Called(expression=value["call"], equals=expected, tolerance=tolerance)
+
+
+def _read_assert(text: str) -> Called:
+    """Return an assertion as a test whose expected value is known here."""
+    statements = _compile(text.strip(), "exec", "assert").body
+    if len(statements) != 1 or not isinstance(statements[0], ast.Assert):
+        raise ArgumentsError("it is not one assert statement")
+    test = statements[0].test
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return Called(expression=ast.unparse(test.operand), equals=False, truth=True)
+    if isinstance(test, ast.Compare) and len(test.ops) == 1:
+        left, operator, right = test.left, test.ops[0], test.comparators[0]
+        if isinstance(operator, ast.Lt | ast.LtE) and _is_call(left, "abs"):
+            difference = left.args[0] if left.args else None
+            if isinstance(difference, ast.BinOp) and isinstance(difference.op, ast.Sub):
+                tolerance = _literal(right)
+                if isinstance(tolerance, int | float) and 0 < tolerance < 1:
+                    return _about(difference.left, difference.right, float(tolerance))
+        if isinstance(operator, ast.Eq | ast.Is):
+            return _about(left, right, 0.0)
+        # `f(x) != 4` is true of nearly everything.
+        raise ArgumentsError(
+            "the value is compared with another operator than == and is, and so is not known here"
+        )
+    if _is_call(test, "isclose") and len(test.args) == 2:
+        return _about(test.args[0], test.args[1], 1e-9)
+    if isinstance(test, ast.Call | ast.Name | ast.Subscript | ast.Attribute):
+        return Called(expression=ast.unparse(test), equals=True, truth=True)
+    raise ArgumentsError("it is neither EXPRESSION == LITERAL nor a call")
+
+
+def _is_call(node: ast.expr, name: str) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == name
+
+
+def _about(left: ast.expr, right: ast.expr, tolerance: float) -> Called:
+    """Return the test of two sides, one of which is a literal."""
+    for side, other in ((right, left), (left, right)):
+        try:
+            expected = _literal(side)
+        except ArgumentsError:
+            continue
+        return Called(expression=ast.unparse(other), equals=expected, tolerance=tolerance)
+    raise ArgumentsError("neither side is a literal, so the value is not known outside the sandbox")
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise ArgumentsError(f"{shown(ast.unparse(node))} is no literal") from None
+
+
+def _compile(text: str, mode: str, name: str) -> Any:
+    try:
+        return ast.parse(text, mode=mode)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ArgumentsError(f"{name} is no Python ({first_line(error)})") from None
+
+
+def _run_tests(
+    program: str, tests: Sequence[Test], limits: Limits, *, all_needed: bool
+) -> tuple[int, str]:
+    """Return the number of tests that pass, and the first reason why one did not."""
+    calls = [test for test in tests if isinstance(test, Called)]
+    passed, reason = _run_calls(program, calls, limits) if calls else (0, "")
+    for number, test in enumerate(tests, 1):
+        if reason and all_needed:
+            break
+        if isinstance(test, Called):
+            continue
+        outcome = find_sandbox().run(program, stdin=test.stdin.encode(), limits=limits)
+        if test.accepts(outcome):
+            passed += 1
+        else:
+            reason = reason or f"test {number}: {outcome.reason or 'other output'}"
+    return passed, reason
+
+
+def _run_calls(program: str, tests: Sequence[Called], limits: Limits) -> tuple[int, str]:
+    nonce = secrets.token_hex(16)
+    job = {
+        "program": program,
+        "nonce": nonce,
+        "expressions": [test.expression for test in tests],
+    }
+    outcome = find_sandbox().run(
+        _SCRIPT.read_text(encoding="utf-8"), stdin=json.dumps(job).encode(), limits=limits
+    )
+    said: dict[int, list[str]] = {}
+    for line in outcome.output.decode("utf-8", "replace").splitlines():
+        mark, _, rest = line.partition(" ")
+        number, _, text = rest.partition(" ")
+        if secrets.compare_digest(mark.encode(), nonce.encode()) and number.isdecimal():
+            said.setdefault(int(number[:9]), []).append(text)
+    passed, reason = 0, ""
+    for place, test in enumerate(tests):
+        values = said.get(place, [])
+        fault = "no result" if not values else "results twice" if len(values) > 1 else ""
+        if not fault:
+            fault = _fault_of(test, values[0])
+        if not fault:
+            passed += 1
+        elif not reason:
+            why = outcome.reason if not values and outcome.reason else fault
+            reason = f"{shown(test.expression, quote=False)}: {why}"
+    return passed, reason
+
+
+def _fault_of(test: Called, text: str) -> str:
+    """Return why a value that the sandbox wrote is not the right one; empty if it is."""
+    if text.startswith("error "):
+        return text.removeprefix("error ")[:80]
+    if len(text) > _LARGEST_VALUE:
+        return "a value of more than 64 KiB"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return "no plain value"
+    try:
+        return "" if test.accepts(value) else f"it is {shown(text, quote=False)}"
+    except RecursionError:
+        return "no plain value"
+
+
+def _is_close(value: Any, expected: Any, tolerance: float) -> bool:
+    """Compare as ``==`` does, floats within a tolerance, in lists and tuples too."""
+    if not tolerance:
+        return bool(value == expected)
+    if isinstance(expected, int | float) and isinstance(value, int | float):
+        return math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance)
+    if isinstance(expected, list | tuple) and type(value) is type(expected):
+        return len(value) == len(expected) and all(
+            _is_close(a, b, tolerance) for a, b in zip(value, expected, strict=True)
+        )
+    if isinstance(expected, dict) and isinstance(value, dict):
+        return value.keys() == expected.keys() and all(
+            _is_close(value[key], expected[key], tolerance) for key in expected
+        )
+    return bool(value == expected)
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    lines = [line.rstrip() for line in text.splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    return tuple(lines)

@@ -1,0 +1,111 @@
+"""Processes for checks that may take forever or fall over: LaTeX, patterns, functions of a user.
+
+They stay for many jobs, because importing what they need takes seconds. A process that passes a
+limit is killed, and the next job starts another one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import resource
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mellum2_megatron.common.json_files import JsonError, parse_object
+from mellum2_megatron.common.limited_process import LimitError
+
+SECONDS = 20.0
+"""Wall time of a job; the first one of a process may also take `_START_S` to import."""
+
+_START_S = 120.0  # a login node may be busy
+_MEMORY = 4 << 30
+_LARGEST = 1 << 20
+_SCRIPT = Path(__file__).with_name("worker_script.py")
+
+_idle: list[_Worker] = []
+_lock = threading.Lock()
+
+
+def ask(job: Mapping[str, Any], *, seconds: float = SECONDS) -> dict[str, Any]:
+    """Return the answer of a worker; any number of threads may ask at once.
+
+    Args:
+        job: see `worker_script`.
+        seconds: its time.
+
+    Raises:
+        LimitError: it passed the time or 4 GiB, or the process ended.
+    """
+    with _lock:
+        worker = _idle.pop() if _idle else None
+    worker = worker or _Worker()
+    try:
+        answer = worker.ask(job, seconds)
+    except BaseException:
+        worker.close()
+        raise
+    with _lock:
+        _idle.append(worker)
+    return answer
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        if sys.platform == "linux":  # only there another process can be limited
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(self._process.pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        self._read(_START_S)
+
+    def ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(job).encode("ascii") + b"\n")
+        except BrokenPipeError:
+            raise LimitError("its process has ended") from None
+        return self._read(seconds)
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        """Return the next line's object."""
+        assert self._process.stdout is not None
+        deadline, line = time.monotonic() + seconds, b""
+        while not line.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                raise LimitError(f"it takes longer than {seconds:g} s")
+            content = self._process.stdout.read(1 << 16)
+            line += content or b""
+            if not content or len(line) > _LARGEST:
+                raise LimitError("its process has ended: too much memory, or a fault")
+        try:
+            return parse_object(line)
+        except JsonError as error:
+            raise LimitError(f"it gives no answer ({error})") from None
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    while _idle:
+        _idle.pop().close()

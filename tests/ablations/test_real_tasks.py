@@ -1,0 +1,41 @@
+"""Two arms trained for real: one command, the same start, the same sequences and documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ablations.running.results import task_folder, tasks_on_disk
+from mellum2_megatron.data.prepared_folder import PreparedData
+from mellum2_megatron.metrics import read_metrics
+from mellum2_megatron.metrics.log import METRICS_FILE, series
+from tests.ablations.small_study import write_study
+from tests.cli.runner import mellum2
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def losses(folder: Path, kind: str = "train") -> list[float]:
+    return series(read_metrics(folder / METRICS_FILE), "lm_loss", kind)[1]
+
+
+def test_two_arms_with_one_seed_begin_alike(small_data: PreparedData, tmp_path: Path) -> None:
+    study = write_study(tmp_path / "mine.py", small_data)
+    results = tmp_path / "results"
+    words = ["ablate", "run", str(study), "--results", str(results), "--seeds", "1"]
+    done = mellum2(*words)
+    assert done.code == 0, done
+    assert "0 to run" in done.out
+    base, adam = (task_folder(results, "mine", "tiny", arm, 1) for arm in ("base", "adam"))
+    assert {task.record.state for task in tasks_on_disk(results, "mine", "tiny")} == {"done"}
+    # The first loss is that of the initial weights on the first sequences, to the last bit.
+    # The first step of the warmup has rate 0, so the second loss is theirs too.
+    assert losses(base)[:2] == losses(adam)[:2]
+    assert losses(base)[2] != losses(adam)[2]
+    assert losses(base, "valid") != losses(adam, "valid")
+    # Nothing is trained twice.
+    stamp = (base / METRICS_FILE).stat().st_mtime_ns
+    again = mellum2(*words)
+    assert again.code == 0, again
+    assert (base / METRICS_FILE).stat().st_mtime_ns == stamp

@@ -1,0 +1,260 @@
+"""Reports of a made-up study: what they show, and what is missing from them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ablations.answering.comparison import Comparison, compare
+from ablations.answering.report import write_report
+from ablations.answering.tables import ratio
+from ablations.asking.study import Arm, Metric
+from ablations.running.evaluations import evaluate_tasks
+from ablations.running.results import task_folder
+from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import apply_overrides
+from tests.ablations.study_files import (
+    DOCUMENTS,
+    EFFECT,
+    NAME,
+    STEPS,
+    STUDY,
+    sums_of,
+    tasks,
+    write_study,
+    write_task,
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    write_study(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(results: Path) -> Comparison:
+    return compare(NAME, STUDY, "tiny", tasks(results))
+
+
+def rewritten(results: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(results, tmp_path / "results"))
+
+
+def test_answers(comparison: Comparison) -> None:
+    answers = {one.arm: one for one in comparison.answers["valid_loss"]}
+    assert list(answers) == ["with", "flat"]
+    assert answers["with"].word == "better"
+    assert answers["with"].difference == pytest.approx(EFFECT["with"], abs=0.01)
+    # The seeds' own level, of ten times the noise, is in both arms.
+    assert answers["with"].sd < 0.005
+    assert answers["flat"].word == "no difference larger than delta"
+    assert comparison.answers["step_seconds"][0].word == "worse"
+    assert comparison.notes == ()
+
+
+def test_figures_of_a_run(comparison: Comparison) -> None:
+    run = comparison.of_arm("with")[0]
+    assert run.sums is not None
+    value = comparison.figures["valid_loss"]["with"][1]
+    assert value == pytest.approx(run.sums.nats.sum() / run.sums.tokens.sum())
+    bits = comparison.figures["valid_bits_per_byte"]["with"][1]
+    assert bits == pytest.approx(value / np.log(2) / 3)
+    assert run.values["train_loss"] == pytest.approx(6 / STEPS + EFFECT["with"] + 0.1)
+    assert run.values["expert_load"] == 1.5
+    assert run.values["spikes"] == 1
+    # All tokens of these sums are in the last bucket, the last quarter of a sequence.
+    assert run.values["loss_late"] == pytest.approx(value)
+    assert "loss_early" in run.missing
+    assert "fim_exact_match" in run.missing
+    assert run.values["mtp_loss"] == pytest.approx(7 / STEPS)
+    assert "mtp_loss" in comparison.of_arm("without")[0].missing
+    assert run.commit == "0123456789"
+    assert run.curve("lm_loss")[0][-1] == 80 * run.run.data.sequence_length
+
+
+def test_ratios(comparison: Comparison) -> None:
+    assert ratio(comparison, "with", "step_seconds") == pytest.approx(2)
+    assert ratio(comparison, "flat", "tokens_per_second") == pytest.approx(1)
+    assert ratio(comparison, "with", "needle") is None
+
+
+def test_documents(comparison: Comparison) -> None:
+    answers = {one.arm: one for one in comparison.documents}
+    assert answers["with"].documents == DOCUMENTS
+    interval = answers["with"].per_token
+    assert interval is not None
+    assert interval.low < EFFECT["with"] < interval.high
+    assert interval.high - interval.low < 0.01
+    bits = answers["with"].bits_per_byte
+    assert bits.low * np.log(2) * 3 == pytest.approx(interval.low, rel=0.02)
+
+
+def test_files_of_a_report(comparison: Comparison, tmp_path: Path) -> None:
+    path = write_report(comparison, tmp_path / "first")
+    text = path.read_text(encoding="utf-8")
+    assert re.search(r"\| with \| 3 \| 2\.\d{4} .* \| better \| better \|", text)
+    assert "HumanEval 20.73 -> 31.10 (report §6)" in text
+    stage = text[text.index("## By stage") :]
+    assert re.search(r"\| with \| 0\.7000 .*\| 0\.2500 ", stage)
+    assert re.search(r"\| without \|  \|  \|", stage)
+    assert "no permutation test reaches p < 0.25" in text
+    for line in text.splitlines():
+        if line.startswith("| with "):
+            assert "0.-" not in line
+    page = (path.parent / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "HumanEval 20.73 -&gt; 31.10" in page
+    with (path.parent / "report.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["metric"], row["arm"]) for row in rows[:2]] == [
+        ("valid_loss", "with"),
+        ("valid_loss", "flat"),
+    ]
+    assert float(rows[0]["low"]) < float(rows[0]["difference"]) < float(rows[0]["high"])
+    with (path.parent / "runs.csv").open(newline="", encoding="utf-8") as stream:
+        assert len(list(csv.DictReader(stream))) == 9
+    again = write_report(comparison, tmp_path / "second").parent
+    for file in path.parent.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+
+
+def test_missing_tasks(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    shutil.rmtree(results / NAME / "tiny" / "flat")
+    shutil.rmtree(results / NAME / "tiny" / "with" / "seed_2")
+    write_task(results, "with", 3, state="failed")
+    (results / NAME / "tiny" / "gone").mkdir()
+    shutil.copytree(
+        results / NAME / "tiny" / "with" / "seed_1", results / NAME / "tiny" / "gone" / "seed_1"
+    )
+    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    assert set(comparison.absent) == {
+        ("flat", "no task has run"),
+        ("with, seed 2", "no task has run"),
+        ("with, seed 3", "failed: out of memory"),
+        ("gone, seed 1", "the study has no such arm any more"),
+    }
+    answers = {one.arm: one for one in comparison.answers["valid_loss"]}
+    assert answers["with"].seeds == (1,)
+    assert answers["with"].interval is None
+    assert answers["flat"].word == "undecided"
+    text = write_report(comparison, tmp_path / "report").read_text(encoding="utf-8")
+    assert "too few seeds: 1 of the 3" in text
+    assert "| with, seed 3 | failed: out of memory |" in text
+
+
+def test_nothing_has_run(tmp_path: Path) -> None:
+    comparison = compare(NAME, STUDY, "tiny", tasks(tmp_path))
+    assert len(comparison.absent) == 3
+    assert "no task has run" in write_report(comparison, tmp_path / "report").read_text()
+
+
+def test_documents_that_differ(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    length = 256
+    fewer = sums_of("with", 1, length=length, documents=DOCUMENTS)
+    changed = dataclasses.replace(fewer, bytes=fewer.bytes + (np.arange(DOCUMENTS) < 20))
+    write_task(results, "with", 1, sums=changed)
+    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    assert any("over the 100 documents" in note for note in comparison.notes)
+    tokens = fewer.tokens[20:]
+    assert comparison.figures["valid_loss"]["with"][1] == pytest.approx(
+        fewer.nats[20:].sum() / tokens.sum()
+    )
+    assert comparison.documents[0].documents == 100
+    write_task(results, "with", 1, sums=dataclasses.replace(fewer, corpora=("other",)))
+    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    assert any("No document is common" in note for note in comparison.notes)
+    assert comparison.documents == ()
+    write_task(results, "with", 1, sums=dataclasses.replace(fewer, tokens=fewer.tokens + 1))
+    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    assert any("compare bits per byte" in note for note in comparison.notes)
+    assert comparison.documents[0].per_token is None
+    shutil.rmtree(results / NAME / "tiny" / "with" / "seed_1" / "validation")
+    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    assert any("as logged" in note for note in comparison.notes)
+    assert comparison.figures["valid_loss"]["with"][1] == 4.0
+
+
+def test_shared_machine(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    write_task(results, "with", 1, hours=(0, 23))
+    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    assert any("shared a machine" in note for note in comparison.notes)
+
+
+def test_metric_that_no_file_has(results: Path) -> None:
+    study = dataclasses.replace(STUDY, metrics=(*STUDY.metrics, Metric("needle", delta=0.1)))
+    comparison = compare(NAME, study, "tiny", tasks(results))
+    (note,) = comparison.notes
+    assert note == "needle: the run has no figure of it from `mellum2 ablate evaluate`"
+    assert {one.word for one in comparison.answers["needle"]} == {"undecided"}
+
+
+def test_metrics_that_an_evaluation_gives(results: Path, tmp_path: Path) -> None:
+    copy = rewritten(results, tmp_path)
+    figures = [
+        {"name": name, "value": value, "items": items}
+        for name, value, items in (("found", 0.0, 4), ("preferred", 0.5, 4), ("preferred", 0.2, 2))
+    ]
+    file = task_folder(copy, NAME, "tiny", "with", 2) / "eval_needle.json"
+    file.write_text(json.dumps({"measures": [{"name": "needle", "figures": figures}]}))
+    comparison = compare(NAME, STUDY, "tiny", tasks(copy))
+    assert comparison.figures["needle"] == {"with": {2: pytest.approx((4 * 0.5 + 2 * 0.2) / 6)}}
+    file.write_text('{"measures": 1}')
+    with pytest.raises(InputError, match="is no result of `mellum2 eval`"):
+        compare(NAME, STUDY, "tiny", tasks(copy))
+
+
+def test_only_finished_tasks_are_evaluated_and_once(results: Path, tmp_path: Path) -> None:
+    copy = rewritten(results, tmp_path)
+    study = dataclasses.replace(STUDY, metrics=(Metric("needle", delta=0.05),))
+    write_task(copy, "with", 1, state="failed")
+    write_task(
+        copy, "flat", 2, change=lambda run: apply_overrides(run, ["loss.bias_update_rate=0.001"])
+    )
+    asked = []
+
+    def command(folder: Path, measure: str) -> list[str]:
+        asked.append(f"{folder.parent.name} {folder.name}")
+        if asked[-1] == "flat seed_3":
+            return [sys.executable, "-c", "raise SystemExit(1)"]
+        (folder / f"eval_{measure}.json").write_text('{"measures": []}')
+        return [sys.executable, "-c", ""]
+
+    failed = list(evaluate_tasks(study, tasks(copy), command=command))
+    assert failed == ["flat seed 3: needle ended with exit code 1"]
+    assert len(asked) == 9 - 2
+    assert "flat seed_2" not in asked
+    assert "with seed_1" not in asked
+    asked.clear()
+    assert list(evaluate_tasks(study, tasks(copy), command=command)) == failed
+    assert asked == ["flat seed_3"]
+
+
+def test_damaged_run(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    (results / NAME / "tiny" / "with" / "seed_1" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="not a metrics record"):
+        compare(NAME, STUDY, "tiny", tasks(results))
+
+
+def test_text_of_others_is_no_markup(results: Path, tmp_path: Path) -> None:
+    study = dataclasses.replace(
+        STUDY,
+        question="Is a | b <script>?",
+        arms=(*STUDY.arms, Arm("none", "loss.z_loss_coef=0.02")),
+    )
+    folder = write_report(compare(NAME, study, "tiny", tasks(results)), tmp_path).parent
+    assert "<script>" not in (folder / "report.html").read_text(encoding="utf-8")

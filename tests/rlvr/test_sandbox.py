@@ -1,0 +1,201 @@
+"""Hostile programs: none gets out, none takes the machine down, none wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.rlvr.rewards.code_tests import CodeTests
+from mellum2_megatron.rlvr.rewards.sandbox import Limits, Outcome, find_sandbox
+from mellum2_megatron.rlvr.rewards.verdict import Answer, Verdict
+from tests.rlvr.hostile_programs import CHEATS, ESCAPED, ESCAPES, EXHAUSTING, PORT, SECRET_PATH
+from tests.sandbox import needs_sandbox
+
+pytestmark = [needs_sandbox, pytest.mark.slow]
+
+MARKER = str(86_400 + os.getpid())
+"""Seconds that a process sleeps which must not be there afterwards: found by its command line."""
+
+TIGHT = Limits(
+    seconds=5.0,
+    cpu_seconds=2,
+    memory_bytes=256 << 20,
+    processes=24,
+    file_bytes=8 << 20,
+    disk_bytes=32 << 20,
+    files=500,
+    output_bytes=1 << 16,
+)
+TASK = {
+    "tests": [
+        {"assert": "assert add(2, 3) == 5"},
+        {"call": "add(10, -4)", "equals": "6"},
+        {"call": "add(987654300, 21)", "equals": "987654321"},
+    ],
+    "seconds": 4,
+}
+
+
+class Attacked:
+    """What outsiders see: a file, a listener, and the futures of all programs, run side by side."""
+
+    def __init__(self, folder: Path) -> None:
+        self.secret = folder / "secret"
+        self.secret.write_text("of the user")
+        self.secret.chmod(0o644)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        port = str(self.listener.getsockname()[1])
+        self.abstract = socket.socket(socket.AF_UNIX)
+        self.abstract.bind("\0mellum2-test-" + port)
+        self.abstract.listen()
+        self.pool = ThreadPoolExecutor(6)
+        self.runs: dict[str, Future[Outcome]] = {}
+        self.verdicts: dict[str, Future[Verdict]] = {}
+        programs = ESCAPES | {name: program for name, (program, _) in EXHAUSTING.items()}
+        for name, program in programs.items():
+            text = program.replace(SECRET_PATH, str(self.secret)).replace(PORT, port)
+            text = text.replace("@MARKER@", MARKER)
+            # On a busy machine five seconds may be over before another limit is reached.
+            waits = EXHAUSTING.get(name, ("", ""))[1].startswith("time")
+            limits = TIGHT if waits else dataclasses.replace(TIGHT, seconds=60.0)
+            self.runs[name] = self.pool.submit(find_sandbox().run, text, limits=limits)
+        for name, program in CHEATS.items():
+            answer = Answer(text=f"```python\n{program}\n```")
+            self.verdicts[name] = self.pool.submit(CodeTests().score, answer, TASK, [])
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        self.listener.close()
+        self.abstract.close()
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    result = Attacked(tmp_path_factory.mktemp("user"))
+    yield result
+    result.close()
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_nothing_gets_out(name: str, attacked: Attacked) -> None:
+    outcome = attacked.runs[name].result()
+    assert outcome.stopped is None
+    assert outcome.output.strip(), "the attempt was not made"
+    assert ESCAPED.encode() not in outcome.output
+
+
+@pytest.mark.parametrize("name", EXHAUSTING)
+def test_limits_hold(name: str, attacked: Attacked) -> None:
+    outcome = attacked.runs[name].result()
+    assert re.search(EXHAUSTING[name][1], outcome.reason + outcome.message), outcome.reason
+    assert len(outcome.output) <= TIGHT.output_bytes
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_nobody_wins_by_a_lie(name: str, attacked: Attacked) -> None:
+    verdict = attacked.verdicts[name].result()
+    assert verdict.reward == 0
+    assert verdict.reason
+
+
+def test_the_list_is_long() -> None:
+    assert len(ESCAPES) + len(EXHAUSTING) + len(CHEATS) >= 80
+
+
+def test_nothing_is_left(attacked: Attacked) -> None:
+    attacked.pool.shutdown()
+    assert attacked.secret.read_text() == "of the user"
+    attacked.listener.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        attacked.listener.accept()
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert "/program/main.py" not in listed.stdout
+    assert not list(Path("/dev/shm").glob("x"))
+
+
+@pytest.mark.parametrize("name", ["secret_file", "loopback", "write_input", "memory_file"])
+def test_the_attempts_work_outside(name: str, attacked: Attacked) -> None:
+    """Otherwise a misspelt program would count as held."""
+    port = str(attacked.listener.getsockname()[1])
+    program = ESCAPES[name].replace(SECRET_PATH, str(attacked.secret)).replace(PORT, port)
+    with (attacked.secret.parent / "input").open("w+b") as given:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdin=given, capture_output=True, text=True, check=True
+        )
+    assert ESCAPED in done.stdout
+    if name == "loopback":
+        attacked.listener.setblocking(True)
+        attacked.listener.accept()[0].close()
+
+
+def test_a_program_gets_its_input_and_its_exit_code() -> None:
+    outcome = find_sandbox().run("import sys\nprint(input())\nsys.exit(3)", stdin=b"hello\n")
+    assert (outcome.output, outcome.exit_code, outcome.stopped) == (b"hello\n", 3, None)
+    assert outcome.reason == "exit code 3"
+
+
+def test_ten_programs_do_not_share_a_limit() -> None:
+    """The limit of processes is one of a sandbox, not one of the user."""
+    program = "import os, time\nif os.fork():\n    os.wait()\nelse:\n    time.sleep(0.5)"
+    with ThreadPoolExecutor(10) as pool:
+        limits = Limits(processes=4)
+        runs = [pool.submit(find_sandbox().run, program, limits=limits) for _ in range(10)]
+    assert [run.result().reason for run in runs] == [""] * 10
+
+
+@pytest.mark.parametrize("limit", ["seconds", "memory_bytes", "processes", "output_bytes"])
+def test_limits_are_above_0(limit: str) -> None:
+    with pytest.raises(InputError, match=f"limits.{limit}"):
+        Limits(**{limit: 0})
+
+
+def test_without_user_namespaces_programs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shutil.which
+    # Not pytest's folder, which is closed to the sandbox's user.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        refusing = Path(folder, "bwrap")
+        refusing.write_text("#!/bin/sh\necho 'bwrap: No permissions to create' >&2\nexit 1\n")
+        refusing.chmod(0o755)
+        monkeypatch.setattr(
+            shutil, "which", lambda name: str(refusing) if name == "bwrap" else real(name)
+        )
+        with pytest.raises(InputError, match=r"No permissions to create.*never run without"):
+            find_sandbox.__wrapped__()
+        refusing.chmod(0o600)
+        with pytest.raises(InputError, match=r"Permission denied.*never run without"):
+            find_sandbox.__wrapped__()
+
+
+@pytest.mark.parametrize("name", ["bwrap", "prlimit"])
+def test_a_missing_program_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda other: None if other == name else real(other))
+    with pytest.raises(InputError, match=rf"{name} is not installed.*setup_sandbox.sh"):
+        find_sandbox.__wrapped__()
+
+
+def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(InputError, match="x86_64 and aarch64"):
+        find_sandbox.__wrapped__()
+
+
+def test_a_sandbox_that_dies_is_no_verdict() -> None:
+    """A broken sandbox must not look like a wrong answer."""
+    broken = dataclasses.replace(find_sandbox(), python=Path("/nonexistent"))
+    with pytest.raises(WorkError, match="did not start"):
+        broken.run("print(1)")
