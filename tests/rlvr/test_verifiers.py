@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mellum2_megatron.common.errors import WorkError
@@ -286,6 +288,16 @@ def test_a_worker_that_hangs_or_dies_is_replaced(tmp_path: Path) -> None:
             worker.ask({**job, "answer": answer}, seconds=0.3 if answer == "hang" else 20)
         assert worker.ask({**job, "answer": "x"}) == {"reward": 1}
     assert "MemoryError" in worker.ask({**job, "answer": "eat"})["error"]
+
+
+def test_a_worker_killed_while_it_waits_fails_no_job() -> None:
+    job = {"kind": "pattern", "pattern": "a", "text": "a"}
+    assert worker.ask(job) == {"fault": ""}
+    for child in psutil.Process().children():
+        if "worker_script" in " ".join(child.cmdline()):
+            child.kill()
+    time.sleep(0.1)  # until the kernel has ended them; only the worker may wait for them
+    assert worker.ask(job) == {"fault": ""}
 
 
 def test_many_threads_ask_at_once() -> None:

@@ -44,9 +44,7 @@ def ask(job: Mapping[str, Any], *, seconds: float = SECONDS) -> dict[str, Any]:
     Raises:
         LimitError: it passed the time or 4 GiB, or the process ended.
     """
-    with _lock:
-        worker = _idle.pop() if _idle else None
-    worker = worker or _Worker()
+    worker = _take_idle() or _Worker()
     try:
         answer = worker.ask(job, seconds)
     except BaseException:
@@ -55,6 +53,16 @@ def ask(job: Mapping[str, Any], *, seconds: float = SECONDS) -> dict[str, Any]:
     with _lock:
         _idle.append(worker)
     return answer
+
+
+def _take_idle() -> _Worker | None:
+    """Return a worker that waits; one that was killed while it waited is no fault of the job."""
+    while True:
+        with _lock:
+            worker = _idle.pop() if _idle else None
+        if worker is None or worker.is_alive():
+            return worker
+        worker.close()
 
 
 class _Worker:
@@ -95,6 +103,9 @@ class _Worker:
             return parse_object(line)
         except JsonError as error:
             raise LimitError(f"it gives no answer ({error})") from None
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
     def close(self) -> None:
         self._process.kill()
