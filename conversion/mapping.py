@@ -16,7 +16,8 @@ Sources of the layouts:
     (``transformers/models/mellum/modeling_mellum.py:278-284``, 5.23).
 
 Shape letters: V vocabulary, H hidden size, D head dimension, Q query heads * D, K key/value heads *
-D, E experts, F expert intermediate size; in variants W width of a dense MLP, S of a shared expert.
+D, E experts, F expert intermediate size; in variants W width of a dense MLP, S of a shared expert,
+others in `conversion.latent_rows`.
 ``Q+K+K H`` is a matrix of Q + 2K rows and H columns.
 """
 
@@ -24,133 +25,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from conversion.latent_rows import LATENT_ATTENTION, LATENT_QUERIES, QUERIES, latent_sizes
+from conversion.rows import GroupedHeads, Row, StackedRows, Transform, weight_row
 from mellum2_megatron.architecture import Shape
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mellum2_megatron.architecture import Mellum2Architecture
 
 
-class Transform(Protocol):
-    """The relation of an entry's Hugging Face tensors to one Megatron slice; no value changes."""
-
-    def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
-        """Return the Megatron slice made of ``parts``, which stand in the row's order."""
-        ...
-
-    def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
-        """Return the Hugging Face tensors of a Megatron slice, in the row's order."""
-        ...
-
-
-class Same:
-    """One tensor, the same on both sides."""
-
-    def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
-        """Return the only part itself: callers rely on it to save a copy and a hash."""
-        return parts[0]
-
-    def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
-        """Return the tensor itself: callers rely on it to save a copy and a hash."""
-        return [tensor]
-
-
-class GroupedHeads:
-    """q [Q, H], k [K, H], v [K, H] <-> linear_qkv [Q + 2K, H].
-
-    Megatron's rows follow the key/value groups: the query heads of a group, its key head, its
-    value head, then the next group (``megatron/core/transformer/attention.py``,
-    ``get_query_key_value_tensors``, 0.19.2). Hugging Face has all query heads in ``q_proj``, all
-    key heads in ``k_proj``, all value heads in ``v_proj``.
-    """
-
-    def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
-        """Interleave q [Q, H], k [K, H] and v [K, H] by group; return a new [Q + 2K, H]."""
-        import torch
-
-        groups, hidden = architecture.num_key_value_heads, architecture.hidden_size
-        # Shape of each: [groups, rows of the group, H].
-        by_group = [part.reshape(groups, -1, hidden) for part in parts]
-        return torch.cat(by_group, dim=1).reshape(-1, hidden)
-
-    def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
-        """Return q [Q, H], k [K, H] and v [K, H], the inverse of `join`."""
-        import torch
-
-        groups, hidden = architecture.num_key_value_heads, architecture.hidden_size
-        head = architecture.head_dim
-        queries = architecture.num_attention_heads // groups * head
-        by_group = tensor.reshape(groups, queries + 2 * head, hidden)
-        parts = torch.split(by_group, [queries, head, head], dim=1)
-        return [part.reshape(-1, hidden) for part in parts]
-
-
-class StackedRows:
-    """gate [F, H], up [F, H] <-> linear_fc1 [2F, H].
-
-    Gate comes first: Megatron's gated unit is ``act(first half) * second half``
-    (``megatron/core/transformer/mlp.py``, 0.19.2).
-    """
-
-    def join(self, parts: list[Tensor], architecture: Mellum2Architecture) -> Tensor:
-        """Return a new [2F, H]: the rows of gate [F, H], then those of up [F, H]."""
-        import torch
-
-        return torch.cat(parts, dim=0)
-
-    def split(self, tensor: Tensor, architecture: Mellum2Architecture) -> list[Tensor]:
-        """Return gate [F, H] and up [F, H], views of ``tensor`` [2F, H]."""
-        return list(tensor.chunk(2, dim=0))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One kind of weight.
-
-    Attributes:
-        megatron: Megatron key without the prefix of its place (see `PLACES`).
-        shape: shape letters of one Megatron slice, that is of one layer and one expert.
-        huggingface: (name without the place's prefix, shape letters) of each Hugging Face tensor,
-            in the transform's order.
-        transform: relation of the two sides.
-    """
-
-    megatron: str
-    shape: str
-    huggingface: tuple[tuple[str, str], ...]
-    transform: Transform
-
-    @property
-    def per_expert(self) -> bool:
-        """True if the Megatron tensor has an expert axis."""
-        return "{expert}" in self.huggingface[0][0]
-
-    @property
-    def padded_vocabulary(self) -> bool:
-        """True if Megatron may pad the vocabulary's rows.
-
-        It pads to a multiple of ``--make-vocab-size-divisible-by`` times the tensor-parallel size.
-        """
-        return self.shape.startswith("V")
-
-
-def _row(
-    megatron: str, shape: str, *huggingface: tuple[str, str], transform: Transform | None = None
-) -> Row:
-    return Row(
-        megatron=megatron, shape=shape, huggingface=huggingface, transform=transform or Same()
-    )
-
-
-EMBEDDING = (_row("embedding.word_embeddings.weight", "V H", ("model.embed_tokens.weight", "V H")),)
+EMBEDDING = (
+    weight_row("embedding.word_embeddings.weight", "V H", ("model.embed_tokens.weight", "V H")),
+)
 
 ATTENTION = (
     # Transformer Engine fuses this norm into linear_qkv, and the torch backend keeps its key.
-    _row("self_attention.linear_qkv.layer_norm_weight", "H", ("input_layernorm.weight", "H")),
-    _row(
+    weight_row("self_attention.linear_qkv.layer_norm_weight", "H", ("input_layernorm.weight", "H")),
+    weight_row(
         "self_attention.linear_qkv.weight",
         "Q+K+K H",
         ("self_attn.q_proj.weight", "Q H"),
@@ -159,26 +51,26 @@ ATTENTION = (
         transform=GroupedHeads(),
     ),
     # Per head: one weight [D] serves all of them.
-    _row("self_attention.q_layernorm.weight", "D", ("self_attn.q_norm.weight", "D")),
-    _row("self_attention.k_layernorm.weight", "D", ("self_attn.k_norm.weight", "D")),
-    _row("self_attention.linear_proj.weight", "H Q", ("self_attn.o_proj.weight", "H Q")),
+    weight_row("self_attention.q_layernorm.weight", "D", ("self_attn.q_norm.weight", "D")),
+    weight_row("self_attention.k_layernorm.weight", "D", ("self_attn.k_norm.weight", "D")),
+    weight_row("self_attention.linear_proj.weight", "H Q", ("self_attn.o_proj.weight", "H Q")),
 )
 
 # The same rows serve every decoder layer and the MTP layer's transformer layer.
 LAYER = (
     *ATTENTION,
-    _row("pre_mlp_layernorm.weight", "H", ("post_attention_layernorm.weight", "H")),
-    _row("mlp.router.weight", "E H", ("mlp.gate.weight", "E H")),
+    weight_row("pre_mlp_layernorm.weight", "H", ("post_attention_layernorm.weight", "H")),
+    weight_row("mlp.router.weight", "E H", ("mlp.gate.weight", "E H")),
     # "experts" twice: the grouped module takes the key of its counterpart with a module per expert
     # (moe/experts.py:951-952).
-    _row(
+    weight_row(
         "mlp.experts.experts.linear_fc1.weight",
         "F+F H",
         ("mlp.experts.{expert}.gate_proj.weight", "F H"),
         ("mlp.experts.{expert}.up_proj.weight", "F H"),
         transform=StackedRows(),
     ),
-    _row(
+    weight_row(
         "mlp.experts.experts.linear_fc2.weight",
         "H F",
         ("mlp.experts.{expert}.down_proj.weight", "H F"),
@@ -188,43 +80,43 @@ LAYER = (
 # Two variants of a layer. With a dense MLP, whose norm Transformer Engine fuses:
 DENSE_LAYER = (
     *ATTENTION,
-    _row("mlp.linear_fc1.layer_norm_weight", "H", ("post_attention_layernorm.weight", "H")),
-    _row(
+    weight_row("mlp.linear_fc1.layer_norm_weight", "H", ("post_attention_layernorm.weight", "H")),
+    weight_row(
         "mlp.linear_fc1.weight",
         "W+W H",
         ("mlp.gate_proj.weight", "W H"),
         ("mlp.up_proj.weight", "W H"),
         transform=StackedRows(),
     ),
-    _row("mlp.linear_fc2.weight", "H W", ("mlp.down_proj.weight", "H W")),
+    weight_row("mlp.linear_fc2.weight", "H W", ("mlp.down_proj.weight", "H W")),
 )
 # With a shared expert, whose right-hand names no release has: transformers has no place for it.
 SHARED_EXPERT_LAYER = (
     *LAYER,
-    _row(
+    weight_row(
         "mlp.shared_experts.linear_fc1.weight",
         "S+S H",
         ("mlp.shared_expert.gate_proj.weight", "S H"),
         ("mlp.shared_expert.up_proj.weight", "S H"),
         transform=StackedRows(),
     ),
-    _row(
+    weight_row(
         "mlp.shared_experts.linear_fc2.weight", "H S", ("mlp.shared_expert.down_proj.weight", "H S")
     ),
 )
 
 # Embedding and head are two tensors: Mellum 2 does not tie them.
 HEAD = (
-    _row("decoder.final_layernorm.weight", "H", ("model.norm.weight", "H")),
-    _row("output_layer.weight", "V H", ("lm_head.weight", "V H")),
+    weight_row("decoder.final_layernorm.weight", "H", ("model.norm.weight", "H")),
+    weight_row("output_layer.weight", "V H", ("lm_head.weight", "V H")),
 )
 
 # eh_proj's input columns are [enorm(embedding), hnorm(hidden)] on both sides.
 MTP = (
-    _row("enorm.weight", "H", ("pre_fc_norm_embedding.weight", "H")),
-    _row("hnorm.weight", "H", ("pre_fc_norm_hidden.weight", "H")),
-    _row("eh_proj.weight", "H H+H", ("fc.weight", "H H+H")),
-    _row("final_layernorm.weight", "H", ("norm.weight", "H")),
+    weight_row("enorm.weight", "H", ("pre_fc_norm_embedding.weight", "H")),
+    weight_row("hnorm.weight", "H", ("pre_fc_norm_hidden.weight", "H")),
+    weight_row("eh_proj.weight", "H H+H", ("fc.weight", "H H+H")),
+    weight_row("final_layernorm.weight", "H", ("norm.weight", "H")),
 )
 
 
@@ -536,11 +428,27 @@ def _variant(architecture: Mellum2Architecture, place: Place, layer: int) -> Pla
         place = replace(place, rows=DENSE_LAYER, states=DENSE_STATES)
     elif architecture.shared_expert_intermediate_size is not None:
         place = replace(place, rows=SHARED_EXPERT_LAYER, states=SHARED_EXPERT_STATES)
+    if architecture.latent_attention is not None and place.rows[0] is ATTENTION[0]:
+        place = _with_latent_attention(architecture, place)
     # Layers of two kinds have no common tensor, so each has keys of its own
     # (megatron/core/transformer/transformer_block.py:736-785, 0.19.2).
     if place.layer_axis and len(set(architecture.mlp_layer_types)) > 1:
         place = replace(place, megatron=f"{place.megatron}{layer}.", layer_axis=False)
     return place
+
+
+def _with_latent_attention(architecture: Mellum2Architecture, place: Place) -> Place:
+    """Return the place of a layer whose attention is latent."""
+    latent = architecture.latent_attention
+    assert latent is not None
+    rows = (*(QUERIES if latent.q_lora_rank is None else LATENT_QUERIES), *LATENT_ATTENTION)
+    # Both backends have an ``_extra_state`` for each module but the norm that neither fuses.
+    modules = (row.megatron.removesuffix(".weight") for row in rows)
+    return replace(
+        place,
+        rows=(*rows, *place.rows[len(ATTENTION) :]),
+        states=(*modules, *place.states[len(ATTENTION_STATES) :]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -580,6 +488,7 @@ def _sizes(architecture: Mellum2Architecture) -> dict[str, int]:
         "F": architecture.moe_intermediate_size,
         "W": architecture.intermediate_size,
         "S": architecture.shared_expert_intermediate_size or 0,
+        **latent_sizes(architecture),
     }
 
 

@@ -50,6 +50,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("prepare_packs", "verify"),
     ),
     "conversion": (
+        ("rows",),
+        ("latent_rows",),
         ("mapping",),
         ("huggingface", "torch_dist"),
         ("jobs", "exportable"),
@@ -77,6 +79,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
             "interleaving",
             "kv_heads",
             "long_context",
+            "mla",
             "mtp",
             "mtp_depth",
             "optimizer",

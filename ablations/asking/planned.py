@@ -174,7 +174,12 @@ def scales_of(study: Study) -> tuple[Scale, ...]:
 def differences(plan: Plan) -> dict[str, list[str]]:
     """Return the keys in which arms differ, each with its value in every arm, as text."""
     plain = [_flat(arm.run) for arm in plan.arms]
-    keys = [key for key in plain[0] if len({repr(values.get(key)) for values in plain}) > 1]
+    # An arm may have a part of the model that the control lacks, and its keys with it.
+    keys = [
+        key
+        for key in dict.fromkeys(key for values in plain for key in values)
+        if len({repr(values.get(key)) for values in plain}) > 1
+    ]
     return {key: [_text(values.get(key)) for values in plain] for key in keys}
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping
 
-from conversion.mapping import PLACES, GroupedHeads, Place, Row, Same, StackedRows
+from conversion.mapping import PLACES, Place
+from conversion.rows import GroupedHeads, Row, Same, StackedRows
 
 
 def mapping_registry() -> MegatronMappingRegistry:

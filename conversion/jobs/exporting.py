@@ -30,7 +30,8 @@ from conversion.jobs.job import (
 from conversion.jobs.safetensors_result import SafetensorsResult
 from conversion.jobs.tensor_checks import CheckedTensor
 from conversion.jobs.weights_manifest import Manifest
-from conversion.mapping import Entry, Same, derive
+from conversion.mapping import Entry, derive
+from conversion.rows import Same
 from conversion.torch_dist.reader import TorchDistReader
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint import CheckpointFolder

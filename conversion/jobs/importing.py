@@ -27,7 +27,8 @@ from conversion.jobs.job import (
 )
 from conversion.jobs.reports import ConversionReport
 from conversion.jobs.weights_manifest import Manifest, WeightRecord, write_manifest
-from conversion.mapping import Entry, Same, extra_states
+from conversion.mapping import Entry, extra_states
+from conversion.rows import Same
 from conversion.torch_dist.hashed_files import without_crc32
 from conversion.torch_dist.writer import Chunk, TorchDistWriter, Written, group_file
 from mellum2_megatron.checkpoint.bridge_config import write_run_config

@@ -5,6 +5,7 @@ No torch at import.
 
 from mellum2_megatron.architecture.finding import find_architecture
 from mellum2_megatron.architecture.hf_config import from_hf_config, to_hf_config
+from mellum2_megatron.architecture.latent_attention import LatentAttention
 from mellum2_megatron.architecture.megatron_fields import architecture_arguments
 from mellum2_megatron.architecture.mellum2 import (
     ALIGNMENT,
@@ -22,6 +23,7 @@ __all__ = [
     "MOST_MTP_LAYERS",
     "PRESETS",
     "Component",
+    "LatentAttention",
     "LayerType",
     "Mellum2Architecture",
     "MlpType",

@@ -202,7 +202,7 @@ def require_hf_form(architecture: Mellum2Architecture) -> None:
     """Refuse a variant of the model that Hugging Face's `MellumForCausalLM` cannot hold.
 
     Raises:
-        InputError: the model has a shared expert, or more than one MTP layer.
+        InputError: the model has a shared expert, latent attention, or more than one MTP layer.
     """
     if architecture.num_mtp_layers > 1:
         raise InputError(
@@ -217,6 +217,13 @@ def require_hf_form(architecture: Mellum2Architecture) -> None:
             rule="transformers' MellumForCausalLM has no shared expert, so config.json cannot "
             "describe this model",
             fix="use `mellum2 score` on the checkpoint, or train without a shared expert",
+        )
+    if (latent := architecture.latent_attention) is not None:
+        raise InputError(
+            f"architecture.latent_attention with kv_lora_rank={latent.kv_lora_rank}",
+            rule="transformers' MellumForCausalLM has grouped queries only, so config.json cannot "
+            "describe this model",
+            fix="use `mellum2 score` on the checkpoint, or train without latent attention",
         )
 
 

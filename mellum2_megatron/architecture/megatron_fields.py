@@ -86,6 +86,11 @@ MEGATRON_FIELDS: tuple[MegatronField, ...] = (
         "--moe-router-pre-softmax",
         lambda a: not a.norm_topk_prob or a.num_experts_per_tok == 1,
     ),
+    _switch(
+        "multi_latent_attention",
+        "--multi-latent-attention",
+        lambda a: a.latent_attention is not None,
+    ),
     # No argument for None: Megatron's own default is a model without MTP.
     _value("mtp_num_layers", "--mtp-num-layers", lambda a: a.num_mtp_layers or None),
 )
@@ -100,12 +105,36 @@ FIXED_FIELDS: dict[str, Any] = {
     "moe_router_score_function": "softmax",
     "moe_router_num_groups": None,
     "moe_router_topk_scaling_factor": None,
-    "multi_latent_attention": False,
     "softmax_scale": None,
     "softmax_type": "vanilla",
     "rotary_interleaved": False,
 }
 """Fields whose Megatron default is Mellum 2's value; another value would be another model."""
+
+
+def _latent(name: str) -> Callable[[Mellum2Architecture], Any]:
+    return lambda architecture: getattr(architecture.latent_attention, name)
+
+
+LATENT_FIELDS: tuple[MegatronField, ...] = (
+    _value("q_lora_rank", "--q-lora-rank", _latent("q_lora_rank")),
+    _value("kv_lora_rank", "--kv-lora-rank", _latent("kv_lora_rank")),
+    _value("qk_head_dim", "--qk-head-dim", _latent("qk_nope_head_dim")),
+    _value("qk_pos_emb_head_dim", "--qk-pos-emb-head-dim", _latent("qk_rope_head_dim")),
+    _value("v_head_dim", "--v-head-dim", _latent("v_head_dim")),
+    # The other type, "yarn", is one YaRN for all layers. Each layer brings its own angles.
+    _value("rope_type", "--rope-type", lambda a: "rope"),
+)
+"""Facts of latent attention, fields of Megatron's `MLATransformerConfig`."""
+
+
+def megatron_fields(architecture: Mellum2Architecture) -> tuple[MegatronField, ...]:
+    """Return the fields that describe this model: `MEGATRON_FIELDS` unless it is a variant."""
+    if architecture.latent_attention is None:
+        return MEGATRON_FIELDS
+    # Megatron takes groups of queries and latent attention for two models that exclude each other.
+    shared = (field for field in MEGATRON_FIELDS if field.name != "num_query_groups")
+    return (*shared, *LATENT_FIELDS)
 
 
 def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
@@ -114,8 +143,10 @@ def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
     Together with the layer spec (`model.layer_specs`) they determine the model. All other
     arguments concern training.
     """
-    words = ["--group-query-attention", "--untie-embeddings-and-output-weights"]
-    for field in MEGATRON_FIELDS:
+    words = ["--untie-embeddings-and-output-weights"]
+    if architecture.latent_attention is None:
+        words.append("--group-query-attention")
+    for field in megatron_fields(architecture):
         words += field.arguments(architecture)
     theta = architecture.rope_sliding_attention.rope_theta
     # Megatron's shared angles. Each layer replaces them by its own, so the base has no effect.

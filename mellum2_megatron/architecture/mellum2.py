@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from mellum2_megatron.architecture.latent_attention import LatentAttention
 from mellum2_megatron.architecture.parameter import Component, Parameter, Shape, gated_mlp
 from mellum2_megatron.architecture.rope import RopeParameters
 from mellum2_megatron.common.errors import InputError, nearest, shown
@@ -84,6 +85,10 @@ class Mellum2Architecture:
             layers are dense.
         shared_expert_intermediate_size: inner width of an expert that every token uses, beside the
             routed ones of each sparse layer. None (default): no such expert, as released.
+        latent_attention: widths of multi-head latent attention, which all layers then have;
+            ``num_key_value_heads`` and ``head_dim`` are not used. None (default): none, as
+            released. An override gives all widths at once: ``{kv_lora_rank: 256,
+            qk_nope_head_dim: 64, qk_rope_head_dim: 64, v_head_dim: 128}``.
         rope_full_attention, rope_sliding_attention: rotary embedding of each attention type.
         rms_norm_eps: epsilon of every norm, default 1e-6.
         initializer_range: standard deviation of the initial weights, default 0.02.
@@ -114,6 +119,7 @@ class Mellum2Architecture:
     layer_types: tuple[LayerType, ...]
     mlp_layer_types: tuple[MlpType, ...] = ()
     shared_expert_intermediate_size: int | None = None
+    latent_attention: LatentAttention | None = None
     rope_full_attention: RopeParameters
     rope_sliding_attention: RopeParameters
     rms_norm_eps: float = 1e-6
@@ -345,6 +351,33 @@ class Mellum2Architecture:
             widths["intermediate_size"] = self.intermediate_size
         return {field: width for field, width in widths.items() if width}
 
+    @property
+    def head_widths(self) -> tuple[int, int]:
+        """Width of a head's query and key, and of its value; both `head_dim` as released."""
+        latent = self.latent_attention
+        return (latent.qk_head_dim, latent.v_head_dim) if latent else (self.head_dim,) * 2
+
+    @property
+    def attention_dimensions(self) -> dict[str, int]:
+        """Dimensions of the attention's matrices beside `hidden_size`, by the fields that they are
+        products of.
+        """
+        heads, latent = self.num_attention_heads, self.latent_attention
+        if latent is not None:
+            return latent.dimensions(heads)
+        return {
+            "num_attention_heads * head_dim": heads * self.head_dim,
+            "num_key_value_heads * head_dim": self.num_key_value_heads * self.head_dim,
+        }
+
+    @property
+    def cached_channels(self) -> int:
+        """Numbers that inference keeps of a token in a layer: its keys and values."""
+        latent = self.latent_attention
+        if latent is not None:  # their latent, and the rotated key that heads share
+            return latent.kv_lora_rank + latent.qk_rope_head_dim
+        return 2 * self.num_key_value_heads * self.head_dim
+
     def rope(self, layer_type: LayerType) -> RopeParameters:
         """Return the rotary embedding of every layer of ``layer_type``, trunk and MTP."""
         if layer_type == "full_attention":
@@ -382,20 +415,12 @@ class Mellum2Architecture:
 
     def _layer_parameters(self, prefix: str, layer: int, *, mtp: bool) -> Iterator[Parameter]:
         hidden, mlp = self.hidden_size, f"{prefix}mlp."
-        queries = self.num_attention_heads * self.head_dim
-        keys = self.num_key_value_heads * self.head_dim
-        tensors: list[tuple[str, Shape, Component]] = [
-            ("input_layernorm.weight", (hidden,), "norms"),
-            ("self_attn.q_proj.weight", (queries, hidden), "attention"),
-            ("self_attn.k_proj.weight", (keys, hidden), "attention"),
-            ("self_attn.v_proj.weight", (keys, hidden), "attention"),
-            ("self_attn.o_proj.weight", (hidden, queries), "attention"),
-            ("self_attn.q_norm.weight", (self.head_dim,), "norms"),
-            ("self_attn.k_norm.weight", (self.head_dim,), "norms"),
-            ("post_attention_layernorm.weight", (hidden,), "norms"),
-        ]
-        for name, shape, component in tensors:
-            yield Parameter(prefix + name, shape, component, layer, mtp=mtp)
+        yield Parameter(f"{prefix}input_layernorm.weight", (hidden,), "norms", layer, mtp=mtp)
+        for name, shape, component in self._attention_tensors():
+            yield Parameter(f"{prefix}self_attn.{name}", shape, component, layer, mtp=mtp)
+        yield Parameter(
+            f"{prefix}post_attention_layernorm.weight", (hidden,), "norms", layer, mtp=mtp
+        )
         if (self.mtp_mlp_type if mtp else self.mlp_type(layer)) == "dense":
             for name, shape in gated_mlp(mlp, hidden, self.intermediate_size):
                 yield Parameter(name, shape, "dense MLP", layer, mtp=mtp)
@@ -411,6 +436,19 @@ class Mellum2Architecture:
                 f"{mlp}shared_expert.", hidden, self.shared_expert_intermediate_size
             ):
                 yield Parameter(name, shape, "shared expert", layer, mtp=mtp)
+
+    def _attention_tensors(self) -> Iterator[tuple[str, Shape, Component]]:
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        if self.latent_attention is not None:
+            yield from self.latent_attention.tensors(hidden, heads)
+            return
+        queries, keys = heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        yield "q_proj.weight", (queries, hidden), "attention"
+        yield "k_proj.weight", (keys, hidden), "attention"
+        yield "v_proj.weight", (keys, hidden), "attention"
+        yield "o_proj.weight", (hidden, queries), "attention"
+        yield "q_norm.weight", (self.head_dim,), "norms"
+        yield "k_norm.weight", (self.head_dim,), "norms"
 
     def active_parameters(self, *, mtp: bool = True) -> Iterator[Parameter]:
         """Yield the parameters that one token uses: all but the experts it is not routed to.
@@ -473,7 +511,7 @@ class Mellum2Architecture:
         extra_heads = self.num_mtp_layers if mtp else 0
         flops["output head"] += extra_heads * per_weight * self.vocab_size * self.hidden_size
         # Two products (QK^T and PV), a multiply and an add each.
-        per_pair = 2 * 2 * passes * self.num_attention_heads * self.head_dim
+        per_pair = 2 * passes * self.num_attention_heads * sum(self.head_widths)
         layers = self.layer_types + (self.mtp_layer_types if mtp else ())
         flops["attention scores"] = per_pair * sum(
             self.visible_pairs(kind, sequence_length) for kind in layers
@@ -499,8 +537,7 @@ class Mellum2Architecture:
             "hidden_size": self.hidden_size,
             "moe_intermediate_size": self.moe_intermediate_size,
             **self.variant_widths,
-            "num_attention_heads * head_dim": self.num_attention_heads * self.head_dim,
-            "num_key_value_heads * head_dim": self.num_key_value_heads * self.head_dim,
+            **self.attention_dimensions,
         }
         return {name: size for name, size in dimensions.items() if size % alignment}
 

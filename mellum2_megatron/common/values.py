@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mellum2_megatron.common.errors import InputError, nearest, shown
-from mellum2_megatron.common.text import Items, ListError, Plain, read_list
+from mellum2_megatron.common.text import Items, ListError, Plain, read_list, read_yaml
 
 Reader = Callable[[Any, str], Any]
 """Reader of one key: a function of the value as YAML gives it and the full key, to the field."""
@@ -31,6 +31,7 @@ Reader = Callable[[Any, str], Any]
 _INTEGER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _FLOAT = re.compile(r"[+-]?[0-9._]+([eE][+-]?[0-9]+)?")
 _OCTAL_LIKE = re.compile(r"[+-]?0[0-9_]")
+_NAME_WITHOUT_BLANK = re.compile(r"([{,]\s*\w+):(?=\S)")
 _MAX_DIGITS = 400
 """Digits of the longest number that is read; `int` refuses more than 4,300."""
 _BOOLEANS = {"true": True, "false": False}
@@ -91,12 +92,21 @@ def describe(annotation: Any) -> str:
 def from_text(text: str, annotation: Any, key: str) -> Any:
     """Convert the right-hand side of ``key=text`` to ``annotation``.
 
-    Lists are written ``[a,b]``, ``(a,b)`` or ``a,b``, see `text.read_list`.
+    Lists are written ``[a,b]``, ``(a,b)`` or ``a,b``, see `text.read_list`; all fields of a
+    dataclass at once ``{a: 1, b: 2}`` or ``{a:1,b:2}``.
 
     Raises:
         InputError: the text does not fit; the message names the expected type or the nearest
             choice.
     """
+    nested = dataclass_in(annotation)
+    if nested is not None and text.lower() not in NULLS:
+        # YAML's mappings need the blank; the user may leave it out.
+        spaced = _NAME_WITHOUT_BLANK.sub(r"\1: ", text)
+        fix = "write {name: value, name: value}"
+        return from_mapping(
+            nested, read_yaml(spaced, document=key, fix=fix), document=f"value of {key}", key=key
+        )
     try:
         return _convert(_Override(text), annotation)
     except MismatchError as error:
@@ -159,7 +169,7 @@ def from_mapping[T](
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass
         name, full_key = field.name, full_keys[field.name]
         if name in values:
-            value, nested = values[name], _dataclass_in(annotations[name])
+            value, nested = values[name], dataclass_in(annotations[name])
             # `D | None` given as null: no dataclass to build.
             is_null = nested is not annotations[name] and (
                 value is None or (isinstance(value, Plain) and value.lower() in NULLS)
@@ -199,7 +209,7 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _dataclass_in(annotation: Any) -> type | None:
+def dataclass_in(annotation: Any) -> type | None:
     """Return the dataclass of ``D`` or ``D | None``; None for any other annotation."""
     options = [annotation]
     if get_origin(annotation) in (Union, types.UnionType):

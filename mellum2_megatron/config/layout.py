@@ -237,6 +237,9 @@ class Layout:
             "vocab_size": architecture.vocab_size,
             **architecture.variant_widths,
         }
+        if architecture.latent_attention is not None:
+            del sizes_by_tp["num_key_value_heads"]
+            sizes_by_tp |= architecture.latent_attention.down_widths
         layers = architecture.num_hidden_layers
         return [
             _divides("tp", self.tp, sizes_by_tp),

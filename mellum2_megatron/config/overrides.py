@@ -10,7 +10,7 @@ from typing import Any
 
 from mellum2_megatron.architecture import Mellum2Architecture, find_architecture
 from mellum2_megatron.common.errors import InputError, keyed, nearest, shown
-from mellum2_megatron.common.values import field_types, from_text
+from mellum2_megatron.common.values import dataclass_in, field_types, from_text
 from mellum2_megatron.config.run import Run, keys
 
 _LENGTH_IN_STEPS = re.compile(r"(step|iter|iters|iterations|epoch)s?$")
@@ -80,13 +80,22 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
     for key, text in pairs:
         if key != "architecture":
             *sections, name = key.split(".")
-            annotation, section = field_types(Run), changes
+            section = changes
             for part in sections:
-                annotation, section = field_types(annotation[part]), section.setdefault(part, {})
-            section[name] = from_text(text, annotation[name], key)
+                section = section.setdefault(part, {})
+            section[name] = from_text(text, _annotation(key), key)
             sources[key] = f"{_OVERRIDE}{key}={text}"
     resolved: Run = _replace(run, {**changes, "sources": sources})
     return resolved
+
+
+def _annotation(key: str) -> Any:
+    """Return the annotation of a key's field."""
+    *sections, name = key.split(".")
+    fields = field_types(Run)
+    for part in sections:
+        fields = field_types(fields[part])
+    return fields[name]
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -116,6 +125,9 @@ def _right_key(key: str, known: Sequence[str]) -> str:
     section, name = key.partition(".")[0], key.rpartition(".")[2]
     inside = [candidate for candidate in known if candidate.startswith(f"{key}.")]
     same_name = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+    whole = key.rpartition(".")[0]
+    if whole in known and dataclass_in(_annotation(whole)):
+        return f"give the whole of it at once, {whole}={{name: value, name: value}}"
     if inside:
         return f"set one of its fields: {', '.join(inside)}"
     if same_name:
@@ -150,7 +162,7 @@ def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:
     """
     fields = {
         name: _replace(getattr(instance, name), change)
-        if dataclasses.is_dataclass(getattr(instance, name))
+        if isinstance(change, dict) and dataclasses.is_dataclass(getattr(instance, name))
         else change
         for name, change in changes.items()
     }

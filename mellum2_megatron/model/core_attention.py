@@ -50,7 +50,7 @@ class TorchCoreAttention(MegatronModule):
         attention_type: must be "self".
         attention_dropout: dropout on the attention weights; the configuration's if None.
         softmax_scale: factor on the logits; `1 / sqrt(d)` if None.
-        cp_comm_type: unused.
+        cp_comm_type, k_channels, v_channels: unused.
         pg_collection: process groups, of which `cp` is read; Megatron's global ones if None.
 
     Raises:
@@ -66,6 +66,8 @@ class TorchCoreAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
@@ -101,7 +103,8 @@ class TorchCoreAttention(MegatronModule):
         Args:
             query: `[s / cp, b, n, d]`; packed: `[t / cp, n, d]`. Without packing and context
                 parallelism there may be fewer queries than keys: those of the last positions.
-            key, value: `[s / cp, b, g, d]`, g divides n; packed: `[t / cp, g, d]`.
+            key, value: `[s / cp, b, g, d]`, g divides n; packed: `[t / cp, g, d]`. Values may have
+                another width, which the output then has.
             attention_mask: `[b or 1, 1, s / cp, s]`, true where attention is forbidden, *in
                 addition* to causality and the window; keys in the order of the undivided sequence.
                 None if packed.
@@ -159,7 +162,7 @@ class TorchCoreAttention(MegatronModule):
             tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)
         )
         pieces = [
-            query.new_zeros(span.size, query.size(1), query.size(2) * query.size(3))
+            query.new_zeros(span.size, query.size(1), query.size(2) * value.size(3))
             if isinstance(span, Gap)
             else self._attend(query_bnsd, key_bgsd, value_bgsd, attention_mask, span)
             for span in spans

@@ -28,6 +28,10 @@ _METHODS: Mapping[str, str] = {
     "word_embeddings.weight": "embedding_init_method",
     "output_layer.weight": "init_method",
     "linear_qkv.weight": "init_method",
+    **{
+        f"linear_{part}_proj.weight": "init_method"
+        for part in ("q", "q_down", "q_up", "kv_down", "kv_up")
+    },
     "linear_proj.weight": "output_layer_init_method",
     "router.weight": "init_method",
     "linear_fc1.weight": "init_method",

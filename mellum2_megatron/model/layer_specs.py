@@ -45,6 +45,7 @@ from mellum2_megatron.architecture import PRESETS, LayerType, Mellum2Architectur
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.model.attention import Mellum2SelfAttention
 from mellum2_megatron.model.core_attention import TorchCoreAttention
+from mellum2_megatron.model.latent_attention import put_latent_attention
 from mellum2_megatron.model.mlp_variants import make_dense, shared_expert
 from mellum2_megatron.model.norm import TorchRMSNorm
 from mellum2_megatron.model.router import Mellum2Router
@@ -160,6 +161,10 @@ def layer_spec(
         submodules.sharded_state_dict_keys_map = {
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
         }
+    if architecture.latent_attention is not None:
+        put_latent_attention(
+            submodules, provider, architecture, layer_types or architecture.layer_types
+        )
     if mlp == "dense":
         make_dense(submodules, provider)
     return ModuleSpec(module=Mellum2TransformerLayer, submodules=submodules)

@@ -45,6 +45,12 @@ def mark_parameters(model: torch.nn.Module, optimizer: Optimizer) -> None:
             # rows, and it is named after attention.
             parameter.is_qkv = True  # type: ignore[attr-defined]
             parameter.qkv_split_shapes = [parameter.shape[0] // 2] * 2  # type: ignore[attr-defined]
+        elif name.endswith(".linear_kv_up_proj.weight"):
+            # Latent attention: a head's rows are its key without rotation, then its value. Keys and
+            # values are two matrices, as in grouped-query attention; the other weights are one.
+            config: Any = model.config
+            parameter.is_qkv = True  # type: ignore[attr-defined]
+            parameter.qkv_split_shapes = [config.qk_head_dim, config.v_head_dim]  # type: ignore[attr-defined]
 
 
 def require_muon_matrices(config: Any, model_chunks: Any) -> None:

@@ -6,11 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from mellum2_megatron.architecture.megatron_fields import (
     FIXED_FIELDS,
-    MEGATRON_FIELDS,
+    megatron_fields,
     window_pattern,
     window_size,
 )
@@ -28,7 +28,9 @@ def transformer_config(architecture: Mellum2Architecture, **overrides: Any) -> T
         **overrides: further fields of `TransformerConfig`, such as parallel sizes, precision,
             dispatcher or losses.
     """
-    fields: dict[str, Any] = {field.name: field.value(architecture) for field in MEGATRON_FIELDS}
+    fields: dict[str, Any] = {
+        field.name: field.value(architecture) for field in megatron_fields(architecture)
+    }
     # Fused kernels are off, because they need Transformer Engine, Apex or a GPU.
     fields |= {
         "activation_func": torch.nn.functional.silu,
@@ -43,7 +45,10 @@ def transformer_config(architecture: Mellum2Architecture, **overrides: Any) -> T
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp32",
     }
-    config = TransformerConfig(**fields | overrides)
+    config_class = (
+        TransformerConfig if architecture.latent_attention is None else MLATransformerConfig
+    )
+    config = config_class(**fields | overrides)
     use_plain_initialization(config)
     return config
 
@@ -94,8 +99,9 @@ def config_differences(config: TransformerConfig, architecture: Mellum2Architect
     A window that the command line leaves out is no difference: `complete_config` sets it.
     """
     lines = []
-    for field in MEGATRON_FIELDS:
-        want, have = field.value(architecture), getattr(config, field.name)
+    for field in megatron_fields(architecture):
+        # Latent attention has fields that Megatron's plain configuration has not.
+        want, have = field.value(architecture), getattr(config, field.name, None)
         if (have or None) != (want or None):  # None, 0 and False mean the same
             words = " ".join(field.arguments(architecture)) or f"no {field.flag}"
             lines.append(f"{field.name} is {have!r}, needs {want!r} ({words})")

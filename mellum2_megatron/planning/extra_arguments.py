@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mellum2_megatron.architecture.megatron_fields import MEGATRON_FIELDS
+from mellum2_megatron.architecture.megatron_fields import LATENT_FIELDS, MEGATRON_FIELDS
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run
 
@@ -62,7 +62,7 @@ _MODEL = frozenset(
     attention-dropout group-query-attention hidden-dropout position-embedding-type rotary-base
     untie-embeddings-and-output-weights window-attn-skip-freq window-size
     """.split()
-) | {field.flag.removeprefix("--") for field in MEGATRON_FIELDS}
+) | {field.flag.removeprefix("--") for field in MEGATRON_FIELDS + LATENT_FIELDS}
 """Flags of the architecture."""
 
 

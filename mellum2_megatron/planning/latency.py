@@ -123,8 +123,7 @@ class CostModel:
 
     def key_bytes(self, tokens: int) -> int:
         """Return the bytes of keys and values that one sequence of ``tokens`` keeps."""
-        model = self.architecture
-        per_token = 2 * model.num_key_value_heads * model.head_dim * BF16
+        per_token = self.architecture.cached_channels * BF16
         return sum(
             count * per_token * self._visible(kind, tokens)
             for (kind, _), (count, _) in self._kinds.items()
@@ -151,8 +150,9 @@ class CostModel:
             past: tokens of each sequence that are already in the cache.
         """
         model, tokens = self.architecture, sequences * new
-        hidden, width = model.hidden_size, model.num_attention_heads * model.head_dim
-        keys = model.num_key_value_heads * model.head_dim
+        hidden, (wide, value) = model.hidden_size, model.head_widths
+        # Queries, and the outputs of all heads.
+        queries, width = model.num_attention_heads * wide, model.num_attention_heads * value
         row = tokens * BF16  # bytes of one activation channel
 
         def product(name: str, weights: float, channels: float, read: float = 0) -> Operation:
@@ -161,7 +161,7 @@ class CostModel:
 
         yield 1, Operation("embedding", 0, 2 * row * hidden)
         for (kind, mlp), (count, weights) in self._kinds.items():
-            yield count, product("qkv", weights["qkv"], hidden + width + 2 * keys)
+            yield count, product("qkv", weights["qkv"], hidden + queries + model.cached_channels)
             yield count, self._scores(kind, sequences, new, past)
             yield count, product("out", weights["out"], width + hidden)
             if mlp == "dense":
@@ -195,12 +195,16 @@ class CostModel:
         pairs = model.visible_pairs(kind, total)
         if past:
             pairs -= model.visible_pairs(kind, past)
-        width = model.num_attention_heads * model.head_dim
-        keys = model.num_key_value_heads * model.head_dim
+        widths = model.head_widths
+        if model.latent_attention is not None and past:
+            # Queries meet the cached latents themselves: the matrix that makes keys and values of
+            # them is applied to the query and to the output instead (arXiv 2405.04434, 2.1.2).
+            widths = (model.cached_channels, model.latent_attention.kv_lora_rank)
+        width = model.num_attention_heads * sum(widths)
         # A window's keys before the first new token, and the new ones.
         read = min(total, new + self._visible(kind, past + 1) - 1)
-        moved = 2 * keys * (read + new) + 2 * width * new
-        return Operation("attention", sequences * 4 * width * pairs, sequences * BF16 * moved)
+        moved = model.cached_channels * (read + new) + width * new
+        return Operation("attention", sequences * 2 * width * pairs, sequences * BF16 * moved)
 
     def seconds(self, machine: Machine, *, sequences: int, new: int, past: int) -> float:
         """Return the time of one forward pass; arguments as for `operations`."""

@@ -144,8 +144,8 @@ def _kinds(architecture: Mellum2Architecture, layout: Layout, stage: int) -> lis
 def _stage_flops(architecture: Mellum2Architecture, layout: Layout, stage: int, length: int) -> int:
     """Return the FLOPs of one sequence in a stage, forward and backward.
 
-    Counted as in `Mellum2Architecture.flops_by_component`: 6 for each weight and token, 12 for each
-    pair of query and key and each channel of the heads.
+    Counted as in `Mellum2Architecture.flops_by_component`: 6 for each weight and token, 6 for each
+    pair of query and key and each channel of the heads' keys and values.
     """
     weights = 0
     for parameter in architecture.active_parameters():
@@ -158,8 +158,8 @@ def _stage_flops(architecture: Mellum2Architecture, layout: Layout, stage: int, 
     pairs = sum(
         architecture.visible_pairs(kind, length) for kind in _kinds(architecture, layout, stage)
     )
-    channels = architecture.num_attention_heads * architecture.head_dim
-    return 6 * length * weights + 12 * channels * pairs
+    channels = architecture.num_attention_heads * sum(architecture.head_widths)
+    return 6 * length * weights + 6 * channels * pairs
 
 
 def bytes_sent(
@@ -225,7 +225,10 @@ def _context_parallel(model: Mellum2Architecture, layout: Layout, stage: int, un
     They are gathered (or passed around) forward, and their gradients are scattered backward. Not
     counted: Transformer Engine fetches them again for the backward pass, which is half as much.
     """
-    width = 2 * model.num_key_value_heads * model.head_dim / layout.tp
+    # Latent attention gathers the keys and values of all heads, not their latents.
+    latent = model.latent_attention is not None
+    heads = model.num_attention_heads if latent else model.num_key_value_heads
+    width = heads * sum(model.head_widths) / layout.tp
     return 2 * len(_kinds(model, layout, stage)) * width * unit * (layout.cp - 1)
 
 

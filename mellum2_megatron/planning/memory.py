@@ -160,10 +160,9 @@ def _activations(run: Run, stage: int, tokens: int) -> int:
         tokens: tokens of a micro-batch, before context parallelism divides them.
     """
     a, layout = run.architecture, run.layout
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    # Elements kept for a token in one layer: inputs of the norms, q/k/v before and after RoPE,
-    # attention output; then input and inner activations of each of its experts, or of its MLP.
-    attention = 3 * a.hidden_size + 2 * (queries + 2 * keys) + queries
+    # Elements kept for a token in one layer: those of attention; then input and inner activations
+    # of each of its experts, or of its MLP.
+    attention = _attention_elements(a)
     experts = a.hidden_size + _expert_rows(run) * (a.hidden_size + 3 * a.moe_intermediate_size)
     experts = round(experts - _not_kept(run))
     mlp = {
@@ -193,6 +192,20 @@ def _activations(run: Run, stage: int, tokens: int) -> int:
             kept += 6 * rows * a.hidden_size * (chunk < local * layout.tp)
         kept += a.num_mtp_layers * 2 * local * (attention + mlp[a.mtp_mlp_type])
     return kept
+
+
+def _attention_elements(a: Mellum2Architecture) -> int:
+    """Return the elements that a layer's attention and norms keep of a token.
+
+    Inputs of the norms, q/k/v before and after RoPE, attention output.
+    """
+    heads, (width, value) = a.num_attention_heads, a.head_widths
+    kept = 3 * a.hidden_size + heads * value
+    if (latent := a.latent_attention) is None:
+        return kept + 2 * (heads + 2 * a.num_key_value_heads) * width
+    # Latents before and after their norms; every head has keys and values of its own.
+    latents = (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim
+    return kept + 2 * latents + 2 * heads * (2 * width + value)
 
 
 def _expert_rows(run: Run) -> float:

@@ -64,6 +64,12 @@ def matrices(
         heads = architecture.num_attention_heads // architecture.num_key_value_heads
         group = rows // (heads + 2)
         parts = {"query": heads * group, "key": group, "value": group}
+    elif weight.name.endswith("linear_kv_up_proj.weight") and optimizer.muon_split_qkv:
+        latent = architecture.latent_attention
+        assert latent is not None
+        # Rows of a head: its key without rotation, then its value.
+        heads = rows // (latent.qk_nope_head_dim + latent.v_head_dim)
+        parts = {"key": heads * latent.qk_nope_head_dim, "value": heads * latent.v_head_dim}
     elif ".linear_fc1." in weight.name and optimizer.muon_split_gate_up:
         parts = {"gate": rows // 2, "up": rows // 2}
     # Unless blockwise, ranks that divide a matrix gather it before they orthogonalise it.

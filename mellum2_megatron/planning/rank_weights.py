@@ -132,21 +132,8 @@ def _layer(
 ) -> Iterator[Weight]:
     """Yield the weights of one decoder layer, or of the MTP layer's."""
     a, hidden = architecture, architecture.hidden_size
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    attention = f"{prefix}self_attention."
-    # Transformer Engine fuses the input norm into the QKV projection (below).
-    if backend == "torch":
-        yield _norm(f"{prefix}input_layernorm.weight", hidden)
-    # Megatron makes the output projection in Attention and QKV in its subclass
-    # (core/transformer/attention.py:413 and 1681, 0.19.2).
-    shape = (hidden, queries // layout.tp)
-    yield Weight(name=f"{attention}linear_proj.weight", shape=shape, component="attention", split=1)
-    if backend == "te":
-        yield _norm(f"{attention}linear_qkv.layer_norm_weight", hidden)
-    shape = ((queries + 2 * keys) // layout.tp, hidden)
-    yield Weight(name=f"{attention}linear_qkv.weight", shape=shape, component="attention", split=0)
-    for name in ("q_layernorm", "k_layernorm"):
-        yield _norm(f"{attention}{name}.weight", a.head_dim)
+    attention = _attention if a.latent_attention is None else _latent_attention
+    yield from attention(a, layout, backend, prefix)
     if mlp == "dense":
         # Transformer Engine fuses the norm before a dense MLP into its first matrix.
         norm = "pre_mlp_layernorm." if backend == "torch" else "mlp.linear_fc1.layer_norm_"
@@ -183,6 +170,60 @@ def _layer(
             a.shared_expert_intermediate_size // layout.tp,
             "shared expert",
         )
+
+
+def _attention(
+    architecture: Mellum2Architecture, layout: Layout, backend: Backend, prefix: str
+) -> Iterator[Weight]:
+    """Yield the weights of grouped-query attention, and the norm before it."""
+    a, hidden, attention = architecture, architecture.hidden_size, f"{prefix}self_attention."
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    # Transformer Engine fuses the input norm into the QKV projection (below).
+    if backend == "torch":
+        yield _norm(f"{prefix}input_layernorm.weight", hidden)
+    # Megatron makes the output projection in Attention and QKV in its subclass
+    # (core/transformer/attention.py:413 and 1681, 0.19.2).
+    shape = (hidden, queries // layout.tp)
+    yield Weight(name=f"{attention}linear_proj.weight", shape=shape, component="attention", split=1)
+    if backend == "te":
+        yield _norm(f"{attention}linear_qkv.layer_norm_weight", hidden)
+    shape = ((queries + 2 * keys) // layout.tp, hidden)
+    yield Weight(name=f"{attention}linear_qkv.weight", shape=shape, component="attention", split=0)
+    for name in ("q_layernorm", "k_layernorm"):
+        yield _norm(f"{attention}{name}.weight", a.head_dim)
+
+
+def _latent_attention(
+    architecture: Mellum2Architecture, layout: Layout, backend: Backend, prefix: str
+) -> Iterator[Weight]:
+    """Yield the weights of latent attention, and the norm before it."""
+    latent, heads, hidden = (
+        architecture.latent_attention,
+        architecture.num_attention_heads // layout.tp,
+        architecture.hidden_size,
+    )
+    assert latent is not None
+    yield _norm(f"{prefix}input_layernorm.weight", hidden)
+    q, kv = latent.q_lora_rank, latent.kv_lora_rank
+    # Only the torch backend divides the projections to latents (`model.latent_attention`).
+    ways, down = (layout.tp, 0) if backend == "torch" else (1, None)
+    queries = heads * latent.qk_head_dim
+    shapes: dict[str, tuple[Shape, int | None]] = {
+        "linear_proj": ((hidden, heads * latent.v_head_dim), 1)
+    }
+    if q is None:
+        shapes["linear_q_proj"] = ((queries, hidden), 0)
+    else:
+        shapes["linear_q_down_proj"] = ((q // ways, hidden), down)
+        shapes["linear_q_up_proj"] = ((queries, q), 0)
+    shapes["linear_kv_down_proj"] = (((kv + latent.qk_rope_head_dim) // ways, hidden), down)
+    shapes["linear_kv_up_proj"] = ((heads * (latent.qk_nope_head_dim + latent.v_head_dim), kv), 0)
+    for name, (shape, split) in shapes.items():
+        name = f"{prefix}self_attention.{name}.weight"
+        yield Weight(name=name, shape=shape, component="attention", split=split)
+    for name, size in (("q_layernorm", q), ("kv_layernorm", kv)):
+        if size is not None:
+            yield _norm(f"{prefix}self_attention.{name}.weight", size)
 
 
 def _gated_mlp(prefix: str, hidden: int, width: int, component: Component) -> Iterator[Weight]:

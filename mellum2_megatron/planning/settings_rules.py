@@ -176,9 +176,12 @@ def fp8_dimensions(planned: PlannedRun) -> Problems:
     model, layout = planned.run.architecture, planned.run.layout
     # Dimensions of the matrices on one rank.
     heads = model.num_attention_heads * model.head_dim // layout.tp
+    attention = {"num_attention_heads * head_dim / layout.tp": heads}
+    if model.latent_attention is not None:
+        attention = model.attention_dimensions
     sizes = {
         "architecture.hidden_size": model.hidden_size,
-        "architecture.num_attention_heads * head_dim / layout.tp": heads,
+        **{f"architecture.{name}": size for name, size in attention.items()},
         "architecture.moe_intermediate_size / layout.etp": model.moe_intermediate_size
         // layout.etp,
         **{

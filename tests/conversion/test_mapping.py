@@ -10,13 +10,12 @@ import torch
 
 from conversion import mapping
 from conversion.mapping import (
-    GroupedHeads,
-    StackedRows,
     derive,
     extra_states,
     fused_experts,
     huggingface_shapes,
 )
+from conversion.rows import GroupedHeads, StackedRows
 from mellum2_megatron.architecture import PRESETS, Mellum2Architecture, from_hf_config
 from tests.conversion.folders import VARIANTS, models, mtp_tensors, unfused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conversion.convert import export_hf, open_checkpoint
 from conversion.exportable import ROUTER_BIAS
 from conversion.mapping import derive, extra_states, megatron_shapes
 from conversion.verification.megatron_scoring import load_megatron_model
-from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.architecture import LatentAttention, Mellum2Architecture
 from mellum2_megatron.checkpoint import find_checkpoint
 from mellum2_megatron.checkpoint.folder import write_architecture, write_tracker
 from mellum2_megatron.common.errors import InputError
@@ -18,12 +19,18 @@ from tests.model.hf_reference import SMALL
 
 pytestmark = pytest.mark.usefixtures("megatron_world")
 
+LATENT = LatentAttention(kv_lora_rank=10, qk_nope_head_dim=12, qk_rope_head_dim=6, v_head_dim=14)
 VARIANTS = {
     "released": SMALL,
     "all_dense": SMALL.replace(mlp_layer_types=("dense",) * 4),
     "dense_and_sparse": SMALL.replace(mlp_layer_types=("dense", "sparse", "sparse", "dense")),
     "shared_expert": SMALL.replace(shared_expert_intermediate_size=20),
     "two_mtp_layers": SMALL.replace(num_mtp_layers=2),
+    "latent_attention": SMALL.replace(latent_attention=LATENT),
+    "latent_queries_and_dense": SMALL.replace(
+        latent_attention=replace(LATENT, q_lora_rank=20),
+        mlp_layer_types=("sparse", "dense", "sparse", "dense"),
+    ),
     "shared_and_dense": SMALL.replace(
         mlp_layer_types=("sparse", "dense", "sparse", "dense"), shared_expert_intermediate_size=20
     ),
@@ -78,10 +85,23 @@ def test_an_export_without_a_form_is_refused(tmp_path: Path) -> None:
     deeper = saved(tmp_path / "deeper", VARIANTS["two_mtp_layers"])
     with pytest.raises(InputError, match="at most one multi-token-prediction layer"):
         export_hf(deeper, tmp_path / "hf")
+    latent = saved(tmp_path / "latent", VARIANTS["latent_attention"])
+    with pytest.raises(InputError, match="MellumForCausalLM has grouped queries only"):
+        export_hf(latent, tmp_path / "hf")
     biased = saved(tmp_path / "biased", SMALL, bias=True)
     with pytest.raises(InputError, match="chooses experts by their scores alone"):
         export_hf(biased, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_scoring_loads_latent_attention(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "latent", VARIANTS["latent_queries_and_dense"])
+    weights = dict(load_megatron_model(folder).named_parameters())
+    reader = open_checkpoint(find_checkpoint(folder))
+    key = "decoder.layers.2.self_attention.linear_kv_up_proj.weight"
+    stored = reader.read(key, (0, 0), (4 * (12 + 14), 10))
+    assert stored.std() > 0
+    assert weights[key].tolist() == stored.tolist()
 
 
 def test_scoring_loads_the_bias(tmp_path: Path) -> None:

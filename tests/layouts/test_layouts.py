@@ -16,6 +16,7 @@ import itertools
 import pytest
 import torch
 
+from mellum2_megatron.architecture import LatentAttention
 from tests.distributed import gpu_count, run_distributed
 from tests.layouts.worker import ARCHITECTURE, BATCH, SEQUENCE, Case, Outcome, shard
 
@@ -32,6 +33,16 @@ UNEVEN = (*range(10), 25, *range(27, 32))
 VARIANT = (
     ("mlp_layer_types", ("dense", "sparse", "sparse", "dense")),
     ("shared_expert_intermediate_size", 48),
+)
+
+# Values are narrower than queries and keys.
+LATENT = (
+    (
+        "latent_attention",
+        LatentAttention(
+            kv_lora_rank=10, q_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=6, v_head_dim=14
+        ),
+    ),
 )
 
 LAYOUTS: dict[str, tuple[int, Case]] = {
@@ -81,6 +92,12 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     # Dense layers and a shared expert, of which tensor parallelism divides each MLP.
     "variant_tp2_ep2": (4, Case(tp=2, ep=2, changes=VARIANT)),
     "variant_pp2": (2, Case(pp=2, changes=VARIANT)),
+    "latent_tp2_cp2": (4, Case(tp=2, cp=2, changes=LATENT)),
+    "latent_pp2_ep2": (4, Case(pp=2, ep=2, changes=LATENT)),
+    "latent_documents_tp2_cp2": (
+        4,
+        Case(tp=2, cp=2, documents=DOCUMENTS, per_token=True, balance=BALANCED, changes=LATENT),
+    ),
 }
 
 

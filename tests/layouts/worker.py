@@ -134,6 +134,11 @@ SHARDED = {
     "output_layer.weight": (0, "tp"),
     "linear_qkv.weight": (0, "tp"),
     "linear_proj.weight": (1, "tp"),
+    "linear_q_proj.weight": (0, "tp"),
+    "linear_q_down_proj.weight": (0, "tp"),
+    "linear_q_up_proj.weight": (0, "tp"),
+    "linear_kv_down_proj.weight": (0, "tp"),
+    "linear_kv_up_proj.weight": (0, "tp"),
     "eh_proj.weight": (0, "tp"),
     # Before the experts', whose names end alike.
     "mlp.linear_fc1.weight": (0, "tp"),

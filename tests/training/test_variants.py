@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 VARIANT = [
     "architecture.mlp_layer_types=[sparse,dense]",
     "architecture.shared_expert_intermediate_size=48",
+    "architecture.latent_attention={kv_lora_rank: 24, qk_nope_head_dim: 16, qk_rope_head_dim: 8, "
+    "v_head_dim: 32}",
     "loss.aux_loss_type=none",
     "loss.bias_update_rate=0.01",
     "loss.capacity_factor=1.0",

@@ -138,8 +138,25 @@ def test_megatrons_config_describes_the_architecture(
             ["architecture.shared_expert_intermediate_size=96"],
             {"moe_layer_freq": 1, "moe_shared_expert_intermediate_size": 96},
         ),
+        (
+            [
+                "architecture.latent_attention={kv_lora_rank: 48, q_lora_rank: 40, "
+                "qk_nope_head_dim: 24, qk_rope_head_dim: 16, v_head_dim: 32}"
+            ],
+            {
+                "multi_latent_attention": True,
+                "kv_lora_rank": 48,
+                "q_lora_rank": 40,
+                "qk_head_dim": 24,
+                "qk_pos_emb_head_dim": 16,
+                "v_head_dim": 32,
+                "rope_type": "rope",
+                "num_query_groups": 4,
+                "apply_rope_fusion": False,
+            },
+        ),
     ],
-    ids=["dense_and_sparse", "all_dense", "shared_expert"],
+    ids=["dense_and_sparse", "all_dense", "shared_expert", "latent_attention"],
 )
 def test_variants_reach_the_config(
     overrides: list[str], facts: dict[str, object], monkeypatch: pytest.MonkeyPatch
