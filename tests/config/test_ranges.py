@@ -50,6 +50,9 @@ def bad_values() -> Iterator[tuple[str, str]]:
         annotation = annotation_of(key)
         if key in ("data.train", "data.valid"):
             yield from ((key, text) for text in BLENDS)
+        elif key == "architecture.latent_attention":
+            others = "qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8"
+            yield from ((key, f"{{kv_lora_rank: {n}, {others}}}") for n in (*NUMBERS, "0"))
         elif key == "logging.sample_prompts":  # may have several lines
             yield from ((key, f"[x,'{text}']") for text in (" ", "a\u2028b"))
         elif key == "execution.extra_arguments":
@@ -85,6 +88,8 @@ def forms(value: str) -> list[str]:
     """Ways in which a message may show a value."""
     if not value:
         return ["must not be empty"]
+    if value.startswith("{"):
+        return forms(value.partition(": ")[2].partition(",")[0])
     item = value.strip("[]").partition(",")[2] if value.startswith("[") else value
     shown = [ascii(item)[1:-1][:20], item.strip("'"), value[2:].partition(",")[0]]
     try:

@@ -43,17 +43,13 @@ def gradients(sequence_parallel: bool, ours: bool) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for name, parameter in attention.named_parameters():
             parameter.copy_(initial_value(name, parameter, Case(tp=ranks), {"tp": rank}))
-    hidden = torch.randn(
-        24, 2, architecture.hidden_size, generator=torch.Generator().manual_seed(5)
-    )
+    shape, generator = (24, 2, architecture.hidden_size), torch.Generator().manual_seed(5)
+    # Every token and channel counts differently in the loss.
+    hidden, weight = (torch.randn(shape, generator=generator) for _ in range(2))
     if config.sequence_parallel:
-        hidden = hidden.chunk(ranks)[rank]
+        hidden, weight = (tensor.chunk(ranks)[rank] for tensor in (hidden, weight))
     output, _ = attention(hidden, None)
-    # Every token and channel counts differently.
-    weight = torch.randn(
-        24, 2, architecture.hidden_size, generator=torch.Generator().manual_seed(6)
-    )
-    (output * (weight.chunk(ranks)[rank] if config.sequence_parallel else weight)).sum().backward()
+    (output * weight).sum().backward()
     return {
         name: gather_from_tensor_model_parallel_region(parameter.grad.T.contiguous()).T
         for name, parameter in attention.named_parameters()

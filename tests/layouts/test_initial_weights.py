@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from mellum2_megatron.architecture import LatentAttention
 from mellum2_megatron.cpu import single_process
 from tests.distributed import run_distributed
 from tests.layouts.initial_weights_worker import SEED
@@ -19,12 +20,22 @@ VARIANT = (
     ("shared_expert_intermediate_size", 48),
 )
 
+LATENT = (
+    (
+        "latent_attention",
+        LatentAttention(
+            kv_lora_rank=10, q_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=6, v_head_dim=14
+        ),
+    ),
+)
+
 LAYOUTS: dict[str, tuple[int, Case]] = {
     "tp2_etp2": (2, Case(tp=2, etp=2)),
     "ep2": (2, Case(ep=2)),
     "pp2_vpp2": (2, Case(pp=2, vpp=2)),
     "tp2_ep2_pp2": (4, Case(tp=2, ep=2, pp=2)),
     "variant_tp2_pp2": (4, Case(tp=2, pp=2, changes=VARIANT)),
+    "latent_tp2": (2, Case(tp=2, changes=LATENT)),
 }
 
 
@@ -70,8 +81,18 @@ def test_layouts_start_from_equal_weights(layout: str, base: Weights):
         (VARIANT[1:], "shared_experts"),
         ((("num_experts", 8),), r"router.weight|local_experts.[4-7]\."),
         ((("vocab_size", 128),), "word_embeddings|output_layer"),
+        (LATENT, "self_attention"),
     ],
-    ids=["no_mtp", "kv_heads", "deeper", "dense_layers", "shared_expert", "experts", "vocabulary"],
+    ids=[
+        "no_mtp",
+        "kv_heads",
+        "deeper",
+        "dense_layers",
+        "shared_expert",
+        "experts",
+        "vocabulary",
+        "latent_attention",
+    ],
 )
 def test_models_share_every_tensor_of_equal_name_and_shape(
     changes: tuple[tuple[str, object], ...], differ: str, base: Weights

@@ -1,4 +1,4 @@
-"""Gradients of the projections that all heads of latent attention share, over tensor parallelism."""
+"""Gradients of the projections that heads of latent attention share, on tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_two_ranks_have_the_gradients_of_one(
         assert found.keys() == whole.keys()
         assert len(found) == 2
         for name, gradient in found.items():
-            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -38,6 +38,6 @@ def test_megatron_leaves_out_other_ranks_heads(
     """Megatron 0.19.2 alone: `_sum_rotated_key_gradients` can go when this test fails."""
     found = run_distributed(WORKER, 2, sequence_parallel, False)[0]
     name = "linear_kv_down_proj.weight"
-    torch.testing.assert_close(found[name][:-ROTATED], whole[name][:-ROTATED])
+    torch.testing.assert_close(found[name][:-ROTATED], whole[name][:-ROTATED], rtol=1e-4, atol=1e-4)
     difference = (found[name] - whole[name])[-ROTATED:].abs().max()
     assert difference > 0.1 * whole[name][-ROTATED:].abs().max()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mellum2_megatron.architecture import PRESETS, Mellum2Architecture
+from mellum2_megatron.architecture import PRESETS, LatentAttention, Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.planning.gpus import GPUS, Machine, find_gpu
 from mellum2_megatron.planning.latency import (
@@ -27,6 +27,13 @@ VARIANTS = {
     "shared": PRESETS["mellum2-tiny"].replace(shared_expert_intermediate_size=64),
     "dense_in_turn": PRESETS["mellum2-tiny"].replace(mlp_layer_types=("dense", "sparse")),
 }
+
+
+LATENT = BIG.replace(
+    latent_attention=LatentAttention(
+        kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=128
+    )
+)
 
 
 def _flops(model: Mellum2Architecture, sequences: int, new: int, past: int) -> float:
@@ -104,6 +111,28 @@ def test_keys_are_read_and_kept_up_to_the_window() -> None:
 
     assert read(5000) - read(4000) == 7 * 1000 * per_token
     assert read(500) - read(400) == 28 * 100 * per_token
+
+
+def test_latent_attention_keeps_and_reads_its_latents() -> None:
+    """Decoding meets the latents themselves; a prompt makes keys and values of them."""
+    costs, per_token = CostModel(LATENT), (256 + 32) * BF16
+    assert costs.key_bytes(500) == 28 * 500 * per_token
+
+    def attention(new: int, past: int, what: str) -> float:
+        return sum(
+            count * getattr(operation, what)
+            for count, operation in costs.operations(1, new, past)
+            if operation.name == "attention"
+        )
+
+    assert attention(1, 500, "bytes") - attention(1, 400, "bytes") == 28 * 100 * per_token
+    more = attention(1, 500, "flops") - attention(1, 400, "flops")
+    assert more == 28 * 100 * 2 * 32 * (256 + 32 + 256)
+    components = LATENT.flops_by_component(300, mtp=False)
+    assert attention(300, 0, "flops") == pytest.approx(components["attention scores"] / 3)
+    head = components.pop("output head")
+    expected = sum(components.values()) / 3 + head / 3 / 300
+    assert _flops(LATENT, 1, 300, 0) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_middle_step_stands_for_all() -> None:

@@ -29,6 +29,8 @@ VARIANT = (
     "layout.ep=2",
     "architecture.mlp_layer_types=[sparse,dense]",
     "architecture.shared_expert_intermediate_size=48",
+    "architecture.latent_attention={kv_lora_rank: 24, q_lora_rank: 40, qk_nope_head_dim: 16, "
+    "qk_rope_head_dim: 8, v_head_dim: 32}",
     "optimizer.muon_split_gate_up=true",
 )
 

@@ -75,6 +75,15 @@ def test_te_layers_attend_by_their_type(tiny: dict[str, Any]):
     )
 
 
+def test_latent_attention_has_the_same_keys_and_windows():
+    built = run_worker("latent_models")
+    assert built["te"] == built["torch"]
+    assert built["parameters"] == built["expected"]
+    assert "decoder.layers.self_attention.linear_kv_up_proj.weight" in built["te"]
+    assert built["windows"][:3] == [[63, 0]] * 3
+    assert built["windows"][3] in ([], [-1, 0], [-1, -1])
+
+
 def test_te_modules_are_fused_and_grouped(tiny: dict[str, Any]):
     expected = {
         "TELayerNormColumnParallelLinear",

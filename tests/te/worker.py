@@ -56,6 +56,36 @@ def sharded_tensors(model: Any) -> dict[str, list[int]]:
     return shapes
 
 
+def latent_models() -> dict[str, Any]:
+    """Return checkpoint keys of a model with latent attention by backend, and its windows."""
+    from mellum2_megatron.architecture import PRESETS, LatentAttention
+    from mellum2_megatron.model.provider import build_model
+
+    widths = LatentAttention(
+        kv_lora_rank=32, q_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64
+    )
+    architecture = PRESETS["mellum2-tiny"].replace(latent_attention=widths)
+    te = build_model(
+        architecture,
+        backend="te",
+        moe_grouped_gemm=True,
+        use_cpu_initialization=True,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+    )
+    plain = build_model(architecture, backend="torch", use_cpu_initialization=True)
+    return {
+        "te": sharded_tensors(te),
+        "torch": sharded_tensors(plain),
+        "parameters": sum(parameter.numel() for parameter in te.parameters()),
+        "expected": architecture.num_parameters(),
+        "windows": [
+            list(layer.self_attention.core_attention.window_size or [])
+            for layer in te.decoder.layers
+        ],
+    }
+
+
 def tiny_models() -> dict[str, Any]:
     """Return checkpoint keys of the tiny model with both backends, and windows and scales of te."""
     from mellum2_megatron.architecture import PRESETS, RopeParameters
