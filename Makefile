@@ -7,7 +7,7 @@ export VENV
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-launch setup-te setup-bridge setup-serve quickstart
-.PHONY: test test-launch test-te lint typecheck pytest clean gpu-check
+.PHONY: test test-launch test-te test-serve lint typecheck pytest clean gpu-check
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) \
@@ -47,7 +47,7 @@ typecheck: setup  ## mypy
 # are more threads than cores.
 pytest: setup  ## the CPU test suite; PYTEST_ARGS="tests/config", MARKS="not slow" for a part
 	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -n $(JOBS) --dist loadfile --durations=40 \
-		-m "not gpu and not te and not launch and not slurm$(if $(MARKS), and ($(MARKS)))" $(PYTEST_ARGS)
+		-m "not gpu and not te and not launch and not slurm and not serve$(if $(MARKS), and ($(MARKS)))" $(PYTEST_ARGS)
 
 test-launch: setup-launch  ## install NeMo-Run and Slurm (as root), run the launch tests
 	@scripts/setup_slurm.sh
@@ -57,6 +57,9 @@ test-launch: setup-launch  ## install NeMo-Run and Slurm (as root), run the laun
 test-te: setup-bridge  ## build Transformer Engine, add Megatron-Bridge, run their tests (no GPU)
 	OMP_NUM_THREADS=1 MELLUM2_REQUIRE_BRIDGE=1 $(PYTHON312) -m pytest -n $(JOBS) --dist loadfile \
 		--durations=20 -m te $(PYTEST_ARGS)
+
+test-serve: setup-serve  ## install vLLM beside .venv, compare it with transformers (no GPU)
+	OMP_NUM_THREADS=1 $(PYTHON312) -m pytest -m serve $(PYTEST_ARGS)
 
 clean:  ## remove caches and build outputs; runs/, data/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

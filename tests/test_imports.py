@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("common",),
     ("architecture", "metrics"),
     ("config",),
-    ("recipes", "data", "model"),
+    ("recipes", "data", "model", "serving"),
     ("checkpoint",),
     ("planning", "faults", "upstream", "rlvr"),
     ("cpu", "evaluation"),

