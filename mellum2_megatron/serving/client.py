@@ -249,7 +249,8 @@ class VllmClient:
             )
         match answer.get("choices"):
             case [{} as choice]:
-                return choice
+                only: Mapping[str, Any] = choice
+                return only
         raise self._strange(content)
 
     def _completion(
