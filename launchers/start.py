@@ -25,7 +25,7 @@ from mellum2_megatron.data.feed.entries import is_absent
 from mellum2_megatron.faults.stop_request import STOPPED
 from mellum2_megatron.planning.resolve import default_nproc, plan, resolve_device, resolve_run
 from mellum2_megatron.planning.rules import enforce
-from mellum2_megatron.planning.stage_chain import check_predecessor
+from mellum2_megatron.planning.stage_chain import check_predecessor, check_start
 from mellum2_megatron.planning.start_notes import start_notes
 from mellum2_megatron.upstream import megatron_arguments
 
@@ -66,6 +66,10 @@ def start_local(
         enforce(run, world_size=ranks, device=planned_device, machine=False)
         notes = _data_notes(run, data_is_given=any(word.startswith("data.") for word in overrides))
         notes += start_notes(run, ranks)
+        # An import that is still to be made has been checked by `plan_weights`.
+        if weights is None or weights.done:
+            fault = check_start(run, overrides)
+            notes += [] if fault is None else [fault]
         sys.stdout.write(to_yaml(run))
         words = shlex.join(megatron_arguments(run, world_size=ranks, device=planned_device))
         sys.stdout.write("".join(f"# {note}\n" for note in notes))

@@ -56,6 +56,33 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
     if start.kind == "resume":
         # Megatron would start from step 0, without a message, if the tracked checkpoint is gone.
         start.require_checkpoint()
+    check_loaded(run, start)
+    if start.kind in ("new", "weights") and run.data.first_sample:
+        raise InputError(
+            f"data.first_sample={run.data.first_sample} in a run that starts at sample 0",
+            rule="its data begin where another run ended",
+            fix="name that run's folder as checkpoint.continue_from, or set data.first_sample=0",
+        )
+    # The folder may not exist yet; its closest existing parent is on the same disk.
+    place, needed = existing_ancestor(root), checkpoint_bytes(run)
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(
+            f"--output {root}",
+            rule=f"its disk ({place}) has {size_text(free)} free, "
+            f"one checkpoint of this run takes {size_text(needed)}",
+            fix="free space, or name a folder on another disk",
+        )
+
+
+def check_loaded(run: Run, start: StartingPoint) -> None:
+    """Check that the run can load the checkpoint it starts from, the output folder apart.
+
+    Raises:
+        InputError: `checkpoint.load` or `checkpoint.continue_from` is no checkpoint of this
+            architecture, or the latter's state does not fit this run. A file of the checkpoint to
+            load is missing or cut short.
+    """
     if start.kind == "weights":
         # Only then: a resume does not read these weights, which may be gone by now.
         _require_same_architecture(
@@ -68,26 +95,10 @@ def check_run_folder(run: Run, start: StartingPoint) -> None:
         _require_same_router_bias(run, start)
     if start.kind == "continue":
         _check_continuation(run, start)
-    elif start.kind != "resume" and run.data.first_sample:
-        raise InputError(
-            f"data.first_sample={run.data.first_sample} in a run that starts at sample 0",
-            rule="its data begin where another run ended",
-            fix="name that run's folder as checkpoint.continue_from, or set data.first_sample=0",
-        )
     # A size costs one stat, so every process checks all files. Hashes are divided among the ranks
     # (`check_share`).
     if start.checkpoint is not None and run.checkpoint.verify != "off":
         check_sizes(start.checkpoint)
-    # The folder may not exist yet; its closest existing parent is on the same disk.
-    place, needed = existing_ancestor(root), checkpoint_bytes(run)
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise InputError(
-            f"--output {root}",
-            rule=f"its disk ({place}) has {size_text(free)} free, "
-            f"one checkpoint of this run takes {size_text(needed)}",
-            fix="free space, or name a folder on another disk",
-        )
 
 
 def check_share(run: Run, start: StartingPoint, *, rank: int, world_size: int) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.markup import escape
 
 from mellum2_megatron.cli import chat, corpus_plan  # noqa: F401  # add commands to data_app
 from mellum2_megatron.cli.ablate import ablate_app
@@ -21,6 +20,7 @@ from mellum2_megatron.cli.doctor import doctor
 from mellum2_megatron.cli.eval import evaluate
 from mellum2_megatron.cli.generate import generate
 from mellum2_megatron.cli.gpu_check import gpu_check
+from mellum2_megatron.cli.help_page import mend_help
 from mellum2_megatron.cli.info import info
 from mellum2_megatron.cli.keys import keys
 from mellum2_megatron.cli.launch import launch_app
@@ -153,18 +153,9 @@ def _refuse_empty_words(words: Sequence[str]) -> None:
 
 
 def command_line() -> Any:
-    """Return the command of `mellum2`, whose help texts show square brackets as they are.
-
-    rich, which prints them, would read `[b, s]` as markup and drop it.
-    """
+    """Return the command of `mellum2`, with its help pages mended."""
     command = typer.main.get_command(app)
-    waiting: list[Any] = [command]
-    while waiting:
-        current = waiting.pop()
-        waiting += getattr(current, "commands", {}).values()
-        for documented in (current, *current.params):
-            if getattr(documented, "help", None):
-                documented.help = escape(documented.help)
+    mend_help(command)
     return command
 
 

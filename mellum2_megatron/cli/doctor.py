@@ -60,6 +60,7 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
     from mellum2_megatron.data.feed.sources import check_amounts, check_data
     from mellum2_megatron.planning.resolve import plan, resolve_run
     from mellum2_megatron.planning.rules import check
+    from mellum2_megatron.planning.stage_chain import check_start
     from mellum2_megatron.planning.start_notes import start_notes
 
     # A run that cannot be resolved is a result of `doctor` too, so it goes to standard output.
@@ -71,6 +72,14 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
         return False
     if source is not None:
         print_line(f"checkpoint.load: {source} is a Hugging Face folder; a start imports it first")
+    else:
+        try:
+            fault = check_start(run, overrides)
+        except InputError as error:
+            print_line(f"refused  {error}")
+            return False
+        if fault is not None:
+            print_line(fault)
     planned_device, ranks = plan(run, device, nproc)
     violations = check(run, ranks, planned_device)
     title = f"{run.name} on {ranks} {planned_device} rank(s)"

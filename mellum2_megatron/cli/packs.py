@@ -143,16 +143,22 @@ def _show_piece(packs: PackFolder, split: str, number: int, piece: int) -> None:
 
 
 def verify_command(
-    folder: Annotated[Path, typer.Argument(help="packs, a phase, a plan's folder, or Megatron's")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|PLAN.yaml",
+            help="corpus plan, its folder, one phase of it, packs, or Megatron's format",
+        ),
+    ],
 ) -> None:
-    """Hash all files of training data, and name those that are not as they were written.
+    """Hash all files of training data, and name each that is not as it was written.
 
     Training checks sizes only. Run it after data were copied.
     """
     from mellum2_megatron.common.files import size_text
     from mellum2_megatron.data.verify import verify_data
 
-    files, size = verify_data(folder)
+    folder, files, size = verify_data(data)
     print_line(f"{folder}: {files:,} files, {size_text(size)}, all as they were written")
 
 

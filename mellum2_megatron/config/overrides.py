@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -12,6 +13,8 @@ from mellum2_megatron.architecture import Mellum2Architecture, find_architecture
 from mellum2_megatron.common.errors import InputError, keyed, nearest, shown
 from mellum2_megatron.common.values import dataclass_in, field_types, from_text
 from mellum2_megatron.config.run import Run, keys
+
+logger = logging.getLogger(__name__)
 
 _LENGTH_IN_STEPS = re.compile(r"(step|iter|iters|iterations|epoch)s?$")
 """End of the names that other frameworks give to lengths."""
@@ -47,7 +50,8 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
 
     Args:
         run: the run, left unchanged.
-        overrides: full keys (``layout.ep``) with values as in `from_text`; later ones win.
+        overrides: full keys (``layout.ep``) with values as in `from_text`. Of a key given
+            twice the last value holds, as with Hydra, and a warning names both.
             ``architecture=PRESET`` or ``architecture=FOLDER`` (`find_architecture`) exchanges the
             whole model; it is applied first, at any position in the list. Layer types follow
             ``architecture.num_hidden_layers`` and ``architecture.num_mtp_layers``, see
@@ -61,6 +65,7 @@ def apply_overrides(run: Run, overrides: Sequence[str]) -> Run:
             type (the expected one is named), or a combination that the run refuses.
     """
     pairs = [_split(override) for override in overrides]
+    _warn_of_repeated(pairs)
     sources = dict(run.sources)
     # Whole models first: they replace the fields that the other overrides change.
     for key, text in pairs:
@@ -96,6 +101,20 @@ def _annotation(key: str) -> Any:
     for part in sections:
         fields = field_types(fields[part])
     return fields[name]
+
+
+def _warn_of_repeated(pairs: Sequence[tuple[str, str]]) -> None:
+    """Warn of keys with several values: one of them is most likely forgotten in a long command."""
+    values: dict[str, str] = {}
+    for key, text in pairs:
+        if values.setdefault(key, text) != text:
+            logger.warning(
+                "%s is given more than once: %s holds, not %s",
+                key,
+                shown(f"{key}={text}", quote=False),
+                shown(f"{key}={values[key]}", quote=False),
+            )
+            values[key] = text
 
 
 def _split(override: str) -> tuple[str, str]:

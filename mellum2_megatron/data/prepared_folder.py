@@ -83,7 +83,9 @@ class PreparedData:
         return self.path / f"{split}_document"
 
 
-def load_prepared(path: str | os.PathLike[str], *, name: str | None = None) -> PreparedData:
+def load_prepared(
+    path: str | os.PathLike[str], *, name: str | None = None, check_files: bool = True
+) -> PreparedData:
     """Read a prepared folder, and check that all of its files have their full length.
 
     Hashes of the tokens are not checked: that would read the whole corpus at every start.
@@ -91,6 +93,7 @@ def load_prepared(path: str | os.PathLike[str], *, name: str | None = None) -> P
     Args:
         path: the folder.
         name: the user's name for it, for messages; default ``data.path=PATH``.
+        check_files: check lengths and tokenizer, default true. False: the record alone is read.
 
     Raises:
         InputError: the folder is missing, not a prepared folder, of another format, or truncated;
@@ -126,6 +129,8 @@ def load_prepared(path: str | os.PathLike[str], *, name: str | None = None) -> P
         raise InputError(
             f"{folder / 'corpus.json'}", rule=f"it is damaged ({error!r})", fix=_PREPARE_AGAIN
         ) from error
+    if not check_files:
+        return prepared
     for split in SPLITS:
         statistics = prepared.splits[split]
         for suffix, size in ((".bin", statistics.bin_bytes), (".idx", statistics.idx_bytes)):

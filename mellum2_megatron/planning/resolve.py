@@ -77,6 +77,10 @@ def resolve_run(name: str, overrides: Sequence[str], *, output: Path | None = No
         InputError: see `named_run`; or a bad override.
     """
     run = apply_overrides(named_run(name), overrides)
+    key = "checkpoint.output="
+    given = next((word for word in reversed(overrides) if word.startswith(key)), None)
+    if output is not None and given is not None and Path(given.removeprefix(key)) != output:
+        logger.warning("--output %s holds, not %s", output, given)
     folder = output or Path(run.checkpoint.output or Path("runs") / run.name)
     return with_home(
         dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, output=str(folder)))

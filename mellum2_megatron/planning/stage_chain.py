@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint import StartingPoint
+from mellum2_megatron.checkpoint.checks import check_loaded
 from mellum2_megatron.checkpoint.folder import ROTATION, names_checkpoint
 from mellum2_megatron.checkpoint.resume_keys import changes
 from mellum2_megatron.common.errors import InputError
@@ -121,6 +122,36 @@ def check_predecessor(run: Run, start: StartingPoint | None = None) -> None:
         "it is not finished",
         fix=fix,
     )
+
+
+def check_start(run: Run, overrides: Sequence[str]) -> str | None:
+    """Check what a run loads, as its start would, for a plan that starts nothing.
+
+    A checkpoint that the command names must be there. One that a recipe or a run file names may be
+    on another machine, or not made yet, so its fault is told and not raised.
+
+    Args:
+        run: a resolved run.
+        overrides: ``key=value`` words of the command.
+
+    Returns:
+        The fault in one line, or None.
+
+    Raises:
+        InputError: the command names a checkpoint that the run cannot start from.
+    """
+    start = StartingPoint.of(run)
+    if start.kind in ("new", "resume"):
+        return None
+    key = "checkpoint.continue_from" if start.kind == "continue" else "checkpoint.load"
+    try:
+        check_predecessor(run, start)
+        check_loaded(run, start)
+    except InputError as error:
+        if any(word.partition("=")[0].strip() == key for word in overrides):
+            raise
+        return f"would be refused now: {error}"
+    return None
 
 
 def _problems(before: Run, after: Run) -> Iterator[tuple[str, str]]:

@@ -190,6 +190,22 @@ def test_a_dry_run_checks_the_data(small_run: list[str], corpus: Path, tmp_path:
     assert "# data: not checked, " in shown
 
 
+def test_a_dry_run_checks_the_checkpoint_it_would_load(
+    small_run: list[str], tmp_path: Path
+) -> None:
+    for key in ("checkpoint.load", "checkpoint.continue_from"):
+        word = f"{key}={tmp_path / 'none'}"
+        started = mellum2("train", *small_run, word)
+        started.refused(word, "there is no checkpoint")
+        assert mellum2("train", *small_run, "--dry-run", word).err == started.err
+        doctor = mellum2("doctor", *small_run, word)
+        assert (doctor.code, started.err.partition("error: ")[2] in doctor.out) == (2, True)
+    # That of a recipe may be made later, or elsewhere.
+    shown = mellum2("train", "mellum2_tiny_pretrain_phase2", "--dry-run")
+    assert shown.code == 0
+    assert "# would be refused now: checkpoint.continue_from=" in shown.out
+
+
 def test_prepare_prints_the_encoder_and_the_size(prepare_result: tuple[Path, Result]) -> None:
     folder, result = prepare_result
     assert (result.code, result.err) == (0, "")

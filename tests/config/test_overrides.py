@@ -128,6 +128,18 @@ def test_bad_overrides_are_named(override: str, rule: str, fix: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_of_a_key_given_twice_the_last_holds_and_a_line_names_both(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = ["optimizer.lr=1e-3", "layout.ep=1", "optimizer.lr = 2e-3", "layout.ep=1"]
+    run = apply_overrides(recipe(TINY), words)
+    assert (run.optimizer.lr, run.layout.ep) == (2e-3, 1)
+    (line,) = caplog.messages
+    assert line == (
+        "optimizer.lr is given more than once: optimizer.lr=2e-3 holds, not optimizer.lr=1e-3"
+    )
+
+
 def test_values_given_together_are_validated_together() -> None:
     run = apply_overrides(
         recipe(TINY), ["layout.tp=2", "layout.sp=true", "optimizer.lr=1", "optimizer.lr=2"]

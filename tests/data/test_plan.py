@@ -33,7 +33,6 @@ from mellum2_megatron.data.tokens.fill_in_middle import Sentinels, restore
 from mellum2_megatron.data.tokens.pack_files import PackShard, PieceFlag, read_pack_folder
 from mellum2_megatron.data.tokens.pack_writer import PieceTable
 from mellum2_megatron.data.tokens.tokenizer import load_tokenizer, tokenizer_hash
-from mellum2_megatron.data.verify import verify_data
 from mellum2_megatron.recipes import recipe
 
 LENGTH = 512
@@ -484,20 +483,6 @@ def test_rows_are_read_in_blocks(
     assert made
     # The other folder has results of other plans too.
     assert made == {name: whole[name] for name in made}
-
-
-def test_verify_hashes_the_results_of_every_stage(ran: Graph, tmp_path: Path) -> None:
-    copy = tmp_path / "plan"
-    shutil.copytree(ran.results, copy)
-    files, _ = verify_data(copy, progress=False)
-    assert files > len(list(copy.glob("phase-*/*/*.bin")))
-    (changed, *_) = sorted(copy.glob("tokens/*/ids.bin"))
-    values = bytearray(changed.read_bytes())
-    values[4] ^= 1
-    changed.write_bytes(values)
-    with pytest.raises(InputError, match="the bytes are not those") as refusal:
-        verify_data(copy, progress=False)
-    assert refusal.value.value == str(changed)
 
 
 def test_too_little_text_is_refused_with_the_gap(

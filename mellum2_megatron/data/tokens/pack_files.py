@@ -223,8 +223,13 @@ class PackFolder:
         return " ".join(shard["files"][".bin"]["sha256"] for shard in shards)
 
 
-def read_pack_folder(path: Path, name: str) -> PackFolder:
+def read_pack_folder(path: Path, name: str, *, check_files: bool = True) -> PackFolder:
     """Read a folder of packs; check that its files have their full length.
+
+    Args:
+        path: the folder.
+        name: the user's name for it, for messages.
+        check_files: check the lengths, default true. False: the record alone is read.
 
     Raises:
         InputError: no record, a damaged one, another format, or a file of another size.
@@ -266,7 +271,7 @@ def read_pack_folder(path: Path, name: str) -> PackFolder:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(str(file), rule=f"it is damaged ({error!r})", fix=again) from error
-    for data_file, size in sizes.items():
+    for data_file, size in sizes.items() if check_files else ():
         check_size(data_file, size, fix=again)
     return folder
 
