@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from conversion.release.model_checks import model_checks, model_checks_left_out
 from conversion.verification.verify import VerifyReport, verify
 from mellum2_megatron.checkpoint import CheckpointFolder, find_checkpoint, read_run
 from mellum2_megatron.checkpoint.folder import RUN_FILE
-from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.common.errors import InputError, WorkError, first_line
 from mellum2_megatron.common.files import (
     move_into_place,
     read_text,
@@ -173,7 +173,7 @@ def release(
     check_target(target, ingredients.checkpoint.root, overwrite)
     # Everything is written beside the target, on the same disk, and takes its name at the end. An
     # interrupted export stays: the same command continues it.
-    with _locked(staging):
+    with _writing(target), _locked(staging):
         folder = staging / target.name
         # Of an attempt that was killed after its export: its files may be incomplete.
         shutil.rmtree(folder, ignore_errors=True)
@@ -203,6 +203,22 @@ def release(
 
 
 @contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turn an error of the operating system, such as a full disk, into one of the release.
+
+    Raises:
+        WorkError: there was one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WorkError(
+            f"writing the release {target} failed ({first_line(error)}); nothing was released",
+            fix="free space on that disk and check its permissions, or choose another --output",
+        ) from error
+
+
+@contextmanager
 def _locked(staging: Path) -> Iterator[None]:
     """Make a staging folder and lock it; it is removed at the end if nothing is in it.
 
@@ -210,7 +226,13 @@ def _locked(staging: Path) -> Iterator[None]:
         InputError: another process writes the same release.
     """
     staging.mkdir(parents=True, exist_ok=True)
-    with (staging / _LOCK).open("w") as lock:
+    try:
+        lock_file = (staging / _LOCK).open("w")
+    except OSError:
+        with suppress(OSError):
+            staging.rmdir()  # unless there is an export to continue
+        raise
+    with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

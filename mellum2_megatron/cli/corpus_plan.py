@@ -21,11 +21,13 @@ PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="corpus plan
 
 def _open(file: Path) -> Graph:
     from mellum2_megatron.common.files import read_text
-    from mellum2_megatron.data.pipeline.plan import read_plan
+    from mellum2_megatron.data.pipeline.plan_file import faults_of, read_plan
     from mellum2_megatron.data.pipeline.run import open_plan
 
     plan = read_plan(file)
-    return open_plan(plan, read_text(file, str(file), fix="name a plan file"))
+    text = read_text(file, str(file), fix="name a plan file")
+    with faults_of(file):
+        return open_plan(plan, text)
 
 
 @data_app.command("plan")
@@ -38,6 +40,7 @@ def plan_command(file: PlanFile) -> None:
     from rich.table import Table
 
     from mellum2_megatron.data.pipeline.estimate import estimate
+    from mellum2_megatron.data.pipeline.plan_file import faults_of
     from mellum2_megatron.data.pipeline.summary import counted, needs, shortages
 
     graph = _open(file)
@@ -45,7 +48,8 @@ def plan_command(file: PlanFile) -> None:
         available = counted(graph)
         print_line("tokens: counted")
     else:
-        estimates = {name: estimate(graph, name) for name in graph.plan.sources}
+        with faults_of(file):
+            estimates = {name: estimate(graph, name) for name in graph.plan.sources}
         available = {name: one.tokens for name, one in estimates.items()}
         table = Table("source", "files", "size", "tokens", "kept", "core-hours", "disk")
         for name, one in estimates.items():
@@ -80,8 +84,9 @@ def plan_command(file: PlanFile) -> None:
     width = 2 if graph.tokenizer["vocab_size"] < 65500 else 4
     print_line(f"packs: {packed / 1e6:,.1f}M tokens, {size_text(packed * width)}")
     print_line(f"encodes with {graph.tokenizer['engine']}: {graph.tokenizer['engine_reason']}")
-    for shortage in shortages(graph, available):
-        raise shortage.error()
+    with faults_of(file):
+        for shortage in shortages(graph, available):
+            raise shortage.error()
 
 
 @data_app.command("run")
@@ -110,6 +115,7 @@ def run_command(
     May be stopped and started again at any time, with any number of workers: the result is the
     same.
     """
+    from mellum2_megatron.data.pipeline.plan_file import faults_of
     from mellum2_megatron.data.pipeline.run import run_plan
     from mellum2_megatron.data.pipeline.summary import left_out_rows
 
@@ -118,9 +124,10 @@ def run_command(
         _submit(file, profile, stage, part, array_tasks)
         return
     graph = _open(file)
-    records = run_plan(
-        graph, stage=stage, part=slices, workers=workers or len(os.sched_getaffinity(0))
-    )
+    with faults_of(file):
+        records = run_plan(
+            graph, stage=stage, part=slices, workers=workers or len(os.sched_getaffinity(0))
+        )
     if stage is not None:
         print_line(f"stage {stage} is done")
         return
@@ -165,6 +172,7 @@ def _submit(
     from launchers.corpus_arrays import check_profile, project_folder, submit, write_scripts
     from launchers.profile import read_profile
     from mellum2_megatron.data.pipeline.graph import STAGES
+    from mellum2_megatron.data.pipeline.plan_file import faults_of
 
     if stage is not None or part is not None:
         raise InputError(
@@ -182,7 +190,8 @@ def _submit(
         if name == STAGES[-1] and not graph.counted():
             missing.append((name, 0))
             continue
-        tasks = graph.tasks(name)
+        with faults_of(file):
+            tasks = graph.tasks(name)
         if not all(task.done(graph.results) for task in tasks):
             missing.append((name, len(tasks)))
     jobs = write_scripts(
@@ -196,6 +205,9 @@ def _submit(
 @data_app.command("report")
 def report_command(file: PlanFile) -> None:
     """Write a page with tables and pictures about a corpus plan that has run."""
+    from mellum2_megatron.data.pipeline.plan_file import faults_of
     from mellum2_megatron.data.pipeline.report import write_report
 
-    print_line(f"wrote {write_report(_open(file))}")
+    graph = _open(file)
+    with faults_of(file):
+        print_line(f"wrote {write_report(graph)}")

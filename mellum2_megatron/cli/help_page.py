@@ -66,5 +66,5 @@ def _print_help(command: Any, context: Any, formatter: Any) -> None:
     """
     from typer import rich_utils  # here: it takes a tenth of a second, and other commands none
 
-    rich_utils.Table = OptionTable  # type: ignore[misc]
+    vars(rich_utils)["Table"] = OptionTable
     type(command).format_help(command, context, formatter)

@@ -133,6 +133,7 @@ def from_mapping[T](
     key: str = "",
     on_default: Callable[[str], None] | None = None,
     readers: Mapping[str, Reader] = MappingProxyType({}),
+    right_place: Callable[[str], str | None] = lambda _: None,
 ) -> T:
     """Build dataclass ``cls``, and the dataclasses in its fields, from a mapping of its fields.
 
@@ -144,6 +145,8 @@ def from_mapping[T](
         on_default: called with the full key of each absent field that takes its default; None
             (default): not called.
         readers: readers to use in place of `from_plain`, by full key; default none.
+        right_place: function of an unknown full key, to the fix; where it is None (default), the
+            fix is the nearest key of the same mapping.
 
     Raises:
         InputError: not a mapping, an unknown key, an absent key without default, or a value of
@@ -163,7 +166,7 @@ def from_mapping[T](
             raise InputError(
                 unknown,
                 rule=f"no such key in a {document}",
-                fix=nearest(unknown, full_keys.values()),
+                fix=right_place(unknown) or nearest(unknown, full_keys.values()),
             )
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass
@@ -184,6 +187,7 @@ def from_mapping[T](
                     key=full_key,
                     on_default=on_default,
                     readers=readers,
+                    right_place=right_place,
                 )
             else:
                 arguments[name] = from_plain(value, annotations[name], full_key)

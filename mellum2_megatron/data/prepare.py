@@ -243,8 +243,25 @@ def _check_apart(target: Path, inputs: Sequence[str | os.PathLike[str]]) -> None
             )
 
 
+def no_documents(lines: Sequence[str], *, filters: bool = False) -> InputError:
+    """Return the refusal of inputs of which nothing is left.
+
+    Args:
+        lines: what was left out and dropped, a line for each reason.
+        filters: whether filters could have dropped it, default false.
+    """
+    return InputError(
+        "0 documents",
+        rule="\n".join(["nothing is left of the inputs", *lines]),
+        fix="give other texts, or a larger --max-megabytes or --max-document-megabytes"
+        + (", or --no-filters" if filters else ""),
+    )
+
+
 def _check_splits(selection: Selection, valid_fraction: float) -> None:
     """Refuse an empty split: Megatron cannot build a dataset without documents."""
+    if not selection.documents:
+        raise no_documents(selection.left_out.lines())
     for split in SPLITS:
         if not selection.of(split):
             raise InputError(

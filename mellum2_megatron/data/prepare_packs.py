@@ -20,7 +20,9 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,10 +58,11 @@ from mellum2_megatron.data.prepare import (
     SAMPLED_LENGTH,
     TOKENIZER_TRAINING_BYTES,
     complete_arguments,
+    no_documents,
     source_table,
 )
 from mellum2_megatron.data.prepared_folder import CORPUS_FILE
-from mellum2_megatron.data.tokens.document_tokenizer import fidelity
+from mellum2_megatron.data.tokens.document_tokenizer import end_of_document, fidelity
 from mellum2_megatron.data.tokens.fill_in_middle import FimSettings
 from mellum2_megatron.data.tokens.pack_files import PackShard, read_pack_folder
 from mellum2_megatron.data.tokens.pack_writer import write_record
@@ -127,12 +130,12 @@ class _Input:
     refused: list[str] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
 
-    def documents(self, *, most_bytes: int | None = None) -> Iterator[Document]:
+    def documents(self, left_out: LeftOut, *, most_bytes: int | None = None) -> Iterator[Document]:
         """Yield documents; of files at even distances where all are more than ``most_bytes``."""
         total = sum(file.size for file in self.files)
         stride = 1 if most_bytes is None else max(1, -(-total // most_bytes))
         for file in self.files[::stride]:
-            yield from read_documents(file, self.options, LeftOut())
+            yield from read_documents(file, self.options, left_out)
 
 
 def prepare_packs(
@@ -194,9 +197,11 @@ def prepare_packs(
             source = _source(given, packing)
             if tokenizer is None:
                 texts = _training_texts(given, source, seed, valid_fraction)
-                train_tokenizer(texts, folder / "tokenizer", vocab_size=vocab_size)
+                first = list(islice(texts, 1))  # here, not in the trainer: there may be none
+                train_tokenizer(chain(first, texts), folder / "tokenizer", vocab_size=vocab_size)
             else:
                 copy_tokenizer(Path(tokenizer), folder / "tokenizer")
+            end_of_document(folder / "tokenizer", eod)  # refused as --eod, not as a plan's key
             if packing.fim_rate is None and "fim_prefix" not in special_ids(
                 folder / "tokenizer", need_eos=False
             ):
@@ -305,7 +310,7 @@ def _source(given: _Input, packing: Packing) -> Source:
     if kind is None:
         looked = 0
         code = 0
-        for document in given.documents(most_bytes=1 << 20):
+        for document in given.documents(LeftOut(), most_bytes=1 << 20):
             looked += 1
             code += is_code(document.language)
             if looked == _LOOKED_AT:
@@ -327,16 +332,27 @@ def _source(given: _Input, packing: Packing) -> Source:
 
 
 def _training_texts(given: _Input, source: Source, seed: int, valid_share: float) -> Iterator[str]:
-    """Yield the texts that pass the filters and that the plan will place in training."""
+    """Yield the texts that pass the filters and that the plan will place in training.
+
+    Raises:
+        InputError: no document passes the filters, at the first step.
+    """
     filters = source.chosen_filters()
-    for document in given.documents(most_bytes=TOKENIZER_TRAINING_BYTES):
+    tally, dropped, kept = deepcopy(given.left_out), dict[str, dict[str, Any]](), 0
+    for document in given.documents(tally, most_bytes=TOKENIZER_TRAINING_BYTES):
         content = Content(document.text, document.language or "")
+        if (fault := reason_to_drop(content, filters)) is not None:
+            first = f"{document.file}: {fault[1]}"
+            row = dropped.setdefault(fault[0], {"filter": fault[0], "documents": 0, "first": first})
+            row["documents"] += 1
+            continue
+        kept += 1
         digest = hashlib.sha256(content.bytes).digest()[:HASH_BYTES]
         hashes = np.frombuffer(digest, dtype=np.uint8).reshape(1, -1)
-        if place(hashes, seed, valid_share)[0] == VALID:
-            continue
-        if reason_to_drop(content, filters) is None:
+        if place(hashes, seed, valid_share)[0] != VALID:
             yield document.text
+    if not kept:
+        raise no_documents([*tally.lines(), *dropped_lines(list(dropped.values()))], filters=True)
 
 
 def _run(plan: Plan, results: Path, workers: int, valid_fraction: float, progress: bool) -> Graph:
@@ -355,6 +371,8 @@ def _run(plan: Plan, results: Path, workers: int, valid_fraction: float, progres
     ):
         if not documents:
             lines = [*_left_out(graph).lines(), *dropped_lines(_dropped(graph))]
+            if not counts["documents"] + counts["valid_documents"]:
+                raise no_documents(lines, filters=True)
             raise InputError(
                 f"{counts['documents'] + counts['valid_documents']} document(s)",
                 rule="\n".join(

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from mellum2_megatron.common.errors import InputError, first_line
 from mellum2_megatron.common.stage_bars import stage_bars
+from mellum2_megatron.data.corpus.selection import SPLITS
 from mellum2_megatron.data.phase_record import PHASE_FILE, PLAN_FILE, read_phase
 from mellum2_megatron.data.pipeline.graph import STAGES
-from mellum2_megatron.data.pipeline.inputs import HASHES_FILE
-from mellum2_megatron.data.pipeline.plan import read_plan
+from mellum2_megatron.data.pipeline.plan_file import results_folder
 from mellum2_megatron.data.pipeline.tasks import MANIFEST, Result
-from mellum2_megatron.data.prepared_folder import SPLITS, load_prepared
+from mellum2_megatron.data.prepared_folder import load_prepared
 from mellum2_megatron.data.tokens.pack_files import PACKS_FILE, read_pack_folder
 from mellum2_megatron.data.tokens.tokenizer import tokenizer_hash
 
@@ -135,10 +135,7 @@ def _results(given: Path) -> Path:
     """
     if not given.is_file():
         return given
-    # The copy of a plan among its results: its relative paths start elsewhere.
-    if given.name == PLAN_FILE and (given.parent / HASHES_FILE).is_file():
-        return given.parent
-    folder = Path(read_plan(given).output or "")
+    folder = results_folder(given)
     if not (folder / PLAN_FILE).is_file():
         raise InputError(
             str(given),

@@ -121,8 +121,26 @@ def paths_are_folders(planned: PlannedRun) -> Problems:
             # os.path, because pathlib raises where a folder may not be entered.
             if os.path.exists(place) and not os.path.isdir(place):
                 yield InputError(
-                    f"{key}={path}", rule=f"{place} is a file, not a folder", fix="name a folder"
+                    f"{key}={path}",
+                    rule=f"{place} is a file, not a folder",
+                    fix=_folder_of_plan(place) if key == "data.path" else "name a folder",
                 )
+
+
+def _folder_of_plan(file: Path) -> str:
+    """Return the fix for a file given as ``data.path``: of a corpus plan, the folder it makes."""
+    if file.suffix in (".yaml", ".yml"):
+        # Imports numpy, which planning for another machine does not need.
+        from mellum2_megatron.data.pipeline.plan_file import results_folder
+
+        try:
+            return (
+                f"name the folder that this plan makes, and a phase: "
+                f"data.path={results_folder(file)} data.phase=1"
+            )
+        except InputError:
+            pass  # another file, or a plan with a fault
+    return "name a folder"
 
 
 @rule(evidence="this machine", machine=True, after=paths_are_folders)

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conversion.convert import import_hf
 from mellum2_megatron.checkpoint.folder import TRACKER_FILE
 from tests.cli.runner import PREPARE, mellum2, process, snapshot
+from tests.conversion.releases import write_model
 
 
 def test_full_disk_ends_with_one_message(
@@ -21,6 +23,9 @@ def test_full_disk_ends_with_one_message(
     tmp_path: Path,
 ) -> None:
     disk = mounted("size=64k")
+    write_model(tmp_path / "model")
+    released = tmp_path / "megatron"
+    import_hf(tmp_path / "model", released)
     np.save(tmp_path / "tokens.npy", np.ones((8, 40), dtype=np.int64))
     (disk / "kept").write_text("kept")
     before = snapshot(disk)
@@ -29,6 +34,7 @@ def test_full_disk_ends_with_one_message(
         (2, ["train", *small_run, "--output", disk / "run"]),  # not even one checkpoint would fit
         (1, ["convert", "import", "--hf-path", hf_folder, "--megatron-path", disk / "checkpoint"]),
         (1, ["convert", "export", "--megatron-path", checkpoint, "--hf-path", disk / "hf"]),
+        (1, ["release", "--megatron-path", released, "--output", disk / "out", "--member", "base"]),
         (1, ["data", "prepare", "--input", texts, "--output", disk / "x", *PREPARE]),
         (1, ["score", *tokens, *out, "--hf-path", hf_folder]),
     ):

@@ -18,7 +18,7 @@ import yaml
 
 from mellum2_megatron.data.pipeline.graph import STAGES
 from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
-from tests.cli.runner import Result, mellum2, snapshot
+from tests.cli.runner import TINY, Result, mellum2, snapshot
 from tests.small import python_like
 
 GOOD = json.dumps({"text": python_like(1)})
@@ -129,12 +129,36 @@ def test_odd_texts_are_kept(text: str, tokenizer: Path, tmp_path: Path) -> None:
         ({"phases": None}, "phases: null"),
         ({"name": ""}, "name=''"),
         ({"phases": [{"tokens": 0, "mixture": {"code": 100}}]}, "phases.1.tokens=0"),
+        ({"eod": "<none>"}, "eod: <none>: it must be an added token"),
+        ({"tokenizer": "none"}, "tokenizer "),
+        ({"sources": {"code": {"kind": "code", "inputs": ["none"]}}}, "sources.code.inputs: "),
+        ({"fim": {"rate": 0.5}}, "fim: no such key in a corpus plan. Fix: fim belongs to a phase"),
     ],
 )
 def test_a_fault_of_a_plan_names_its_file(
     changes: dict[str, Any], words: str, tokenizer: Path, tmp_path: Path
 ) -> None:
-    run(tmp_path, tokenizer, **changes).refused(f"{tmp_path / 'plan.yaml'}: {words}")
+    (tmp_path / "in").mkdir()
+    for command in ("run", "plan"):
+        file = write_plan(tmp_path, tokenizer, **changes)
+        mellum2("data", command, file).refused(f"error: {file}: {words}")
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_option_is_no_fault_of_the_plan(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "f.py").write_text(python_like(1))
+    run(tmp_path, tokenizer, "--stage", "none").refused("error: --stage none: ")
+
+
+def test_a_plan_given_as_data_names_the_folder_that_it_makes(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    file, other = write_plan(tmp_path, tokenizer), tmp_path / "other.yaml"
+    other.write_text("a: 1\n")
+    result = mellum2("train", TINY, f"data.path={file}", "--dry-run")
+    result.refused("is a file", f"data.path={tmp_path / 'results'} data.phase=1")
+    mellum2("train", TINY, f"data.path={other}", "--dry-run").refused("name a folder")
 
 
 def test_a_folder_of_other_files_is_no_output(tokenizer: Path, tmp_path: Path) -> None:
@@ -159,7 +183,9 @@ def test_missing_tokens_are_told_and_the_plan_ends_with_2(tokenizer: Path, tmp_p
         result = mellum2("data", "plan", write_plan(tmp_path, tokenizer, phases=phases))
         assert result.code == 2, result
         assert told in result.out
-        assert re.search(r"sources\.code: [\d,]+ tokens: the phases need 10,000,000, ", result.err)
+        assert re.search(
+            r"plan\.yaml: sources\.code: [\d,]+ tokens: the phases need 10,000,000, ", result.err
+        )
         for stage in STAGES[:-1]:
             assert run(tmp_path, tokenizer, "--stage", stage, phases=phases).code == 0
     enough = [{"tokens": 100, "mixture": {"code": 100}, "sequence_length": 512}]
@@ -197,7 +223,7 @@ def test_nothing_left_to_train_on(tokenizer: Path, tmp_path: Path) -> None:
     run(tmp_path, tokenizer).refused("in", "sources.code")
     (tmp_path / "in" / "empty.py").write_text("")
     (tmp_path / "in" / "short.py").write_text("x\n")
-    run(tmp_path, tokenizer).refused("sources.code: 0 tokens")
+    run(tmp_path, tokenizer).refused("plan.yaml: sources.code: 0 tokens")
 
 
 def test_full_disk_in_every_stage(

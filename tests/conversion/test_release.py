@@ -66,6 +66,39 @@ def test_every_check_of_a_release_ran_and_passed(released: ReleaseResult) -> Non
     assert outcomes[LOGITS] == "pass"
 
 
+@pytest.mark.parametrize("step", ["open", "write_text", "write_json", "move_into_place"])
+def test_a_full_disk_at_any_step_is_one_error_and_leaves_the_former_release(
+    step: str, chat_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock, licence and card, verification card, and the last step."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"member": "base", "skip_run": True, "overwrite": True}
+    release(chat_checkpoint, out, **options)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    whole = Path.open
+    with monkeypatch.context() as patch:
+        if step == "open":
+            lock = ".lock"
+            patch.setattr(
+                Path,
+                "open",
+                lambda path, *mode: (full if path.name == lock else whole)(path, *mode),
+            )
+        else:
+            patch.setattr(f"conversion.release.release.{step}", full)
+        with pytest.raises(WorkError) as failure:
+            release(chat_checkpoint, out, **options)
+    assert f"writing the release {out} failed (No space left on device" in str(failure.value)
+    assert "free space" in failure.value.fix
+    assert left_behind(out) == ["out"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    release(chat_checkpoint, out, **options)
+
+
 @pytest.mark.parametrize("member", ["instruct-sft", "thinking-sft"])
 def test_our_chat_template_passes_every_check(
     member: str, chat_checkpoint: Path, tmp_path: Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mellum2_megatron.data.pipeline.graph import STAGES, Graph
-from mellum2_megatron.data.pipeline.plan import read_plan
+from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.pipeline.tasks import run_task
 
 

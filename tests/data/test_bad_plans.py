@@ -10,7 +10,7 @@ import pytest
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.data.pipeline.graph import Graph
-from mellum2_megatron.data.pipeline.plan import read_plan
+from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.prepared_folder import PreparedData
 from tests import REPOSITORY
 from tests.data.test_plan import write_inputs, write_plan
@@ -87,7 +87,7 @@ def test_the_plans_in_the_documentation_can_be_read(page: str, tmp_path: Path) -
         ({"seed": 10**40}, "seed=1000"),
         ({"near_duplicates": {"bands": 10**5, "rows": 10**5}}, "100000 bands"),
         ({"valid_share": 0.9}, "valid_share=0.9"),
-        ({"eod": "<none>"}, "--eod <none>"),
+        ({"eod": "<none>"}, "eod: <none>: it must be an added token"),
     ],
 )  # fmt: skip
 def test_bad_plans_are_refused(

@@ -13,7 +13,7 @@ import pytest
 
 from mellum2_megatron.data.corpus.near_duplicates import later_ones, shared_keys
 from mellum2_megatron.data.pipeline.graph import Graph
-from mellum2_megatron.data.pipeline.plan import read_plan
+from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.pipeline.report import write_report
 from mellum2_megatron.data.pipeline.run import run_plan
 from mellum2_megatron.data.pipeline.selecting import VALID, place

@@ -24,7 +24,8 @@ from mellum2_megatron.data.phase_record import PHASE_FILE, read_phase
 from mellum2_megatron.data.pipeline import encoding, row_file
 from mellum2_megatron.data.pipeline.graph import STAGES, Graph
 from mellum2_megatron.data.pipeline.packing import _diverse, _Totals
-from mellum2_megatron.data.pipeline.plan import Plan, read_plan
+from mellum2_megatron.data.pipeline.plan import Plan
+from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.pipeline.run import run_plan
 from mellum2_megatron.data.pipeline.summary import counted, funnels, left_out_rows, needs
 from mellum2_megatron.data.prepared_folder import PreparedData

@@ -19,6 +19,7 @@ from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.data.tokens.pack_files import PackShard, PieceFlag, read_pack_folder
 from mellum2_megatron.data.tokens.tokenizer import load_tokenizer
 from mellum2_megatron.recipes import recipe
+from tests.cli.runner import mellum2
 from tests.data.test_plan import content, rich, write_inputs
 
 WHOLE = Packing(sequence_length=8192, fim_rate=0.0)
@@ -220,6 +221,29 @@ def test_bad_wishes_are_refused_and_nothing_is_written(
     with pytest.raises(InputError, match=message):
         make(tmp_path / "corpus", **changes)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["packs", "packs with a tokenizer", "megatron"])
+def test_inputs_of_which_nothing_is_left(form: str, prepared: PreparedData, tmp_path: Path) -> None:
+    """Said with the reasons, without a word of splits or of a vocabulary."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "empty.py").write_text("")
+    (folder / "latin.py").write_bytes("# caf\xe9\n".encode("latin-1"))
+    words = ["--input", folder, "--output", tmp_path / "out", "--workers", "1"]
+    reasons = ["left out: 1 empty", "left out: 1 not UTF-8"]
+    if form == "megatron":
+        words += ["--format", "megatron"]
+    else:
+        (folder / "short.py").write_text("x\n")
+        reasons += ["dropped: 1 "]
+    if "tokenizer" in form:
+        words += ["--tokenizer", prepared.tokenizer_dir]
+    result = mellum2("data", "prepare", *words)
+    result.refused("0 documents: nothing is left of the inputs", *reasons, "--max-megabytes")
+    assert "--valid-fraction" not in result.err
+    assert "--vocab-size" not in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_full_disk_leaves_nothing(

@@ -16,7 +16,8 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.data.pipeline import repositories
 from mellum2_megatron.data.pipeline.graph import Graph
 from mellum2_megatron.data.pipeline.ledger import BUCKETS, Part
-from mellum2_megatron.data.pipeline.plan import Plan, read_plan
+from mellum2_megatron.data.pipeline.plan import Plan
+from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.pipeline.report import write_report
 from mellum2_megatron.data.pipeline.repository_packing import KeyRange, key_ranges
 from mellum2_megatron.data.pipeline.run import run_plan

@@ -6,12 +6,13 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.data.phase_record import PHASE_FILE, PLAN_FILE
-from mellum2_megatron.data.pipeline.plan import read_plan
+from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.pipeline.run import open_plan, run_plan
 from mellum2_megatron.data.pipeline.tasks import MANIFEST
 from mellum2_megatron.data.prepared_folder import PreparedData
@@ -68,7 +69,7 @@ def spoil(path: Path) -> None:
 
 
 DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
-    ("documents/*/texts*", flip, "other bytes"),
+    ("documents/*/documents*", flip, "other bytes"),
     ("exact/*/" + MANIFEST, Path.unlink, "cannot be read"),
     ("tokens/*/ids.bin", cut, "it should have"),
     ("select/*/" + MANIFEST, spoil, "cannot be read"),
@@ -117,7 +118,7 @@ def test_every_damaged_file_of_a_plan_is_named_at_once(corpus: Path) -> None:
 def test_each_kind_of_damage_is_found_alone(
     pattern: str, harm: Callable[[Path], object], words: str, corpus: Path
 ) -> None:
-    """A file that a phase shares with stage `packs` is named as the result that is to be removed."""
+    """A file that a phase shares with stage `packs` is named as the result to remove."""
     path = one(corpus, pattern)
     harm(path)
     with pytest.raises(InputError, match=words) as refusal:
@@ -159,10 +160,10 @@ def test_a_file_that_cannot_be_read_is_named_with_the_others(
     flip(changed)
     whole = Path.open
 
-    def fail(path: Path, *mode: str) -> object:
+    def fail(path: Path, *mode: Any, **options: Any) -> Any:
         if path == broken:
             raise OSError(5, "Input/output error")
-        return whole(path, *mode)
+        return whole(path, *mode, **options)
 
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(InputError) as refusal:

@@ -11,7 +11,7 @@ import yaml
 from launchers.corpus_arrays import project_folder, submit, write_scripts
 from launchers.profile import Profile
 from mellum2_megatron.data.pipeline.graph import STAGES, Graph
-from mellum2_megatron.data.pipeline.plan import read_plan
+from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.pipeline.run import run_plan
 from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
 from tests.data.test_plan import content, module, write_inputs, write_plan

@@ -202,7 +202,7 @@ class ProseShape(Thresholds):
     """Shape of running text (Gopher, and FineWeb for line ends).
 
     Attributes:
-        fewest_words, most_words: default 50 and 100,000 (Gopher).
+        fewest_words, most_words: words of a document, default 50 and 100,000 (Gopher).
         shortest_word, longest_word: mean bytes of a word, default 3 and 10 (Gopher).
         signs: highest number of ``#`` and of ellipses for each word, default 0.1 (Gopher).
         bullets: highest share of lines that begin with a bullet, default 0.9 (Gopher).

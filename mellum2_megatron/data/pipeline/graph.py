@@ -467,7 +467,7 @@ def tokenizer_facts(plan: Plan) -> dict[str, Any]:
         InputError: the folder has no tokenizer, or several tokens could end a document.
     """
     folder = Path(plan.tokenizer)
-    eod = end_of_document(folder, plan.eod)
+    eod = end_of_document(folder, plan.eod, key="eod: ")
     choice = choose_encoder(folder, eod)
     return {
         "sha256": tokenizer_hash(folder),

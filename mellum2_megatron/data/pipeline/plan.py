@@ -7,24 +7,19 @@ The report's curriculum has three phases (report §3, appendix B): web, code and
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
-from mellum2_megatron.common.errors import InputError, keyed, nearest, shown
+from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.common.field_checks import (
     require,
     require_not_negative,
     require_positive,
     require_text,
 )
-from mellum2_megatron.common.files import read_text
-from mellum2_megatron.common.text import read_yaml
-from mellum2_megatron.common.values import from_mapping, from_plain
 from mellum2_megatron.data.corpus.near_duplicates import NearDuplicateSettings
 from mellum2_megatron.data.corpus.parse_filters import CommentShare, Parses
 from mellum2_megatron.data.corpus.quality_filters import (
@@ -38,8 +33,6 @@ from mellum2_megatron.data.corpus.sources import LARGEST_DOCUMENT
 from mellum2_megatron.data.tokens.best_fit_packing import PieceOrder
 from mellum2_megatron.data.tokens.fill_in_middle import FimSettings
 from mellum2_megatron.data.tokens.repository import RepositorySettings
-
-DOCUMENT = "corpus plan"
 
 FILTERS: Mapping[str, tuple[Filter, ...]] = MappingProxyType(
     {"code": (*CODE_FILTERS, Parses(), CommentShare()), "text": PROSE_FILTERS}
@@ -141,7 +134,7 @@ class Source:
                 raise InputError(
                     f"filters.{name}",
                     rule=f"sources of kind {self.kind} have no such filter",
-                    fix=nearest(name, defaults),
+                    fix=_filter_of_another_kind(name) or nearest(name, defaults),
                 )
         chosen: list[Filter] = []
         for name, test in defaults.items():
@@ -159,6 +152,11 @@ class Source:
             assert isinstance(test, Thresholds)
             chosen.append(replace(test, **thresholds))  # type: ignore[type-var]
         return tuple(chosen)
+
+
+def _filter_of_another_kind(name: str) -> str:
+    kinds = [kind for kind, tests in FILTERS.items() if name in {type(t).__name__ for t in tests}]
+    return f"{name} is a filter of kind {kinds[0]}" if kinds else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -333,124 +331,3 @@ class Plan:
     def joins_repositories(self, source: str) -> bool:
         """Return true if a phase joins this source's files to repository-level documents."""
         return any(source in phase.repository for phase in self.phases)
-
-
-def read_plan(path: Path) -> Plan:
-    """Read a plan file. Relative paths in it start at the file's own folder.
-
-    Raises:
-        InputError: the file cannot be read, or says something that no plan can; each names it.
-    """
-    text = read_text(path, str(path), fix="name a plan file (docs/corpus_plans.md has an example)")
-    try:
-        return _plan_of(text, path)
-    except InputError as error:
-        raise InputError(f"{path}: {error.value}", rule=error.rule, fix=error.fix) from None
-
-
-def _plan_of(text: str, path: Path) -> Plan:
-    values = read_yaml(text, document=DOCUMENT, fix="correct the line")
-    plan = from_mapping(
-        Plan, values, document=DOCUMENT, readers={"sources": _sources, "phases": _phases}
-    )
-    base = path.resolve().parent
-
-    def absolute(key: str, name: str) -> str:
-        require_text(key, name)
-        # Not Path.expanduser, which fails for an unknown user; ~nobody is then no such folder.
-        return str(base / os.path.expanduser(name))
-
-    plan = replace(
-        plan,
-        tokenizer=absolute("tokenizer", plan.tokenizer),
-        output=absolute("output", path.stem if plan.output is None else plan.output),
-        sources={
-            name: replace(
-                source,
-                inputs=tuple(absolute(f"sources.{name}.inputs", given) for given in source.inputs),
-            )
-            for name, source in plan.sources.items()
-        },
-    )
-    _check_output(plan, path)
-    return plan
-
-
-def _check_output(plan: Plan, file: Path) -> None:
-    """Refuse results inside an input, and around or in what the plan is made from.
-
-    The next run would read them as text; and a plan replaces and removes folders of its output.
-    """
-    output = Path(os.path.realpath(plan.output or ""))
-    own = {
-        f"the plan {file}": file,
-        f"tokenizer={plan.tokenizer}": Path(plan.tokenizer),
-        **{
-            f"sources.{name}.inputs: {given}": Path(given)
-            for name, source in plan.sources.items()
-            for given in source.inputs
-        },
-    }
-    for name, place in own.items():
-        if Path(os.path.realpath(place)).is_relative_to(output):
-            raise InputError(
-                f"output={plan.output}",
-                rule=f"{name} lies in it, and a plan replaces and removes folders there",
-                fix="give an `output` of its own",
-            )
-    for name, source in plan.sources.items():
-        for given in source.inputs:
-            if output.is_relative_to(os.path.realpath(given)):
-                raise InputError(
-                    f"output={plan.output}",
-                    rule=f"it lies inside sources.{name}.inputs: {given}, and the next run would "
-                    "read the results as text",
-                    fix="give an `output` elsewhere, or name the folders of the texts",
-                )
-
-
-def _sources(values: Any, key: str) -> Mapping[str, Source]:
-    if not isinstance(values, Mapping):
-        raise InputError(
-            f"{key}: {shown(values)}", rule="must be a mapping", fix="NAME: {kind: code}"
-        )
-    return {
-        str(name): _named(Source, value, f"{key}.{name}", {"filters": _filters})
-        for name, value in values.items()
-    }
-
-
-def _filters(values: Any, key: str) -> Mapping[str, Mapping[str, float] | None]:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{key}: {shown(values)}", rule="must be a mapping", fix="LineLength: {}")
-    return {
-        name: from_plain(thresholds, Mapping[str, float] | None, f"{key}.{name}")
-        for name, thresholds in values.items()
-    }
-
-
-def _phases(values: Any, key: str) -> tuple[Phase, ...]:
-    if not isinstance(values, list):
-        raise InputError(f"{key}: {shown(values)}", rule="must be a list", fix="- tokens: 1000000")
-    return tuple(
-        _named(Phase, value, f"{key}.{number}", {"repository": _repository})
-        for number, value in enumerate(values, start=1)
-    )
-
-
-def _repository(values: Any, key: str) -> Mapping[str, RepositorySettings]:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{key}: {shown(values)}", rule="must be a mapping", fix="code: {}")
-    return {
-        str(name): _named(RepositorySettings, value, f"{key}.{name}", {})
-        for name, value in values.items()
-    }
-
-
-def _named[T](
-    cls: type[T], values: Any, key: str, readers: Mapping[str, Callable[[Any, str], Any]]
-) -> T:
-    """Build a dataclass; a fault of its own checks gets the full key in front."""
-    full = {f"{key}.{name}": reader for name, reader in readers.items()}
-    with keyed(key):
-        return from_mapping(cls, values, document=DOCUMENT, key=key, readers=full)

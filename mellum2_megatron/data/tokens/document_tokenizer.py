@@ -71,13 +71,15 @@ class Fidelity:
         return lines
 
 
-def end_of_document(folder: Path, eod: str | None = None) -> int:
+def end_of_document(folder: Path, eod: str | None = None, *, key: str = "--eod ") -> int:
     """Return the id that ends every document.
 
     Args:
         folder: Hugging Face tokenizer folder.
         eod: an added token or its id; default None: ``<|endoftext|>`` where the tokenizer has it,
             else its eos.
+        key: the user's word for ``eod`` with what stands behind it, for messages; default that of
+            the command line.
 
     Raises:
         InputError: the token is not one of the added tokens, the choice is ambiguous, or ids are
@@ -101,7 +103,7 @@ def end_of_document(folder: Path, eod: str | None = None) -> int:
         if eod.isascii() and eod.isdigit() and int(eod) in candidates.values():
             return int(eod)
         raise InputError(
-            f"--eod {eod}",
+            f"{key}{eod}",
             rule="it must be an added token of the tokenizer, or the id of one",
             fix=f"use one of: {listed}",
         )
@@ -114,7 +116,7 @@ def end_of_document(folder: Path, eod: str | None = None) -> int:
             f"tokenizer {folder}",
             rule=f"there is no {EOD} and {'no' if not ends else 'more than one possible'} "
             "token that ends a document" + (f" ({', '.join(ends)})" if ends else ""),
-            fix=f"name it with --eod; the added tokens are: {listed}",
+            fix=f"name it with {key.strip()}; the added tokens are: {listed}",
         )
     return candidates[ends[0]]
 

@@ -48,7 +48,8 @@ class FimSettings:
             in phase 1, 0.1 of all in phase 2, 0.5 of source code only in phase 3.
         code_only: reorder source code only, default false.
         psm_share: share of PSM among the reordered documents, default 0.5 (report §3).
-        spm_order: ``mellum`` (default) or ``starcoder``, see the module.
+        spm_order: ``mellum`` (default), as the released models are prompted, or ``starcoder``, as
+            Megatron has it.
         level: cut between ``character``s (default) or between ``token``s.
 
     Raises:
