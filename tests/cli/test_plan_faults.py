@@ -140,7 +140,8 @@ def test_a_fault_of_a_plan_names_its_file(
 ) -> None:
     (tmp_path / "in").mkdir()
     for command in ("run", "plan"):
-        file = write_plan(tmp_path, tokenizer, **changes)
+        others = {key: value for key, value in changes.items() if key != "tokenizer"}
+        file = write_plan(tmp_path, changes.get("tokenizer", tokenizer), **others)
         mellum2("data", command, file).refused(f"error: {file}: {words}")
     assert not (tmp_path / "results").exists()
 

@@ -80,14 +80,13 @@ def test_a_full_disk_at_any_step_is_one_error_and_leaves_the_former_release(
         raise OSError(28, "No space left on device", str(path))
 
     whole = Path.open
+
+    def no_lock(path: Path, *mode: Any, **options: Any) -> Any:
+        return (full if path.name == ".lock" else whole)(path, *mode, **options)
+
     with monkeypatch.context() as patch:
         if step == "open":
-            lock = ".lock"
-            patch.setattr(
-                Path,
-                "open",
-                lambda path, *mode: (full if path.name == lock else whole)(path, *mode),
-            )
+            patch.setattr(Path, "open", no_lock)
         else:
             patch.setattr(f"conversion.release.release.{step}", full)
         with pytest.raises(WorkError) as failure:

@@ -11,8 +11,8 @@ from tests import REPOSITORY
 PAGE = REPOSITORY / "docs" / "corpus_plans.md"
 HEADING = "\n## All keys\n"
 INTRODUCTION = """
-`python -m tests.data.plan_keys_table` makes these tables from the docstrings of the plan's classes:
-change those. A key at another place is refused, and the message names its own.
+`python -m tests.data.plan_keys_table` makes these tables from the docstrings of the plan's
+classes: change those. A key at another place is refused, and the message names its own.
 
 """
 

@@ -235,7 +235,7 @@ def test_inputs_of_which_nothing_is_left(form: str, prepared: PreparedData, tmp_
     if form == "megatron":
         words += ["--format", "megatron"]
     else:
-        (folder / "short.py").write_text("x\n")
+        (folder / "broken.py").write_text("def f(:\n" * 20)
         reasons += ["dropped: 1 "]
     if "tokenizer" in form:
         words += ["--tokenizer", prepared.tokenizer_dir]
