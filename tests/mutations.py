@@ -384,8 +384,8 @@ MUTATIONS = (
     Mutation(
         name="tokenizer trained on validation texts",
         file="mellum2_megatron/data/prepare_packs.py",
-        old="        if place(hashes, seed, valid_share)[0] == VALID:\n            continue\n",
-        new="",
+        old="        if place(hashes, seed, valid_share)[0] != VALID:\n            yield",
+        new="        if True:\n            yield",
         test=("tests/data/test_prepare_packs.py", "-k", "training_documents_alone"),
     ),
     Mutation(
