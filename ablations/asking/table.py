@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.table import Column
 
 from ablations.asking.planned import Plan, PlannedArm, differences, missing_data, ranks
 from mellum2_megatron.common.console import plain_table
@@ -42,7 +43,9 @@ def render_study(plan: Plan) -> RenderableType:
     """Return the tables of `mellum2 ablate show`."""
     rows, study = study_rows(plan), plan.study
     arms = [row["arm"] + (" (control)" if row["control"] else "") for row in rows]
-    changes = plain_table("key", *arms, title=f"{plan.name}, {plan.scale}: what differs")
+    # A key is folded, never cut: a reader copies it.
+    key = Column("key", overflow="fold")
+    changes = plain_table(key, *arms, title=f"{plan.name}, {plan.scale}: what differs")
     for key, values in differences(plan).items():
         changes.add_row(key, *values)
     sizes = plain_table("", *arms, title="size and cost of one run")
