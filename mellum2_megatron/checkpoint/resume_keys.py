@@ -120,6 +120,17 @@ RULES: dict[str, Rule] = {
         "window timeout_s",
         _SPEED,
     ),
+    **_all(
+        "rl.objective",
+        "group_size prompts oversampling clip_low clip_high band_low band_high max_age max_tokens "
+        "overlong_tokens overlong_penalty concision_penalty concision_free_tokens",
+        _LOSS,
+    ),
+    **_all("rl", "engine engine_dtype ahead rounds chat_template", _DATA),
+    "rl.freeze_router": _rule("fixed", "frozen weights have no optimizer state"),
+    "rl.mtp_detach": _LOSS,
+    "rl.eval_answers": _VALIDATION,
+    **_all("rl", "url workers", _SPEED),
     **_all("logging", "eval_iterations eval_batch_size", _VALIDATION),
     **_all(
         "logging",

@@ -2,9 +2,11 @@
 
 from mellum2_megatron.config.execution import Execution
 from mellum2_megatron.config.layout import Layout
+from mellum2_megatron.config.objective import Objective
 from mellum2_megatron.config.optimizer import Loss, Optimizer
 from mellum2_megatron.config.overrides import apply_overrides, overridden
 from mellum2_megatron.config.precision import Precision
+from mellum2_megatron.config.rl import Rl
 from mellum2_megatron.config.run import (
     Backend,
     Checkpoint,
@@ -29,8 +31,10 @@ __all__ = [
     "Layout",
     "Logging",
     "Loss",
+    "Objective",
     "Optimizer",
     "Precision",
+    "Rl",
     "Run",
     "Schedule",
     "Stability",

@@ -32,6 +32,7 @@ from mellum2_megatron.config.execution import Execution
 from mellum2_megatron.config.layout import Layout
 from mellum2_megatron.config.optimizer import Loss, Optimizer
 from mellum2_megatron.config.precision import Precision
+from mellum2_megatron.config.rl import Rl
 from mellum2_megatron.config.schedule import Schedule
 from mellum2_megatron.config.stability import Stability
 from mellum2_megatron.config.stream import Stream
@@ -76,8 +77,8 @@ class Data:
             that continues another one (``checkpoint.continue_from``) on data of its own begins at
             that run's ``schedule.train_samples``. The phases of the report's pre-training do so.
         feed: way of the training samples to the ranks. ``files`` (default): each rank reads them.
-            ``redis``: one process reads them and streams them to all; the samples are the same.
-            Validation is always read from files.
+            ``redis``: one process reads them and streams them to all; validation is read from
+            files. ``rollouts``: the model's own answers to the tasks in ``path``, see `Rl`.
         stream: settings of ``redis``, see `Stream`.
 
     Raises:
@@ -95,7 +96,7 @@ class Data:
     document_attention: bool | None = None
     phase: int | None = None
     first_sample: int = 0
-    feed: Literal["files", "redis"] = "files"
+    feed: Literal["files", "redis", "rollouts"] = "files"
     stream: Stream = field(default_factory=Stream)
 
     def __post_init__(self) -> None:
@@ -287,7 +288,7 @@ class Run:
         name: name of the recipe.
         description: one line about the recipe, which `mellum2 recipes` prints; default none.
         architecture: the model.
-        layout, optimizer, loss, schedule, precision, execution, stability, data, logging,
+        layout, optimizer, loss, schedule, precision, execution, stability, data, rl, logging,
             checkpoint: one section each, see their classes.
         seed: seed of the initial weights, and of the order of the training data unless
             ``data.seed`` is set; default 1234.
@@ -317,6 +318,7 @@ class Run:
     execution: Execution = field(default_factory=Execution)
     stability: Stability = field(default_factory=Stability)
     data: Data
+    rl: Rl = field(default_factory=Rl)
     logging: Logging = field(default_factory=Logging)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     seed: int = 1234

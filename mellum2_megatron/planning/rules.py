@@ -1,8 +1,8 @@
 """Known-bad combinations, refused before a process is started.
 
 `mellum2 doctor` prints all rules that a run breaks, `mellum2 train` raises them. `rule` has their
-form; `settings_rules`, `execution_rules`, `machine_rules` and `resume_rules` hold them, and
-register in this order.
+form; `settings_rules`, `execution_rules`, `rl_rules`, `machine_rules` and `resume_rules` hold them,
+and register in this order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from mellum2_megatron.planning import settings_rules  # noqa: F401  # registers 
 
 # isort: split
 from mellum2_megatron.planning import execution_rules  # noqa: F401
+
+# isort: split
+from mellum2_megatron.planning import rl_rules  # noqa: F401
 
 # isort: split
 from mellum2_megatron.planning import machine_rules  # noqa: F401

@@ -16,12 +16,13 @@ from mellum2_megatron.recipes.four_layers import FOUR_LAYERS, four_layer_pretrai
 from mellum2_megatron.recipes.long_context import LONG_CONTEXT
 from mellum2_megatron.recipes.own_file import RecipeFile, RecipeOrigin, as_variant, split_file
 from mellum2_megatron.recipes.pretraining import PRETRAINING
+from mellum2_megatron.recipes.rlvr import RLVR
 from mellum2_megatron.recipes.sft import SFT
 from mellum2_megatron.recipes.stage import StageFamily, stage_recipes
 from mellum2_megatron.recipes.tiny import TINY, quickstart
 
 MELLUM2_12B = StageFamily(
-    name="mellum2_12b", title="Mellum 2 12B", stages=(*PRETRAINING, LONG_CONTEXT, *SFT)
+    name="mellum2_12b", title="Mellum 2 12B", stages=(*PRETRAINING, LONG_CONTEXT, *SFT, *RLVR)
 )
 
 # A table, not decorators: its content does not depend on which modules are imported.

@@ -20,8 +20,10 @@ from mellum2_megatron.config import (
     Loss,
     Optimizer,
     Precision,
+    Rl,
     Run,
     Schedule,
+    Stability,
 )
 from mellum2_megatron.recipes.hardware import Hardware
 
@@ -43,6 +45,7 @@ OPERATION_SOURCES = {
         ("data", "logging", "checkpoint", "seed", "seed_weights", "backend", "timeout_minutes"),
         "ours: operation of the run",
     ),
+    "rl": "not used: the run learns from data",
 }
 """Sources of the sections that the report leaves open; part of `COMMON_SOURCES`."""
 
@@ -107,6 +110,8 @@ class Stage:
             ending gives the short name.
         sources: sources of the values, by key; they override `COMMON_SOURCES`.
         after: name of the stage to start from; default None: the one before in the family.
+        rl: section of reinforcement learning, default unused.
+        stability: another section, default `Stability`'s.
     """
 
     name: str
@@ -125,6 +130,8 @@ class Stage:
     after: str | None = None
     keep_last: int | None = None
     retain_interval: int | None = None
+    rl: Rl = Rl()  # noqa: RUF009  # frozen
+    stability: Stability = Stability()  # noqa: RUF009
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +192,8 @@ def stage_run(family: StageFamily, stage: Stage, before: Stage | None, ending: s
         precision=hardware.precision or stage.precision,
         execution=hardware.execution,
         data=stage.data,
+        rl=stage.rl,
+        stability=stage.stability,
         logging=stage.logging,
         checkpoint=Checkpoint(
             save_interval=stage.save_interval,

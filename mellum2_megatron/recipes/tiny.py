@@ -8,6 +8,8 @@
     mellum2 train mellum2_tiny_long_context
     mellum2 train mellum2_tiny_sft_instruct      # data: mellum2 data chat --length 1024
     mellum2 train mellum2_tiny_sft_thinking
+    mellum2 rl mellum2_tiny_rlvr_instruct        # tasks: docs/rlvr.md
+    mellum2 rl mellum2_tiny_rlvr_thinking
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from mellum2_megatron.config import (
     Data,
     Layout,
     Logging,
+    Objective,
     Optimizer,
     Precision,
+    Rl,
     Run,
     Schedule,
 )
-from mellum2_megatron.recipes import long_context, pretraining, sft
+from mellum2_megatron.recipes import long_context, pretraining, rlvr, sft
 from mellum2_megatron.recipes.hardware import Hardware
 from mellum2_megatron.recipes.stage import LENGTHS, OPERATION_SOURCES, Stage, StageFamily
 
@@ -197,10 +201,65 @@ def _sft(kind: sft.Kind) -> Stage:
     )
 
 
+def _rlvr(kind: rlvr.Kind) -> Stage:
+    objective = Objective(
+        group_size=8, prompts=8, max_tokens=kind.tokens // 256, overlong_tokens=kind.tokens // 1024
+    )
+    return rlvr.rlvr_stage(
+        kind,
+        architecture=LONG_CONTEXT.architecture,
+        optimizer=replace(
+            OPTIMIZER,
+            name="adam",
+            lr=1e-4,
+            min_lr=1e-5,
+            weight_decay=0.01,
+            adam_beta2=0.999,
+        ),
+        schedule=rlvr.rl_schedule(objective, steps=20, warmup_steps=2),
+        data=Data(
+            path=f"data/tiny_rlvr_{kind.name}",
+            tokenizer=f"runs/mellum2_tiny_sft_{kind.name}/tokenizer",
+            sequence_length=256,
+            workers=0,
+            feed="rollouts",
+        ),
+        rl=Rl(objective=objective, eval_answers=1),
+        logging=Logging(log_interval=1, eval_interval=10, eval_iterations=0),
+        save_interval=10,
+        hardware={
+            "": Hardware(label="two CPU ranks", layout=Layout(ep=2), source="ours: two CPU cores")
+        },
+        sources={
+            **STAGE_SOURCES,
+            "architecture": LONG_CONTEXT.sources["architecture"],
+            "optimizer.lr": "ours: a hundred times the 12B's, for so small a model",
+            "optimizer.min_lr": "report §5.2: a tenth of the peak",
+            "layout": TWO_RANKS,
+            "schedule": "report §5.2; lengths are ours, for minutes on two cores",
+            "schedule.train_samples": "ours: 20 steps",
+            "schedule.warmup_samples": "ours: 2 steps",
+            "schedule.batch_schedule": "ours: as much as two cores can do",
+            "schedule.micro_batch_size": "ours: one answer",
+            "data.sequence_length": "ours: short answers",
+            "rl.objective.group_size": "ours: as much as two cores can do",
+            "rl.objective.prompts": "ours: as much as two cores can do",
+            "rl.objective.max_tokens": "ours: in the proportion of the two kinds (report §5.2)",
+            "rl.ahead": "ours: synchronous",
+            "rl.engine": "ours: in each rank",
+        },
+    )
+
+
 TINY = StageFamily(
     name="mellum2_tiny",
     title="Tiny Mellum 2",
-    stages=(*PHASES, LONG_CONTEXT, *map(_sft, (sft.INSTRUCT, sft.THINKING))),
+    stages=(
+        *PHASES,
+        LONG_CONTEXT,
+        *map(_sft, (sft.INSTRUCT, sft.THINKING)),
+        *map(_rlvr, (rlvr.INSTRUCT, rlvr.THINKING)),
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from mellum2_megatron.common.errors import InputError, WorkError
-from mellum2_megatron.rlvr.settings import Objective
+from mellum2_megatron.config import Objective
 
 _MOST_LOG_RATIO = 20.0
 """Largest log ratio that is exponentiated. exp(89) is infinite in float32, and the gradient of a
@@ -59,7 +59,7 @@ def leave_one_out(rewards_gn: torch.Tensor) -> torch.Tensor:
         raise InputError(
             f"rewards of shape {tuple(rewards_gn.shape)}",
             rule="they must be [groups, answers] with 2 answers or more to compare",
-            fix="raise objective.group_size",
+            fix="raise rl.objective.group_size",
         )
     _require_finite(rewards_gn, "reward", ("group", "answer"))
     others_gn = (rewards_gn.sum(1, keepdim=True) - rewards_gn) / (group - 1)
@@ -203,6 +203,8 @@ def concision_penalty(lengths: torch.Tensor, settings: Objective) -> torch.Tenso
     another trainer can apply it too.
     """
     free = settings.concision_free_tokens
+    if not settings.concision_penalty:
+        return torch.zeros_like(lengths, dtype=torch.float32)
     return settings.concision_penalty * (
         (lengths.float() - free) / (settings.max_tokens - free)
     ).clamp(0, 1)
@@ -224,8 +226,8 @@ def check_ages(versions: torch.Tensor, current: int, settings: Objective) -> Non
         raise InputError(
             f"answer {number} was written at update {int(versions.flatten()[number])}, "
             f"the policy is at {current}",
-            rule=f"its age is from 0 to objective.max_age ({settings.max_age})",
-            fix="write it anew, or raise objective.max_age",
+            rule=f"its age is from 0 to rl.objective.max_age ({settings.max_age})",
+            fix="write it anew, or raise rl.objective.max_age",
         )
 
 

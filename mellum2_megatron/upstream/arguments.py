@@ -163,6 +163,8 @@ def _losses(run: Run) -> list[str]:
         words += ["--mtp-loss-scaling-factor", str(run.loss.mtp_factor)]
     if run.loss.per_token:
         words.append("--calculate-per-token-loss")
+    if run.data.feed == "rollouts" and run.rl.mtp_detach and run.architecture.num_mtp_layers:
+        words.append("--mtp-detach-heads")
     return words
 
 

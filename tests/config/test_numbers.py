@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mellum2_megatron.config import Run, apply_overrides
+from mellum2_megatron.config import Objective, Run, apply_overrides
 from mellum2_megatron.recipes import recipe
 from tests.upstream.test_arguments import validated
 
@@ -97,6 +97,13 @@ NOT_MEGATRONS = {
     "data.phase": "our datasets",
     "data.stream.window": "our streamer",
     "data.stream.timeout_s": "our readers",
+    **dict.fromkeys(
+        (
+            *(f"rl.objective.{name}" for name in Objective.__dataclass_fields__),
+            *("rl.ahead", "rl.rounds", "rl.eval_answers", "rl.workers"),
+        ),
+        "our trainer, tests/rlvr",
+    ),
     "logging.sample_interval": "our texts",
     "logging.sample_tokens": "our texts",
     "checkpoint.retain_interval": "our saves",

@@ -19,8 +19,10 @@ from mellum2_megatron.config import (
     Layout,
     Logging,
     Loss,
+    Objective,
     Optimizer,
     Precision,
+    Rl,
     Run,
     Schedule,
     Stability,
@@ -62,6 +64,33 @@ ODD_CHECKPOINT = Checkpoint(
     verify="size",
     async_save=True,
     any_layout=False,
+)
+ODD_RL = Rl(
+    objective=Objective(
+        group_size=4,
+        prompts=5,
+        oversampling=2.0,
+        clip_low=0.1,
+        clip_high=0.3,
+        band_low=0.25,
+        band_high=4.0,
+        max_age=3,
+        max_tokens=500,
+        overlong_tokens=100,
+        overlong_penalty=0.5,
+        concision_penalty=0.25,
+        concision_free_tokens=50,
+    ),
+    engine="vllm",
+    url="http://h:1",
+    engine_dtype="bfloat16",
+    ahead=3,
+    rounds=2,
+    freeze_router=False,
+    mtp_detach=False,
+    chat_template="mellum",
+    eval_answers=2,
+    workers=3,
 )
 
 
@@ -158,6 +187,7 @@ def odd_run() -> Run:
                 timeout_s=7.5,
             ),
         ),
+        rl=ODD_RL,
         logging=Logging(
             log_interval=3,
             eval_interval=4,
@@ -189,6 +219,8 @@ def test_odd_run_leaves_no_default() -> None:
         run.precision,
         run.stability,
         run.data,
+        run.rl,
+        run.rl.objective,
         run.logging,
         run.checkpoint,
     )

@@ -110,8 +110,9 @@ def test_megatron_accepts_every_recipe_at_its_size(
     run = recipe(name)
     args = validated(run, monkeypatch, world_size=world_size(run), device="cuda")
     assert (args.world_size, args.expert_model_parallel_size) == (world_size(run), run.layout.ep)
-    assert args.use_layer_wise_distributed_optimizer
-    fp8 = None if "bf16" in name else "hybrid"
+    rlvr = "rlvr" in name
+    assert args.use_layer_wise_distributed_optimizer is not rlvr  # Muon's
+    fp8 = None if "bf16" in name or rlvr else "hybrid"
     assert (args.fp8, args.fp8_param_gather) == (fp8, False)
     assert fp8 is None or args.fp8_recipe == "tensorwise"
     assert args.train_samples == run.schedule.train_samples
@@ -264,3 +265,29 @@ def test_the_tiny_long_context_is_the_released_one_at_another_size() -> None:
     )
     assert (run.layout.ep, run.layout.cp) == (2, 2)
     assert run.data.sequence_length == run.architecture.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "steps"), [("instruct", 16_384, 500), ("thinking", 40_960, 100)]
+)
+def test_reinforcement_learning_is_the_reports(
+    kind: str, tokens: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recipe(f"mellum2_12b_rlvr_{kind}")
+    assert run.checkpoint.load == f"runs/mellum2_12b_sft_{kind}"
+    assert run.data.tokenizer == f"{run.checkpoint.load}/tokenizer"
+    assert run.architecture == recipe(f"mellum2_12b_sft_{kind}").architecture
+    objective = run.rl.objective
+    assert (objective.group_size, objective.prompts, objective.oversampling) == (16, 256, 1.5)
+    assert (objective.clip_low, objective.clip_high) == (0.2, 0.28)
+    assert (objective.band_low, objective.band_high) == (0.5, 5.0)
+    assert (objective.max_age, objective.max_tokens) == (2, tokens)
+    assert (run.schedule.train_steps, run.schedule.final_batch_size) == (steps, 4096)
+    args = validated(run, monkeypatch, world_size=128, device="cuda")
+    assert (args.optimizer, args.adam_beta1, args.adam_beta2) == ("adam", 0.9, 0.999)
+    assert (args.weight_decay, args.mtp_num_layers, args.mtp_detach_heads) == (0.01, 1, True)
+    assert (args.calculate_per_token_loss, args.global_batch_size) == (True, 4096)
+    with megatron_scheduler(args, monkeypatch) as (scheduler, group, _):
+        for step, rate in ((50, 1e-6), (steps, 1e-7)):
+            scheduler.step(4096 * step - scheduler.num_steps)
+            assert group["lr"] == pytest.approx(rate)

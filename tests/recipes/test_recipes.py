@@ -33,8 +33,15 @@ HARDWARE: dict[str, tuple[int, Device]] = {
     **{f"mellum2_12b_pretrain_phase{number}": (256, "cuda") for number in (1, 2, 3)},
     **{
         f"mellum2_12b_{stage}": (128, "cuda")
-        for stage in ("long_context", "sft_instruct", "sft_thinking")
+        for stage in (
+            "long_context",
+            "sft_instruct",
+            "sft_thinking",
+            "rlvr_instruct",
+            "rlvr_thinking",
+        )
     },
+    **{f"mellum2_12b_rlvr_{kind}_8gpu_h200_bf16": (8, "cuda") for kind in ("instruct", "thinking")},
     **{
         f"mellum2_4layer_{stage}_1gpu_h200_fp8": (1, "cuda")
         for stage in (
@@ -54,6 +61,8 @@ HARDWARE: dict[str, tuple[int, Device]] = {
             "long_context",
             "sft_instruct",
             "sft_thinking",
+            "rlvr_instruct",
+            "rlvr_thinking",
         )
     },
 }
@@ -197,7 +206,7 @@ def test_a_variant_trains_the_same(name: str) -> None:
     for section in ("architecture", "optimizer", "loss", "stability", "data", "logging", "seed"):
         assert getattr(run, section) == getattr(plain, section), section
     assert replace(run.schedule, micro_batch_size=1) == replace(plain.schedule, micro_batch_size=1)
-    assert run.precision == Precision(compute="bf16" if "bf16" in name else "fp8")
+    assert run.precision == Precision(compute="bf16" if re.search("bf16|rlvr", name) else "fp8")
     fast = name.endswith("_fast")
     assert (run.layout.dispatcher == "flex", run.execution.gc_interval is not None) == (fast, fast)
     overlaps = fast and run.layout.cp == 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.config import Objective
 from mellum2_megatron.rlvr.objective import (
     PolicyLoss,
     check_ages,
@@ -20,7 +21,6 @@ from mellum2_megatron.rlvr.objective import (
     select_groups,
     shaped_rewards,
 )
-from mellum2_megatron.rlvr.settings import Objective
 
 GOLDEN = np.load(Path(__file__).with_name("nemo_rl_golden.npz"))
 """Inputs and outputs of NeMo-RL's ClippedPGLossFn and GRPOAdvantageEstimator, float32 on a CPU;

@@ -1,4 +1,4 @@
-"""Settings of the objective (report §5.2); without torch, so that a login node can check them."""
+"""Settings of the objective of reinforcement learning (report §5.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Objective:
     Attributes:
         group_size: answers to each prompt, 2 or more, default 16.
         prompts: prompts of a step, default 256.
-        oversampling: prompts that are answered for each that is used, default 1.5. Groups of equal
+        oversampling: prompts that are answered for each one of a step, default 1.5. Groups of equal
             rewards are dropped from them.
         clip_low, clip_high: the policy ratio is clipped to 1 - ``clip_low`` .. 1 + ``clip_high``,
             default 0.2 and 0.28.
@@ -54,44 +54,48 @@ class Objective:
     concision_free_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        check_fields("objective", self)
+        check_fields("rl.objective", self)
         require(
             2 <= self.group_size <= 65_536,
-            f"objective.group_size={self.group_size}",
+            f"rl.objective.group_size={self.group_size}",
             rule="an answer is compared with the others to its prompt, so a group has 2 or more",
             fix="use 16",
         )
-        require_positive("objective.prompts", self.prompts, fix="use 256")
+        require_positive("rl.objective.prompts", self.prompts, fix="use 256")
         require(
             1 <= self.oversampling <= 100,
-            f"objective.oversampling={self.oversampling}",
+            f"rl.objective.oversampling={self.oversampling}",
             rule="at least the prompts of a step are answered, at most 100 times as many",
             fix="use 1.5",
         )
         require(
             0 < self.clip_low < 1,
-            f"objective.clip_low={self.clip_low}",
+            f"rl.objective.clip_low={self.clip_low}",
             rule="the lower bound 1 - clip_low lies between 0 and 1",
             fix="use 0.2",
         )
-        require_positive("objective.clip_high", self.clip_high, fix="use 0.28", most=1e3)
-        require_positive("objective.band_low", self.band_low, fix="use 0.5", most=1.0)
+        require_positive("rl.objective.clip_high", self.clip_high, fix="use 0.28", most=1e3)
+        require_positive("rl.objective.band_low", self.band_low, fix="use 0.5", most=1.0)
         require(
             1 <= self.band_high <= 1e6,
-            f"objective.band_high={self.band_high}",
+            f"rl.objective.band_high={self.band_high}",
             rule="the band holds a ratio of 1, and so band_low <= 1 <= band_high",
             fix="use 5.0",
         )
-        require_not_negative("objective.max_age", self.max_age, fix="use 2")
-        require_positive("objective.max_tokens", self.max_tokens, fix="use 16384")
+        require_not_negative("rl.objective.max_age", self.max_age, fix="use 2")
+        require_positive("rl.objective.max_tokens", self.max_tokens, fix="use 16384")
         for name, fix in (("overlong_penalty", "use 1"), ("concision_penalty", "use 0")):
-            require_not_negative(f"objective.{name}", getattr(self, name), fix=fix, most=1e6)
-        for name in ("overlong_tokens", "concision_free_tokens"):
+            require_not_negative(f"rl.objective.{name}", getattr(self, name), fix=fix, most=1e6)
+        for name, penalty in (
+            ("overlong_tokens", self.overlong_penalty),
+            ("concision_free_tokens", self.concision_penalty),
+        ):
             value = getattr(self, name)
+            require_positive(f"rl.objective.{name}", value, fix="use the default")
             require(
-                0 < value < self.max_tokens,
-                f"objective.{name}={value}",
-                rule=f"must be between 0 and objective.max_tokens ({self.max_tokens})",
+                value < self.max_tokens or not penalty,
+                f"rl.objective.{name}={value}",
+                rule=f"must be below rl.objective.max_tokens ({self.max_tokens})",
                 fix=f"use {max(1, self.max_tokens // 8)}",
             )
 
