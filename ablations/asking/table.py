@@ -44,8 +44,8 @@ def render_study(plan: Plan) -> RenderableType:
     rows, study = study_rows(plan), plan.study
     arms = [row["arm"] + (" (control)" if row["control"] else "") for row in rows]
     # A key is folded, never cut: a reader copies it.
-    key = Column("key", overflow="fold")
-    changes = plain_table(key, *arms, title=f"{plan.name}, {plan.scale}: what differs")
+    keys = Column("key", overflow="fold")
+    changes = plain_table(keys, *arms, title=f"{plan.name}, {plan.scale}: what differs")
     for key, values in differences(plan).items():
         changes.add_row(key, *values)
     sizes = plain_table("", *arms, title="size and cost of one run")
