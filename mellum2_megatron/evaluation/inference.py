@@ -30,8 +30,8 @@ class Answer:
         seconds: seconds from the request to its end.
         tokens: number of generated tokens.
         output: generated token ids or text, to compare answers with each other.
-        drafted, accepted: tokens that a draft proposed, and that were kept; None without a draft or
-            where the engine counts for all requests together.
+        drafted, accepted: tokens that a draft proposed, and that were kept; None without a draft.
+            An engine that counts for all requests of a round gives the sum to the first.
     """
 
     first_token: float
@@ -144,7 +144,8 @@ def figures(answers: Sequence[Sequence[Answer]]) -> tuple[Figure, ...]:
     """Return the figures of one arm; a round is one item of an interval.
 
     ``first token`` and ``token`` are means over the requests of a round. ``tokens a second`` counts
-    all tokens of a round until its last request ends.
+    all tokens of a round until its last request ends. ``drafts accepted`` is the share of all
+    drafted tokens.
     """
     rounds = [list(one) for one in answers]
 
@@ -163,10 +164,11 @@ def figures(answers: Sequence[Sequence[Answer]]) -> tuple[Figure, ...]:
             "1/s",
         ),
     ]
-    drafted = [(sum(a.drafted or 0 for a in one), one) for one in rounds]
-    shares = [sum(a.accepted or 0 for a in one) / count for count, one in drafted if count]
-    if shares:
-        found.append(Figure.mean("drafts accepted", shares, "share"))
+    counts = [
+        (sum(a.accepted or 0 for a in one), sum(a.drafted or 0 for a in one)) for one in rounds
+    ]
+    if any(drafted for _accepted, drafted in counts):
+        found.append(Figure.pooled_share("drafts accepted", counts))
     return tuple(found)
 
 

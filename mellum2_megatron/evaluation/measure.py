@@ -68,19 +68,47 @@ class Figure:
         where: Mapping[str, int | float | str] | None = None,
     ) -> Figure:
         """Return the share of true outcomes, with Wilson's interval, which holds at 0 and 1 too."""
-        n, share, z = len(outcomes), statistics.fmean(outcomes), _NORMAL
-        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        low, high = _wilson(statistics.fmean(outcomes), len(outcomes))
         return cls(
             name=name,
-            value=share,
+            value=statistics.fmean(outcomes),
             unit="share",
-            items=n,
-            # Rounding may put them a hair outside.
-            low=max(0.0, centre - half),
-            high=min(1.0, centre + half),
+            items=len(outcomes),
+            low=low,
+            high=high,
             where=where or {},
         )
+
+    @classmethod
+    def pooled_share(cls, name: str, counts: Sequence[tuple[int, int]]) -> Figure:
+        """Return the share of successes over items that have several trials each.
+
+        Trials of one item resemble each other, so fewer than all of them count for the interval,
+        which is Wilson's: as many as would give the spread between items (Kish 1965, design
+        effect).
+
+        Args:
+            name: quantity.
+            counts: successes and trials of each item; at least one trial in all.
+        """
+        trials = sum(count for _successes, count in counts)
+        share = sum(successes for successes, _count in counts) / trials
+        n, spread = len(counts), sum((good - share * count) ** 2 for good, count in counts)
+        effective = float(trials)
+        if n > 1 and spread > 0:
+            variance = n / (n - 1) * spread / trials**2
+            effective = min(effective, share * (1 - share) / variance)
+        low, high = _wilson(share, effective)
+        return cls(name=name, value=share, unit="share", items=n, low=low, high=high)
+
+
+def _wilson(share: float, n: float) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a share of n trials; it never leaves 0 to 1."""
+    z = _NORMAL
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # Rounding may put them a hair outside.
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

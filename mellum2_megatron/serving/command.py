@@ -158,6 +158,10 @@ def serve_command(
         *("--host", host, "--port", str(port)),
         *("--max-model-len", str(max_length or longest), "--dtype", dtype),
     ]
+    if not architecture.num_mtp_layers:
+        # MellumConfig then has None, which vLLM adds to a number of layers (0.32,
+        # models/transformers/base.py:547): TypeError.
+        words += ["--hf-overrides", '{"num_nextn_predict_layers":0}']
     if use_mtp:
         draft = {"method": "mtp", "num_speculative_tokens": 1}
         words += ["--speculative-config", json.dumps(draft, separators=(",", ":"))]

