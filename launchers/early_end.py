@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mellum2_megatron.common.errors import InputError, first_line
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
-from mellum2_megatron.common.json_files import load_json
-from mellum2_megatron.common.values import from_mapping, to_plain
+from mellum2_megatron.common.json_files import load_json, read_record
+from mellum2_megatron.common.values import to_plain
 from mellum2_megatron.metrics import read_metrics
 from mellum2_megatron.metrics.log import METRICS_FILE, series
 
@@ -70,17 +70,12 @@ def read_limit(folder: Path) -> LossLimit | None:
     Raises:
         InputError: the file is damaged.
     """
-    file = folder / LIMIT_FILE
-    if not file.is_file():
-        return None
-    try:
-        return from_mapping(LossLimit, load_json(file), document=str(file))
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(
-            str(file),
-            rule=f"is no limit of a loss ({first_line(error)})",
-            fix="submit the task again, which writes it anew",
-        ) from None
+    return read_record(
+        LossLimit,
+        folder / LIMIT_FILE,
+        what="limit of a loss",
+        fix="submit the task again, which writes it anew",
+    )
 
 
 def ended_early(folder: Path) -> str:

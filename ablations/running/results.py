@@ -23,10 +23,9 @@ from ablations.asking.study import Scale
 from launchers.early_end import ended_early
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.checkpoint.run_list import RunOnDisk
-from mellum2_megatron.common.errors import InputError, first_line
 from mellum2_megatron.common.files import write_json
-from mellum2_megatron.common.json_files import load_json
-from mellum2_megatron.common.values import from_mapping, to_plain
+from mellum2_megatron.common.json_files import read_record
+from mellum2_megatron.common.values import to_plain
 
 RESULTS = Path("ablation_results")
 """Default folder of all results."""
@@ -104,17 +103,12 @@ def read_task(folder: Path) -> TaskRecord | None:
     Raises:
         InputError: the file is damaged.
     """
-    file = folder / TASK_FILE
-    if not file.is_file():
-        return None
-    try:
-        return from_mapping(TaskRecord, load_json(file), document=f"record of a task {file}")
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(
-            str(file),
-            rule=f"is no record of a task ({first_line(error)})",
-            fix="delete the folder that it is in, and run the study again",
-        ) from None
+    return read_record(
+        TaskRecord,
+        folder / TASK_FILE,
+        what="record of a task",
+        fix="delete the folder that it is in, and run the study again",
+    )
 
 
 def settled(folder: Path, record: TaskRecord) -> TaskRecord:

@@ -11,8 +11,9 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mellum2_megatron.common.errors import shown
+from mellum2_megatron.common.errors import InputError, first_line, shown
 from mellum2_megatron.common.files import LARGEST_TEXT, read_bytes
+from mellum2_megatron.common.values import from_mapping
 
 MAX_DEPTH = 64
 """Deepest nesting of a document; our own files need six levels, a tokenizer.json about ten."""
@@ -37,6 +38,26 @@ def load_json(path: Path, *, largest: int = LARGEST_TEXT) -> dict[str, Any]:
         JsonError: it holds no JSON object.
     """
     return parse_object(read_bytes(path, largest=largest))
+
+
+def read_record[T](cls: type[T], file: Path, *, what: str, fix: str) -> T | None:
+    """Return the dataclass that a JSON file holds the fields of; None without the file.
+
+    Args:
+        cls: the dataclass.
+        file: the file.
+        what: what the file should be, for the message (``record of a task``).
+        fix: fix in the message.
+
+    Raises:
+        InputError: the file is damaged, or holds something else.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return from_mapping(cls, load_json(file), document=what)
+    except (OSError, ValueError, InputError) as error:
+        raise InputError(str(file), rule=f"is no {what} ({first_line(error)})", fix=fix) from None
 
 
 def parse_object(content: str | bytes) -> dict[str, Any]:

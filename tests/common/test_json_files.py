@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import read_bytes
-from mellum2_megatron.common.json_files import JsonError, load_json, parse_json
+from mellum2_megatron.common.json_files import JsonError, load_json, parse_json, read_record
 from tests import REPOSITORY
 
 BAD = {
@@ -112,3 +114,29 @@ def test_every_other_reader_is_the_bounded_one() -> None:
                 if isinstance(node, ast.Attribute) and ast.unparse(node) in NAMES:
                     callers.add(str(file.relative_to(REPOSITORY)))
     assert callers <= OWN_TEXT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    step: int
+    above: float = 1.0
+
+
+def test_a_record_is_read_whole_or_refused_with_its_fix(tmp_path: Path) -> None:
+    file = tmp_path / "limit.json"
+    words = {"what": "limit", "fix": "write it anew"}
+    assert read_record(Limit, file, **words) is None
+    file.write_text('{"step": 3}')
+    assert read_record(Limit, file, **words) == Limit(step=3)
+    for text, reason in (
+        ('{"step": 3', "no valid JSON"),
+        ("[]", "it must hold a JSON object"),
+        ('{"step": 3, "abov": 2}', "did you mean 'above'"),
+        ('{"step": "x"}', "must be a whole number"),
+        ("{}", "step is missing"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match="is no limit") as caught:
+            read_record(Limit, file, **words)
+        assert reason in str(caught.value)
+        assert str(caught.value).endswith("Fix: write it anew.")
