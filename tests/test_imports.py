@@ -47,6 +47,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("phase_record",),
         ("prepared_folder",),
         ("prepare", "feed", "pipeline"),
+        ("packs_input",),
         ("prepare_packs", "verify"),
     ),
     "conversion": (

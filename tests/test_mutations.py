@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests import REPOSITORY, mutations
-from tests.mutations import MUTATIONS, Mutation, copy_tree, outcome
+from tests.mutation import Mutation
+from tests.mutations import MUTATIONS, copy_tree, outcome
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,12 @@ complete, or not at all; its bytes depend on inputs and settings, not on ``worke
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -30,20 +29,16 @@ import numpy as np
 
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.common.files import atomic_directory, write_json
-from mellum2_megatron.common.stage_bars import stage_bars
 from mellum2_megatron.common.values import to_plain
-from mellum2_megatron.data.corpus.discovery import given_sources, installed_sources
+from mellum2_megatron.data.corpus.discovery import given_sources
 from mellum2_megatron.data.corpus.languages import is_code
 from mellum2_megatron.data.corpus.left_out import LeftOut, printable
-from mellum2_megatron.data.corpus.listing import SourceFile, list_files
 from mellum2_megatron.data.corpus.quality_filters import UNIQUE_TOKENS, Content, reason_to_drop
-from mellum2_megatron.data.corpus.selection import Selection, read_selected, select
 from mellum2_megatron.data.corpus.sources import (
     LARGEST_DOCUMENT,
-    Document,
     ReadOptions,
-    read_documents,
 )
+from mellum2_megatron.data.packs_input import PackInput, find_inputs, some_texts
 from mellum2_megatron.data.phase_record import PHASE_FILE, PhaseRecord, phase_folder
 from mellum2_megatron.data.pipeline.assemble import link_shards
 from mellum2_megatron.data.pipeline.documents import HASH_BYTES
@@ -54,12 +49,10 @@ from mellum2_megatron.data.pipeline.run import run_plan
 from mellum2_megatron.data.pipeline.selecting import VALID, place
 from mellum2_megatron.data.pipeline.summary import counted, funnels
 from mellum2_megatron.data.prepare import (
-    SAMPLED,
     SAMPLED_LENGTH,
     TOKENIZER_TRAINING_BYTES,
     complete_arguments,
     no_documents,
-    source_table,
 )
 from mellum2_megatron.data.prepared_folder import CORPUS_FILE
 from mellum2_megatron.data.tokens.document_tokenizer import end_of_document, fidelity
@@ -84,7 +77,6 @@ SEQUENCE_LENGTH = 256
 
 Kind = Literal["code", "text"]
 
-_SAMPLE_FILE_BYTES = 4 * 1024 * 1024
 _LOOKED_AT = 200
 
 
@@ -108,34 +100,6 @@ class Packing:
     kind: Kind | None = None
     filters: bool = True
     fim_rate: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Input:
-    """The files of the plan's source.
-
-    Attributes:
-        paths: files and folders, as the plan names them.
-        files: all files.
-        options: how they are read.
-        table: row of ``corpus.json`` for each origin.
-        refused: installed packages without an open-source licence.
-        left_out: what was left out so far.
-    """
-
-    paths: tuple[str, ...]
-    files: tuple[SourceFile, ...]
-    options: ReadOptions
-    table: list[dict[str, Any]]
-    refused: list[str] = field(default_factory=list)
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    def documents(self, left_out: LeftOut, *, most_bytes: int | None = None) -> Iterator[Document]:
-        """Yield documents; of files at even distances where all are more than ``most_bytes``."""
-        total = sum(file.size for file in self.files)
-        stride = 1 if most_bytes is None else max(1, -(-total // most_bytes))
-        for file in self.files[::stride]:
-            yield from read_documents(file, self.options, left_out)
 
 
 def prepare_packs(
@@ -193,7 +157,7 @@ def prepare_packs(
         with atomic_directory(target, overwrite=overwrite) as folder:
             results = folder / "results"
             results.mkdir()
-            given = _inputs(inputs, results, seed, max_bytes, options, progress)
+            given = find_inputs(inputs, results, seed, max_bytes, options, progress)
             source = _source(given, packing)
             if tokenizer is None:
                 texts = _training_texts(given, source, seed, valid_fraction)
@@ -231,81 +195,7 @@ def prepare_packs(
     return facts
 
 
-def _inputs(
-    inputs: Sequence[str | os.PathLike[str]],
-    results: Path,
-    seed: int,
-    max_bytes: int,
-    options: ReadOptions,
-    progress: bool,
-) -> _Input:
-    """Return the user's inputs, or a sample of them or of the installed sources as rows in files.
-
-    Raises:
-        InputError: a file or row cannot be read.
-    """
-    left_out = LeftOut()
-    if inputs and not max_bytes and options.max_document_bytes is None:
-        sources = given_sources(inputs, left_out)
-        return _Input(
-            paths=tuple(os.fspath(path) for path in inputs),
-            files=tuple(file for source in sources for file in source.files),
-            options=options,
-            table=[
-                {"name": source.name, "version": None, "licence": source.licence}
-                for source in sources
-            ],
-            left_out=left_out,
-        )
-    sources, refused = (
-        (given_sources(inputs, left_out), []) if inputs else installed_sources(left_out)
-    )
-    with stage_bars(progress, logger, unit="bytes") as start_stage:
-        selection = select(
-            sources,
-            seed=seed,
-            valid_fraction=0.5,  # the plan decides the split
-            max_bytes=max_bytes or None,
-            options=options,
-            left_out=left_out,
-            advance=start_stage("reading", max_bytes or None),
-        )
-    sample = results / "sample"
-    sample.mkdir()
-    _write_sample(selection, sample)
-    return _Input(
-        paths=(str(sample),),
-        files=tuple(list_files(sample, LeftOut())),
-        options=ReadOptions(),
-        table=source_table(selection),
-        refused=refused,
-        left_out=left_out,
-    )
-
-
-def _write_sample(selection: Selection, folder: Path) -> None:
-    """Write the selected texts as rows, with their paths, in files of `_SAMPLE_FILE_BYTES`."""
-    size, lines = 0, list[str]()
-
-    def flush() -> None:
-        nonlocal size
-        name = f"{len(list(folder.iterdir())):05}.jsonl"
-        (folder / name).write_text("".join(lines), encoding="utf-8")
-        size = 0
-        lines.clear()
-
-    for document, text in read_selected(selection, selection.documents):
-        file = selection.sources[document.source].files[document.file]
-        row = {"text": text, "path": printable(file.relative)}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        size += document.size
-        if size >= _SAMPLE_FILE_BYTES:
-            flush()
-    if lines:
-        flush()
-
-
-def _source(given: _Input, packing: Packing) -> Source:
+def _source(given: PackInput, packing: Packing) -> Source:
     kind = packing.kind
     if kind is None:
         looked = 0
@@ -331,7 +221,9 @@ def _source(given: _Input, packing: Packing) -> Source:
     )
 
 
-def _training_texts(given: _Input, source: Source, seed: int, valid_share: float) -> Iterator[str]:
+def _training_texts(
+    given: PackInput, source: Source, seed: int, valid_share: float
+) -> Iterator[str]:
     """Yield the texts that pass the filters and that the plan will place in training.
 
     Raises:
@@ -391,7 +283,7 @@ def _run(plan: Plan, results: Path, workers: int, valid_fraction: float, progres
     return graph
 
 
-def _assemble(graph: Graph, folder: Path, given: _Input) -> dict[str, Any]:
+def _assemble(graph: Graph, folder: Path, given: PackInput) -> dict[str, Any]:
     """Link the shards into the folder, write its records and the report.
 
     Raises:
@@ -432,7 +324,7 @@ def _assemble(graph: Graph, folder: Path, given: _Input) -> dict[str, Any]:
     for reason, count in given.left_out.counts.items():
         if reason not in left_out.counts:
             left_out.add(reason, given.left_out.first[reason], count)
-    sample = [text[:SAMPLED_LENGTH] for text in _some_texts(given)]
+    sample = [text[:SAMPLED_LENGTH] for text in some_texts(given)]
     settings = to_plain(graph.plan) | {"sources": {SOURCE: to_plain(graph.plan.sources[SOURCE])}}
     for name in ("output", "tokenizer"):
         del settings[name]
@@ -493,17 +385,6 @@ def dropped_lines(dropped: Sequence[dict[str, Any]]) -> list[str]:
         + (f" (first: {one['first']})" if one["first"] else "")
         for one in dropped
     ]
-
-
-def _some_texts(given: _Input) -> Iterator[str]:
-    """Yield the first texts of files at even distances, `SAMPLED` in all or a few more."""
-    files = given.files[:: max(1, len(given.files) // SAMPLED)]
-    share = -(-SAMPLED // max(len(files), 1))
-    for file in files:
-        for number, document in enumerate(read_documents(file, given.options, LeftOut())):
-            if number == share:
-                break
-            yield document.text
 
 
 def _entropy(folder: Path) -> float:

@@ -12,7 +12,7 @@ import yaml
 
 from tests import REPOSITORY
 from tests.cli.runner import PACK, mellum2
-from tests.data.test_plan import rich, write_inputs
+from tests.data.plan_inputs import rich, write_inputs
 
 LENGTH = 64
 SHORT = [

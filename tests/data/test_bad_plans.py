@@ -13,7 +13,7 @@ from mellum2_megatron.data.pipeline.graph import Graph
 from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.prepared_folder import PreparedData
 from tests import REPOSITORY
-from tests.data.test_plan import write_inputs, write_plan
+from tests.data.plan_inputs import write_inputs, write_plan
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from mellum2_megatron.data.pipeline.selecting import VALID, place
 from mellum2_megatron.data.pipeline.summary import needs
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.data.tokens.pack_files import PackShard, read_pack_folder
-from tests.data.test_plan import write_plan
+from tests.data.plan_inputs import write_plan
 
 TWINS = 30
 

@@ -15,7 +15,7 @@ from mellum2_megatron.data.pipeline.documents import Row, batches
 from mellum2_megatron.data.pipeline.row_file import RowFile
 from mellum2_megatron.data.prepared_folder import PreparedData
 from tests.data.memory_worker import peaks
-from tests.data.test_plan import write_plan
+from tests.data.plan_inputs import write_plan
 from tests.small import python_like
 
 LIMIT = 110

@@ -20,7 +20,7 @@ from mellum2_megatron.data.tokens.pack_files import PackShard, PieceFlag, read_p
 from mellum2_megatron.data.tokens.tokenizer import load_tokenizer
 from mellum2_megatron.recipes import recipe
 from tests.cli.runner import mellum2
-from tests.data.test_plan import content, rich, write_inputs
+from tests.data.plan_inputs import content, rich, write_inputs
 
 WHOLE = Packing(sequence_length=8192, fim_rate=0.0)
 """Packs in which no document is cut or reordered, so that their texts can be read back."""

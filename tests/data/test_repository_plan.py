@@ -26,7 +26,7 @@ from mellum2_megatron.data.tokens.fill_in_middle import Sentinels, restore
 from mellum2_megatron.data.tokens.pack_files import PackShard, PieceFlag, read_pack_folder
 from mellum2_megatron.data.tokens.tokenizer import load_tokenizer
 from tests.cli.runner import mellum2
-from tests.data.test_plan import content, module, write_plan
+from tests.data.plan_inputs import content, module, write_plan
 
 LENGTH = 2048
 TEXTS: dict[tuple[str, str], str] = {

@@ -19,7 +19,7 @@ from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.data.tokens.pack_files import PACKS_FILE
 from mellum2_megatron.data.verify import verify_data
 from tests.cli.runner import mellum2
-from tests.data.test_plan import LENGTH, rich, write_plan
+from tests.data.plan_inputs import LENGTH, rich, write_plan
 
 
 @pytest.fixture(scope="module")

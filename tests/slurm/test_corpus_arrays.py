@@ -14,7 +14,7 @@ from mellum2_megatron.data.pipeline.graph import STAGES, Graph
 from mellum2_megatron.data.pipeline.plan_file import read_plan
 from mellum2_megatron.data.pipeline.run import run_plan
 from mellum2_megatron.data.tokens.tokenizer import train_tokenizer
-from tests.data.test_plan import content, module, write_inputs, write_plan
+from tests.data.plan_inputs import content, module, write_inputs, write_plan
 from tests.slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]

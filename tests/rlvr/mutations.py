@@ -1,0 +1,111 @@
+"""Known faults of rewards, tasks and the objective of reinforcement learning."""
+
+from __future__ import annotations
+
+from tests.mutation import Mutation
+
+OBJECTIVE, OBJECTIVE_TEST = (
+    "mellum2_megatron/rlvr/objective.py",
+    ("tests/rlvr/test_objective.py",),
+)
+
+MUTATIONS = (
+    Mutation(
+        name="places of scored items are never free again",
+        file="mellum2_megatron/rlvr/gateway.py",
+        old="self._waiting -= 1",
+        new="self._waiting -= 0",
+        test=("tests/rlvr/test_gateway.py",),
+    ),
+    Mutation(
+        name="a request may name any file as its verifier",
+        file="mellum2_megatron/rlvr/gateway.py",
+        old='name not in (*VERIFIERS, "all") and name not in self._own',
+        new="not name",
+        test=("tests/rlvr/test_gateway.py",),
+    ),
+    Mutation(
+        name="a task may end with the answer",
+        file="mellum2_megatron/data/chat/records.py",
+        old='not in ("user", "tool")',
+        new='not in ("user", "tool", "assistant")',
+        test=("tests/rlvr/test_tasks.py",),
+    ),
+    Mutation(
+        name="tasks like held-out items are taken",
+        file="mellum2_megatron/rlvr/tasks.py",
+        old="if similarity >= SIMILAR:",
+        new="if similarity > 1:",
+        test=("tests/rlvr/test_tasks.py",),
+    ),
+    Mutation(
+        name="programs in the sandbox keep the network",
+        file="mellum2_megatron/rlvr/rewards/sandbox.py",
+        old='"--unshare-all", "--unshare-user"',
+        new='"--unshare-all", "--share-net", "--unshare-user"',
+        test=("tests/rlvr/test_sandbox.py",),
+    ),
+    Mutation(
+        name="the size of /tmp has no limit",
+        file="mellum2_megatron/rlvr/rewards/sandbox.py",
+        old='*("--size", disk, "--tmpfs", "/tmp"',
+        new='*("--tmpfs", "/tmp"',
+        test=("tests/rlvr/test_sandbox.py",),
+    ),
+    Mutation(
+        name="results said twice count",
+        file="mellum2_megatron/rlvr/rewards/code_tests.py",
+        old='"results twice" if len(values) > 1 else ""',
+        new='""',
+        test=("tests/rlvr/test_sandbox.py",),
+    ),
+    Mutation(
+        name="true is 1 in a tool call",
+        file="mellum2_megatron/rlvr/rewards/verifiers.py",
+        old=" and isinstance(one, bool) == isinstance(other, bool)",
+        new="",
+        test=("tests/rlvr/test_verifiers.py",),
+    ),
+    Mutation(
+        name="an answer may stand in the thoughts",
+        file="mellum2_megatron/rlvr/rewards/verdict.py",
+        old="self.text.partition(END_THINK)[2]",
+        new="self.text",
+        test=("tests/rlvr/test_verifiers.py",),
+    ),
+    Mutation(
+        name="the advantage's baseline holds the answer itself",
+        file=OBJECTIVE,
+        old="/ (group - 1)",
+        new="/ group",
+        test=OBJECTIVE_TEST,
+    ),
+    Mutation(
+        name="tokens inside the band weigh 1",
+        file=OBJECTIVE,
+        old="weight_bt * loss_bt, zero)",
+        new="loss_bt, zero)",
+        test=OBJECTIVE_TEST,
+    ),
+    Mutation(
+        name="tokens outside the band are learnt",
+        file=OBJECTIVE,
+        old="used_bt = counted_bt & inside_bt",
+        new="used_bt = counted_bt",
+        test=OBJECTIVE_TEST,
+    ),
+    Mutation(
+        name="the band looks at the policy that learns",
+        file=OBJECTIVE,
+        old="torch.where(counted_bt, previous_bt - generation_bt, zero).exp()",
+        new="torch.where(counted_bt, current_bt.detach() - generation_bt, zero).exp()",
+        test=OBJECTIVE_TEST,
+    ),
+    Mutation(
+        name="short wrong answers are rewarded",
+        file=OBJECTIVE,
+        old="thinking | (rewards <= 0)",
+        new="thinking",
+        test=OBJECTIVE_TEST,
+    ),
+)
