@@ -146,6 +146,10 @@ def architecture_arguments(architecture: Mellum2Architecture) -> list[str]:
     words = ["--untie-embeddings-and-output-weights"]
     if architecture.latent_attention is None:
         words.append("--group-query-attention")
+    else:
+        # Megatron's fused rotation of latent attention takes one YaRN for all layers, and its
+        # configuration refuses it without (core/transformer/transformer_config.py:2966, 0.19.2).
+        words.append("--no-rope-fusion")
     for field in megatron_fields(architecture):
         words += field.arguments(architecture)
     theta = architecture.rope_sliding_attention.rope_theta

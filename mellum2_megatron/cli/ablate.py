@@ -226,6 +226,12 @@ def ablate_evaluate(name: Name, scale: ScaleChoice = "tiny", results: Results = 
         )
     known = require_scale(named.study, scale)
     tasks = list(tasks_on_disk(results, named.name, known))
+    if not any(task.record.state == "done" for task in tasks):
+        raise InputError(
+            f"{results / named.name / known}",
+            rule="no finished task is there to measure",
+            fix=f"run `mellum2 ablate run {name} --scale {known} --results {results}`",
+        )
     failed = list(evaluate_tasks(named.study, tasks))
     if failed:
         raise WorkError("; ".join(failed), fix="read the messages above; give the command again")

@@ -14,12 +14,14 @@ from mellum2_megatron.architecture import (
     LatentAttention,
     Mellum2Architecture,
     RopeParameters,
+    architecture_arguments,
     to_hf_config,
 )
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Optimizer, apply_overrides
 from mellum2_megatron.model.muon_attributes import mark_parameters
 from mellum2_megatron.model.provider import build_model
+from mellum2_megatron.model.transformer_config import transformer_config
 from mellum2_megatron.recipes import recipe
 from tests.model.hf_reference import SMALL
 from tests.model.packing import packed_documents
@@ -176,6 +178,14 @@ def test_latent_attention_equals_the_formula(name: str, place: str, packed: bool
         torch.testing.assert_close(
             parameter.grad, theirs, rtol=TOLERANCE, atol=TOLERANCE * theirs.abs().max().item()
         )
+
+
+def test_megatrons_fused_rotation_is_off():
+    """It is on by default beside Transformer Engine, and refused without Megatron's own YaRN."""
+    assert "--no-rope-fusion" in architecture_arguments(LATENT)
+    assert "--no-rope-fusion" not in architecture_arguments(SMALL)
+    with pytest.raises(ValueError, match="only works with YaRN"):
+        transformer_config(LATENT, apply_rope_fusion=True)
 
 
 @pytest.mark.parametrize("name", MODELS)
