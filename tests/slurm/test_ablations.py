@@ -82,7 +82,7 @@ def test_a_stop_rule_ends_a_task_of_an_array_for_good(
         tmp_path / "mine.py",
         small_corpus(tmp_path),
         arms=f'Arm("base"), Arm("wild", {wild!r})',
-        more="stop=StopRule(after=0.0002, train_loss_above=20),",
+        more="stop=StopRule(after=0.0002, train_loss_above=12),",
         common=("logging.log_interval=1",),
     )
     profile = {"account": "none", "time": "30", "ranks_per_node": 1, "cpus_per_task": 1}
@@ -106,11 +106,11 @@ def test_a_stop_rule_ends_a_task_of_an_array_for_good(
     wait_for(lambda: not slurm.run("squeue", "--noheader").strip(), 120, "an empty queue", logs)
     ended = task_folder(Path("results"), "mine", "tiny", "wild", 1)
     limit = read_limit(ended)
-    assert limit == LossLimit(step=2, train_loss_above=20)
+    assert limit == LossLimit(step=2, train_loss_above=12)
     attempts = read_attempts(ended)
     assert [attempt.kind for attempt in attempts] == ["early"]
     reason = attempts[0].reason
-    assert re.fullmatch(r"stop rule: loss [0-9.]+ at step 2 > 20", reason), reason
+    assert re.fullmatch(r"stop rule: loss [0-9.]+ at step 2 > 12", reason), reason
     # It saved before it left, and is not started again.
     assert 2 <= tracked_iteration(ended) < 10_000
     shown = mellum2("ablate", "status", *common)
