@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from ablations.running.evaluations import EVALUATIONS
 from ablations.running.results import task_folder, tasks_on_disk
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.metrics import read_metrics
@@ -42,30 +39,3 @@ def test_two_arms_with_one_seed_begin_alike(small_data: PreparedData, tmp_path: 
     again = mellum2(*words)
     assert again.code == 0, again
     assert (base / METRICS_FILE).stat().st_mtime_ns == stamp
-    check_evaluation(study, small_data, results, adam)
-
-
-def check_evaluation(study: Path, data: PreparedData, results: Path, adam: Path) -> None:
-    """A measure of `mellum2 eval` joins the results: the run is exported and asked for real."""
-    words = ["ablate", "evaluate", str(study), "--results", str(results)]
-    refused = mellum2(*words)
-    assert refused.code == 2, refused
-    assert "no metric of it comes from `mellum2 eval`" in refused.err
-    # Metrics are no part of a task's hash. One arm is enough: the other has lost its results.
-    write_study(study, data, metric="needle")
-    shutil.rmtree(adam)
-    done = mellum2(*words)
-    assert done.code == 0, done
-    (task,) = tasks_on_disk(results, "mine", "tiny")
-    value = EVALUATIONS["needle"].value(task.folder)
-    assert value is not None
-    assert 0 <= value <= 1
-    file = EVALUATIONS["needle"].file(task.folder)
-    assert json.loads(file.read_text())["model"] == str(task.folder)
-    stamp = file.stat().st_mtime_ns
-    assert mellum2(*words).code == 0
-    assert file.stat().st_mtime_ns == stamp
-    shutil.rmtree(task.folder)
-    nothing = mellum2(*words)
-    assert nothing.code == 2, nothing
-    assert "no finished task is there to measure" in nothing.err
