@@ -82,7 +82,8 @@ class CardFacts:
 def read_evaluation(path: Path) -> Rows:
     """Read an evaluation table from a JSON file.
 
-    Its form is ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}`` or a list of rows.
+    Its form is ``{"benchmark": score}``, ``{"benchmark": {"metric": score}}``, a list of rows, or
+    the result of `mellum2 eval`.
 
     Raises:
         InputError: the file is unreadable or of another form, or a cell is neither text nor a
@@ -94,7 +95,9 @@ def read_evaluation(path: Path) -> Rows:
         raise InputError(
             f"--eval {path}", rule=f"it must be a JSON file ({error})", fix="name one"
         ) from None
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "format" in value:
+        value = _rows_of_eval(value)
+    elif isinstance(value, dict):
         # One row for each benchmark: all forms become a list of rows.
         value = [
             {"benchmark": name, **(row if isinstance(row, dict) else {"score": row})}
@@ -108,6 +111,38 @@ def read_evaluation(path: Path) -> Rows:
             fix='write {"HumanEval pass@1": 0.5} or [{"benchmark": "HumanEval", "pass@1": 0.5}]',
         )
     return tuple({str(key): _cell(path, key, cell) for key, cell in row.items()} for row in value)
+
+
+def _rows_of_eval(result: dict[str, Any]) -> Any:
+    """Return the rows of a result of `mellum2 eval`: of its measures, or of the harness' tasks."""
+    try:
+        return [
+            {
+                "benchmark": task["benchmark"],
+                "metric": task["metric"],
+                "value": f"{task['value']:.3f}{_interval(task)}",
+                "items": task["items"],
+                "shots": "" if task["shots"] is None else task["shots"],
+            }
+            for task in result.get("tasks", ())
+        ] + [
+            {
+                "benchmark": " ".join([measure["name"], *map(str, figure["where"].values())]),
+                "metric": figure["name"],
+                "value": f"{figure['value']:.3f}{_interval(figure)}",
+                "items": figure["items"],
+            }
+            for measure in result.get("measures", ())
+            for figure in measure["figures"]
+        ]
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    if figure["low"] is None:
+        return ""
+    return f" ({figure['low']:.3f} to {figure['high']:.3f})"
 
 
 def _cell(path: Path, key: str, value: Any) -> str:

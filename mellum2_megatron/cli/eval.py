@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mellum2_megatron.architecture import Mellum2Architecture
     from mellum2_megatron.evaluation import Outcome
+    from mellum2_megatron.evaluation.harness import HarnessRun
 
 
 # `eval` is a function of Python.
@@ -36,7 +37,11 @@ def evaluate(
     ],
     suite: Annotated[
         list[str],
-        typer.Option("--suite", help="long, miniature, or the name of one measure (repeatable)"),
+        typer.Option(
+            "--suite",
+            help="long, miniature, or the name of one measure (repeatable); base, instruct or "
+            "thinking, or a task of --tasks, by lm-evaluation-harness",
+        ),
     ],
     settings: Annotated[
         list[str] | None,
@@ -54,6 +59,16 @@ def evaluate(
     overlap_tokens: Annotated[
         int, typer.Option("--overlap-tokens", help="tokens in a row that make an item known")
     ] = 24,
+    tasks: Annotated[
+        Path | None,
+        typer.Option("--tasks", help="folder of the harness' task files; names become suites"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="harness: first items of each task")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="harness: seed of examples and sampled answers")
+    ] = 1,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="JSON file of the result; default: eval_SUITE.json in MODEL"),
@@ -74,9 +89,20 @@ def evaluate(
         open_training_data,
     )
     from mellum2_megatron.evaluation.evaluating import item_texts
+    from mellum2_megatron.evaluation.harness import HarnessRun
+    from mellum2_megatron.evaluation.harness_suites import HARNESS_SUITES
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
+    if tasks is not None or any(name in HARNESS_SUITES for name in suite):
+        if len(suite) != 1 or settings or training_data is not None:
+            raise InputError(
+                "--suite " + " --suite ".join(suite),
+                rule="a suite of lm-evaluation-harness runs alone, and takes no settings",
+                fix="run the others by commands of their own",
+            )
+        _run_harness(model, suite[0], HarnessRun(limit=limit, seed=seed, tasks=tasks), out)
+        return
     architecture = _architecture(model)
     planned = plan(architecture, suite, settings or [])
     out = out or model / f"eval_{'_'.join(suite)}.json"
@@ -108,6 +134,36 @@ def evaluate(
             print_line(note)
     for overlap in report.overlaps or ():
         print_line(overlap.line(training_data or Path(), overlap_tokens))
+    print_line(f"wrote {out}")
+
+
+def _run_harness(model: Path, name: str, run: HarnessRun, out: Path | None) -> None:
+    """Run a suite of the harness, write its result and print it."""
+    from conversion.verification.memory import require_huggingface_memory
+    from mellum2_megatron.evaluation.harness import check_suite, find_suite, run_suite
+
+    suite = find_suite(name, run)
+    architecture = _architecture(model)
+    out = out or model / f"eval_{name}.json"
+    check_writable("--out", out, folder=False)
+    check_suite(name, suite, run)
+    require_huggingface_memory(str(model), architecture, 1)
+    with _hf_folder(model) as folder:
+        report = run_suite(
+            folder, suite, run, model=model, name=name, out=out, announce=error_console.print
+        )
+    table = plain_table(
+        "benchmark", "metric", "value", "95% interval", "items", "shots", title=name
+    )
+    for task in report["tasks"]:
+        interval = "" if task["low"] is None else f"{task['low']:.3f} to {task['high']:.3f}"
+        shots = "" if task["shots"] is None else str(task["shots"])
+        value = f"{task['value']:.3f}"
+        table.add_row(task["benchmark"], task["metric"], value, interval, str(task["items"]), shots)
+    console.print(table)
+    for benchmark, reason in report["missing"].items():
+        print_line(f"not measured: {benchmark}: {reason}")
+    print_line("shots and prompts are the harness' own; the report's are unknown")
     print_line(f"wrote {out}")
 
 

@@ -346,3 +346,28 @@ def test_import_of_a_release_is_the_checkpoint_again(
     import_hf(released.path, tmp_path / "again")
     assert read_architecture(tmp_path / "again") == read_config(released.path)
     assert (tmp_path / "again" / "tokenizer" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_results_of_mellum2_eval_are_tables(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    task = {"benchmark": "MMLU", "metric": "acc,none", "value": 0.5, "items": 40, "shots": None}
+    path.write_text(json.dumps({"format": 1, "tasks": [{**task, "low": 0.25, "high": 0.75}]}))
+    assert read_evaluation(path) == (
+        {
+            "benchmark": "MMLU",
+            "metric": "acc,none",
+            "value": "0.500 (0.250 to 0.750)",
+            "items": "40",
+            "shots": "",
+        },
+    )
+    figure = {"name": "found", "value": 0.1, "low": None, "high": None, "items": 2}
+    measure = {"name": "needle", "figures": [{**figure, "where": {"length": 1024}}]}
+    path.write_text(json.dumps({"format": 1, "measures": [measure]}))
+    assert read_evaluation(path) == (
+        {"benchmark": "needle 1024", "metric": "found", "value": "0.100", "items": "2"},
+    )
+    for wrong in ({"format": 1}, {"format": 1, "tasks": [1]}, {"format": 1, "measures": [{}]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="benchmarks and their scores"):
+            read_evaluation(path)
