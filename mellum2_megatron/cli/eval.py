@@ -39,8 +39,8 @@ def evaluate(
         list[str],
         typer.Option(
             "--suite",
-            help="long, miniature, or the name of one measure (repeatable); base, instruct or "
-            "thinking, or a task of --tasks, by lm-evaluation-harness",
+            help="long, ruler_like, miniature, or the name of one measure (repeatable); "
+            "by lm-evaluation-harness base, instruct, thinking, or a task of --tasks",
         ),
     ],
     settings: Annotated[

@@ -25,9 +25,16 @@ from typing import Any
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.field_checks import require_positive_int
+from mellum2_megatron.evaluation.long_texts import (
+    check_lengths,
+    filler_lines,
+    lengths_of,
+    numbers,
+    take_lines,
+)
 from mellum2_megatron.evaluation.measure import Figure, Measure, Outcome
 from mellum2_megatron.evaluation.model import EvaluatedModel
-from mellum2_megatron.evaluation.texts import notes_on, shuffled_texts
+from mellum2_megatron.evaluation.texts import notes_on
 
 NAME = "needle"
 SHORTEST = 64
@@ -57,14 +64,6 @@ class Settings:
     seed: int = 1
 
 
-def lengths_of(architecture: Mellum2Architecture, settings: Settings) -> tuple[int, ...]:
-    """Return the lengths to measure, ascending."""
-    if settings.lengths:
-        return tuple(sorted(set(settings.lengths)))
-    longest = architecture.max_position_embeddings
-    return tuple(longest >> shift for shift in (4, 3, 2, 1, 0) if longest >> shift >= SHORTEST)
-
-
 def check(architecture: Mellum2Architecture, settings: Settings) -> None:
     """Check settings against a model.
 
@@ -74,14 +73,7 @@ def check(architecture: Mellum2Architecture, settings: Settings) -> None:
     require_positive_int(f"{NAME}.items", settings.items)
     require_positive_int(f"{NAME}.choices", settings.choices)
     require_positive_int(f"{NAME}.digits", settings.digits, most=18)
-    longest = architecture.max_position_embeddings
-    for length in lengths_of(architecture, settings):
-        if not SHORTEST <= length <= longest:
-            raise InputError(
-                f"{NAME}.lengths={length}",
-                rule=f"a text has {SHORTEST} to max_position_embeddings={longest} tokens",
-                fix=f"use {longest} or less",
-            )
+    check_lengths(NAME, architecture, settings.lengths, SHORTEST)
     if not 2 <= settings.choices <= 9 * 10 ** (settings.digits - 1):
         raise InputError(
             f"{NAME}.choices={settings.choices}",
@@ -100,8 +92,8 @@ def needle(model: EvaluatedModel, settings: Settings) -> Outcome:
     Raises:
         InputError: the texts are too short to fill the longest length.
     """
-    lengths = lengths_of(model.architecture, settings)
-    filler = _filler(model, settings, max(lengths))
+    lengths = lengths_of(model.architecture, settings.lengths, SHORTEST)
+    filler = filler_lines(model, NAME, settings.text, settings.seed, max(lengths))
     figures: list[Figure] = []
     details = []
     for length in lengths:
@@ -116,25 +108,6 @@ def needle(model: EvaluatedModel, settings: Settings) -> Outcome:
     return Outcome(figures=tuple(figures), details=tuple(details), notes=notes_on(settings.text))
 
 
-def _filler(model: EvaluatedModel, settings: Settings, longest: int) -> list[list[int]]:
-    """Return the lines that texts are filled with, each as token ids: twice the longest text."""
-    lines: list[list[int]] = []
-    count = 0
-    for text in shuffled_texts(settings.text, settings.seed):
-        for line in text.splitlines(keepends=True):
-            lines.append(model.encode(line))
-            count += len(lines[-1])
-            if count >= 2 * longest:
-                return lines
-    if count < longest:
-        raise InputError(
-            f"{NAME}.lengths={longest}",
-            rule=f"the texts of the filler have {count} tokens",
-            fix=f"name more with {NAME}.text, or lower {NAME}.lengths",
-        )
-    return lines
-
-
 def _item(
     model: EvaluatedModel, settings: Settings, filler: Sequence[list[int]], length: int, item: int
 ) -> dict[str, Any]:
@@ -142,16 +115,12 @@ def _item(
     # Of its own numbers alone, so that a longer list of lengths or items leaves it as it is.
     rng = random.Random(f"{settings.seed} {length} {item}")
     key = rng.choice(_KEYS)
-    numbers: list[int] = []
-    while len(numbers) < settings.choices:
-        number = rng.randrange(10 ** (settings.digits - 1), 10**settings.digits)
-        if number not in numbers:
-            numbers.append(number)
-    answers = [model.encode(f" {number}") for number in numbers]
-    line = model.encode(f"ACCESS_CODE_{key} = {numbers[0]}\n")
+    values = numbers(rng, settings.choices, settings.digits)
+    answers = [model.encode(f" {value}") for value in values]
+    line = model.encode(f"ACCESS_CODE_{key} = {values[0]}\n")
     question = model.encode(f"assert ACCESS_CODE_{key} ==")
     room = length - len(line) - len(question) - max(map(len, answers))
-    lines = _take(filler, rng.randrange(len(filler)), room)
+    lines = take_lines(filler, rng.randrange(len(filler)), room)
     depth = item / max(1, settings.items - 1)
     lines.insert(round(depth * len(lines)), line)
     prompt = [token for one in [*lines, question] for token in one]
@@ -160,20 +129,11 @@ def _item(
         "length": length,
         "depth": depth,
         "key": key,
-        "number": numbers[0],
+        "number": values[0],
         "found": right.is_greedy,
         "preferred": all(right.log_probability > other.log_probability for other in wrong),
         "answer": right.log_probability,
     }
-
-
-def _take(filler: Sequence[list[int]], start: int, room: int) -> list[list[int]]:
-    """Return whole lines from ``start`` on that fill ``room`` tokens, the end going on at 0."""
-    lines: list[list[int]] = []
-    while (line := filler[(start + len(lines)) % len(filler)]) and len(line) <= room:
-        lines.append(line)
-        room -= len(line)
-    return lines
 
 
 MEASURE = Measure(

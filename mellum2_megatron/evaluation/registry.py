@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mellum2_megatron.evaluation import (
+    aggregation,
     arithmetic,
     chat_answers,
     line_tasks,
     multiple_choice,
     needle,
     position_loss,
+    tracing,
 )
 from mellum2_megatron.evaluation.measure import Measure
 
@@ -20,6 +22,8 @@ MEASURES: Mapping[str, Measure[Any]] = {
     for measure in (
         position_loss.MEASURE,
         needle.MEASURE,
+        tracing.MEASURE,
+        aggregation.MEASURE,
         chat_answers.MEASURE,
         line_tasks.COMPLETION_MEASURE,
         line_tasks.FIM_MEASURE,
@@ -31,6 +35,7 @@ MEASURES: Mapping[str, Measure[Any]] = {
 
 SUITES: Mapping[str, tuple[str, ...]] = {
     "long": (position_loss.MEASURE.name, needle.MEASURE.name),
+    "ruler_like": (needle.MEASURE.name, tracing.MEASURE.name, aggregation.MEASURE.name),
     "miniature": (
         line_tasks.COMPLETION_MEASURE.name,
         line_tasks.FIM_MEASURE.name,
