@@ -326,11 +326,14 @@ def _figures(spec: Spec, arm: dict[str, Any]) -> dict[str, Any]:
     # Of one rank, as rates and memory are.
     tokens = spec.batch * run.data.sequence_length / spec.ranks
     flops = run.architecture.flops_per_token(run.data.sequence_length, mtp=spec.mtp)
-    estimated = None
+    # Of torch's allocator, as the peak is: without the buffers of libraries.
+    least = most = None
     if spec.kind == "megatron":
-        estimated = memory_per_rank(run, world_size=spec.ranks, backend=spec.backend).total
+        memory = memory_per_rank(run, world_size=spec.ranks, backend=spec.backend)
+        least, most = memory.allocated
     return figures | {
-        "estimated_memory_bytes": estimated,
+        "estimated_memory_bytes": most,
+        "least_memory_bytes": least,
         "median_seconds": median,
         "spread": (seconds[-1] - seconds[0]) / median,
         "tokens_per_second": tokens / median,

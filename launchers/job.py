@@ -160,9 +160,15 @@ def plan_job(
         task_folders=tuple(names),
         dependency=tuple(dependency),
     )
+    if profile.gpu is not None and job.device == "cpu":
+        raise InputError(
+            f"gpu: {profile.gpu} with ranks on CPUs",
+            rule="names the card of each rank",
+            fix="drop it (--gpu, or gpu of the profile), or set gpus_per_node",
+        )
     # machine=False: neither this machine's files nor its packages matter to the job.
     for task in job.runs:
-        enforce(task, world_size=job.world_size, device=job.device, machine=False)
+        enforce(task, world_size=job.world_size, device=job.device, machine=False, gpu=profile.card)
     return job
 
 

@@ -28,6 +28,7 @@ from mellum2_megatron.common.field_checks import require
 from mellum2_megatron.common.files import read_text
 from mellum2_megatron.common.text import read_yaml
 from mellum2_megatron.common.values import Reader, from_mapping, from_plain
+from mellum2_megatron.planning.gpus import Machine, find_gpu
 
 PROFILES_VARIABLE = "MELLUM2_PROFILES"
 """Environment variable with a folder of profiles, for a whole site."""
@@ -168,6 +169,8 @@ class Profile:
         gpus_per_node: GPUs of a node; default 0, for CPU nodes.
         gpu_request: form of the request for GPUs: ``gpus-per-node``, the default, ``gres``
             (``--gres=gpu:N``), or ``none`` for a site that gives whole nodes.
+        gpu: card of each rank, such as ``h100`` or ``a100-80``: a run that needs more memory is
+            refused. Default none: memory is not checked.
         ranks_per_node: ranks of a node, default one per GPU, or 1 without GPUs.
         cpus_per_task: cores of a node's one task, shared by its ranks; default the partition's.
         memory: memory of a node, a number with K, M, G or T; default the partition's.
@@ -198,6 +201,7 @@ class Profile:
     nodes: int | None = None
     gpus_per_node: int = 0
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    gpu: str | None = None
     ranks_per_node: int | None = None
     cpus_per_task: int | None = None
     memory: str | None = None
@@ -252,6 +256,8 @@ class Profile:
                 fix="write its long name without dashes, such as constraint",
             )
         check_variables(self.environment, self.variables)
+        if self.gpu is not None:
+            find_gpu(self.gpu, key="gpu:")
 
     def _check_text(self) -> None:
         """Refuse text that would be more than one value of the batch script."""
@@ -311,6 +317,11 @@ class Profile:
                 rule="each rank has a GPU of its own",
                 fix=f"use {gpus}, or leave ranks_per_node out",
             )
+
+    @property
+    def card(self) -> Machine | None:
+        """Figures of ``gpu``; None if it is not named."""
+        return None if self.gpu is None else find_gpu(self.gpu)
 
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:

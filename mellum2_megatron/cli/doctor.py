@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mellum2_megatron.cli.complete import complete_recipe
-from mellum2_megatron.cli.options import DeviceChoice, Nproc, Overrides
+from mellum2_megatron.cli.options import Card, DeviceChoice, Nproc, Overrides
 from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError
 
@@ -33,18 +33,38 @@ def doctor(
     overrides: Overrides = None,
     nproc: Nproc = None,
     device: DeviceChoice = "auto",
+    gpu: Card = None,
 ) -> None:
     """Report what this machine lacks and which rules a run breaks.
 
     Each broken rule comes with its fix and its evidence.
+    With --gpu the run is for such cards: it must fit their memory, and ranks are the layout's.
     Exit code 2 if the run breaks any.
     """
+    if gpu is not None:
+        from mellum2_megatron.planning.gpus import find_gpu
+
+        # Before anything is printed.
+        find_gpu(gpu)
+        if device == "cpu":
+            raise InputError(
+                f"--gpu {gpu} with --device cpu", rule="a card is no CPU", fix="drop one of the two"
+            )
     _print_machine()
-    if recipe is not None and not diagnose(recipe, overrides or [], nproc=nproc, device=device):
+    if recipe is not None and not diagnose(
+        recipe, overrides or [], nproc=nproc, device=device, gpu=gpu
+    ):
         raise typer.Exit(2)
 
 
-def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device: str) -> bool:
+def diagnose(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    nproc: int | None,
+    device: str,
+    gpu: str | None = None,
+) -> bool:
     """Print every rule that a run breaks; return True if it breaks none.
 
     Args:
@@ -52,12 +72,17 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
         overrides: `key=value` words.
         nproc: number of ranks; None: that of the layout.
         device: `auto`, `cpu` or `cuda`.
+        gpu: card of each rank, default none. The run is then for a machine with such cards: what
+            this one lacks is no fault of the run.
 
     Raises:
-        InputError: `device` is none of "auto", "cpu" and "cuda".
+        InputError: `device` is none of "auto", "cpu" and "cuda", or an unknown card.
     """
     from launchers.weights import huggingface_source
     from mellum2_megatron.data.feed.sources import check_amounts, check_data
+    from mellum2_megatron.planning.gpus import find_gpu
+    from mellum2_megatron.planning.memory import memory_per_rank
+    from mellum2_megatron.planning.memory_fit import GIB, TooLittleMemoryError, parts_text
     from mellum2_megatron.planning.resolve import plan, resolve_run
     from mellum2_megatron.planning.rules import check
     from mellum2_megatron.planning.stage_chain import check_start
@@ -80,12 +105,25 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
             return False
         if fault is not None:
             print_line(fault)
-    planned_device, ranks = plan(run, device, nproc)
-    violations = check(run, ranks, planned_device)
-    title = f"{run.name} on {ranks} {planned_device} rank(s)"
+    card = None
+    if gpu is None:
+        planned_device, ranks = plan(run, device, nproc)
+        violations = check(run, ranks, planned_device)
+        title = f"{run.name} on {ranks} {planned_device} rank(s)"
+    else:
+        card = find_gpu(gpu)
+        ranks = nproc or run.layout.world_size or run.layout.smallest_world_size
+        violations = check(run, ranks, "cuda", machine=False, gpu=card)
+        title = f"{run.name} on {ranks} {card.label}"
     if not violations:
-        data = check_data(run)
-        for note in (*data.notes, *check_amounts(run, data), *start_notes(run, ranks)):
+        if card is None:
+            data = check_data(run)
+            for note in (*data.notes, *check_amounts(run, data)):
+                print_line(note)
+        else:
+            memory = memory_per_rank(run, world_size=ranks, backend=run.resolved_backend("cuda"))
+            print_line(f"a rank needs {parts_text(memory)} of {card.memory / GIB:,.1f} GiB")
+        for note in start_notes(run, ranks):
             print_line(note)
         print_line(f"{title}: breaks no rule")
         return True
@@ -100,6 +138,11 @@ def diagnose(recipe: str, overrides: Sequence[str], *, nproc: int | None, device
             violation.rule.evidence,
         )
     console.print(table)
+    # Once more, because a cell breaks lines and these are to be copied.
+    for violation in violations:
+        if isinstance(violation.problem, TooLittleMemoryError):
+            for settings in violation.problem.settings:
+                print_line(f"fits with  {settings}")
     return False
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mellum2_megatron.cli.complete import complete_subject
-from mellum2_megatron.cli.options import AsJson, Overrides
-from mellum2_megatron.common.console import console
+from mellum2_megatron.cli.options import AsJson, Card, Overrides
+from mellum2_megatron.common.console import console, print_line
 from mellum2_megatron.common.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -44,15 +44,25 @@ def info(
             help="tokens a sequence, for the FLOPs; default: the recipe's, or the model's longest"
         ),
     ] = None,
+    gpu: Card = None,
     optimizer: Annotated[
         bool,
         typer.Option("--optimizer", help="show how each weight of a recipe's model is updated"),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print parameters, FLOPs per token and, for a recipe, memory per rank."""
+    """Print parameters, FLOPs per token and, for a recipe, memory per rank.
+
+    With --gpu, exit code 2 if a rank needs more memory than the card has.
+    """
     # Separate functions: the optimizer's report needs a run, the other one only a model.
     if optimizer:
+        if gpu is not None:
+            raise InputError(
+                f"--gpu {gpu} with --optimizer",
+                rule="the optimizer's report has no memory",
+                fix="drop one of the two",
+            )
         describe_optimizer(
             subject, overrides or [], hf_path=hf_path, world_size=nproc, as_json=as_json
         )
@@ -63,6 +73,7 @@ def info(
             hf_path=hf_path,
             world_size=nproc,
             sequence_length=sequence_length,
+            gpu=gpu,
             as_json=as_json,
         )
 
@@ -75,6 +86,7 @@ def describe(
     world_size: int | None,
     sequence_length: int | None,
     as_json: bool,
+    gpu: str | None = None,
 ) -> None:
     """Print the figures of a recipe, a preset or a model's folder.
 
@@ -87,19 +99,24 @@ def describe(
         sequence_length: tokens a sequence, for the FLOPs; None: the recipe's, else the longest that
             the model takes.
         as_json: print JSON instead of tables.
+        gpu: card whose memory a rank must fit, default none.
 
     Raises:
         InputError: no subject or two, an unknown name, or a layout that does not fit.
+        typer.Exit: code 2, a rank does not fit the card.
     """
     from mellum2_megatron.planning.architecture_report import architecture_report, render
+    from mellum2_megatron.planning.gpus import find_gpu
     from mellum2_megatron.planning.layout_report import layout_report, render_layout
     from mellum2_megatron.planning.memory import memory_per_rank
+    from mellum2_megatron.planning.memory_fit import GIB, card_problem, card_report
 
     if (subject is None) == (hf_path is None):
         raise InputError(
             "info", rule="describes one thing", fix="give a recipe, a preset, or --hf-path DIR"
         )
-    memory = layout = None
+    memory = layout = run = problem = None
+    card = None if gpu is None else find_gpu(gpu)
     if hf_path is not None:
         from conversion.huggingface.folder import read_config
 
@@ -116,15 +133,29 @@ def describe(
             memory = memory_per_rank(run, world_size=ranks, backend=backend)
             layout = layout_report(run, world_size=ranks)
             title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
+            if card is not None:
+                problem = card_problem(run, world_size=ranks, gpu=card)
+    if card is not None and run is None:
+        raise InputError(
+            f"--gpu {gpu}", rule="memory is that of a run, not of a model", fix="name a recipe"
+        )
     report = architecture_report(architecture, sequence_length=sequence_length, memory=memory)
-    report |= {"layout": layout}  # in JSON null without a run, so that the key is always there
+    # In JSON null without a run or a card, so that the keys are always there.
+    report |= {"layout": layout, "card": None if card is None else card_report(card, problem)}
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-        return
-    console.print(render(report, title=title))
-    for table in render_layout(layout) if layout is not None else ():
-        console.print()
-        console.print(table)
+    else:
+        console.print(render(report, title=title))
+        for table in render_layout(layout) if layout is not None else ():
+            console.print()
+            console.print(table)
+        if card is not None:
+            console.print()
+            print_line(
+                str(problem) if problem else f"fits {card.label}: {card.memory / GIB:,.1f} GiB"
+            )
+    if problem is not None:
+        raise typer.Exit(2)
 
 
 def describe_optimizer(

@@ -15,11 +15,12 @@ import typer
 from typer.core import TyperGroup
 
 from mellum2_megatron.checkpoint.folder import how_to_resume
-from mellum2_megatron.cli.options import AsJson, Overrides, RecipeOrRun
+from mellum2_megatron.cli.options import AsJson, Card, Overrides, RecipeOrRun
 from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError, WorkError
 
 if TYPE_CHECKING:
+    from launchers.profile import Profile as SiteProfile
     from launchers.status import Status
     from launchers.submission import Submission
     from mellum2_megatron.config import Run
@@ -78,6 +79,7 @@ def launch_run(
     ] = None,
     profile: Profile = None,
     nodes: Nodes = None,
+    gpu: Card = None,
     time: Time = None,
     nproc: Annotated[
         int | None, typer.Option("--nproc", min=1, help="ranks, with --executor local")
@@ -118,7 +120,7 @@ def launch_run(
             fix="drop it; see `mellum2 launch logs`",
         )
     run = run_to_launch(recipe, overrides or [], output)
-    site = choose_profile(executor, profile)
+    site = _on_card(choose_profile(executor, profile), gpu)
 
     def submission_of(run: Run) -> list[Submission]:
         prepared = prepare(
@@ -164,6 +166,7 @@ def launch_pipeline(
     ],
     profile: Profile = None,
     nodes: Nodes = None,
+    gpu: Card = None,
     time: Time = None,
     output: Annotated[
         Path | None,
@@ -188,7 +191,7 @@ def launch_pipeline(
 
     _check_render(render)
     runs = [run_to_launch(name, overrides, None) for name, overrides in split_stages(stages)]
-    site = choose_profile("slurm", profile)
+    site = _on_card(choose_profile("slurm", profile), gpu)
 
     def submissions_of(*first: Run) -> tuple[Submission, ...]:
         return prepare_chain(
@@ -325,6 +328,16 @@ def launch_cancel(
             f"{', '.join(failed)} not cancelled",
             fix="see above; `squeue --me` lists the jobs that are yours",
         )
+
+
+def _on_card(site: SiteProfile, gpu: str | None) -> SiteProfile:
+    """Return the profile with the card of the command line, if one is given there."""
+    from mellum2_megatron.planning.gpus import find_gpu
+
+    if gpu is None:
+        return site
+    find_gpu(gpu)
+    return dataclasses.replace(site, gpu=gpu)
 
 
 def _overrides_of_task(words: str) -> list[str]:

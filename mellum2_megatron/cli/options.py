@@ -43,6 +43,15 @@ Nproc = Annotated[
 DeviceChoice = Annotated[
     str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda")
 ]
+Card = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="NAME",
+        help="card of each rank, whose memory the run must fit: h100, h200, b200, a100-80, a100-40 "
+        "or l40s",
+    ),
+]
 MegatronPath = Annotated[
     Path, typer.Option("--megatron-path", help="checkpoint folder, or one iteration inside it")
 ]

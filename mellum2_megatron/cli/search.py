@@ -25,7 +25,9 @@ def search(
             metavar="PRESET|FOLDER", help="shape that all others change; a preset or a folder"
         ),
     ] = "mellum2-12b",
-    gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, a100 or l40s")] = "h100",
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="h100, h200, b200, a100-80, a100-40 or l40s")
+    ] = "h100",
     layers: Annotated[
         str, typer.Option("--layers", help="depths: FIRST:LAST:STEP, or a list")
     ] = "16:48:4",

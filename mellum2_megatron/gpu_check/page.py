@@ -148,10 +148,14 @@ def _memory(rows: dict[str, Any]) -> Iterator[str]:
         return
     yield from _heading("Memory against the estimate")
     table = [
-        (name, size_text(row["measured"]), size_text(row["estimated"]), f"{row['ratio']:.2f}")
+        (
+            name,
+            *(size_text(row[column]) for column in ("measured", "least", "estimated")),
+            f"{row['ratio']:.2f}",
+        )
         for name, row in figures.items()
     ]
-    yield from _table(("arm", "measured", "estimated", "ratio"), table)
+    yield from _table(("arm", "measured", "least", "most", "measured / most"), table)
 
 
 def _differences(rows: dict[str, Any]) -> Iterator[str]:

@@ -215,6 +215,8 @@ class _HeadLoss(torch.autograd.Function):
                 weight_gradient = part.float() if len(labels) < len(labels_t) else part
             else:
                 weight_gradient += part
+            # Else they would exist beside those of the next chunk.
+            del logits, exponentials, softmax, gradient, part
         if with_gradient:
             assert weight_gradient is not None
             ctx.save_for_backward(torch.cat(hidden_gradients), weights_t)

@@ -31,6 +31,9 @@ def execution_has_kernels(planned: PlannedRun) -> Problems:
     for given, asked in (
         ("layout.delay_wgrad=true", layout.delay_wgrad),
         ("execution.recompute=moe_act", "moe_act" in execution.recompute),
+        # Megatron asks Transformer Engine for its FP8 state, whatever the precision
+        # (megatron/core/tensor_parallel/random.py:693).
+        ("execution.recompute=layernorm", "layernorm" in execution.recompute),
         (f"execution.offload={','.join(execution.offload)}", bool(execution.offload)),
         ("execution.fused_residual_norm=true", execution.fused_residual_norm),
     ):

@@ -1,4 +1,7 @@
-"""Figures of GPUs from their makers' data sheets."""
+"""Figures of GPUs: memory as the driver reports it, speeds from their makers' data sheets.
+
+The one table of cards: `mellum2 search` takes speeds from it, `memory_fit` the memory.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ class Machine:
 
     Attributes:
         label: name in texts and pictures.
-        memory: bytes.
+        memory: bytes, as ``nvidia-smi`` reports them; data sheets print another unit.
         bandwidth: bytes of memory read or written a second.
         flops: dense BF16 FLOP/s with accumulation in FP32.
         launch: seconds below which no operation comes.
-        source: origin of memory, bandwidth and FLOP/s.
+        source: origin of bandwidth and FLOP/s.
+        memory_source: origin of the memory.
     """
 
     label: str
@@ -26,39 +30,63 @@ class Machine:
     flops: float
     launch: float
     source: str
+    memory_source: str
 
 
 LAUNCH = 2.5e-6
 """Seconds of the shortest kernel inside a CUDA graph. An assumption of ours, measured nowhere."""
 
+_REPORTED = "nvidia-smi, thundergolfer.com/blog/nvidia-gpu-memory-capacity"
 
-def _gpu(label: str, memory: float, bandwidth: float, flops: float, source: str) -> Machine:
+
+def _gpu(
+    label: str,
+    mebibytes: int,
+    bandwidth: float,
+    flops: float,
+    source: str,
+    memory_source: str = _REPORTED,
+) -> Machine:
     return Machine(
         label=label,
-        memory=memory * 1e9,
+        memory=mebibytes * 2**20,
         bandwidth=bandwidth * 1e9,
         flops=flops * 1e12,
         launch=LAUNCH,
         source=source,
+        memory_source=memory_source,
     )
 
 
-# Sheets print FLOP/s with sparsity for Hopper; dense is half of it.
+# Sheets print FLOP/s with sparsity for Hopper and Blackwell; dense is half of it.
 GPUS: dict[str, Machine] = {
-    "h100": _gpu("H100 SXM", 80, 3350, 989.5, "NVIDIA H100 data sheet: 1,979 TFLOP/s sparse"),
-    "h200": _gpu("H200 SXM", 141, 4800, 989.5, "NVIDIA H200 data sheet: 1,979 TFLOP/s sparse"),
-    "a100": _gpu("A100 SXM 80 GB", 80, 2039, 312, "NVIDIA A100 data sheet: 312 TFLOP/s dense"),
-    "l40s": _gpu("L40S", 48, 864, 362.05, "NVIDIA L40S data sheet: 362.05 TFLOP/s dense"),
+    "h100": _gpu("H100 SXM", 81_559, 3350, 989.5, "NVIDIA H100 data sheet: 1,979 TFLOP/s sparse"),
+    "h200": _gpu("H200 SXM", 143_771, 4800, 989.5, "NVIDIA H200 data sheet: 1,979 TFLOP/s sparse"),
+    "b200": _gpu(
+        "B200 SXM",
+        183_359,
+        8000,
+        2250,
+        "NVIDIA HGX B200 data sheet, of 8: 64 TB/s, 36 PFLOP/s sparse",
+        "nvidia-smi, NVIDIA/TensorRT-LLM issue 10278",
+    ),
+    "a100-80": _gpu("A100 SXM 80 GB", 81_920, 2039, 312, "NVIDIA A100 data sheet: dense"),
+    "a100-40": _gpu("A100 SXM 40 GB", 40_960, 1555, 312, "NVIDIA A100 data sheet: dense"),
+    "l40s": _gpu("L40S", 46_068, 864, 362.05, "NVIDIA L40S data sheet: dense"),
 }
-"""GPUs by the name that commands take. Memory in GB, bandwidth in GB/s, dense BF16 TFLOP/s."""
+"""GPUs by the name that commands take. Memory in MiB, bandwidth in GB/s, dense BF16 TFLOP/s."""
 
 
-def find_gpu(name: str) -> Machine:
+def find_gpu(name: str, *, key: str = "--gpu") -> Machine:
     """Return the GPU called ``name``.
+
+    Args:
+        name: a name of `GPUS`.
+        key: where the name stands, for the message; default the option.
 
     Raises:
         InputError: an unknown name; the message names the nearest.
     """
     if name not in GPUS:
-        raise InputError(f"--gpu {name}", rule="no such GPU is known", fix=nearest(name, GPUS))
+        raise InputError(f"{key} {name}", rule="no such GPU is known", fix=nearest(name, GPUS))
     return GPUS[name]

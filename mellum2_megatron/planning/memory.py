@@ -1,16 +1,31 @@
 """Estimate of a rank's memory before it starts. No torch: instant on a login node.
 
 Weights, gradients and the padding of their buffers are exact: tests/planning/test_memory.py
-compares them with the buffers that Megatron makes. Activations are a rough count.
+compares them with the buffers that Megatron makes. Activations are counted tensor by tensor
+(`activations`). Buffers of libraries are assumptions. What a GPU reports was never measured.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.config import Backend, Precision, Run
+from mellum2_megatron.planning.activations import (
+    Kept,
+    Modules,
+    chunked_head_size,
+    head_transient,
+    kept_size,
+    layer_tensors,
+    layer_transient,
+    mask_size,
+    mtp_tensors,
+    norm_tensors,
+    whole_head_tensors,
+)
 from mellum2_megatron.planning.rank_weights import (
     Weight,
     adam_weights,
@@ -22,6 +37,17 @@ from mellum2_megatron.planning.rank_weights import (
 
 WEIGHT_BYTES = 2
 """Size of a weight, which is BF16 under FP8 compute too."""
+
+HOTTEST_LOAD = 1.5
+"""Tokens that the experts of the fullest rank get, over the mean. An assumption of ours: room for a
+router that is not balanced yet. The log of a run has the figure (docs/training.md)."""
+
+CONTEXT_BYTES = 3 * 2**29
+"""CUDA's context, workspaces of matrix products, and what the driver takes of a card's memory.
+1.5 GiB, an assumption."""
+
+COMMUNICATOR_BYTES = 2**29
+"""NCCL's buffers of one process group. 0.5 GiB, an assumption."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +62,13 @@ class Memory:
         padding: unused parts of the buffers of weights and gradients. They come from alignment, and
             from shares of a buffer that are all as long as the largest (docs/optimizer.md).
         optimizer: FP32 masters and states, on the rank with the most.
-        activations: tensors kept for the backward pass, without recomputation, and the logits that
-            exist with them; a rough count, at an even load of the experts or, with
+        activations: tensors kept for the backward pass, at an even load of the experts or, with
             ``loss.capacity_factor``, at full ones.
+        transients: what exists on top at the worst moment: logits and gradients of a head, or
+            copies of tokens in a layer and its recomputed tensors.
+        imbalance: room for experts that get `HOTTEST_LOAD` times the mean. 0 with one rank for all
+            experts.
+        buffers: CUDA's context and buffers of communication; assumptions.
     """
 
     parameters: int
@@ -47,11 +77,28 @@ class Memory:
     padding: int
     optimizer: int
     activations: int
+    transients: int
+    imbalance: int
+    buffers: int
+
+    @property
+    def state(self) -> int:
+        """Bytes that exist from the start to the end: weights, gradients, padding, optimizer."""
+        return self.weights + self.gradients + self.padding + self.optimizer
 
     @property
     def total(self) -> int:
-        """Sum of the five parts, in bytes."""
-        return self.weights + self.gradients + self.padding + self.optimizer + self.activations
+        """Sum of all parts, in bytes."""
+        return self.allocated[1] + self.buffers
+
+    @property
+    def allocated(self) -> tuple[int, int]:
+        """Least and most bytes of torch's allocator at its peak: without buffers of libraries.
+
+        The least has an even load and no transients, the most all of both.
+        """
+        least = self.state + self.activations
+        return least, least + self.transients + self.imbalance
 
 
 def memory_per_rank(run: Run, *, world_size: int, backend: Backend = "te") -> Memory:
@@ -78,7 +125,6 @@ def memory_by_stage(run: Run, *, world_size: int, backend: Backend = "te") -> li
     """
     layout, model = run.layout, run.architecture
     layout.validate(model, world_size=world_size, sequence_length=run.data.sequence_length)
-    tokens = run.data.sequence_length * run.schedule.micro_batch_size
     gradient = gradient_bytes(run.precision)
     stages = []
     for stage in range(layout.pp):
@@ -99,6 +145,8 @@ def memory_by_stage(run: Run, *, world_size: int, backend: Backend = "te") -> li
             for ranks, divided in adam_weights(run, world_size, backend, stage=stage)
         )
         muon = _most_owned(run, world_size, backend, stage)
+        activations, transients = _activations(run, stage, backend, _expert_rows(run))
+        hottest = sum(_activations(run, stage, backend, _hottest_rows(run)))
         stages.append(
             Memory(
                 parameters=count,
@@ -106,7 +154,10 @@ def memory_by_stage(run: Run, *, world_size: int, backend: Backend = "te") -> li
                 gradients=gradient * count,
                 padding=(WEIGHT_BYTES + gradient) * unused,
                 optimizer=8 * muon + 12 * adam,
-                activations=_activations(run, stage, tokens),
+                activations=round(activations),
+                transients=round(transients),
+                imbalance=round(hottest - activations - transients),
+                buffers=_buffers(run, world_size),
             )
         )
     return stages
@@ -128,11 +179,18 @@ def computes_in_fp8(
     if weight.component not in ("attention", "experts", "shared expert", "dense MLP"):
         return False
     layer = weight.name.removeprefix("decoder.layers.").split(".")[0]
-    # A decoder layer has a number here. The MTP layer has none: it follows precision.compute.
-    if layer.isdigit():
-        end = architecture.num_hidden_layers - precision.bf16_last_layers
-        return precision.bf16_first_layers <= int(layer) < end
-    return True
+    # A decoder layer has a number here. The MTP layer has none.
+    return _layer_in_fp8(int(layer) if layer.isdigit() else None, precision, architecture)
+
+
+def _layer_in_fp8(
+    layer: int | None, precision: Precision, architecture: Mellum2Architecture
+) -> bool:
+    """True if a layer's products are FP8; None is the MTP layer, which follows the precision."""
+    if precision.compute != "fp8":
+        return False
+    end = architecture.num_hidden_layers - precision.bf16_last_layers
+    return layer is None or precision.bf16_first_layers <= layer < end
 
 
 def _most_owned(run: Run, world_size: int, backend: Backend, stage: int) -> int:
@@ -151,91 +209,106 @@ def _most_owned(run: Run, world_size: int, backend: Backend, stage: int) -> int:
     )
 
 
-def _activations(run: Run, stage: int, tokens: int) -> int:
-    """Return the bytes kept for the backward pass on a rank of a pipeline stage.
+def _activations(run: Run, stage: int, backend: Backend, rows: float) -> tuple[float, float]:
+    """Return the bytes that a rank of a stage keeps, and those on top of them at its peak.
 
     Args:
         run: the run.
         stage: pipeline stage, from 0.
-        tokens: tokens of a micro-batch, before context parallelism divides them.
+        backend: backend of the modules.
+        rows: tokens that the rank's experts get, for each token of the rank.
     """
-    a, layout = run.architecture, run.layout
-    # Elements kept for a token in one layer: those of attention; then input and inner activations
-    # of each of its experts, or of its MLP.
-    attention = _attention_elements(a)
-    experts = a.hidden_size + _expert_rows(run) * (a.hidden_size + 3 * a.moe_intermediate_size)
-    experts = round(experts - _not_kept(run))
-    mlp = {
-        "sparse": experts + 3 * (a.shared_expert_intermediate_size or 0) // layout.tp,
-        "dense": 3 * a.intermediate_size // layout.tp,
-    }
+    a, layout, execution = run.architecture, run.layout, run.execution
     # Sequence parallelism divides the tokens among tensor-parallel ranks too.
-    local = tokens // (layout.cp * layout.tp)
-    layers = [a.mlp_type(layer) for part in stage_layers(a, layout, stage) for layer in part]
-    # One-forward-one-backward schedule: before the first gradient comes back, a stage starts one
-    # micro-batch for itself and one for each stage after it.
-    in_flight = layout.pp - stage
-    kept = 2 * local * sum(attention + mlp[kind] for kind in layers) * in_flight
-    if stage == layout.pp - 1:
-        heads = 1 + a.num_mtp_layers
-        chunk = run.loss.head_chunk
-        if chunk is None:
-            # Logits of each head in BF16 and FP32 (6 bytes).
-            kept += heads * 6 * local * a.vocab_size
+    tokens = run.data.sequence_length * run.schedule.micro_batch_size // (layout.cp * layout.tp)
+    layers: list[int | None] = list(itertools.chain(*stage_layers(a, layout, stage)))
+    last = stage == layout.pp - 1
+    decoder = after = working = 0.0
+    for layer in [*layers, *([None] * a.num_mtp_layers if last else [])]:
+        modules = Modules.of(run, backend, fp8=_layer_in_fp8(layer, run.precision, a))
+        mlp = a.mtp_mlp_type if layer is None else a.mlp_type(layer)
+        kind = a.mtp_layer_types[0] if layer is None else a.layer_types[layer]
+        tensors = layer_tensors(a, layout, modules, mlp, rows=rows)
+        size = tokens * kept_size(tensors, execution) + mask_size(run, modules, kind)
+        transient = layer_transient(a, layout, tensors, execution, mlp, rows=rows)
+        if layout.overlap_expert_comm:
+            # One micro-batch has gone a layer forward before the other has gone one back.
+            transient += kept_size(tensors, execution)
+        working = max(working, tokens * transient)
+        if layer is None:
+            after += size + tokens * kept_size(_around_mtp(run, backend), execution)
         else:
-            # Gradients of each head's hidden states and weight in BF16. On top, while one head
-            # runs: a chunk's logits in BF16 and FP32 and their gradient in BF16; and the weight's
-            # gradient in FP32 beside a chunk's part of it in BF16.
-            rows = a.vocab_size // layout.tp
-            kept += heads * 2 * a.hidden_size * (local * layout.tp + rows)
-            kept += 8 * min(chunk, local * layout.tp) * rows
-            kept += 6 * rows * a.hidden_size * (chunk < local * layout.tp)
-        kept += a.num_mtp_layers * 2 * local * (attention + mlp[a.mtp_mlp_type])
-    return kept
+            decoder += size
+    kept = decoder * _in_flight(run, stage) + after
+    if not last:
+        return kept, working
+    heads = 1 + a.num_mtp_layers
+    final = norm_tensors("final norm", a.hidden_size, Modules.of(run, backend, fp8=False))
+    kept += tokens * kept_size(final, execution)
+    chunk = run.loss.head_chunk
+    if chunk is None:
+        head = tokens * kept_size(whole_head_tensors(a), execution)
+    else:
+        head = chunked_head_size(a, layout, tokens)
+    # The peak is that of a head beside the other's tensors, or that of a layer without any head's.
+    running = head_transient(a, layout, tokens, chunk)
+    return kept + heads * head, max(running, working - heads * head, 0.0)
 
 
-def _attention_elements(a: Mellum2Architecture) -> int:
-    """Return the elements that a layer's attention and norms keep of a token.
+def _around_mtp(run: Run, backend: Backend) -> list[Kept]:
+    """Return the tensors of the MTP layer beside those of its transformer layer."""
+    fp8 = run.precision.compute == "fp8" and not run.precision.bf16_mtp_projection
+    return mtp_tensors(run.architecture, Modules.of(run, backend, fp8=fp8))
 
-    Inputs of the norms, q/k/v before and after RoPE, attention output.
+
+def _in_flight(run: Run, stage: int) -> float:
+    """Return the micro-batches whose activations a stage keeps at a time, in its decoder layers.
+
+    One forward, one backward: before the first gradient comes back, a stage starts one micro-batch
+    for itself and one for each stage after it. With virtual stages it counts parts of its layers
+    (megatron/core/pipeline_parallel/schedules.py:929-943, 0.19.2).
     """
-    heads, (width, value) = a.num_attention_heads, a.head_widths
-    kept = 3 * a.hidden_size + heads * value
-    if (latent := a.latent_attention) is None:
-        return kept + 2 * (heads + 2 * a.num_key_value_heads) * width
-    # Latents before and after their norms; every head has keys and values of its own.
-    latents = (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim
-    return kept + 2 * latents + 2 * heads * (2 * width + value)
+    layout = run.layout
+    if layout.vpp == 1:
+        return layout.pp - stage
+    parts = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    return (parts + layout.overlap_expert_comm) / layout.vpp
 
 
 def _expert_rows(run: Run) -> float:
     """Return the tokens of the experts of a rank, for each token that the rank has.
 
-    Without a capacity an even load is assumed, as nothing bounds another. With one, all experts of
-    the rank are full.
+    Without a capacity the load is even. With one, all experts of the rank are full.
     """
-    rows = run.architecture.num_experts_per_tok
+    rows = float(run.architecture.num_experts_per_tok)
     if run.loss.capacity_factor is None:
         return rows
     # An expert-parallel group as a whole has no more rows than its tokens need.
     return rows * min(run.loss.capacity_factor, run.layout.ep)
 
 
-def _not_kept(run: Run) -> float:
-    """Return the elements of a token in one layer that are computed again or offloaded.
+def _hottest_rows(run: Run) -> float:
+    """Return the tokens of the experts of the fullest rank, for each token that the rank has."""
+    if run.loss.capacity_factor is not None:
+        return _expert_rows(run)
+    return _expert_rows(run) * min(HOTTEST_LOAD, run.layout.ep)
 
-    Of the attention nothing is counted: a layer that attends still holds what it offloads.
-    """
-    a, execution = run.architecture, run.execution
-    rows, inner = _expert_rows(run), a.moe_intermediate_size
-    parts = {
-        "input of the experts' norm": "moe" in execution.recompute
-        or "layernorm" in execution.recompute
-        or "mlp_norm" in execution.offload,
-        "tokens as the experts got them": "moe" in execution.recompute
-        or "expert_fc1" in execution.offload,
-        "gate and up": "moe" in execution.recompute or "moe_act" in execution.offload,
-        "their product": "moe" in execution.recompute or "moe_act" in execution.recompute,
-    }
-    sizes = (a.hidden_size, rows * a.hidden_size, rows * 2 * inner, rows * inner)
-    return sum(size for size, gone in zip(sizes, parts.values(), strict=True) if gone)
+
+def _buffers(run: Run, world_size: int) -> int:
+    """Return the bytes of CUDA's context and of buffers of communication."""
+    a, layout = run.architecture, run.layout
+    degrees = (
+        layout.tp,
+        layout.cp,
+        layout.pp,
+        layout.ep,
+        layout.etp,
+        layout.data_parallel(world_size),
+        layout.expert_data_parallel(world_size),
+    )
+    size = CONTEXT_BYTES + COMMUNICATOR_BYTES * sum(ranks > 1 for ranks in degrees)
+    if layout.dispatcher == "flex" and layout.ep > 1:
+        # The library registers room for the tokens of all ranks, on the way there and back.
+        tokens = run.data.sequence_length * run.schedule.micro_batch_size // (layout.cp * layout.tp)
+        size += 2 * layout.ep * tokens * WEIGHT_BYTES * a.hidden_size
+    return size

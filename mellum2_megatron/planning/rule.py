@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Backend, Device, Run
+from mellum2_megatron.planning.gpus import Machine
 
 Problems = Iterator[InputError]
 
@@ -32,12 +33,14 @@ class PlannedRun:
         world_size: number of ranks.
         device: device that the ranks compute on.
         start: starting point of the run; always a new start in checks for another machine.
+        gpu: the card of each rank, if it is named; default none.
     """
 
     run: Run
     world_size: int
     device: Device
     start: StartingPoint
+    gpu: Machine | None = None
 
     @property
     def backend(self) -> Backend:

@@ -1,8 +1,8 @@
 """Known-bad combinations, refused before a process is started.
 
 `mellum2 doctor` prints all rules that a run breaks, `mellum2 train` raises them. `rule` has their
-form; `settings_rules`, `execution_rules`, `rl_rules`, `machine_rules` and `resume_rules` hold them,
-and register in this order.
+form; `settings_rules`, `execution_rules`, `rl_rules`, `machine_rules`, `resume_rules` and
+`memory_fit` hold them, and register in this order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from mellum2_megatron.planning import machine_rules  # noqa: F401
 
 # isort: split
 from mellum2_megatron.planning import resume_rules  # noqa: F401
+
+# isort: split
+from mellum2_megatron.planning import memory_fit  # noqa: F401
+from mellum2_megatron.planning.gpus import Machine
 from mellum2_megatron.planning.rule import RULES, PlannedRun, Violation
 from mellum2_megatron.planning.rule import Rule as Rule
 from mellum2_megatron.planning.rule import rule as rule
@@ -38,6 +42,7 @@ def check(
     *,
     start: StartingPoint | None = None,
     machine: bool = True,
+    gpu: Machine | None = None,
 ) -> list[Violation]:
     """Return every violation of every rule.
 
@@ -48,13 +53,14 @@ def check(
         start: starting point of the run, default `StartingPoint.of(run)`.
         machine: check files and packages of this machine too, default true; false if the run is
             for another machine.
+        gpu: card of each rank, whose memory the run must fit; None (default): not checked.
     """
     if start is None:
         # A run for another machine starts from that machine's disks, which are out of reach.
         start = StartingPoint.of(run) if machine else StartingPoint(kind="new")
     with suppress(InputError):  # the rule `resume-ends-on-a-step` reports it
         run = start.joined(run)
-    planned = PlannedRun(run=run, world_size=world_size, device=device, start=start)
+    planned = PlannedRun(run=run, world_size=world_size, device=device, start=start, gpu=gpu)
     violations: list[Violation] = []
     for entry in RULES:
         if entry.machine and not machine:
@@ -72,12 +78,13 @@ def enforce(
     *,
     start: StartingPoint | None = None,
     machine: bool = True,
+    gpu: Machine | None = None,
     without: Collection[str] = (),
 ) -> None:
     """Refuse a run that breaks a rule.
 
     Args:
-        run, world_size, device, start, machine: as for `check`.
+        run, world_size, device, start, machine, gpu: as for `check`.
         without: names of rules to leave out, default none.
 
     Raises:
@@ -85,7 +92,7 @@ def enforce(
     """
     violations = [
         violation
-        for violation in check(run, world_size, device, start=start, machine=machine)
+        for violation in check(run, world_size, device, start=start, machine=machine, gpu=gpu)
         if violation.rule.name not in without
     ]
     if len(violations) == 1:

@@ -20,6 +20,7 @@ from mellum2_megatron.common.values import to_plain
 from mellum2_megatron.metrics import MetricsLogger
 from mellum2_megatron.model.router import Mellum2Router
 from mellum2_megatron.model.router_variants import VariantRouter
+from mellum2_megatron.planning.memory import HOTTEST_LOAD
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -55,9 +56,9 @@ HOTTEST_RANK = "expert_load/hottest_rank_over_mean"
 """Tokens that the busiest rank of an expert-parallel group gets, over the group's mean: the mean
 over the layers of a pipeline stage, whose activations exist together; of the worst stage."""
 
-HOT_RANK = 1.5
-"""Load of the hottest rank above which an event is logged. No expert drops a token, so activations
-of experts grow with this load."""
+HOT_RANK = 1 + 0.8 * (HOTTEST_LOAD - 1)
+"""Load of the hottest rank above which an event is logged: four fifths of the room that the count
+of memory leaves. No expert drops a token, so activations of experts grow with this load."""
 
 VALIDATION_LOSS = "lm loss validation"
 """Megatron's name of the validation loss. Those of its sources, `lm loss/NAME validation`, come

@@ -93,7 +93,13 @@ def test_experts_touched_equal_a_simulation() -> None:
 def test_decoding_alone_takes_the_bytes_of_the_active_weights() -> None:
     """On a machine without launches and with free arithmetic only bytes count."""
     machine = Machine(
-        label="", memory=1e12, bandwidth=1e9, flops=math.inf, launch=0.0, source="a test"
+        label="",
+        memory=1e12,
+        bandwidth=1e9,
+        flops=math.inf,
+        launch=0.0,
+        source="a test",
+        memory_source="a test",
     )
     active = BIG.num_active_parameters(mtp=False) - BIG.vocab_size * BIG.hidden_size
     seconds = CostModel(BIG).seconds(machine, sequences=1, new=1, past=1)

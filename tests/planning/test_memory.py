@@ -76,7 +76,10 @@ def test_memory_of_one_rank_is_the_whole_model() -> None:
     assert one.optimizer == 8 * (one.parameters - embeddings - norms) + 12 * (embeddings + norms)
     adam = memory(BIG, Layout(), 1, "optimizer.name=adam")
     assert adam.optimizer == 12 * one.parameters
-    assert one.total == one.weights + one.gradients + one.padding + one.optimizer + one.activations
+    state = one.weights + one.gradients + one.padding + one.optimizer
+    assert one.imbalance == 0  # one rank has all experts
+    assert one.allocated == (state + one.activations, state + one.activations + one.transients)
+    assert one.total == one.allocated[1] + one.buffers
 
 
 def test_memory_divides_what_the_layout_divides() -> None:
@@ -143,19 +146,30 @@ def test_memory_of_a_pipeline_covers_every_parameter() -> None:
         assert held == TINY.num_parameters() + TINY.vocab_size * TINY.hidden_size
 
 
-# Elements that one token keeps in a layer of `tests.layouts.worker.ARCHITECTURE`.
+# Bytes that one token keeps in a layer of `tests.layouts.worker.ARCHITECTURE` with te modules:
+# elements, bytes of each in BF16, bytes under FP8.
 KEPT = {
-    "input of the attention's norm": 64,
-    "output of that norm": 64,
-    "queries before and after rotation": 2 * 4 * 16,
-    "keys before and after rotation": 2 * 2 * 16,
-    "values, twice": 2 * 2 * 16,
-    "output of the attention": 4 * 16,
-    "input of the experts' norm": 64,
-    "output of that norm, to route": 64,
-    "tokens as two experts got them": 2 * 64,
-    "gate, up and product in two experts": 2 * 3 * 32,
+    "input of the first norm, its mean square": (64 + 2, 2, 2),
+    "output of that norm, to project": (64, 2, 1),
+    "queries and keys before their norms": (4 * 16 + 2 * 16, 2, 2),
+    "mean squares of heads": (4 + 2, 4, 4),
+    "queries and keys after rotation": (4 * 16 + 2 * 16, 2, 2),
+    "values": (2 * 16, 2, 2),
+    "output of the attention, which its projection reads": (4 * 16, 2, 2),
+    "logarithms of sums": (4, 4, 4),
+    "input of the second norm, its mean square": (64 + 2, 2, 2),
+    "output of that norm, to route": (64, 2, 2),
+    "router logits and their logarithm": (4 + 1, 4, 4),
+    "map of the chosen experts": (4, 1, 1),
+    "scores of the choice and of the balance": (4 + 4, 4, 4),
+    "places of tokens, sent and received": (2 * 4 + 1 + 2, 4, 4),
+    "tokens as two experts got them": (2 * 64, 2, 1),
+    "gate and up in two experts": (2 * 2 * 32, 2, 2),
+    "weights of two experts": (2, 4, 4),
+    "product in two experts": (2 * 32, 2, 1),
 }
+BF16_LAYER = sum(count * size for count, size, _ in KEPT.values())
+FP8_LAYER = sum(count * size for count, _, size in KEPT.values())
 
 
 @pytest.mark.parametrize(
@@ -168,15 +182,67 @@ KEPT = {
     ],
     ids=["pp2", "pp2_tp2", "pp2_cp2", "pp2_tp2_cp2"],
 )
-def test_activations_are_those_of_a_count_by_hand(layout: Layout, ranks: int, tokens: int) -> None:
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+def test_activations_are_those_of_a_count_by_hand(
+    layout: Layout, ranks: int, tokens: int, compute: str
+) -> None:
     """Two of four layers a stage; the first has two micro-batches in flight."""
-    changes = ("schedule.micro_batch_size=2", "loss.head_chunk=null")
-    run = run_with(ARCHITECTURE, layout, *changes)
+    run = run_with(
+        ARCHITECTURE,
+        layout,
+        "schedule.micro_batch_size=2",
+        "loss.head_chunk=null",
+        f"precision.compute={compute}",
+    )
     first, last = memory_by_stage(run, world_size=ranks)
-    layer = 2 * tokens * sum(KEPT.values())
+    layer = tokens * (FP8_LAYER if compute == "fp8" else BF16_LAYER)
     assert first.activations == 2 * 2 * layer
-    logits = 2 * tokens * 96 * (2 + 4)  # of two heads, in BF16 and in FP32
-    assert last.activations == 2 * layer + layer + logits
+    around = 4 * (2 * 64 + 4) + (1 if compute == "fp8" else 2) * 128  # four norms, a projection
+    heads = 2 * (2 * 64 + 4 * 96 + 9)  # input, softmax, label
+    assert last.activations == 2 * layer + layer + tokens * (around + heads)
+
+
+def test_layers_and_projections_in_bf16_keep_bf16() -> None:
+    """The first layer and the MTP projection of an FP8 run."""
+
+    def kept(*overrides: str) -> int:
+        run = run_with(ARCHITECTURE, Layout(), "precision.compute=fp8", *overrides)
+        return memory_per_rank(run, world_size=1).activations
+
+    assert kept("precision.bf16_first_layers=1") - kept() == 256 * (BF16_LAYER - FP8_LAYER)
+    assert kept("precision.bf16_mtp_projection=true") - kept() == 256 * 128
+
+
+# Parts of KEPT that go, in BF16 and under FP8, in each of five layers.
+FREED = {
+    "recompute=moe_act": (2 * 32 * 2, 2 * 32),
+    "recompute=layernorm": (64 * 2, 64 * 2),
+    "recompute=moe": (
+        5 * 4 + 4 + 8 * 4 + 11 * 4 + 2 * 64 * 2 + 2 * 2 * 32 * 2 + 2 * 4 + 2 * 32 * 2,
+        5 * 4 + 4 + 8 * 4 + 11 * 4 + 2 * 64 + 2 * 2 * 32 * 2 + 2 * 4 + 2 * 32,
+    ),
+    "offload=expert_fc1": (2 * 64 * 2, 2 * 64),
+    "offload=moe_act": (2 * 2 * 32 * 2, 2 * 2 * 32 * 2),
+    "offload=core_attn": ((96 + 32) * 2, (96 + 32) * 2),
+    "offload=core_attn,attn_proj": ((96 + 32 + 64) * 2, (96 + 32 + 64) * 2),
+    "offload=qkv_linear": (64 * 2, 64),
+    "offload=mlp_norm": (64 * 2, 64 * 2),
+}
+
+
+@pytest.mark.parametrize("word", FREED)
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+def test_what_is_computed_again_or_offloaded_is_not_kept(word: str, compute: str) -> None:
+    kept, less = (
+        memory_per_rank(
+            run_with(ARCHITECTURE, Layout(), f"precision.compute={compute}", *words), world_size=1
+        )
+        for words in ((), (f"execution.{word}",))
+    )
+    freed = FREED[word][compute == "fp8"]
+    assert kept.activations - less.activations == 256 * 5 * freed
+    # What comes back exists for one layer at least.
+    assert less.transients >= min(kept.transients, 256 * freed)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +259,15 @@ def test_experts_with_a_capacity_are_full(capacity: float, ep: int, factor: floa
                 f"loss.capacity_factor={value}",
             ),
             world_size=ep,
-        )[0].activations
+        )[0]
         for value in ("null", capacity)
     )
-    layers, tokens, rows = 4 + 1, 512, 2 * (64 + 3 * 32)
-    assert full - even == 2 * tokens * layers * rows * (factor - 1)
+    layers, tokens, row = 4 + 1, 512, 2 * (64 + 3 * 32) + 4 + 4
+    assert full.activations - even.activations == tokens * layers * 2 * row * (factor - 1)
+    assert full.imbalance == 0
+    # Without a capacity: room for half as much again, in all layers.
+    assert (even.imbalance >= tokens * layers * 2 * row / 2) is (ep > 1)
+    assert even.imbalance < 1.2 * tokens * (layers + 1) * 2 * row / 2
 
 
 @pytest.mark.parametrize("chunk", [100, 512])
@@ -210,12 +280,20 @@ def test_chunked_heads_keep_no_logits(chunk: int) -> None:
                 ARCHITECTURE, layout, "schedule.micro_batch_size=2", f"loss.head_chunk={size}"
             ),
             world_size=2,
-        )[0].activations
+        )[0]
         for size in ("null", chunk)
     )
-    kept = 2 * (512 * 64 + 48 * 64) * 2  # gradients of hidden states and weight, of two heads
-    running = chunk * 48 * (2 + 4 + 2) + (chunk == 100) * 48 * 64 * (4 + 2)
-    assert whole - chunked == 2 * 256 * 96 * (2 + 4) - kept - running
+    # Gradients of hidden states and weight, and the tokens' weights, of two heads.
+    kept = 2 * (2 * (512 * 64 + 48 * 64) + 4 * 512)
+    assert whole.activations - chunked.activations == 2 * 256 * (2 * 64 + 4 * 96 + 9) - kept
+
+
+def test_buffers_grow_with_the_ways_to_communicate() -> None:
+    one, many = memory(BIG, Layout(), 1), memory(BIG, Layout(ep=8), 16)
+    # Expert parallelism, data parallelism and that of the experts.
+    assert many.buffers - one.buffers == 3 * 2**29
+    flex = memory(BIG, Layout(ep=8, dispatcher="flex"), 16)
+    assert flex.buffers - many.buffers == 2 * 8 * 256 * 2 * 2304
 
 
 def test_memory_refuses_a_misfit() -> None:

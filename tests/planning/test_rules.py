@@ -245,7 +245,13 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
                 ["layout.overlap_expert_comm=true", "execution.recompute=moe"],
                 "overlap-without-moe-recompute",
                 "execution.recompute=moe",
+                ["execution.recompute=[]"],
+            ),
+            (
                 ["execution.recompute=layernorm"],
+                "execution-has-kernels",
+                "execution.recompute=layernorm with backend=torch",
+                ["execution.recompute=[]"],
             ),
             (
                 ["layout.overlap_expert_comm=true", "layout.delay_wgrad=true"],
@@ -331,7 +337,9 @@ def test_a_broken_rule_is_reported_and_its_fix_works(
 
 def test_every_rule_has_a_case_here() -> None:
     machine = {rule.name for rule in RULES if rule.machine}
-    assert {case[4] for case in CASES} == {rule.name for rule in RULES} - machine
+    # It needs a card: tests/planning/test_memory_fit.py.
+    on_a_card = {"memory-fits-the-card"}
+    assert {case[4] for case in CASES} == {rule.name for rule in RULES} - machine - on_a_card
     assert machine == {
         *("packages-present", "data-present", "sample-prompts-fit", "resume-fits"),
         *("resume-keeps-settings", "resume-keeps-rate-down", "resume-keeps-tokenizer"),
@@ -348,7 +356,7 @@ def test_every_branch_of_a_rule_has_a_case() -> None:
     branches = {
         (rule.name, node.lineno)
         for rule in RULES
-        if not rule.machine
+        if not rule.machine and rule.name != "memory-fits-the-card"
         for node in ast.walk(ast.parse(source_in_place(rule)))
         if isinstance(node, ast.Yield)
     }

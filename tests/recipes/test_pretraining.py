@@ -8,7 +8,6 @@ import itertools
 import pytest
 
 from mellum2_megatron.config import Run
-from mellum2_megatron.planning.memory import memory_per_rank
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.recipes.pretraining import PHASE_ENDS, SCHEDULE
 from tests.upstream.test_arguments import megatron_scheduler, stub_te, validated
@@ -120,13 +119,6 @@ def test_megatron_accepts_every_recipe_at_its_size(
     assert args.max_position_embeddings == run.architecture.max_position_embeddings
     if run.layout.cp > 1:
         assert args.cp_comm_type == ["all_gather", "all_gather", "all_gather", "p2p"] * 7
-
-
-@pytest.mark.parametrize("name", ON_GPUS)
-def test_every_recipe_fits_an_h200(name: str) -> None:
-    run = recipe(name)
-    memory = memory_per_rank(run, world_size=world_size(run))
-    assert memory.total < 0.85 * 141e9
 
 
 @pytest.mark.parametrize("base", [*PHASES, "mellum2_12b_long_context", *SFT])

@@ -10,7 +10,8 @@ import pytest
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Precision, from_yaml, keys, to_yaml
-from mellum2_megatron.planning.memory import memory_per_rank
+from mellum2_megatron.planning.gpus import GPUS
+from mellum2_megatron.planning.memory_fit import card_problem
 from mellum2_megatron.planning.rules import check
 from mellum2_megatron.recipes import describe_recipes, recipe, recipe_names
 from tests.recipes.golden_recipes import GOLDEN, digests
@@ -214,13 +215,14 @@ def test_a_variant_trains_the_same(name: str) -> None:
     assert (run.checkpoint.keep_last, run.checkpoint.retain_interval is None) == (3, False)
 
 
-@pytest.mark.parametrize("name", [name for name in HARDWARE if "h100" in name])
-def test_an_h100_recipe_fits_its_card_by_count(name: str) -> None:
-    """Of 79 GiB: 8 for NCCL, context and fragments, and half of the experts' part once more."""
-    run = recipe(name)
-    memory = memory_per_rank(run, world_size=HARDWARE[name][0])
-    model = run.architecture
-    tokens = run.data.sequence_length * run.schedule.micro_batch_size // run.layout.cp
-    rows = model.num_experts_per_tok * (model.hidden_size + 2 * model.moe_intermediate_size)
-    experts = 0 if "moe" in run.execution.recompute else 2 * 29 * tokens * rows
-    assert memory.total + experts / 2 + 8 * 2**30 < 79 * 2**30
+@pytest.mark.parametrize("name", HARDWARE)
+def test_a_recipe_fits_the_card_in_its_name(name: str) -> None:
+    card = "h100" if "h100" in name else "h200"
+    assert card_problem(recipe(name), world_size=HARDWARE[name][0], gpu=GPUS[card]) is None
+
+
+@pytest.mark.parametrize("name", [name for name in HARDWARE if re.search("_12b_.*h200", name)])
+def test_a_recipe_for_h200_does_not_fit_80_gb(name: str) -> None:
+    problem = card_problem(recipe(name), world_size=HARDWARE[name][0], gpu=GPUS["h100"])
+    assert problem is not None
+    assert problem.settings
