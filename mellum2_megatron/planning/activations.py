@@ -270,7 +270,10 @@ def expert_tensors(
     tensors = [received, gate_and_up, weights, product]
     if modules.backend == "te":
         tensors.append(
-            Kept("places of the received tokens", rows * layout.etp * INT32, (again,), load=True)
+            # In the order of the ranks that sent them, and back in it.
+            Kept(
+                "places of the received tokens", 2 * rows * layout.etp * INT32, (again,), load=True
+            )
         )
     else:
         # One operator for each step of the SwiGLU (megatron/core/transformer/mlp.py:329, 0.19.2).

@@ -162,7 +162,7 @@ KEPT = {
     "router logits and their logarithm": (4 + 1, 4, 4),
     "map of the chosen experts": (4, 1, 1),
     "scores of the choice and of the balance": (4 + 4, 4, 4),
-    "places of tokens, sent and received": (2 * 4 + 1 + 2, 4, 4),
+    "places of tokens, sent and twice received": (2 * 4 + 1 + 2 * 2, 4, 4),
     "tokens as two experts got them": (2 * 64, 2, 1),
     "gate and up in two experts": (2 * 2 * 32, 2, 2),
     "weights of two experts": (2, 4, 4),
@@ -218,8 +218,8 @@ FREED = {
     "recompute=moe_act": (2 * 32 * 2, 2 * 32),
     "recompute=layernorm": (64 * 2, 64 * 2),
     "recompute=moe": (
-        5 * 4 + 4 + 8 * 4 + 11 * 4 + 2 * 64 * 2 + 2 * 2 * 32 * 2 + 2 * 4 + 2 * 32 * 2,
-        5 * 4 + 4 + 8 * 4 + 11 * 4 + 2 * 64 + 2 * 2 * 32 * 2 + 2 * 4 + 2 * 32,
+        5 * 4 + 4 + 8 * 4 + 13 * 4 + 2 * 64 * 2 + 2 * 2 * 32 * 2 + 2 * 4 + 2 * 32 * 2,
+        5 * 4 + 4 + 8 * 4 + 13 * 4 + 2 * 64 + 2 * 2 * 32 * 2 + 2 * 4 + 2 * 32,
     ),
     "offload=expert_fc1": (2 * 64 * 2, 2 * 64),
     "offload=moe_act": (2 * 2 * 32 * 2, 2 * 2 * 32 * 2),
@@ -262,7 +262,7 @@ def test_experts_with_a_capacity_are_full(capacity: float, ep: int, factor: floa
         )[0]
         for value in ("null", capacity)
     )
-    layers, tokens, row = 4 + 1, 512, 2 * (64 + 3 * 32) + 4 + 4
+    layers, tokens, row = 4 + 1, 512, 2 * (64 + 3 * 32) + 4 + 2 * 4
     assert full.activations - even.activations == tokens * layers * 2 * row * (factor - 1)
     assert full.imbalance == 0
     # Without a capacity: room for half as much again, in all layers.
