@@ -97,7 +97,7 @@ def diagnose(
         return False
     if source is not None:
         print_line(f"checkpoint.load: {source} is a Hugging Face folder; a start imports it first")
-    else:
+    elif gpu is None:  # else the run starts from another machine's disks
         try:
             fault = check_start(run, overrides)
         except InputError as error:
