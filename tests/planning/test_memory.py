@@ -265,6 +265,8 @@ def test_experts_with_a_capacity_are_full(capacity: float, ep: int, factor: floa
     layers, tokens, row = 4 + 1, 512, 2 * (64 + 3 * 32) + 4 + 2 * 4
     assert full.activations - even.activations == tokens * layers * 2 * row * (factor - 1)
     assert full.imbalance == 0
+    parts = (even.activations, even.transients, even.imbalance, even.buffers)
+    assert even.total == even.state + sum(parts)
     # Without a capacity: room for half as much again, in all layers.
     assert (even.imbalance >= tokens * layers * 2 * row / 2) is (ep > 1)
     assert even.imbalance < 1.2 * tokens * (layers + 1) * 2 * row / 2
