@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mellum2_megatron.cli import chat, corpus_plan  # noqa: F401  # add commands to data_app
+from mellum2_megatron.cli import chat, corpus_plan, rl_nemo  # noqa: F401  # add commands
 from mellum2_megatron.cli.ablate import ablate_app
 from mellum2_megatron.cli.bench_inference import bench_inference
 from mellum2_megatron.cli.check_release import check_release

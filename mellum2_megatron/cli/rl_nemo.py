@@ -1,0 +1,256 @@
+"""`mellum2 rl render-nemo`: a run of reinforcement learning for NeMo-RL on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mellum2_megatron.cli.options import Overrides, Overwrite, RecipeOrRun
+from mellum2_megatron.cli.rl import HeldOut, rl_app
+from mellum2_megatron.common.console import console, plain_table, print_line
+from mellum2_megatron.common.errors import InputError, WorkError, first_line
+
+if TYPE_CHECKING:
+    from mellum2_megatron.config import Run
+    from mellum2_megatron.rlvr.tasks import Task
+
+
+@rl_app.command("render-nemo")
+def render_nemo(
+    recipe: RecipeOrRun,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="folder to write; default: runs/RECIPE_nemo_rl")
+    ] = None,
+    checkout: Annotated[
+        Path, typer.Option("--checkout", help="folder of NeMo-RL, on the cluster")
+    ] = Path("NeMo-RL"),
+    hf_path: Annotated[
+        Path | None,
+        typer.Option("--hf-path", help="Hugging Face folder of the model; default: LOAD/hf"),
+    ] = None,
+    mode: Annotated[
+        Literal["sync", "async"],
+        typer.Option(
+            "--mode",
+            help="sync: drops groups of equal rewards; async: answers up to "
+            "rl.objective.max_age updates old, and drops nothing",
+        ),
+    ] = "sync",
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="site profile with NeMo-RL's container")
+    ] = None,
+    rewards_profile: Annotated[
+        str | None,
+        typer.Option(
+            "--rewards-profile", help="site profile of the rewards' job; default: --profile"
+        ),
+    ] = None,
+    generation_nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--generation-nodes",
+            min=1,
+            help="nodes that write answers, with --mode async; default: as many as train",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option("--tasks", help="file of tasks (repeatable); default: data.path/train.jsonl"),
+    ] = None,
+    valid_tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--valid-tasks",
+            help="file of validation tasks (repeatable); default: data.path/valid.jsonl if there",
+        ),
+    ] = None,
+    held_out: HeldOut = None,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="port of the rewards")
+    ] = 8400,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write NeMo-RL's configuration of a run and a script that launches it.
+
+    Every key is checked against those that NeMo-RL declares; what it cannot express is printed.
+    Nothing is started.
+    """
+    from launchers.corpus_arrays import project_folder
+    from launchers.nemo_rl import (
+        CONFIG_FILE,
+        LAUNCH_FILE,
+        REWARDS_FILE,
+        Launch,
+        check_launch,
+        launch_script,
+        rewards_script,
+    )
+    from launchers.profile import Profile, read_profile
+    from mellum2_megatron.planning.resolve import resolve_run
+    from mellum2_megatron.rlvr.nemo_rl.config import (
+        TEMPLATE_FILE,
+        TRAIN_TASKS,
+        VALID_TASKS,
+        Place,
+        render_config,
+    )
+    from mellum2_megatron.rlvr.nemo_rl.limits import limits, limits_page
+
+    run = resolve_run(recipe, overrides or [])
+    site = Profile(name="local", executor="local") if profile is None else read_profile(profile)
+    rewards = site if rewards_profile is None else read_profile(rewards_profile)
+    target = Path(os.path.abspath(output or Path("runs") / f"{run.name}_nemo_rl"))
+    model = Path(os.path.abspath(hf_path or Path(run.checkpoint.load or "") / "hf"))
+    template = _template(run, model)
+    data = Path(run.data.path)
+    train = tasks or [data / "train.jsonl"]
+    valid = valid_tasks or [file for file in [data / "valid.jsonl"] if file.is_file()]
+    read = {file: _tasks(files, held_out) for file, files in
+            ((TRAIN_TASKS, train), (VALID_TASKS, valid)) if files}  # fmt: skip
+    _require_thoughts(model, [task for rows in read.values() for task in rows])
+    gpus = site.gpus_per_node
+    nodes = site.nodes or -(-(run.layout.world_size or gpus) // max(1, gpus))
+    place = Place(
+        output=target,
+        checkout=Path(os.path.abspath(checkout)),
+        hf_path=model,
+        gpus_per_node=gpus,
+        nodes=nodes,
+        generation_nodes=(generation_nodes or nodes) if mode == "async" else 0,
+        validates=VALID_TASKS in read,
+        own_template=template is not None,
+    )
+    config = render_config(run, place, mode)
+    launch = Launch(
+        name=run.name,
+        output=target,
+        checkout=place.checkout,
+        nodes=config["cluster"]["num_nodes"],
+        profile=site,
+        rewards=rewards,
+        port=port,
+        own=sorted({name for file in read.values() for task in file for name in _own(task)}),
+        tasks=Path(os.path.abspath(train[0])).parent,
+    )
+    check_launch(launch, [target, place.checkout, model, project_folder()])
+    files = {
+        CONFIG_FILE: _yaml(run, config),
+        LAUNCH_FILE: launch_script(launch),
+        REWARDS_FILE: rewards_script(launch),
+        "limits.md": limits_page(run, mode),
+        **{file: "".join(f"{_line(task)}\n" for task in rows) for file, rows in read.items()},
+        **({} if template is None else {TEMPLATE_FILE: template}),
+    }
+    _write(target, files, overwrite=overwrite)
+    table = plain_table("setting", "NeMo-RL", "rendered")
+    for one in limits(run, mode):
+        table.add_row(one.setting, one.there, one.done)
+    console.print(table)
+    if not (model / "tokenizer.json").is_file():
+        print_line(f"not checked: {model} is not on this machine (chat template, `</think>`)")
+    print_line(f"wrote {target}; next: bash {target / LAUNCH_FILE}")
+
+
+def _tasks(files: Sequence[Path], held_out: Sequence[Path] | None) -> list[Task]:
+    from mellum2_megatron.rlvr.tasks import read_tasks
+
+    checked = read_tasks(files, held_out=held_out or ())
+    for warning in checked.warnings:
+        print_line(f"warning: {warning}")
+    return list(checked.tasks)
+
+
+def _template(run: Run, model: Path) -> str | None:
+    """Return a chat template to use in place of the tokenizer's own; None: that one."""
+    from mellum2_megatron.data.chat.template import choose_template, read_template
+
+    given = run.rl.chat_template
+    has_own = not model.is_dir() or read_template(model) is not None
+    return None if given is None and has_own else choose_template(model, given).text
+
+
+def _require_thoughts(model: Path, tasks: Sequence[Task]) -> None:
+    """Refuse thinking tasks with a tokenizer whose ``</think>`` NeMo-RL would drop from answers.
+
+    Raises:
+        InputError: see above.
+    """
+    file = model / "tokenizer.json"
+    if not file.is_file() or not any(task.thinking for task in tasks):
+        return
+    from mellum2_megatron.common.json_files import load_json
+
+    for token in load_json(file).get("added_tokens", ()):
+        if token.get("content") == "</think>" and token.get("special"):
+            raise InputError(
+                f"{file}: </think> is a special token",
+                rule="NeMo-RL decodes answers without special tokens, so that all of a thinking "
+                "answer would be read as thoughts or as none",
+                fix='give --hf-path a copy with "special": false for <think> and </think>',
+            )
+
+
+def _own(task: Task) -> list[str]:
+    """Return the functions of one's own that a task's verifier names."""
+    parts = task.arguments.get("of", []) if task.verifier == "all" else []
+    names = [task.verifier, *(str(part["verifier"]) for part in parts)]
+    return [name for name in names if ":" in name]
+
+
+def _line(task: Task) -> str:
+    row = {
+        "messages": [message.plain() for message in task.prompt.messages],
+        "tools": task.row.get("tools", []),
+        "verifier": task.verifier,
+        "arguments": dict(task.arguments),
+        "thinking": task.thinking,
+    }
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _yaml(run: Run, config: dict[str, Any]) -> str:
+    import yaml
+
+    from mellum2_megatron.rlvr.nemo_rl.declared import declared
+
+    head = (
+        f"# {run.name} for NeMo-RL {declared()[0]}, by `mellum2 rl render-nemo`.\n"
+        "# limits.md has what this version does otherwise. It was not run here.\n"
+    )
+    return head + yaml.safe_dump(config, sort_keys=False, default_flow_style=False)
+
+
+def _write(target: Path, files: dict[str, str], *, overwrite: bool) -> None:
+    """Write the folder; in one that is there, replace these files and leave checkpoints alone.
+
+    Raises:
+        InputError: the folder is there, without ``overwrite``.
+        WorkError: it cannot be written.
+    """
+    from mellum2_megatron.common.files import atomic_directory, write_text
+
+    try:
+        if not target.exists():
+            with atomic_directory(target) as folder:
+                for name, text in files.items():
+                    write_text(folder / name, text)
+            return
+        if not overwrite:
+            raise InputError(
+                f"--output {target}",
+                rule="it exists",
+                fix="name another folder, or add --overwrite to replace what is rendered in it",
+            )
+        for name, text in files.items():
+            write_text(target / name, text)
+    except OSError as error:
+        raise WorkError(
+            f"writing {target} failed ({first_line(error)})",
+            fix="free space on that disk, or name another --output",
+        ) from error
