@@ -125,8 +125,12 @@ def rewards_script(launch: Launch) -> str:
         # Both at once: a reader never sees half an address.
         f'printf "http://%s:%s\\n" "{address}" {launch.port} > {output}/.{URL_FILE}',
         f"mv {output}/.{URL_FILE} {output}/{URL_FILE}",
-        f"trap 'rm -f {output}/{URL_FILE}' EXIT",
-        " ".join(words),
+        f"trap 'kill $server 2>/dev/null; rm -f {output}/{URL_FILE}' EXIT",
+        # In the background: bash acts on a signal only when no command is in front.
+        "trap 'exit 143' TERM INT",
+        f"{' '.join(words)} &",
+        "server=$!",
+        "wait $server",
     ]
     return "\n".join(lines) + "\n"
 

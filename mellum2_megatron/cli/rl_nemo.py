@@ -111,8 +111,10 @@ def render_nemo(
     data = Path(run.data.path)
     train = tasks or [data / "train.jsonl"]
     valid = valid_tasks or [file for file in [data / "valid.jsonl"] if file.is_file()]
-    read = {file: _tasks(files, held_out) for file, files in
-            ((TRAIN_TASKS, train), (VALID_TASKS, valid)) if files}  # fmt: skip
+    # No task is trained on that the validation asks.
+    read = {TRAIN_TASKS: _tasks(train, [*(held_out or ()), *valid])}
+    if valid:
+        read[VALID_TASKS] = _tasks(valid, held_out or ())
     _require_thoughts(model, [task for rows in read.values() for task in rows])
     gpus = site.gpus_per_node
     nodes = site.nodes or -(-(run.layout.world_size or gpus) // max(1, gpus))
@@ -157,10 +159,10 @@ def render_nemo(
     print_line(f"wrote {target}; next: bash {target / LAUNCH_FILE}")
 
 
-def _tasks(files: Sequence[Path], held_out: Sequence[Path] | None) -> list[Task]:
+def _tasks(files: Sequence[Path], held_out: Sequence[Path]) -> list[Task]:
     from mellum2_megatron.rlvr.tasks import read_tasks
 
-    checked = read_tasks(files, held_out=held_out or ())
+    checked = read_tasks(files, held_out=held_out)
     for warning in checked.warnings:
         print_line(f"warning: {warning}")
     return list(checked.tasks)

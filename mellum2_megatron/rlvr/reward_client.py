@@ -56,7 +56,7 @@ class RewardClient:
     def _request(self, items: Sequence[Mapping[str, Any]]) -> list[float]:
         body = json.dumps({"items": list(items)}).encode()
         end = time.monotonic() + self._patience_s
-        pause = 0.5
+        unreached = 0.5
         while True:
             request = urllib.request.Request(self._url, data=body, headers=self._headers)
             try:
@@ -70,8 +70,10 @@ class RewardClient:
                         f"the rewards' service at {self._url} answers {fault}",
                         fix="check the tasks with `mellum2 rl check`, and the service's log",
                     ) from None
+                pause = _seconds(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException) as error:
                 fault = str(error) or type(error).__name__
+                pause = unreached = min(2 * unreached, _LONGEST_WAIT)
             if time.monotonic() + pause > end:
                 raise WorkError(
                     f"the rewards' service at {self._url} gave no rewards for "
@@ -79,7 +81,12 @@ class RewardClient:
                     fix="start `mellum2 rl serve`, or give it more --workers",
                 )
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_WAIT)
+
+
+def _seconds(header: str | None) -> float:
+    """Return the seconds of a Retry-After, 1 without one."""
+    seconds = int(header) if header and header.isascii() and header.isdigit() else 1
+    return min(float(seconds), _LONGEST_WAIT)
 
 
 def _rewards(body: bytes, number: int) -> list[float]:

@@ -52,7 +52,8 @@ def work_folder(folder: Path) -> Iterator[None]:
         data = folder / "data" / f"rlvr_{kind}"
         data.mkdir(parents=True)
         (data / "train.jsonl").write_text(TASKS)
-    (folder / "data" / "rlvr_thinking" / "valid.jsonl").write_text(TASKS)
+    valid = TASKS.replace("6 * 7", "40 + 2").replace("Say a.", "Spell a word with an a.")
+    (folder / "data" / "rlvr_thinking" / "valid.jsonl").write_text(valid)
     (folder / "site.yaml").write_text(SITE)
     (folder / "node.yaml").write_text("executor: local\ngpus_per_node: 8\n")
     with contextlib.chdir(folder):

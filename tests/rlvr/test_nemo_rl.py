@@ -189,7 +189,8 @@ def test_the_golden_numbers_of_the_objective_can_be_made_anew(
     content, difference = nemo_rl_golden.remade("of a test")
     stored = np.load(nemo_rl_golden.GOLDEN)
     assert content.keys() == set(stored.files)
-    assert all(content[name].dtype == stored[name].dtype for name in stored.files)
+    arrays = [name for name in stored.files if name != "source"]
+    assert all(content[name].dtype == stored[name].dtype for name in arrays)
     assert difference < 1e-6
     assert "of a test" in str(content["source"])
 
@@ -226,6 +227,7 @@ def test_what_cannot_run_is_refused_and_nothing_is_written(
         (work / f"{name}.yaml").write_text(yaml.safe_dump(site | changes))
     (work / "special").mkdir(exist_ok=True)
     token = {"content": "</think>", "special": True}
+    (work / "special" / "chat_template.jinja").write_text("{{ messages }}")
     (work / "special" / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))
     profile = [] if "--profile" in words else ["--profile", "good.yaml"]
     data = [] if "pretrain" not in words[0] else ["--tasks", "data/rlvr_instruct/train.jsonl"]

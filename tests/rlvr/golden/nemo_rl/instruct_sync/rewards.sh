@@ -15,5 +15,8 @@ umask 077
 [ -s /WORK/instruct_sync/rewards.token ] || head -c 32 /dev/urandom | base64 | tr -d '\n' > /WORK/instruct_sync/rewards.token
 printf "http://%s:%s\n" "$(hostname -f)" 8400 > /WORK/instruct_sync/.rewards.url
 mv /WORK/instruct_sync/.rewards.url /WORK/instruct_sync/rewards.url
-trap 'rm -f /WORK/instruct_sync/rewards.url' EXIT
-/PYTHON -m mellum2_megatron rl serve --host 0.0.0.0 --port 8400 --token-file /WORK/instruct_sync/rewards.token
+trap 'kill $server 2>/dev/null; rm -f /WORK/instruct_sync/rewards.url' EXIT
+trap 'exit 143' TERM INT
+/PYTHON -m mellum2_megatron rl serve --host 0.0.0.0 --port 8400 --token-file /WORK/instruct_sync/rewards.token &
+server=$!
+wait $server

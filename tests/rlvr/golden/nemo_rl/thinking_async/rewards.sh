@@ -15,5 +15,8 @@ umask 077
 [ -s /WORK/thinking_async/rewards.token ] || head -c 32 /dev/urandom | base64 | tr -d '\n' > /WORK/thinking_async/rewards.token
 printf "http://%s:%s\n" "$(hostname -f)" 8400 > /WORK/thinking_async/.rewards.url
 mv /WORK/thinking_async/.rewards.url /WORK/thinking_async/rewards.url
-trap 'rm -f /WORK/thinking_async/rewards.url' EXIT
-/PYTHON -m mellum2_megatron rl serve --host 0.0.0.0 --port 8400 --token-file /WORK/thinking_async/rewards.token
+trap 'kill $server 2>/dev/null; rm -f /WORK/thinking_async/rewards.url' EXIT
+trap 'exit 143' TERM INT
+/PYTHON -m mellum2_megatron rl serve --host 0.0.0.0 --port 8400 --token-file /WORK/thinking_async/rewards.token &
+server=$!
+wait $server
