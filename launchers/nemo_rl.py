@@ -93,7 +93,7 @@ def launch_script(launch: Launch) -> str:
 def rewards_script(launch: Launch) -> str:
     """Return the script of the rewards, a batch script where NeMo-RL runs on Slurm."""
     slurm, profile = launch.profile.executor == "slurm", launch.rewards
-    output, host = shlex.quote(str(launch.output)), "0.0.0.0" if slurm else "127.0.0.1"
+    host = "0.0.0.0" if slurm else "127.0.0.1"
     lines = ["#!/bin/bash"]
     if slurm:
         # A % in the folder's own name would be read as a pattern.
@@ -116,16 +116,18 @@ def rewards_script(launch: Launch) -> str:
     lines += [*_site(profile), "set -eu", f"cd {shlex.quote(str(launch.tasks))}"]
     address = "$(hostname -f)" if slurm else host
     words = [shlex.quote(profile.python or sys.executable), "-m mellum2_megatron rl serve"]
-    words += [f"--host {host} --port {launch.port}", f"--token-file {output}/{TOKEN_FILE}"]
+    words += [f"--host {host} --port {launch.port}", f'--token-file "$output/{TOKEN_FILE}"']
     words += [f"--own {shlex.quote(name)}" for name in launch.own]
     lines += [
+        f"output={shlex.quote(str(launch.output))}",
+        "server=",
         "umask 077",
-        f"[ -s {output}/{TOKEN_FILE} ] || "
-        f"head -c 32 /dev/urandom | base64 | tr -d '\\n' > {output}/{TOKEN_FILE}",
+        f'[ -s "$output/{TOKEN_FILE}" ] ||',
+        f"    head -c 32 /dev/urandom | base64 | tr -d '\\n' > \"$output/{TOKEN_FILE}\"",
         # Both at once: a reader never sees half an address.
-        f'printf "http://%s:%s\\n" "{address}" {launch.port} > {output}/.{URL_FILE}',
-        f"mv {output}/.{URL_FILE} {output}/{URL_FILE}",
-        f"trap 'kill $server 2>/dev/null; rm -f {output}/{URL_FILE}' EXIT",
+        f'printf "http://%s:%s\\n" "{address}" {launch.port} > "$output/.{URL_FILE}"',
+        f'mv "$output/.{URL_FILE}" "$output/{URL_FILE}"',
+        f"trap 'kill $server 2>/dev/null; rm -f \"$output/{URL_FILE}\"' EXIT",
         # In the background: bash acts on a signal only when no command is in front.
         "trap 'exit 143' TERM INT",
         f"{' '.join(words)} &",
@@ -171,7 +173,6 @@ def _submission(launch: Launch) -> Iterator[str]:
     """Yield the submission of both jobs."""
     profile, container = launch.profile, launch.profile.container
     assert container is not None, "check_launch has refused this"
-    output = shlex.quote(str(launch.output))
     yield from _site(profile)
     mounts = ",".join(
         f"{mount.source}:{mount.target}{':ro' if mount.read_only else ''}"
@@ -181,10 +182,10 @@ def _submission(launch: Launch) -> Iterator[str]:
     yield f"export MOUNTS={shlex.quote(mounts)}"
     yield f"export COMMAND={shlex.quote(_driver(launch))}"
     yield f"export GPUS_PER_NODE={profile.gpus_per_node}"
-    yield f"export BASE_LOG_DIR={output}"
+    yield f"export BASE_LOG_DIR={shlex.quote(str(launch.output))}"
     # The address of an earlier job would be taken for this one's.
-    yield f"rm -f {output}/{URL_FILE}"
-    yield f"rewards=$(sbatch --parsable {output}/{REWARDS_FILE})"
+    yield f'rm -f "$BASE_LOG_DIR/{URL_FILE}"'
+    yield f'rewards=$(sbatch --parsable "$BASE_LOG_DIR/{REWARDS_FILE}")'
     yield 'echo "rewards: job ${rewards%%;*}"'
     words = ["train=$(sbatch --parsable", *_flags(_flags_of_training(launch))]
     words += ['--dependency="after:${rewards%%;*}"', "ray.sub)"]
@@ -240,10 +241,10 @@ def _flags(values: Mapping[str, str | int | bool | None]) -> Iterator[str]:
 
 def _start(launch: Launch) -> Iterator[str]:
     """Yield the start of both on this machine."""
-    output = shlex.quote(str(launch.output))
     yield from _site(launch.profile)
-    yield f"rm -f {output}/{URL_FILE}"
-    yield f"bash {output}/{REWARDS_FILE} &"
+    yield f"output={shlex.quote(str(launch.output))}"
+    yield f'rm -f "$output/{URL_FILE}"'
+    yield f'bash "$output/{REWARDS_FILE}" &'
     yield "rewards=$!"
-    yield "trap 'kill $rewards 2>/dev/null' EXIT"
+    yield "trap 'kill $rewards 2>/dev/null; wait $rewards || true' EXIT"
     yield _driver(launch)

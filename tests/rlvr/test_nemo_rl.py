@@ -295,7 +295,7 @@ def launch(folder: Path, checkout: Path) -> Result:
 def test_the_launch_names_the_missing_registration_and_then_submits(
     work: Path, checkout: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
+    output = tmp_path / "it's an output"
     words = ["rl", "render-nemo", *CASES["instruct_sync"], "--checkout", checkout]
     assert mellum2(*words, "--output", output).code == 0
     refused = launch(output, checkout)
@@ -323,7 +323,7 @@ def test_a_local_launch_starts_the_rewards_and_ends_them(
     """With a driver that asks for two rewards, as the environment inside NeMo-RL does."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    output = tmp_path / "out"
+    output = tmp_path / "it's an output"
     words = ["rl", "render-nemo", *CASES["local"], "--checkout", checkout, "--port", str(port)]
     assert mellum2(*words, "--output", output).code == 0
     module = checkout / "nemo_rl/models/megatron/community_import.py"

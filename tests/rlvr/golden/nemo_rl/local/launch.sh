@@ -10,8 +10,9 @@ nemo_rl/models/megatron/community_import.py" >&2
     exit 2
 fi
 export PYTHONPATH=/CODE${PYTHONPATH:+:$PYTHONPATH}
-rm -f /WORK/local/rewards.url
-bash /WORK/local/rewards.sh &
+output=/WORK/local
+rm -f "$output/rewards.url"
+bash "$output/rewards.sh" &
 rewards=$!
-trap 'kill $rewards 2>/dev/null' EXIT
+trap 'kill $rewards 2>/dev/null; wait $rewards || true' EXIT
 uv run python -m mellum2_megatron.rlvr.nemo_rl.driver --config /WORK/local/grpo.yaml

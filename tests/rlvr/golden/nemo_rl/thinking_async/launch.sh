@@ -16,8 +16,8 @@ export MOUNTS=/:/
 export COMMAND='uv run python -m mellum2_megatron.rlvr.nemo_rl.driver --config /WORK/thinking_async/grpo.yaml'
 export GPUS_PER_NODE=8
 export BASE_LOG_DIR=/WORK/thinking_async
-rm -f /WORK/thinking_async/rewards.url
-rewards=$(sbatch --parsable /WORK/thinking_async/rewards.sh)
+rm -f "$BASE_LOG_DIR/rewards.url"
+rewards=$(sbatch --parsable "$BASE_LOG_DIR/rewards.sh")
 echo "rewards: job ${rewards%%;*}"
 train=$(sbatch --parsable \
     --job-name=mellum2_12b_rlvr_thinking \

@@ -11,12 +11,15 @@ export HF_HUB_OFFLINE=1
 export PYTHONPATH=/CODE${PYTHONPATH:+:$PYTHONPATH}
 set -eu
 cd /WORK/data/rlvr_thinking
+output=/WORK/thinking_async
+server=
 umask 077
-[ -s /WORK/thinking_async/rewards.token ] || head -c 32 /dev/urandom | base64 | tr -d '\n' > /WORK/thinking_async/rewards.token
-printf "http://%s:%s\n" "$(hostname -f)" 8400 > /WORK/thinking_async/.rewards.url
-mv /WORK/thinking_async/.rewards.url /WORK/thinking_async/rewards.url
-trap 'kill $server 2>/dev/null; rm -f /WORK/thinking_async/rewards.url' EXIT
+[ -s "$output/rewards.token" ] ||
+    head -c 32 /dev/urandom | base64 | tr -d '\n' > "$output/rewards.token"
+printf "http://%s:%s\n" "$(hostname -f)" 8400 > "$output/.rewards.url"
+mv "$output/.rewards.url" "$output/rewards.url"
+trap 'kill $server 2>/dev/null; rm -f "$output/rewards.url"' EXIT
 trap 'exit 143' TERM INT
-/PYTHON -m mellum2_megatron rl serve --host 0.0.0.0 --port 8400 --token-file /WORK/thinking_async/rewards.token &
+/PYTHON -m mellum2_megatron rl serve --host 0.0.0.0 --port 8400 --token-file "$output/rewards.token" &
 server=$!
 wait $server
