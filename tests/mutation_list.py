@@ -428,4 +428,32 @@ MUTATIONS = (
         new="            pass\n",
         test=("tests/layouts/test_layouts.py", "-k", "gloo-exact_dp2"),
     ),
+    Mutation(
+        name="keys that NeMo-RL does not declare",
+        file="mellum2_megatron/rlvr/nemo_rl/declared.py",
+        old="name in _OF_THE_LOADER or key in known",
+        new="True or key in known",
+        test=("tests/rlvr/test_nemo_rl.py", "-k", "would_ignore"),
+    ),
+    Mutation(
+        name="NeMo-RL's penalties on thinking answers",
+        file="mellum2_megatron/rlvr/nemo_rl/environment.py",
+        old='torch.tensor([bool(task["thinking"]) for task in tasks])',
+        new="torch.tensor([False for _ in tasks])",
+        test=("tests/rlvr/test_nemo_rl.py", "-k", "penalties_of_length"),
+    ),
+    Mutation(
+        name="data verify that stops at the first damaged result",
+        file="mellum2_megatron/data/verify.py",
+        old="        audit.faults[folder / MANIFEST] = error.rule\n",
+        new="        raise error\n",
+        test=("tests/data/test_verify.py", "-k", "named_at_once"),
+    ),
+    Mutation(
+        name="keys of a plan without their place",
+        file="mellum2_megatron/data/pipeline/plan_keys.py",
+        old="    if name in homes:\n",
+        new="    if False:\n",
+        test=("tests/data/test_plan_keys.py", "-k", "the_fix_names"),
+    ),
 )

@@ -18,8 +18,8 @@ from tests.cli.runner import mellum2
 
 GOLDEN = Path(__file__).with_name("golden") / "nemo_rl"
 TASKS = (
-    '{"messages": [{"role": "user", "content": "6 * 7?"}], "verifier": "math", '
-    '"arguments": {"answer": "42"}}\n'
+    '{"messages": [{"role": "user", "content": "6 * 7?"}], "verifier": "form", '
+    '"arguments": {"contains": ["42"]}}\n'
     '{"messages": [{"role": "user", "content": "Say a."}], "verifier": "form", '
     '"arguments": {"contains": ["a"]}, "thinking": true}\n'
 )

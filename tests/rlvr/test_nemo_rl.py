@@ -282,7 +282,7 @@ def launch(folder: Path, checkout: Path) -> Result:
         ["bash", folder / "launch.sh"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={
             **os.environ,
             "PATH": f"{checkout.parent / 'bin'}:{os.environ['PATH']}",
@@ -295,7 +295,7 @@ def launch(folder: Path, checkout: Path) -> Result:
 def test_the_launch_names_the_missing_registration_and_then_submits(
     work: Path, checkout: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "it's an output"
+    output = tmp_path / "an output (1)"
     words = ["rl", "render-nemo", *CASES["instruct_sync"], "--checkout", checkout]
     assert mellum2(*words, "--output", output).code == 0
     refused = launch(output, checkout)
@@ -529,7 +529,8 @@ def test_written_tasks_are_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first["message_log"][0]["content"] == "tools 0 user: 6 * 7? assistant:"
     assert torch.equal(first["message_log"][0]["token_ids"], torch.arange(7))
     assert (first["length"], first["loss_multiplier"], first["task_name"]) == (7, 1.0, "mellum2")
-    assert first["extra_env_info"] == MATH
+    asked = {"verifier": "form", "arguments": {"contains": ["42"]}, "tools": []}
+    assert first["extra_env_info"] == {**asked, "thinking": False}
     long = made.processor(made.dataset[1], made.task_spec, Words(), 3, 1)
     assert (long["loss_multiplier"], len(long["message_log"][0]["token_ids"])) == (0.0, 4)
     assert long["extra_env_info"]["thinking"] is True
