@@ -53,12 +53,14 @@ def saved_by_module(model: torch.nn.Module) -> Iterator[dict[str, int]]:
     """Collect the bytes that autograd saves inside, by the name of the module that saves them.
 
     A storage counts once, for the first module that saves it; weights and buffers do not count.
+    The bytes are there when the context ends.
     """
     names = {module: name for name, module in model.named_modules()}
     running: list[str] = []
     # Held, because a freed storage's place could be taken by another: a router replaces a buffer.
-    kept = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    seen = {storage._cdata for storage in kept}
+    own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    seen = {storage._cdata for storage in own}
+    kept: list[tuple[str, torch.UntypedStorage]] = []
     found: dict[str, int] = {}
 
     def enter(module: torch.nn.Module, _: Any) -> None:
@@ -71,9 +73,7 @@ def saved_by_module(model: torch.nn.Module) -> Iterator[dict[str, int]]:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
-            name = running[-1] if running else ""
-            found[name] = found.get(name, 0) + storage.nbytes()
-            kept.append(storage)
+            kept.append((running[-1] if running else "", storage))
         return tensor
 
     handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
@@ -84,3 +84,6 @@ def saved_by_module(model: torch.nn.Module) -> Iterator[dict[str, int]]:
     finally:
         for handle in handles:
             handle.remove()
+        # At the end, because outputs that will be computed again are emptied after their use.
+        for name, storage in kept:
+            found[name] = found.get(name, 0) + storage.nbytes()
