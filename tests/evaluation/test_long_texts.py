@@ -57,12 +57,21 @@ class Rule(ByteModel):
         ]
 
 
-class Loud(Rule):
-    """Finds every answer equally unlikely per token, so the shortest has the highest sum."""
+class Hesitant(Rule):
+    """Holds a token of the right answer for a little more likely than one of another."""
 
-    def answer(self, text: str) -> str:
-        """Know nothing."""
-        return ""
+    def score_continuations(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[Continuation]:
+        """Return a tenth of a nat a token more for the rule's answer."""
+        right = self.answer(self.decode(prompt))
+        return [
+            Continuation(
+                log_probability=-len(one) * (0.9 if self.decode(one) == right else 1.0),
+                is_greedy=False,
+            )
+            for one in continuations
+        ]
 
 
 @pytest.fixture
@@ -111,7 +120,8 @@ def test_a_counter_of_words_aggregates(texts: Path) -> None:
         assert sorted(counts.values()) == [3, 3, 3, 3, 3, 8]
     assert len({re.findall(r'log\("(\w+)"', prompt)[0] for prompt in model.prompts}) > 1
     # Words of different lengths are compared per token.
-    assert _run(Loud(), "aggregation", texts, "aggregation.lengths=512")[512, "preferred"] == 0.0
+    hesitant = _run(Hesitant(), "aggregation", texts, "aggregation.lengths=512")
+    assert hesitant == {(512, "found"): 0.0, (512, "preferred"): 1.0}
 
 
 def test_the_same_settings_ask_the_same(texts: Path) -> None:
