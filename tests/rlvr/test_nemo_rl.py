@@ -332,8 +332,8 @@ def test_a_local_launch_starts_the_rewards_and_ends_them(
         "import sys, yaml\n"
         "from mellum2_megatron.rlvr.nemo_rl.environment import Scorer\n"
         "settings = yaml.safe_load(open(sys.argv[-1]))['env']['mellum2']\n"
-        f"items = [{MATH!r}, {MATH!r}]\n"
-        "print(Scorer(settings).score([r'\\boxed{42}', r'\\boxed{41}'], items))\n"
+        f"items = [{ {**FORM, 'thinking': False}!r}] * 2\n"
+        "print(Scorer(settings).score(['a', 'b'], items))\n"
     )
     (tmp_path / "ask.py").write_text(program)
     script(tmp_path / "bin" / "uv", f'exec {sys.executable} {tmp_path / "ask.py"} "$@"')
