@@ -26,6 +26,7 @@ def dataset_provider(
     run: Run,
     after_load: Callable[[], None],
     on_validation_set: Callable[[FixedValidation | None], None],
+    training_set_of: Callable[[int, int | None], Any] | None = None,
 ) -> Callable[..., object]:
     """Return Megatron's dataset provider: sample counts -> train, validation and test set.
 
@@ -35,12 +36,17 @@ def dataset_provider(
             set the model up and restored a checkpoint, if any (training/training.py:1354, 0.19.2),
             and before the first step: there the rest of the run hooks into the loop.
         on_validation_set: called with the validation set of this rank at the end of each call.
+        training_set_of: function of number of samples and virtual stage to a training set that is
+            not read from data; default none.
     """
 
     def provide(
         samples: tuple[int, int, int], vp_stage: int | None = None
     ) -> tuple[Split, Split, None]:
         after_load()
+        if training_set_of is not None:
+            on_validation_set(None)
+            return training_set_of(samples[0], vp_stage), None, None
         per_validation = run.logging.eval_iterations * run.eval_batch_size
         cache = None if run.data.cache is None else Path(run.data.cache)
         streamed = run.data.feed == "redis"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mellum2_megatron.faults.step_guard import StepGuard
     from mellum2_megatron.faults.stop_request import StopRequest
     from mellum2_megatron.training.metrics import TrainingMetrics
+    from mellum2_megatron.training.rollouts import RolloutTraining
     from mellum2_megatron.training.samples import TrainingSamples
     from mellum2_megatron.training.validation_documents import ValidationDocuments
 
@@ -46,6 +47,7 @@ class LoopParts:
         add_files: called on one rank with a checkpoint's folder, to add files of our own.
         stop: stop request of this rank.
         pause_watch: context manager in which the hang watch is off.
+        rollouts: maker of the samples, of a run that learns from its own answers; else None.
     """
 
     checkpoint: Checkpoint
@@ -56,6 +58,7 @@ class LoopParts:
     add_files: Callable[[Path], None]
     stop: StopRequest
     pause_watch: Callable[[], AbstractContextManager[None]]
+    rollouts: RolloutTraining | None = None
 
 
 def hooks(parts: LoopParts) -> tuple[Patch, ...]:
@@ -144,6 +147,31 @@ def hooks(parts: LoopParts) -> tuple[Patch, ...]:
     )
 
 
+def rollout_hooks(rollouts: RolloutTraining) -> tuple[Patch, ...]:
+    """Return the further entries of a run that learns from its own answers."""
+    return (
+        Patch(
+            name="answers-before-step",
+            target="megatron.training.training:train_step",
+            replacement=rollouts.wrap_train_step,
+            why="training/training.py:3856 has no callback before a step, with the model, on every "
+            "rank; data iterators have no model",
+        ),
+        Patch(
+            name="answers-after-update",
+            target="megatron.training.training:training_log",
+            replacement=rollouts.wrap_training_log,
+            why="training/training.py:3985 has no callback between the update and its log",
+        ),
+        Patch(
+            name="answers-validation",
+            target="megatron.training.training:post_training_step_callbacks",
+            replacement=rollouts.wrap_end_of_step,
+            why="training/training.py:4068 has no callback between a step and its save",
+        ),
+    )
+
+
 def install_hooks(parts: LoopParts) -> None:
     """Apply the table for the rest of the process; call it once Megatron is set up.
 
@@ -158,6 +186,8 @@ def install_hooks(parts: LoopParts) -> None:
     # it; the manifest has a SHA-256 of every file.
     torch.serialization.set_crc32_options(False)
     patching.install(hooks(parts))
+    if parts.rollouts is not None:
+        patching.install(rollout_hooks(parts.rollouts))
     # The loop then calls the handler after each step (training.py:3247), and data loaders' workers,
     # which are started later, survive a stop signal too (datasets/data_samplers.py:94). Set from
     # the start it would make Megatron install its own handler (global_vars.py:149).

@@ -16,8 +16,10 @@ import functools
 import io
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.training import get_args, pretrain
@@ -39,6 +41,7 @@ from mellum2_megatron.model.provider import run_model_provider
 from mellum2_megatron.training.datasets import dataset_provider
 from mellum2_megatron.training.hooks import LoopParts, install_hooks
 from mellum2_megatron.training.metrics import TrainingMetrics
+from mellum2_megatron.training.rollouts import RolloutTraining
 from mellum2_megatron.training.samples import TrainingSamples
 from mellum2_megatron.training.step import forward_step
 from mellum2_megatron.training.validation_documents import ValidationDocuments
@@ -82,17 +85,24 @@ def run_loop(
     sums = ValidationDocuments(
         run, corpora=[source.name for source in data.valid], folder=output_folder(run)
     )
-    step = functools.partial(
+    rollouts = None
+    if run.data.feed == "rollouts":
+        rollouts = RolloutTraining(run, metrics, watch.paused)
+    step: Callable[..., Any] = functools.partial(
         forward_step,
         validation_sets=names,
         documents=data.document_attention,
         on_validation=sums.add if sums.active else None,
     )
+    if rollouts is not None:
+        step = rollouts.forward_step
     guard = StepGuard(run.stability, on_event=metrics.log_event)
 
     def add_files(folder: Path) -> None:
         """Write this project's own files into a checkpoint."""
         guard.save(folder)
+        if rollouts is not None:
+            rollouts.save(folder)
         write_text(folder / RUN_FILE, to_yaml(run))
         DataRecord.of(data).write(folder)
 
@@ -105,6 +115,7 @@ def run_loop(
         add_files=add_files,
         stop=stop,
         pause_watch=watch.paused,
+        rollouts=rollouts,
     )
 
     @functools.cache  # the provider is called once for each virtual pipeline stage
@@ -117,22 +128,28 @@ def run_loop(
                 get_args().iteration + 1, f"changed: {change.line()} ({change.reason})"
             )
         guard.load(output_folder(run), iteration=get_args().iteration)
+        if rollouts is not None:
+            rollouts.open(get_args().iteration)
         install_hooks(parts)
 
+    provider: Callable[..., Any] = run_model_provider(run, backend, new=start.kind == "new")
+    if rollouts is not None:
+        provider = rollouts.wrap_provider(provider)
     try:
         pretrain(
             container,
             dataset_provider(
-                run, after_load, lambda samples: sums.open(samples, get_args().iteration)
+                run,
+                after_load,
+                lambda samples: sums.open(samples, get_args().iteration),
+                None if rollouts is None else rollouts.provide,
             ),
             ModelType.encoder_or_decoder,
             watch.count_micro_batches(guard.wrap_forward_step(step)),
             # Not through the container: in 0.19.2 that path never lays parameters out for
             # layer-wise Muon (megatron/training/training.py:2040-2061), which then runs without
             # sharding its state.
-            model_provider=metrics.wrap_provider(
-                run_model_provider(run, backend, new=start.kind == "new")
-            ),
+            model_provider=metrics.wrap_provider(provider),
         )
     finally:
         metrics.close()

@@ -60,6 +60,9 @@ HOT_RANK = 1 + 0.8 * (HOTTEST_LOAD - 1)
 """Load of the hottest rank above which an event is logged: four fifths of the room that the count
 of memory leaves. No expert drops a token, so activations of experts grow with this load."""
 
+ROLLOUTS = "rl/"
+"""Beginning of the names that a run on its own answers logs; they are the log's too."""
+
 VALIDATION_LOSS = "lm loss validation"
 """Megatron's name of the validation loss. Those of its sources, `lm loss/NAME validation`, come
 before it (`step.sum_loss`)."""
@@ -83,8 +86,8 @@ class ScalarCapture:
         """Keep the value of a known name; hand on a validation loss at once."""
         if tag in ACCEPTANCE:
             self.values[NAMES[tag]] = float(scalar_value) / 100
-        elif tag in NAMES:
-            self.values[NAMES[tag]] = float(scalar_value)
+        elif tag in NAMES or tag.startswith(ROLLOUTS):
+            self.values[NAMES.get(tag, tag)] = float(scalar_value)
         elif tag == VALIDATION_LOSS and global_step is not None:
             self._on_validation(global_step, {"lm_loss": float(scalar_value), **self._of_sources})
         elif tag.startswith("lm loss/") and tag.endswith(" validation"):
@@ -109,9 +112,11 @@ class TrainingMetrics:
         self.run = run
         self._routers: list[Mellum2Router] = []
         self._log: MetricsLogger | None = None
+        self.more: dict[str, float] = {}
+        """Further numbers of the next step that is logged."""
         self._last_validation = -1
         self._alarm_above = HOT_RANK
-        self._capture = ScalarCapture(self._log_validation)
+        self._capture = ScalarCapture(self.log_validation)
 
     @property
     def log(self) -> MetricsLogger:
@@ -210,6 +215,7 @@ class TrainingMetrics:
                 flops = run.architecture.flops_per_token(run.data.sequence_length)
                 values["tokens_per_second"] = rate
                 values["model_tflops_per_second"] = rate * flops / 1e12
+            values |= self.more
             self.log.log_step(iteration, values)
             self._watch_hottest_rank(iteration, values.get(HOTTEST_RANK, 0.0))
             return result
@@ -239,7 +245,7 @@ class TrainingMetrics:
         run = self.run
         return step % run.logging.log_interval == 0 or step == run.schedule.train_steps
 
-    def _log_validation(self, step: int, values: dict[str, float]) -> None:
+    def log_validation(self, step: int, values: dict[str, float]) -> None:
         """Log a validation, once: Megatron validates again after the last step."""
         if step != self._last_validation:
             self._last_validation = step

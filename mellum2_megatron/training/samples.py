@@ -69,7 +69,7 @@ class TrainingSamples:
             logging = self._run.logging
             is_last = iteration == self._run.schedule.train_steps
             if logging.sample_prompts and (iteration % logging.sample_interval == 0 or is_last):
-                with self._pause_watch(), _outside_of_training(model, optimizer):
+                with self._pause_watch(), outside_of_training(model, optimizer):
                     texts = self._generate(model)
                 self._on_texts(iteration, texts)
             return result
@@ -207,7 +207,7 @@ def _next_tokens(
 
 
 @contextmanager
-def _outside_of_training(model: list[torch.nn.Module], optimizer: Any) -> Iterator[None]:
+def outside_of_training(model: list[torch.nn.Module], optimizer: Any) -> Iterator[None]:
     """Put the model into evaluation mode, and everything back at the end.
 
     The clock of a step stands still, and weights that the optimizer gathers late are complete, as

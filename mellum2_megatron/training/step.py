@@ -108,7 +108,9 @@ class _LastSample:
         return self.last
 
 
-def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None = None) -> Batch:
+def get_batch(
+    data_iterator: Iterator[Batch], vp_stage: int | None = None, *, more: Sequence[str] = ()
+) -> Batch:
     """Return this rank's part of the next micro-batch.
 
     Tensor-parallel rank 0 reads and the others receive. Context parallelism keeps two zigzag chunks
@@ -117,21 +119,22 @@ def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None = None) -> Ba
     Args:
         data_iterator: samples of this data-parallel rank; read on tensor-parallel rank 0 only.
         vp_stage: virtual pipeline stage; None without virtual stages.
+        more: further fields of a sample, float32, that the last stage reads; default none.
 
     Returns:
-        `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[b, s / cp]`;
-        None for what the pipeline stage does not read.
+        `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[b, s / cp]`,
+        and the further fields; None for what the pipeline stage does not read.
     """
     first, last = _first_and_last(vp_stage)
     if not (first or last):
-        return dict.fromkeys(_FIELDS)
+        return dict.fromkeys((*_FIELDS, *more))
     sample = next(data_iterator) if mpu.get_tensor_model_parallel_rank() == 0 else None
     batch = get_batch_on_this_cp_rank(
-        _undivided(sample, vp_stage),
+        _undivided(sample, vp_stage) | (_further(sample, more) if last else {}),
         is_hybrid_cp=False,
         cp_group=mpu.get_context_parallel_group(),
     )
-    return {name: batch.get(name) for name in _FIELDS}
+    return {name: batch.get(name) for name in (*_FIELDS, *more)}
 
 
 def get_document_batch(
@@ -246,6 +249,26 @@ def _undivided(sample: Batch | None, vp_stage: int | None) -> Batch:
         is_pipeline_last_stage=last,
     )
     return whole
+
+
+def _further(sample: Batch | None, names: Sequence[str]) -> Batch:
+    """Return further fields of a micro-batch, float32 `[b, s]`, on all tensor-parallel ranks."""
+    args, device = get_args(), torch.cuda.current_device()
+    fields: Batch = {}
+    for name in names:
+        value = torch.empty(args.micro_batch_size, args.seq_length, device=device)
+        if sample is not None:
+            given = sample[name]
+            assert given is not None
+            value = given.to(device)
+        if mpu.get_tensor_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(
+                value,
+                mpu.get_tensor_model_parallel_src_rank(),
+                group=mpu.get_tensor_model_parallel_group(),
+            )
+        fields[name] = value
+    return fields
 
 
 def _document_bounds(sample: Batch | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ neither torch nor Megatron, so rules, launchers and every rank check the same.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ from mellum2_megatron.common.json_files import load_json
 from mellum2_megatron.data.corpus.selection import Split
 from mellum2_megatron.data.feed.entries import entries, is_folder, is_packs, tokenizer_folder
 from mellum2_megatron.data.feed.order import BlendSchedule
+from mellum2_megatron.data.feed.task_files import task_file
 from mellum2_megatron.data.phase_record import read_phase
 from mellum2_megatron.data.prepared_folder import CORPUS_FILE, load_prepared
 from mellum2_megatron.data.tokens.document_tokenizer import end_of_document
@@ -135,6 +137,8 @@ def check_data(run: Run) -> RunData:
     """
     folder = tokenizer_folder(run.data)
     # Before the tokenizer, which usually lies in the folder of a source.
+    if run.data.feed == "rollouts":
+        return _tasks(run, folder)
     train, valid = (_sources(run.data, split) for split in ("train", "valid"))
     ends = {source.eod: source for source in (*train, *valid) if source.eod is not None}
     tokenizer = _tokenizer(run, folder, next(iter(ends), None))
@@ -182,6 +186,8 @@ def check_amounts(run: Run, data: RunData) -> list[str]:
             counted and the tokenizer's tokens have none.
     """
     length = run.data.sequence_length
+    if run.data.feed == "rollouts":
+        return []
     notes = []
     if data.document_attention:
         _check_layout(run, data)
@@ -253,6 +259,40 @@ def _epochs(
             )
         parts.append(f"{source.name} {share:,} of {sum(shares):,} sequences ({epochs:.2f} epochs)")
     return parts
+
+
+def _tasks(run: Run, folder: Path) -> RunData:
+    """Return the data of a run that learns from its own answers: files of tasks."""
+    found: dict[Split, tuple[Source, ...]] = {"train": (), "valid": ()}
+    sha256 = tokenizer_hash(folder)
+    for split in found:
+        file = task_file(run.data, split)
+        if file is not None:
+            found[split] = (
+                Source(
+                    key="data.path",
+                    name=file.name,
+                    weight=1.0,
+                    prefix=file,
+                    tokens=0,
+                    identity=hashlib.sha256(file.read_bytes()).hexdigest(),
+                    tokenizer_sha256=sha256,
+                    vocab_size=vocab_size(folder),
+                ),
+            )
+    if not found["train"]:
+        raise InputError(
+            f"data.path={run.data.path}",
+            rule="there is no train.jsonl with tasks in it (also .gz, .zst)",
+            fix="write the tasks to one, a JSON object a line (docs/rlvr.md)",
+        )
+    return RunData(
+        train=found["train"],
+        valid=found["valid"],
+        tokenizer=_tokenizer(run, folder, None),
+        notes=(),
+        document_attention=False,
+    )
 
 
 def _sources(data: Data, split: Split) -> tuple[Source, ...]:
