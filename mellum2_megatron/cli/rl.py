@@ -1,4 +1,4 @@
-"""`mellum2 rl`: tasks of reinforcement learning, checked and measured."""
+"""`mellum2 rl`: reinforcement learning, its tasks checked and measured, its rewards served."""
 
 from __future__ import annotations
 

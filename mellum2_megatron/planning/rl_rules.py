@@ -59,6 +59,12 @@ def rl_has_no_other_data(planned: PlannedRun) -> Problems:
     data = run.data
     wanted = (
         ("loss.per_token", run.loss.per_token, True, "the objective is a mean over tokens"),
+        (
+            "loss.head_chunk",
+            run.loss.head_chunk,
+            None,
+            "each token's loss has a gradient of its own, and chunks know only the loss mask",
+        ),
         ("data.workers", data.workers, 0, "the samples are made in the rank itself"),
         ("data.first_sample", data.first_sample, 0, "there are no samples to skip"),
         ("data.train", data.train, (), "the tasks are in data.path"),

@@ -27,7 +27,9 @@ PROMPT_TOKENS = 4096
 
 WARMUP_STEPS = 50
 
-LOSS = Loss(aux_loss_type="none", aux_loss_coef=0.0, z_loss_coef=0.0, per_token=True)
+LOSS = Loss(
+    aux_loss_type="none", aux_loss_coef=0.0, z_loss_coef=0.0, per_token=True, head_chunk=None
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,7 @@ SOURCES = {
     "loss": "ours: the router is frozen, so nothing balances it; NeMo-RL has no such losses either",
     "loss.mtp_factor": "report §2; §5.2 does not say",
     "loss.per_token": "report §5.2: normalised over tokens",
+    "loss.head_chunk": "ours: each token has a gradient of its own, which chunks cannot have",
     "precision": "ours: BF16 on both sides, because each format has roundings of its own",
     "schedule": "report §5.2: from 1e-6 to 1e-7; ours: cosine, as in SFT",
     "schedule.train_samples": "report §5.2: number of steps",

@@ -86,7 +86,7 @@ class ScalarCapture:
         """Keep the value of a known name; hand on a validation loss at once."""
         if tag in ACCEPTANCE:
             self.values[NAMES[tag]] = float(scalar_value) / 100
-        elif tag in NAMES or tag.startswith(ROLLOUTS):
+        elif tag in NAMES or (tag.startswith(ROLLOUTS) and " " not in tag):
             self.values[NAMES.get(tag, tag)] = float(scalar_value)
         elif tag == VALIDATION_LOSS and global_step is not None:
             self._on_validation(global_step, {"lm_loss": float(scalar_value), **self._of_sources})

@@ -20,6 +20,7 @@ RUN = "mellum2_tiny_rlvr_instruct"
         (["loss.per_token=false"], "a mean over tokens"),
         (["data.workers=2"], "made in the rank itself"),
         (["logging.eval_iterations=2"], "rl.eval_answers"),
+        (["loss.head_chunk=2048"], "a gradient of its own"),
         (["stability.spike=record"], "around 0"),
         (["data.document_attention=true"], "a sequence of its own"),
     ],
