@@ -163,4 +163,26 @@ def _data_notes(run: Run, *, data_is_given: bool = True) -> list[str]:
     from mellum2_megatron.data.feed.sources import check_amounts, check_data
 
     data = check_data(run)
+    if run.data.feed == "rollouts":
+        return _task_notes(run)
     return [*data.notes, *check_amounts(run, data)]
+
+
+def _task_notes(run: Run) -> list[str]:
+    """Read the tasks of a run that learns from its own answers; return what is worth saying.
+
+    Raises:
+        InputError: see `run_tasks`; or a task runs programs and there is no sandbox.
+    """
+    from mellum2_megatron.rlvr.prompts import run_tasks
+    from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
+
+    tasks = run_tasks(run)
+    if any(task.verifier == "code" for task in (*tasks.train, *tasks.valid)):
+        find_sandbox()
+    longest = max(map(len, tasks.train_tokens))
+    return [
+        f"tasks: {len(tasks.train):,} to learn from, {len(tasks.valid):,} to validate with, "
+        f"prompts of up to {longest:,} tokens",
+        *(f"warning: {line}" for line in tasks.warnings),
+    ]

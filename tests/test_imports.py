@@ -58,7 +58,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("mapping",),
         ("huggingface", "torch_dist"),
         ("jobs", "exportable"),
-        ("convert",),
+        ("convert", "live_weights"),
         ("verification", "bridge"),
         ("release",),
     ),

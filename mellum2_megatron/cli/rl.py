@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from mellum2_megatron.cli.options import ChatTemplate
+from mellum2_megatron.cli.options import (
+    ChatTemplate,
+    DeviceChoice,
+    Nproc,
+    Overrides,
+    RecipeOrRun,
+)
 from mellum2_megatron.common.console import print_line
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import check_writable, read_text, write_text
@@ -20,8 +27,20 @@ if TYPE_CHECKING:
     from mellum2_megatron.rlvr.rewards.verdict import Answer, Verdict
     from mellum2_megatron.rlvr.tasks import CheckedTasks, Task
 
+
+class _RecipeOrCommand(TyperGroup):
+    """`mellum2 rl RECIPE` is `mellum2 rl train RECIPE`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["train", *args]
+        return super().resolve_command(ctx, args)
+
+
 rl_app = typer.Typer(
-    help="Reinforcement learning from rewards that can be checked.", no_args_is_help=True
+    help="Reinforcement learning from rewards that can be checked: `mellum2 rl RECIPE` trains.",
+    no_args_is_help=True,
+    cls=_RecipeOrCommand,
 )
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -39,6 +58,44 @@ HeldOut = Annotated[
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="checks at a time; default: one per core")
 ]
+
+
+@rl_app.command("train")
+def train(
+    recipe: RecipeOrRun,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    device: DeviceChoice = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="folder of the run; default: runs/RECIPE")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="print the resolved run and Megatron's arguments, and stop"),
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show Megatron's own output")] = False,
+) -> None:
+    """Learn from answers to tasks, or resume; the word `train` may be left out."""
+    from launchers.start import start_local
+    from mellum2_megatron.planning.resolve import resolve_run
+
+    run = resolve_run(recipe, overrides or [], output=output)
+    if run.data.feed != "rollouts":
+        raise InputError(
+            f"mellum2 rl {recipe}",
+            rule=f"it learns from data (data.feed={run.data.feed}), not from answers",
+            fix=f"use `mellum2 train {recipe}`, or a recipe such as mellum2_tiny_rlvr_instruct",
+        )
+    code = start_local(
+        recipe,
+        overrides or [],
+        nproc=nproc,
+        device=device,
+        output=output,
+        dry_run=dry_run,
+        verbose=verbose,
+    )
+    raise typer.Exit(code)
 
 
 @rl_app.command("check")

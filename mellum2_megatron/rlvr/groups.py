@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +169,10 @@ class Queue:
         try:
             with np.load(file, allow_pickle=False) as loaded:
                 return cls._of({name: loaded[name] for name in loaded.files}, tasks, group_size)
-        except (OSError, ValueError, KeyError, IndexError, StopIteration) as error:
+        except (
+            *(OSError, ValueError, KeyError, IndexError, StopIteration, RuntimeError),
+            *(zipfile.BadZipFile, zlib.error),
+        ) as error:
             raise InputError(
                 str(file),
                 rule=f"it must hold the answers that wait for a step ({first_line(error)})",
