@@ -74,14 +74,14 @@ def prepare(root: Path) -> None:
     train_tokenizer([" ".join(map(str, one)) for one in train], root / "tokenizer", vocab_size=268)
     mellum2(
         *("data", "chat", str(root / "chats.jsonl"), "--output", str(root / "packs")),
-        *("--tokenizer", str(root / "tokenizer"), "--mode", "instruct", "--length", "256"),
+        *("--tokenizer", str(root / "tokenizer"), "--mode", "instruct", "--length", "128"),
     )
     mellum2(
         *("train", "mellum2_tiny_sft_instruct", *MODEL, f"data.path={root / 'packs'}"),
-        *("data.sequence_length=256", "layout.cp=1", "checkpoint.load=null"),
-        *("schedule.train_samples=960", "schedule.warmup_samples=80", "optimizer.lr=3e-3"),
+        *("data.sequence_length=128", "layout.cp=1", "checkpoint.load=null"),
+        *("schedule.train_samples=640", "schedule.warmup_samples=80", "optimizer.lr=3e-3"),
         *(
-            "schedule.micro_batch_size=4",
+            "schedule.micro_batch_size=8",
             "checkpoint.save_interval=1000",
             "logging.eval_interval=60",
         ),
@@ -96,10 +96,10 @@ def learn(root: Path, seed: int, steps: int) -> float:
         *("rl", "mellum2_tiny_rlvr_instruct", *MODEL, f"seed={seed}"),
         *(f"data.path={root / 'tasks'}", f"data.tokenizer={root / 'tokenizer'}"),
         *(f"checkpoint.load={root / 'sft'}", "data.sequence_length=48"),
-        *("rl.objective.prompts=16", "rl.objective.group_size=8", "rl.objective.max_tokens=3"),
+        *("rl.objective.prompts=8", "rl.objective.group_size=8", "rl.objective.max_tokens=3"),
         *("rl.objective.overlong_tokens=1", "rl.objective.overlong_penalty=0"),
-        *("rl.objective.max_age=0", "rl.eval_answers=4", "schedule.batch_schedule=[[0,128]]"),
-        *(f"schedule.train_samples={128 * steps}", "schedule.warmup_samples=256"),
+        *("rl.objective.max_age=0", "rl.eval_answers=1", "schedule.batch_schedule=[[0,64]]"),
+        *(f"schedule.train_samples={64 * steps}", "schedule.warmup_samples=128"),
         *("schedule.micro_batch_size=64", "optimizer.lr=1e-3", "optimizer.min_lr=1e-4"),
         *("logging.eval_interval=10", "checkpoint.save_interval=1000"),
         *("--output", str(root / f"seed_{seed}"), "--device", "cpu", "--nproc", "1"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
+from mellum2_megatron.checkpoint.folder import TRACKER_FILE
 from mellum2_megatron.config import Run, apply_overrides
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from mellum2_megatron.recipes import recipe
@@ -90,8 +92,11 @@ def test_an_asynchronous_run_resumes_exactly_and_its_stale_answers_meet_the_band
 ) -> None:
     ahead = ["rl.ahead=2", "optimizer.lr=0.02", "optimizer.min_lr=0.02"]
     straight = train(run_on(tasks, tmp_path / "straight", *ahead), 1)
-    train(run_on(tasks, tmp_path / "resumed", *ahead, steps=2), 1)
-    resumed = train(run_on(tasks, tmp_path / "resumed", *ahead), 1)
+    # As a run that was killed after its save at step 2.
+    killed = shutil.copytree(straight, tmp_path / "killed")
+    shutil.rmtree(killed / "iter_0000004")
+    (killed / TRACKER_FILE).write_text("2")
+    resumed = train(run_on(tasks, killed, *ahead), 1)
     assert numbers(resumed) == numbers(straight)
     assert numbers(resumed, "valid")[STEPS] == numbers(straight, "valid")[STEPS]
     steps = numbers(straight)
