@@ -174,8 +174,8 @@ def _task_notes(run: Run) -> list[str]:
     Raises:
         InputError: see `run_tasks`; or a task runs programs and there is no sandbox.
     """
-    from mellum2_megatron.rlvr.prompts import run_tasks
     from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
+    from mellum2_megatron.rollouts.prompts import run_tasks
 
     tasks = run_tasks(run)
     if any(task.verifier == "code" for task in (*tasks.train, *tasks.valid)):

@@ -90,10 +90,10 @@ MUTATIONS = (
     Mutation(
         name="labels of the next token but one",
         file=STEP,
-        old="    return {name: batch.get(name) for name in _FIELDS}\n",
+        old="    return {name: batch.get(name) for name in (*_FIELDS, *more)}\n",
         new='    if batch.get("labels") is not None:\n'
         '        batch["labels"] = batch["labels"].roll(-1, 1)\n'
-        "    return {name: batch.get(name) for name in _FIELDS}\n",
+        "    return {name: batch.get(name) for name in (*_FIELDS, *more)}\n",
         test=STEP_TEST,
     ),
     Mutation(

@@ -30,10 +30,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("recipes", "data", "model", "serving"),
     ("checkpoint",),
-    ("planning", "faults", "upstream"),
+    ("planning", "faults", "upstream", "rlvr"),
     ("cpu", "evaluation"),
     ("conversion",),
-    ("rlvr",),
+    ("rollouts",),
     ("training",),
     ("launchers",),
     ("ablations", "gpu_check"),
@@ -110,9 +110,7 @@ AT_IMPORT: dict[str, tuple[str, ...]] = {
     "mellum2_megatron.training.validation_documents": ("torch", "megatron"),
     "mellum2_megatron.training.step": ("torch", "megatron"),
     "mellum2_megatron.rlvr.objective": ("torch",),
-    "mellum2_megatron.rlvr.batch": ("torch",),
-    "mellum2_megatron.rlvr.trainer": ("torch",),
-    "mellum2_megatron.rlvr.rollouts": ("torch",),
+    "mellum2_megatron.rollouts": ("torch",),
     "mellum2_megatron.training.rollouts": ("torch", "megatron"),
     "mellum2_megatron.cpu": ("torch",),
     "conversion.bridge": ("torch", "megatron"),
@@ -165,7 +163,7 @@ def wrong_way(source: str, target: str) -> str | None:
         if name not in LEVEL:
             return f"{name or 'mellum2_megatron'} stands nowhere in the order of packages"
     # The engines of rollouts hold the model in Hugging Face's form.
-    allowed = (*OUTER, "cli", *(("rlvr",) if imported == "conversion" else ()))
+    allowed = (*OUTER, "cli", *(("rollouts",) if imported == "conversion" else ()))
     if imported in OUTER and importing not in allowed:
         return "inside mellum2_megatron only cli imports conversion, launchers or ablations"
     if LEVEL[imported] >= LEVEL[importing]:

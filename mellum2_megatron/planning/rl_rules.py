@@ -19,7 +19,7 @@ def rl_has_rollouts(planned: PlannedRun) -> Problems:
         )
 
 
-@rule(evidence="rlvr/trainer.py: a step is one batch of the objective")
+@rule(evidence="rollouts/trainer.py: a step is one batch of the objective")
 def rl_batch_is_the_objectives(planned: PlannedRun) -> Problems:
     """Each step learns from the objective's prompts times its answers to each."""
     run = planned.run
@@ -37,7 +37,7 @@ def rl_batch_is_the_objectives(planned: PlannedRun) -> Problems:
         )
 
 
-@rule(evidence="rlvr/trainer.py: an answer and its prompt are one sequence")
+@rule(evidence="rollouts/trainer.py: an answer and its prompt are one sequence")
 def rl_answers_fit(planned: PlannedRun) -> Problems:
     """The longest answer leaves room for a prompt in a sequence."""
     run = planned.run
@@ -50,7 +50,7 @@ def rl_answers_fit(planned: PlannedRun) -> Problems:
         )
 
 
-@rule(evidence="rlvr/trainer.py: samples exist once a step's answers are written")
+@rule(evidence="rollouts/trainer.py: samples exist once a step's answers are written")
 def rl_has_no_other_data(planned: PlannedRun) -> Problems:
     """Answers are the only samples, made in the rank itself, and their loss is per token."""
     run = planned.run

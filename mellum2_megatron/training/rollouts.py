@@ -1,4 +1,4 @@
-"""Training on the model's own answers, inside Megatron's loop (`rlvr.trainer` has the order).
+"""Training on the model's own answers, inside Megatron's loop (`rollouts.trainer` has the order).
 
 Three places of the loop differ from a training on data: the samples, which exist once the answers
 of a step are written (`RolloutTraining.wrap_train_step`); the loss of a micro-batch
@@ -24,10 +24,10 @@ from mellum2_megatron.checkpoint import output_folder
 from mellum2_megatron.checkpoint.folder import iteration_folder_name
 from mellum2_megatron.data.feed.datasets import reads_data
 from mellum2_megatron.model.router import Mellum2Router
-from mellum2_megatron.rlvr.batch import ADVANTAGES, GENERATION
 from mellum2_megatron.rlvr.objective import policy_loss
-from mellum2_megatron.rlvr.prompts import run_tasks
-from mellum2_megatron.rlvr.trainer import Rollouts, make_engine
+from mellum2_megatron.rollouts.batch import ADVANTAGES, GENERATION
+from mellum2_megatron.rollouts.prompts import run_tasks
+from mellum2_megatron.rollouts.trainer import Rollouts, make_engine
 from mellum2_megatron.training.samples import outside_of_training
 from mellum2_megatron.training.step import LOSS_CHECK, Batch, get_batch
 
@@ -71,6 +71,7 @@ class RolloutTraining:
     ) -> None:
         self._run, self._metrics, self._pause_watch = run, metrics, pause_watch
         self._rollouts: Rollouts | None = None
+        self._seconds = 0.0
         self.forward_step = functools.partial(policy_step, settings=run.rl.objective)
 
     @property
@@ -129,7 +130,7 @@ class RolloutTraining:
                 if version == 0:
                     self._validate(0)
                 self.rollouts.prepare(version)
-            self._metrics.more["rl/rollout_seconds"] = time.monotonic() - begin
+            self._seconds = time.monotonic() - begin
             return train_step(forward_step, data_iterator, model, optimizer, *rest, **kw)
 
         return step_on_answers
@@ -140,7 +141,8 @@ class RolloutTraining:
         @functools.wraps(training_log)
         def log_after_answers(*args: Any, **kwargs: Any) -> Any:
             with self._pause_watch():
-                self._metrics.more |= self.rollouts.finish()
+                numbers = self.rollouts.finish()
+            self._metrics.more = numbers | {"rl/rollout_seconds": self._seconds}
             return training_log(*args, **kwargs)
 
         return log_after_answers

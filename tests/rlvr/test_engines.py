@@ -17,11 +17,11 @@ from conversion.live_weights import new_hf_model
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.config import Objective
-from mellum2_megatron.rlvr.groups import Counts, Group, Queue
 from mellum2_megatron.rlvr.objective import policy_loss
-from mellum2_megatron.rlvr.rollouts.engine import Prompt, Sampled, check_sampled
-from mellum2_megatron.rlvr.rollouts.transformers_engine import TransformersEngine
-from mellum2_megatron.rlvr.rollouts.vllm_engine import VllmEngine
+from mellum2_megatron.rollouts.engine import Prompt, Sampled, check_sampled
+from mellum2_megatron.rollouts.groups import Counts, Group, Queue
+from mellum2_megatron.rollouts.transformers_engine import TransformersEngine
+from mellum2_megatron.rollouts.vllm_engine import VllmEngine
 
 ARCHITECTURE = Mellum2Architecture.preset("mellum2-tiny").replace(
     vocab_size=64, hidden_size=32, head_dim=8, moe_intermediate_size=16, num_experts=4

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mellum2_megatron.rlvr.groups import Group
 from mellum2_megatron.rlvr.objective import check_ages, leave_one_out, shaped_rewards
+from mellum2_megatron.rollouts.groups import Group
 
 if TYPE_CHECKING:
     from mellum2_megatron.config import Run
-    from mellum2_megatron.rlvr.prompts import RunTasks
-    from mellum2_megatron.rlvr.rollouts.engine import Sampled
+    from mellum2_megatron.rollouts.engine import Sampled
+    from mellum2_megatron.rollouts.prompts import RunTasks
 
 GENERATION, ADVANTAGES = "generation", "advantages"
 """Fields of a sample beside those of every feed: log-probability of each label under the weights

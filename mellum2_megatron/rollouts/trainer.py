@@ -33,15 +33,15 @@ import torch
 from conversion.live_weights import gather_weights
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.data.feed.order import key_of
-from mellum2_megatron.rlvr.batch import Batch
-from mellum2_megatron.rlvr.groups import Counts, Group, Queue
 from mellum2_megatron.rlvr.rewards.verdict import Answer
-from mellum2_megatron.rlvr.rollouts.engine import Engine, Prompt
 from mellum2_megatron.rlvr.tasks import score_answers
+from mellum2_megatron.rollouts.batch import Batch
+from mellum2_megatron.rollouts.engine import Engine, Prompt
+from mellum2_megatron.rollouts.groups import Counts, Group, Queue
 
 if TYPE_CHECKING:
     from mellum2_megatron.config import Run
-    from mellum2_megatron.rlvr.prompts import RunTasks
+    from mellum2_megatron.rollouts.prompts import RunTasks
 
 
 class Rollouts:
@@ -245,7 +245,7 @@ def make_engine(run: Run, tasks: RunTasks, folder: Path) -> Engine:
         folder: the run's folder.
     """
     if run.rl.engine == "vllm":
-        from mellum2_megatron.rlvr.rollouts.vllm_engine import VllmEngine
+        from mellum2_megatron.rollouts.vllm_engine import VllmEngine
 
         if run.rl.url is None:
             raise InputError("rl.url", rule="the server has no address", fix="give one")
@@ -256,7 +256,7 @@ def make_engine(run: Run, tasks: RunTasks, folder: Path) -> Engine:
             tasks.ends,
             writes=torch.distributed.get_rank() == 0,
         )
-    from mellum2_megatron.rlvr.rollouts.transformers_engine import TransformersEngine
+    from mellum2_megatron.rollouts.transformers_engine import TransformersEngine
 
     dtype = torch.float32 if run.rl.engine_dtype == "float32" else torch.bfloat16
     return TransformersEngine(run.architecture, tasks.ends, dtype)

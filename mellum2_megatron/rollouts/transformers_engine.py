@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conversion.live_weights import load_hf_weights, new_hf_model
-from mellum2_megatron.rlvr.rollouts.engine import Prompt, Sampled, check_sampled
+from mellum2_megatron.rollouts.engine import Prompt, Sampled, check_sampled
 
 if TYPE_CHECKING:
     from mellum2_megatron.architecture import Mellum2Architecture

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from conversion.live_weights import write_hf_weights
 from mellum2_megatron.common.errors import WorkError, first_line
 from mellum2_megatron.common.json_files import parse_object
-from mellum2_megatron.rlvr.rollouts.engine import Prompt, Sampled, check_sampled
+from mellum2_megatron.rollouts.engine import Prompt, Sampled, check_sampled
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import numpy as np
 
 from mellum2_megatron.common.errors import InputError, first_line
 from mellum2_megatron.common.files import atomic_path
-from mellum2_megatron.rlvr.rollouts.engine import Sampled
+from mellum2_megatron.rollouts.engine import Sampled
 
 STATE_FILE = "rollouts.npz"
 """In a checkpoint's folder: the queue and the counts of `Rollouts`."""

@@ -1,1 +1,0 @@
-"""Engines that write answers: one interface, transformers in process and a vLLM server."""
