@@ -264,6 +264,7 @@ def _epochs(
 def _tasks(run: Run, folder: Path) -> RunData:
     """Return the data of a run that learns from its own answers: files of tasks."""
     found: dict[Split, tuple[Source, ...]] = {"train": (), "valid": ()}
+    tokenizer = _tokenizer(run, folder, None)
     sha256 = tokenizer_hash(folder)
     for split in found:
         file = task_file(run.data, split)
@@ -289,7 +290,7 @@ def _tasks(run: Run, folder: Path) -> RunData:
     return RunData(
         train=found["train"],
         valid=found["valid"],
-        tokenizer=_tokenizer(run, folder, None),
+        tokenizer=tokenizer,
         notes=(),
         document_attention=False,
     )
