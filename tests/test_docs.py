@@ -20,7 +20,7 @@ PAGES = sorted(
         *(REPOSITORY / "docs").rglob("*.md"),
     )
 )
-SUFFIXES = ("json", "jsonl", "yaml", "md", "py", "sh")
+SUFFIXES = ("npz", "json", "jsonl", "yaml", "md", "py", "sh")
 TOPS = ("mellum2_megatron", *OUTER, "tests", "benchmarks", "docs", "scripts")
 
 
