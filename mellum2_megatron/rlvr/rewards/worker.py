@@ -23,9 +23,9 @@ from mellum2_megatron.common.json_files import JsonError, parse_object
 from mellum2_megatron.common.limited_process import LimitError
 
 SECONDS = 20.0
-"""Wall time of a job; the first one of a process may also take `_START_S` to import."""
+"""Wall time of a job, without the import of what its kind needs."""
 
-_START_S = 120.0  # a login node may be busy
+_START_S = 120.0  # a process's start, and an import: a login node may be busy
 _MEMORY = 4 << 30
 _LARGEST = 1 << 20
 _SCRIPT = Path(__file__).with_name("worker_script.py")
@@ -78,8 +78,16 @@ class _Worker:
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(self._process.pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         self._read(_START_S)
+        self._imported: set[str] = set()
 
     def ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        kind = job["kind"]
+        if kind not in self._imported:
+            self._send({"kind": "import", "for": kind}, _START_S)
+            self._imported.add(kind)
+        return self._send(job, seconds)
+
+    def _send(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(job).encode("ascii") + b"\n")
