@@ -6,6 +6,7 @@ Entries are made from reports, and only appended. ``ablations/LOG.md`` is the pr
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -70,8 +71,12 @@ def log_entry(comparison: Comparison, now: datetime) -> str:
         motivation.append(f"Published: {study.claim.text} ({study.claim.source}).")
     changes = []
     for arm in study.arms:
-        words = " ".join(f"`{word}`" for word in arm.words(comparison.scale)) or "the base"
-        changes.append(f"{arm.name}: {words}{f' ({arm.note})' if arm.note else ''}")
+        words = [f"`{word}`" for word in arm.words(comparison.scale)]
+        data = arm.data.get(comparison.scale) if isinstance(arm.data, Mapping) else arm.data
+        if data is not None:
+            words.append(f"data `{data.name}`")
+        note = f" ({arm.note})" if arm.note else ""
+        changes.append(f"{arm.name}: {' '.join(words) or 'the base'}{note}")
     expected = study.claim.expected if study.claim else {}
     verdicts = []
     for one in comparison.answers[metric.name]:

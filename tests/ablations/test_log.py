@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ablations.answering.comparison import compare
-from ablations.answering.log import HEAD, append_entry
+from ablations.answering.log import HEAD, append_entry, log_entry
+from ablations.asking.study import DataSet
 from mellum2_megatron.cli.app import app
 from mellum2_megatron.common.errors import InputError
 from tests.ablations.study_files import NAME, STUDY, tasks, write_study, write_task
@@ -41,6 +43,15 @@ def test_entries_are_appended(tmp_path: Path) -> None:
     grown = file.read_text(encoding="utf-8")
     assert grown.startswith(text.rstrip())
     assert grown.count("## 2026-11-27") == 2
+
+
+def test_an_arm_with_data_of_its_own_names_them(tmp_path: Path) -> None:
+    write_study(tmp_path / "results")
+    arms = (replace(STUDY.arms[0], data=DataSet("other", "data/other")), *STUDY.arms[1:])
+    study = replace(STUDY, arms=arms)
+    entry = log_entry(compare(NAME, study, "tiny", tasks(tmp_path / "results")), DAY)
+    (change,) = [line for line in entry.splitlines() if line.startswith("**Change.**")]
+    assert f"{arms[0].name}: data `other`" in change
 
 
 def test_no_entry_without_an_answer(tmp_path: Path) -> None:
