@@ -47,7 +47,7 @@ def test_entries_are_appended(tmp_path: Path) -> None:
 
 def test_an_arm_with_data_of_its_own_names_them(tmp_path: Path) -> None:
     write_study(tmp_path / "results")
-    arms = (replace(STUDY.arms[0], data=DataSet("other", "data/other")), *STUDY.arms[1:])
+    arms = (replace(STUDY.arms[0], data=DataSet(name="other", path="data/other")), *STUDY.arms[1:])
     study = replace(STUDY, arms=arms)
     entry = log_entry(compare(NAME, study, "tiny", tasks(tmp_path / "results")), DAY)
     (change,) = [line for line in entry.splitlines() if line.startswith("**Change.**")]
