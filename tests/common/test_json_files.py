@@ -97,6 +97,9 @@ OWN_TEXT = {
     "mellum2_megatron/data/tokens/tokenizer_script.py",  # the job that its own parent sends
     "mellum2_megatron/faults/hang_watch.py",  # values in the store of this run's ranks
     "mellum2_megatron/model/transformer_config.py",
+    "mellum2_megatron/rlvr/nemo_rl/declared.py",  # a file of this package
+    "mellum2_megatron/rlvr/nemo_rl/tasks.py",  # tasks that `rl render-nemo` wrote
+    "mellum2_megatron/rlvr/reward_client.py",  # answers of the user's own service
     "mellum2_megatron/rlvr/rewards/calls_script.py",  # the job that its own parent sends
     "mellum2_megatron/rlvr/rewards/worker_script.py",  # the same
 }

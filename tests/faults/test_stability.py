@@ -229,5 +229,8 @@ def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
 def test_recipes_record_spikes_and_stop_on_non_finite_values() -> None:
     for name in recipe_names():
         run = recipe(name)
-        assert (run.stability.not_finite, run.stability.spike) == ("stop", "record")
-        assert "§3.6" in str(run.source("stability.spike"))
+        # The loss of a policy is around 0, so no multiple of it is a spike.
+        spike = "ignore" if run.data.feed == "rollouts" else "record"
+        assert (run.stability.not_finite, run.stability.spike) == ("stop", spike)
+        if spike == "record":
+            assert "§3.6" in str(run.source("stability.spike"))

@@ -184,7 +184,7 @@ def test_megatrons_fused_rotation_is_off():
     """It is on by default beside Transformer Engine, and refused without Megatron's own YaRN."""
     assert "--no-rope-fusion" in architecture_arguments(LATENT)
     assert "--no-rope-fusion" not in architecture_arguments(SMALL)
-    with pytest.raises(ValueError, match="only works with YaRN"):
+    with pytest.raises(ValueError, match="only works with YARN"):
         transformer_config(LATENT, apply_rope_fusion=True)
 
 

@@ -64,7 +64,8 @@ def rendered(folder: Path, case: str) -> dict[str, str]:
     """Return the files of a case, with names in place of this machine's paths."""
     result = mellum2("rl", "render-nemo", *CASES[case], "--output", case, "--checkout", "NeMo-RL")
     assert result.code == 0, result
-    names = {os.fspath(folder): "/WORK", os.fspath(REPOSITORY): "/CODE", sys.executable: "/PYTHON"}
+    # Python first: it may lie in the checkout.
+    names = {sys.executable: "/PYTHON", os.fspath(folder): "/WORK", os.fspath(REPOSITORY): "/CODE"}
     files = {}
     for file in sorted((folder / case).rglob("*")):
         if file.is_file():

@@ -280,7 +280,7 @@ def test_texts_are_generated_where_they_are_due_with_the_watch_off(
     samples = TrainingSamples(
         settings, on_texts=lambda *texts: order.append(texts), pause_watch=run.pause
     )
-    monkeypatch.setattr(training_samples, "_outside_of_training", outside)
+    monkeypatch.setattr(training_samples, "outside_of_training", outside)
     monkeypatch.setattr(samples, "_generate", generate)
     end_step = samples.wrap_end_of_step(lambda *args: ("upstream's result", args))
     for step in (3, 4, 5, last):
