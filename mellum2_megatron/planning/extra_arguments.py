@@ -25,7 +25,8 @@ COVERED = frozenset(
     moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-dtype moe-router-fusion
     moe-router-load-balancing-type
     moe-router-padding-for-quantization moe-token-dispatcher-type moe-z-loss-coeff
-    mtp-detach-heads mtp-loss-scaling-factor muon-coefficient-type muon-extra-scale-factor muon-momentum
+    mtp-detach-heads
+    mtp-loss-scaling-factor muon-coefficient-type muon-extra-scale-factor muon-momentum
     muon-nesterov muon-no-split-qkv muon-num-ns-steps muon-scalar-optimizer muon-scale-mode
     muon-tp-mode no-bias-dropout-fusion no-bias-swiglu-fusion
     no-create-attention-mask-in-dataloader no-gradient-accumulation-fusion

@@ -289,7 +289,7 @@ def padding_bytes(model: torch.nn.Module, args: Any) -> int:
 
 def main() -> None:
     activate_beside_transformer_engine()
-    if sys.argv[1] in ("tiny_models", "projection_contexts"):
+    if sys.argv[1] in ("tiny_models", "latent_models", "projection_contexts"):
         from mellum2_megatron.cpu import init_single_process
 
         init_single_process()
