@@ -32,6 +32,14 @@ Overrides = Annotated[
         autocompletion=complete_override,
     ),
 ]
+RunOutput = Annotated[
+    Path | None, typer.Option("--output", help="folder of the run; default: runs/RECIPE")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="print the resolved run and Megatron's arguments, and stop"),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="show Megatron's own output")]
 Nproc = Annotated[
     int | None,
     typer.Option(

@@ -15,9 +15,12 @@ from typer.core import TyperGroup
 from mellum2_megatron.cli.options import (
     ChatTemplate,
     DeviceChoice,
+    DryRun,
     Nproc,
     Overrides,
     RecipeOrRun,
+    RunOutput,
+    Verbose,
 )
 from mellum2_megatron.common.console import print_line
 from mellum2_megatron.common.errors import InputError
@@ -66,14 +69,9 @@ def train(
     overrides: Overrides = None,
     nproc: Nproc = None,
     device: DeviceChoice = "auto",
-    output: Annotated[
-        Path | None, typer.Option("--output", help="folder of the run; default: runs/RECIPE")
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="print the resolved run and Megatron's arguments, and stop"),
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="show Megatron's own output")] = False,
+    output: RunOutput = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Learn from answers to tasks, or resume; the word `train` may be left out."""
     from launchers.start import start_local

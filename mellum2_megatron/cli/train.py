@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from mellum2_megatron.cli.options import DeviceChoice, Nproc, Overrides, RecipeOrRun
+from mellum2_megatron.cli.options import (
+    DeviceChoice,
+    DryRun,
+    Nproc,
+    Overrides,
+    RecipeOrRun,
+    RunOutput,
+    Verbose,
+)
 
 
 def train(
@@ -15,14 +20,9 @@ def train(
     overrides: Overrides = None,
     nproc: Nproc = None,
     device: DeviceChoice = "auto",
-    output: Annotated[
-        Path | None, typer.Option("--output", help="folder of the run; default: runs/RECIPE")
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="print the resolved run and Megatron's arguments, and stop"),
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="show Megatron's own output")] = False,
+    output: RunOutput = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train on this machine, or resume the run in the output folder.
 

@@ -25,21 +25,18 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.field_checks import require_positive_int
 from mellum2_megatron.evaluation.long_texts import (
+    WORDS,
     check_lengths,
-    filler_lines,
-    lengths_of,
+    outcome_by_length,
     scatter,
     take_lines,
 )
-from mellum2_megatron.evaluation.measure import Figure, Measure, Outcome
+from mellum2_megatron.evaluation.measure import Measure, Outcome
 from mellum2_megatron.evaluation.model import EvaluatedModel
-from mellum2_megatron.evaluation.texts import notes_on
 
 NAME = "aggregation"
 SHORTEST = 512
 """Tokens of the shortest text."""
-
-_WORDS = "HERON MAPLE COBALT EMBER QUARTZ WILLOW FALCON CEDAR ONYX PRISM TUNDRA LOTUS".split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +72,9 @@ def check(architecture: Mellum2Architecture, settings: Settings) -> None:
     for name in ("items", "often", "seldom"):
         require_positive_int(f"{NAME}.{name}", getattr(settings, name))
     check_lengths(NAME, architecture, settings.lengths, SHORTEST)
-    if not 2 <= settings.words <= len(_WORDS):
+    if not 2 <= settings.words <= len(WORDS):
         raise InputError(
-            f"{NAME}.words={settings.words}", rule=f"a text has 2 to {len(_WORDS)}", fix="use 6"
+            f"{NAME}.words={settings.words}", rule=f"a text has 2 to {len(WORDS)}", fix="use 6"
         )
     if settings.seldom >= settings.often:
         raise InputError(
@@ -96,19 +93,7 @@ def aggregation(model: EvaluatedModel, settings: Settings) -> Outcome:
     Raises:
         InputError: the filler is too short, or the words do not fit the shortest text.
     """
-    lengths = lengths_of(model.architecture, settings.lengths, SHORTEST)
-    filler = filler_lines(model, NAME, settings.text, settings.seed, max(lengths))
-    figures: list[Figure] = []
-    details = []
-    for length in lengths:
-        items = [_item(model, settings, filler, length, item) for item in range(settings.items)]
-        where = {"length": length}
-        figures += [
-            Figure.share(name, [item[name] for item in items], where)
-            for name in ("found", "preferred")
-        ]
-        details += items
-    return Outcome(figures=tuple(figures), details=tuple(details), notes=notes_on(settings.text))
+    return outcome_by_length(model, settings, _item, name=NAME, shortest=SHORTEST)
 
 
 def _item(
@@ -116,7 +101,7 @@ def _item(
 ) -> dict[str, Any]:
     """Ask one question, and return the outcome as plain values."""
     rng = random.Random(f"{NAME} {settings.seed} {length} {item}")
-    words = rng.sample(_WORDS, settings.words)
+    words = rng.sample(WORDS, settings.words)
     logged = [words[0]] * settings.often + words[1:] * settings.seldom
     rng.shuffle(logged)
     lines = [model.encode(f'log("{word}")\n') for word in logged]

@@ -1,4 +1,4 @@
-"""Texts of growing length: their lengths, their filler, and lines put into it.
+"""Texts of growing length: their lengths, their filler, lines put into it, and figures by length.
 
 For measures that are like RULER's tasks (Hsieh et al. 2024, arXiv:2404.06654) with filler of our
 own: their figures are not RULER's.
@@ -7,12 +7,81 @@ own: their figures are not RULER's.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.evaluation.measure import Figure, Outcome
 from mellum2_megatron.evaluation.model import EvaluatedModel
-from mellum2_megatron.evaluation.texts import shuffled_texts
+from mellum2_megatron.evaluation.texts import notes_on, shuffled_texts
+
+WORDS = "HERON MAPLE COBALT EMBER QUARTZ WILLOW FALCON CEDAR ONYX PRISM TUNDRA LOTUS".split()
+"""Words that keys and names are made of."""
+
+
+class LongTextSettings(Protocol):
+    """What the settings of these measures have in common."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the texts; empty for the default, see `lengths_of`."""
+
+    @property
+    def items(self) -> int:
+        """Texts of each length."""
+
+    @property
+    def text(self) -> tuple[str, ...]:
+        """Files or folders of the filler; empty: Python's standard library."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the filler's order."""
+
+
+def outcome_by_length[S: LongTextSettings](
+    model: EvaluatedModel,
+    settings: S,
+    ask: Callable[[EvaluatedModel, S, Sequence[list[int]], int, int], dict[str, Any]],
+    *,
+    name: str,
+    shortest: int,
+    nats: Sequence[str] = (),
+) -> Outcome:
+    """Ask the questions of each length.
+
+    Args:
+        model: the model.
+        settings: settings of the measure.
+        ask: asks one question: of the model, the settings, the filler, a length, and the item's
+            number from 0. Its plain values have ``found`` and ``preferred``.
+        name: the measure, for messages.
+        shortest: tokens of the shortest text.
+        nats: further values, whose means are figures too; default none.
+
+    Returns:
+        For each length the shares ``found`` and ``preferred`` and the means; one detail an item.
+
+    Raises:
+        InputError: the texts of the filler are too short.
+    """
+    lengths = lengths_of(model.architecture, settings.lengths, shortest)
+    filler = filler_lines(model, name, settings.text, settings.seed, max(lengths))
+    figures: list[Figure] = []
+    details = []
+    for length in lengths:
+        items = [ask(model, settings, filler, length, item) for item in range(settings.items)]
+        where = {"length": length}
+        figures += [
+            Figure.share(value, [item[value] for item in items], where)
+            for value in ("found", "preferred")
+        ]
+        figures += [
+            Figure.mean(value, [item[value] for item in items], "nats", where) for value in nats
+        ]
+        details += items
+    return Outcome(figures=tuple(figures), details=tuple(details), notes=notes_on(settings.text))
 
 
 def lengths_of(

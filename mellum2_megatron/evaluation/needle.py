@@ -26,21 +26,18 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.field_checks import require_positive_int
 from mellum2_megatron.evaluation.long_texts import (
+    WORDS,
     check_lengths,
-    filler_lines,
-    lengths_of,
     numbers,
+    outcome_by_length,
     take_lines,
 )
-from mellum2_megatron.evaluation.measure import Figure, Measure, Outcome
+from mellum2_megatron.evaluation.measure import Measure, Outcome
 from mellum2_megatron.evaluation.model import EvaluatedModel
-from mellum2_megatron.evaluation.texts import notes_on
 
 NAME = "needle"
 SHORTEST = 64
 """Tokens of the shortest text: a needle, its question, and some filler."""
-
-_KEYS = "HERON MAPLE COBALT EMBER QUARTZ WILLOW FALCON CEDAR ONYX PRISM TUNDRA LOTUS".split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,20 +89,7 @@ def needle(model: EvaluatedModel, settings: Settings) -> Outcome:
     Raises:
         InputError: the texts are too short to fill the longest length.
     """
-    lengths = lengths_of(model.architecture, settings.lengths, SHORTEST)
-    filler = filler_lines(model, NAME, settings.text, settings.seed, max(lengths))
-    figures: list[Figure] = []
-    details = []
-    for length in lengths:
-        items = [_item(model, settings, filler, length, item) for item in range(settings.items)]
-        where = {"length": length}
-        figures += [
-            Figure.share("found", [item["found"] for item in items], where),
-            Figure.share("preferred", [item["preferred"] for item in items], where),
-            Figure.mean("answer", [item["answer"] for item in items], "nats", where),
-        ]
-        details += items
-    return Outcome(figures=tuple(figures), details=tuple(details), notes=notes_on(settings.text))
+    return outcome_by_length(model, settings, _item, name=NAME, shortest=SHORTEST, nats=("answer",))
 
 
 def _item(
@@ -114,7 +98,7 @@ def _item(
     """Ask one question, and return the outcome as plain values."""
     # Of its own numbers alone, so that a longer list of lengths or items leaves it as it is.
     rng = random.Random(f"{settings.seed} {length} {item}")
-    key = rng.choice(_KEYS)
+    key = rng.choice(WORDS)
     values = numbers(rng, settings.choices, settings.digits)
     answers = [model.encode(f" {value}") for value in values]
     line = model.encode(f"ACCESS_CODE_{key} = {values[0]}\n")

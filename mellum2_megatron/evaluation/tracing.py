@@ -27,22 +27,19 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.field_checks import require_positive_int
 from mellum2_megatron.evaluation.long_texts import (
+    WORDS,
     check_lengths,
-    filler_lines,
-    lengths_of,
     numbers,
+    outcome_by_length,
     scatter,
     take_lines,
 )
-from mellum2_megatron.evaluation.measure import Figure, Measure, Outcome
+from mellum2_megatron.evaluation.measure import Measure, Outcome
 from mellum2_megatron.evaluation.model import EvaluatedModel
-from mellum2_megatron.evaluation.texts import notes_on
 
 NAME = "tracing"
 SHORTEST = 256
 """Tokens of the shortest text."""
-
-_NAMES = "HERON MAPLE COBALT EMBER QUARTZ WILLOW FALCON CEDAR ONYX PRISM TUNDRA LOTUS".split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +76,7 @@ def check(architecture: Mellum2Architecture, settings: Settings) -> None:
         require_positive_int(f"{NAME}.{name}", getattr(settings, name))
     require_positive_int(f"{NAME}.digits", settings.digits, most=18)
     check_lengths(NAME, architecture, settings.lengths, SHORTEST)
-    most = min(len(_NAMES), 9 * 10 ** (settings.digits - 1))
+    most = min(len(WORDS), 9 * 10 ** (settings.digits - 1))
     if not 2 <= settings.chains <= most:
         raise InputError(
             f"{NAME}.chains={settings.chains}", rule=f"a text has 2 to {most} chains", fix="use 4"
@@ -95,19 +92,7 @@ def tracing(model: EvaluatedModel, settings: Settings) -> Outcome:
     Raises:
         InputError: the filler is too short, or the assignments do not fit the shortest text.
     """
-    lengths = lengths_of(model.architecture, settings.lengths, SHORTEST)
-    filler = filler_lines(model, NAME, settings.text, settings.seed, max(lengths))
-    figures: list[Figure] = []
-    details = []
-    for length in lengths:
-        items = [_item(model, settings, filler, length, item) for item in range(settings.items)]
-        where = {"length": length}
-        figures += [
-            Figure.share(name, [item[name] for item in items], where)
-            for name in ("found", "preferred")
-        ]
-        details += items
-    return Outcome(figures=tuple(figures), details=tuple(details), notes=notes_on(settings.text))
+    return outcome_by_length(model, settings, _item, name=NAME, shortest=SHORTEST)
 
 
 def _item(
@@ -118,7 +103,7 @@ def _item(
     values = numbers(rng, settings.chains, settings.digits)
     chains = [
         [f"{name}_0 = {value}\n", *(f"{name}_{n + 1} = {name}_{n}\n" for n in range(settings.hops))]
-        for name, value in zip(rng.sample(_NAMES, settings.chains), values, strict=True)
+        for name, value in zip(rng.sample(WORDS, settings.chains), values, strict=True)
     ]
     last = chains[0][-1].split()[0]
     waiting, lines = [list(chain) for chain in chains], []
