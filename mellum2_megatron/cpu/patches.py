@@ -26,6 +26,13 @@ PATCHES: tuple[Patch, ...] = (
         "here also dropout's: no resume would be exact",
     ),
     Patch(
+        name="warmup-seed",
+        target="megatron.training.initialize:_warmup_jit_function",
+        replacement=replacements.keep_rng_state,
+        why="training/initialize.py:497 draws tensors of the micro-batch's size, here from the "
+        "generator that draws the weights next: those of a seed would change with the batch",
+    ),
+    Patch(
         name="allow-no-cuda",
         target="megatron.training.initialize:initialize_megatron",
         replacement=replacements.initialize_on_cpu,

@@ -103,6 +103,19 @@ def _loader_seed() -> None:
     assert torch.equal(torch.get_rng_state(), before), "making the iterators drew random numbers"
 
 
+@probe("warmup-seed")
+def _warmup_seed() -> None:
+    import torch
+    from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
+
+    one_rank()
+    parse()
+    initialize_megatron()
+    before = torch.get_rng_state()
+    set_jit_fusion_options()
+    assert torch.equal(torch.get_rng_state(), before), "the warm-up drew random numbers"
+
+
 @probe("allow-no-cuda")
 def _allow_no_cuda() -> None:
     from megatron.core import parallel_state

@@ -13,6 +13,7 @@ from tests.cpu import patch_probes
 WITHOUT = {
     "rng-state": "AssertionError: setting the state changed nothing",
     "loader-seed": "AssertionError: making the iterators drew random numbers",
+    "warmup-seed": "AssertionError: the warm-up drew random numbers",
     "allow-no-cuda": "AssertionError: Megatron requires CUDA.",
     "expert-splits": "TypeError: all_to_all_single(): incompatible function arguments",
     "fused-adam": "TypeError: AdamW.__init__() got an unexpected keyword argument 'adam_w_mode'",
