@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 RECIPE = "mellum2_tiny_pretrain"
 PROMPT = "def read_lines(path):\n"
 NEW_TOKENS = 64
+TEMPERATURE = 0.6
+"""Temperature of the text that is shown: a small model's likeliest tokens end in a loop."""
+
 ACCEPTANCE_SEQUENCES = 16
 """Number of validation sequences for the MTP head's acceptance rate."""
 
@@ -155,14 +158,19 @@ class Quickstart:
 
         self._announce(
             "generate",
-            "continue a text in transformers, without and with the MTP head",
+            "text from transformers; greedy text is the same with and without the MTP head",
             *("generate", "--hf-path", str(self.hf), "--prompt", PROMPT, "--use-mtp"),
+            # Shown is sampled text; greedy text is compared.
+            *("--temperature", f"{TEMPERATURE:g}"),
         )
         start = time.monotonic()
         plain = generate(self.hf, PROMPT, max_new_tokens=NEW_TOKENS)
         drafted = generate(self.hf, PROMPT, use_mtp=True, max_new_tokens=NEW_TOKENS)
+        sampled = generate(
+            self.hf, PROMPT, use_mtp=True, max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE
+        )
         self.seconds["generate"] = time.monotonic() - start
-        console.print(plain.text, markup=False, highlight=False, style="cyan")
+        console.print(sampled.text, markup=False, highlight=False, style="cyan")
         # The MTP head only drafts: the model accepts or replaces each token.
         if drafted.token_ids != plain.token_ids:
             raise WorkError(
@@ -171,6 +179,7 @@ class Quickstart:
             )
         return {
             "text": plain.text,
+            "sampled_text": sampled.text,
             "same_with_mtp": True,
             "mtp_generation_acceptance": drafted.acceptance_rate,
         }

@@ -27,6 +27,8 @@ from conversion.huggingface.writer import TOKENIZER_FILE, TOKENIZER_FILES, check
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError, WorkError
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
@@ -84,7 +86,7 @@ def generate(
         prompt: text to continue; special tokens in it (FIM sentinels) count as such.
         use_mtp: draft with the MTP head, default False; greedy text is the same either way.
         max_new_tokens: most tokens to generate, default 64.
-        temperature: 0, the default, is greedy; above 0 tokens are sampled.
+        temperature: 0, the default, is greedy; from 0.01 to 100 tokens are sampled.
         seed: seed of the sampling, default 0.
 
     Raises:
@@ -194,9 +196,17 @@ def check_request(
             fix="leave --use-mtp out; a head that was dropped comes back with "
             f"`mellum2 convert stitch-mtp SRC {hf_path}`",
         )
-    if max_new_tokens < 1 or temperature < 0:
-        value = f"max_new_tokens={max_new_tokens}, temperature={temperature}"
-        raise InputError(value, rule="at least 1 and at least 0 are needed", fix="use 64 and 0")
+    if max_new_tokens < 1:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens}", rule="at least 1 is needed", fix="use 64"
+        )
+    # Scores divided by a smaller temperature overflow; the comparison refuses NaN too.
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise InputError(
+            f"temperature={temperature}",
+            rule=f"0 (greedy), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+            fix="use 0 or 0.7",
+        )
     if not (Path(hf_path) / TOKENIZER_FILE).is_file():
         raise InputError(
             str(hf_path),

@@ -31,10 +31,19 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="most tokens to generate")
     ] = 64,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature", help="0: the likeliest token each time; 0.01 to 100: sampled"
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="seed of sampled text")
+    ] = 0,
 ) -> None:
-    """Continue a text greedily with transformers.
+    """Continue a text with transformers.
 
-    The text is the same with and without --use-mtp.
+    At temperature 0 the text is the same with and without --use-mtp.
     """
     from conversion.convert import export_hf
     from conversion.huggingface.generation import generate as generate_text
@@ -80,7 +89,14 @@ def generate(
                 "`mellum2 convert export` keeps one\n"
             )
         assert hf_path is not None
-        result = generate_text(hf_path, prompt, use_mtp=use_mtp, max_new_tokens=max_new_tokens)
+        result = generate_text(
+            hf_path,
+            prompt,
+            use_mtp=use_mtp,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
     sys.stdout.write(result.text + "\n")
     if use_mtp:
         sys.stderr.write(result.acceptance_line() + "\n")

@@ -264,7 +264,7 @@ TINY = StageFamily(
 
 
 def quickstart() -> Run:
-    """Return ``mellum2_tiny_pretrain``: one pre-training without phases, in ten minutes."""
+    """Return ``mellum2_tiny_pretrain``: one pre-training without phases, in five minutes."""
     return Run(
         name="mellum2_tiny_pretrain",
         description="A 4-layer Mellum 2 that learns Python source on two CPU cores in minutes; "
@@ -291,7 +291,7 @@ def quickstart() -> Run:
             "loss": "report §2, §3",
             "schedule": (
                 "report §3: WHD and a batch that doubles; "
-                "lengths are ours, for ten minutes on two cores"
+                "lengths are ours, for five minutes on two idle cores"
             ),
             "precision": BF16,
             **OPERATION_SOURCES,

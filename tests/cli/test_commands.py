@@ -272,5 +272,10 @@ def test_generate_takes_a_megatron_checkpoint(checkpoint: Path, tmp_path: Path) 
     assert (direct.code, direct.out) == (0, mellum2(*words, "--hf-path", exported).out)
     assert direct.out.startswith("def f(")
     assert "to a temporary folder" in direct.err
+    sampled = [*words, "--hf-path", exported, "--temperature", "2", "--seed"]
+    texts = [mellum2(*sampled, seed).out for seed in ("1", "1", "2", "3")]
+    assert texts[0] == texts[1]
+    assert len({direct.out, *texts}) > 2
+    mellum2(*words, "--hf-path", exported, "--temperature", "nan").refused("temperature=nan")
     mellum2(*words, "--megatron-path", checkpoint).refused("no tokenizer", "--tokenizer DIR")
     mellum2(*words).refused("exactly one model")

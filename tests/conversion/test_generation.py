@@ -184,6 +184,9 @@ def test_invalid_requests_are_refused(folder: Path, tmp_path: Path) -> None:
         generate(folder, PROMPT, max_new_tokens=128)
     with pytest.raises(InputError, match="max_new_tokens=0"):
         generate(folder, PROMPT, max_new_tokens=0)
+    for temperature in (-1.0, 1e-9, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"temperature={temperature}"):
+            generate(folder, PROMPT, temperature=temperature)
     with pytest.raises(InputError, match="two tokens a row"):
         mtp_acceptance(folder, torch.zeros(4, 1, dtype=torch.long))
     (without / "tokenizer.json").unlink()
