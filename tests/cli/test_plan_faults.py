@@ -86,7 +86,7 @@ BAD_FILES: list[tuple[str, Callable[[Path], None], str]] = [
     ("half.jsonl", write('{"text": "a \\ud800 b"}\n'), "lone surrogate"),
     ("bytes.jsonl", write(GOOD.encode() + b'\n{"text": "\xff"}\n'), "bytes.jsonl"),
     ("gone.jsonl.gz", write(gzip.compress(GOOD.encode() * 50)[:-30]), "gone.jsonl.gz"),
-    ("other.parquet", lambda path: parquet(path, title=["x"]), "no column"),
+    ("other.parquet", lambda path: parquet(path, title=["x"]), "its keys are 'title'"),
     ("numbers.parquet", lambda path: parquet(path, text=[1, 2]), "text"),
     ("cut.parquet", cut_parquet, "cut.parquet"),
     ("empty.parquet", write(b""), "empty.parquet"),
@@ -102,6 +102,30 @@ def test_a_bad_file_is_one_message(
     run(tmp_path, tokenizer, "--stage", "documents", sources={"code": source}).refused(name, words)
     assert not list((tmp_path / "results").glob("documents/*"))
     assert not list((tmp_path / "results").rglob("*.partial"))
+
+
+def test_a_file_without_texts_is_refused_before_the_first_task(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """Also as the last of several shards; `skip_bad_rows` counts its rows."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text(GOOD + "\n")
+    parquet(tmp_path / "in/z.parquet", title=["x", "y"], n=[1, 2])
+    source: dict[str, Any] = {"kind": "code", "inputs": ["in"], "filters": {"Parses": None}}
+    words = ("--stage", "documents")
+    changes: dict[str, Any] = {"shard_bytes": 1, "sources": {"code": source}}
+    run(tmp_path, tokenizer, *words, **changes).refused(
+        "z.parquet row 1", "its keys are 'title', 'n'", "`text_key: KEY`"
+    )
+    assert not (tmp_path / "results/documents").exists()
+    source["skip_bad_rows"] = True
+    assert run(tmp_path, tokenizer, *words, **changes).code == 0
+    manifests = sorted((tmp_path / "results/documents").glob("*/manifest.json"))
+    counts = [json.loads(one.read_text())["documents_read"] for one in manifests]
+    assert sorted(counts) == [0, 1]
+    mellum2("data", "report", tmp_path / "plan.yaml").refused(
+        "stage exact of the plan has not ended", "mellum2 data run"
+    )
 
 
 @pytest.mark.parametrize(

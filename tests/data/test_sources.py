@@ -131,7 +131,7 @@ def test_the_key_is_the_users_or_the_first_usual_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"line 1: .*no key 'body2'; its keys are 'content', 'pr"):
         read(path, ReadOptions(text_key="body2"))
     table = parquet(tmp_path / "a.parquet", {"prose": ["p"], "n": [1]})
-    with pytest.raises(InputError, match="its columns are 'prose', 'n'"):
+    with pytest.raises(InputError, match=r"row 1: .*its keys are 'prose', 'n'"):
         read(table)
     with pytest.raises(InputError, match=r"row 1: .*'n' is not a string but int"):
         read(table, ReadOptions(text_key="n"))

@@ -101,17 +101,8 @@ def read_documents(file: SourceFile, options: ReadOptions, left_out: LeftOut) ->
         if document is not None:
             yield document
         return
-    key, limit = options.text_key, options.limit
-    # JSON spells some characters in six bytes, and a row has more than the text.
-    rows = read_rows(
-        file,
-        columns=lambda names: _wanted_columns(file, names, options.text_key),
-        max_row_bytes=min(6 * limit, LARGEST_DOCUMENT) + (1 << 20),
-    )
-    for number, row in rows:
-        if key is None and not isinstance(row, BadRow):
-            key = next((name for name in TEXT_KEYS if name in row), None)
-        text = row if isinstance(row, BadRow) else _text_of(row, key)
+    limit = options.limit
+    for number, row, text in _texts(file, options):
         if isinstance(text, BadRow):
             where = place(file, number)
             if text.too_large:
@@ -119,12 +110,7 @@ def read_documents(file: SourceFile, options: ReadOptions, left_out: LeftOut) ->
             elif options.skip_bad_rows:
                 left_out.add("bad_row", f"{where}, {text.why}")
             else:
-                raise InputError(
-                    where,
-                    rule=f"each row must have a text: {text.why}",
-                    fix="correct the row, name the key with --text-key, "
-                    "or leave out bad rows with --skip-bad-rows",
-                )
+                raise _refusal(where, text)
         elif not text.strip():
             left_out.add("empty", place(file, number))
         elif len(text) > limit or len(text.encode("utf-8")) > limit:
@@ -132,6 +118,50 @@ def read_documents(file: SourceFile, options: ReadOptions, left_out: LeftOut) ->
         else:
             assert not isinstance(row, BadRow)
             yield _document_of(file, number, text, row)
+
+
+def check_first_row(file: SourceFile, options: ReadOptions) -> None:
+    """Refuse a file of rows that cannot be opened, or whose first row has no text.
+
+    Hours before a worker comes to it: nothing else of the file is read.
+
+    Raises:
+        InputError: see `read_documents`.
+    """
+    if file.format == "text":
+        return
+    for number, _, text in _texts(file, options):
+        if isinstance(text, BadRow) and not text.too_large and not options.skip_bad_rows:
+            raise _refusal(place(file, number), text)
+        return
+
+
+def _texts(file: SourceFile, options: ReadOptions) -> Iterator[tuple[int, Row, str | BadRow]]:
+    """Yield the rows of a file: number, row (empty if unreadable), and its text or its fault."""
+    key = options.text_key
+    # JSON spells some characters in six bytes, and a row has more than the text.
+    rows = read_rows(
+        file,
+        columns=lambda names: _wanted_columns(names, options),
+        max_row_bytes=min(6 * options.limit, LARGEST_DOCUMENT) + (1 << 20),
+    )
+    for number, row in rows:
+        if isinstance(row, BadRow):
+            yield number, {}, row
+            continue
+        if key is None:
+            key = next((name for name in TEXT_KEYS if name in row), None)
+        yield number, row, _text_of(row, key)
+
+
+def _refusal(where: str, text: BadRow) -> InputError:
+    return InputError(
+        where,
+        rule=f"each row must have a text: {text.why}",
+        fix="correct the row; or name the key with --text-key, or leave out bad rows with "
+        "--skip-bad-rows; in a plan these are `text_key: KEY` and `skip_bad_rows: true` of the "
+        "source",
+    )
 
 
 def _text_of(row: Row, key: str | None) -> str | BadRow:
@@ -158,21 +188,16 @@ def _text_of(row: Row, key: str | None) -> str | BadRow:
     return text
 
 
-def _wanted_columns(file: SourceFile, names: Sequence[str], text_key: str | None) -> list[str]:
+def _wanted_columns(names: Sequence[str], options: ReadOptions) -> Sequence[str]:
     """Return the columns to read of a parquet file, the text's first.
 
-    Raises:
-        InputError: no column can hold the text.
+    Without a column for the text all rows are bad: one column is enough to count them, and all
+    together tell what the file has.
     """
-    keys = TEXT_KEYS if text_key is None else (text_key,)
+    keys = TEXT_KEYS if options.text_key is None else (options.text_key,)
     key = next((name for name in keys if name in names), None)
     if key is None:
-        raise InputError(
-            printable(file.path),
-            rule=f"it has no column {' or '.join(map(repr, keys))}; "
-            f"its columns are {', '.join(map(repr, names)) or 'none'}",
-            fix="name the column of the text with --text-key",
-        )
+        return names[:1] if options.skip_bad_rows else names
     return [key, *(name for name in names if name in _META_KEYS and name != key)]
 
 

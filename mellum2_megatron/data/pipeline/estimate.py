@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mellum2_megatron.data.corpus.left_out import LeftOut
 from mellum2_megatron.data.corpus.quality_filters import Content, reason_to_drop
-from mellum2_megatron.data.corpus.sources import ReadOptions, read_documents
+from mellum2_megatron.data.corpus.sources import read_documents
 from mellum2_megatron.data.pipeline.graph import Graph
 from mellum2_megatron.data.tokens.encoder import DocumentEncoder
 
@@ -46,11 +46,7 @@ def estimate(graph: Graph, source: str) -> Estimate:
     settings = graph.plan.sources[source]
     files = [file for shard in graph.shards if shard.source == source for file in shard.files]
     total = sum(file.size for file in files)
-    options = ReadOptions(
-        text_key=settings.text_key,
-        skip_bad_rows=settings.skip_bad_rows,
-        max_document_bytes=settings.max_document_bytes,
-    )
+    options = settings.read_options()
     filters = settings.chosen_filters()
     encoder = DocumentEncoder(
         Path(graph.plan.tokenizer), graph.tokenizer["engine"], graph.tokenizer["eod"]

@@ -16,6 +16,7 @@ from mellum2_megatron.common.json_files import load_json
 from mellum2_megatron.data.corpus.discovery import given_sources
 from mellum2_megatron.data.corpus.left_out import LeftOut, printable
 from mellum2_megatron.data.corpus.listing import SourceFile
+from mellum2_megatron.data.corpus.sources import check_first_row
 from mellum2_megatron.data.pipeline.plan import Plan
 
 HASHES_FILE = "inputs.json"
@@ -46,7 +47,8 @@ def list_inputs(plan: Plan) -> tuple[list[Shard], dict[str, LeftOut]]:
     """Return the shards of all sources in the plan's order, and what each source leaves out.
 
     Raises:
-        InputError: an input is missing or cannot be read, or holds no files.
+        InputError: an input is missing or cannot be read, or holds no files, or the first row of a
+            file has no text.
     """
     shards: list[Shard] = []
     left_out: dict[str, LeftOut] = {}
@@ -60,6 +62,9 @@ def list_inputs(plan: Plan) -> tuple[list[Shard], dict[str, LeftOut]]:
                 f"sources.{name}.inputs: {value}", rule=error.rule, fix=error.fix
             ) from None
         files = [file for one in found for file in one.files]
+        options = source.read_options()
+        for file in files:
+            check_first_row(file, options)
         shards += [
             Shard(source=name, number=number, files=tuple(group))
             for number, group in enumerate(_groups(files, plan.shard_bytes))

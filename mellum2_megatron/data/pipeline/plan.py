@@ -29,7 +29,7 @@ from mellum2_megatron.data.corpus.quality_filters import (
     Filter,
     Thresholds,
 )
-from mellum2_megatron.data.corpus.sources import LARGEST_DOCUMENT
+from mellum2_megatron.data.corpus.sources import LARGEST_DOCUMENT, ReadOptions
 from mellum2_megatron.data.tokens.best_fit_packing import PieceOrder
 from mellum2_megatron.data.tokens.fill_in_middle import FimSettings
 from mellum2_megatron.data.tokens.repository import RepositorySettings
@@ -121,6 +121,14 @@ class Source:
         """Whether near-duplicates are dropped phase by phase."""
         scope = self.near_duplicate_scope or NEAR_DUPLICATE_SCOPES[self.kind]
         return self.near_duplicates and scope == "phase"
+
+    def read_options(self) -> ReadOptions:
+        """Return how the source's files are read."""
+        return ReadOptions(
+            text_key=self.text_key,
+            skip_bad_rows=self.skip_bad_rows,
+            max_document_bytes=self.max_document_bytes,
+        )
 
     def chosen_filters(self) -> tuple[Filter, ...]:
         """Return this source's filters with its thresholds.

@@ -65,6 +65,12 @@ class Named:
             InputError: the result is missing or its manifest is damaged.
         """
         path = self.folder(results) / MANIFEST
+        if not path.parent.is_dir():
+            raise InputError(
+                str(results),
+                rule=f"stage {self.stage} of the plan has not ended",
+                fix="run it to its end with `mellum2 data run PLAN`; it does what is missing",
+            )
         try:
             return load_json(path)
         except (OSError, ValueError) as error:
