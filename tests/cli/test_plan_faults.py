@@ -128,6 +128,25 @@ def test_a_file_without_texts_is_refused_before_the_first_task(
     )
 
 
+def test_a_phase_with_too_few_packs_names_the_margin_that_suffices(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """One of six documents repeats itself: its packs are dropped."""
+    (tmp_path / "in").mkdir()
+    texts = [python_like(n) for n in range(100)] + ["a = 1 + b - c\n" * (300 + n) for n in range(9)]
+    rows = [json.dumps({"text": text, "id": n}) for n, text in enumerate(texts)]
+    (tmp_path / "in/a.jsonl").write_text("\n".join(rows) + "\n")
+    source: dict[str, Any] = {"kind": "code", "inputs": ["in"], "near_duplicates": False}
+    source["filters"] = dict.fromkeys(("Parses", "LetterShare"))
+    phase = {"mixture": {"code": 100}, "sequence_length": 512, "unique_tokens": 20}
+    changes = {"sources": {"code": source}, "phases": [{**phase, "tokens": 30_000}]}
+    result = run(tmp_path, tokenizer, **changes)
+    assert result.code == 1, result
+    margin = re.search(r"needs 59 sequences .* set `margin: (0\.\d+)` in the plan", result.err)
+    assert margin, result
+    assert run(tmp_path, tokenizer, margin=float(margin[1]), **changes).code == 0
+
+
 @pytest.mark.parametrize(
     "text",
     ["\ufeffx = 1\n", "if x:\r\n\tpass\r\n", "before\0after\n", "y = 2",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from mellum2_megatron.common.files import atomic_directory, write_json
 from mellum2_megatron.common.staging import remove_leftovers
 from mellum2_megatron.data.phase_record import PHASE_FILE, PhaseRecord, phase_folder
 from mellum2_megatron.data.pipeline.graph import Graph
+from mellum2_megatron.data.pipeline.plan import LARGEST_MARGIN
 from mellum2_megatron.data.pipeline.tasks import Task
 from mellum2_megatron.data.tokens.pack_writer import ShardFacts, write_record
 from mellum2_megatron.data.tokens.tokenizer import copy_tokenizer, tokenizer_hash
@@ -79,6 +81,15 @@ def _remove_phases_after(results: Path, last: int) -> None:
             shutil.rmtree(folder)
 
 
+def _larger_margin(margin: float, needed: int, packs: int) -> str:
+    """Return the advice for too few packs: a margin that suffices at the same share of drops."""
+    # Rounded up to hundredths, and one more for drops that are unequal.
+    wanted = math.ceil(100 * ((1 + margin) * needed / packs - 1)) / 100 + 0.01 if packs else 1.0
+    if wanted > LARGEST_MARGIN:
+        return "most of the source is repetition: filter it, or lower `unique_tokens` of the phase"
+    return f"set `margin: {wanted:g}` in the plan, above {margin:g}, and run it again"
+
+
 def _phase(graph: Graph, number: int, tasks: list[Task], content: str, folder: Path) -> PhaseRecord:
     """Fill the folder of a phase."""
     phase = graph.plan.phases[number - 1]
@@ -107,7 +118,7 @@ def _phase(graph: Graph, number: int, tasks: list[Task], content: str, folder: P
             raise WorkError(
                 f"phase {number} needs {needed:,} sequences of {source}, and there are "
                 f"{counts[source]:,}: {dropped:,} packs were dropped for too few unique tokens",
-                fix=f"raise `margin` in the plan above {graph.plan.margin:g}",
+                fix=_larger_margin(graph.plan.margin, needed, counts[source]),
             )
     total = sum(phase.mixture.values())
     record = PhaseRecord(

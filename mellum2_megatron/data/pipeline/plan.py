@@ -53,6 +53,9 @@ MOST_LENGTH = 2**24
 # A name is a folder of a phase, and part of the names of results.
 _SOURCE_NAME = re.compile(r"\w[\w.-]{0,63}")
 
+LARGEST_MARGIN = 0.5
+"""Largest part by which more documents are packed than a phase needs."""
+
 EPOCHS = {"code": 3.0, "text": 4.0}
 """Largest number of times a token of a source may be seen over all phases (report §3)."""
 
@@ -328,11 +331,14 @@ class Plan:
         require_not_negative("unique_tokens", self.unique_tokens, fix="use 0 for none")
         require_positive("shard_bytes", self.shard_bytes)
         require_positive("pack_shards", self.pack_shards)
-        for name, share in (("valid_share", self.valid_share), ("margin", self.margin)):
+        for name, share, most in (
+            ("valid_share", self.valid_share, 0.5),
+            ("margin", self.margin, LARGEST_MARGIN),
+        ):
             require(
-                0 <= share <= 0.5,
+                0 <= share <= most,
                 f"{name}={share}",
-                rule="it must be from 0 to 0.5",
+                rule=f"it must be from 0 to {most:g}",
                 fix="leave it out for the default",
             )
 
