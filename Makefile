@@ -6,7 +6,7 @@ PYTHON312 := $(VENV)/bin/python
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-launch setup-te setup-bridge setup-serve quickstart
+.PHONY: help setup setup-launch setup-te setup-bridge setup-serve quickstart quickstart-chat
 .PHONY: test test-launch test-te test-serve lint typecheck pytest clean gpu-check
 
 help:  ## this list
@@ -30,6 +30,9 @@ setup-serve: setup  ## vLLM in .venv-serve, an environment of its own, for `mell
 
 quickstart: setup  ## train, convert, verify and run a small Mellum 2, no GPU needed
 	@$(VENV)/bin/mellum2 quickstart
+
+quickstart-chat: setup  ## from the quickstart's model (made if missing) to a chat model, no GPU
+	@$(VENV)/bin/mellum2 quickstart --chat
 
 gpu-check: setup-te  ## check a GPU machine; GPU_CHECK_ARGS="--minutes 10", "--device cpu" to rehearse
 	@$(VENV)/bin/mellum2 gpu-check $(GPU_CHECK_ARGS)

@@ -6,20 +6,17 @@ Each step is a command of mellum2 and is printed as such.
 from __future__ import annotations
 
 import math
-import shlex
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.steps import Steps
 from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.common.console import console
-from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.common.errors import WorkError
 from mellum2_megatron.common.files import write_json
 from mellum2_megatron.common.json_files import load_json
 from mellum2_megatron.data.prepared_folder import CORPUS_FILE
@@ -40,9 +37,6 @@ TEMPERATURE = 0.6
 ACCEPTANCE_SEQUENCES = 16
 """Number of validation sequences for the MTP head's acceptance rate."""
 
-_SECONDS_TO_END = 40.0
-"""Seconds for an interrupted step to end by itself; torch's agent kills ranks after 30."""
-
 
 @dataclass
 class Quickstart:
@@ -53,14 +47,14 @@ class Quickstart:
         data: folder of the prepared data, made if absent.
         overrides: `key=value` words for the training recipe, default none.
         max_megabytes: size of the corpus in MB, default 16.
-        seconds: duration of each step that ran, by name.
+        steps: the steps that ran.
     """
 
     output: Path
     data: Path
     overrides: Sequence[str] = ()
     max_megabytes: float = 16.0
-    seconds: dict[str, float] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
 
     @property
     def hf(self) -> Path:
@@ -71,22 +65,22 @@ class Quickstart:
         """Take all steps; return the summary, also written to `output/summary.json`."""
         # `data prepare` moves a finished folder into place: an existing one is complete.
         if (self.data / CORPUS_FILE).exists():
-            self._announce("prepare", f"data: {self.data} is there already")
+            self.steps.announce("prepare", f"data: {self.data} is there already")
         else:
-            self._step(
+            self.steps.run(
                 "prepare",
                 "the Python sources here: filters, duplicates, FIM, packs",
                 *("data", "prepare", "--output", str(self.data)),
                 *("--max-megabytes", f"{self.max_megabytes:g}"),
             )
-        self._step(
+        self.steps.run(
             "train",
             "train mellum2-tiny: two gloo ranks, experts divided between them, "
             "Muon, MTP, sliding windows",
             *("train", RECIPE, "--device", "cpu", "--nproc", "2"),
             *("--output", str(self.output), f"data.path={self.data}", *self.overrides),
         )
-        self._step(
+        self.steps.run(
             "export",
             "export to a Hugging Face folder in the released layout",
             *("convert", "export", "--megatron-path", str(self.output)),
@@ -128,14 +122,14 @@ class Quickstart:
     def _verify(self) -> dict[str, Any]:
         from conversion.verification.verify import verify
 
-        self._announce(
+        self.steps.announce(
             "verify",
             "compare Megatron's logits with transformers'",
             *("verify", "--megatron-path", str(self.output), "--hf-path", str(self.hf)),
         )
         start = time.monotonic()
         report = verify(self.output, self.hf)
-        self.seconds["verify"] = time.monotonic() - start
+        self.steps.seconds["verify"] = time.monotonic() - start
         console.print(report.table())
         if not report.ok:
             raise WorkError(
@@ -156,7 +150,7 @@ class Quickstart:
     def _generate(self) -> dict[str, Any]:
         from conversion.huggingface.generation import generate
 
-        self._announce(
+        self.steps.announce(
             "generate",
             "text from transformers; greedy text is the same with and without the MTP head",
             *("generate", "--hf-path", str(self.hf), "--prompt", PROMPT, "--use-mtp"),
@@ -169,7 +163,7 @@ class Quickstart:
         sampled = generate(
             self.hf, PROMPT, use_mtp=True, max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE
         )
-        self.seconds["generate"] = time.monotonic() - start
+        self.steps.seconds["generate"] = time.monotonic() - start
         console.print(sampled.text, markup=False, highlight=False, style="cyan")
         # The MTP head only drafts: the model accepts or replaces each token.
         if drafted.token_ids != plain.token_ids:
@@ -208,7 +202,7 @@ class Quickstart:
             "mtp_acceptance": mtp_acceptance(self.hf, tokens),
             "parity": parity,
             "generation": texts,
-            "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
+            "seconds": self.steps.rounded(),
         }
 
     def _validation_tokens(self, run: Run) -> Tensor:
@@ -227,45 +221,6 @@ class Quickstart:
                 break
         rows = min(ACCEPTANCE_SEQUENCES, len(stream) // length)
         return torch.tensor(stream[: rows * length]).view(rows, length)
-
-    def _step(self, name: str, purpose: str, *words: str) -> None:
-        """Run one command of mellum2 in a process of its own.
-
-        Raises:
-            InputError, WorkError: the command failed with exit code 2, or another one.
-        """
-        self._announce(name, purpose, *words)
-        start = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-m", "mellum2_megatron", *words])
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            # The terminal has interrupted the command too, which first ends its own processes.
-            try:
-                process.wait(_SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
-            raise
-        self.seconds[name] = time.monotonic() - start
-        if code == 128 + signal.SIGINT:
-            raise KeyboardInterrupt
-        # The command has printed its own message.
-        if code == InputError.exit_code:
-            raise InputError(
-                f"step {name}", rule="was refused (see above)", fix="follow its message"
-            )
-        if code:
-            raise WorkError(
-                f"step {name} failed with exit code {code} (see above)", fix="follow its message"
-            )
-
-    def _announce(self, name: str, purpose: str, *words: str) -> None:
-        console.rule(f"[bold]{name}[/]: {purpose}", align="left")
-        if words:
-            console.print(
-                f"$ mellum2 {shlex.join(words)}", style="dim", soft_wrap=True, highlight=False
-            )
 
 
 def run_quickstart(

@@ -1,0 +1,64 @@
+"""`mellum2 quickstart --chat` from text to a released chat model, with few steps each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launchers.quickstart_chat import QUESTION, ChatQuickstart
+from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.common.errors import InputError
+from tests.cli.runner import mellum2, snapshot
+
+BASE = [
+    "schedule.batch_schedule=[[0,4]]",
+    "schedule.micro_batch_size=2",
+    "schedule.train_samples=8",
+    "schedule.warmup_samples=4",
+    "schedule.decay_samples=4",
+    "logging.eval_interval=1",
+    "logging.eval_iterations=1",
+    "checkpoint.save_interval=2",
+]
+LONG = ["schedule.train_samples=2", "schedule.warmup_samples=0", "schedule.decay_samples=0"]
+SFT = ["schedule.train_samples=8", "schedule.warmup_samples=0", "logging.eval_iterations=1"]
+
+
+@pytest.mark.slow
+def test_from_text_to_a_released_chat_model_and_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A second walk trains nothing again, and refuses words that it could not follow."""
+    base, data, output = tmp_path / "base", tmp_path / "data", tmp_path / "chat"
+    walk = ChatQuickstart(base, data, output, BASE, LONG, SFT, 1.0, conversations=60)
+    summary = walk.run()
+    assert set(walk.steps.seconds) >= {"prepare", "train", "long context", "sft", "release", "ask"}
+    for figures in (summary["before"], summary["after"]):
+        assert set(figures) == {"loss", "ended", "in form", "right"}
+        assert figures["loss"]["items"] > 1
+    # Fine-tuning ran on what was measured, from the weights that were measured before.
+    assert summary["after"]["loss"]["value"] < summary["before"]["loss"]["value"]
+    assert read_run(output / "sft/run.yaml").checkpoint.load == str(output / "long_context")
+    assert (output / "release/chat_template.jinja").is_file()
+    assert json.loads((output / "summary.json").read_text())["question"] == QUESTION
+    assert "fine-tuning" in capfd.readouterr().out
+
+    with pytest.raises(InputError, match=r"seed=2: .*base has been trained already"):
+        ChatQuickstart(base, data, output, ["seed=2"]).run()
+    trained = snapshot(output / "sft")
+    again = ChatQuickstart(base, data, output, (), LONG, SFT, 1.0, conversations=60)
+    assert again.run()["after"] == summary["after"]
+    assert set(again.steps.seconds) == {
+        *("long context", "before", "sft", "after", "release", "ask")
+    }
+    assert trained.items() <= snapshot(output / "sft").items()
+
+
+def test_words_for_a_base_that_is_there_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text("{}")
+    mellum2("quickstart", "--chat", "--output", tmp_path / "run", "seed=3").refused(
+        "seed=3", "has been trained already"
+    )
