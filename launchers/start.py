@@ -24,6 +24,7 @@ from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.data.feed.entries import is_absent
 from mellum2_megatron.faults.stop_request import STOPPED
 from mellum2_megatron.planning.resolve import default_nproc, plan, resolve_device, resolve_run
+from mellum2_megatron.planning.resume import is_done, resume_lines
 from mellum2_megatron.planning.rules import enforce
 from mellum2_megatron.planning.stage_chain import check_predecessor, check_start
 from mellum2_megatron.planning.start_notes import start_notes
@@ -91,6 +92,10 @@ def start_local(
     run = start.joined(run)
     check_predecessor(run, start)
     check_run_folder(run, start)
+    if is_done(run, start):
+        sys.stdout.writelines(f"{line}\n" for line in resume_lines(run, start))
+        report_end(output_folder(run))
+        return 0
     notes = [*_data_notes(run), *start_notes(run, ranks)]
     sys.stderr.write("".join(f"{note}\n" for note in notes))
     write_run_folder(run)

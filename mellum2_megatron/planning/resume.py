@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.checkpoint.data_record import DataRecord
 from mellum2_megatron.checkpoint.resume_keys import Change
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run
 
 
@@ -55,6 +56,27 @@ def data_changes(run: Run, start: StartingPoint) -> tuple[Change, ...]:
     return () if recorded is None else recorded.changes(DataRecord.of(check_data(run)))
 
 
+def is_done(run: Run, start: StartingPoint) -> bool:
+    """Return true if the run's own checkpoint has all of its samples.
+
+    Megatron would end with an assertion (training/datasets/data_samplers.py:145).
+
+    Raises:
+        InputError: the run continues another one that has seen as many samples.
+    """
+    total = run.schedule.train_samples
+    if start.samples is None or start.samples < total:
+        return False
+    if start.kind == "continue":
+        raise InputError(
+            f"schedule.train_samples={total}",
+            rule=f"nothing is left to train: {start.folder} has seen {start.samples:,} samples, "
+            "and a run that continues it counts from there",
+            fix="give more samples in all",
+        )
+    return True
+
+
 def resume_lines(run: Run, start: StartingPoint) -> list[str]:
     """Return what a resumed or continued run prints about a rise of its rate, and about its end."""
     lines = []
@@ -64,7 +86,7 @@ def resume_lines(run: Run, start: StartingPoint) -> list[str]:
             f"the learning rate rises at sample {jump.sample}: {jump.last:.3g} in the last step, "
             f"up to {jump.highest:.3g} from here (schedule.rewarm_at={jump.sample})"
         )
-    if start.samples is not None and start.samples >= run.schedule.train_samples:
+    if is_done(run, start):
         lines.append(
             f"nothing is left to train: all {run.schedule.train_samples:,} samples are done"
         )

@@ -41,7 +41,7 @@ from mellum2_megatron.faults.failures import (
 )
 from mellum2_megatron.faults.hang_watch import HangWatch, default_store
 from mellum2_megatron.faults.stop_request import STOPPED, StopRequest
-from mellum2_megatron.planning.resume import data_changes, resume_lines
+from mellum2_megatron.planning.resume import data_changes, is_done, resume_lines
 from mellum2_megatron.planning.rules import enforce
 
 _ECHO_SECONDS = 5.0
@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         import torch
 
-        torch.distributed.destroy_process_group()
+        # A run that is done already has made none.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         if not finished:
             # At once: a later signal of the launcher would replace this exit code.
             _end(STOPPED)
@@ -183,6 +185,9 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
             if rank == 0:
                 record(output, event="end", world_size=world_size, more={"outcome": outcome})
 
+    if is_done(run, start):
+        record_end("finished")
+        return True
     with only_complete_checkpoints(output) if rank == 0 else nullcontext(), explained(output):
         from mellum2_megatron.training.loop import run_loop
 

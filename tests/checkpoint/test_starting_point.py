@@ -18,6 +18,7 @@ from mellum2_megatron.checkpoint.folder import (
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import to_yaml
 from mellum2_megatron.data.prepared_folder import PreparedData
+from mellum2_megatron.planning.resume import is_done
 from mellum2_megatron.planning.rules import check
 from mellum2_megatron.upstream import megatron_arguments
 from tests.checkpoint.test_continuation import check_folder, folder_of, tiny
@@ -262,7 +263,7 @@ def test_arguments_follow_the_starting_point(own: Path, other: Path) -> None:
     [
         ("", "starts anew in {output}"),
         ("output", f"resumes step 6 of {{output}}\n{NOTHING_LEFT}"),
-        ("continue_from", f"continues {{trained}} after step 6\n{NOTHING_LEFT}"),
+        ("continue_from", "continues {trained} after step 6"),
         ("load", "takes the weights of {trained}/iter_0000006"),
     ],
     ids=["new", "resume", "continue", "weights"],
@@ -274,8 +275,19 @@ def test_the_first_rank_states_the_start_once(
     if origin == "output":
         shutil.copytree(trained, output)
     named = [f"checkpoint.{origin}={trained}"] if origin in ("continue_from", "load") else []
+    if origin == "continue_from":
+        named += ["schedule.train_samples=48"]
     file = tmp_path / "requested.yaml"
     file.write_text(to_yaml(small_run(small_data, output, *named)))
     outputs = run_distributed("tests.training.train_worker:announce", 2, str(file))
     expected = line.format(output=output, trained=trained)
     assert outputs == [f"mellum2_tiny_pretrain {expected}\n", ""]
+
+
+def test_a_run_that_continues_a_longer_one_is_refused(trained: Path, small_data: PreparedData):
+    """Its own folder would end without a checkpoint."""
+    run = small_run(small_data, trained / "none", f"checkpoint.continue_from={trained}")
+    with pytest.raises(InputError, match=r"train_samples=40: .* has seen 40 samples"):
+        is_done(run, StartingPoint.of(run))
+    longer = small_run(small_data, trained, "schedule.train_samples=48")
+    assert not is_done(longer, StartingPoint.of(longer))

@@ -20,9 +20,9 @@ BASE = [
     "schedule.decay_samples=4",
     "logging.eval_interval=1",
     "logging.eval_iterations=1",
-    "checkpoint.save_interval=2",
 ]
-LONG = ["schedule.train_samples=2", "schedule.warmup_samples=0", "schedule.decay_samples=0"]
+LONG = ["schedule.train_samples=2", "schedule.warmup_samples=0", "schedule.decay_samples=0",
+        "logging.eval_iterations=1"]  # fmt: skip
 SFT = ["schedule.train_samples=8", "schedule.warmup_samples=0", "logging.eval_iterations=1"]
 
 
@@ -50,9 +50,8 @@ def test_from_text_to_a_released_chat_model_and_again(
     trained = snapshot(output / "sft")
     again = ChatQuickstart(base, data, output, (), LONG, SFT, 1.0, conversations=60)
     assert again.run()["after"] == summary["after"]
-    assert set(again.steps.seconds) == {
-        *("long context", "before", "sft", "after", "release", "ask")
-    }
+    # The two trainings find nothing to do, and the rest takes seconds.
+    assert set(again.steps.seconds) == {"long context", "before", "sft", "after", "release", "ask"}
     assert trained.items() <= snapshot(output / "sft").items()
 
 
