@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mellum2_megatron.common.errors import InputError, nearest
 
 BASE_PRETRAIN = "base-pretrain"
@@ -22,3 +24,33 @@ def require_member(member: str) -> None:
             rule="no family member has that name",
             fix=nearest(member, MEMBERS),
         )
+
+
+_STAGES = {
+    "long_context": "base",
+    "sft_instruct": "instruct-sft",
+    "sft_thinking": "thinking-sft",
+    "rlvr_instruct": "instruct",
+    "rlvr_thinking": "thinking",
+}
+"""Member that each stage trains, by the stage's part of a recipe's name."""
+
+
+def check_member_of_run(member: str, name: str) -> None:
+    """Refuse a member that another stage trains.
+
+    Args:
+        member: one of `MEMBERS`.
+        name: the run's name, such as ``mellum2_12b_sft_instruct``. One without a stage's name
+            in it may be any member.
+
+    Raises:
+        InputError: the run trained another member.
+    """
+    for stage, trained in _STAGES.items():
+        if re.search(rf"(^|_){stage}(_|$)", name) and member != trained:
+            raise InputError(
+                f"--member {member}",
+                rule=f"the checkpoint is of the run {name}, which trains {trained}",
+                fix=f"release it with --member {trained}, or name the other run's folder",
+            )

@@ -36,7 +36,7 @@ from conversion.release.check_release import (
 )
 from conversion.release.config_checks import context
 from conversion.release.file_checks import file_checks, file_hashes
-from conversion.release.members import CHAT_MEMBERS, require_member
+from conversion.release.members import CHAT_MEMBERS, check_member_of_run, require_member
 from conversion.release.model_card import CardFacts, Rows, model_card, read_evaluation
 from conversion.release.model_checks import model_checks, model_checks_left_out
 from conversion.verification.verify import VerifyReport, verify
@@ -265,6 +265,10 @@ def _read_ingredients(
     """
     require_member(member)
     checkpoint = find_checkpoint(megatron_path)
+    run_file = checkpoint.root / RUN_FILE
+    run = read_run(run_file) if run_file.is_file() else None
+    if run is not None:
+        check_member_of_run(member, run.name)
     # `file_checks` checks it in the result again, but only after an export of minutes.
     outcome = context(checkpoint.architecture, member)
     if outcome.status == "fail":
@@ -281,14 +285,13 @@ def _read_ingredients(
             rule="a release has its tokenizer",
             fix="give its folder: --tokenizer DIR",
         )
-    run_file = checkpoint.root / RUN_FILE
     return _Ingredients(
         member=member,
         checkpoint=checkpoint,
         tokenizer=tokenizer_dir,
         template=_read_chat_template(member, chat_template, tokenizer_dir),
         evaluation=read_evaluation(evaluation) if evaluation is not None else (),
-        run=read_run(run_file) if run_file.is_file() else None,
+        run=run,
         text=read_evaluation_text(text) if text is not None else None,
     )
 

@@ -14,7 +14,7 @@ import yaml
 from conversion.convert import import_hf
 from conversion.huggingface.folder import read_config
 from conversion.release.check_release import check_release
-from conversion.release.members import MEMBERS
+from conversion.release.members import MEMBERS, check_member_of_run
 from conversion.release.model_card import read_evaluation
 from conversion.release.release import LOGITS, ReleaseResult, release
 from mellum2_megatron.architecture import RopeParameters
@@ -208,6 +208,26 @@ def test_a_member_that_the_checkpoint_is_not(
     with pytest.raises(InputError, match=message):
         release(chat_checkpoint, tmp_path / "out", member=member)
     assert left_behind(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "member", "trained"),
+    [
+        ("mellum2_tiny_sft_thinking", "instruct-sft", "thinking-sft"),
+        ("mellum2_12b_sft_instruct_8gpu_h200_fp8", "instruct", "instruct-sft"),
+        ("mellum2_tiny_rlvr_thinking", "thinking-sft", "thinking"),
+        ("mellum2_tiny_long_context", "instruct", "base"),
+    ],
+)
+def test_a_member_that_another_stage_trains(
+    name: str, member: str, trained: str, chat_checkpoint: Path, template: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(chat_checkpoint, tmp_path / "run")
+    (source / "run.yaml").write_text(to_yaml(recipe(name)))
+    with pytest.raises(InputError, match=f"{name}, which trains {trained}.*--member {trained}"):
+        release(source, tmp_path / "out", member=member, chat_template=template)
+    check_member_of_run(trained, name)
+    check_member_of_run(member, "my_own_run")
 
 
 def test_a_native_checkpoint_is_base_pretrain_only(
