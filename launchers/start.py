@@ -183,7 +183,7 @@ def _task_notes(run: Run) -> list[str]:
     from mellum2_megatron.rollouts.prompts import run_tasks
 
     tasks = run_tasks(run)
-    if any(task.verifier == "code" for task in (*tasks.train, *tasks.valid)):
+    if any(task.runs_programs for task in (*tasks.train, *tasks.valid)):
         find_sandbox()
     longest = max(map(len, tasks.train_tokens))
     return [

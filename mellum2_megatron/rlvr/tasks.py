@@ -64,6 +64,12 @@ class Task:
         """Text of all turns."""
         return "\n".join(message.content for message in self.prompt.messages)
 
+    @property
+    def runs_programs(self) -> bool:
+        """True if judging an answer runs it in the sandbox."""
+        parts = self.arguments["of"] if self.verifier == "all" else ()
+        return "code" in (self.verifier, *(part["verifier"] for part in parts))
+
     def score(self, answer: Answer) -> Verdict:
         """Return the verdict on an answer."""
         verifier = find_verifier(self.verifier, self.folder)
@@ -130,7 +136,7 @@ def read_tasks(
 def score_answers(
     tasks: Sequence[Task], answers: Sequence[Sequence[Answer]], *, workers: int
 ) -> list[list[Verdict]]:
-    """Return the verdicts on the answers to each task.
+    """Return the verdicts on the answers to each task; equal answers to a task are judged once.
 
     Args:
         tasks: the tasks.
@@ -140,10 +146,18 @@ def score_answers(
     Raises:
         WorkError: a verifier failed.
     """
-    pairs = [(task, answer) for task, given in zip(tasks, answers, strict=True) for answer in given]
+    pairs = [
+        (number, answer)
+        for number, given in enumerate(answers)
+        for answer in dict.fromkeys(given)  # once each, in order
+    ]
     with ThreadPoolExecutor(workers) as pool:
-        verdicts = iter(list(pool.map(lambda pair: pair[0].score(pair[1]), pairs)))
-    return [[next(verdicts) for _ in given] for given in answers]
+        scores = pool.map(lambda pair: tasks[pair[0]].score(pair[1]), pairs)
+        verdicts = dict(zip(pairs, scores, strict=True))
+    return [
+        [verdicts[number, answer] for answer in given]
+        for number, (_, given) in enumerate(zip(tasks, answers, strict=True))
+    ]
 
 
 def answer_rows(file: Path) -> Iterator[tuple[str, str | int, str, bool]]:

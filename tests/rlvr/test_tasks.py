@@ -57,6 +57,26 @@ def test_tasks_are_read_as_they_are(tmp_path: Path) -> None:
     assert [[one.reward for one in said] for said in verdicts] == [[1, 0], [1], [1, 0, 0]]
 
 
+def test_equal_answers_to_a_task_are_judged_once(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\n"
+        "def count(answer, *, file, least):\n"
+        "    with Path(file).open('a') as log: log.write(f'{answer} {least}\\n')\n"
+        "    return float(len(answer) >= least)\n"
+    )
+    log = tmp_path / "log.txt"
+    rows = [
+        task(f"Task {n}", verifier="own.py:count", arguments={"file": str(log), "least": n})
+        for n in (1, 2)
+    ]
+    checked = read_tasks([write_rows(tmp_path / "tasks.jsonl", rows)])
+    log.write_text("")
+    one, two = Answer(text="a"), Answer(text="bb")
+    verdicts = score_answers(checked.tasks, [[one, two, one, one], [one, two, one]], workers=2)
+    assert [[said.reward for said in some] for some in verdicts] == [[1, 1, 1, 1], [0, 1, 0]]
+    assert sorted(log.read_text().splitlines()) == ["a 1", "a 2", "bb 1", "bb 2"]
+
+
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "json": ("{", "JSON"),
     "array": ("[1]", "object"),

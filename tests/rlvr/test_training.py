@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,23 +13,26 @@ from mellum2_megatron.checkpoint.folder import TRACKER_FILE
 from mellum2_megatron.config import Run, apply_overrides
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from mellum2_megatron.recipes import recipe
-from tests.data.chats import write_tokenizer
+from tests.data.chats import write_rows, write_tokenizer
 from tests.small import SMALL_MODEL
 from tests.training.test_train import train
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 4
-VOWELS = {"verifier": "form", "arguments": {"pattern": "(?s).*[aeiou].*"}}
+VOWELS: dict[str, Any] = {"verifier": "form", "arguments": {"pattern": "(?s).*[aeiou].*"}}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def write_tasks(folder: Path, verifier: dict[str, Any] = VOWELS) -> Path:
     write_tokenizer(folder / "tokenizer")
     for split, numbers in (("train", range(40)), ("valid", range(900, 906))):
-        rows = [{"messages": [{"role": "user", "content": f"{i}?"}], **VOWELS} for i in numbers]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"messages": [{"role": "user", "content": f"{i}?"}], **verifier} for i in numbers]
+        write_rows(folder / f"{split}.jsonl", rows)
     return folder
 
 
