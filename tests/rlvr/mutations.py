@@ -39,6 +39,13 @@ MUTATIONS = (
         test=("tests/rlvr/test_tasks.py",),
     ),
     Mutation(
+        name="programs inside `all` are started without a sandbox",
+        file="mellum2_megatron/rlvr/tasks.py",
+        old='parts = self.arguments["of"] if self.verifier == "all" else ()',
+        new="parts: tuple[dict[str, str], ...] = ()",
+        test=("tests/rlvr/test_faults.py", "-k", "without_a_sandbox_are"),
+    ),
+    Mutation(
         name="programs in the sandbox keep the network",
         file="mellum2_megatron/rlvr/rewards/sandbox.py",
         old='"--unshare-all", "--unshare-user"',
