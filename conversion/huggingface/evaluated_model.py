@@ -109,6 +109,15 @@ class TransformersModel:
             following = torch.tensor([ids[-1:]])
         return ids
 
+    def continue_all(
+        self, prompts: Sequence[Sequence[int]], *, most: Sequence[int], stop: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Return the most likely next tokens after each prompt, one prompt after the other."""
+        return [
+            self.continue_greedily(prompt, max_new_tokens=count, stop=stop)
+            for prompt, count in zip(prompts, most, strict=True)
+        ]
+
     def _of_row(self, row: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities `[s - 1]` of token ids `[s]`."""
         hidden = self._model.model(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]

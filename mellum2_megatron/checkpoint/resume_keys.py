@@ -135,7 +135,8 @@ RULES: dict[str, Rule] = {
     **_all(
         "logging",
         "log_interval eval_interval validation_documents tensorboard "
-        "sample_prompts sample_interval sample_tokens wandb_project wandb_entity wandb_name",
+        "sample_prompts sample_interval sample_tokens eval_tasks eval_task_interval "
+        "wandb_project wandb_entity wandb_name",
         _OUTPUT,
     ),
     **_all(

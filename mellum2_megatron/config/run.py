@@ -138,6 +138,10 @@ class Data:
                 )
 
 
+EVAL_TASKS = ("completion", "fim", "arithmetic", "multiple_choice")
+"""Tasks of `logging.eval_tasks`: those of ``mellum2 eval --suite miniature``."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Logging:
     """Metrics and validation during training; intervals are in optimizer steps.
@@ -158,10 +162,15 @@ class Logging:
             continuations go to all logs.
         sample_interval: steps between two rounds of them, default 1000. The last step has one too.
         sample_tokens: tokens generated after each prompt, default 32.
+        eval_tasks: tasks of ``mellum2 eval`` that are scored while the model trains, default none:
+            ``completion``, ``fim``, ``arithmetic``, ``multiple_choice``. Their scores go to all
+            logs.
+        eval_task_interval: steps between two rounds of them, default 1000. The last step has one
+            too.
 
     Raises:
         InputError: an interval or number outside its range, W&B fields without a project, sums
-            of a validation without one, or a blank prompt.
+            of a validation without one, a blank prompt, or an unknown task.
     """
 
     log_interval: int = 10
@@ -176,6 +185,8 @@ class Logging:
     sample_prompts: tuple[str, ...] = ()
     sample_interval: int = 1000
     sample_tokens: int = 32
+    eval_tasks: tuple[str, ...] = ()
+    eval_task_interval: int = 1000
 
     def __post_init__(self) -> None:
         check_fields("logging", self, many_lines=("sample_prompts",))
@@ -198,6 +209,14 @@ class Logging:
             require_positive("logging.eval_batch_size", self.eval_batch_size)
         require_not_negative("logging.eval_iterations", self.eval_iterations, fix="use 0")
         require_positive("logging.sample_interval", self.sample_interval)
+        require_positive("logging.eval_task_interval", self.eval_task_interval)
+        for task in self.eval_tasks:
+            require(
+                task in EVAL_TASKS and self.eval_tasks.count(task) == 1,
+                f"logging.eval_tasks: {task}",
+                rule="each is a task of its own of " + ", ".join(EVAL_TASKS),
+                fix=nearest(task, EVAL_TASKS),
+            )
         require_positive("logging.sample_tokens", self.sample_tokens, fix="use 32")
         require(
             self.eval_iterations > 0 or not self.validation_documents,

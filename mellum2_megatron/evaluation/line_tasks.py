@@ -123,12 +123,12 @@ def fim(model: EvaluatedModel, settings: FimTaskSettings) -> Outcome:
 
 def _ask(model: EvaluatedModel, cuts: Sequence[CutText], prompts: Sequence[list[int]]) -> Outcome:
     stop = set(model.special_ids.values())
+    most = [_most(model, cut) for cut in cuts]
+    # Code before a line loses its beginning where the context is short.
+    longest = model.architecture.max_position_embeddings
+    kept = [prompt[-(longest - count) :] for prompt, count in zip(prompts, most, strict=True)]
     details: list[dict[str, Any]] = []
-    for cut, prompt in zip(cuts, prompts, strict=True):
-        most = _most(model, cut)
-        # Code before a line loses its beginning where the context is short.
-        kept = prompt[-(model.architecture.max_position_embeddings - most) :]
-        ids = model.continue_greedily(kept, max_new_tokens=most, stop=stop)
+    for cut, ids in zip(cuts, model.continue_all(kept, most=most, stop=stop), strict=True):
         if ids and ids[-1] in stop:
             ids = ids[:-1]
         answer = model.decode(ids).partition("\n")[0]

@@ -71,3 +71,24 @@ class EvaluatedModel(Protocol):
             max_new_tokens: most tokens to return.
             stop: ids that end the text; the one that did is returned too.
         """
+
+    def continue_all(
+        self, prompts: Sequence[Sequence[int]], *, most: Sequence[int], stop: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Return what `continue_greedily` returns for each prompt.
+
+        Args:
+            prompts: token ids of each prompt, at least one.
+            most: most tokens to return, for each prompt.
+            stop: ids that end a text.
+        """
+
+
+def cut_at(ids: Sequence[int], stop: Collection[int]) -> list[int]:
+    """Return token ids up to the first one of ``stop``, which is kept; all if there is none.
+
+    >>> cut_at([5, 6, 1, 7], [1, 2])
+    [5, 6, 1]
+    """
+    end = next((place for place, token in enumerate(ids) if token in stop), len(ids))
+    return list(ids[: end + 1])

@@ -180,6 +180,11 @@ class TrainingConsole:
         parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()]
         self.print_line(f"step {step}/{self._total_steps} | validation | " + " | ".join(parts))
 
+    def tasks(self, step: int, values: Mapping[str, float]) -> None:
+        """Print the scores of tasks after ``step`` steps."""
+        parts = [f"{name} {value:.3f}" for name, value in values.items()]
+        self.print_line(f"step {step}/{self._total_steps} | tasks | " + " | ".join(parts))
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Print a text that the model generated after ``step`` steps, its lines indented."""
         self.print_line(f"step {step}/{self._total_steps} | sample | {prompt!r} continues as")

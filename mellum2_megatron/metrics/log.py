@@ -6,6 +6,7 @@ r"""A run's log: the same numbers in ``metrics.jsonl``, TensorBoard, Weights & B
     {"kind": "valid", "step": 10, "lm_loss": 8.2907}
     {"kind": "event", "step": 11, "note": "the loss is nan on rank 1: the update is skipped",
      "value": "nan", "rank": 1}
+    {"kind": "tasks", "step": 20, "fim/exact": 0.05, "fim/similarity": 0.31}
     {"kind": "sample", "step": 20, "prompt": "def f(", "note": "x):\n    return x"}
 
 Numbers that JSON lacks are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. After a resume from
@@ -32,7 +33,7 @@ from mellum2_megatron.common.files import atomic_path, read_bytes, write_text
 from mellum2_megatron.common.json_files import parse_object
 from mellum2_megatron.metrics.console import TrainingConsole
 
-Kind = Literal["train", "valid", "event", "sample"]
+Kind = Literal["train", "valid", "event", "sample", "tasks"]
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id.txt"
 _LARGEST_FILE = 1 << 32  # bytes; a line has some 500
@@ -44,7 +45,7 @@ class Record:
 
     Attributes:
         kind: ``train``: a training step. ``valid``: a validation. ``event``: an incident.
-            ``sample``: a text that the model generated.
+            ``sample``: a text that the model generated. ``tasks``: scores of tasks.
         step: optimizer step.
         values: numbers by name.
         note: description of an event, or the generated text; empty for the other kinds.
@@ -147,6 +148,12 @@ class MetricsLogger:
         if self._active:
             self._record("event", step, values, note)
             self._console.print_line(f"step {step}: {note}")
+
+    def log_tasks(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the scores of tasks after ``step`` steps."""
+        if self._active:
+            self._record("tasks", step, values)
+            self._console.tasks(step, values)
 
     def log_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Record texts that the model generated after ``step`` steps, as (prompt, text) pairs."""

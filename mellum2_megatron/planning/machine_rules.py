@@ -166,6 +166,25 @@ def data_present(planned: PlannedRun) -> Problems:
         yield error
 
 
+@rule(evidence="training/tasks.py", machine=True)
+def eval_tasks_fit(planned: PlannedRun) -> Problems:
+    """The tokenizer has the tokens that the tasks need."""
+    folder = tokenizer_folder(planned.run.data)
+    tasks = planned.run.logging.eval_tasks
+    if "fim" in tasks and (folder / "tokenizer.json").is_file():
+        try:
+            special = special_ids(folder, need_eos=False)
+        except InputError as error:
+            yield error
+            return
+        if not {"fim_prefix", "fim_middle", "fim_suffix"} <= special.keys():
+            yield InputError(
+                f"logging.eval_tasks: fim with the tokenizer {folder}",
+                rule="it has no fill-in-the-middle tokens",
+                fix="leave fim out",
+            )
+
+
 @rule(evidence="training/samples.py", machine=True)
 def sample_prompts_fit(planned: PlannedRun) -> Problems:
     """Each prompt has tokens, and leaves room for a continuation, which can end (eos)."""

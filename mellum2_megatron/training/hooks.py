@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mellum2_megatron.training.metrics import TrainingMetrics
     from mellum2_megatron.training.rollouts import RolloutTraining
     from mellum2_megatron.training.samples import TrainingSamples
+    from mellum2_megatron.training.tasks import TrainingTasks
     from mellum2_megatron.training.validation_documents import ValidationDocuments
 
 
@@ -43,6 +44,7 @@ class LoopParts:
         metrics: log of the run.
         sums: sums of each validation by document.
         samples: texts that are generated during the training.
+        tasks: tasks that are scored during the training.
         guard: check of each step's losses and gradients.
         add_files: called on one rank with a checkpoint's folder, to add files of our own.
         stop: stop request of this rank.
@@ -54,6 +56,7 @@ class LoopParts:
     metrics: TrainingMetrics
     sums: ValidationDocuments
     samples: TrainingSamples
+    tasks: TrainingTasks
     guard: StepGuard
     add_files: Callable[[Path], None]
     stop: StopRequest
@@ -96,7 +99,9 @@ def hooks(parts: LoopParts) -> tuple[Patch, ...]:
         Patch(
             name="samples",
             target="megatron.training.training:post_training_step_callbacks",
-            replacement=parts.samples.wrap_end_of_step,
+            replacement=lambda upstream: parts.tasks.wrap_end_of_step(
+                parts.samples.wrap_end_of_step(upstream)
+            ),
             why="training/training.py:4068 has no callback between a step's validation and its "
             "save; this function is called there with the model on every rank",
         ),

@@ -44,6 +44,7 @@ from mellum2_megatron.training.metrics import TrainingMetrics
 from mellum2_megatron.training.rollouts import RolloutTraining
 from mellum2_megatron.training.samples import TrainingSamples
 from mellum2_megatron.training.step import forward_step
+from mellum2_megatron.training.tasks import TrainingTasks
 from mellum2_megatron.training.validation_documents import ValidationDocuments
 from mellum2_megatron.upstream import megatron_arguments
 
@@ -111,6 +112,7 @@ def run_loop(
         metrics=metrics,
         sums=sums,
         samples=TrainingSamples(run, on_texts=metrics.log_samples, pause_watch=watch.paused),
+        tasks=TrainingTasks(run, on_scores=metrics.log_tasks, pause_watch=watch.paused),
         guard=guard,
         add_files=add_files,
         stop=stop,

@@ -8,7 +8,7 @@ wrapped (``hooks.hooks``): when it returns, a step's scalars are complete.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     from mellum2_megatron.config import Run
+    from mellum2_megatron.evaluation import Outcome
     from mellum2_megatron.faults.step_guard import Event
 
 ACCEPTANCE = {
@@ -173,6 +174,17 @@ class TrainingMetrics:
     def log_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """Log the texts that the model generated after a step."""
         self.log.log_samples(step, texts)
+
+    def log_tasks(self, step: int, outcomes: Mapping[str, Outcome]) -> None:
+        """Log the scores of tasks after a step, such as ``arithmetic/+/found``."""
+        self.log.log_tasks(
+            step,
+            {
+                "/".join((name, *map(str, figure.where.values()), figure.name)): figure.value
+                for name, outcome in outcomes.items()
+                for figure in outcome.figures
+            },
+        )
 
     def log_note(self, step: int, note: str) -> None:
         """Log an event that has no numbers."""

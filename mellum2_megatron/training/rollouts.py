@@ -28,7 +28,7 @@ from mellum2_megatron.rlvr.objective import policy_loss
 from mellum2_megatron.rollouts.batch import ADVANTAGES, GENERATION
 from mellum2_megatron.rollouts.prompts import run_tasks
 from mellum2_megatron.rollouts.trainer import Rollouts, make_engine
-from mellum2_megatron.training.samples import outside_of_training
+from mellum2_megatron.training.decoding import outside_of_training
 from mellum2_megatron.training.step import LOSS_CHECK, Batch, get_batch
 
 if TYPE_CHECKING:

@@ -106,6 +106,7 @@ NOT_MEGATRONS = {
     ),
     "logging.sample_interval": "our texts",
     "logging.sample_tokens": "our texts",
+    "logging.eval_task_interval": "our tasks",
     "checkpoint.retain_interval": "our saves",
     "checkpoint.keep_last": "our saves",
     "timeout_minutes": "test_fault_settings_arrive",

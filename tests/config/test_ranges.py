@@ -55,6 +55,8 @@ def bad_values() -> Iterator[tuple[str, str]]:
             yield from ((key, f"{{kv_lora_rank: {n}, {others}}}") for n in (*NUMBERS, "0"))
         elif key == "logging.sample_prompts":  # may have several lines
             yield from ((key, f"[x,'{text}']") for text in (" ", "a\u2028b"))
+        elif key == "logging.eval_tasks":
+            yield from ((key, f"[fim,{text}]") for text in ("fin", "fim"))
         elif key == "execution.extra_arguments":
             yield from ((key, f"[--x,'{text}']") for text in ("a\nb", "a\u2028b"))
         elif key == "schedule.batch_schedule":

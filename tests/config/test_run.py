@@ -201,6 +201,8 @@ def odd_run() -> Run:
             sample_prompts=("def f(", "null", "[a, b]: # é", "for x:\n\tpass\n"),
             sample_interval=2,
             sample_tokens=5,
+            eval_tasks=("fim", "arithmetic"),
+            eval_task_interval=3,
         ),
         checkpoint=ODD_CHECKPOINT,
         seed=99,
@@ -405,6 +407,9 @@ def test_derived_values() -> None:
         (lambda: Logging(sample_prompts=("a", "\n")), "logging.sample_prompts="),
         (lambda: Logging(sample_prompts=("\ud83d",)), "logging.sample_prompts"),
         (lambda: Logging(sample_interval=0), "logging.sample_interval=0"),
+        (lambda: Logging(eval_task_interval=0), "logging.eval_task_interval=0"),
+        (lambda: Logging(eval_tasks=("fin",)), "logging.eval_tasks: fin"),
+        (lambda: Logging(eval_tasks=("fim", "fim")), "logging.eval_tasks: fim"),
         (lambda: Checkpoint(save_interval=3, retain_interval=10), "checkpoint.retain_interval=10"),
     ],
 )

@@ -46,6 +46,15 @@ class ByteModel:
         """Return a line end, again and again."""
         return [10] * max_new_tokens
 
+    def continue_all(
+        self, prompts: Sequence[Sequence[int]], *, most: Sequence[int], stop: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Return the texts one by one."""
+        return [
+            self.continue_greedily(prompt, max_new_tokens=count, stop=stop)
+            for prompt, count in zip(prompts, most, strict=True)
+        ]
+
 
 class Reader(ByteModel):
     """Reads the last ``seen`` tokens of a prompt, and answers with the number it finds there."""

@@ -18,7 +18,7 @@ from mellum2_megatron.config import Device, Run, apply_overrides, to_yaml
 from mellum2_megatron.data.feed import sources
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning import machine_rules
-from mellum2_megatron.planning.machine_rules import sample_prompts_fit
+from mellum2_megatron.planning.machine_rules import eval_tasks_fit, sample_prompts_fit
 from mellum2_megatron.planning.rules import (
     RULES,
     PlannedRun,
@@ -345,7 +345,13 @@ def test_every_rule_has_a_case_here() -> None:
     machine = {rule.name for rule in RULES if rule.machine}
     assert {case[4] for case in CASES} == {rule.name for rule in RULES} - machine - ELSEWHERE
     assert machine == {
-        *("packages-present", "data-present", "sample-prompts-fit", "resume-fits"),
+        *(
+            "packages-present",
+            "data-present",
+            "sample-prompts-fit",
+            "eval-tasks-fit",
+            "resume-fits",
+        ),
         *("resume-keeps-settings", "resume-keeps-rate-down", "resume-keeps-tokenizer"),
         *("resume-ends-on-a-step", "stream-can-be-served"),
     }
@@ -531,3 +537,19 @@ def test_prompts_fit_the_tokenizer_and_the_sequence(
     shutil.copy(small_data.tokenizer_dir / "tokenizer.json", tmp_path)
     (endless,) = problems('["x"]', f"data.tokenizer={tmp_path}")
     assert "eos_token" in endless
+
+
+def test_tasks_fit_the_tokenizer(small_data: PreparedData, tmp_path: Path) -> None:
+    def problems(*overrides: str) -> list[str]:
+        words = [f"data.path={small_data.path}", "logging.eval_tasks=[fim,completion]", *overrides]
+        run = apply_overrides(recipe(TINY), words)
+        planned = PlannedRun(run=run, world_size=2, device="cpu", start=StartingPoint.of(run))
+        return [f"{problem.value}: {problem.rule}" for problem in eval_tasks_fit.find(planned)]
+
+    assert problems() == []
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = (small_data.tokenizer_dir / file).read_text()
+        (tmp_path / file).write_text(text.replace("fim_", "other_"))
+    (lacking,) = problems(f"data.tokenizer={tmp_path}")
+    assert "fim with the tokenizer" in lacking
+    assert problems(f"data.tokenizer={tmp_path}", "logging.eval_tasks=[completion]") == []

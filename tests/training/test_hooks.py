@@ -38,6 +38,7 @@ from mellum2_megatron.training.hooks import LoopParts, hooks, install_hooks
 from mellum2_megatron.training.metrics import TrainingMetrics
 from mellum2_megatron.training.samples import TrainingSamples
 from mellum2_megatron.training.step import LOSS_CHECK
+from mellum2_megatron.training.tasks import TrainingTasks
 from mellum2_megatron.training.validation_documents import ValidationDocuments
 from mellum2_megatron.upstream import patching
 from mellum2_megatron.upstream.patching import Patch
@@ -115,6 +116,11 @@ class Run:
             samples=TrainingSamples(
                 recipe("mellum2_tiny_pretrain"),
                 on_texts=lambda step, texts: None,
+                pause_watch=self.pause,
+            ),
+            tasks=TrainingTasks(
+                recipe("mellum2_tiny_pretrain"),
+                on_scores=lambda step, outcomes: None,
                 pause_watch=self.pause,
             ),
             guard=guard,

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from conversion.convert import export_hf, import_hf, open_checkpoint
+from conversion.huggingface.evaluated_model import TransformersModel
 from conversion.huggingface.scoring import score_hf
 from conversion.verification.megatron_scoring import load_megatron_model
 from conversion.verification.verify import verify
@@ -25,15 +26,18 @@ from mellum2_megatron.checkpoint import find_checkpoint, read_run
 from mellum2_megatron.checkpoint.file_manifest import MANIFEST_FILE
 from mellum2_megatron.checkpoint.folder import write_tracker
 from mellum2_megatron.config import Run, apply_overrides, to_yaml
+from mellum2_megatron.config.run import EVAL_TASKS
 from mellum2_megatron.data.feed.sources import check_data, validation_shares
 from mellum2_megatron.data.prepare import prepare
 from mellum2_megatron.data.prepared_folder import PreparedData
+from mellum2_megatron.evaluation.evaluating import evaluate, plan
+from mellum2_megatron.evaluation.registry import SUITES
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from mellum2_megatron.model.scoring import score_tokens
 from mellum2_megatron.recipes import recipe
 from tests.distributed import DistributedError, run_distributed
 from tests.small import SMALL_MODEL, python_like
-from tests.training.train_worker import SAMPLE_IDS
+from tests.training.train_worker import SAMPLE_IDS, SCORES, few_items
 
 pytestmark = pytest.mark.distributed
 
@@ -246,6 +250,7 @@ FIRST_STEP = [
     "logging.eval_iterations=0",
     f"logging.sample_prompts={json.dumps(PROMPTS)}",
     "logging.sample_tokens=6",
+    "logging.eval_tasks=[multiple_choice]",
 ]
 
 
@@ -310,6 +315,7 @@ def test_layouts_see_the_same_model(
     # The loaded weights are trained ones: better than a fresh model's uniform guess.
     assert losses(first_step)[1] < math.log(384) - 0.05
     assert_greedy(other)
+    assert_scores(other)
 
 
 def assert_greedy(output: Path) -> None:
@@ -327,11 +333,30 @@ def assert_greedy(output: Path) -> None:
             assert logits[row, place, chosen] > logits[row, place].max() - 0.02, (row, place)
 
 
-def test_texts_during_training_change_no_number(
+def assert_scores(output: Path) -> None:
+    """Assert that the scores of texts are those of one process, up to BF16 rounding."""
+    texts, scores = json.loads((output / SCORES).read_text())
+    assert len(texts) == 4  # the answers to one question
+    tokens = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
+    for row, ids in enumerate(texts):
+        tokens[row, : len(ids)] = ids
+    logits, _ = score_tokens(load_megatron_model(output), torch.from_numpy(tokens))
+    logs = logits.log_softmax(-1)
+    for row, (ids, (found, most)) in enumerate(zip(texts, scores, strict=True)):
+        assert len(found) == len(most) == len(ids) - 1
+        for place, token in enumerate(ids[1:]):
+            assert abs(logs[row, place, token] - found[place]) < 0.02, (row, place)
+            gap = float(logs[row, place].max() - logs[row, place, token])
+            assert most[place] == (gap == 0) or gap < 0.02, (row, place)
+
+
+def test_texts_and_tasks_during_training_change_no_number(
     trained: Path, small_data: PreparedData, tmp_path: Path
 ):
     texts = [f"logging.sample_prompts={json.dumps(PROMPTS)}", "logging.sample_interval=2"]
-    run = small_run(small_data, tmp_path / "texts", *texts, "logging.sample_tokens=5")
+    assert SUITES["miniature"] == EVAL_TASKS
+    tasks = [f"logging.eval_tasks={json.dumps(EVAL_TASKS)}", "logging.eval_task_interval=4"]
+    run = small_run(small_data, tmp_path / "texts", *texts, *tasks, "logging.sample_tokens=5")
     with_texts = train(run, nproc=2)
     for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss", "grad_norm"):
         assert losses(with_texts, name) == losses(trained, name), name
@@ -346,6 +371,29 @@ def test_texts_during_training_change_no_number(
         (step, prompt) for step in (2, 4, 6) for prompt in PROMPTS
     ]
     assert all(r.note for r in records)
+    assert_tasks(with_texts, tmp_path / "hf")
+
+
+def assert_tasks(run: Path, exported: Path) -> None:
+    """Assert that the last scores of tasks are those of `mellum2 eval` on the exported model.
+
+    Small models have close answers, and BF16 rounding decides some of them.
+    """
+    records = [record for record in read_metrics(run / METRICS_FILE) if record.kind == "tasks"]
+    assert [record.step for record in records] == [4, 6]
+    export_hf(run, exported)
+    model = TransformersModel(exported)
+    planned = plan(model.architecture, EVAL_TASKS, few_items(EVAL_TASKS))
+    report = evaluate(model, planned, name="hf", suites=EVAL_TASKS)
+    figures = {
+        "/".join((planned.measure.name, *map(str, figure.where.values()), figure.name)): figure
+        for planned, outcome in report.results
+        for figure in outcome.figures
+    }
+    assert records[-1].values.keys() == figures.keys()
+    for name, figure in figures.items():
+        if figure.items > 2:
+            assert records[-1].values[name] == pytest.approx(figure.value, abs=0.2), name
 
 
 def test_trained_checkpoint_is_what_transformers_loads(trained: Path, tmp_path: Path):
