@@ -79,16 +79,6 @@ def evaluate(
     The figures are printed as a table. The JSON file has them with their items, the settings, the
     seeds, and the versions of the software. transformers runs the model, in float32 on the CPU.
     """
-    from conversion.huggingface.evaluated_model import TransformersModel
-    from conversion.verification.memory import require_huggingface_memory
-    from mellum2_megatron.evaluation import evaluate as evaluate_model
-    from mellum2_megatron.evaluation import plan
-    from mellum2_megatron.evaluation.contamination import (
-        check_tokenizer_of,
-        find_overlaps,
-        open_training_data,
-    )
-    from mellum2_megatron.evaluation.evaluating import item_texts
     from mellum2_megatron.evaluation.harness import HarnessRun
     from mellum2_megatron.evaluation.harness_suites import HARNESS_SUITES
     from mellum2_megatron.upstream import quiet_upstream
@@ -103,8 +93,39 @@ def evaluate(
             )
         _run_harness(model, suite[0], HarnessRun(limit=limit, seed=seed, tasks=tasks), out)
         return
+    _run_measures(
+        model,
+        suite,
+        settings or [],
+        training_data=training_data,
+        overlap_tokens=overlap_tokens,
+        out=out,
+    )
+
+
+def _run_measures(
+    model: Path,
+    suite: list[str],
+    settings: list[str],
+    *,
+    training_data: Path | None,
+    overlap_tokens: int,
+    out: Path | None,
+) -> None:
+    """Run suites of our own, write their result and print it."""
+    from conversion.huggingface.evaluated_model import TransformersModel
+    from conversion.verification.memory import require_huggingface_memory
+    from mellum2_megatron.evaluation import evaluate as evaluate_model
+    from mellum2_megatron.evaluation import plan
+    from mellum2_megatron.evaluation.contamination import (
+        check_tokenizer_of,
+        find_overlaps,
+        open_training_data,
+    )
+    from mellum2_megatron.evaluation.evaluating import item_texts
+
     architecture = _architecture(model)
-    planned = plan(architecture, suite, settings or [])
+    planned = plan(architecture, suite, settings)
     out = out or model / f"eval_{'_'.join(suite)}.json"
     check_writable("--out", out, folder=False)
     require_huggingface_memory(str(model), architecture, 1)
