@@ -160,15 +160,19 @@ class Cluster:
         return dict(line.split() for line in output.splitlines())
 
     def run(
-        self, *command: str, check: bool = True, environment: dict[str, str] | None = None
+        self,
+        *command: str,
+        check: bool = True,
+        environment: dict[str, str] | None = None,
+        timeout: float = 120,
     ) -> str:
-        """Run a command of Slurm and return its output."""
+        """Run a command of Slurm, for up to ``timeout`` seconds, and return its output."""
         done = subprocess.run(
             command,
             env={**self.environment, **(environment or {})},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=timeout,
         )
         if check and done.returncode:
             raise AssertionError(
