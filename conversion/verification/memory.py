@@ -17,6 +17,10 @@ from mellum2_megatron.planning.rank_weights import local_weights
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
+_PAIR_BYTES = 6
+"""Bytes for each pair of positions of a sequence: two masks of truth values and one in float32
+(transformers 5.23, CPU attention of torch 2.15). Measured at 16,384 tokens: 5.9 to 6.0."""
+
 _LOGIT_COPIES = 3
 """Copies of a sequence's logits that exist at once: of the head, in float32, and of the loss."""
 
@@ -75,6 +79,34 @@ def require_huggingface_memory(
     )
 
 
+def require_long_text_memory(
+    name: str, architecture: Mellum2Architecture, length: int, *, free: int | None = None
+) -> None:
+    """Check that transformers can hold a whole model in float32, and read a text at once.
+
+    Its logits are taken in parts.
+
+    Args:
+        name: the folder, for the message.
+        architecture: the model.
+        length: tokens of the longest text.
+        free: free memory in bytes, default `free_memory`.
+
+    Raises:
+        InputError: it cannot.
+    """
+    weights = 4 * sum(math.prod(parameter.shape) for parameter in architecture.parameters())
+    _require(
+        f"{name} in transformers, texts of {length:,} tokens",
+        weights,
+        _PAIR_BYTES * length**2,
+        free_memory() if free is None else free,
+        fix="use a machine with more memory, or shorter texts, such as needle.lengths=[16384] "
+        "and position_loss.length=16384",
+        of="for attention",
+    )
+
+
 def require_rank_memory(
     architecture: Mellum2Architecture,
     ranks: Ranks,
@@ -112,10 +144,12 @@ def require_rank_memory(
     )
 
 
-def _require(what: str, weights: int, logits: int, free: int, *, fix: str) -> None:
-    if weights + logits > free:
+def _require(
+    what: str, weights: int, more: int, free: int, *, fix: str, of: str = "of logits"
+) -> None:
+    if weights + more > free:
         raise InputError(
-            f"{what}: {size_text(weights)} of weights and {size_text(logits)} of logits",
+            f"{what}: {size_text(weights)} of weights and {size_text(more)} {of}",
             rule=f"{size_text(free)} of memory are free",
             fix=fix,
         )

@@ -114,7 +114,7 @@ def _run_measures(
 ) -> None:
     """Run suites of our own, write their result and print it."""
     from conversion.huggingface.evaluated_model import TransformersModel
-    from conversion.verification.memory import require_huggingface_memory
+    from conversion.verification.memory import require_long_text_memory
     from mellum2_megatron.evaluation import evaluate as evaluate_model
     from mellum2_megatron.evaluation import plan
     from mellum2_megatron.evaluation.contamination import (
@@ -122,13 +122,13 @@ def _run_measures(
         find_overlaps,
         open_training_data,
     )
-    from mellum2_megatron.evaluation.evaluating import item_texts
+    from mellum2_megatron.evaluation.evaluating import item_texts, longest_text
 
     architecture = _architecture(model)
     planned = plan(architecture, suite, settings)
     out = out or model / f"eval_{'_'.join(suite)}.json"
     check_writable("--out", out, folder=False)
-    require_huggingface_memory(str(model), architecture, 1)
+    require_long_text_memory(str(model), architecture, longest_text(architecture, planned))
     data = None
     if training_data is not None:
         data = open_training_data(training_data, overlap_tokens)

@@ -27,6 +27,7 @@ from mellum2_megatron.common.field_checks import require_positive_int
 from mellum2_megatron.evaluation.long_texts import (
     WORDS,
     check_lengths,
+    lengths_of,
     outcome_by_length,
     scatter,
     take_lines,
@@ -135,4 +136,5 @@ MEASURE = Measure(
     settings=Settings,
     check=check,
     run=aggregation,
+    longest=lambda model, settings: max(lengths_of(model, settings.lengths, SHORTEST)),
 )

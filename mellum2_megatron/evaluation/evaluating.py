@@ -132,6 +132,18 @@ def evaluate(
     return Report(model=name, suites=tuple(suites), results=tuple(results))
 
 
+def longest_text(architecture: Mellum2Architecture, planned: Sequence[Planned]) -> int:
+    """Return the tokens of the longest text that a model reads at once; 1 if all are short."""
+    return max(
+        (
+            one.measure.longest(architecture, one.settings)
+            for one in planned
+            if one.measure.longest is not None
+        ),
+        default=1,
+    )
+
+
 def item_texts(planned: Sequence[Planned]) -> dict[str, Sequence[str]]:
     """Return the texts of the items of each measure that has such, by its name."""
     return {

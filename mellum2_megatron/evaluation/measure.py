@@ -139,6 +139,8 @@ class Measure[S]:
         run: the measurement. The same model and settings give the same outcome.
         texts: texts of its items as training data would hold them, for `contamination`; None
             (default): its items are made up, or its texts need not be unseen.
+        longest: tokens of the longest text that the model reads at once, which decides on memory;
+            None (default): short ones.
     """
 
     name: str
@@ -148,3 +150,4 @@ class Measure[S]:
     check: Callable[[Mellum2Architecture, S], None]
     run: Callable[[EvaluatedModel, S], Outcome]
     texts: Callable[[S], Sequence[str]] | None = None
+    longest: Callable[[Mellum2Architecture, S], int] | None = None

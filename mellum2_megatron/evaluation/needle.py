@@ -28,6 +28,7 @@ from mellum2_megatron.common.field_checks import require_positive_int
 from mellum2_megatron.evaluation.long_texts import (
     WORDS,
     check_lengths,
+    lengths_of,
     numbers,
     outcome_by_length,
     take_lines,
@@ -127,4 +128,5 @@ MEASURE = Measure(
     settings=Settings,
     check=check,
     run=needle,
+    longest=lambda model, settings: max(lengths_of(model, settings.lengths, SHORTEST)),
 )

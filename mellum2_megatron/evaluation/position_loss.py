@@ -130,4 +130,5 @@ MEASURE = Measure(
     settings=Settings,
     check=check,
     run=position_loss,
+    longest=lambda model, settings: settings.length or model.max_position_embeddings,
 )

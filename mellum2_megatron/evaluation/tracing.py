@@ -29,6 +29,7 @@ from mellum2_megatron.common.field_checks import require_positive_int
 from mellum2_megatron.evaluation.long_texts import (
     WORDS,
     check_lengths,
+    lengths_of,
     numbers,
     outcome_by_length,
     scatter,
@@ -139,4 +140,5 @@ MEASURE = Measure(
     settings=Settings,
     check=check,
     run=tracing,
+    longest=lambda model, settings: max(lengths_of(model, settings.lengths, SHORTEST)),
 )

@@ -13,7 +13,11 @@ import torch
 from conversion.convert import import_hf
 from conversion.verification import megatron_scoring
 from conversion.verification.megatron_scoring import score_rank
-from conversion.verification.memory import require_huggingface_memory, require_rank_memory
+from conversion.verification.memory import (
+    require_huggingface_memory,
+    require_long_text_memory,
+    require_rank_memory,
+)
 from conversion.verification.ranks import Ranks
 from conversion.verification.score_folder import ScoreFolder, score_shapes
 from conversion.verification.scoring import score_file
@@ -226,6 +230,10 @@ def test_memory_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(InputError, match=r"50\.31 GB of weights .* 40\.00 GB of memory are free"):
         require_huggingface_memory("hf", model, 2065, free=40 * 10**9)
     require_huggingface_memory("hf", model, 2065, free=60 * 10**9)
+    # 131,072 tokens: 6 bytes for each pair of them.
+    with pytest.raises(InputError, match=r"131,072 tokens: 50\.31 GB .* 103\.08 GB for attention"):
+        require_long_text_memory("hf", model, 131072, free=150 * 10**9)
+    require_long_text_memory("hf", model, 131072, free=160 * 10**9)
     with pytest.raises(InputError, match=r"--tp 2, --pp 2 or --ep 2"):
         require_rank_memory(model, Ranks(), 2065, free=40 * 10**9)
     require_rank_memory(model, Ranks(layout=Layout(ep=8)), 2065, free=40 * 10**9)
