@@ -15,6 +15,7 @@ from typing import Any
 
 from launchers.quickstart import Quickstart
 from launchers.steps import Steps
+from mellum2_megatron.checkpoint.folder import TOKENIZER_FOLDER
 from mellum2_megatron.common.console import console, plain_table
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
@@ -42,7 +43,7 @@ class ChatQuickstart:
 
     Attributes:
         base: run folder of the quickstart; its steps are taken first if it has no summary.
-        data: folder of the base's prepared data.
+        data: folder of the data prepared for the base; read only where the base is made.
         output: folder for all results: ``long_data``, ``conversations``, ``long_context``, ``sft``
             and the released folder ``release``.
         overrides: `key=value` words for the base's recipe, default none.
@@ -133,7 +134,7 @@ class ChatQuickstart:
                 f"the same sources in packs of {LONG_LENGTH:,} tokens",
                 *("data", "prepare", "--output", str(data)),
                 *("--max-megabytes", f"{self.max_megabytes:g}"),
-                *("--tokenizer", str(self.data / "tokenizer")),
+                *("--tokenizer", str(self.base / TOKENIZER_FOLDER)),
                 *("--sequence-length", str(LONG_LENGTH), "--align", "4"),
             )
         self.steps.run(

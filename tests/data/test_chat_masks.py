@@ -310,9 +310,16 @@ FAULTS: dict[str, tuple[str, Mode, list[dict[str, Any]], bool, str]] = {
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
         "{{ messages[0].content + m.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}",
         "instruct",
-        CASES["one-turn"][0],
+        [turn("assistant", "So.")],
         False,
         "every token is learnt",
+    ),
+    "one-mark-around-all": (
+        "{% generation %}" + PLAIN + "{% endgeneration %}",
+        "instruct",
+        CASES["one-turn"][0],
+        False,
+        r"marks message 1 \(user\) as part of an answer",
     ),
     "drops-the-system": (
         PLAIN.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),

@@ -34,7 +34,7 @@ def learnt_spans(
 
     Raises:
         RecordError: the template fails, drops a part of the conversation, rewrites earlier turns,
-            or does not end a turn with a special token.
+            marks another's turn as the assistant's, or does not end a turn with a special token.
     """
     messages = [message.plain() for message in conversation.messages]
     text, marked = _render(template, messages, conversation.tools)
@@ -104,14 +104,20 @@ def _ended(text: str, span: Span, special: re.Pattern[str]) -> Span:
 
 
 def _check_complete(conversation: Conversation, text: str, learnt: dict[int, Span]) -> None:
-    """Refuse a template that drops a message, a tool, or what is to be learnt."""
+    """Refuse a template that drops a part, or marks other turns than the assistant's as learnt."""
     for number, message in enumerate(conversation.messages):
+        following = next((begin for turn, (begin, _) in learnt.items() if turn > number), len(text))
         inside = text[slice(*learnt[number])] if number in learnt else text
         for part in _parts(message, learnt=number in learnt):
             if part not in inside:
                 raise RecordError(
                     f"the chat template drops a part of message {number + 1} ({message.role}): "
                     f"{part[:60]!r}"
+                )
+            if number not in learnt and part not in text[:following]:
+                raise RecordError(
+                    f"the template marks message {number + 1} ({message.role}) as part of an "
+                    "answer, so it would be learnt"
                 )
     for tool in conversation.tools:
         if tool["function"]["name"] not in text:
