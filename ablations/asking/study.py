@@ -333,6 +333,7 @@ class Study:
     note: str = ""
 
     def __post_init__(self) -> None:
+        self._check_tuples()
         require(
             bool(self.question.strip()),
             "question",
@@ -389,6 +390,17 @@ class Study:
             ("starts_from", self.starts_from),
         ):
             _check_scales(key, table or {})
+
+    def _check_tuples(self) -> None:
+        """Refuse one `Arm`, `Metric` or `Match` in brackets without the comma of a tuple."""
+        for key, kind in (("arms", Arm), ("metrics", Metric), ("matched", Match)):
+            values = getattr(self, key)
+            require(
+                isinstance(values, tuple | list) and all(isinstance(one, kind) for one in values),
+                f"{key}={shown(values)}",
+                rule=f"is a tuple of {kind.__name__}",
+                fix=f"write {key}=({kind.__name__}(...),), with a comma after each",
+            )
 
     def arm(self, name: str) -> Arm:
         """Return an arm by its name.

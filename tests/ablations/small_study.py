@@ -26,7 +26,7 @@ STUDY = Study(
     question="Does it run?",
     arms=({arms}),
     control="base",
-    metrics=(Metric("valid_loss", delta=0.02),),
+    metrics=(Metric("{metric}", delta=0.02),),
     bases={{"tiny": "mellum2_tiny_pretrain"}},
     common={{"tiny": {common!r}}},
     data={{"tiny": DataSet(name="code", path={data!r}, command="mellum2 data prepare")}},
@@ -42,6 +42,7 @@ def write_study(
     *,
     arms: str = ARMS,
     more: str = "",
+    metric: str = "valid_loss",
     common: tuple[str, ...] = (),
 ) -> Path:
     """Write a study and return its file.
@@ -51,9 +52,10 @@ def write_study(
         data: its data.
         arms: its arms, as Python.
         more: further arguments, as Python; default none.
+        metric: name of its metric, default the validation loss.
         common: overrides after those of `SHORT`, default none.
     """
     path = data if isinstance(data, Path) else data.path
     words = (*SHORT, *common)
-    file.write_text(TEXT.format(arms=arms, common=words, data=str(path), more=more))
+    file.write_text(TEXT.format(arms=arms, common=words, data=str(path), more=more, metric=metric))
     return file

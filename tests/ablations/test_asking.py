@@ -43,6 +43,8 @@ BAD_STUDIES = {
     ),
     "metric": (lambda: Metric("valid_los", delta=0.1), "did you mean 'valid_loss'"),
     "no_metric": (lambda: study(metrics=()), "one metric or more"),
+    "no_comma": (lambda: study(matched=Match("tokens")), r"matched=\(Match\(...\),\)"),
+    "no_metrics": (lambda: study(metrics=("valid_loss",)), "is a tuple of Metric"),
     "metric_twice": (lambda: study(metrics=METRICS * 2), "is there twice"),
     "delta": (lambda: Metric("valid_loss", delta=0), "above 0"),
     "match": (lambda: Match("token"), "did you mean 'tokens'"),  # type: ignore[arg-type]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from ablations.running.evaluations import EVALUATIONS
 from ablations.running.results import task_folder, tasks_on_disk
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.metrics import read_metrics
@@ -39,3 +41,40 @@ def test_two_arms_with_one_seed_begin_alike(small_data: PreparedData, tmp_path: 
     again = mellum2(*words)
     assert again.code == 0, again
     assert (base / METRICS_FILE).stat().st_mtime_ns == stamp
+
+
+def test_an_evaluation_is_that_of_mellum2_eval(small_data: PreparedData, tmp_path: Path) -> None:
+    """A measure joins the results: a trained run is exported and asked, by either command."""
+    file, results = tmp_path / "mine.py", tmp_path / "results"
+    study = write_study(file, small_data)
+    options = [str(study), "--results", str(results)]
+    words = ["ablate", "evaluate", *options]
+    refused = mellum2(*words)
+    assert refused.code == 2, refused
+    assert "no metric of it comes from `mellum2 eval`" in refused.err
+    # Metrics are no part of a task's hash.
+    write_study(file, small_data, metric="needle")
+    nothing = mellum2(*words)
+    assert nothing.code == 2, nothing
+    assert "no finished task is there to measure" in nothing.err
+    trained = mellum2("ablate", "run", *options, "--seeds", "1", "--only", "base")
+    assert trained.code == 0, trained
+    done = mellum2(*words)
+    assert done.code == 0, done
+    (task,) = tasks_on_disk(results, "mine", "tiny")
+    needle = EVALUATIONS["needle"]
+    written = needle.file(task.folder)
+    first, stamp = json.loads(written.read_text()), written.stat().st_mtime_ns
+    assert first["model"] == str(task.folder)
+    value = needle.value(task.folder)
+    assert value is not None
+    assert 0 <= value <= 1
+    # A measure that is there is not taken twice.
+    assert mellum2(*words).code == 0
+    assert written.stat().st_mtime_ns == stamp
+    # By hand, on the same checkpoint.
+    written.unlink()
+    own = mellum2("eval", str(task.folder), "--suite", "needle")
+    assert own.code == 0, own
+    assert json.loads(written.read_text())["measures"] == first["measures"]
+    assert needle.value(task.folder) == value
