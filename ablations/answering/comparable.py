@@ -9,6 +9,7 @@ from ablations.answering.run_measures import RunMeasures
 from ablations.asking.deciding import deciding_values
 from ablations.asking.study import Arm, Scale, Study
 from mellum2_megatron.common.errors import InputError, shown
+from mellum2_megatron.config import apply_overrides
 
 _BY_SEED = ("seed", "data.seed")
 """Keys that may differ between two seeds of an arm."""
@@ -24,14 +25,17 @@ _DATA = ("data.train", "data.valid", "tokenizer")
 
 
 def check_comparable(study: Study, scale: Scale, runs: Sequence[RunMeasures]) -> None:
-    """Refuse runs that differ in more than the overrides of their arms.
+    """Refuse runs that differ in more than the overrides of their arms, or lack these.
 
     Every run is compared with the control's of its seed, or where there is none with the control's
     first run. Keys of the run file, and contents of the data, count.
 
     Raises:
-        InputError: two runs differ in another key; the message names it.
+        InputError: two runs differ in another key, or the study has changed since a run of it; the
+            message names the key.
     """
+    for run in runs:
+        _check_arm(study, scale, run)
     controls = {run.seed: run for run in runs if run.arm == study.control}
     if not controls:
         return
@@ -51,6 +55,22 @@ def check_comparable(study: Study, scale: Scale, runs: Sequence[RunMeasures]) ->
                     rule="runs are compared that differ in the keys of their arms alone",
                     fix="run the study again in one state, in another results folder",
                 )
+
+
+def _check_arm(study: Study, scale: Scale, run: RunMeasures) -> None:
+    """Refuse a run without the values of its arm: the study's file has changed since."""
+    words = study.arm(run.arm).words(scale)
+    keys = {word.partition("=")[0].strip() for word in words}
+    before = deciding_values(run.run)
+    after = deciding_values(apply_overrides(run.run, words))
+    for key in dict.fromkeys([*before, *after]):
+        if before.get(key) != after.get(key) and _covered(key, keys):
+            raise InputError(
+                f"{run.arm} seed {run.seed}: {key} is {shown(before.get(key))} in its run, "
+                f"{shown(after.get(key))} in the study",
+                rule="a run has the values that its arm states",
+                fix="undo the change of the study, or run it in another results folder",
+            )
 
 
 def _changed_keys(study: Study, scale: Scale, arm: str) -> set[str]:

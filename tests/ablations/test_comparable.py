@@ -8,6 +8,9 @@ import pytest
 
 from ablations.answering.comparable import check_comparable
 from ablations.answering.run_measures import RunMeasures, measure
+from ablations.asking.deciding import deciding_values
+from ablations.asking.finding import find_study, shipped
+from ablations.asking.planned import plan_study, scales_of
 from ablations.asking.study import Arm, DataSet
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import apply_overrides
@@ -81,6 +84,7 @@ def test_layers_bring_their_types(runs: list[RunMeasures]) -> None:
     arms = (*STUDY.arms[1:], Arm("with", "architecture.num_hidden_layers=8"))
     study = dataclasses.replace(STUDY, arms=arms)
     deeper = changed(runs, "with", 1, "architecture.num_hidden_layers=8")
+    deeper = changed(deeper, "with", 2, "architecture.num_hidden_layers=8")
     check_comparable(study, "tiny", deeper)
     with pytest.raises(InputError, match="num_hidden_layers"):
         check_comparable(STUDY, "tiny", deeper)
@@ -93,3 +97,23 @@ def test_other_data(runs: list[RunMeasures]) -> None:
     data = DataSet(name="other", path="data/other", command="make {path}")
     arms = (*STUDY.arms[1:], Arm("with", data=data))
     check_comparable(dataclasses.replace(STUDY, arms=arms), "tiny", other)
+
+
+def test_a_study_that_changed_since_its_runs(runs: list[RunMeasures]) -> None:
+    arms = (*STUDY.arms[:2], Arm("flat", "loss.z_loss_coef=0.02"))
+    with pytest.raises(InputError, match=r"flat seed 1: loss\.z_loss_coef is 0\.01 .*0\.02 in the"):
+        check_comparable(dataclasses.replace(STUDY, arms=arms), "tiny", runs)
+    control = Arm("without", "architecture.num_mtp_layers=0 loss.z_loss_coef=0.5")
+    arms = (STUDY.arms[0], control, STUDY.arms[2])
+    with pytest.raises(InputError, match=r"without seed 1: loss\.z_loss_coef"):
+        check_comparable(dataclasses.replace(STUDY, arms=arms), "tiny", runs)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_run_as_planned_has_the_values_of_its_arm(name: str) -> None:
+    """Otherwise a report would refuse the study's own runs."""
+    named = find_study(name)
+    for scale in scales_of(named.study):
+        for planned in plan_study(named, scale).arms:
+            again = apply_overrides(planned.run, planned.arm.words(scale))
+            assert deciding_values(again) == deciding_values(planned.run)
