@@ -51,7 +51,8 @@ class Script:
 @pytest.fixture(autouse=True)
 def world(request: pytest.FixtureRequest) -> Iterator[None]:
     """Make this process the only rank of a world, but for tests that start their own."""
-    if request.node.get_closest_marker("distributed"):
+    # A fixture of the session may have made one already (tests/conftest.py).
+    if request.node.get_closest_marker("distributed") or torch.distributed.is_initialized():
         yield
         return
     torch.distributed.init_process_group(
