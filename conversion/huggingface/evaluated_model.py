@@ -16,6 +16,7 @@ from conversion.huggingface.writer import check_tokenizer
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.data.tokens.tokenizer import load_tokenizer, special_ids
 from mellum2_megatron.evaluation import Continuation
+from mellum2_megatron.evaluation.model import one_by_one
 
 _BLOCK = 1024
 """Positions whose logits exist at once: all of a long text would take tens of GB."""
@@ -113,10 +114,7 @@ class TransformersModel:
         self, prompts: Sequence[Sequence[int]], *, most: Sequence[int], stop: Collection[int] = ()
     ) -> list[list[int]]:
         """Return the most likely next tokens after each prompt, one prompt after the other."""
-        return [
-            self.continue_greedily(prompt, max_new_tokens=count, stop=stop)
-            for prompt, count in zip(prompts, most, strict=True)
-        ]
+        return one_by_one(self, prompts, most, stop)
 
     def _of_row(self, row: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities `[s - 1]` of token ids `[s]`."""

@@ -84,6 +84,19 @@ class EvaluatedModel(Protocol):
         """
 
 
+def one_by_one(
+    model: EvaluatedModel,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    stop: Collection[int],
+) -> list[list[int]]:
+    """Return `EvaluatedModel.continue_all` of a model that takes one prompt at a time."""
+    return [
+        model.continue_greedily(prompt, max_new_tokens=count, stop=stop)
+        for prompt, count in zip(prompts, most, strict=True)
+    ]
+
+
 def cut_at(ids: Sequence[int], stop: Collection[int]) -> list[int]:
     """Return token ids up to the first one of ``stop``, which is kept; all if there is none.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -242,6 +242,44 @@ def _collect(
         group=mpu.get_pipeline_model_parallel_group(),
     )
     return result
+
+
+def after_steps[R](
+    callbacks: Callable[..., Any],
+    *,
+    is_due: Callable[[int], bool],
+    work: Callable[[list[torch.nn.Module]], R],
+    report: Callable[[int, R], None],
+    pause_watch: Callable[[], AbstractContextManager[None]],
+) -> Callable[..., Any]:
+    """Wrap Megatron's `post_training_step_callbacks`: some steps are followed by work of our own.
+
+    Args:
+        callbacks: upstream's function, called after each step on every rank.
+        is_due: whether work follows a step.
+        work: given the model's parts, in evaluation mode.
+        report: called with the step and what ``work`` returned.
+        pause_watch: context manager in which the hang watch is off: no micro-batch of the training
+            starts meanwhile.
+    """
+
+    @functools.wraps(callbacks)
+    def end_step(
+        model: list[torch.nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        iteration: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = callbacks(model, optimizer, scheduler, iteration, *args, **kwargs)
+        if is_due(iteration):
+            with pause_watch(), outside_of_training(model, optimizer):
+                done = work(model)
+            report(iteration, done)
+        return result
+
+    return end_step
 
 
 @contextmanager

@@ -5,7 +5,6 @@ See `training.decoding`: all ranks take part, and nothing of the training change
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mellum2_megatron.data.feed.entries import tokenizer_folder
 from mellum2_megatron.data.tokens.prompts import encode_prompts
 from mellum2_megatron.data.tokens.tokenizer import special_ids
-from mellum2_megatron.training.decoding import greedy, outside_of_training
+from mellum2_megatron.training.decoding import after_steps, greedy
 
 if TYPE_CHECKING:
     import torch
@@ -43,25 +42,17 @@ class TrainingSamples:
     def wrap_end_of_step(self, callbacks: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap Megatron's `post_training_step_callbacks`, called after each step on every rank."""
 
-        @functools.wraps(callbacks)
-        def end_step(
-            model: list[torch.nn.Module],
-            optimizer: Any,
-            scheduler: Any,
-            iteration: int,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            result = callbacks(model, optimizer, scheduler, iteration, *args, **kwargs)
-            logging = self._run.logging
-            is_last = iteration == self._run.schedule.train_steps
-            if logging.sample_prompts and (iteration % logging.sample_interval == 0 or is_last):
-                with self._pause_watch(), outside_of_training(model, optimizer):
-                    texts = self._generate(model)
-                self._on_texts(iteration, texts)
-            return result
-
-        return end_step
+        logging, last = self._run.logging, self._run.schedule.train_steps
+        return after_steps(
+            callbacks,
+            is_due=lambda step: (
+                bool(logging.sample_prompts)
+                and (step % logging.sample_interval == 0 or step == last)
+            ),
+            work=self._generate,
+            report=self._on_texts,
+            pause_watch=self._pause_watch,
+        )
 
     def _generate(self, model: list[torch.nn.Module]) -> list[tuple[str, str]]:
         """Continue every prompt; the same result on every rank."""

@@ -6,7 +6,6 @@ of an exported one. All ranks take part, see `training.decoding`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from mellum2_megatron.data.feed.entries import tokenizer_folder
 from mellum2_megatron.data.tokens.tokenizer import load_tokenizer, special_ids
 from mellum2_megatron.evaluation import Continuation, Outcome, plan
 from mellum2_megatron.evaluation.model import cut_at
-from mellum2_megatron.training.decoding import greedy, outside_of_training, token_scores
+from mellum2_megatron.training.decoding import after_steps, greedy, token_scores
 
 if TYPE_CHECKING:
     from mellum2_megatron.architecture import Mellum2Architecture
@@ -123,25 +122,14 @@ class TrainingTasks:
     def wrap_end_of_step(self, callbacks: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap Megatron's `post_training_step_callbacks`, called after each step on every rank."""
 
-        @functools.wraps(callbacks)
-        def end_step(
-            model: list[torch.nn.Module],
-            optimizer: Any,
-            scheduler: Any,
-            iteration: int,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            result = callbacks(model, optimizer, scheduler, iteration, *args, **kwargs)
-            is_last = iteration == self._run.schedule.train_steps
-            due = iteration % self._run.logging.eval_task_interval == 0 or is_last
-            if self._planned and due:
-                with self._pause_watch(), outside_of_training(model, optimizer):
-                    outcomes = self._score(model)
-                self._on_scores(iteration, outcomes)
-            return result
-
-        return end_step
+        interval, last = self._run.logging.eval_task_interval, self._run.schedule.train_steps
+        return after_steps(
+            callbacks,
+            is_due=lambda step: bool(self._planned) and (step % interval == 0 or step == last),
+            work=self._score,
+            report=self._on_scores,
+            pause_watch=self._pause_watch,
+        )
 
     def _score(self, model: list[torch.nn.Module]) -> dict[str, Outcome]:
         """Return the outcome of each task by its name; the same on every rank."""

@@ -10,6 +10,7 @@ import torch
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.evaluation import Continuation
+from mellum2_megatron.evaluation.model import one_by_one
 
 
 class ByteModel:
@@ -50,10 +51,7 @@ class ByteModel:
         self, prompts: Sequence[Sequence[int]], *, most: Sequence[int], stop: Collection[int] = ()
     ) -> list[list[int]]:
         """Return the texts one by one."""
-        return [
-            self.continue_greedily(prompt, max_new_tokens=count, stop=stop)
-            for prompt, count in zip(prompts, most, strict=True)
-        ]
+        return one_by_one(self, prompts, most, stop)
 
 
 class Reader(ByteModel):

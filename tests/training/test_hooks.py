@@ -31,9 +31,9 @@ from mellum2_megatron.faults.failures import is_gradient_check
 from mellum2_megatron.faults.step_guard import STATE_FILE, Event, StepGuard
 from mellum2_megatron.faults.stop_request import StopRequest
 from mellum2_megatron.recipes import recipe
+from mellum2_megatron.training import decoding
 from mellum2_megatron.training import hooks as training_hooks
 from mellum2_megatron.training import metrics as training_metrics
-from mellum2_megatron.training import samples as training_samples
 from mellum2_megatron.training.hooks import LoopParts, hooks, install_hooks
 from mellum2_megatron.training.metrics import TrainingMetrics
 from mellum2_megatron.training.samples import TrainingSamples
@@ -286,7 +286,7 @@ def test_texts_are_generated_where_they_are_due_with_the_watch_off(
     samples = TrainingSamples(
         settings, on_texts=lambda *texts: order.append(texts), pause_watch=run.pause
     )
-    monkeypatch.setattr(training_samples, "outside_of_training", outside)
+    monkeypatch.setattr(decoding, "outside_of_training", outside)
     monkeypatch.setattr(samples, "_generate", generate)
     end_step = samples.wrap_end_of_step(lambda *args: ("upstream's result", args))
     for step in (3, 4, 5, last):
