@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,14 @@ import torch
 from conversion.huggingface.folder import HfFolder
 from conversion.huggingface.scoring import load_hf
 from conversion.huggingface.writer import check_tokenizer
-from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.data.tokens.tokenizer import load_tokenizer, special_ids
 from mellum2_megatron.evaluation import Continuation
-from mellum2_megatron.evaluation.model import one_by_one
+from mellum2_megatron.evaluation.model import TokenizedModel, one_by_one
 
 _BLOCK = 1024
 """Positions whose logits exist at once: all of a long text would take tens of GB."""
 
 
-class TransformersModel:
+class TransformersModel(TokenizedModel):
     """`mellum2_megatron.evaluation.EvaluatedModel` of a Hugging Face folder.
 
     Args:
@@ -35,30 +33,10 @@ class TransformersModel:
 
     def __init__(self, hf_path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         with HfFolder.open(hf_path) as folder:
-            self._architecture = folder.architecture
-        check_tokenizer(Path(hf_path), self._architecture)
-        self._tokenizer = load_tokenizer(Path(hf_path))
-        self._special_ids = special_ids(Path(hf_path), need_eos=False)
+            architecture = folder.architecture
+        check_tokenizer(Path(hf_path), architecture)
+        super().__init__(architecture, Path(hf_path))
         self._model, _mtp = load_hf(hf_path, dtype)
-
-    @property
-    def architecture(self) -> Mellum2Architecture:
-        """The model's description."""
-        return self._architecture
-
-    @property
-    def special_ids(self) -> Mapping[str, int]:
-        """Ids of the special tokens by role."""
-        return self._special_ids
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text; a special token's spelling is ordinary text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens included."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     @torch.no_grad()
     def log_probabilities(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mellum2_megatron.architecture import Mellum2Architecture
+from mellum2_megatron.data.tokens.tokenizer import load_tokenizer, special_ids
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +84,39 @@ class EvaluatedModel(Protocol):
             most: most tokens to return, for each prompt.
             stop: ids that end a text.
         """
+
+
+class TokenizedModel:
+    """The part of an `EvaluatedModel` that its tokenizer gives.
+
+    Args:
+        architecture: the model's description.
+        folder: folder with the tokenizer.
+    """
+
+    def __init__(self, architecture: Mellum2Architecture, folder: Path) -> None:
+        self._architecture = architecture
+        self._tokenizer = load_tokenizer(folder)
+        self._special_ids = special_ids(folder, need_eos=False)
+
+    @property
+    def architecture(self) -> Mellum2Architecture:
+        """The model's description."""
+        return self._architecture
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of the special tokens by role."""
+        return self._special_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text; a special token's spelling is ordinary text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def one_by_one(

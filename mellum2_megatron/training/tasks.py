@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mellum2_megatron.data.feed.entries import tokenizer_folder
-from mellum2_megatron.data.tokens.tokenizer import load_tokenizer, special_ids
 from mellum2_megatron.evaluation import Continuation, Outcome, plan
-from mellum2_megatron.evaluation.model import cut_at
+from mellum2_megatron.evaluation.model import TokenizedModel, cut_at
 from mellum2_megatron.training.decoding import after_steps, greedy, token_scores
 
 if TYPE_CHECKING:
-    from mellum2_megatron.architecture import Mellum2Architecture
     from mellum2_megatron.config import Run
 
 _PAD = 0
 """Fills sequences behind their text, where causal attention never sees it."""
 
 
-class TrainingModel:
+class TrainingModel(TokenizedModel):
     """The model in training, as a measure asks it; see `evaluation.model.EvaluatedModel`.
 
     Args:
@@ -35,29 +33,8 @@ class TrainingModel:
     """
 
     def __init__(self, model: list[torch.nn.Module], run: Run) -> None:
-        folder = tokenizer_folder(run.data)
-        self._model, self._architecture = model, run.architecture
-        self._special_ids = special_ids(folder, need_eos=False)
-        self._tokenizer = load_tokenizer(folder)
-
-    @property
-    def architecture(self) -> Mellum2Architecture:
-        """The model's description."""
-        return self._architecture
-
-    @property
-    def special_ids(self) -> Mapping[str, int]:
-        """Ids of the special tokens by role."""
-        return self._special_ids
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens included; spare ids have no text."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+        super().__init__(run.architecture, tokenizer_folder(run.data))
+        self._model = model
 
     def log_probabilities(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return `[b, s - 1]` in nats, on the CPU."""
@@ -91,12 +68,12 @@ class TrainingModel:
             prompts,
             new=max(most),
             pad=_PAD,
-            vocab_size=self._architecture.vocab_size,
+            vocab_size=self.architecture.vocab_size,
         )
         return [cut_at(ids[:count], stop) for ids, count in zip(continued, most, strict=True)]
 
     def _scores(self, texts: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return token_scores(self._model, texts, pad=_PAD, vocab_size=self._architecture.vocab_size)
+        return token_scores(self._model, texts, pad=_PAD, vocab_size=self.architecture.vocab_size)
 
 
 class TrainingTasks:
