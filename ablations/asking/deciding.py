@@ -12,6 +12,7 @@ _IDLE = (
     "description",
     "sources",
     "timeout_minutes",
+    "setup_timeout_minutes",
     "checkpoint",
     # Their contents count in place of their paths, see `ablations.running.identity`.
     "data.path",
@@ -28,6 +29,8 @@ _IDLE = (
     "logging.sample_prompts",
     "logging.sample_interval",
     "logging.sample_tokens",
+    "logging.eval_tasks",
+    "logging.eval_task_interval",
 )
 """Keys and sections that change no number of a training."""
 

@@ -28,7 +28,8 @@ class RunOnDisk:
         folder: run folder.
         state: ``finished``: its last step is saved. ``stopped``: told to stop, and saved.
             ``failed``: it ended otherwise. ``running``: started, and active within its own
-            ``timeout_minutes``. ``new``: never started. ``unreadable``: see ``problem``.
+            ``timeout_minutes``, before a first step ``setup_timeout_minutes``. ``new``: never
+            started. ``unreadable``: see ``problem``.
         recipe: name of the recipe; empty (default) if unreadable.
         step: last logged step, or that of the newest checkpoint if it is later; default 0.
         steps: number of steps of the whole run; default 0 if unreadable.
@@ -70,12 +71,14 @@ class RunOnDisk:
         logged, samples = series(records, "samples")
         saved = tracked_iteration(folder) or 0
         steps = run.schedule.train_steps
+        # Nothing is written before the first step.
+        silence = run.timeout_minutes if samples else run.setup_timeout_minutes
         return cls(
             folder=folder,
             state=_state(
                 read_records(folder),
                 is_finished=saved >= steps,
-                is_active=time.time() - changed < run.timeout_minutes * 60,
+                is_active=time.time() - changed < silence * 60,
             ),
             recipe=run.name,
             step=max([saved, *logged[-1:]]),

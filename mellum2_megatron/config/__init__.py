@@ -1,6 +1,6 @@
 """A run as one typed value, with YAML and overrides; no torch at import."""
 
-from mellum2_megatron.config.execution import Execution
+from mellum2_megatron.config.execution import DETERMINISTIC_VARIABLES, Execution
 from mellum2_megatron.config.layout import Layout
 from mellum2_megatron.config.objective import Objective
 from mellum2_megatron.config.optimizer import Loss, Optimizer
@@ -23,6 +23,7 @@ from mellum2_megatron.config.stability import Stability
 from mellum2_megatron.config.stream import Stream
 
 __all__ = [
+    "DETERMINISTIC_VARIABLES",
     "Backend",
     "Checkpoint",
     "Data",

@@ -13,6 +13,14 @@ Offloaded = Literal[
     "expert_fc1", "moe_act", "qkv_linear", "core_attn", "attn_proj", "attn_norm", "mlp_norm"
 ]
 
+DETERMINISTIC_VARIABLES: dict[str, tuple[str, ...]] = {
+    "NCCL_ALGO": ("Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+}
+"""Environment variables of a deterministic run: the accepted values, ours first. Of the first one
+several may stand in a list (megatron/training/determinism.py:24-58, 0.19.2)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
@@ -30,6 +38,8 @@ class Execution:
         fused_residual_norm: one kernel for the residual sum and the norm behind it, default false.
         pad_expert_tokens: under FP8, have the router give every expert a multiple of the tokens
             that FP8 products need, default false: each product pads by itself.
+        deterministic: kernels that add in one order only, default false. The same run on the same
+            machines then gives the same bits, at a cost in time. On a CPU it changes nothing.
         extra_arguments: words for Megatron's command line that no key covers, such as
             ``[--log-params-norm]``, default none. A flag that a key covers is
             refused, as is one that another key would contradict.
@@ -44,6 +54,7 @@ class Execution:
     gc_interval: int | None = None
     fused_residual_norm: bool = False
     pad_expert_tokens: bool = False
+    deterministic: bool = False
     extra_arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

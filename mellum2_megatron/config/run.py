@@ -319,6 +319,9 @@ class Run:
             PyTorch, anywhere. ``auto`` (default): te on a GPU, torch on a CPU.
         timeout_minutes: longest time without a new micro-batch, in minutes, default 10. The run
             then stops and names the slow ranks.
+        setup_timeout_minutes: the same for the first micro-batch of a start, in minutes, default
+            60. It counts from the moment at which all ranks have met: imports, checkpoint and the
+            index of the data come before that micro-batch.
         sources: sources of the values, by key (``optimizer.lr``) or section (``optimizer``), such
             as a place in the report; see `source`. Default none.
 
@@ -344,6 +347,7 @@ class Run:
     seed_weights: Literal["order", "by_name"] = "order"
     backend: Literal["auto", "te", "torch"] = "auto"
     timeout_minutes: float = 10.0
+    setup_timeout_minutes: float = 60.0
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -362,12 +366,13 @@ class Run:
             rule=f"must be 1 to {INT32_MAX} (megatron/training/initialize.py:436, 0.19.2)",
             fix="use 1234",
         )
-        require(
-            0.01 <= self.timeout_minutes <= _MOST_MINUTES,
-            f"timeout_minutes={self.timeout_minutes}",
-            rule=f"must be 0.01 to {_MOST_MINUTES}, 30 days",
-            fix="use 10",
-        )
+        for key, usual in (("timeout_minutes", 10), ("setup_timeout_minutes", 60)):
+            require(
+                0.01 <= getattr(self, key) <= _MOST_MINUTES,
+                f"{key}={getattr(self, key)}",
+                rule=f"must be 0.01 to {_MOST_MINUTES}, 30 days",
+                fix=f"use {usual}",
+            )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self.architecture, name)
             require(

@@ -2,7 +2,8 @@
 
 When a rank hangs, the others wait for it in a collective. The collective's own time limit does not
 name that rank, and with NCCL it kills processes without an exception. So a thread on each rank
-checks that micro-batches still start. When they do not, the ranks exchange their places in the code
+checks that micro-batches still start; the first one has a limit of its own, because loading and
+building of data sets come before it. When they do not, the ranks exchange their places in the code
 through torch.distributed's store. The hung rank is the one that does not answer, or is not waiting,
 or has started fewer micro-batches than the others.
 """
@@ -34,6 +35,23 @@ _WAITING_FILES = ("/torch/distributed/", "/torch/cuda/", "/torch/autograd/")
 _WAITING_CALLS = (".wait(", "synchronize(", ".item(", ".tolist(", ".cpu(")
 """A line of Python in these files, or with these calls, is a wait for the device or other ranks."""
 
+WORK: tuple[tuple[str, str, str], ...] = (
+    ("megatron/training/initialize.py", "initialize_megatron", "setting up process groups"),
+    ("megatron/training/checkpointing.py", "load_checkpoint", "loading the checkpoint"),
+    ("megatron/training/checkpointing.py", "save_checkpoint", "saving a checkpoint"),
+    ("megatron/training/training.py", "get_model", "building the model"),
+    ("megatron/training/training.py", "setup_model_and_optimizer", "building the optimizer"),
+    (
+        "megatron/training/training.py",
+        "build_train_valid_test_data_iterators",
+        "building the data sets",
+    ),
+    ("megatron/training/training.py", "evaluate", "validating"),
+    ("megatron/training/training.py", "train_step", "training"),
+    ("<frozen importlib._bootstrap>", "_find_and_load", "importing modules"),
+)
+"""What a rank does while one of these functions runs: file, function, words. Megatron 0.19.2."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
@@ -43,11 +61,18 @@ class Place:
         beats: number of micro-batches started.
         line: innermost line of the main thread, as "FILE:LINE in FUNCTION".
         waiting: True if that line waits for the device or other ranks.
+        work: words of the innermost function of `WORK` that runs, default none of them.
     """
 
     beats: int
     line: str
     waiting: bool
+    work: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The work, if known, and the line."""
+        return f"{self.work}, at {self.line}" if self.work else f"at {self.line}"
 
 
 class Store(Protocol):
@@ -65,11 +90,14 @@ class HangWatch:
         rank: rank of this process.
         world_size: number of ranks.
         timeout: seconds without a new micro-batch after which the run counts as hung.
+        setup_timeout: the same for the first micro-batch, from the moment at which all ranks have
+            met; and for that moment, from now.
         end: called from the watching thread with the error; must end the process. Its second
             argument is True on the first of the ranks that answered, which reports for all.
         step: returns the step in progress.
         output: run folder, for the message.
-        store: returns a new connection to the store of all ranks, for the watching thread alone.
+        store: returns a new connection to the store of all ranks, for the watching thread alone;
+            None before the ranks have met.
     """
 
     def __init__(
@@ -78,32 +106,32 @@ class HangWatch:
         rank: int,
         world_size: int,
         timeout: float,
+        setup_timeout: float,
         end: Callable[[WorkError, bool], None],
         step: Callable[[], int],
         output: Path,
-        store: Callable[[], Store],
+        store: Callable[[], Store | None],
     ) -> None:
-        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.rank, self.world_size = rank, world_size
+        self.timeout, self.setup_timeout = timeout, setup_timeout
         self._end, self._step, self._store = end, step, store
         self._output = output
         self._beats, self._since, self._pauses = 0, time.monotonic(), 0
+        self._met = False
         self._stopped = threading.Event()
         self._main = threading.get_ident()
-        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the watching thread."""
+        # A daemon: it must not keep a process alive whose main thread has ended.
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def count_micro_batches(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a `forward_step`: each call is a sign of life, and the first one starts the watch.
-
-        Loading a checkpoint and building data sets come earlier, and have no time limit.
-        """
+        """Wrap a `forward_step`: each call is a sign of life."""
 
         @functools.wraps(forward_step)
         def counted_step(*args: Any, **kwargs: Any) -> Any:
             self._beats, self._since = self._beats + 1, time.monotonic()
-            if self._thread is None:
-                # A daemon: it must not keep a process alive whose main thread has ended.
-                self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-                self._thread.start()
             return forward_step(*args, **kwargs)
 
         return counted_step
@@ -122,40 +150,70 @@ class HangWatch:
         """End the watching thread."""
         self._stopped.set()
 
+    @property
+    def limit(self) -> float:
+        """Seconds until the next micro-batch must start."""
+        return self.timeout if self._beats else self.setup_timeout
+
     def is_overdue(self, now: float) -> bool:
         """Return True if a micro-batch should have started by `now` (`time.monotonic` seconds)."""
-        return not self._pauses and now - self._since > self.timeout
+        return not self._pauses and now - self._since > self.limit
 
     def _run(self) -> None:
         while not self._stopped.wait(min(1.0, self.timeout / 10)):
+            if not self._met and self._store() is not None:
+                # From one moment on all ranks, however late one of them was started: a rank that
+                # is not overdue itself does not answer.
+                self._met = True
+                if not self._beats:
+                    self._since = time.monotonic()
             if self.is_overdue(time.monotonic()):
                 self._end_run()
                 return
 
     def _end_run(self) -> None:
         own = _place(sys._current_frames().get(self._main), self._beats)
+        store = self._store()
         try:
-            places = self._exchange(own)
+            places = {self.rank: own} if store is None else self._exchange(own, store)
         except RuntimeError:  # of torch: the process that holds the store does not answer
             places = {self.rank: own}
         is_first = self.rank == min(places)
         # A rank that exits breaks its peers' collectives: let the first one report before that.
         if not is_first and self._stopped.wait(_ANSWER_SECONDS / 2):
             return
-        limit = self.timeout
-        shown = f"{limit / 60:g} minutes" if limit >= 60 else f"{limit:g} seconds"
-        error = WorkError(
-            f"step {self._step()}: no micro-batch has begun for {shown}: "
-            f"{blame(places, self.world_size)}",
-            fix=f"look at that rank's machine; {how_to_resume(self._output)}. "
-            "If a micro-batch needs more time than that, raise timeout_minutes",
-        )
+        error = self._error(places, met=store is not None)
         if not self._stopped.is_set():
             self._end(error, is_first)
 
-    def _exchange(self, own: Place) -> dict[int, Place]:
+    def _error(self, places: Mapping[int, Place], *, met: bool) -> WorkError:
+        limit = self.limit
+        shown = f"{limit / 60:g} minutes" if limit >= 60 else f"{limit:g} seconds"
+        if self._beats:
+            return WorkError(
+                f"step {self._step()}: no micro-batch has begun for {shown}: "
+                f"{blame(places, self.world_size)}",
+                fix=f"look at that rank's machine; {how_to_resume(self._output)}. "
+                "If a micro-batch needs more time than that, raise timeout_minutes",
+            )
+        if met:
+            cause = blame(places, self.world_size)
+        else:
+            cause = (
+                f"rank {self.rank} is {places[self.rank].shown}; the ranks have not met yet, so "
+                "this one cannot ask the others"
+            )
+        # Nothing is read from the run folder here: its disk may be what does not answer.
+        return WorkError(
+            f"set-up: no micro-batch has begun for {shown}: {cause}",
+            fix="look at that rank's machine, and at the disks that it reads; the same command "
+            "starts the run again. If set-up needs more time than that, raise "
+            "setup_timeout_minutes",
+        )
+
+    def _exchange(self, own: Place, store: Store) -> dict[int, Place]:
         """Publish this rank's place; return those of the ranks that answered in time, by rank."""
-        store, places = self._store(), {self.rank: own}
+        places = {self.rank: own}
         store.set(_key(self.rank), json.dumps(asdict(own)))
         deadline = time.monotonic() + _ANSWER_SECONDS
         while len(places) < self.world_size and time.monotonic() < deadline:
@@ -192,18 +250,24 @@ def blame(places: Mapping[int, Place], world_size: int) -> str:
         parts.append(f"{_ranks(culprits)} {singular if len(culprits) == 1 else plural}")
     ranks_at: dict[str, list[int]] = {}
     for rank in sorted(places, key=lambda rank: (rank not in culprits, rank)):
-        ranks_at.setdefault(places[rank].line, []).append(rank)
-    for line, ranks in ranks_at.items():
-        parts.append(f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} at {line}")
+        ranks_at.setdefault(places[rank].shown, []).append(rank)
+    for shown, ranks in ranks_at.items():
+        parts.append(f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} {shown}")
     return "; ".join(parts)
 
 
-def default_store() -> Store:
-    """Return another connection to torch.distributed's store, with the time limit of an answer."""
-    from torch.distributed.distributed_c10d import _get_default_store
+def default_store() -> Store | None:
+    """Return another connection to torch.distributed's store, with the time limit of an answer.
 
+    None before the ranks have met there. Nothing is imported: the main thread may hang in an
+    import, which would then hold this thread too.
+    """
+    module = sys.modules.get("torch.distributed.distributed_c10d")
+    is_initialized = getattr(module, "is_initialized", None)
+    if is_initialized is None or not is_initialized():
+        return None
     # A clone: a call that waits locks its connection, and the main thread may be in one.
-    store = _get_default_store().clone()
+    store = module._get_default_store().clone()  # type: ignore[union-attr]  # it is initialised
     store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
     return store  # type: ignore[no-any-return]  # torch's function has no types
 
@@ -221,7 +285,17 @@ def _place(frame: FrameType | None, beats: int) -> Place:
         call in source for call in _WAITING_CALLS
     )
     line = f"{shown}:{frame.f_lineno} in {frame.f_code.co_name}"
-    return Place(beats=beats, line=line, waiting=waiting)
+    return Place(beats=beats, line=line, waiting=waiting, work=_work(frame))
+
+
+def _work(frame: FrameType | None) -> str:
+    """Return the words of the innermost function of `WORK` among a frame and its callers."""
+    while frame is not None:
+        for file, function, words in WORK:
+            if frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file):
+                return words
+        frame = frame.f_back
+    return ""
 
 
 def _ranks(ranks: list[int]) -> str:

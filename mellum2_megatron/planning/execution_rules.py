@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.config import DETERMINISTIC_VARIABLES
 from mellum2_megatron.planning.extra_arguments import extra_argument_problems
 from mellum2_megatron.planning.rule import PlannedRun, Problems, rule
 
@@ -62,6 +65,23 @@ def fp8_options_fit(planned: PlannedRun) -> Problems:
             rule="only alltoall and flex take padded numbers of tokens",
             fix="set layout.dispatcher=alltoall, or execution.pad_expert_tokens=false",
         )
+
+
+@rule(evidence="megatron/training/determinism.py:61-102 (0.19.2)", machine=True)
+def environment_is_deterministic(planned: PlannedRun) -> Problems:
+    """The environment of a deterministic run asks for no kernel that adds in changing order."""
+    if not planned.run.execution.deterministic:
+        return
+    for name, accepted in DETERMINISTIC_VARIABLES.items():
+        value = os.environ.get(name)
+        # An empty list of algorithms is none.
+        words = [word.strip() for word in (value or "").split(",") if word.strip()] or [""]
+        if value is not None and not set(words) <= set(accepted):
+            yield InputError(
+                f"{name}={value} with execution.deterministic=true",
+                rule=f"must be {' or '.join(accepted)}",
+                fix=f"unset {name}",
+            )
 
 
 @rule(evidence="mellum2_megatron/planning/extra_arguments.py")

@@ -12,8 +12,9 @@ COVERED = frozenset(
     """
     accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps async-save
     async-strategy bf16 calculate-per-token-loss ckpt-format clip-grad context-parallel-size
-    cp-comm-type data-cache-path delay-wgrad-compute dist-ckpt-optim-fully-reshardable
-    distributed-backend distributed-timeout-minutes eval-global-batch-size eval-interval
+    cp-comm-type data-cache-path delay-wgrad-compute deterministic-mode
+    dist-ckpt-optim-fully-reshardable distributed-backend distributed-timeout-minutes
+    distributed-timeout-seconds-after-init eval-global-batch-size eval-interval
     eval-iters expert-model-parallel-size expert-tensor-parallel-size
     fine-grained-activation-offloading first-last-layers-bf16 fp8-format fp8-param-gather
     fp8-recipe fused-residual-rmsnorm global-batch-size grad-reduce-in-bf16 load

@@ -42,9 +42,10 @@ OPERATION_SOURCES = {
     "execution": "ours: nothing traded; the report does not say",
     "stability": "ours: report §3.6 describes spikes and their cause, but no rule for such steps",
     **dict.fromkeys(
-        ("data", "logging", "checkpoint", "seed", "seed_weights", "backend", "timeout_minutes"),
+        ("data", "logging", "checkpoint", "seed", "seed_weights", "backend"),
         "ours: operation of the run",
     ),
+    **dict.fromkeys(("timeout_minutes", "setup_timeout_minutes"), "ours: operation of the run"),
     "rl": "not used: the run learns from data",
 }
 """Sources of the sections that the report leaves open; part of `COMMON_SOURCES`."""

@@ -68,7 +68,7 @@ def run_loop(
         world_size: number of ranks.
         device: "cpu" or "cuda".
         stop: stop request of this rank, already listening.
-        watch: hang watch of this rank, started by the first micro-batch.
+        watch: hang watch of this rank, already watching.
 
     Raises:
         SystemExit: Megatron's way to leave the loop early, after a stop request and a save

@@ -151,6 +151,7 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
         rank=rank,
         world_size=world_size,
         timeout=run.timeout_minutes * 60,
+        setup_timeout=run.setup_timeout_minutes * 60,
         end=end_hung_rank,
         step=current_step,
         output=output,
@@ -188,6 +189,7 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     if is_done(run, start):
         record_end("finished")
         return True
+    watch.start()
     with only_complete_checkpoints(output) if rank == 0 else nullcontext(), explained(output):
         from mellum2_megatron.training.loop import run_loop
 

@@ -15,7 +15,7 @@ import math
 from mellum2_megatron.architecture import architecture_arguments
 from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.config import Backend, Device, Run
+from mellum2_megatron.config import DETERMINISTIC_VARIABLES, Backend, Device, Run
 from mellum2_megatron.data.feed.entries import prefixes
 
 _TORCH_BACKEND = (
@@ -82,9 +82,7 @@ def megatron_arguments(
         *_data(run),
         *_logging(run),
         *_checkpoint(run, start or StartingPoint.of(run)),
-        # Later than our own hang watch, which names the rank that the others wait for
-        # (faults/hang_watch.py).
-        *("--distributed-timeout-minutes", str(math.ceil(run.timeout_minutes) + 1)),
+        *_timeouts(run),
         # A non-finite value ends the run at once. The other modes repeat the step to distinguish
         # a broken GPU from a diverging run, save, and wait to be started on another node
         # (core/rerun_state_machine.py).
@@ -127,7 +125,23 @@ def gpu_environment(run: Run) -> dict[str, str]:
     if run.layout.overlap_expert_comm:
         # Norms leave multiprocessors to the exchange beside them.
         variables |= {"NVTE_FWD_LAYERNORM_SM_MARGIN": "16", "NVTE_BWD_LAYERNORM_SM_MARGIN": "16"}
+    if run.execution.deterministic:
+        variables |= {name: values[0] for name, values in DETERMINISTIC_VARIABLES.items()}
     return variables
+
+
+def _timeouts(run: Run) -> list[str]:
+    """Return the limits of collectives: later than our own hang watch, which names the slow rank.
+
+    The first one holds from the start to the end of the first step, the second one from there
+    (training/training.py:3745).
+    """
+    setup = math.ceil(max(run.setup_timeout_minutes, run.timeout_minutes)) + 1
+    steps = math.ceil(run.timeout_minutes * 60) + 60
+    return [
+        *("--distributed-timeout-minutes", str(setup)),
+        *("--distributed-timeout-seconds-after-init", str(steps)),
+    ]
 
 
 def _layout(run: Run) -> list[str]:
@@ -286,6 +300,8 @@ def _execution(run: Run) -> list[str]:
         words.append("--fused-residual-rmsnorm")
     if execution.pad_expert_tokens:
         words.append("--moe-router-padding-for-quantization")
+    if execution.deterministic:
+        words.append("--deterministic-mode")
     return words
 
 

@@ -110,6 +110,7 @@ NOT_MEGATRONS = {
     "checkpoint.retain_interval": "our saves",
     "checkpoint.keep_last": "our saves",
     "timeout_minutes": "test_fault_settings_arrive",
+    "setup_timeout_minutes": "test_fault_settings_arrive",
 }
 
 

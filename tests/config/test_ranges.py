@@ -147,6 +147,7 @@ def test_a_dataclass_refuses_what_an_override_refuses(section: str) -> None:
         ("checkpoint.load=" + "é" * 128, False),
         ("checkpoint.load=" + "é" * 127, True),
         ("timeout_minutes=1e-9", False),
+        ("setup_timeout_minutes=0", False),
         ("optimizer.adam_eps=1e-46", False),
         ("optimizer.lr=11", False),
         ("schedule.horizon_samples=9223372036854775807", False),

@@ -127,6 +127,7 @@ def odd_run() -> Run:
             gc_interval=7,
             fused_residual_norm=True,
             pad_expert_tokens=True,
+            deterministic=True,
             extra_arguments=("--x", "null"),
         ),
         optimizer=ODD_OPTIMIZER,

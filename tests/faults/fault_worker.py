@@ -138,6 +138,55 @@ def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
     return train(run_file)
 
 
+def stuck_in_set_up(run_file: str, rank: int, where: str) -> bool:
+    """Hang one rank before its first step: it waits for a checkpoint's file, or for its data."""
+    from mellum2_megatron.data.feed import datasets
+    from mellum2_megatron.faults import hang_watch as watch
+
+    watch._ANSWER_SECONDS = 3.0
+    if int(os.environ["RANK"]) == rank:
+        if where == "load":
+            from megatron.core.dist_checkpointing import serialization
+
+            serialization.load_common_state_dict = lambda *_: time.sleep(600)
+        else:
+            datasets._build = lambda *_, **__: time.sleep(600)
+    return train(run_file)
+
+
+def limits_of_collectives(run_file: str) -> tuple[list[float], list[float]]:
+    """Return the limits of collectives, seconds, in the first step and in the second one.
+
+    The first list is of the default group, the second one of all. Megatron makes a few groups
+    without a limit of its own; no rank waits in them before the first step.
+    """
+    from megatron.core import parallel_state
+
+    from mellum2_megatron.training import step as module
+
+    get_batch, seen = module.get_batch, {}
+
+    def get(*args: Any) -> Any:
+        import torch
+        from megatron.training import get_args
+
+        if get_args().curr_iteration < 2:
+            groups = [torch.distributed.group.WORLD]
+            if get_args().curr_iteration:
+                groups += parallel_state._global_process_group_list[1:]
+            seen[get_args().curr_iteration] = sorted(
+                {
+                    group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+                    for group in groups
+                }
+            )
+        return get_batch(*args)
+
+    module.get_batch = get
+    train(run_file)
+    return seen[0], seen[1]
+
+
 def write_manifest(folder: str, later: bool) -> None:
     """Write a file on each rank as a save does (at once or in the background), and the manifest."""
     import torch

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mellum2_megatron.checkpoint.folder import is_complete, iteration_folders, t
 from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.faults.failures import RankFailure, root_cause
-from mellum2_megatron.faults.hang_watch import HangWatch, Place, blame
+from mellum2_megatron.faults.hang_watch import WORK, HangWatch, Place, blame
 from mellum2_megatron.faults.stop_request import STOPPED, is_stop
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from tests import REPOSITORY
@@ -155,8 +156,8 @@ def test_non_finite_loss_ends_the_run(
 @pytest.mark.parametrize(
     ("how", "named"),
     [
-        ("sleeping", "rank 1 did not arrive; rank 1 is at tests/faults/fault_worker.py:"),
-        ("stopped", "rank 1 does not answer; rank 0 is at "),
+        ("sleeping", "rank 1 did not arrive; rank 1 is training, at tests/faults/fault_worker.py:"),
+        ("stopped", "rank 1 does not answer; rank 0 is training, at "),
     ],
 )
 def test_hung_rank_is_named(how: str, named: str, small_data: PreparedData, tmp_path: Path) -> None:
@@ -168,6 +169,77 @@ def test_hung_rank_is_named(how: str, named: str, small_data: PreparedData, tmp_
     assert message.count("no micro-batch has begun") == 1  # one rank speaks for all
     assert "exit codes [1, " in message
     assert saved(output) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("where", "work"),
+    [("load", "loading the checkpoint"), ("data", "building the data sets")],
+)
+def test_rank_that_hangs_in_the_set_up_is_named(
+    where: str, work: str, trained: Path, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """A rank that waits for its disk before the first step is named, with what it does."""
+    output = Path(shutil.copytree(trained, tmp_path / "run"))
+    run = small_run(
+        small_data,
+        output,
+        "schedule.train_samples=48",
+        "timeout_minutes=60",
+        "setup_timeout_minutes=0.25",
+    )
+    with pytest.raises(DistributedError) as caught:
+        ranks("stuck_in_set_up", run, 1, where)
+    message = str(caught.value)
+    assert "set-up: no micro-batch has begun for 15 seconds: rank 1 did not arrive" in message
+    assert f"rank 1 is {work}, at tests/faults/fault_worker.py:" in message
+    assert "raise setup_timeout_minutes" in message
+    assert message.count("no micro-batch has begun") == 1  # one rank speaks for all
+
+
+def test_limit_of_steps_follows_the_first_step(small_data: PreparedData, tmp_path: Path) -> None:
+    """The limit of collectives is the set-up's during the first step, and the steps' after it."""
+    run = small_run(small_data, tmp_path / "run", "timeout_minutes=1.5", "setup_timeout_minutes=7")
+    first, later = ranks("limits_of_collectives", run)[0]
+    assert first == [8 * 60.0]
+    assert later == [1.5 * 60 + 60]
+
+
+def test_words_of_the_work_are_of_functions_that_exist() -> None:
+    """Each function that a place is described by is where the table says."""
+    from importlib import import_module
+    from inspect import unwrap
+
+    for file, function, _ in WORK:
+        if file.startswith("<frozen"):
+            code = vars(sys.modules["importlib._bootstrap"])[function].__code__
+        else:
+            module = import_module(file.removesuffix(".py").replace("/", "."))
+            code = unwrap(vars(module)[function]).__code__
+        assert code.co_name == function
+        assert code.co_filename.endswith(file)
+
+
+def test_ranks_that_have_not_met_speak_for_themselves(tmp_path: Path) -> None:
+    """Before the process group is there a rank tells its own place, and blames nobody."""
+    ends: list[tuple[str, bool]] = []
+    watch = HangWatch(
+        rank=3,
+        world_size=4,
+        timeout=10,
+        setup_timeout=0.1,
+        end=lambda error, first: ends.append((str(error), first)),
+        step=pytest.fail,
+        output=tmp_path,
+        store=lambda: None,
+    )
+    watch.start()
+    deadline = time.monotonic() + 60
+    while not ends and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ((message, first),) = ends
+    assert first
+    assert "set-up: no micro-batch has begun for 0.1 seconds: rank 3 is at tests/faults/" in message
+    assert "cannot ask the others" in message
 
 
 def test_ranks_refuse_a_damaged_checkpoint_before_they_train(
@@ -223,6 +295,12 @@ EARLY = Place(beats=6, line="torch/distributed/d.py:1 in all_reduce", waiting=Tr
             {0: WAITS, 1: EARLY, 2: WAITS},
             "rank 1 is behind; ranks 1, 0, 2 are at torch/distributed/d.py:1 in all_reduce",
         ),
+        (
+            {0: replace(WAITS, work="validating"), 1: WORKS, 2: replace(WAITS, work="training")},
+            "rank 1 did not arrive; rank 1 is at data/loader.py:3 in read; "
+            "rank 0 is validating, at torch/distributed/d.py:1 in all_reduce; "
+            "rank 2 is training, at torch/distributed/d.py:1 in all_reduce",
+        ),
         ({0: WORKS, 1: WORKS, 2: WORKS}, "ranks 0, 1, 2 are at data/loader.py:3 in read"),
     ],
 )
@@ -236,19 +314,22 @@ def test_save_has_no_time_limit() -> None:
         rank=0,
         world_size=1,
         timeout=60,
+        setup_timeout=600,
         end=pytest.fail,
         step=lambda: 1,
         output=Path(),
         store=pytest.fail,
     )
+    assert not watch.is_overdue(started + 599)
+    assert watch.is_overdue(time.monotonic() + 601)
+    assert watch.count_micro_batches(lambda value: value + 1)(1) == 2
+    started = time.monotonic()
     assert not watch.is_overdue(started + 59)
     assert watch.is_overdue(time.monotonic() + 61)
     with watch.paused():
         assert not watch.is_overdue(started + 3600)
         began = time.monotonic()
     assert not watch.is_overdue(began + 59)
-    assert watch.count_micro_batches(lambda value: value + 1)(1) == 2
-    watch.stop()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mellum2_megatron.config import Device, Run, apply_overrides, to_yaml
 from mellum2_megatron.data.feed import sources
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning import machine_rules
+from mellum2_megatron.planning.execution_rules import environment_is_deterministic
 from mellum2_megatron.planning.machine_rules import eval_tasks_fit, sample_prompts_fit
 from mellum2_megatron.planning.rules import (
     RULES,
@@ -353,7 +354,7 @@ def test_every_rule_has_a_case_here() -> None:
             "resume-fits",
         ),
         *("resume-keeps-settings", "resume-keeps-rate-down", "resume-keeps-tokenizer"),
-        *("resume-ends-on-a-step", "stream-can-be-served"),
+        *("resume-ends-on-a-step", "stream-can-be-served", "environment-is-deterministic"),
     }
     assert len({rule.name for rule in RULES}) == len(RULES)
     for rule in RULES:
@@ -553,3 +554,22 @@ def test_tasks_fit_the_tokenizer(small_data: PreparedData, tmp_path: Path) -> No
     (lacking,) = problems(f"data.tokenizer={tmp_path}")
     assert "fim with the tokenizer" in lacking
     assert problems(f"data.tokenizer={tmp_path}", "logging.eval_tasks=[completion]") == []
+
+
+def test_environment_of_a_deterministic_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = apply_overrides(recipe(BIG), ["execution.deterministic=true"])
+    new = StartingPoint(kind="new")
+    planned = PlannedRun(run=run, world_size=256, device="cuda", start=new)
+    find = environment_is_deterministic.find
+    assert list(find(planned)) == []
+    monkeypatch.setenv("NCCL_ALGO", "Ring, CollnetChain")
+    assert list(find(planned)) == []
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    (problem,) = find(planned)
+    assert str(problem).startswith("NCCL_ALGO=Tree with execution.deterministic=true")
+    assert list(find(dataclasses.replace(planned, run=recipe(BIG)))) == []
+    monkeypatch.setenv("NCCL_ALGO", "")
+    assert len(list(find(planned))) == 1
+    monkeypatch.delenv("NCCL_ALGO")
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    assert "NVTE_ALLOW_NONDETERMINISTIC_ALGO=1" in str(*find(planned))

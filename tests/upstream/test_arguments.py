@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.config import Device, Run, apply_overrides
+from mellum2_megatron.config import DETERMINISTIC_VARIABLES, Device, Run, apply_overrides
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.upstream import environment, gpu_environment, megatron_arguments
 from tests import parameter_id
@@ -471,6 +472,28 @@ def test_every_exchange_and_execution_setting_arrives(monkeypatch: pytest.Monkey
     }
 
 
+def test_deterministic_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training import determinism
+
+    stub_te(monkeypatch)
+    for name in DETERMINISTIC_VARIABLES:
+        monkeypatch.setenv(name, DETERMINISTIC_VARIABLES[name][0])
+    run = apply_overrides(recipe(BIG), ["execution.deterministic=true"])
+    try:
+        assert validated(run, monkeypatch, world_size=256, device="cuda").deterministic_mode
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not validated(recipe(BIG), monkeypatch, world_size=256, device="cuda").deterministic_mode
+    ours = {name: gpu_environment(run)[name] for name in DETERMINISTIC_VARIABLES}
+    assert ours == determinism.DETERMINISM_ENV_VAR_DEFAULTS
+    accepted = {name: set(values) for name, values in DETERMINISTIC_VARIABLES.items()}
+    assert accepted == {
+        "NCCL_ALGO": set(determinism.ACCEPTED_NCCL_ALGO_TOKENS),
+        **{name: set(values) for name, values in determinism.ACCEPTED_ENV_VAR_VALUES.items()},
+    }
+
+
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "gpu" in name])
 def test_megatron_accepts_every_gpu_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.training.arguments import core_transformer_config_from_args
@@ -564,7 +587,10 @@ def test_checkpoint_folders_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fault_settings_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     _, args = on_cpu(["timeout_minutes=2.5"], monkeypatch)
-    assert args.distributed_timeout_minutes == 4, "after our own watch"
+    assert args.distributed_timeout_minutes == 61, "after our own watch over the set-up"
+    assert args.distributed_timeout_seconds_after_init == 210, "after our own watch"
+    _, args = on_cpu(["setup_timeout_minutes=1.5", "timeout_minutes=2.5"], monkeypatch)
+    assert args.distributed_timeout_minutes == 4, "the first step is one too"
     assert args.rerun_mode == "disabled"
     assert args.check_for_nan_in_loss_and_grad
 
