@@ -39,7 +39,7 @@ class Execution:
         pad_expert_tokens: under FP8, have the router give every expert a multiple of the tokens
             that FP8 products need, default false: each product pads by itself.
         deterministic: kernels that add in one order only, default false. The same run on the same
-            machines then gives the same bits, at a cost in time. On a CPU it changes nothing.
+            machines then gives the same bits on GPUs too, at a cost in time.
         extra_arguments: words for Megatron's command line that no key covers, such as
             ``[--log-params-norm]``, default none. A flag that a key covers is
             refused, as is one that another key would contradict.

@@ -40,13 +40,6 @@ PATCHES: tuple[Patch, ...] = (
         "pass allow_no_cuda",
     ),
     Patch(
-        name="group-timeouts",
-        target="megatron.core.parallel_state:update_pg_timeout",
-        replacement=replacements.set_group_timeouts,
-        why="core/parallel_state.py:216 calls torch.cuda.synchronize() between its barrier and the "
-        "new limits",
-    ),
-    Patch(
         name="expert-splits",
         target="megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
         replacement=replacements.splits_as_numpy,

@@ -11,7 +11,6 @@ import queue
 import types
 from argparse import Namespace
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -53,21 +52,6 @@ def initialize_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs | {"allow_no_cuda": True})
 
     return initialize_megatron
-
-
-def set_group_timeouts(original: Callable[..., None]) -> Callable[..., None]:
-    """Replace `update_pg_timeout`: there is no device to wait for."""
-
-    @functools.wraps(original)
-    def update_pg_timeout(timeout: timedelta, pg: Any = None) -> None:
-        from megatron.core import parallel_state
-
-        torch.distributed.barrier(pg)
-        # None in this list is the default group.
-        for group in parallel_state._global_process_group_list if pg is None else (pg,):
-            torch.distributed.distributed_c10d.set_timeout(timeout, group)
-
-    return update_pg_timeout
 
 
 def check_arguments(args: Namespace) -> None:

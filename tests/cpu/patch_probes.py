@@ -127,22 +127,6 @@ def _allow_no_cuda() -> None:
     assert parallel_state.model_parallel_is_initialized()
 
 
-@probe("group-timeouts")
-def _group_timeouts() -> None:
-    from datetime import timedelta
-
-    import torch
-    from megatron.core.parallel_state import update_pg_timeout
-    from megatron.training.initialize import initialize_megatron
-
-    one_rank()
-    parse()
-    initialize_megatron()
-    update_pg_timeout(timedelta(seconds=77))
-    backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
-    assert backend.options._timeout == timedelta(seconds=77), "the limit has not changed"
-
-
 @probe("expert-splits")
 def _expert_splits() -> None:
     import torch

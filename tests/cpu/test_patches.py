@@ -15,7 +15,6 @@ WITHOUT = {
     "loader-seed": "AssertionError: making the iterators drew random numbers",
     "warmup-seed": "AssertionError: the warm-up drew random numbers",
     "allow-no-cuda": "AssertionError: Megatron requires CUDA.",
-    "group-timeouts": "",
     "expert-splits": "TypeError: all_to_all_single(): incompatible function arguments",
     "fused-adam": "TypeError: AdamW.__init__() got an unexpected keyword argument 'adam_w_mode'",
     "fused-adam-arguments": "KeyError: 'step'",

@@ -197,12 +197,14 @@ def test_resume_is_bitwise(trained: Path, small_data: PreparedData, tmp_path: Pa
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_deterministic_mode_changes_nothing_on_a_cpu(
+def test_deterministic_mode_trains_the_same_model(
     trained: Path, small_data: PreparedData, tmp_path: Path
 ):
-    """Megatron's mode runs every operator of the model, and the losses are the same bits."""
+    """Megatron's mode runs every operator; experts' outputs are added in another order (BF16)."""
     run = small_run(small_data, tmp_path / "run", "execution.deterministic=true")
-    assert losses(train(run, 2)) == losses(trained)
+    found = losses(train(run, 2))
+    assert found == pytest.approx(losses(trained), rel=2e-4)
+    assert found != losses(trained), "the mode has not reached the operators"
 
 
 def test_a_finished_run_started_again_adds_nothing(
