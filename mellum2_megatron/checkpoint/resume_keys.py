@@ -130,7 +130,7 @@ RULES: dict[str, Rule] = {
     "rl.freeze_router": _rule("fixed", "frozen weights have no optimizer state"),
     "rl.mtp_detach": _LOSS,
     "rl.eval_answers": _VALIDATION,
-    **_all("rl", "url workers", _SPEED),
+    **_all("rl", "url server_python hand_over workers", _SPEED),
     **_all("logging", "eval_iterations eval_batch_size", _VALIDATION),
     **_all(
         "logging",

@@ -31,6 +31,10 @@ def serve(
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto (the folder's), bfloat16 or float32")
     ] = "auto",
+    reloadable: Annotated[
+        bool,
+        typer.Option("--reloadable", help="take new weights while it runs, as rl.url needs"),
+    ] = False,
     more: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- VLLM OPTIONS]", help="further options of vLLM's own"),
@@ -50,6 +54,7 @@ def serve(
         check_versions,
         curl_line,
         read_versions,
+        reload_switches,
         serve_command,
     )
 
@@ -59,6 +64,9 @@ def serve(
         )
     with HfFolder.open(folder) as opened:
         architecture = opened.architecture
+    versions = read_versions(python)
+    check_versions(versions, architecture, use_mtp=use_mtp)
+    words, switches = reload_switches(versions) if reloadable else ([], {})
     command = [
         *serve_command(
             python,
@@ -71,10 +79,10 @@ def serve(
             max_length=max_length,
             dtype=dtype,
         ),
+        *words,
         *(more or []),
     ]
-    check_versions(read_versions(python), architecture, use_mtp=use_mtp)
     print_line(shlex.join(command))
     print_line("When it is up: " + curl_line(folder, name=name, host=host, port=port))
     if not dry_run:
-        os.execve(command[0], command, {**os.environ, **ENVIRONMENT})
+        os.execve(command[0], command, {**os.environ, **ENVIRONMENT, **switches})

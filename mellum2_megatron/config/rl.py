@@ -27,9 +27,14 @@ class Rl:
     Attributes:
         objective: loss, advantage, groups and penalties, see `Objective`.
         engine: writer of the answers. ``transformers`` (default): a copy of the model in each rank,
-            for small models. ``vllm``: a server at ``url``.
-        url: ``http://HOST:PORT`` of the vLLM server; None (default) for transformers.
-        engine_dtype: number format of the ``transformers`` engine, default ``float32``.
+            for small models. ``vllm``: a server at ``url``, or one of ``server_python``.
+        url: ``http://HOST:PORT`` of a vLLM server that runs already; None (default): none.
+        server_python: Python of an environment with vLLM. The run starts the server itself, for
+            ranks on one machine; None (default): it does not.
+        hand_over: how the server takes new weights. ``reload`` (default): while it runs.
+            ``restart``: the run ends it and starts it again, which needs ``server_python``.
+        engine_dtype: number format of the ``transformers`` engine, and of a server that the run
+            starts; default ``float32``.
         ahead: rounds of answers that may be written before the step that learns from them, 0 to
             ``objective.max_age``. 0 (default): synchronous, each step waits for its answers. 1 or
             more: asynchronous, the engine writes while the model learns; answers are then ``ahead``
@@ -54,6 +59,8 @@ class Rl:
     objective: Objective = field(default_factory=Objective)
     engine: Literal["transformers", "vllm"] = "transformers"
     url: str | None = None
+    server_python: str | None = None
+    hand_over: Literal["reload", "restart"] = "reload"
     engine_dtype: Literal["float32", "bfloat16"] = "float32"
     ahead: int = 0
     rounds: int = 4
@@ -83,17 +90,37 @@ class Rl:
         require_not_negative("rl.eval_answers", self.eval_answers, fix="use 0 for none", most=65536)
         if self.workers is not None:
             require_positive("rl.workers", self.workers, fix="use null", most=4096)
-        self._check_url()
+        require_path("rl.server_python", self.server_python)
+        self._check_server()
 
-    def _check_url(self) -> None:
+    def _check_server(self) -> None:
+        for key, value, default in (
+            ("url", self.url, None),
+            ("server_python", self.server_python, None),
+            ("hand_over", self.hand_over, "reload"),
+        ):
+            require(
+                self.engine == "vllm" or value == default,
+                f"rl.{key}={value} with rl.engine=transformers",
+                rule="that engine runs inside each rank",
+                fix=f"set rl.engine=vllm, or rl.{key}={default or 'null'}",
+            )
         if self.engine == "transformers":
+            return
+        if self.server_python is not None:
             require(
                 self.url is None,
-                f"rl.url={self.url} with rl.engine=transformers",
-                rule="that engine runs inside each rank",
-                fix="set rl.engine=vllm, or rl.url=null",
+                f"rl.url={self.url} with rl.server_python={self.server_python}",
+                rule="the run starts its own server at a free port, or asks one that runs already",
+                fix="leave out one of them",
             )
             return
+        require(
+            self.hand_over == "reload",
+            "rl.hand_over=restart without rl.server_python",
+            rule="a run can only restart a server that it has started",
+            fix="name vLLM's Python in rl.server_python (docs/rlvr.md)",
+        )
         try:
             parts = urlsplit(self.url or "")
             good = (
@@ -106,7 +133,10 @@ class Rl:
             good = False
         require(
             good,
-            "rl.engine=vllm without rl.url" if self.url is None else f"rl.url={self.url}",
+            "rl.engine=vllm without rl.url or rl.server_python"
+            if self.url is None
+            else f"rl.url={self.url}",
             rule="the server's address is http://HOST:PORT",
-            fix="use http://127.0.0.1:8000 (docs/rlvr.md)",
+            fix="use http://127.0.0.1:8000, or rl.server_python=.venv-serve/bin/python "
+            "(docs/rlvr.md)",
         )

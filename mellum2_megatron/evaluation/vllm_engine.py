@@ -97,8 +97,8 @@ def vllm_engines(
     Raises:
         WorkError: a server does not start.
     """
-    # Rounds must not profit from earlier ones. A CPU would compile for minutes.
-    common = ["--no-enable-prefix-caching", *(["--enforce-eager"] if versions.cpu else [])]
+    # Rounds must not profit from earlier ones.
+    common = ["--no-enable-prefix-caching"]
     length = min(length + _ROOM, architecture.max_position_embeddings)
     with ExitStack() as stack:
 
@@ -111,6 +111,7 @@ def vllm_engines(
                 use_mtp=name == "mtp",
                 max_length=length,
                 dtype="float32" if versions.cpu else "auto",
+                eager_on_cpu=True,
                 more=(*common, *more),
             )
             return VllmEngine(stack.enter_context(server))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Rl
 from mellum2_megatron.planning.rule import PlannedRun, Problems, rule
+from mellum2_megatron.serving.command import check_versions, read_versions
 
 
 @rule(evidence="training/datasets.py: a run has one feed")
@@ -97,3 +100,16 @@ def rl_has_no_other_data(planned: PlannedRun) -> Problems:
             rule="each answer is a sequence of its own",
             fix="set data.document_attention=null",
         )
+
+
+@rule(evidence="serving/command.py", machine=True)
+def rl_server_can_start(planned: PlannedRun) -> Problems:
+    """The vLLM that the run is to start is installed, and can serve the model."""
+    rl = planned.run.rl
+    if rl.server_python is None:
+        return
+    try:
+        versions = read_versions(Path(rl.server_python), given="rl.server_python")
+        check_versions(versions, planned.run.architecture, use_mtp=False)
+    except InputError as error:
+        yield error

@@ -68,6 +68,9 @@ class Engine(Protocol):
             WorkError: the engine is gone, or an answer lacks a log-probability.
         """
 
+    def close(self) -> None:
+        """End what the engine has started."""
+
 
 def check_sampled(place: str, one: Sampled) -> None:
     """Refuse an answer whose tokens do not all have a finite log-probability.

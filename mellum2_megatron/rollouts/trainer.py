@@ -23,6 +23,7 @@ asynchronous run gives the same numbers each time, too.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,9 @@ import torch
 
 from conversion.live_weights import gather_weights
 from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.data.feed.entries import tokenizer_folder
 from mellum2_megatron.data.feed.order import key_of
+from mellum2_megatron.data.tokens.tokenizer import copy_tokenizer
 from mellum2_megatron.rlvr.rewards.verdict import Answer
 from mellum2_megatron.rlvr.tasks import score_answers
 from mellum2_megatron.rollouts.batch import Batch
@@ -175,6 +178,11 @@ class Rollouts:
         names = ("rl/reward", "rl/answer_tokens", "rl/cut_off_share", "rl/entropy")
         return {name: values[name] for name in names}
 
+    def close(self) -> None:
+        """End the engine, and with it what it writes."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._engine.close()
+
     def _draw(self) -> list[tuple[int, Prompt]]:
         """Draw the prompts of a round; return number of the task and prompt of this rank's."""
         run, first = self._run, self._queue.draws
@@ -237,30 +245,66 @@ def _own(drawn: Sequence[tuple[int, Prompt]]) -> list[tuple[int, Prompt]]:
 
 
 def make_engine(run: Run, tasks: RunTasks, folder: Path) -> Engine:
-    """Return the run's engine.
+    """Return the run's engine. A collective.
 
     Args:
         run: a resolved run.
         tasks: its tasks.
         folder: the run's folder.
+
+    Raises:
+        InputError: vLLM's environment cannot serve the model, or a rank is on another machine than
+            the server that the run starts.
     """
     if run.rl.engine == "vllm":
-        from mellum2_megatron.rollouts.vllm_engine import VllmEngine
-
-        if run.rl.url is None:
-            raise InputError("rl.url", rule="the server has no address", fix="give one")
-        return VllmEngine(
-            run.rl.url,
-            folder / ENGINE_FOLDER,
-            run.architecture,
-            tasks.ends,
-            writes=torch.distributed.get_rank() == 0,
-        )
+        return _vllm_engine(run, tasks, folder)
     from mellum2_megatron.rollouts.transformers_engine import TransformersEngine
 
     dtype = torch.float32 if run.rl.engine_dtype == "float32" else torch.bfloat16
     return TransformersEngine(run.architecture, tasks.ends, dtype)
 
 
+def _vllm_engine(run: Run, tasks: RunTasks, folder: Path) -> Engine:
+    """Return the engine that asks a vLLM server; rank 0 starts it where the run says so."""
+    from mellum2_megatron.rollouts.vllm_engine import VllmEngine
+    from mellum2_megatron.serving.server import VllmServer
+
+    first, server = torch.distributed.get_rank() == 0, None
+    if first and run.rl.server_python is not None:
+        # The server reads the tokenizer, though it is asked for token ids alone.
+        copy_tokenizer(tokenizer_folder(run.data), folder / ENGINE_FOLDER)
+        server = VllmServer(
+            Path(run.rl.server_python),
+            folder / ENGINE_FOLDER,
+            run.architecture,
+            log=folder / SERVER_LOG,
+            reloadable=run.rl.hand_over == "reload",
+            max_length=run.data.sequence_length,
+            dtype=run.rl.engine_dtype,
+            eager_on_cpu=True,
+        )
+    place: list[Any] = [(None if server is None else server.client.url, socket.gethostname())]
+    torch.distributed.broadcast_object_list(place, src=0)
+    url, host = place[0]
+    if run.rl.server_python is not None and host != socket.gethostname():
+        raise InputError(
+            f"rl.server_python={run.rl.server_python} with ranks on {host} and "
+            f"{socket.gethostname()}",
+            rule="the server that the run starts answers ranks on its own machine alone",
+            fix="start one with `mellum2 serve FOLDER --reloadable`, and name it in rl.url",
+        )
+    return VllmEngine(
+        run.rl.url or url,
+        folder / ENGINE_FOLDER,
+        run.architecture,
+        tasks.ends,
+        writes=first,
+        server=server,
+    )
+
+
 ENGINE_FOLDER = "rollout_model"
 """Model folder of a vLLM server, inside the run's."""
+
+SERVER_LOG = "rollout_server.log"
+"""What the run's own server prints, inside the run's folder."""

@@ -65,6 +65,9 @@ class TransformersEngine:
                 check_sampled(prompt.place, one)
         return [written[number] for number in range(len(prompts))]
 
+    def close(self) -> None:
+        """Do nothing: the model ends with its process."""
+
     @torch.no_grad()
     def _write(self, prompts: Sequence[Prompt], answers: int, max_tokens: int) -> list[Sampled]:
         """Return the answers to prompts of one length, those of a prompt side by side."""

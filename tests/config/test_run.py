@@ -82,7 +82,8 @@ ODD_RL = Rl(
         concision_free_tokens=50,
     ),
     engine="vllm",
-    url="http://h:1",
+    server_python="p/python",
+    hand_over="restart",
     engine_dtype="bfloat16",
     ahead=3,
     rounds=2,
@@ -229,7 +230,9 @@ def test_odd_run_leaves_no_default() -> None:
     )
     for section in own:
         for field in dataclasses.fields(section):
-            assert getattr(section, field.name) != field.default, field.name
+            # rl.server_python leaves no place for an address; the 12B recipes have one.
+            if (section, field.name) != (run.rl, "url"):
+                assert getattr(section, field.name) != field.default, field.name
 
 
 def test_yaml_round_trip_is_exact() -> None:

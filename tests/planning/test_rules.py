@@ -355,6 +355,7 @@ def test_every_rule_has_a_case_here() -> None:
         ),
         *("resume-keeps-settings", "resume-keeps-rate-down", "resume-keeps-tokenizer"),
         *("resume-ends-on-a-step", "stream-can-be-served", "environment-is-deterministic"),
+        "rl-server-can-start",
     }
     assert len({rule.name for rule in RULES}) == len(RULES)
     for rule in RULES:

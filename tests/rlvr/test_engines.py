@@ -129,7 +129,10 @@ class FakeVllm(BaseHTTPRequestHandler):
     values: list[float | None] = [-0.5, -0.25]  # noqa: RUF012
 
     def do_GET(self) -> None:
-        self._reply({"data": [{"id": "model"}]})
+        config = {"device_config": {"device": "cuda"}, "parallel_config": {}}
+        config["parallel_config"]["worker_extension_cls"] = ""
+        about = {"vllm_config": config}
+        self._reply(about if "server_info" in self.path else {"data": [{"id": "model"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -175,7 +178,7 @@ def test_vllm_is_asked_for_the_models_own_distribution(vllm: VllmEngine) -> None
     assert path == "/v1/completions"
     wanted = {"prompt": [1, 2, 3], "n": 2, "max_tokens": 7, "temperature": 1.0, "top_p": 1.0}
     assert wanted.items() <= body.items()
-    assert (body["top_k"], body["stop_token_ids"], body["model"]) == (-1, [0], "model")
+    assert (body["top_k"], body["stop_token_ids"], body["model"]) == (0, [0], "model")
 
 
 def test_vllm_reads_new_weights_and_forgets_the_old(vllm: VllmEngine, tmp_path: Path) -> None:
@@ -184,7 +187,8 @@ def test_vllm_reads_new_weights_and_forgets_the_old(vllm: VllmEngine, tmp_path: 
     weights = {"lm_head.weight": torch.randn(4, 2)}
     vllm.load(weights)
     assert [path for path, _ in FakeVllm.asked] == ["/collective_rpc", "/reset_prefix_cache"]
-    assert FakeVllm.asked[0][1] == {"method": "reload_weights"}
+    path = {"weights_path": str(tmp_path / "model")}
+    assert FakeVllm.asked[0][1] == {"method": "reload_weights", "kwargs": path}
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(stored["lm_head.weight"], weights["lm_head.weight"])
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -37,6 +37,9 @@ class Script:
     def load(self, weights: Any) -> None:
         """Hold no weights."""
 
+    def close(self) -> None:
+        """Hold nothing."""
+
     def write(
         self, prompts: Sequence[Prompt], *, answers: int, max_tokens: int
     ) -> list[list[Sampled]]:
@@ -128,7 +131,7 @@ def test_an_engine_that_is_gone_ends_the_run(tmp_path: Path, ahead: int) -> None
     words = [f"rl.ahead={ahead}"]
     run = run_on(write_tasks(tmp_path), tmp_path / "run", *words)
     server = VllmEngine("http://127.0.0.1:9", tmp_path, run.architecture, (0,), writes=True)
-    with pytest.raises(WorkError, match=r"127\.0\.0\.1:9/v1/models: the engine is gone"):
+    with pytest.raises(WorkError, match=r"the engine is gone: the server at .*127\.0\.0\.1:9"):
         rollouts(tmp_path, VOWELS, server, *words).prepare(0)
 
 

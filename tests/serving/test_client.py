@@ -15,6 +15,7 @@ import pytest
 
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.serving.client import DraftCounts, Sampling, VllmClient
+from mellum2_megatron.serving.command import CPU_WORKER
 
 METRICS = """\
 # TYPE vllm:spec_decode_num_draft_tokens_total counter
@@ -33,6 +34,7 @@ class Recorder(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[tuple[str, dict[str, Any], str | None]] = []
         self.development = True
+        self.device, self.extension = "cuda", ""
         self.metrics = METRICS
 
     @property
@@ -47,6 +49,14 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_GET(self) -> None:
+        if self.path.startswith("/server_info"):
+            about = {
+                "device_config": {"device": self.server.device},
+                "parallel_config": {"worker_extension_cls": self.server.extension},
+            }
+            found = json.dumps({"vllm_config": about}).encode()
+            self._reply(200 if self.server.development else 404, found)
+            return
         body = self.server.metrics.encode() if self.path == "/metrics" else b""
         self._reply(200, body)
 
@@ -156,17 +166,31 @@ def test_counts_of_the_draft(server: Recorder) -> None:
     assert client.draft_counts() is None
 
 
-def test_new_weights(server: Recorder, tmp_path: Any) -> None:
-    client = VllmClient(server.url, "m")
-    client.reload(tmp_path)
-    call = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}
+@pytest.mark.parametrize(
+    ("device", "extension", "method"),
+    [("cuda", "", "reload_weights"), ("cpu", CPU_WORKER, "reload_packed_weights")],
+)
+def test_new_weights(
+    server: Recorder, tmp_path: Any, device: str, extension: str, method: str
+) -> None:
+    server.device, server.extension = device, extension
+    VllmClient(server.url, "m").reload(tmp_path)
+    call = {"method": method, "kwargs": {"weights_path": str(tmp_path)}}
     assert [(path, body) for path, body, _token in server.requests] == [
         ("/collective_rpc", call),
         ("/reset_prefix_cache", {}),
     ]
-    server.development = False
-    with pytest.raises(WorkError, match="VLLM_SERVER_DEV_MODE=1"):
+
+
+def test_servers_that_take_no_new_weights(server: Recorder, tmp_path: Any) -> None:
+    client = VllmClient(server.url, "m")
+    server.device = "cpu"
+    with pytest.raises(WorkError, match=r"would not pack its experts anew.* --reloadable"):
         client.reload(tmp_path)
+    server.development = False
+    with pytest.raises(WorkError, match=r"takes no new weights.* --reloadable"):
+        client.reload(tmp_path)
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(

