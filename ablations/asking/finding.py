@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,13 @@ def read_study(file: Path) -> NamedStudy:
             str(file),
             rule="a study has the name of its file, in small letters, digits and _ . -",
             fix="rename the file",
+        )
+    if file.stem in sys.stdlib_module_names:
+        raise InputError(
+            str(file),
+            rule=f"a module of Python has the name {file.stem}, and the trainings, which start in "
+            "this folder, would import the study in its place",
+            fix=f"rename the file, for example to {file.stem}_study.py",
         )
     module, _ = execute_file(file, "the file of a study")
     studies = [value for value in vars(module).values() if isinstance(value, Study)]

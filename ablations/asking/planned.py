@@ -14,12 +14,17 @@ from ablations.asking.scales import BASES, DEVICE, TINY_DATA
 from ablations.asking.study import SCALES, Arm, Base, DataSet, Quantity, Scale, Study
 from conversion.exportable import require_exportable_run
 from mellum2_megatron.common.errors import InputError, nearest
+from mellum2_megatron.common.field_checks import require
+from mellum2_megatron.common.own_python import errors_of_file
 from mellum2_megatron.config import Device, Run, apply_overrides
 from mellum2_megatron.planning.rules import enforce
 from mellum2_megatron.recipes import recipe
 
 _OURS = ("seed", "data.seed", "checkpoint.output", "checkpoint.load", "checkpoint.continue_from")
-"""Keys that the runner sets, so an arm does not."""
+"""Keys that the runner sets, so a study does not."""
+
+_DATA = ("data.path", "data.train", "data.valid")
+"""Keys of the data's folders, which a `DataSet` names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +125,7 @@ def plan_study(
             released, and that is asked for.
     """
     study = named.study
-    base = _base(study, study.bases, scale)
+    base = _base(named, study.bases, scale)
     own = device or DEVICE[scale]
     folders = dict(folders or {})
     used: set[str] = set()
@@ -138,11 +143,11 @@ def plan_study(
     for arm in study.arms:
         data = arm.data.get(scale) if isinstance(arm.data, Mapping) else arm.data
         run, made = with_data(base, data or shared)
-        run = _named(study, arm, run, scale)
+        run = _named(arm, run, scale)
         arms.append(PlannedArm(arm=arm, run=run, data=made))
     start = None
     if study.starts_from is not None:
-        start, _ = with_data(_base(study, study.starts_from, scale, common=False), shared)
+        start, _ = with_data(_base(named, study.starts_from, scale, common=False), shared)
     for name in folders:
         if name not in used:
             raise InputError(
@@ -154,7 +159,7 @@ def plan_study(
         name=named.name, study=study, scale=scale, arms=tuple(arms), start=start, device=own
     )
     for planned in plan.arms:
-        with _errors_of(planned.arm.name):
+        with _errors_of(f"arm {planned.arm.name}"):
             _check(planned.run, own)
             if for_release or study.for_release:
                 require_exportable_run(planned.run)
@@ -198,35 +203,59 @@ def require_scale(study: Study, scale: str) -> Scale:
 
 
 def _base(
-    study: Study, bases: Mapping[Scale, Base] | None, scale: Scale, *, common: bool = True
+    named: NamedStudy, bases: Mapping[Scale, Base] | None, scale: Scale, *, common: bool = True
 ) -> Run:
-    base = {**(bases or BASES)}[require_scale(study, scale)]
-    run = recipe(base) if isinstance(base, str) else base()
-    return apply_overrides(run, study.common.get(scale, ()) if common else ())
+    base = {**(bases or BASES)}[require_scale(named.study, scale)]
+    if isinstance(base, str):
+        run = recipe(base)
+    else:
+        with errors_of_file(named.file, "the base of a study"):
+            run = base()
+        require(
+            isinstance(run, Run),
+            f"{named.file}: the base of scale {scale}",
+            rule="its function returns a Run",
+            fix="end it with `return Run(...)`, or name a recipe",
+        )
+    words = named.study.common.get(scale, ()) if common else ()
+    _check_keys("common", words)
+    with _errors_of("common"):
+        return apply_overrides(run, words)
 
 
-def _named(study: Study, arm: Arm, run: Run, scale: Scale) -> Run:
+def _named(arm: Arm, run: Run, scale: Scale) -> Run:
     """Return the run of an arm; errors name the arm."""
     words = arm.words(scale)
+    _check_keys(f"arm {arm.name}", words)
+    with _errors_of(f"arm {arm.name}"):
+        return apply_overrides(run, words)
+
+
+def _check_keys(place: str, words: Sequence[str]) -> None:
+    """Refuse overrides of keys that the runner sets."""
     for word in words:
         key = word.partition("=")[0].strip()
         if key in _OURS:
             raise InputError(
-                f"arm {arm.name}: {word}",
+                f"{place}: {word}",
                 rule="the runner sets this key for each task",
                 fix="leave it out",
             )
-    with _errors_of(arm.name):
-        return apply_overrides(run, words)
+        if key in _DATA:
+            raise InputError(
+                f"{place}: {word}",
+                rule="a study names its data, so that a report knows which arms share them",
+                fix='give data=DataSet(name="..", path="..") to the arm or, by scale, the study',
+            )
 
 
 @contextmanager
-def _errors_of(name: str) -> Iterator[None]:
-    """Add the name of an arm to the errors of a block."""
+def _errors_of(place: str) -> Iterator[None]:
+    """Add the place in a study, such as ``arm base``, to the errors of a block."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"arm {name}: {error.value}", rule=error.rule, fix=error.fix) from None
+        raise InputError(f"{place}: {error.value}", rule=error.rule, fix=error.fix) from None
 
 
 def _check(run: Run, device: Device) -> None:
@@ -235,15 +264,16 @@ def _check(run: Run, device: Device) -> None:
 
 
 def _check_unlike(plan: Plan) -> None:
-    """Refuse two arms that are the same training."""
+    """Refuse two arms that are the same training, however they are logged."""
     seen: dict[str, str] = {}
     for arm in plan.arms:
-        text = repr(_flat(arm.run))
+        values = _flat(arm.run)
+        text = repr({key: values[key] for key in values if not key.startswith("logging.")})
         if text in seen:
             raise InputError(
                 f"arms {seen[text]} and {arm.arm.name} at scale {plan.scale}",
-                rule="they are the same training",
-                fix="leave one out, or give it another override",
+                rule="they are the same training: no number of it differs",
+                fix="leave one out, or give it an override that changes the training",
             )
         seen[text] = arm.arm.name
 

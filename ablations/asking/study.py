@@ -45,6 +45,9 @@ Expectation = Literal["better", "worse", "no difference"]
 MOST_OVERRIDES = 3
 """Overrides of an arm; one that changes more changes too much to learn from."""
 
+MOST_SEEDS = 64
+"""Seeds of the last look; the levels of a plan are simulated for each of them."""
+
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 """Form of the name of a study, an arm or a data set, which names a folder too."""
 
@@ -93,6 +96,25 @@ def _check_choice(key: str, value: str, choices: Iterable[str]) -> None:
 def _check_scales(key: str, table: Mapping[Scale, object]) -> None:
     for scale in table:
         _check_choice(f"{key}: scale", scale, SCALES)
+
+
+def _check_kind(key: str, value: object, kind: type | tuple[type, ...], noun: str) -> None:
+    require(
+        isinstance(value, kind),
+        f"{key}={shown(value)}",
+        rule=f"is {noun}",
+        fix="see the example in docs/ablations.md, and the fields in ablations/asking/study.py",
+    )
+
+
+def _check_words(key: str, words: object) -> None:
+    """Refuse overrides that are no tuple of texts; one text would be read letter by letter."""
+    require(
+        isinstance(words, tuple | list) and all(isinstance(word, str) for word in words),
+        f"{key}={shown(words)}",
+        rule="is a tuple of overrides",
+        fix='write it like ("optimizer.lr=1e-3",), with a comma after each',
+    )
 
 
 def _check_unlike(kind: str, names: list[str]) -> None:
@@ -153,10 +175,24 @@ class Arm:
 
     def __post_init__(self) -> None:
         _check_name("arm", self.name)
-        if isinstance(self.overrides, Mapping):
-            _check_scales(f"arm {self.name}", self.overrides)
+        given = self.overrides
+        if isinstance(given, Mapping):
+            _check_scales(f"arm {self.name}", given)
+        for one in given.values() if isinstance(given, Mapping) else (given,):
+            if not isinstance(one, str):
+                _check_words(f"arm {self.name}: overrides", one)
+        _check_kind(f"arm {self.name}: note", self.note, str, "a text")
+        for data in self.data.values() if isinstance(self.data, Mapping) else (self.data,):
+            _check_kind(f"arm {self.name}: data", data, (DataSet, type(None)), "a DataSet")
         for scale in SCALES:
             words = self.words(scale)
+            for key in (keys := [word.partition("=")[0] for word in words]):
+                require(
+                    keys.count(key) == 1,
+                    f"arm {self.name}: {key}",
+                    rule="is overridden twice, and the second one would hold",
+                    fix="leave one out",
+                )
             require(
                 len(words) <= MOST_OVERRIDES,
                 f"arm {self.name} with {len(words)} overrides",
@@ -210,6 +246,7 @@ class Metric:
     delta: float
 
     def __post_init__(self) -> None:
+        _check_kind("metric", self.name, str, "the name of a metric")
         if self.name not in METRICS:
             raise InputError(
                 f"metric {self.name!r}",
@@ -333,7 +370,7 @@ class Study:
     note: str = ""
 
     def __post_init__(self) -> None:
-        self._check_tuples()
+        self._check_kinds()
         require(
             bool(self.question.strip()),
             "question",
@@ -370,7 +407,8 @@ class Study:
         _check_unlike("metric", [metric.name for metric in self.metrics])
         _check_unlike("matched", [match.quantity for match in self.matched])
         require(
-            bool(self.seeds)
+            isinstance(self.seeds, tuple | list)
+            and bool(self.seeds)
             and all(is_int(count) for count in self.seeds)
             and list(self.seeds) == sorted(set(self.seeds)),
             f"seeds={shown(self.seeds)}",
@@ -383,16 +421,41 @@ class Study:
             rule="an interval needs two seeds at least, and says little below three",
             fix="use (3, 5, 8)",
         )
-        for key, table in (
-            ("bases", self.bases),
-            ("common", self.common),
-            ("data", self.data),
-            ("starts_from", self.starts_from),
-        ):
-            _check_scales(key, table or {})
+        require(
+            self.seeds[-1] <= MOST_SEEDS,
+            f"seeds={shown(self.seeds)}",
+            rule=f"the last look has {MOST_SEEDS} seeds at most",
+            fix="use (3, 5, 8)",
+        )
 
-    def _check_tuples(self) -> None:
-        """Refuse one `Arm`, `Metric` or `Match` in brackets without the comma of a tuple."""
+    def _check_kinds(self) -> None:
+        """Refuse a value of another type, and one `Arm` in brackets without a tuple's comma."""
+        kinds: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
+            ("question", str, "a sentence"),
+            ("control", str, "the name of an arm"),
+            ("claim", (Claim, type(None)), "a Claim"),
+            ("stop", (StopRule, type(None)), "a StopRule"),
+            ("for_release", bool, "True or False"),
+            ("gpu", str, "a text"),
+            ("note", str, "a text"),
+        )
+        for key, kind, noun in kinds:
+            _check_kind(key, getattr(self, key), kind, noun)
+        bases: tuple[type, ...] = (str, Callable)  # type: ignore[assignment]
+        tables: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
+            ("bases", bases, "a recipe's name, or a function that returns a Run"),
+            ("common", (tuple, list), "a tuple of overrides"),
+            ("data", DataSet, "a DataSet"),
+            ("starts_from", bases, "a recipe's name, or a function that returns a Run"),
+        )
+        for key, kind, noun in tables:
+            table = {} if getattr(self, key) is None else getattr(self, key)
+            _check_kind(key, table, Mapping, f'a mapping of scales: {{"tiny": {noun}}}')
+            _check_scales(key, table)
+            for scale, value in table.items():
+                _check_kind(f"{key}[{scale}]", value, kind, noun)
+                if key == "common":
+                    _check_words(f"common[{scale}]", value)
         for key, kind in (("arms", Arm), ("metrics", Metric), ("matched", Match)):
             values = getattr(self, key)
             require(

@@ -55,6 +55,20 @@ BAD_STUDIES = {
     "four_overrides": (lambda: Arm("a", "a=1 b=2 c=3 d=4"), "3 values at most"),
     "name": (lambda: Arm("../a"), "is a folder's"),
     "question": (lambda: study(question=" "), "asks something"),
+    "stop_kind": (lambda: study(stop="soon"), "stop='soon': is a StopRule"),
+    "claim_kind": (lambda: study(claim="x"), "claim='x': is a Claim"),
+    "release_kind": (lambda: study(for_release="no"), "for_release='no': is True or False"),
+    "question_kind": (lambda: study(question=3), "is a sentence"),
+    "base_kind": (lambda: study(bases={"tiny": 3}), r"bases\[tiny\]=3: is a recipe's name"),
+    "data_kind": (lambda: study(data={"tiny": "data/x"}), r"data\[tiny\]=.*is a DataSet"),
+    "common_text": (lambda: study(common={"tiny": "a=b"}), r"common\[tiny\]='a=b': is a tuple"),
+    "common_tuple": (lambda: study(common=("a=b",)), "is a mapping of scales"),
+    "arm_data": (lambda: Arm("a", data="data/x"), "data='data/x': is a DataSet"),  # type: ignore[arg-type]
+    "arm_words": (lambda: Arm("a", (3,)), r"overrides=\(3,\): is a tuple"),  # type: ignore[arg-type]
+    "arm_note": (lambda: Arm("a", "b=1", 3), "note=3: is a text"),  # type: ignore[arg-type]
+    "arm_key_twice": (lambda: Arm("a", "b=1 b=2"), "arm a: b: is overridden twice"),
+    "seeds_kind": (lambda: study(seeds=3), "seeds=3: numbers of seeds rise"),
+    "many_seeds": (lambda: study(seeds=(3, 1_000_000)), "64 seeds at most"),
     "stop": (lambda: StopRule(after=1.0, train_loss_above=3), "share of the steps"),
 }
 
@@ -71,7 +85,9 @@ BAD_PLANS = {
     "value": ((BASE, Arm("x", "optimizer.name=sgd")), "arm x: optimizer.name=sgd"),
     "rule": ((BASE, Arm("x", "schedule.train_samples=961")), "arm x: schedule.train_samples"),
     "seed": ((BASE, Arm("x", "seed=3")), "the runner sets this key"),
+    "data": ((BASE, Arm("x", "data.path=data/other")), "arm x: .*names its data.*data=DataSet"),
     "same": ((BASE, Arm("x", "optimizer.lr=0.004")), "base and x .*the same training"),
+    "logged": ((BASE, Arm("x", "logging.log_interval=7")), "base and x .*the same training"),
     "tokens": (
         (BASE, Arm("x", "schedule.train_samples=480 schedule.decay_samples=240")),
         "arm x: 1.229e.05 tokens: base has 2.458e.05.*set schedule.train_samples=960",
@@ -84,6 +100,17 @@ def test_arms_that_cannot_be_compared_are_refused(case: str) -> None:
     arms, words = BAD_PLANS[case]
     with pytest.raises(InputError, match=words):
         plan(*arms)
+
+
+def test_what_all_arms_share_is_checked_as_an_arm_is() -> None:
+    with pytest.raises(InputError, match=r"common: seed=3: the runner sets this key"):
+        plan(common={"tiny": ("seed=3",)})
+    with pytest.raises(InputError, match=r"common: optimizer\.lrr.*did you mean 'optimizer\.lr'"):
+        plan(common={"tiny": ("optimizer.lrr=1",)})
+    with pytest.raises(InputError, match=r"the base of scale tiny: its function returns a Run"):
+        plan(bases={"tiny": lambda: 5})
+    with pytest.raises(InputError, match=r"the base of a study must run \(ZeroDivisionError"):
+        plan(bases={"tiny": lambda: 1 / 0})
 
 
 def test_a_claim_of_equal_flops_is_checked_and_its_fix_fits() -> None:
@@ -145,6 +172,12 @@ def test_a_file_that_is_no_study_is_refused(text: str, words: str, tmp_path: Pat
     file.write_text(text)
     with pytest.raises(InputError, match=words):
         find_study(str(file))
+
+
+def test_a_file_that_hides_a_module_of_python_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_bytes(shipped()["mtp"].read_bytes())
+    with pytest.raises(InputError, match=r"random.*rename the file.*random_study\.py"):
+        find_study(str(tmp_path / "random.py"))
 
 
 def test_a_file_of_ones_own_works_as_a_shipped_one(tmp_path: Path) -> None:
