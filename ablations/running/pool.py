@@ -101,7 +101,7 @@ class Slots:
 class _Running:
     task: Task
     process: subprocess.Popen[bytes]
-    lock: IO[str]
+    lock: IO[bytes]
     place: int
     began: float
     early: str = ""
@@ -189,7 +189,7 @@ class Pool:
         self._start(task, lock, min(free))
         return True
 
-    def _start(self, task: Task, lock: IO[str], place: int) -> None:
+    def _start(self, task: Task, lock: IO[bytes], place: int) -> None:
         task.prepare()
         task.record.replace(state="running", started=_now()).write(task.folder)
         with task.log.open("ab") as log:

@@ -23,9 +23,11 @@ from ablations.asking.study import Scale
 from launchers.early_end import ended_early
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.checkpoint.run_list import RunOnDisk
+from mellum2_megatron.common.field_checks import require
 from mellum2_megatron.common.files import write_json
 from mellum2_megatron.common.json_files import read_record
 from mellum2_megatron.common.values import to_plain
+from mellum2_megatron.metrics.log import METRICS_FILE
 
 RESULTS = Path("ablation_results")
 """Default folder of all results."""
@@ -115,7 +117,18 @@ def settled(folder: Path, record: TaskRecord) -> TaskRecord:
     """Return a task's record with the state that its run folder shows.
 
     A batch job, or a training whose runner was killed, cannot write the record itself.
+
+    Raises:
+        InputError: it is done, and a file that a report needs is gone.
     """
+    if record.state == "done":
+        for name in (RUN_FILE, METRICS_FILE):
+            require(
+                (folder / name).is_file(),
+                f"{folder}",
+                rule=f"its task is done, but its {name} is not there",
+                fix="put the file back, or delete the folder and run the study again",
+            )
     if record.state in ("done", "early") or not (folder / RUN_FILE).is_file():
         return record
     if reason := ended_early(folder):

@@ -67,6 +67,7 @@ class Task:
 
     def prepare(self) -> None:
         """Write its run folder, its record and its limit. Nothing is trained yet."""
+        _drop_dead_link(self.folder)
         write_run_folder(self.run)
         self.record.write(self.folder)
         if self.limit is None:
@@ -227,10 +228,17 @@ def find_twin(results: Path, task: Task) -> Path | None:
 def link_twin(task: Task, twin: Path) -> None:
     """Make a task's folder a link to the same task of another study."""
     task.folder.parent.mkdir(parents=True, exist_ok=True)
+    _drop_dead_link(task.folder)
     task.folder.symlink_to(os.path.relpath(twin.resolve(), task.folder.parent.resolve()))
 
 
-def try_lock(results: Path, key: str) -> IO[str] | None:
+def _drop_dead_link(folder: Path) -> None:
+    """Remove a link to a twin whose study has been deleted since."""
+    if folder.is_symlink() and not folder.exists():
+        folder.unlink()
+
+
+def try_lock(results: Path, key: str) -> IO[bytes] | None:
     """Take the lock of a task; None if another runner has it.
 
     The lock is free again once the file is closed in every process that inherited it, so a training
@@ -238,7 +246,15 @@ def try_lock(results: Path, key: str) -> IO[str] | None:
     """
     folder = results / LOCKS
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / key).open("w")
+    path = folder / key
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        # Another user's file: on a local disk a lock needs no right to write.
+        if not path.is_file():
+            raise
+        descriptor = os.open(path, os.O_RDONLY)
+    file = os.fdopen(descriptor, "rb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -332,6 +332,8 @@ def _progress(
     from ablations.running.slurm_array import folders_in_queue
     from ablations.running.tasks import examine, seeds_upto, tasks_of
 
+    for arm in only or ():
+        plan.arm(arm)
     require_data(plan, word)
     count = seeds or plan.study.seeds[0]
     tasks = tasks_of(

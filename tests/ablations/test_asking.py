@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ablations.asking import Arm, Claim, Match, Metric, StopRule, Study
 from ablations.asking.finding import NamedStudy, find_study, shipped
 from ablations.asking.planned import differences, plan_study, require_scale, scales_of
 from ablations.asking.table import study_rows
+from mellum2_megatron.cli.app import app
 from mellum2_megatron.common.errors import InputError
 
 METRICS = (Metric("valid_loss", delta=0.02),)
@@ -187,6 +189,19 @@ def test_a_file_of_ones_own_works_as_a_shipped_one(tmp_path: Path) -> None:
     assert named.name == "my_mtp"
     assert named.study == find_study("mtp").study
     assert not (tmp_path / "__pycache__").exists()
+
+
+def test_a_wrong_arm_is_told_before_missing_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no data are
+    words = ["ablate", "run", "window", "--only"]
+    wrong = CliRunner().invoke(app, [*words, "ful"])
+    assert isinstance(wrong.exception, InputError)
+    assert "did you mean 'full'" in str(wrong.exception)
+    right = CliRunner().invoke(app, [*words, "full"])
+    assert "no such folder" in str(right.exception)
+    assert not list(tmp_path.iterdir())
 
 
 # -- Shipped studies -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,46 @@ def test_identical_tasks_of_two_studies_are_run_once(
     assert starts(tmp_path / "moved/other/tiny/base/seed_2") == 1
 
 
+def test_a_study_outlives_the_one_that_it_links_to(
+    file: Path, small_data: PreparedData, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    run_all(plan_of(file), results, seeds=1)
+    other = write_study(tmp_path / "other.py", small_data)
+    run_all(plan_of(other), results, seeds=1)
+    link = task_folder(results, "other", "tiny", "base", 1)
+    assert link.is_symlink()
+    shutil.rmtree(results / "mine")
+    assert list(tasks_on_disk(results, "other", "tiny")) == []
+    assert run_all(plan_of(other), results, seeds=1) == []
+    assert not link.is_symlink()
+    assert starts(link) == 1
+    # Its link may lead to another twin, too.
+    run_all(plan_of(file), results, seeds=1)
+    shutil.rmtree(results / "other" / "tiny" / "base")
+    link.parent.mkdir()
+    link.symlink_to("../gone")
+    assert run_all(plan_of(other), results, seeds=1) == []
+    assert read_task(link) is not None
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "metrics.jsonl"])
+def test_a_done_task_without_its_files_is_named(name: str, file: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    run_all(plan_of(file), results, seeds=1)
+    folder = task_folder(results, "mine", "tiny", "adam", 1)
+    (folder / name).unlink()
+    for look in (
+        lambda: examine(tasks_of(plan_of(file), results, [1]), results),
+        lambda: list(tasks_on_disk(results, "mine", "tiny")),
+    ):
+        with pytest.raises(InputError, match=rf"adam/seed_1: its task is done, but its {name}"):
+            look()
+    shutil.rmtree(folder)
+    assert run_all(plan_of(file), results, seeds=1) == []
+    assert starts(folder) == 1
+
+
 def test_a_changed_recipe_under_old_results_is_refused(
     file: Path, small_data: PreparedData, tmp_path: Path
 ) -> None:
@@ -241,6 +282,28 @@ def test_a_task_that_another_runner_has_is_waited_for(file: Path, tmp_path: Path
     assert [entry.todo for entry in examine([task], results)] == ["wait"]
     lock.close()
     assert [entry.todo for entry in examine([task], results)] == ["run"]
+
+
+def test_a_lock_file_of_another_user_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = try_lock(tmp_path, "key")
+    assert first is not None
+    opened = os.open
+
+    def refusing(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert try_lock(tmp_path, "key") is None
+    first.close()
+    second = try_lock(tmp_path, "key")
+    assert second is not None
+    second.close()
+    with pytest.raises(PermissionError):
+        try_lock(tmp_path, "new")
 
 
 def test_places_respect_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
