@@ -1,100 +1,76 @@
-"""Refusal of runs that differ in more than their arms say: their difference answers nothing."""
+"""Refusal of runs that are not those of the study as it is now: their answer would be another's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ablations.answering.run_measures import RunMeasures
 from ablations.asking.deciding import deciding_values
-from ablations.asking.study import Arm, Scale, Study
+from ablations.asking.planned import Plan
+from ablations.asking.study import DataSet
+from ablations.running.results import START
+from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.common.errors import InputError, shown
-from mellum2_megatron.config import apply_overrides
+from mellum2_megatron.config import Run
 
-_BY_SEED = ("seed", "data.seed")
-"""Keys that may differ between two seeds of an arm."""
-
-_FOLLOWS = {
-    "architecture.num_hidden_layers": ("architecture.layer_types", "architecture.mlp_layer_types"),
-    "architecture.num_mtp_layers": ("architecture.mtp_layer_types", "architecture.mlp_layer_types"),
-}
-"""Key of an override -> keys that `Mellum2Architecture.replace` changes with it."""
-
-_DATA = ("data.train", "data.valid", "tokenizer")
-"""Parts of a task's identity that an arm with data of its own changes."""
+_CONTENTS = ("data.train", "data.valid", "tokenizer")
+"""Parts of a task's identity that arms with the same data set have in common."""
 
 
-def check_comparable(study: Study, scale: Scale, runs: Sequence[RunMeasures]) -> None:
-    """Refuse runs that differ in more than the overrides of their arms, or lack these.
+def check_comparable(plan: Plan, runs: Sequence[RunMeasures]) -> None:
+    """Refuse runs that differ from their arms as planned now, in a run file or in their data.
 
-    Every run is compared with the control's of its seed, or where there is none with the control's
-    first run. Keys of the run file, and contents of the data, count.
+    So two runs differ in the keys of their arms alone, and in those as the study states them: a
+    changed base, `common`, arm or start is found, whichever runs it has reached.
+
+    Args:
+        plan: the study at its scale.
+        runs: its finished runs.
 
     Raises:
-        InputError: two runs differ in another key, or the study has changed since a run of it; the
-            message names the key.
+        InputError: a run has another value than its arm; runs of one data set have other contents.
+            The message names the key.
     """
+    contents: dict[DataSet | None, RunMeasures] = {}
     for run in runs:
-        _check_arm(study, scale, run)
-    controls = {run.seed: run for run in runs if run.arm == study.control}
-    if not controls:
-        return
-    first = controls[min(controls)]
-    for run in runs:
-        control = controls.get(run.seed, first)
-        keys = _changed_keys(study, scale, run.arm)
-        if control.seed != run.seed or run.arm == study.control:
-            control = first
-            keys |= set(_BY_SEED)
-        before, after = _values(control), _values(run)
-        for key in dict.fromkeys([*before, *after]):
-            if before.get(key) != after.get(key) and not _covered(key, keys):
-                raise InputError(
-                    f"{run.arm} seed {run.seed} against {control.arm} seed {control.seed}: "
-                    f"{key} {shown(before.get(key))} -> {shown(after.get(key))}",
-                    rule="runs are compared that differ in the keys of their arms alone",
-                    fix="run the study again in one state, in another results folder",
-                )
+        arm = plan.arm(run.arm)
+        _check_values(f"{run.arm} seed {run.seed}", run.run, arm.run, run.seed)
+        if plan.start is not None:
+            start = run.task.folder.resolve().parents[1] / START / f"seed_{run.seed}" / RUN_FILE
+            _check_start(start, plan.start, run.seed)
+        _check_contents(contents.setdefault(arm.data, run), run)
 
 
-def _check_arm(study: Study, scale: Scale, run: RunMeasures) -> None:
-    """Refuse a run without the values of its arm: the study's file has changed since."""
-    words = study.arm(run.arm).words(scale)
-    keys = {word.partition("=")[0].strip() for word in words}
-    before = deciding_values(run.run)
-    after = deciding_values(apply_overrides(run.run, words))
-    for key in dict.fromkeys([*before, *after]):
-        if before.get(key) != after.get(key) and _covered(key, keys):
+def _check_values(name: str, found: Run, planned: Run, seed: int) -> None:
+    before = deciding_values(found)
+    now: dict[str, Any] = deciding_values(planned) | {"seed": seed}
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key):
             raise InputError(
-                f"{run.arm} seed {run.seed}: {key} is {shown(before.get(key))} in its run, "
-                f"{shown(after.get(key))} in the study",
-                rule="a run has the values that its arm states",
+                f"{name}: {key} is {shown(before.get(key))} in its run, {shown(now.get(key))} in "
+                "the study",
+                rule="a report compares runs of the study as it is now: its base, its `common`, "
+                "its arms, and the seed of the folder",
                 fix="undo the change of the study, or run it in another results folder",
             )
 
 
-def _changed_keys(study: Study, scale: Scale, arm: str) -> set[str]:
-    """Return the keys in which an arm may differ from the control."""
-    keys: set[str] = set()
-    for one in (study.arm(arm), study.arm(study.control)):
-        for word in one.words(scale):
-            key = word.partition("=")[0].strip()
-            keys |= {key, *_FOLLOWS.get(key, ())}
-        if _has_data(one):
-            keys |= {"data", *(f"identity: {part}" for part in _DATA)}
-    return keys
+def _check_start(file: Path, planned: Run, seed: int) -> None:
+    # Weights that every arm has started from may be deleted.
+    if file.is_file():
+        _check_values(f"{START} seed {seed}", read_run(file, warn=False), planned, seed)
 
 
-def _has_data(arm: Arm) -> bool:
-    return bool(arm.data)
-
-
-def _covered(key: str, keys: set[str]) -> bool:
-    return any(key == one or key.startswith(f"{one}.") for one in keys)
-
-
-def _values(run: RunMeasures) -> dict[str, Any]:
-    """Return the values of a run that count, by full key, and the contents of its data."""
-    identity: Mapping[str, str] = run.task.record.identity
-    contents = {f"identity: {part}": identity[part] for part in _DATA if part in identity}
-    return {**deciding_values(run.run), **contents}
+def _check_contents(first: RunMeasures, run: RunMeasures) -> None:
+    before, after = first.task.record.identity, run.task.record.identity
+    for key in _CONTENTS:
+        if before.get(key) != after.get(key):
+            raise InputError(
+                f"{run.arm} seed {run.seed} against {first.arm} seed {first.seed}: contents of "
+                f"{key} {shown(before.get(key))} -> {shown(after.get(key))}",
+                rule="arms that share a data set are compared on the same data",
+                fix="run the study again on one state of its data, in another results folder",
+            )

@@ -16,9 +16,18 @@ from ablations.answering.document_bootstrap import (
 )
 from ablations.answering.run_measures import RunMeasures, measure
 from ablations.answering.seed_plan import SeedPlan
-from ablations.answering.verdicts import Answer, Interval, answer
+from ablations.answering.verdicts import Answer, Interval, answer, without_verdict
+from ablations.asking.planned import Plan
 from ablations.asking.study import METRICS, Scale, Study
+from ablations.running.identity import PACKAGES
 from ablations.running.results import TaskOnDisk
+from ablations.running.statement import Statement, statement_notes
+
+TIMES = frozenset(("step_seconds", "tokens_per_second"))
+"""Metrics that measure a machine and what else it does."""
+
+CROWDED = 0.05
+"""Share of a machine's cores that other processes may keep busy; above, times are no evidence."""
 
 Figures = Mapping[str, Mapping[int, float]]
 """Value of a metric by arm and seed."""
@@ -57,6 +66,7 @@ class Comparison:
         figures: values by name of metric.
         answers: answers on each arm but the control, by name of metric; the first decides.
         documents: differences over documents, none without sums by document.
+        time_doubt: reason why times of the runs are no evidence of speed; empty: none is known.
         notes: facts that limit the comparison, one sentence each.
     """
 
@@ -68,6 +78,7 @@ class Comparison:
     figures: Mapping[str, Figures]
     answers: Mapping[str, tuple[Answer, ...]]
     documents: tuple[DocumentAnswer, ...]
+    time_doubt: str
     notes: tuple[str, ...]
 
     def of_arm(self, arm: str) -> tuple[RunMeasures, ...]:
@@ -75,55 +86,66 @@ class Comparison:
         return tuple(run for run in self.runs if run.arm == arm)
 
 
-def compare(name: str, study: Study, scale: Scale, tasks: Iterable[TaskOnDisk]) -> Comparison:
+def compare(plan: Plan, tasks: Iterable[TaskOnDisk], stated: Statement | None) -> Comparison:
     """Compare the finished tasks of a study. Missing arms and seeds are named, not refused.
+
+    Args:
+        plan: the study at its scale.
+        tasks: its tasks that have results.
+        stated: what the study stated when its runs began; None: nothing shows it.
 
     Raises:
         InputError: a file of a finished run is damaged, or runs differ in more than their arms.
     """
-    runs, absent = _read(study, tasks)
-    check_comparable(study, scale, runs)
+    study = plan.study
+    runs, seeds, absent = _read(study, tasks)
+    check_comparable(plan, runs)
     common = common_documents(runs)
     figures = _figures(runs, common)
-    notes = [*_document_notes(runs, common), *_machine_notes(runs), *_code_notes(runs)]
-    seeds = sorted({run.seed for run in runs})
-    plan = SeedPlan(looks=study.seeds)
+    doubt = time_doubt(runs)
+    notes = [
+        *(statement_notes(study, stated, [run.task.record.started for run in runs])),
+        *_document_notes(runs, common),
+        *_machine_notes(runs, doubt),
+        *_code_notes(runs),
+        *_equal_notes(study, runs),
+    ]
+    looks = SeedPlan(looks=study.seeds)
     answers = {}
     for metric in study.metrics:
         values = figures.get(metric.name, {})
         control = values.get(study.control, {})
-        answers[metric.name] = tuple(
-            answer(
-                {
-                    arm.name: values.get(arm.name, {})
-                    for arm in study.arms
-                    if arm.name != study.control
-                },
-                control,
-                seeds=seeds,
-                plan=plan,
-                delta=metric.delta,
-                lower_is_better=metric.better == "lower",
-            )
+        found = answer(
+            {arm.name: values.get(arm.name, {}) for arm in study.arms if arm.name != study.control},
+            control,
+            seeds=seeds,
+            plan=looks,
+            delta=metric.delta,
+            lower_is_better=metric.better == "lower",
         )
+        if metric.name in TIMES and doubt:
+            found = [without_verdict(one, "times are no evidence, see above") for one in found]
+        answers[metric.name] = tuple(found)
         reasons = {run.missing[metric.name] for run in runs if metric.name in run.missing}
         notes += [f"{metric.name}: {reason}" for reason in sorted(reasons)]
     return Comparison(
-        name=name,
+        name=plan.name,
         study=study,
-        scale=scale,
+        scale=plan.scale,
         runs=runs,
         absent=absent,
         figures=figures,
         answers=answers,
         documents=_document_answers(study, runs, common),
+        time_doubt=doubt,
         notes=tuple(notes),
     )
 
 
 def _read(
     study: Study, tasks: Iterable[TaskOnDisk]
-) -> tuple[tuple[RunMeasures, ...], tuple[tuple[str, str], ...]]:
+) -> tuple[tuple[RunMeasures, ...], range, tuple[tuple[str, str], ...]]:
+    """Return the finished runs, the study's seeds from 1 to the last, and what has no run."""
     by_arm: dict[str, dict[int, TaskOnDisk]] = {arm.name: {} for arm in study.arms}
     absent = []
     for task in tasks:
@@ -132,7 +154,8 @@ def _read(
             by_arm[arm][seed] = task
         else:
             absent.append((f"{arm}, seed {seed}", "the study has no such arm any more"))
-    seeds = sorted({seed for of_arm in by_arm.values() for seed in of_arm})
+    # A seed that no arm has is missing too: nobody may choose among the seeds of a study.
+    seeds = range(1, 1 + max((seed for of_arm in by_arm.values() for seed in of_arm), default=0))
     runs = []
     for arm, of_arm in by_arm.items():
         if not of_arm:
@@ -147,7 +170,7 @@ def _read(
             else:
                 reason = f"{found.record.state}: {found.record.message}".rstrip(": ")
                 absent.append((f"{arm}, seed {seed}", reason))
-    return tuple(runs), tuple(absent)
+    return tuple(runs), seeds, tuple(absent)
 
 
 def _figures(runs: Sequence[RunMeasures], common: CommonDocuments | None) -> dict[str, Figures]:
@@ -225,21 +248,59 @@ def _document_notes(runs: Sequence[RunMeasures], common: CommonDocuments | None)
     return notes
 
 
-def _machine_notes(runs: Sequence[RunMeasures]) -> list[str]:
-    """Return a note if two runs of the study were on one machine at the same time."""
+def time_doubt(runs: Sequence[RunMeasures]) -> str:
+    """Return why times of runs are no evidence of speed; empty: nothing speaks against them."""
     for first, second in itertools.combinations(runs, 2):
         a, b = first.task.record, second.task.record
         known = first.host and a.started and a.ended and b.started and b.ended
         if known and first.host == second.host and a.started < b.ended and b.started < a.ended:
-            return [
-                "Times are no evidence: tasks of the study shared a machine "
-                f"({first.arm} seed {first.seed} and {second.arm} seed {second.seed} on "
-                f"{first.host})."
-            ]
+            return (
+                f"tasks of the study shared a machine ({first.arm} seed {first.seed} and "
+                f"{second.arm} seed {second.seed} on {first.host})"
+            )
+    unknown = [run for run in runs if run.load is None]
+    if unknown:
+        return f"nothing shows what else ran beside {len(unknown)} of the {len(runs)} runs"
+    crowded = [(run.load, run) for run in runs if run.load and run.load.share_of_others > CROWDED]
+    if not crowded:
+        return ""
+    load, run = max(crowded, key=lambda pair: pair[0].share_of_others)
+    return (
+        f"other processes kept {load.others:.1f} of {load.cores} cores busy while {run.arm} seed "
+        f"{run.seed} trained"
+    )
+
+
+def _machine_notes(runs: Sequence[RunMeasures], doubt: str) -> list[str]:
+    notes = [f"Times are no evidence: {doubt}."] if doubt else []
     hosts = sorted({run.host for run in runs})
     if len(hosts) > 1:
-        return [f"Times are of {len(hosts)} machines: {', '.join(host or '?' for host in hosts)}."]
-    return []
+        named = ", ".join(host or "?" for host in hosts)
+        notes.append(f"Times are of {len(hosts)} machines: {named}.")
+    return notes
+
+
+def _equal_notes(study: Study, runs: Sequence[RunMeasures]) -> list[str]:
+    """Return a note on each arm that is the control to the last digit: its override does nothing.
+
+    Losses and gradient norms of every logged step are compared.
+    """
+
+    def numbers(run: RunMeasures) -> list[list[float]]:
+        return [run.curve(name)[1] for name in ("lm_loss", "grad_norm")]
+
+    control = {run.seed: run for run in runs if run.arm == study.control}
+    notes = []
+    for arm in study.arms:
+        pairs = [run for run in runs if run.arm == arm.name and run.seed in control]
+        if arm.name == study.control or not pairs:
+            continue
+        if all(numbers(run)[0] and numbers(run) == numbers(control[run.seed]) for run in pairs):
+            notes.append(
+                f"{arm.name} is {study.control} to the last digit of every step: its override "
+                "changes nothing in these runs."
+            )
+    return notes
 
 
 def _code_notes(runs: Sequence[RunMeasures]) -> list[str]:
@@ -247,6 +308,14 @@ def _code_notes(runs: Sequence[RunMeasures]) -> list[str]:
     notes = []
     if len(commits) > 1:
         notes.append(f"The runs are of {len(commits)} states of the code: {', '.join(commits)}.")
+    versions = {
+        tuple(f"{name} {run.task.record.identity.get(name, '?')}" for name in PACKAGES)
+        for run in runs
+        if run.task.record.identity
+    }
+    if len(versions) > 1:
+        sets = "; ".join(", ".join(one) for one in sorted(versions))
+        notes.append(f"The runs are of {len(versions)} sets of packages: {sets}.")
     if any("+" in commit for commit in commits):
         notes.append("A run had uncommitted changes (+), so its commit does not give it again.")
     return notes

@@ -81,7 +81,7 @@ def _answers_csv(comparison: Comparison) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
         "metric arm seeds look difference sd low high plan_low plan_high p p_equivalent verdict "
-        "expected step_seconds_ratio tokens_per_second_ratio note".split()
+        "expected step_seconds_ratio tokens_per_second_ratio time_doubt note".split()
     )
     expected = comparison.study.claim.expected if comparison.study.claim else {}
     for metric, answers in comparison.answers.items():
@@ -108,6 +108,7 @@ def _answers_csv(comparison: Comparison) -> str:
                     one.word,
                     expected.get(one.arm, ""),
                     *("" if value is None else repr(value) for value in ratios),
+                    comparison.time_doubt,
                     one.note,
                 ]
             )

@@ -11,6 +11,7 @@ from ablations.running.evaluations import EVALUATIONS
 from ablations.running.results import TaskOnDisk
 from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.checkpoint.folder import RUN_FILE
+from mellum2_megatron.common.machine_load import MachineLoad
 from mellum2_megatron.common.provenance import read_records, recorded_code
 from mellum2_megatron.config import Run
 from mellum2_megatron.metrics import read_metrics
@@ -29,6 +30,8 @@ class RunMeasures:
         sums: sums by document of the last validation; None if it wrote none at its last step.
         commit: first digits of the commit of the code, ``+`` for uncommitted changes; ``unknown``.
         host: name of the machine of the last start; empty: unknown.
+        load: load of the machine while it trained, of several starts the one with the largest share
+            of others; None: unknown for a start.
         values: figure by name of `METRICS`, those that the files have.
         missing: reason why a metric has no figure, by its name.
     """
@@ -39,6 +42,7 @@ class RunMeasures:
     sums: ValidationSums | None
     commit: str
     host: str
+    load: MachineLoad | None
     values: Mapping[str, float]
     missing: Mapping[str, str]
 
@@ -91,7 +95,10 @@ def measure(task: TaskOnDisk) -> RunMeasures:
             missing[name] = "the run has no figure of it from `mellum2 ablate evaluate`"
         else:
             values[name] = value
-    starts = [line for line in read_records(folder) if line.get("event") == "start"]
+    lines = read_records(folder)
+    starts = [line for line in lines if line.get("event") == "start"]
+    loads = [MachineLoad.of(line.get("load")) for line in lines if line.get("event") == "end"]
+    known = [load for load in loads if load is not None]
     return RunMeasures(
         task=task,
         run=run,
@@ -99,6 +106,9 @@ def measure(task: TaskOnDisk) -> RunMeasures:
         sums=sums,
         commit=_commit(folder),
         host=str(starts[-1].get("host", "")) if starts else "",
+        load=max(known, key=lambda load: load.share_of_others)
+        if len(known) >= len(starts) > 0
+        else None,
         values=values,
         missing=missing,
     )

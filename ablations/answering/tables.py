@@ -138,6 +138,8 @@ def ratio(comparison: Comparison, arm: str, metric: str) -> float | None:
 
 def _cost_table(comparison: Comparison) -> Table:
     rows = []
+    # A column is copied without the notes on top of the report.
+    shown = "no evidence ({:.2f})" if comparison.time_doubt else "{:.3f}"
     for arm in comparison.study.arms:
         runs = comparison.of_arm(arm.name)
         ratios = [
@@ -147,7 +149,7 @@ def _cost_table(comparison: Comparison) -> Table:
         rows.append(
             (
                 arm.name,
-                *("" if one is None else f"{one:.3f}" for one in ratios),
+                *("" if one is None else shown.format(one) for one in ratios),
                 *_sizes(runs),
                 *("" if one is None else f"{one:.3f}" for one in means),
                 str(sum(count_spikes(run.records) for run in runs)) if runs else "",

@@ -7,6 +7,7 @@ assumption is that these differences are about normal; it is exact for any numbe
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class Answer:
     Attributes:
         arm: name of the arm.
         seeds: seeds of which both arm and control have a value, in the order of the study.
-        look: seeds at the last look that was reached; None before the first.
+        look: seeds at the last look that was reached; None before the first. A look has the first
+            seeds of the study without a gap: seeds that happen to be there would be a choice.
         difference: mean over `seeds` of arm less control; NaN without any.
         sd: standard deviation of the differences; NaN with fewer than 2.
         interval: 95% paired t interval of `seeds`, right if nobody had looked before; None with
@@ -176,10 +178,11 @@ def answer(
         name: np.array([arms[name][seed] - control[seed] for seed in kept], dtype=np.float64)
         for name, kept in paired.items()
     }
+    whole = {name: _without_gap(seeds, kept) for name, kept in paired.items()}
     # A run that diverged is a result, but not one that an interval could hold.
     finite = {name: bool(np.isfinite(values).all()) for name, values in differences.items()}
     evidence = {
-        name: weigh(values if finite[name] else values[:0], plan, delta)
+        name: weigh(values[: whole[name] if finite[name] else 0], plan, delta)
         for name, values in differences.items()
     }
     adjusted = holm([float(evidence[name].p) for name in arms])
@@ -192,7 +195,7 @@ def answer(
             float(evidence[name].sign) * (-1 if lower_is_better else 1),
             plan.error,
         )
-        look = plan.reached(len(values)) if finite[name] else None
+        look = plan.reached(whole[name]) if finite[name] else None
         enough = finite[name] and len(values) >= 2
         answers.append(
             Answer(
@@ -208,10 +211,15 @@ def answer(
                 p=float(adjusted[number]),
                 p_equivalent=float(equivalent[number]),
                 word=word,
-                note=_note(paired[name], values, word, plan),
+                note=_note(seeds, paired[name], values, word, plan),
             )
         )
     return answers
+
+
+def without_verdict(one: Answer, note: str) -> Answer:
+    """Return an answer whose figures are no evidence: undecided, with the reason."""
+    return dataclasses.replace(one, p=1.0, p_equivalent=1.0, word="undecided", note=note)
 
 
 def _word(p: float, p_equivalent: float, gain: float, error: float) -> Word:
@@ -223,17 +231,27 @@ def _word(p: float, p_equivalent: float, gain: float, error: float) -> Word:
     return "undecided"
 
 
-def _note(seeds: Sequence[int], values: Floats, word: Word, plan: SeedPlan) -> str:
+def _without_gap(seeds: Sequence[int], paired: Sequence[int]) -> int:
+    """Return the number of paired seeds before the first seed of the study that is none."""
+    return next((number for number, seed in enumerate(seeds) if seed not in paired), len(seeds))
+
+
+def _note(
+    seeds: Sequence[int], paired: Sequence[int], values: Floats, word: Word, plan: SeedPlan
+) -> str:
     broken = [
-        str(seed) for seed, value in zip(seeds, values, strict=True) if not np.isfinite(value)
+        str(seed) for seed, value in zip(paired, values, strict=True) if not np.isfinite(value)
     ]
     if broken:
         return f"no number at seed {', '.join(broken)}: a run diverged, so there is no interval"
-    if len(seeds) < plan.looks[0]:
-        return f"too few seeds: {len(seeds)} of the {plan.looks[0]} of the plan's first look"
+    whole = _without_gap(seeds, paired)
+    if whole < len(paired):
+        return f"seed {seeds[whole]} has no pair, so looks have the {whole} before it alone"
+    if whole < plan.looks[0]:
+        return f"too few seeds: {whole} of the {plan.looks[0]} of the plan's first look"
     if word != "undecided":
         return ""
-    following = plan.following(len(seeds))
+    following = plan.following(whole)
     return (
         "the plan has no further look" if following is None else f"next look at {following} seeds"
     )

@@ -136,6 +136,7 @@ def ablate_run(
     Give it again after a kill, or with more --seeds.
     Exit code 1: a task failed; the others have run.
     """
+    from ablations.running.statement import state
     from ablations.running.status import render_status, render_tasks
 
     if executor not in ("local", "slurm"):
@@ -147,6 +148,8 @@ def ablate_run(
     if dry_run:
         console.print(render_tasks(progress))
         return
+    if any(entry.todo != "nothing" for entry in progress):
+        state(plan.study, results / plan.name / plan.scale)
     group = {"WANDB_RUN_GROUP": f"{plan.name}-{plan.scale}"}
     if executor == "slurm":
         from ablations.running.slurm_array import submit_tasks
@@ -281,20 +284,19 @@ def ablate_log(
 def _comparison(name: str, scale: str, results: Path) -> Comparison:
     """Return the finished runs of a study, compared."""
     from ablations.answering.comparison import compare
-    from ablations.asking.finding import find_study
-    from ablations.asking.planned import require_scale
     from ablations.running.results import tasks_on_disk
+    from ablations.running.statement import read_statement
 
-    named = find_study(name)
-    known = require_scale(named.study, scale)
-    tasks = list(tasks_on_disk(results, named.name, known))
+    plan = _plan(name, scale, None)
+    folder = results / plan.name / plan.scale
+    tasks = list(tasks_on_disk(results, plan.name, plan.scale))
     if not any(task.record.state == "done" for task in tasks):
         raise InputError(
-            f"{results / named.name / known}",
+            f"{folder}",
             rule="no task of the study has finished there",
-            fix=f"run `mellum2 ablate run {name} --scale {known}`, or give --results",
+            fix=f"run `mellum2 ablate run {name} --scale {plan.scale}`, or give --results",
         )
-    return compare(named.name, named.study, known, tasks)
+    return compare(plan, tasks, read_statement(folder))
 
 
 def _plan(name: str, scale: str, data: list[str] | None, *, for_release: bool = False) -> Plan:

@@ -7,6 +7,9 @@ Each start of a run appends one line to ``DIR/provenance.jsonl``, and each order
      "python": "3.12.3", "packages": {"torch": "2.15.0", ...}, "host": "node-1", "hosts": 32,
      "world_size": 256, "from_step": 12000, "slurm": {"SLURM_JOB_ID": "4711"}}
 
+The line of an end has the ``outcome``, and the ``load`` of the first rank's machine since the start
+(`mellum2_megatron.common.machine_load`).
+
 A copy of the code without its Git repository (a packager's archive) has `SNAPSHOT_FILE` at its
 root. Without a repository and without that file the commit is recorded as unknown.
 """

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,7 @@ from mellum2_megatron.checkpoint.checks import check_share
 from mellum2_megatron.checkpoint.run_folder import read_run_in_place
 from mellum2_megatron.checkpoint.saving import remove_partial_checkpoints
 from mellum2_megatron.common.errors import WorkError
+from mellum2_megatron.common.machine_load import MachineLoad, cpu_seconds
 from mellum2_megatron.common.provenance import record
 from mellum2_megatron.config import Device, Run, overridden
 from mellum2_megatron.faults.failures import (
@@ -158,6 +160,9 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
         store=default_store,
     )
     changed = (*start.changes(run), *data_changes(run, start))
+    # The ranks of a machine are children of one launcher.
+    launcher = os.getppid()
+    began = cpu_seconds(launcher)
     if rank == 0:
         remove_partial_checkpoints(output)
         # Our launchers have written it already. A plain torchrun with a run file has not.
@@ -184,7 +189,9 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
         # A full disk must not turn a finished run into a failure, nor hide why another one failed.
         with suppress(OSError):
             if rank == 0:
-                record(output, event="end", world_size=world_size, more={"outcome": outcome})
+                load = MachineLoad.between(began, cpu_seconds(launcher))
+                more = {"outcome": outcome, "load": asdict(load)}
+                record(output, event="end", world_size=world_size, more=more)
 
     if is_done(run, start):
         record_end("finished")

@@ -8,15 +8,29 @@ from pathlib import Path
 
 import numpy as np
 
+from ablations.answering.comparison import Comparison, compare
+from ablations.asking.finding import NamedStudy
+from ablations.asking.planned import Plan, plan_study
 from ablations.asking.study import Arm, Claim, Metric, Study
 from ablations.running.results import TaskOnDisk, TaskRecord, task_folder, tasks_on_disk
+from ablations.running.statement import STATED_FILE, Statement, read_statement
 from mellum2_megatron.checkpoint.folder import RUN_FILE
-from mellum2_megatron.common.files import write_text
+from mellum2_megatron.common.files import write_json, write_text
+from mellum2_megatron.common.values import to_plain
 from mellum2_megatron.config import Run, apply_overrides, to_yaml
 from mellum2_megatron.metrics.validation_sums import ValidationSums, position_starts
 from mellum2_megatron.recipes import recipe
 
 NAME = "second_head"
+
+
+def base() -> Run:
+    """Return the base of the study: ten steps of the tiny recipe."""
+    small = ["schedule.train_samples=80", "schedule.decay_samples=8", "schedule.warmup_samples=8"]
+    fixed = ["schedule.batch_schedule=[[0,8]]", "logging.validation_documents=true"]
+    return apply_overrides(recipe("mellum2_tiny_pretrain"), [*small, *fixed])
+
+
 STUDY = Study(
     question="Does a second head help?",
     arms=(
@@ -27,17 +41,19 @@ STUDY = Study(
     control="without",
     metrics=(Metric("valid_loss", delta=0.05), Metric("step_seconds", delta=0.01)),
     claim=Claim(text="HumanEval 20.73 -> 31.10", source="report §6", expected={"with": "better"}),
+    bases={"tiny": base},
 )
 EFFECT = {"with": -0.2, "without": 0.0, "flat": 0.001}
 STEPS = 10
 DOCUMENTS = 120
 
 
+def plan_of(study: Study = STUDY) -> Plan:
+    return plan_study(NamedStudy(name=NAME, file=Path(f"{NAME}.py"), study=study), "tiny")
+
+
 def run_of(arm: str, seed: int, folder: Path) -> Run:
-    words = [*STUDY.arm(arm).words("tiny"), f"seed={seed}", f"checkpoint.output={folder}"]
-    small = ["schedule.train_samples=80", "schedule.decay_samples=8", "schedule.warmup_samples=8"]
-    fixed = ["schedule.batch_schedule=[[0,8]]", "logging.validation_documents=true"]
-    return apply_overrides(recipe("mellum2_tiny_pretrain"), [*small, *fixed, *words])
+    return apply_overrides(plan_of().arm(arm).run, [f"seed={seed}", f"checkpoint.output={folder}"])
 
 
 def sums_of(arm: str, seed: int, *, length: int, documents: int = DOCUMENTS) -> ValidationSums:
@@ -72,8 +88,12 @@ def write_task(
     state: str = "done",
     sums: ValidationSums | None = None,
     hours: tuple[int, int] | None = None,
+    others: float | None = 0.1,
 ) -> Path:
-    """Write a task's folder; by default tasks follow each other on one machine."""
+    """Write a task's folder; by default tasks follow each other on one machine.
+
+    ``others``: cores of 8 that other processes kept busy; None: the run did not record it.
+    """
     folder = task_folder(results, NAME, "tiny", arm, seed)
     run = change(run_of(arm, seed, folder))
     index = seed * len(STUDY.arms) + [one.name for one in STUDY.arms].index(arm)
@@ -112,7 +132,9 @@ def write_task(
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     code = {"origin": "git", "version": "1", "commit": "0123456789abcdef" * 2 + "01234567"}
     start = {"event": "start", "code": {**code, "dirty": False}, "host": "node-1"}
-    write_text(folder / "provenance.jsonl", json.dumps(start) + "\n")
+    load = {} if others is None else {"load": {"cores": 8, "own": 1.0, "others": others}}
+    end = {"event": "end", "outcome": "finished", **load}
+    write_text(folder / "provenance.jsonl", f"{json.dumps(start)}\n{json.dumps(end)}\n")
     (sums or sums_of(arm, seed, length=run.data.sequence_length)).write(folder, STEPS)
     return folder
 
@@ -121,6 +143,13 @@ def write_study(results: Path, seeds: int = 3) -> None:
     for arm in STUDY.arms:
         for seed in range(1, seeds + 1):
             write_task(results, arm.name, seed)
+    folder = results / NAME / "tiny"
+    write_json(folder / STATED_FILE, to_plain(Statement.of(STUDY, time="2026-11-26T00:00:00")))
+
+
+def compared(results: Path, study: Study = STUDY) -> Comparison:
+    """Return the finished runs of the study in a folder, compared."""
+    return compare(plan_of(study), tasks(results), read_statement(results / NAME / "tiny"))
 
 
 def tasks(results: Path) -> list[TaskOnDisk]:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ablations.answering.comparison import compare
 from ablations.answering.log import HEAD, append_entry, log_entry
 from ablations.asking.study import DataSet
 from mellum2_megatron.cli.app import app
 from mellum2_megatron.common.errors import InputError
-from tests.ablations.study_files import NAME, STUDY, tasks, write_study, write_task
+from tests.ablations.study_files import NAME, STUDY, compared, write_study, write_task
 
 DAY = datetime(2026, 11, 27, tzinfo=UTC)
 
@@ -22,7 +21,7 @@ DAY = datetime(2026, 11, 27, tzinfo=UTC)
 def test_entries_are_appended(tmp_path: Path) -> None:
     write_study(tmp_path / "results")
     file = tmp_path / "LOG.md"
-    first = compare(NAME, STUDY, "tiny", tasks(tmp_path / "results"))
+    first = compared(tmp_path / "results")
     entry = append_entry(first, file, now=DAY)
     text = file.read_text(encoding="utf-8")
     assert text == f"{HEAD}\n{entry}"
@@ -38,7 +37,7 @@ def test_entries_are_appended(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="entry of these 9 runs already"):
         append_entry(first, file, now=DAY)
     write_task(tmp_path / "results", "with", 4)
-    second = compare(NAME, STUDY, "tiny", tasks(tmp_path / "results"))
+    second = compared(tmp_path / "results")
     append_entry(second, file, now=DAY)
     grown = file.read_text(encoding="utf-8")
     assert grown.startswith(text.rstrip())
@@ -49,14 +48,14 @@ def test_an_arm_with_data_of_its_own_names_them(tmp_path: Path) -> None:
     write_study(tmp_path / "results")
     arms = (replace(STUDY.arms[0], data=DataSet(name="other", path="data/other")), *STUDY.arms[1:])
     study = replace(STUDY, arms=arms)
-    entry = log_entry(compare(NAME, study, "tiny", tasks(tmp_path / "results")), DAY)
+    entry = log_entry(compared(tmp_path / "results", study), DAY)
     (change,) = [line for line in entry.splitlines() if line.startswith("**Change.**")]
     assert f"{arms[0].name}: data `other`" in change
 
 
 def test_no_entry_without_an_answer(tmp_path: Path) -> None:
     write_study(tmp_path / "results", seeds=2)
-    comparison = compare(NAME, STUDY, "tiny", tasks(tmp_path / "results"))
+    comparison = compared(tmp_path / "results")
     with pytest.raises(InputError, match="no arm has the 3 seeds of the first look"):
         append_entry(comparison, tmp_path / "LOG.md")
     assert not (tmp_path / "LOG.md").exists()

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablations.answering.comparison import Comparison, compare
+from ablations.answering.comparison import Comparison
 from ablations.answering.report import write_report
 from ablations.answering.tables import ratio
 from ablations.asking.study import Arm, Metric
 from ablations.running.evaluations import evaluate_tasks
 from ablations.running.results import task_folder
+from ablations.running.statement import Statement, read_statement, state
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import apply_overrides
 from tests.ablations.study_files import (
@@ -27,6 +28,7 @@ from tests.ablations.study_files import (
     NAME,
     STEPS,
     STUDY,
+    compared,
     sums_of,
     tasks,
     write_study,
@@ -43,7 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(results: Path) -> Comparison:
-    return compare(NAME, STUDY, "tiny", tasks(results))
+    return compared(results)
 
 
 def rewritten(results: Path, tmp_path: Path) -> Path:
@@ -138,7 +140,7 @@ def test_missing_tasks(results: Path, tmp_path: Path) -> None:
     shutil.copytree(
         results / NAME / "tiny" / "with" / "seed_1", results / NAME / "tiny" / "gone" / "seed_1"
     )
-    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    comparison = compared(results)
     assert set(comparison.absent) == {
         ("flat", "no task has run"),
         ("with, seed 2", "no task has run"),
@@ -155,7 +157,7 @@ def test_missing_tasks(results: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_has_run(tmp_path: Path) -> None:
-    comparison = compare(NAME, STUDY, "tiny", tasks(tmp_path))
+    comparison = compared(tmp_path)
     assert len(comparison.absent) == 3
     assert "no task has run" in write_report(comparison, tmp_path / "report").read_text()
 
@@ -166,7 +168,7 @@ def test_documents_that_differ(results: Path, tmp_path: Path) -> None:
     fewer = sums_of("with", 1, length=length, documents=DOCUMENTS)
     changed = dataclasses.replace(fewer, bytes=fewer.bytes + (np.arange(DOCUMENTS) < 20))
     write_task(results, "with", 1, sums=changed)
-    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    comparison = compared(results)
     assert any("over the 100 documents" in note for note in comparison.notes)
     tokens = fewer.tokens[20:]
     assert comparison.figures["valid_loss"]["with"][1] == pytest.approx(
@@ -174,31 +176,145 @@ def test_documents_that_differ(results: Path, tmp_path: Path) -> None:
     )
     assert comparison.documents[0].documents == 100
     write_task(results, "with", 1, sums=dataclasses.replace(fewer, corpora=("other",)))
-    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    comparison = compared(results)
     assert any("No document is common" in note for note in comparison.notes)
     assert comparison.documents == ()
     write_task(results, "with", 1, sums=dataclasses.replace(fewer, tokens=fewer.tokens + 1))
-    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    comparison = compared(results)
     assert any("compare bits per byte" in note for note in comparison.notes)
     assert comparison.documents[0].per_token is None
     shutil.rmtree(results / NAME / "tiny" / "with" / "seed_1" / "validation")
-    comparison = compare(NAME, STUDY, "tiny", tasks(results))
+    comparison = compared(results)
     assert any("as logged" in note for note in comparison.notes)
     assert comparison.figures["valid_loss"]["with"][1] == 4.0
 
 
-def test_shared_machine(results: Path, tmp_path: Path) -> None:
+def doubt_of_times(results: Path) -> tuple[str, str]:
+    """Return why times are no evidence, and the verdict on them; check the report's cells."""
+    comparison = compared(results)
+    (answer, _) = comparison.answers["step_seconds"]
+    text = write_report(comparison, results / "report").read_text(encoding="utf-8")
+    assert ("no evidence (2.00)" in text) == bool(comparison.time_doubt)
+    assert ("Times are no evidence" in text) == bool(comparison.time_doubt)
+    assert comparison.answers["valid_loss"][0].word == "better"
+    return comparison.time_doubt, answer.word
+
+
+def test_times_without_doubt(results: Path, tmp_path: Path) -> None:
+    assert doubt_of_times(rewritten(results, tmp_path)) == ("", "worse")
+
+
+def test_tasks_that_shared_a_machine(results: Path, tmp_path: Path) -> None:
     results = rewritten(results, tmp_path)
     write_task(results, "with", 1, hours=(0, 23))
-    comparison = compare(NAME, STUDY, "tiny", tasks(results))
-    assert any("shared a machine" in note for note in comparison.notes)
+    doubt, word = doubt_of_times(results)
+    assert "tasks of the study shared a machine" in doubt
+    assert word == "undecided"
+
+
+def test_other_processes_beside_a_task(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    write_task(results, "flat", 1, others=0.5)
+    write_task(results, "flat", 2, others=1.25)
+    assert doubt_of_times(results) == (
+        "other processes kept 1.2 of 8 cores busy while flat seed 2 trained",
+        "undecided",
+    )
+    write_task(results, "flat", 1, others=0.3)
+    write_task(results, "flat", 2, others=0.3)
+    assert doubt_of_times(results) == ("", "worse")
+
+
+def test_a_start_whose_load_nothing_shows(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    write_task(results, "flat", 2, others=None)
+    doubt, word = doubt_of_times(results)
+    assert doubt == "nothing shows what else ran beside 1 of the 9 runs"
+    assert word == "undecided"
+    # A start that was killed has left no end.
+    folder = write_task(results, "flat", 2)
+    lines = (folder / "provenance.jsonl").read_text(encoding="utf-8")
+    (folder / "provenance.jsonl").write_text(lines.splitlines()[0] + "\n" + lines)
+    assert "1 of the 9 runs" in doubt_of_times(results)[0]
+
+
+def test_a_seed_that_no_arm_has(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    for arm in STUDY.arms:
+        write_task(results, arm.name, 4)
+        shutil.rmtree(task_folder(results, NAME, "tiny", arm.name, 2))
+    comparison = compared(results)
+    assert ("with, seed 2", "no task has run") in comparison.absent
+    (answer, _) = comparison.answers["valid_loss"]
+    assert (answer.seeds, answer.look, answer.word) == ((1, 3, 4), None, "undecided")
+
+
+def test_an_arm_that_is_the_control(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+
+    def copy(seed: int) -> None:
+        files = [
+            task_folder(results, NAME, "tiny", arm, seed) / "metrics.jsonl"
+            for arm in ("without", "flat")
+        ]
+        shutil.copy(*files)
+
+    copy(1)
+    copy(2)
+    assert compared(results).notes == ()
+    copy(3)
+    (note,) = compared(results).notes
+    assert note.startswith("flat is without to the last digit of every step")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"metrics": (Metric("valid_loss", delta=0.5), STUDY.metrics[1])},
+            "metrics valid_loss 0.05, step_seconds 0.01 -> valid_loss 0.5, step_seconds 0.01.",
+        ),
+        (
+            {"metrics": STUDY.metrics[::-1]},
+            "metrics valid_loss 0.05, step_seconds 0.01 -> step_seconds 0.01, valid_loss 0.05.",
+        ),
+        ({"seeds": (3,)}, "seeds 3, 5, 8 -> 3."),
+        ({"control": "with", "claim": None}, "control without -> with; expected with better -> no"),
+        ({"arms": STUDY.arms[:2]}, "arms with, without, flat -> with, without."),
+    ],
+    ids=["delta", "order", "looks", "control", "arms"],
+)
+def test_what_was_stated_before_the_runs(
+    results: Path, change: dict[str, object], words: str
+) -> None:
+    study = dataclasses.replace(STUDY, **change)  # type: ignore[arg-type]
+    notes = [note for note in compared(results, study).notes if "The study has changed" in note]
+    assert len(notes) == 1
+    assert words in notes[0]
+
+
+def test_a_study_that_was_stated_after_its_runs(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    file = results / NAME / "tiny" / "stated.json"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("2026-11-26T00", "2026-11-27T05:30"))
+    (note,) = compared(results).notes
+    # Tasks of seed 1 began at 3, 4 and 5.
+    assert note.startswith("3 of the 9 runs began before the study was stated")
+    file.unlink()
+    assert "stated before the runs (stated.json)" in compared(results).notes[0]
+    state(STUDY, file.parent)
+    stated = read_statement(file.parent)
+    assert stated == Statement.of(STUDY, time=stated.time if stated else "")
+    # The first statement stays.
+    state(dataclasses.replace(STUDY, seeds=(2,)), file.parent)
+    assert read_statement(file.parent) == stated
 
 
 def test_metric_that_no_file_has(results: Path) -> None:
     study = dataclasses.replace(STUDY, metrics=(*STUDY.metrics, Metric("needle", delta=0.1)))
-    comparison = compare(NAME, study, "tiny", tasks(results))
-    (note,) = comparison.notes
-    assert note == "needle: the run has no figure of it from `mellum2 ablate evaluate`"
+    comparison = compared(results, study)
+    assert "needle: the run has no figure of it from `mellum2 ablate evaluate`" in comparison.notes
     assert {one.word for one in comparison.answers["needle"]} == {"undecided"}
 
 
@@ -210,11 +326,11 @@ def test_metrics_that_an_evaluation_gives(results: Path, tmp_path: Path) -> None
     ]
     file = task_folder(copy, NAME, "tiny", "with", 2) / "eval_needle.json"
     file.write_text(json.dumps({"measures": [{"name": "needle", "figures": figures}]}))
-    comparison = compare(NAME, STUDY, "tiny", tasks(copy))
+    comparison = compared(copy)
     assert comparison.figures["needle"] == {"with": {2: pytest.approx((4 * 0.5 + 2 * 0.2) / 6)}}
     file.write_text('{"measures": 1}')
     with pytest.raises(InputError, match="is no result of `mellum2 eval`"):
-        compare(NAME, STUDY, "tiny", tasks(copy))
+        compared(copy)
 
 
 def test_only_finished_tasks_are_evaluated_and_once(results: Path, tmp_path: Path) -> None:
@@ -247,7 +363,7 @@ def test_damaged_run(results: Path, tmp_path: Path) -> None:
     results = rewritten(results, tmp_path)
     (results / NAME / "tiny" / "with" / "seed_1" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match="not a metrics record"):
-        compare(NAME, STUDY, "tiny", tasks(results))
+        compared(results)
 
 
 def test_text_of_others_is_no_markup(results: Path, tmp_path: Path) -> None:
@@ -256,5 +372,5 @@ def test_text_of_others_is_no_markup(results: Path, tmp_path: Path) -> None:
         question="Is a | b <script>?",
         arms=(*STUDY.arms, Arm("none", "loss.z_loss_coef=0.02")),
     )
-    folder = write_report(compare(NAME, study, "tiny", tasks(results)), tmp_path).parent
+    folder = write_report(compared(results, study), tmp_path).parent
     assert "<script>" not in (folder / "report.html").read_text(encoding="utf-8")

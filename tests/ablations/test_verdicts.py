@@ -134,6 +134,22 @@ def test_missing_and_diverged_seeds() -> None:
     assert "seed 1: a run diverged" in second.note
 
 
+def test_a_look_has_the_first_seeds_without_a_gap() -> None:
+    """Seeds that are there by chance, or by choice, make no look."""
+    values = {1: -0.1, 3: -0.1001, 4: -0.0999}
+    control = dict.fromkeys(range(1, 5), 0.0)
+    (got,) = answer({"a": values}, control, seeds=range(1, 5), plan=SeedPlan(), delta=0.02)
+    assert (got.word, got.look, got.p) == ("undecided", None, 1.0)
+    assert got.note == "seed 2 has no pair, so looks have the 1 before it alone"
+    assert got.interval == t_interval([-0.1, -0.1001, -0.0999])
+    # A verdict of the seeds before the gap stays.
+    values = {1: -0.1, 2: -0.1001, 3: -0.0999, 5: 0.3}
+    control = dict.fromkeys(range(1, 6), 0.0)
+    (got,) = answer({"a": values}, control, seeds=range(1, 6), plan=SeedPlan(), delta=0.02)
+    assert (got.word, got.look) == ("better", 3)
+    assert "seed 4 has no pair" in got.note
+
+
 def test_seeds_between_looks_wait() -> None:
     got = ask(-0.1, -0.1001, 0.3, 0.3)
     assert got.look == 3
