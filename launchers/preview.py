@@ -5,12 +5,15 @@ Nothing is written or started.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launchers.job import ClusterJob, missing_variables
 from mellum2_megatron.common.console import console, plain_table
+from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run, to_yaml
+from mellum2_megatron.data.feed.entries import is_absent
 from mellum2_megatron.planning.layout_report import layout_report, render_layout
 from mellum2_megatron.planning.start_notes import start_notes
 
@@ -138,7 +141,7 @@ def show(
 
 def warnings(job: ClusterJob) -> list[str]:
     """Return remarks about a job that are no reason to refuse it."""
-    lines = start_notes(job.run, job.world_size)
+    lines = [*start_notes(job.run, job.world_size), *_index_notes(job)]
     missing = missing_variables(job.profile)
     if missing:
         lines.append(
@@ -146,3 +149,21 @@ def warnings(job: ClusterJob) -> list[str]:
             f"{', '.join(missing)}"
         )
     return lines
+
+
+def _index_notes(job: ClusterJob) -> list[str]:
+    """Return what is to be said about missing sample indices of the job's runs."""
+    lines = []
+    for run in job.runs:
+        if run.data.feed == "rollouts" or is_absent(run.data):
+            continue
+        # Imports numpy, which a preview without data does not need.
+        from mellum2_megatron.data.feed.index_plan import index_notes
+        from mellum2_megatron.data.feed.sources import check_data
+
+        # Bad data are refused, or shown, by the checks of the job's files.
+        with contextlib.suppress(InputError):
+            lines += index_notes(
+                run, check_data(run), "`mellum2 data index` with this recipe and these overrides"
+            )
+    return list(dict.fromkeys(lines))

@@ -65,7 +65,8 @@ def start_local(
         # machine=False: the run may be meant for another machine, with GPUs.
         planned_device, ranks = plan(run, device, nproc)
         enforce(run, world_size=ranks, device=planned_device, machine=False)
-        notes = _data_notes(run, data_is_given=any(word.startswith("data.") for word in overrides))
+        data_is_given = any(word.startswith("data.") for word in overrides)
+        notes = _data_notes(run, [name, *overrides], data_is_given=data_is_given)
         notes += start_notes(run, ranks)
         # An import that is still to be made has been checked by `plan_weights`.
         if weights is None or weights.done:
@@ -96,7 +97,7 @@ def start_local(
         sys.stdout.writelines(f"{line}\n" for line in resume_lines(run, start))
         report_end(output_folder(run))
         return 0
-    notes = [*_data_notes(run), *start_notes(run, ranks)]
+    notes = [*_data_notes(run, [name, *overrides]), *start_notes(run, ranks)]
     sys.stderr.write("".join(f"{note}\n" for note in notes))
     write_run_folder(run)
     code = run_local(
@@ -151,11 +152,12 @@ def report_end(folder: Path) -> None:
     )
 
 
-def _data_notes(run: Run, *, data_is_given: bool = True) -> list[str]:
+def _data_notes(run: Run, words: Sequence[str], *, data_is_given: bool = True) -> list[str]:
     """Check the data and return what is worth saying about them, one line each.
 
     Args:
         run: a resolved run.
+        words: words of the command line that name it.
         data_is_given: false if the command names no data. A recipe's own folder may then be absent,
             because a dry run may be meant for another machine.
 
@@ -165,12 +167,13 @@ def _data_notes(run: Run, *, data_is_given: bool = True) -> list[str]:
     if not data_is_given and is_absent(run.data):
         return [f"data: not checked, {run.data.path} is not on this machine"]
     # Imports numpy, which a dry run of another machine's data does not need.
+    from mellum2_megatron.data.feed.index_plan import index_command, index_notes
     from mellum2_megatron.data.feed.sources import check_amounts, check_data
 
     data = check_data(run)
     if run.data.feed == "rollouts":
         return _task_notes(run)
-    return [*data.notes, *check_amounts(run, data)]
+    return [*data.notes, *check_amounts(run, data), *index_notes(run, data, index_command(words))]
 
 
 def _task_notes(run: Run) -> list[str]:

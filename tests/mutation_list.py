@@ -262,10 +262,24 @@ MUTATIONS = (
     ),
     Mutation(
         name="data.seed ignored",
-        file=f"{FEED}datasets.py",
-        old="random_seed=_seed(run, split)",
-        new="random_seed=run.seed",
+        file=f"{FEED}index_plan.py",
+        old="return run.seed if run.data.seed is None else run.data.seed",
+        new="return run.seed",
         test=FEED_TEST,
+    ),
+    Mutation(
+        name="index of fewer validation samples than the run reads",
+        file=f"{FEED}index_plan.py",
+        old="run.logging.eval_iterations * run.eval_batch_size",
+        new="run.logging.eval_iterations",
+        test=("tests/training/test_index_builder.py", "-k", "finds_all"),
+    ),
+    Mutation(
+        name="damaged index taken for whole",
+        file="mellum2_megatron/training/index_builder.py",
+        old="written[kind] != found[kind]",
+        new="not found[kind]",
+        test=("tests/training/test_index_builder.py", "-k", "mends_damage"),
     ),
     Mutation(
         name="validation sets of a blend that overlap",

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-
-import psutil
 
 from conversion.huggingface.format import torch_dtype
 from conversion.verification.ranks import Ranks
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import size_text
+from mellum2_megatron.common.free_memory import free_memory
 from mellum2_megatron.config import Backend
 from mellum2_megatron.planning.rank_weights import local_weights
-
-_CGROUPS = Path("/sys/fs/cgroup")
 
 _PAIR_BYTES = 6
 """Bytes for each pair of positions of a sequence: two masks of truth values and one in float32
@@ -23,34 +19,6 @@ _PAIR_BYTES = 6
 
 _LOGIT_COPIES = 3
 """Copies of a sequence's logits that exist at once: of the head, in float32, and of the loss."""
-
-
-def free_memory() -> int:
-    """Return the main memory in bytes that this process and its children may still take.
-
-    A container or a Slurm job may have a limit below the machine's memory (cgroup v2).
-    """
-    free = int(psutil.virtual_memory().available)
-    try:
-        own = Path("/proc/self/cgroup").read_text(encoding="ascii").rpartition("0::/")[2].strip()
-    except OSError:
-        return free
-    group = _CGROUPS / own
-    # A limit may stand at any level above this process's own group.
-    for folder in [group, *group.parents]:
-        if folder == _CGROUPS.parent:
-            break
-        try:
-            limit = int((folder / "memory.max").read_text(encoding="ascii"))
-            used = int((folder / "memory.current").read_text(encoding="ascii"))
-            stat = dict(
-                line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines()
-            )
-        except (OSError, ValueError):  # no such controller, or "max" for no limit
-            continue
-        # Cached files count as used, and the system gives them up first.
-        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
-    return free
 
 
 def require_huggingface_memory(

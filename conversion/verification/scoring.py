@@ -27,11 +27,7 @@ from conversion.huggingface.folder import HfFolder
 from conversion.huggingface.scoring import check_tokens, load_hf, score_sequences
 from conversion.jobs.result_folder import check_space
 from conversion.verification.megatron_scoring import score_rank
-from conversion.verification.memory import (
-    free_memory,
-    require_huggingface_memory,
-    require_rank_memory,
-)
+from conversion.verification.memory import require_huggingface_memory, require_rank_memory
 from conversion.verification.ranks import Ranks
 from conversion.verification.score_folder import (
     LOGITS,
@@ -44,6 +40,7 @@ from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.checkpoint import find_checkpoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import check_writable, write_json
+from mellum2_megatron.common.free_memory import free_memory
 from mellum2_megatron.common.staging import staging
 from mellum2_megatron.config import Device
 

@@ -21,6 +21,7 @@ from mellum2_megatron.cli.eval import evaluate
 from mellum2_megatron.cli.generate import generate
 from mellum2_megatron.cli.gpu_check import gpu_check
 from mellum2_megatron.cli.help_page import mend_help
+from mellum2_megatron.cli.index import index
 from mellum2_megatron.cli.info import info
 from mellum2_megatron.cli.keys import keys
 from mellum2_megatron.cli.launch import launch_app
@@ -64,6 +65,7 @@ app.command("eval", rich_help_panel="Convert and compare")(evaluate)
 data_app.command("inspect")(inspect)
 data_app.command("where")(where)
 data_app.command("verify")(verify_command)
+data_app.command("index")(index)
 app.add_typer(data_app, name="data", rich_help_panel="Train")
 app.add_typer(launch_app, name="launch", rich_help_panel="Train")
 app.add_typer(rl_app, name="rl", rich_help_panel="Train")

@@ -79,6 +79,7 @@ def diagnose(
         InputError: `device` is none of "auto", "cpu" and "cuda", or an unknown card.
     """
     from launchers.weights import huggingface_source
+    from mellum2_megatron.data.feed.index_plan import index_command, index_notes
     from mellum2_megatron.data.feed.sources import check_amounts, check_data
     from mellum2_megatron.planning.gpus import find_gpu
     from mellum2_megatron.planning.memory import memory_per_rank
@@ -118,7 +119,8 @@ def diagnose(
     if not violations:
         if card is None:
             data = check_data(run)
-            for note in (*data.notes, *check_amounts(run, data)):
+            index = index_notes(run, data, index_command([recipe, *overrides]))
+            for note in (*data.notes, *check_amounts(run, data), *index):
                 print_line(note)
         else:
             memory = memory_per_rank(run, world_size=ranks, backend=run.resolved_backend("cuda"))

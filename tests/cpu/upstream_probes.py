@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import tempfile
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,28 @@ def _compile_helpers() -> None:
     from megatron.core.datasets.utils import compile_helpers
 
     compile_helpers()
+
+
+@probe("document-index")
+def _document_index() -> None:
+    """A million documents, twice: 8 MB of numbers, and those of the array that is copied."""
+    from megatron.core.datasets import gpt_dataset
+
+    documents = np.arange(1_000_000, dtype=np.int32)
+    for separate in (True, False):
+        state = np.random.RandomState(5)
+        tracemalloc.start()
+        index = gpt_dataset._build_document_index(documents, 2, state, separate)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # The order by its definition: one shuffle of both passes, or one of each.
+        plain, order = np.random.RandomState(5), np.tile(documents, 2)
+        for part in (order[:1_000_000], order[1_000_000:]) if separate else (order,):
+            plain.shuffle(part)
+        assert index.dtype == np.int32
+        assert np.array_equal(index, order)
+        assert state.randint(2**31) == plain.randint(2**31)  # what is drawn next
+        assert peak < 10_000_000, f"memory of others: {peak:,} bytes, its own {index.nbytes:,}"
 
 
 @probe("layer-wise-layout")

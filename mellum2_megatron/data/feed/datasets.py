@@ -9,30 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from mellum2_megatron.common.files import size_text
+from mellum2_megatron.data.corpus.selection import Split
 from mellum2_megatron.data.feed.blend import Blend
-from mellum2_megatron.data.feed.order import BlendSchedule, key_of
-from mellum2_megatron.data.feed.packed_dataset import PackedDataset
-from mellum2_megatron.data.feed.sources import (
-    DatasetTokenizer,
-    RunData,
-    Source,
-    check_data,
-    validation_shares,
+from mellum2_megatron.data.feed.index_plan import (
+    LARGE,
+    SampleIndex,
+    blend_of,
+    index_of,
+    seed_of,
+    source_counts,
 )
+from mellum2_megatron.data.feed.order import key_of
+from mellum2_megatron.data.feed.packed_dataset import PackedDataset
+from mellum2_megatron.data.feed.sources import RunData, Source, check_data
 
 if TYPE_CHECKING:
     from mellum2_megatron.config import Run
+    from mellum2_megatron.data.feed.indexed_documents import IndexedDocuments
 
-VALIDATION_SEED = 0
-"""Seed of the order in which a validation set is read, the same for all runs."""
+
+logger = logging.getLogger(__name__)
 
 
 def build_datasets(
@@ -83,76 +88,59 @@ def build_training_set(
     run: Run, data: RunData, samples: int | None, *, reads: bool = True, cache: Path | None = None
 ) -> Any:
     """Build the training dataset; arguments as in `build_datasets`. None without `reads`."""
-    sources, length = data.train, run.data.sequence_length
+    sources = data.train
     if samples == 0:
         return None
-    if len(sources) == 1:
-        return _build(run, data, sources, [samples], split="train", reads=reads, cache=cache)[0]
-    weights: Sequence[float] = [source.weight for source in sources]
-    if samples is None:  # one epoch of each
-        weights = epoch = [source.sequences(length) for source in sources]
-        samples = sum(epoch)
-    schedule = BlendSchedule(weights, key_of(_seed(run), "blend"))
-    sets = _build(
-        run, data, sources, schedule.counts(samples), split="train", reads=reads, cache=cache
-    )
-    return Blend(sets, schedule.locate, samples) if reads else None
+    sets = _build(run, data, samples, split="train", reads=reads, cache=cache)
+    if len(sources) == 1 or not reads:
+        return sets[0]
+    schedule, total = blend_of(run, sources, samples)
+    return Blend(sets, schedule.locate, total)
 
 
 def _validation_set(
     run: Run, data: RunData, samples: int | None, *, reads: bool, cache: Path | None
 ) -> Any:
-    sources, length = data.valid, run.data.sequence_length
+    sources = data.valid
     if not sources or samples == 0:
         return None
-    if len(sources) == 1:
-        return _build(run, data, sources, [samples], split="valid", reads=reads, cache=cache)[0]
-    shares = [source.sequences(length) for source in sources]
-    if samples is not None:
-        shares = validation_shares(sources, samples)
-    sets = _build(run, data, sources, shares, split="valid", reads=reads, cache=cache)
+    sets = _build(run, data, samples, split="valid", reads=reads, cache=cache)
+    if len(sources) == 1 or not reads:
+        return sets[0]
+    shares = [count or 0 for count in source_counts(run, sources, "valid", samples)]
     ends = list(itertools.accumulate(shares))
 
     def locate(sample: int) -> tuple[int, int]:
         source = bisect_right(ends, sample)
         return source, sample - ends[source] + shares[source]
 
-    return Blend(sets, locate, ends[-1], name_sources=True) if reads else None
-
-
-def _seed(run: Run, split: str = "train") -> int:
-    if split == "valid":
-        # Whatever the run's seed: runs that validate on part of a set then read the same part, and
-        # their losses can be compared.
-        return VALIDATION_SEED
-    return run.seed if run.data.seed is None else run.data.seed
+    return Blend(sets, locate, ends[-1], name_sources=True)
 
 
 def _build(
     run: Run,
     data: RunData,
-    sources: Sequence[Source],
-    samples: Sequence[int | None],
+    samples: int | None,
     *,
-    split: str,
+    split: Split,
     reads: bool,
     cache: Path | None,
 ) -> list[Any]:
     """Build one Megatron dataset for each source; None in their places on ranks that read none."""
+    sources = data.train if split == "train" else data.valid
+    counts = source_counts(run, sources, split, samples)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     sets: list[Any] = [None] * len(sources)
 
     def build() -> None:
-        for number, (source, count) in enumerate(zip(sources, samples, strict=True)):
+        for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
             sets[number] = (
                 _packs(run, data, source, count, split=split)
                 if source.shards
-                else _documents(
-                    run, data.tokenizer, source, count, split=split, cache=cache or source.cache
-                )
+                else open_documents(index_of(run, data.tokenizer, source, count, split, cache))
             )
 
-    # Rank 0 writes the indices, and the others load them.
+    # Rank 0 writes the indices that are missing, and the others load them.
     if reads and rank == 0:
         build()
     if torch.distributed.is_initialized():
@@ -163,10 +151,10 @@ def _build(
 
 
 def _packs(
-    run: Run, data: RunData, source: Source, samples: int | None, *, split: str
+    run: Run, data: RunData, source: Source, samples: int | None, *, split: Split
 ) -> PackedDataset:
     """Return the dataset over the packs of one source."""
-    from megatron.core.datasets.utils import Split
+    from megatron.core.datasets.utils import Split as MegatronSplit
 
     # All samples of a batch describe their documents in the same length.
     together = data.train if split == "train" else data.valid
@@ -174,45 +162,50 @@ def _packs(
         source.shards,
         samples=samples,
         # By content: a folder may move, and the order of the sources may change.
-        key=key_of(_seed(run, split), split, source.identity),
-        index_split=Split[split],
+        key=key_of(seed_of(run, split), split, source.identity),
+        index_split=MegatronSplit[split],
         document_attention=data.document_attention,
         max_pieces=max(shard.max_pieces for each in together for shard in each.shards),
     )
 
 
-def _documents(
-    run: Run,
-    tokenizer: DatasetTokenizer,
-    source: Source,
-    samples: int | None,
-    *,
-    split: str,
-    cache: Path,
-) -> Any:
-    """Return Megatron's dataset over the documents of one source."""
+def open_documents(index: SampleIndex) -> IndexedDocuments:
+    """Return Megatron's dataset over the documents of one source; build its index if missing."""
     # Megatron's compiled helpers and all of megatron.core, some seconds.
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
+    from megatron.core.datasets.utils import Split as MegatronSplit
 
-    from mellum2_megatron.data.feed.indexed_documents import IndexedDocuments
+    from mellum2_megatron.data.feed.indexed_documents import EveryDocument, IndexedDocuments
 
-    identity = {**tokenizer.unique_identifiers, "tokens": source.identity}
+    prefix = str(index.source.prefix)
+    if index.size >= LARGE and not index.is_complete():
+        logger.warning(
+            "building the sample index of %s, %s, about %.0f minutes",
+            prefix,
+            size_text(index.size),
+            index.seconds / 60,
+        )
     config = GPTDatasetConfig(
-        random_seed=_seed(run, split),
-        sequence_length=run.data.sequence_length,
-        blend_per_split=[([str(source.prefix)], None), None, None],
-        path_to_cache=str(cache),
-        tokenizer=dataclasses.replace(tokenizer, unique_identifiers=identity),
+        random_seed=index.seed,
+        sequence_length=index.sequence_length,
+        blend_per_split=[([prefix], None), None, None],
+        path_to_cache=str(index.cache),
+        tokenizer=dataclasses.replace(index.tokenizer, unique_identifiers=index.identity),
         # Positions and attention cross document ends, as by Megatron's default.
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,  # the model learns to end a document
         create_attention_mask=False,
     )
-    files = IndexedDocuments.build_low_level_dataset(str(source.prefix), config)
-    sequences = np.arange(IndexedDocuments.numel_low_level_dataset(files), dtype=np.int32)
-    return IndexedDocuments(files, str(source.prefix), sequences, samples, Split[split], config)
+    files = IndexedDocuments.build_low_level_dataset(prefix, config)
+    return IndexedDocuments(
+        files,
+        index.dataset_path,
+        EveryDocument(IndexedDocuments.numel_low_level_dataset(files)),
+        index.samples,
+        MegatronSplit[index.split],
+        config,
+    )
 
 
 def reads_data(vp_stage: int | None, *, every_stage: bool = False) -> bool:

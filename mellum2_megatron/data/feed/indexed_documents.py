@@ -21,16 +21,35 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from mellum2_megatron.common.staging import remove_leftovers, staging
-
-_ARRAYS = ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
-# Last the one without which Megatron loads nothing.
-_FILES = (*_ARRAYS, "description.txt")
+from mellum2_megatron.data.feed.index_plan import FILES, is_complete
 
 Indices = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
+class EveryDocument:
+    """The numbers of all documents, as the array that Megatron asks for when it builds an index.
+
+    As an array they would take 4 bytes a document on every rank, though a start that finds its
+    index reads none of them.
+
+    Args:
+        count: number of documents.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> np.ndarray[Any, Any]:
+        return np.arange(self._count, dtype=np.int32 if dtype is None else dtype)
+
+
 class IndexedDocuments(GPTDataset):
-    """Samples of consecutive tokens of shuffled documents; arguments as of `GPTDataset`."""
+    """Samples of consecutive tokens of all documents, shuffled; arguments as of `GPTDataset`."""
 
     config: GPTDatasetConfig
 
@@ -51,13 +70,17 @@ class IndexedDocuments(GPTDataset):
         kept = np.append(np.diff(starts) > 0, True)
         return starts[kept], numbers[kept].astype(np.uint64)
 
+    def _get_num_tokens_per_epoch(self) -> int:
+        # Megatron copies the lengths first, by an array of all numbers.
+        return int(np.sum(self.dataset.sequence_lengths, dtype=np.int64))
+
     def _build_document_sample_shuffle_indices(self) -> Indices:
         builds = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         cache = Path(self.config.path_to_cache)
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
         if builds:
             remove_leftovers(cache)
-        if builds and not all(_is_complete(cache / f"{base}-{name}") for name in _FILES):
+        if builds and not all(is_complete(cache / f"{base}-{name}") for name in FILES):
             shared = self.config
             # The datasets of a run share one configuration, and other threads read it.
             self.config = copy.copy(shared)
@@ -67,22 +90,10 @@ class IndexedDocuments(GPTDataset):
                     super()._build_document_sample_shuffle_indices()
                 finally:
                     self.config = shared
-                for name in _FILES:
+                for name in FILES:
                     _publish(folder / f"{base}-{name}", cache / f"{base}-{name}")
         loaded: Indices = super()._build_document_sample_shuffle_indices()
         return loaded
-
-
-def _is_complete(file: Path) -> bool:
-    """Return true if a file exists and, for an array, has the length that its header states."""
-    if file.suffix != ".npy":
-        return file.is_file()
-    try:
-        # Mapping a file compares its length with its header, and reads none of the data.
-        np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return False
-    return True
 
 
 def _publish(staged: Path, target: Path) -> None:
@@ -93,7 +104,7 @@ def _publish(staged: Path, target: Path) -> None:
         # Unlike a rename it never takes the file from under a run that has it mapped.
         os.link(staged, target)
     except FileExistsError:
-        if not _is_complete(target):
+        if not is_complete(target):
             os.replace(staged, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):

@@ -53,6 +53,7 @@ class Source:
         prefix: path of the indexed dataset, without ``.bin`` or ``.idx``; of packs, of the first
             shard.
         tokens: number of tokens.
+        documents: number of documents; of packs 0.
         identity: hash of the tokens, or where there is none their size.
         tokenizer_sha256: hash of the tokenizer they were made with; None if it is not recorded.
         vocab_size: entries of that tokenizer; None if it is not recorded.
@@ -66,6 +67,7 @@ class Source:
     weight: float
     prefix: Path
     tokens: int
+    documents: int = 0
     identity: str
     tokenizer_sha256: str | None
     vocab_size: int | None
@@ -334,6 +336,7 @@ def _sources(data: Data, split: Split) -> tuple[Source, ...]:
                 weight=weight,
                 prefix=prefix,
                 tokens=files.tokens,
+                documents=files.sequences,
                 # A foreign dataset has no stored hash, and hashing it would take minutes.
                 identity=hashes.get("bin_sha256", f"{files.tokens} tokens"),
                 tokenizer_sha256=made_with.get("sha256"),

@@ -21,6 +21,9 @@ _HEADER = struct.Struct("<9sQBQQ")
 _TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 """Megatron's code of a token type -> NumPy's name; its two float types hold no ids."""
 
+_MOST_SEQUENCES = 2**31 - 1
+"""Megatron numbers them with int32 (megatron/core/datasets/gpt_dataset.py:720, 0.19.2)."""
+
 _READ_WHOLE = 2**20
 _WINDOWS, _WINDOW = 64, 2**14
 """A larger file is looked at in windows of `_WINDOW` tokens, evenly spaced."""
@@ -110,6 +113,13 @@ def read_indexed(prefix: Path, name: str) -> IndexedFiles:
                     name,
                     rule=f"{idx_file} has {idx_size:,} bytes, its header describes {needed:,}",
                     fix=again,
+                )
+            if sequences > _MOST_SEQUENCES:
+                raise InputError(
+                    name,
+                    rule=f"{idx_file} has {sequences:,} sequences, and Megatron numbers at most "
+                    f"{_MOST_SEQUENCES:,} of one set",
+                    fix="write several sets and blend them (data.train)",
                 )
             tokens = 0
             if sequences:
