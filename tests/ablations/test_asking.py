@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -215,6 +217,25 @@ def test_every_shipped_study_resolves_at_all_its_scales(name: str) -> None:
         assert [arm.arm.name for arm in made.arms] == [arm.name for arm in named.study.arms]
         changed = differences(made)
         assert changed or len({arm.data for arm in made.arms}) == len(made.arms)
+
+
+def test_packing_validates_on_documents_that_no_arm_trains_on() -> None:
+    arms = find_study("packing").study.arms
+    data = [arm.data["tiny"] for arm in arms if isinstance(arm.data, Mapping)]
+    assert len(data) == len(arms)
+    (valid,) = {word for own in data for word in own.overrides if word.startswith("data.valid=")}
+    for own in data:
+        assert own.after is not None
+        assert f"[1,{own.after.path}/" in valid
+        trained, held = ({*found(text)} for text in (own.command + own.plan, own.after.plan))
+        assert trained
+        assert held
+        assert not trained & held
+
+
+def found(text: str) -> list[str]:
+    """Return the packages of Python's library that a command or a plan names."""
+    return re.findall(r"\{stdlib\}/(\w+)", text)
 
 
 def test_arms_are_the_same_at_every_scale_of_the_family() -> None:
