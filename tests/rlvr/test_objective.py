@@ -26,6 +26,9 @@ GOLDEN = np.load(Path(__file__).with_name("nemo_rl_golden.npz"))
 """Inputs and outputs of NeMo-RL's ClippedPGLossFn and GRPOAdvantageEstimator, float32 on a CPU;
 the entry ``source`` has the commit."""
 
+TRL = np.load(Path(__file__).with_name("trl_golden.npz"))
+"""Outputs of TRL's GRPOTrainer (`token_mask`) for the same inputs (`trl_golden.py`)."""
+
 CASES = range(4)
 BT = ("current", "previous", "generation")
 
@@ -102,7 +105,42 @@ def test_loss_and_gradient_are_nemo_rls(case: int) -> None:
     assert share == pytest.approx(float(golden(case, "outside_band")), abs=1e-6)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_advantage_is_trls_times_the_factor_of_leaving_one_out(case: int) -> None:
+    size = int(golden(case, "group_size"))
+    advantages = leave_one_out(golden(case, "rewards").view(-1, size)).flatten()
+    trls = torch.from_numpy(TRL[f"case{case}_advantages"])
+    assert float(trls.abs().max()) > 0.1
+    torch.testing.assert_close(advantages, trls * size / (size - 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_are_trls(case: int) -> None:
+    band, clip = golden(case, "band").tolist(), golden(case, "clip").tolist()
+    settings = Objective(clip_low=clip[0], clip_high=clip[1], band_low=band[0], band_high=band[1])
+    current = golden(case, "current_logprobs").requires_grad_()
+    result = policy_loss(
+        current,
+        golden(case, "previous_logprobs"),
+        golden(case, "generation_logprobs"),
+        golden(case, "token_mask") * golden(case, "sample_mask")[:, None],
+        torch.from_numpy(TRL[f"case{case}_advantages"]),
+        settings,
+    )
+    result.loss.backward()
+    assert current.grad is not None
+    found = {
+        "loss": result.loss.detach(),
+        "gradient": current.grad,
+        "outside_band": (result.outside_band / result.tokens).float(),
+    }
+    for name, value in found.items():
+        wanted = torch.from_numpy(np.array(TRL[f"case{case}_{name}"])).float()
+        torch.testing.assert_close(value, wanted, rtol=0, atol=1e-6)
+
+
 def test_the_golden_cases_use_band_and_clip() -> None:
+    assert "TRL 1.16" in str(TRL["source"])
     assert "NVIDIA-NeMo/RL" in str(GOLDEN["source"])
     shares = [float(golden(case, "outside_band")) for case in CASES]
     assert sum(share > 0.2 for share in shares) >= 2
