@@ -139,7 +139,7 @@ def rewards_script(launch: Launch) -> str:
 
 def _checks(launch: Launch) -> Iterator[str]:
     """Yield the beginning of the launch script: is this the NeMo-RL that was rendered for?"""
-    commit, _ = declared()
+    commit = declared(launch.checkout).commit
     checkout = shlex.quote(str(launch.checkout))
     yield "#!/bin/bash"
     yield "set -euo pipefail"

@@ -100,7 +100,8 @@ def render_nemo(
         Place,
         render_config,
     )
-    from mellum2_megatron.rlvr.nemo_rl.limits import limits, limits_page
+    from mellum2_megatron.rlvr.nemo_rl.declared import declared
+    from mellum2_megatron.rlvr.nemo_rl.limits import keys_line, limits, limits_page
 
     run = resolve_run(recipe, overrides or [])
     site = Profile(name="local", executor="local") if profile is None else read_profile(profile)
@@ -142,10 +143,10 @@ def render_nemo(
     )
     check_launch(launch, [target, place.checkout, model, project_folder()])
     files = {
-        CONFIG_FILE: _yaml(run, config),
+        CONFIG_FILE: _yaml(run, config, declared(place.checkout).commit),
         LAUNCH_FILE: launch_script(launch),
         REWARDS_FILE: rewards_script(launch),
-        "limits.md": limits_page(run, mode),
+        "limits.md": limits_page(run, mode, place.checkout),
         **{file: "".join(f"{_line(task)}\n" for task in rows) for file, rows in read.items()},
         **({} if template is None else {TEMPLATE_FILE: template}),
     }
@@ -154,6 +155,7 @@ def render_nemo(
     for one in limits(run, mode):
         table.add_row(one.setting, one.there, one.done)
     console.print(table)
+    print_line(keys_line(place.checkout))
     if not (model / "tokenizer.json").is_file():
         print_line(f"not checked: {model} is not on this machine (chat template, `</think>`)")
     print_line(f"wrote {target}; next: bash {target / LAUNCH_FILE}")
@@ -216,13 +218,11 @@ def _line(task: Task) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def _yaml(run: Run, config: dict[str, Any]) -> str:
+def _yaml(run: Run, config: dict[str, Any], commit: str) -> str:
     import yaml
 
-    from mellum2_megatron.rlvr.nemo_rl.declared import declared
-
     head = (
-        f"# {run.name} for NeMo-RL {declared()[0]}, by `mellum2 rl render-nemo`.\n"
+        f"# {run.name} for NeMo-RL {commit}, by `mellum2 rl render-nemo`.\n"
         "# limits.md has what this version does otherwise. It was not run here.\n"
     )
     return head + yaml.safe_dump(config, sort_keys=False, default_flow_style=False)

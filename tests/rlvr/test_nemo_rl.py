@@ -104,35 +104,80 @@ def test_the_reports_settings_are_nemo_rls_keys() -> None:
 )
 def test_a_key_that_nemo_rl_would_ignore_is_refused(section: str, key: str, nearest: str) -> None:
     values = config("instruct_sync")
-    require_declared(values)
+    require_declared(values, declared.declared())
     values["env"]["mellum2"]["any"] = values["policy"]["generation"]["vllm_kwargs"] = {"x": 1}
-    require_declared(values)  # sections that take any keys
+    require_declared(values, declared.declared())  # sections that take any keys
     values[section][key] = 1
     with pytest.raises(InputError, match="7ea279abf declares no such key") as refusal:
-        require_declared(values)
+        require_declared(values, declared.declared())
     assert refusal.value.value == f"{section}.{key}"
     assert nearest in refusal.value.fix
 
 
-def test_declared_keys_are_read_from_the_classes(tmp_path: Path) -> None:
-    """Bases, imports, optional sections and free mappings; a class elsewhere has no keys here."""
-    files = {
-        "algorithms/grpo.py": "from nemo_rl.policy import Policy as P\n"
-        "from elsewhere import Other\n"
-        "class Base(BaseModel):\n    a: int = 1\n"
-        "class Inner(Base, extra='allow'):\n    b: float | None = None\n"
-        "class MasterConfig(BaseModel):\n    one: Inner\n    two: Optional[P] = None\n"
-        "    three: dict[str, Any]\n    four: Other\n",
-        "policy/__init__.py": "class Policy(TypedDict):\n    c: NotRequired[int]\n",
-        "models/generation/vllm/config.py": "class VllmConfig(TypedDict):\n    v: int\n",
-    }
+SOURCE = {
+    "algorithms/grpo.py": "from nemo_rl.policy import Policy as P\n"
+    "from elsewhere import Other\n"
+    "if TYPE_CHECKING:\n    from ..late import Late\n"
+    "class Base(BaseModel):\n    a: int = 1\n    again: 'Inner | None' = None\n"
+    "class Inner(Base, extra='allow'):\n    b: float | None = None\n"
+    "Either = Union[Inner, P]\n"
+    "class MasterConfig(BaseModel):\n    one: Inner\n    two: Optional[P] = None\n"
+    "    three: dict[str, Any]\n    four: Other\n    five: Annotated['Late', 'a remark']\n"
+    "    six: Literal['Base']\n    seven: NotRequired[list[Either]]\n",
+    "late.py": "class Late(TypedDict):\n    l: int\n",
+    "policy/__init__.py": "from .inner import Policy\n",
+    "policy/inner.py": "class Policy(TypedDict):\n    c: NotRequired[int]\n",
+    "models/generation/vllm/config.py": "class VllmConfig(TypedDict):\n    v: int\n",
+}
+"""The forms in which NeMo-RL writes its settings, in small."""
+
+
+def write_source(checkout: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
-        (tmp_path / "nemo_rl" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "nemo_rl" / name).write_text(text)
-    found = declared_keys(tmp_path, "commit")
+        (checkout / "nemo_rl" / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / "nemo_rl" / name).write_text(text)
+    return checkout
+
+
+def test_declared_keys_are_read_from_the_classes(tmp_path: Path) -> None:
+    """Bases, imports, other names, free mappings; a class elsewhere has no keys here."""
+    found = declared_keys(write_source(tmp_path, SOURCE), "commit")
     assert found["keys"] == sorted(
-        "one one.a one.b two two.c three three.* four policy.generation.v".split()
+        "one one.a one.b one.again two two.c three three.* four five five.l six seven seven.a "
+        "seven.again seven.b seven.c policy.generation.v".split()
     )
+    assert found["files"] == sorted(f"nemo_rl/{name}" for name in SOURCE)
+
+
+def test_the_keys_of_the_checkout_decide(tmp_path: Path) -> None:
+    version = declared.declared(write_source(tmp_path / "own", SOURCE))
+    assert (version.read, version.commit) == (True, "unknown")
+    require_declared({"one": {"a": 1}, "three": {"any": {"x": 1}}}, version)
+    with pytest.raises(InputError, match=r"one\.grpo: NeMo-RL unknown declares no such key"):
+        require_declared({"one": {"grpo": 1}}, version)
+    assert not declared.declared(tmp_path / "elsewhere").read
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("class Other: pass\n", "has no class MasterConfig"),
+        ("class (\n", "Python that can be read"),
+    ],
+)
+def test_a_checkout_without_the_classes_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        declared.declared(write_source(tmp_path / "own", {"algorithms/grpo.py": text}))
+
+
+@pytest.mark.skipif("NEMO_RL_CHECKOUT" not in os.environ, reason="no NEMO_RL_CHECKOUT")
+def test_the_list_is_that_of_a_checkout() -> None:
+    """A list with a note is not one of a checkout: it lacks sections, and must have no more."""
+    checkout, facts = Path(os.environ["NEMO_RL_CHECKOUT"]), json.loads(declared.FILE.read_text())
+    found = declared_keys(checkout, facts["commit"])
+    if "note" not in facts:
+        assert found == facts
+    assert set(facts["keys"]) <= set(found["keys"])  # type: ignore[call-overload]
 
 
 def test_the_golden_numbers_of_the_objective_can_be_made_anew(
@@ -267,7 +312,7 @@ def checkout(tmp_path: Path) -> Path:
     file.parent.mkdir(parents=True)
     file.write_text("import os\nfrom megatron.bridge import AutoBridge\n")
     (tmp_path / "bin").mkdir()
-    script(tmp_path / "bin" / "git", f"echo {declared.declared()[0]}")
+    script(tmp_path / "bin" / "git", f"echo {declared.declared().commit}")
     script(tmp_path / "bin" / "sbatch", 'printf "%s|" "$@" >> "$CALLS"; echo >> "$CALLS"; echo 17')
     return tmp_path / "NeMo-RL"
 

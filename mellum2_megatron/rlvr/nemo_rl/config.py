@@ -18,7 +18,7 @@ from typing import Any, Literal
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run
 from mellum2_megatron.rlvr.nemo_rl import environment, tasks
-from mellum2_megatron.rlvr.nemo_rl.declared import require_declared
+from mellum2_megatron.rlvr.nemo_rl.declared import declared, require_declared
 
 Mode = Literal["sync", "async"]
 
@@ -85,7 +85,7 @@ def render_config(run: Run, place: Place, mode: Mode) -> dict[str, Any]:
             "num_nodes": place.nodes + (place.generation_nodes if mode == "async" else 0),
         },
     }
-    require_declared(config)
+    require_declared(config, declared(place.checkout))
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mellum2_megatron.config import Run
 from mellum2_megatron.rlvr.nemo_rl.config import Mode
@@ -71,7 +72,8 @@ def limits(run: Run, mode: Mode) -> tuple[Limit, ...]:
     add(
         f"engine={run.rl.engine}, engine_dtype={run.rl.engine_dtype}",
         "vLLM inside its own workers",
-        "vLLM in BF16; rl.engine, rl.url and rl.engine_dtype are not used",
+        "vLLM in BF16; rl.engine, rl.url, rl.server_python, rl.hand_over and rl.engine_dtype are "
+        "not used",
     )
     add(
         f"precision.compute={run.precision.compute}",
@@ -91,13 +93,31 @@ def limits(run: Run, mode: Mode) -> tuple[Limit, ...]:
     return tuple(found)
 
 
-def limits_page(run: Run, mode: Mode) -> str:
-    """Return the table in Markdown."""
-    commit, _ = declared()
+def keys_line(checkout: Path) -> str:
+    """Return a sentence that says where the keys come from that the configuration was held to."""
+    version = declared(checkout)
+    if version.read:
+        return f"Its keys were checked against the classes in {checkout}."
+    return (
+        f"Its keys were checked against a list written down by hand near {version.commit[:9]}: "
+        f"{checkout} is not on this machine."
+    )
+
+
+def limits_page(run: Run, mode: Mode, checkout: Path) -> str:
+    """Return the table in Markdown.
+
+    Args:
+        run: a resolved run.
+        mode: NeMo-RL's way.
+        checkout: its checkout.
+    """
+    version, known = declared(checkout), declared()
     lines = [
-        f"# {run.name} in NeMo-RL {commit[:9]}, {mode}",
+        f"# {run.name} in NeMo-RL {version.commit[:9]}, {mode}",
         "",
-        "What that version does otherwise than the run, and what was rendered instead.",
+        f"What {known.commit[:9]} does otherwise than the run, and what was rendered instead.",
+        keys_line(checkout),
         "",
         "| setting | NeMo-RL | rendered |",
         "|---|---|---|",
