@@ -141,7 +141,8 @@ RULES: dict[str, Rule] = {
     ),
     **_all(
         "checkpoint",
-        "output save_interval retain_interval keep_last verify async_save any_layout",
+        "output save_interval retain_interval keep_last verify async_save any_layout "
+        "gather_on_one_rank",
         _OUTPUT,
     ),
     **_all("checkpoint", "load continue_from", _START),

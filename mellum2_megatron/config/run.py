@@ -259,6 +259,10 @@ class Checkpoint:
         any_layout: store optimizer state in a form that every layout can resume, default true.
             With false only the number of data-parallel ranks may change. Adam runs then save
             faster, because no rank collects the state of the others.
+        gather_on_one_rank: with ``any_layout``, collect Adam's state on the first rank of each
+            data-parallel group instead of on all of them, default false. It saves main memory,
+            on all ranks but that one, and GPU memory on all; that rank then receives and writes
+            the state alone, which takes longer (docs/checkpoints.md has the figures).
         load: checkpoint folder of an imported model or another run, default none. Its weights start
             this run if ``output`` has no checkpoint; optimizer state and step count start anew.
         continue_from: checkpoint folder of another run, default none. Its whole state starts this
@@ -276,6 +280,7 @@ class Checkpoint:
     verify: Literal["hash", "size", "off"] = "hash"
     async_save: bool = False
     any_layout: bool = True
+    gather_on_one_rank: bool = False
     load: str | None = None
     continue_from: str | None = None
 

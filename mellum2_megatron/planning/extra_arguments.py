@@ -13,7 +13,8 @@ COVERED = frozenset(
     accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps async-save
     async-strategy bf16 calculate-per-token-loss ckpt-format clip-grad context-parallel-size
     cp-comm-type data-cache-path delay-wgrad-compute deterministic-mode
-    dist-ckpt-optim-fully-reshardable distributed-backend distributed-timeout-minutes
+    dist-ckpt-optim-fully-reshardable distrib-optim-fully-reshardable-mem-efficient
+    distributed-backend distributed-timeout-minutes
     distributed-timeout-seconds-after-init eval-global-batch-size eval-interval
     eval-iters expert-model-parallel-size expert-tensor-parallel-size
     fine-grained-activation-offloading first-last-layers-bf16 fp8-format fp8-param-gather
@@ -71,6 +72,10 @@ _MODEL = frozenset(
 def extra_argument_problems(run: Run) -> Iterator[InputError]:
     """Find words of `execution.extra_arguments` that a key covers."""
     taken = COVERED | CONTRADICTING | _MODEL
+    if run.checkpoint.gather_on_one_rank:
+        # The state is collected over these groups. Megatron's own assertion looks at Adam runs only
+        # (megatron/training/arguments.py:1690, 0.19.2).
+        taken |= {"disable-gloo-process-groups"}
     for word in run.execution.extra_arguments:
         if not word.startswith("--"):
             continue  # a value of the flag before it

@@ -259,3 +259,18 @@ def async_save_on_gpu(planned: PlannedRun) -> Problems:
             "a CPU has nothing to copy from",
             fix="set checkpoint.async_save=false",
         )
+
+
+@rule(
+    evidence="megatron/training/checkpointing.py:499 (0.19.2): Megatron reads the flag with "
+    "--dist-ckpt-optim-fully-reshardable only"
+)
+def gathering_has_an_effect(planned: PlannedRun) -> Problems:
+    """One rank collects optimizer state only where any rank does."""
+    checkpoint = planned.run.checkpoint
+    if checkpoint.gather_on_one_rank and not checkpoint.any_layout:
+        yield InputError(
+            "checkpoint.gather_on_one_rank=true with checkpoint.any_layout=false",
+            rule="every rank then stores its own part of the optimizer state, and none collects it",
+            fix="set checkpoint.gather_on_one_rank=false, or checkpoint.any_layout=true",
+        )

@@ -359,6 +359,8 @@ def _checkpoint(run: Run, start: StartingPoint) -> list[str]:
         words += ["--save-interval", str(checkpoint.save_interval)]
     if checkpoint.any_layout:
         words.append("--dist-ckpt-optim-fully-reshardable")
+    if checkpoint.gather_on_one_rank:
+        words.append("--distrib-optim-fully-reshardable-mem-efficient")
     if checkpoint.async_save:
         # Without its own process Megatron switches it off after a warning (arguments.py:1741-1746);
         # the other strategy is a package of its own, nvidia-resiliency-ext.

@@ -74,6 +74,15 @@ PATCHES: tuple[Patch, ...] = (
         "groups as the run has",
     ),
     Patch(
+        name="muon-gloo-group",
+        target="megatron.core.optimizer.distrib_optimizer:"
+        "DistributedOptimizer.get_parameter_state_dp_zero",
+        replacement=replacements.gather_over_gloo,
+        why="core/optimizer/__init__.py:853 gives the Adam part of a Muon run no gloo group, over "
+        "which --distrib-optim-fully-reshardable-mem-efficient collects its state: the first save "
+        "ends in an assertion (core/optimizer/distrib_optimizer.py:1299)",
+    ),
+    Patch(
         name="fusion-without-apex",
         target="megatron.core.tensor_parallel.layers:ColumnParallelLinear.__init__",
         replacement=replacements.drop_missing_fusion,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
     from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -143,6 +144,27 @@ def shard_experts(original: Callable[..., None]) -> Callable[..., None]:
             original(self, optimizers, full_param_layouts)
 
     return shard_params
+
+
+def gather_over_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `get_parameter_state_dp_zero`: an optimizer without a gloo group takes Megatron's own.
+
+    Only Muon's Adam part lacks it. Its data-parallel ranks are those with context parallelism.
+    """
+
+    @functools.wraps(original)
+    def get_parameter_state_dp_zero(
+        self: DistributedOptimizer, use_gloo_comm: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        if use_gloo_comm and self.data_parallel_group_gloo is None:
+            from megatron.core import parallel_state
+
+            self.data_parallel_group_gloo = parallel_state.get_data_parallel_group_gloo(
+                with_context_parallel=True
+            )
+        return original(self, use_gloo_comm, *args, **kwargs)
+
+    return get_parameter_state_dp_zero
 
 
 def drop_missing_fusion(original: Callable[..., None]) -> Callable[..., None]:

@@ -160,6 +160,58 @@ def test_resume_on_another_layout_restores_every_value(
     )
 
 
+def writers(folder: Path, name: str) -> set[str]:
+    """Ranks that wrote the tensors whose key ends with ``name``."""
+    places = FileSystemReader(folder).read_metadata().storage_data
+    return {
+        place.relative_path.split("_")[2] for index, place in places.items() if name in index.fqn
+    }
+
+
+def test_one_rank_gathers_what_all_did(
+    trained: Path, small_data: PreparedData, tmp_path: Path
+) -> None:
+    """A save with `gather_on_one_rank` has the same content, by one writer, for any layout."""
+    gathering = small_run(
+        small_data, at_step(trained, tmp_path / "run", 3), "checkpoint.gather_on_one_rank=true"
+    )
+    saved = resume(gathering, 2, tmp_path / "copy")
+    assert equal(state(trained / "iter_0000003")[0], state(saved)[0])
+    assert writers(trained / "iter_0000003", "exp_avg") == {"0", "1"}
+    assert writers(saved, "exp_avg") == {"0"}
+    assert losses(tmp_path / "run") == losses(trained)
+    # The three steps after it, loaded and saved in the same way.
+    assert equal(state(trained / "iter_0000006")[0], state(tmp_path / "run" / "iter_0000006")[0])
+    other = at_step(trained, tmp_path / "other", 3)
+    shutil.rmtree(other / "iter_0000003")
+    shutil.copytree(saved, other / "iter_0000003")
+    tp2 = ["layout.ep=1", "layout.tp=2", "layout.sp=true", "optimizer.muon_tp_mode=duplicated"]
+    require_equal_resume(trained, small_run(small_data, other, *tp2), 2)
+
+
+def test_one_rank_of_each_group_gathers_adams_experts(
+    small_data: PreparedData, tmp_path: Path
+) -> None:
+    """Four ranks, of which two and two hold the same experts."""
+    adam = [
+        "optimizer.name=adam",
+        "schedule.batch_schedule=[[0,8]]",
+        "schedule.train_samples=32",
+    ]
+    four = train(small_run(small_data, tmp_path / "run", *adam), nproc=4)
+    gathering = small_run(
+        small_data,
+        at_step(four, tmp_path / "again", 3),
+        "checkpoint.gather_on_one_rank=true",
+        *adam,
+    )
+    saved = resume(gathering, 4, tmp_path / "copy")
+    assert equal(state(four / "iter_0000003")[0], state(saved)[0])
+    assert writers(four / "iter_0000003", "exp_avg_sq.decoder.layers.mlp.experts") == set("0123")
+    assert writers(saved, "exp_avg_sq.decoder.layers.mlp.experts") == set("01")
+    assert writers(saved, "exp_avg_sq.output_layer") == {"0"}
+
+
 @pytest.fixture(scope="module")
 def of_dp2(small_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps of two ranks that have all experts, each of which sees other sequences."""

@@ -64,6 +64,7 @@ ODD_CHECKPOINT = Checkpoint(
     verify="size",
     async_save=True,
     any_layout=False,
+    gather_on_one_rank=True,
 )
 ODD_RL = Rl(
     objective=Objective(

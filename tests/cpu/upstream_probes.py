@@ -164,6 +164,40 @@ def _muon_groups_fit() -> None:
 PROBES["muon-groups-asked"] = PROBES["muon-groups-loaded"] = _muon_groups_fit
 
 
+@probe("muon-gloo-group")
+def _muon_gloo_group() -> None:
+    """The Adam part of a Muon run, here a bias, has the group over which it collects its state."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer import TransformerConfig
+    from megatron.training.training import wrap_model_chunks_with_ddp
+
+    one_rank()
+    parallel_state.initialize_model_parallel()
+    chunks = wrap_model_chunks_with_ddp(
+        [torch.nn.Linear(4, 6, dtype=torch.bfloat16)],
+        TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, bf16=True),
+        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        use_layer_wise_distributed_optimizer=True,
+        use_layer_wise_param_layout=True,
+        DP=DistributedDataParallel,
+    )
+    settings = OptimizerConfig(
+        optimizer="muon",
+        lr=0.1,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        use_layer_wise_distributed_optimizer=True,
+    )
+    _, adam = get_megatron_optimizer(settings, chunks).chained_optimizers
+    adam.get_parameter_state_dp_zero(use_gloo_comm=True, empty_data=True)
+    assert adam.data_parallel_group_gloo is parallel_state.get_data_parallel_group_gloo(
+        with_context_parallel=True
+    )
+    assert adam.data_parallel_group_gloo is not adam.data_parallel_group
+
+
 @probe("packed-mtp")
 def _packed_mtp() -> None:
     """Two documents, with three and two tokens in four positions each."""

@@ -323,6 +323,27 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         "checkpoint.async_save=true",
         ["checkpoint.async_save=false"],
     ),
+    (
+        TINY,
+        "cpu",
+        2,
+        ["checkpoint.gather_on_one_rank=true", "checkpoint.any_layout=false"],
+        "gathering-has-an-effect",
+        "checkpoint.any_layout=false",
+        ["checkpoint.any_layout=true"],
+    ),
+    (
+        TINY,
+        "cpu",
+        2,
+        [
+            "checkpoint.gather_on_one_rank=true",
+            "execution.extra_arguments=[--disable-gloo-process-groups]",
+        ],
+        "extra-arguments-are-free",
+        "--disable-gloo-process-groups",
+        ["checkpoint.gather_on_one_rank=false"],
+    ),
 ]
 
 

@@ -583,6 +583,10 @@ def test_checkpoint_folders_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.dist_ckpt_optim_fully_reshardable
     _, args = on_cpu(["checkpoint.any_layout=false"], monkeypatch)
     assert not args.dist_ckpt_optim_fully_reshardable
+    assert not args.distrib_optim_fully_reshardable_mem_efficient
+    _, args = on_cpu(["checkpoint.gather_on_one_rank=true"], monkeypatch)
+    assert args.distrib_optim_fully_reshardable_mem_efficient
+    assert args.use_gloo_process_groups
 
 
 def test_fault_settings_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
