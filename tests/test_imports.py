@@ -103,7 +103,7 @@ AT_IMPORT: dict[str, tuple[str, ...]] = {
     "mellum2_megatron.model": ("torch", "megatron"),
     "mellum2_megatron.faults.step_guard": ("torch",),
     "mellum2_megatron.training.datasets": ("torch",),
-    "mellum2_megatron.training.hooks": ("torch", "megatron"),
+    "mellum2_megatron.training.hooks": ("megatron",),
     "mellum2_megatron.training.loop": ("torch", "megatron"),
     "mellum2_megatron.training.metrics": ("torch", "megatron"),
     "mellum2_megatron.training.decoding": ("torch", "megatron"),

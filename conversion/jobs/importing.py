@@ -29,7 +29,6 @@ from conversion.jobs.reports import ConversionReport
 from conversion.jobs.weights_manifest import Manifest, WeightRecord, write_manifest
 from conversion.mapping import Entry, extra_states
 from conversion.rows import Same
-from conversion.torch_dist.hashed_files import without_crc32
 from conversion.torch_dist.writer import Chunk, TorchDistWriter, Written, group_file
 from mellum2_megatron.checkpoint.bridge_config import write_run_config
 from mellum2_megatron.checkpoint.folder import (
@@ -38,6 +37,7 @@ from mellum2_megatron.checkpoint.folder import (
     write_architecture,
     write_tracker,
 )
+from mellum2_megatron.common.torch_checksums import without_crc32
 
 # Megatron reads these when it loads a release (training/checkpointing.py:load_checkpoint, 0.19.2).
 # Version 3 keeps it from reordering linear_qkv; the content metadata names our layout of keys.

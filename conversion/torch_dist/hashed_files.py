@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mellum2_megatron.checkpoint.file_manifest import FileRecord
 
 
@@ -63,20 +61,3 @@ def hashed_file(path: Path) -> Iterator[HashingStream]:
         stream = HashingStream(raw)
         yield stream
         os.fsync(stream.fileno())
-
-
-@contextmanager
-def without_crc32() -> Iterator[None]:
-    """Make `torch.save` leave out the zip records' CRC-32, process-wide, while the block runs.
-
-    `torch.load` never compares it (torch/serialization.py:set_crc32_options, 2.15), and manifests
-    hold a SHA-256 of every tensor and of every file.
-    """
-    # torch computes it a byte at a time and holds the interpreter's lock meanwhile: 100 to 250 MB/s
-    # in all, for any number of workers.
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)

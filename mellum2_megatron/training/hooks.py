@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from megatron.training import get_args
 
 from mellum2_megatron.checkpoint.saving import with_manifest, with_retention
@@ -187,9 +186,6 @@ def install_hooks(parts: LoopParts) -> None:
         InputError: the installed megatron-core is not the version of an entry. In a rank
             ``upstream.activate`` has raised it earlier.
     """
-    # torch.save's own checksum costs several times what writing does, and torch.load never reads
-    # it; the manifest has a SHA-256 of every file.
-    torch.serialization.set_crc32_options(False)
     patching.install(hooks(parts))
     if parts.rollouts is not None:
         patching.install(rollout_hooks(parts.rollouts))

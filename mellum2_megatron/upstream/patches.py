@@ -83,6 +83,15 @@ PATCHES: tuple[Patch, ...] = (
         "ends in an assertion (core/optimizer/distrib_optimizer.py:1299)",
     ),
     Patch(
+        name="save-checksums",
+        target="megatron.core.dist_checkpointing.strategies.filesystem_async:"
+        "FileSystemWriterAsync.get_save_function_and_args",
+        replacement=replacements.save_without_checksums,
+        why="core/dist_checkpointing/strategies/filesystem_async.py:415 writes tensors with "
+        "torch.save, which computes a CRC-32 that nothing reads; torch's switch is one of the "
+        "process, and an asynchronous save writes in a spawned one (async_utils.py:370)",
+    ),
+    Patch(
         name="fusion-without-apex",
         target="megatron.core.tensor_parallel.layers:ColumnParallelLinear.__init__",
         replacement=replacements.drop_missing_fusion,

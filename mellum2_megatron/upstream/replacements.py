@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.common.torch_checksums import call_without_crc32
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     import torch
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
@@ -165,6 +167,18 @@ def gather_over_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, use_gloo_comm, *args, **kwargs)
 
     return get_parameter_state_dp_zero
+
+
+def save_without_checksums(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `get_save_function_and_args`: what it returns writes no CRC-32, in any process."""
+
+    @functools.wraps(original)
+    def get_save_function_and_args(self: FileSystemWriterAsync) -> Any:
+        write, preload, args = original(self)
+        # A rank with nothing to write has no function.
+        return write and functools.partial(call_without_crc32, write), preload, args
+
+    return get_save_function_and_args
 
 
 def drop_missing_fusion(original: Callable[..., None]) -> Callable[..., None]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conversion.torch_dist.hashed_files import HashingStream, hashed_file, without_crc32
+from conversion.torch_dist.hashed_files import HashingStream, hashed_file
 from conversion.torch_dist.reader import TorchDistReader
 from conversion.torch_dist.writer import TorchDistWriter
 from mellum2_megatron.checkpoint import find_checkpoint
@@ -79,27 +78,6 @@ def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path) -> No
     write_torch_dist(tmp_path, [[(whole_chunk("w", large[:3]), large[:3])]])
     assert (tmp_path / "__0_0.distcp").stat().st_size < 10_000
     assert torch.equal(TorchDistReader(tmp_path).read("w", (0,), (3,)), large[:3])
-
-
-def test_checksums_are_left_out_only_inside(tmp_path: Path) -> None:
-    def checksums() -> set[int]:
-        stream = io.BytesIO()
-        torch.save(torch.arange(100), stream)
-        return {
-            info.CRC
-            for info in zipfile.ZipFile(stream).infolist()
-            if info.filename.endswith("data/0")
-        }
-
-    def fail() -> None:
-        with without_crc32():
-            inside.update(checksums())
-            raise ValueError("inside")
-
-    before, inside = checksums(), set()
-    with pytest.raises(ValueError, match="inside"):
-        fail()
-    assert inside == {0} != before == checksums()
 
 
 def test_the_manifest_of_an_import_is_that_of_its_files(checkpoint: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import multiprocessing
 import pickle
 import tempfile
 import tracemalloc
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,6 +198,31 @@ def _muon_gloo_group() -> None:
         with_context_parallel=True
     )
     assert adam.data_parallel_group_gloo is not adam.data_parallel_group
+
+
+@probe("save-checksums")
+def _save_checksums() -> None:
+    """A tensor written as an asynchronous save does, in a process that was spawned."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+    one_rank()
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, spawn.Manager() as manager:
+        writer = FileSystemWriterAsync(folder)
+        writer.results_queue = manager.Queue()
+        item = WriteItem(index=MetadataIndex("w"), type=WriteItemType.SHARD)
+        file = Path(folder, "__0_0.distcp")
+        writer.write_buckets = [(str(file), file.name, ([], [(item, torch.arange(100))]))]
+        write, _, args = writer.get_save_function_and_args()
+        worker = spawn.Process(target=write, args=args)
+        worker.start()
+        worker.join()
+        assert list(writer.results_queue.get()) == [0]
+        assert torch.equal(torch.load(file), torch.arange(100))
+        found = [info.CRC for info in zipfile.ZipFile(file).infolist() if "data/0" in info.filename]
+    assert found == [0], f"a CRC-32 in the file: {found}"
 
 
 @probe("packed-mtp")
