@@ -139,18 +139,33 @@ def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
 
 
 def stuck_in_set_up(run_file: str, rank: int, where: str) -> bool:
-    """Hang one rank before its first step: it waits for a checkpoint's file, or for its data."""
+    """Hang one rank before its first step: it waits for a checkpoint's file, or for its data.
+
+    The limit holds from five seconds after that, so that on a slow machine too the other ranks have
+    come to where they wait.
+    """
     from mellum2_megatron.data.feed import datasets
     from mellum2_megatron.faults import hang_watch as watch
 
     watch._ANSWER_SECONDS = 3.0
+    here = Path(run_file).with_name("stuck")
+
+    def hang(*_: Any, **__: Any) -> None:
+        here.touch()
+        time.sleep(600)
+
+    def limit(self: watch.HangWatch) -> float:
+        waits = here.exists() and time.time() - here.stat().st_mtime > 5
+        return self.setup_timeout if waits else 3600.0
+
+    watch.HangWatch.limit = property(limit)
     if int(os.environ["RANK"]) == rank:
         if where == "load":
             from megatron.core.dist_checkpointing import serialization
 
-            serialization.load_common_state_dict = lambda *_: time.sleep(600)
+            serialization.load_common_state_dict = hang
         else:
-            datasets._build = lambda *_, **__: time.sleep(600)
+            datasets._build = hang
     return train(run_file)
 
 
