@@ -1,4 +1,4 @@
-"""Bytes of the dense Muon matrices under today's layout and under its possible successors.
+"""Bytes of the dense Muon matrices in whole and in even shares, and under two ways not built.
 
 ::
 
@@ -109,12 +109,12 @@ def costs(run: Run, ranks: int) -> Iterator[Cost]:
 
     whole = bucket_lengths(LayerWiseDistributedOptimizer, sizes, most, ranks)
     even = bucket_lengths(DistributedOptimizer, sizes, most, ranks)
-    yield cost("whole matrices in shares (today)", whole, gradient + weight)
-    yield cost("all-reduce; owners broadcast", even, 2 * gradient + weight)
-    yield cost("reduce to owners; owners broadcast", even, gradient + weight)
+    yield cost("`whole` shares", whole, gradient + weight)
+    yield cost("not built: all-reduce; owners broadcast", even, 2 * gradient + weight)
+    yield cost("not built: reduce to owners; owners broadcast", even, gradient + weight)
     # A rank sends its even share of the gradients to owners, and owners send shares of weights.
     collected = real / ranks * (gradient + weight) * ring
-    yield cost("even shares, collected at owners", even, gradient + weight, collected)
+    yield cost("`even` shares", even, gradient + weight, collected)
 
 
 def table(ranks: Sequence[int] = RANKS) -> str:

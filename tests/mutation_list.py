@@ -14,6 +14,8 @@ NUMBERS_TEST = ("tests/config/test_numbers.py",)
 ROTARY, ROTARY_TEST = "mellum2_megatron/model/rotary.py", ("tests/model/test_rotary.py",)
 RULES, RULES_TEST = "mellum2_megatron/planning/settings_rules.py", ("tests/planning/test_rules.py",)
 PREPARE, PREPARE_TEST = "mellum2_megatron/data/prepare.py", ("tests/data/test_prepare.py",)
+EVEN_SHARES = "mellum2_megatron/muon/even_shares.py"
+EVEN_TEST = ("tests/model/test_muon.py", "-k", "ep2_dp2_even")
 PROVIDER_TEST = ("tests/training/test_dataset_provider.py",)
 
 MUTATIONS = (
@@ -504,5 +506,33 @@ MUTATIONS = (
         old="    if name in homes:\n",
         new="    if False:\n",
         test=("tests/data/test_plan_keys.py", "-k", "the_fix_names"),
+    ),
+    Mutation(
+        name="owners update with what they have reduced themselves",
+        file=EVEN_SHARES,
+        old="            exchange.collect_gradients()\n",
+        new="            pass\n",
+        test=EVEN_TEST,
+    ),
+    Mutation(
+        name="updated weights stay with their owners",
+        file=EVEN_SHARES,
+        old="            exchange.hand_out_weights()\n",
+        new="            pass\n",
+        test=EVEN_TEST,
+    ),
+    Mutation(
+        name="owners follow the even layout's places",
+        file=EVEN_SHARES,
+        old="layout.whole if isinstance(layout, EvenLayout) else layout",
+        new="layout",
+        test=("tests/planning/test_optimizer_report.py", "-k", "megatrons_optimizer and even"),
+    ),
+    Mutation(
+        name="the exchange with owners sends nothing",
+        file="mellum2_megatron/planning/dense_shards.py",
+        old="in_step = dense.exchanged *",
+        new="in_step = 0 *",
+        test=("tests/test_muon_layouts.py", "-k", "the_plan"),
     ),
 )

@@ -31,7 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("recipes", "data", "model", "serving"),
     ("checkpoint",),
     ("planning", "faults", "upstream", "rlvr"),
-    ("cpu", "evaluation"),
+    ("cpu", "evaluation", "muon"),
     ("conversion",),
     ("rollouts",),
     ("training",),
@@ -115,6 +115,7 @@ AT_IMPORT: dict[str, tuple[str, ...]] = {
     "mellum2_megatron.rollouts": ("torch",),
     "mellum2_megatron.training.rollouts": ("torch", "megatron"),
     "mellum2_megatron.cpu": ("torch",),
+    "mellum2_megatron.muon.even_shares": ("torch", "megatron"),
     "conversion.bridge": ("torch", "megatron"),
     "conversion": ("torch",),
 }

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.muon_layouts import RANKS, RECIPE, Cost, costs, dense_sizes, table
 from mellum2_megatron.config import Run, apply_overrides
-from mellum2_megatron.planning.rank_weights import adam_buffer_length, bucket_size, ownership
+from mellum2_megatron.planning.dense_shards import dense_shards
+from mellum2_megatron.planning.rank_weights import bucket_size, even_buffer, ownership
 from mellum2_megatron.recipes import recipe
 from tests import REPOSITORY
 
@@ -18,7 +19,9 @@ ALIGNED = 4 * (GRADIENT + WEIGHT) * 2**20
 
 
 def run_at(ranks: int) -> Run:
-    return apply_overrides(recipe(RECIPE), [f"layout.dp={ranks}"])
+    return apply_overrides(
+        recipe(RECIPE), [f"layout.dp={ranks}", "optimizer.muon_dense_shards=whole"]
+    )
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -31,7 +34,7 @@ def test_buffers_are_those_of_the_plan(ranks: int) -> None:
     today, reduced_twice, to_owner, even = costs(run, ranks)
     assert today.empty == (dense.buffer - sum(sizes)) * (GRADIENT + WEIGHT)
     assert today.sent == round(dense.buffer * (GRADIENT + WEIGHT) * (ranks - 1) / ranks)
-    length = adam_buffer_length(sizes, ranks, bucket_size(run, ranks, stage=0, chunk=0))
+    length = even_buffer(sizes, ranks, bucket_size(run, ranks, stage=0, chunk=0)).length
     for each, element in ((reduced_twice, 2 * GRADIENT + WEIGHT), (to_owner, GRADIENT + WEIGHT)):
         assert each.empty == (length - sum(sizes)) * (GRADIENT + WEIGHT) < ALIGNED
         assert each.sent == round(length * element * (ranks - 1) / ranks)
@@ -45,6 +48,13 @@ def test_buffers_are_those_of_the_plan(ranks: int) -> None:
     extra = sum(sizes) / ranks * (GRADIENT + WEIGHT) * (ranks - 1) / ranks
     assert even.sent - to_owner.sent == even.exposed - to_owner.exposed
     assert abs(even.sent - to_owner.sent - extra) <= 1
+    for counted, shards in ((today, "whole"), (even, "even")):
+        planned = dense_shards(run, ranks, shards=shards)
+        assert (planned.buckets, planned.empty) == (counted.buckets, counted.empty)
+        # Some matrices lie in their owner's share and are not exchanged; the benchmark's mean is
+        # that of places at random.
+        assert planned.sent == pytest.approx(counted.sent, rel=2e-3)
+        assert planned.exposed == pytest.approx(counted.exposed, rel=1e-2)
 
 
 def test_one_bucket_of_the_12b_hides_nothing() -> None:

@@ -82,6 +82,7 @@ RULES: dict[str, Rule] = {
         "muon_tp_mode muon_split_qkv muon_split_gate_up",
         _OPTIMIZER,
     ),
+    "optimizer.muon_dense_shards": _LAYOUT,
     **_all("optimizer", "overlap_grad_reduce overlap_param_gather", _SPEED),
     "loss.bias_update_rate": _rule("fixed", "the checkpoint has the routers' bias or lacks it"),
     **_all(

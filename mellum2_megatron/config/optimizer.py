@@ -108,6 +108,11 @@ class Optimizer:
             Adam.
         muon_mtp_projection: optimizer of the matrix in front of the MTP layer, which joins hidden
             state and embedding. True (default, as in Megatron): Muon; false: Adam.
+        muon_dense_shards: division of the buffers of the dense matrices under Muon among the
+            data-parallel ranks. ``whole`` (default, as in Megatron): each matrix lies in one rank's
+            share, and the rest of the shares is empty. ``even``: shares are equal and nothing is
+            empty; a matrix's owner collects its gradient before the update, and hands its weight
+            out after it. For 128 ranks and more; 8 ranks lose by it (docs/optimizer.md).
         adam_beta1, adam_beta2: factors of Adam's two moving averages, default 0.9 and 0.95.
         adam_eps: epsilon in Adam's denominator, default 1e-8.
         overlap_grad_reduce: reduce gradients during the backward pass, default true.
@@ -132,6 +137,7 @@ class Optimizer:
     muon_split_gate_up: bool = False
     muon_router: bool = True
     muon_mtp_projection: bool = True
+    muon_dense_shards: Literal["whole", "even"] = "whole"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8

@@ -260,7 +260,8 @@ def _pipeline_parallel(layout: Layout, stage: int) -> float:
 def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float:
     """Return the bytes of gradients reduced and weights gathered, once a step.
 
-    Muon's buffers are sent in full length, padding included.
+    Muon's buffers are sent in full length, padding included. Matrices in even shares go to their
+    owner and back as well.
     """
     layout, model = run.layout, run.architecture
     gradient = gradient_bytes(run.precision)
@@ -270,11 +271,11 @@ def _data_parallel(run: Run, world_size: int, stage: int, element: int) -> float
         (ranks, sum(weight.numel for weight in weights))
         for ranks, weights in adam_weights(run, world_size, backend, stage=stage)
     ]
-    parts += [
-        (len(owners.owned), owners.buffer)
-        for owners in ownership(run, world_size, backend, stage=stage)
-    ]
+    groups = ownership(run, world_size, backend, stage=stage)
+    parts += [(len(owners.owned), owners.buffer) for owners in groups]
     total = sum(elements * (gradient + element) * _ring_share(ranks) for ranks, elements in parts)
+    # Owners' exchange of matrices in even shares: the mean over ranks.
+    total += sum(owners.exchanged * (gradient + element) / len(owners.owned) for owners in groups)
     if layout.pp > 1 and "embedding" in _other_parts(model, layout, stage) and model.num_mtp_layers:
         # The first and the last stage hold the same embedding and sum its gradient.
         total += gradient * model.vocab_size * model.hidden_size / layout.tp

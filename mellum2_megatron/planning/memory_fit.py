@@ -151,6 +151,8 @@ def _changes(planned: PlannedRun) -> Iterator[tuple[str, ...]]:
     execution, layout, size = run.execution, run.layout, run.schedule.micro_batch_size
     if run.loss.head_chunk is None:
         yield ("loss.head_chunk=2048",)
+    if run.optimizer.name == "muon" and run.optimizer.muon_dense_shards == "whole":
+        yield ("optimizer.muon_dense_shards=even",)
     recomputed = set(execution.recompute)
     if "moe" not in recomputed:
         for names in (["moe_act"], ["moe_act", "layernorm"]):

@@ -111,7 +111,8 @@ def optimizer_report(run: Run, *, world_size: int, backend: Backend) -> dict[str
         ``optimizer``, ``weight_decay``, ``lr``, ``matrices`` (``part``, ``shape``, ``scale``);
         ``owners``, one row for each pipeline stage and group of ranks: ``stage``, ``group``,
         ``ranks``, ``matrices``, ``matrices_per_rank`` and ``elements_per_rank`` (lists),
-        ``balance`` (most over mean), ``buffer_elements``; ``warnings``.
+        ``balance`` (most over mean), ``buckets``, ``buffer_elements`` and ``exchanged_elements``
+        (sent to owners and back inside the step, by all ranks); ``warnings``.
 
     Raises:
         InputError: the layout does not fit.
@@ -138,7 +139,9 @@ def optimizer_report(run: Run, *, world_size: int, backend: Backend) -> dict[str
                         "matrices_per_rank": list(map(len, owners.owned)),
                         "elements_per_rank": elements,
                         "balance": max(elements) * len(elements) / total if total else 1.0,
+                        "buckets": len(owners.buckets),
                         "buffer_elements": owners.buffer,
+                        "exchanged_elements": owners.exchanged,
                     }
                 )
     return {
@@ -200,8 +203,8 @@ def _warnings(run: Run, owner_rows: Sequence[Mapping[str, Any]]) -> list[str]:
         group = f"{row['group']} matrices"
         if layout.pp > 1:
             group += f" of stage {row['stage']}"
-        # Every rank holds the whole buffer, and all shares of it are equally long. The share of an
-        # idle rank is therefore padding on every rank.
+        # Every rank holds the whole buffer, and all shares of it are equally long. In whole shares
+        # that of an idle rank is therefore padding on every rank; in even ones only what aligns.
         unused = row["buffer_elements"] - sum(row["elements_per_rank"])
         warnings.append(
             f"{group}: a matrix has one owner, so {idle} of {row['ranks']} ranks update none of "
@@ -239,7 +242,7 @@ def render_optimizer(report: Mapping[str, Any], *, title: str) -> RenderableType
         )
     parts: list[RenderableType] = [weights]
     if report["owners"]:
-        columns = ("stage", "group", "ranks", "matrices", "a rank", "most / mean")
+        columns = ("stage", "group", "ranks", "matrices", "a rank", "most / mean", "buckets")
         owners = _table(
             "Owners of Muon's matrices",
             {column: "left" if column == "group" else "right" for column in columns},
@@ -254,6 +257,7 @@ def render_optimizer(report: Mapping[str, Any], *, title: str) -> RenderableType
                 f"{row['matrices']:,}",
                 str(most) if fewest == most else f"{fewest} to {most}",
                 f"{row['balance']:.2f}",
+                f"{row['buckets']:,}",
             )
         parts += ["", owners]
     for warning in report["warnings"]:

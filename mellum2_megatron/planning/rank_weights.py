@@ -253,7 +253,7 @@ _FULL = 0.9
 
 def assign_owners(
     sizes: Sequence[int], ranks: int, bucket_size: int | None
-) -> tuple[list[int], int]:
+) -> tuple[list[int], list[int]]:
     """Assign each matrix to the data-parallel rank that holds its state and updates it.
 
     Matrices go into buckets in the order of the backward pass. Inside a bucket they are taken from
@@ -267,22 +267,22 @@ def assign_owners(
         bucket_size: number of elements at which a bucket closes; None: one bucket.
 
     Returns:
-        Owner of each matrix, and length in elements of the buffer that holds them all.
+        Owner of each matrix, and length in elements of each bucket, in the order of the backward
+        pass. The buckets make up the buffer.
     """
     owners = [0] * len(sizes)
     bucket: list[int] = []
-    buffer = 0
+    lengths: list[int] = []
     # A bucket's end is a multiple of lcm(ranks, 128) (core/optimizer/param_layout.py:33, 0.19.2).
     share = math.lcm(_ALIGNMENT, math.lcm(ranks, 128) // ranks)
 
     def close() -> None:
-        nonlocal buffer
         loads = [0] * ranks
         for index in sorted(bucket, key=lambda index: -sizes[index]):
             owner = loads.index(min(loads))
             owners[index] = owner
             loads[owner] = _round_up(loads[owner], _ALIGNMENT) + sizes[index]
-        buffer += ranks * _round_up(max(loads), share)
+        lengths.append(ranks * _round_up(max(loads), share))
         bucket.clear()
 
     # The backward pass reaches the last weights first.
@@ -295,15 +295,48 @@ def assign_owners(
             largest = total = 0
     if bucket:
         close()
-    return owners, buffer
+    return owners, lengths
 
 
-def adam_buffer_length(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvenBuffer:
+    """Places of weights in a buffer that ranks divide element by element.
+
+    Attributes:
+        starts: first element of each weight, in the order of the forward pass.
+        buckets: first element and end of each bucket, in the order of the backward pass.
+    """
+
+    starts: tuple[int, ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Number of elements."""
+        return self.buckets[-1][1] if self.buckets else 0
+
+    def exchanged(self, sizes: Sequence[int], owners: Sequence[int], ranks: int) -> int:
+        """Return the elements of all weights that lie in another rank's share than their owner's.
+
+        Args:
+            sizes, owners: number of elements and owner of each weight.
+            ranks: number of ranks that divide each bucket.
+        """
+        moved = 0
+        for start, size, owner in zip(self.starts, sizes, owners, strict=True):
+            first, last = next(each for each in self.buckets if each[0] <= start < each[1])
+            share = (last - first) // ranks
+            own = first + owner * share
+            moved += size - max(0, min(start + size, own + share) - max(start, own))
+        return moved
+
+
+def even_buffer(
     sizes: Sequence[int], ranks: int, bucket_size: int | None, *, alone: Container[int] = ()
-) -> int:
-    """Return the length, in elements, of a buffer of weights under Adam.
+) -> EvenBuffer:
+    """Return the places of weights in a buffer of even shares: Adam's, and Muon's on request.
 
-    The ranks divide its state element by element. Each weight is aligned, and each bucket's end is
+    The ranks divide it element by element. Each weight is aligned, and each bucket's end is
     a multiple of the ranks (megatron/core/optimizer/distrib_optimizer.py:506-585, 0.19.2).
 
     Args:
@@ -313,15 +346,27 @@ def adam_buffer_length(
         alone: indices in ``sizes`` of weights with a bucket of their own, default none.
     """
     unit = math.lcm(ranks, 128)  # core/optimizer/param_layout.py:33 (0.19.2)
+    starts = [0] * len(sizes)
+    buckets: list[tuple[int, int]] = []
     start = end = 0  # bounds of the open bucket
+
+    def close() -> None:
+        nonlocal start, end
+        end = _round_up(end, unit)
+        if end > start:
+            buckets.append((start, end))
+        start = end
+
     for index in reversed(range(len(sizes))):
         end = _round_up(end, _ALIGNMENT)
         if index in alone:
-            start = end = _round_up(end, unit)
+            close()
+        starts[index] = end
         end += sizes[index]
         if index in alone or (bucket_size is not None and end - start >= bucket_size):
-            start = end = _round_up(end, unit)
-    return _round_up(end, unit)
+            close()
+    close()
+    return EvenBuffer(starts=tuple(starts), buckets=tuple(buckets))
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -347,13 +392,21 @@ class Ownership:
     Attributes:
         group: ``dense``, or ``experts`` if these have data-parallel ranks of their own.
         owned: matrices of each rank in the group.
-        buffer: length in elements of the buffer of these weights, the same on every rank. Gradients
-            have a buffer of the same length.
+        buckets: length in elements of each bucket of these weights, in the order of the backward
+            pass, the same on every rank.
+        exchanged: elements that ranks send to their owner and back in the optimizer's step, of all
+            ranks together. 0 if each matrix lies in its owner's share.
     """
 
     group: str
     owned: tuple[tuple[Weight, ...], ...]
-    buffer: int
+    buckets: tuple[int, ...]
+    exchanged: int = 0
+
+    @property
+    def buffer(self) -> int:
+        """Length in elements of the buffer of these weights; the gradients' is as long."""
+        return sum(self.buckets)
 
     @property
     def elements(self) -> list[int]:
@@ -373,7 +426,8 @@ def ownership(run: Run, world_size: int, backend: Backend, *, stage: int = 0) ->
     groups = []
     for group, count in _replicas(run.layout, world_size).items():
         owned: list[list[Weight]] = [[] for _ in range(count)]
-        buffer = 0
+        buckets: list[int] = []
+        exchanged = 0
         for chunk in range(run.layout.vpp):
             size = bucket_size(run, world_size, stage=stage, chunk=chunk)
             weights = [
@@ -381,11 +435,25 @@ def ownership(run: Run, world_size: int, backend: Backend, *, stage: int = 0) ->
                 for weight in _members(run, backend, group, stage, chunk)
                 if uses_muon(weight, run.optimizer)
             ]
-            owners, length = assign_owners([weight.numel for weight in weights], count, size)
-            buffer += length
+            sizes = [weight.numel for weight in weights]
+            owners, lengths = assign_owners(sizes, count, size)
+            # Even shares move no matrix to another owner (`muon.even_shares`).
+            if run.optimizer.muon_dense_shards == "even" and group == "dense":
+                even = even_buffer(sizes, count, size)
+                lengths = [end - start for start, end in even.buckets]
+                exchanged += even.exchanged(sizes, owners, count)
+            # The backward pass reaches the last virtual stage first.
+            buckets = lengths + buckets
             for weight, owner in zip(weights, owners, strict=True):
                 owned[owner].append(weight)
-        groups.append(Ownership(group=group, owned=tuple(map(tuple, owned)), buffer=buffer))
+        groups.append(
+            Ownership(
+                group=group,
+                owned=tuple(map(tuple, owned)),
+                buckets=tuple(buckets),
+                exchanged=exchanged,
+            )
+        )
     return groups
 
 
@@ -435,7 +503,8 @@ def buffer_elements(run: Run, world_size: int, backend: Backend, *, stage: int =
             if shared and weight.component == "embedding"
         }
         size = bucket_size(run, world_size, stage=stage, chunk=chunk)
-        total += adam_buffer_length([weight.numel for weight in weights], ranks, size, alone=alone)
+        sizes = [weight.numel for weight in weights]
+        total += even_buffer(sizes, ranks, size, alone=alone).length
     return total
 
 

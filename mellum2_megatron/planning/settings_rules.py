@@ -138,6 +138,26 @@ def muon_gathers_bf16(planned: PlannedRun) -> Problems:
 
 
 @rule(
+    evidence="megatron/core/distributed/param_and_grad_buffer.py:842 (0.19.2): a gradient that is "
+    "accumulated elsewhere is copied back before owners have collected it"
+)
+def even_shares_hold_the_gradients(planned: PlannedRun) -> Problems:
+    """Gradients of matrices in even shares are accumulated in their buffer."""
+    run = planned.run
+    if run.optimizer.muon_dense_shards != "even" or run.optimizer.name != "muon":
+        return
+    flag = "--ddp-param-name-patterns-for-fp32-local-accumulation"
+    for word in run.execution.extra_arguments:
+        # Megatron's parser takes the beginning of a flag for the flag.
+        if word.startswith("--ddp-par") and flag.startswith(word.partition("=")[0]):
+            yield InputError(
+                f"execution.extra_arguments: {word} with optimizer.muon_dense_shards=even",
+                rule="owners collect gradients in the buffer, not beside it",
+                fix="leave the word out, or set optimizer.muon_dense_shards=whole",
+            )
+
+
+@rule(
     evidence="megatron/core/models/gpt/gpt_model.py:237 and 295 (0.19.2): modules are made, in FP8 "
     "if weights will be gathered so, before their own precision exception applies"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mellum2_megatron.config import Run
+from mellum2_megatron.planning.dense_shards import dense_shards_note
 
 
 def start_notes(run: Run, world_size: int) -> list[str]:
@@ -25,4 +26,6 @@ def start_notes(run: Run, world_size: int) -> list[str]:
             f"{loss.aux_loss_coef:g} acts like {loss.aux_loss_coef / ranks:.2g} on one rank "
             "(loss.aux_loss_gradient=megatron, docs/layouts.md)"
         )
+    if note := dense_shards_note(run, world_size):
+        notes.append(note)
     return notes

@@ -21,6 +21,12 @@ H100_SOURCES = {
     "execution.recompute": "ours: for a card of 80 GB",
 }
 
+EVEN_SOURCES = {
+    "optimizer.muon_dense_shards": (
+        "ours: from 128 ranks on, by count; the update is the same (docs/optimizer.md)"
+    ),
+}
+
 BF16 = "ours: BF16, because no published run on Hopper shows FP8 ahead at this expert size"
 
 
@@ -35,6 +41,7 @@ class Hardware:
         precision: number formats; None (default): the stage's.
         execution: memory traded for time, and kernels; default none.
         micro_batch_size: sequences of a micro-batch; None (default): the stage's.
+        muon_dense_shards: division of the dense matrices' buffers, default Megatron's.
         sources: sources of what differs from the stage, by key; default none.
     """
 
@@ -44,6 +51,7 @@ class Hardware:
     precision: Precision | None = None
     execution: Execution = field(default_factory=Execution)
     micro_batch_size: int | None = None
+    muon_dense_shards: Literal["whole", "even"] = "whole"
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -69,13 +77,21 @@ def cluster(numbers: Mapping[int, str], *, default: int, cp: int = 1) -> dict[st
 
 
 def _h200(gpus: int, source: str, compute: Literal["fp8", "bf16"], cp: int) -> Hardware:
-    return Hardware(
+    plain = Hardware(
         label=f"{gpus} H200" + " BF16" * (compute == "bf16"),
         layout=Layout(ep=8, cp=cp, dp=gpus // cp),
         source=source,
         precision=Precision(compute=compute),
         sources={"precision.compute": BF16} if compute == "bf16" else {},
     )
+    return with_even_shares(plain)
+
+
+def with_even_shares(machines: Hardware) -> Hardware:
+    """Return the same machines with even shares of dense matrices, from 128 GPUs on."""
+    if (machines.layout.world_size or 1) < 128:
+        return machines
+    return replace(machines, muon_dense_shards="even", sources={**machines.sources, **EVEN_SOURCES})
 
 
 def _fast(plain: Hardware) -> Hardware:

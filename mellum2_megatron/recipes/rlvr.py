@@ -18,7 +18,7 @@ from mellum2_megatron.config import (
     Schedule,
     Stability,
 )
-from mellum2_megatron.recipes.hardware import BF16, Hardware
+from mellum2_megatron.recipes.hardware import BF16, Hardware, with_even_shares
 from mellum2_megatron.recipes.long_context import LONG_CONTEXT
 from mellum2_megatron.recipes.stage import Stage
 
@@ -184,12 +184,13 @@ def _of_12b(kind: Kind) -> Stage:
 
 
 def _h200(gpus: int, cp: int, source: str) -> Hardware:
-    return Hardware(
+    machines = Hardware(
         label=f"{gpus} H200",
         layout=Layout(ep=8, cp=cp, dp=gpus // cp),
         source=source,
         sources={"precision.compute": BF16},
     )
+    return with_even_shares(machines)
 
 
 RLVR = tuple(map(_of_12b, (INSTRUCT, THINKING)))

@@ -38,6 +38,7 @@ from mellum2_megatron.faults.hang_watch import HangWatch
 from mellum2_megatron.faults.step_guard import StepGuard
 from mellum2_megatron.faults.stop_request import StopRequest
 from mellum2_megatron.model.provider import run_model_provider
+from mellum2_megatron.muon import even_shares
 from mellum2_megatron.training.datasets import dataset_provider
 from mellum2_megatron.training.hooks import LoopParts, install_hooks
 from mellum2_megatron.training.metrics import TrainingMetrics
@@ -75,6 +76,7 @@ def run_loop(
             (training.py:4155, 0.19.2).
     """
     backend = run.resolved_backend(device)
+    even_shares.activate(run.optimizer)
     # Megatron reads its arguments from nowhere else (training/arguments.py:parse_args, 0.19.2).
     sys.argv[1:] = megatron_arguments(
         run, world_size=world_size, device=device, backend=backend, start=start

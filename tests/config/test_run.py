@@ -48,6 +48,7 @@ ODD_OPTIMIZER = Optimizer(
     muon_split_gate_up=True,
     muon_router=False,
     muon_mtp_projection=False,
+    muon_dense_shards="even",
     adam_beta1=0.5,
     adam_beta2=0.25,
     adam_eps=1e-20,

@@ -128,7 +128,9 @@ def _set_up(run: Run, precision: str) -> tuple[list[Any], Any]:
     from megatron.training.training import setup_model_and_optimizer
 
     from mellum2_megatron.model.provider import model_provider
+    from mellum2_megatron.muon import even_shares
 
+    even_shares.activate(run.optimizer)
     world_size = torch.distributed.get_world_size()
     sys.argv = ["train", *megatron_arguments(run, world_size=world_size, device="cpu")]
     # The check reports to the forward pass, which does not run here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 
 import pytest
@@ -30,6 +31,11 @@ SMALL = [
     "schedule.warmup_samples=0",
     "schedule.micro_batch_size=2",
 ]
+
+
+EVEN = "optimizer.muon_dense_shards=even"
+SMALL_BUCKETS = "execution.extra_arguments=[--ddp-bucket-size,20000]"
+OVERLAPS = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
 
 
 def run_of(*overrides: str) -> Run:
@@ -216,20 +222,22 @@ def test_options_reach_the_update() -> None:
         (2, ("layout.ep=2",)),
         (
             2,
-            (
-                "layout.ep=2",
-                "optimizer.overlap_grad_reduce=true",
-                "optimizer.overlap_param_gather=true",
-            ),
+            ("layout.ep=2", *OVERLAPS),
         ),
         (4, ("layout.ep=2", "optimizer.muon_split_gate_up=true", "optimizer.muon_router=false")),
+        (4, (EVEN, "layout.ep=2", SMALL_BUCKETS, *OVERLAPS)),
+        (2, (EVEN, SMALL_BUCKETS)),
+        (2, (EVEN, "layout.cp=2")),
     ],
-    ids=["dp2", "ep2", "ep2_overlapped", "ep2_dp2_options"],
+    ids=[
+        *("dp2", "ep2", "ep2_overlapped", "ep2_dp2_options"),
+        *("ep2_dp2_even", "dp2_even", "cp2_even"),
+    ],
 )
 def test_distributed_update_is_that_of_one_process(nproc: int, overrides: tuple[str, ...]) -> None:
     """Weights, masters and states, Muon's and Adam's, to the bit."""
     (alone,) = updated(
-        1, *(word for word in overrides if "layout" not in word and "overlap" not in word)
+        1, *(word for word in overrides if not re.search("layout|overlap|shards|extra", word))
     )
     seen: dict[tuple[str, str], torch.Tensor] = {}
     for outcome in updated(nproc, *overrides):

@@ -124,6 +124,29 @@ def test_muon_sends_the_padding_of_its_buffers_too(nproc: int, overrides: tuple[
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("overrides", [(), ("layout.ep=2",)], ids=parameter_id)
+def test_even_shares_are_sent_to_owners_and_back(overrides: tuple[str, ...]):
+    """The mean over four ranks; each owner sends and receives its own matrices."""
+    run = muon_run("backend=torch", "optimizer.muon_dense_shards=even", *overrides)
+    expected = bytes_sent(run, world_size=4, stage=0, micro_batches=1)["dp"]
+    owned = ownership(run, 4, "torch")
+    ((_, adams), *_) = adam_weights(run, 4, "torch")
+    small = buffer_elements(run, 4, "torch") - sum(each.buffer for each in owned)
+    small -= sum(weight.numel for weight in adams)
+    ranks = run_distributed("tests.model.optimizer_worker:bytes_of_a_step", 4, run)
+    assert sum(ranks) == pytest.approx(4 * expected + 4 * 6 * small * 3 / 4, abs=2)
+    assert len(set(ranks)) > 1
+    whole = muon_run("backend=torch", *overrides)
+    more = expected - bytes_sent(whole, world_size=4, stage=0, micro_batches=1)["dp"]
+    dense, before = owned[0], ownership(whole, 4, "torch")[0]
+    assert dense.owned == before.owned
+    # A quarter of the matrices lies in its owner's share by chance.
+    assert 0.5 < dense.exchanged / sum(dense.elements) < 1
+    saved = 6 * (before.buffer - dense.buffer) * 3 / 4
+    assert more == pytest.approx(6 * dense.exchanged / 4 - saved, abs=2)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ranks", "ways"),
     [

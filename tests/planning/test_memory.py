@@ -20,6 +20,7 @@ from tests.model.test_muon import run_of
 BIG = Mellum2Architecture.preset("mellum2-12b")
 TINY = Mellum2Architecture.preset("mellum2-tiny")
 TP = ("layout.tp=2", "layout.sp=true")
+EVEN = "optimizer.muon_dense_shards=even"
 
 
 @pytest.mark.distributed
@@ -35,6 +36,8 @@ TP = ("layout.tp=2", "layout.sp=true")
         # An odd vocabulary: the bucket of the shared embedding changes the padding.
         (4, ("layout.pp=2", "layout.ep=2", "architecture.vocab_size=97")),
         (4, ("layout.cp=2", "optimizer.name=adam", "layout.ep=2")),
+        (4, (EVEN, "optimizer.overlap_grad_reduce=true", "layout.ep=2")),
+        (2, (EVEN, "layout.pp=2", "layout.vpp=2")),
     ],
     ids=parameter_id,
 )
@@ -114,13 +117,18 @@ def test_memory_divides_what_the_layout_divides() -> None:
 
 def test_at_256_ranks_most_of_the_dense_buffer_is_empty() -> None:
     """88 dense matrices on 256 ranks: each share is as long as the largest matrix, fused QKV."""
-    found = memory_per_rank(recipe("mellum2_12b_pretrain_phase1"), world_size=256)
+    run = recipe("mellum2_12b_pretrain_phase1")
+    whole = apply_overrides(run, ["optimizer.muon_dense_shards=whole"])
+    even, found = (memory_per_rank(each, world_size=256) for each in (run, whole))
     dense = 29 * (2304 * (4096 + 2 * 512) + 4096 * 2304 + 64 * 2304) + 2304 * 4608
     empty = 256 * 5120 * 2304 - dense
     experts = 29 * 8 * 3 * 896 * 2304
     largest = 47_480_832  # elements of the fullest of 32 ranks: as many as 23 matrices fc2
     assert largest == 23 * 896 * 2304
     assert found.padding == 6 * (empty + 32 * largest - experts)
+    # In even shares only each of three buckets is rounded up to a multiple of 256.
+    assert 0 <= even.padding - 6 * (32 * largest - experts) < 3 * 6 * 256
+    assert (even.optimizer, even.gradients) == (found.optimizer, found.gradients)
     assert found.optimizer < 8 * (largest + 5120 * 2304) + 12 * (2 * 226_492_416 + 200_000) / 256
 
 

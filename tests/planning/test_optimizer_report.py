@@ -14,7 +14,12 @@ from rich.console import Console
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run, apply_overrides
 from mellum2_megatron.planning.optimizer_report import optimizer_report, render_optimizer
-from mellum2_megatron.planning.rank_weights import assign_owners, local_weights, ownership
+from mellum2_megatron.planning.rank_weights import (
+    assign_owners,
+    even_buffer,
+    local_weights,
+    ownership,
+)
 from mellum2_megatron.recipes import recipe
 from tests import parameter_id
 from tests.distributed import run_distributed
@@ -55,6 +60,7 @@ def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         (4, ("layout.ep=2",)),
         (4, ("layout.ep=2", "optimizer.overlap_grad_reduce=true")),
         (2, VARIANT),
+        (4, ("layout.ep=2", "optimizer.muon_dense_shards=even")),
     ],
     ids=parameter_id,
 )
@@ -121,6 +127,7 @@ def test_pipeline_stages_hold_the_whole_model_once() -> None:
 @pytest.mark.parametrize("bucket", [None, 40_000_000, 256_000_000])
 def test_owners_are_megatrons(ranks: int, bucket: int | None) -> None:
     """Megatron's own layout function, on the sizes of the 12B's matrices and on random ones."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
     run = apply_overrides(recipe(BIG), ["layout.ep=8"])
@@ -140,7 +147,14 @@ def test_owners_are_megatrons(ranks: int, bucket: int | None) -> None:
             start, _, number = layout.param_index_map[stub]
             first, last = layout.bucket_indices[number]
             expected.append((start - first) // ((last - first) // ranks))
-        assert assign_owners(sizes, ranks, bucket) == (expected, layout.bucket_indices[-1][1])
+        lengths = [end - start for start, end in layout.bucket_indices]
+        assert assign_owners(sizes, ranks, bucket) == (expected, lengths)
+        layout = DistributedOptimizer._compute_per_buffer_param_layout(
+            stubs, bucket, ranks, SimpleNamespace(pad_buckets_for_high_nccl_busbw=False)
+        )
+        even = even_buffer(sizes, ranks, bucket)
+        assert even.buckets == tuple(layout.bucket_indices)
+        assert even.starts == tuple(layout.param_index_map[stub][0] for stub in stubs)
 
 
 class _Hashable:

@@ -318,6 +318,18 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         TINY,
         "cpu",
         2,
+        [
+            "optimizer.muon_dense_shards=even",
+            "execution.extra_arguments=[--ddp-param-name-patterns=all]",
+        ],
+        "even-shares-hold-the-gradients",
+        "--ddp-param-name-patterns=all",
+        ["optimizer.muon_dense_shards=whole"],
+    ),
+    (
+        TINY,
+        "cpu",
+        2,
         ["checkpoint.async_save=true"],
         "async-save-on-gpu",
         "checkpoint.async_save=true",

@@ -1,4 +1,4 @@
-"""Remarks of a start: the strength of the load-balancing loss on the ranks of a run."""
+"""Remarks of a start: strength of the load-balancing loss, and shares of dense matrices."""
 
 from __future__ import annotations
 
@@ -29,3 +29,28 @@ def test_nothing_is_said_where_the_coefficient_acts_as_it_stands(override: str) 
 
 def test_nothing_is_said_on_one_rank() -> None:
     assert start_notes(recipe("mellum2_4layer_pretrain_1gpu_h200_fp8"), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "worse", "better"),
+    [(256, "whole", "even"), (128, "whole", "even"), (8, None, None)],
+)
+def test_the_choice_that_exposes_less_is_named(
+    ranks: int, worse: str | None, better: str | None
+) -> None:
+    """At 8 ranks even shares expose 0.09 GiB more, which is less than a note is worth."""
+    run = apply_overrides(BIG, [f"layout.dp={ranks}", "loss.aux_loss_coef=0"])
+    for shards in ("whole", "even"):
+        chosen = apply_overrides(run, [f"optimizer.muon_dense_shards={shards}"])
+        notes = start_notes(chosen, ranks)
+        assert len(notes) == (shards == worse)
+        for note in notes:
+            assert f"muon_dense_shards={worse} sends" in note
+            assert f"{better} would send 0.6" in note
+    # Without overlap nothing hides, and at 8 ranks the exchange is more than the empty room.
+    alone = ["optimizer.overlap_grad_reduce=false", "optimizer.overlap_param_gather=false"]
+    chosen = apply_overrides(run, ["optimizer.muon_dense_shards=even", *alone])
+    assert ["whole would send" in note for note in start_notes(chosen, ranks)] == [True] * (
+        ranks == 8
+    )
+    assert start_notes(apply_overrides(run, ["optimizer.name=adam"]), ranks) == []

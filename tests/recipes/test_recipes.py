@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
 from mellum2_megatron.architecture import Mellum2Architecture
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Precision, from_yaml, keys, to_yaml
+from mellum2_megatron.planning.dense_shards import dense_shards_note
 from mellum2_megatron.planning.gpus import GPUS
 from mellum2_megatron.planning.memory_fit import card_problem
 from mellum2_megatron.planning.rules import check
@@ -204,8 +206,12 @@ def test_a_variant_trains_the_same(name: str) -> None:
     """Twins differ in precision, exchange, memory and place; never in what is trained."""
     run = recipe(name)
     plain = recipe(re.sub(r"_\d+gpu_.*", "", name))
-    for section in ("architecture", "optimizer", "loss", "stability", "data", "logging", "seed"):
+    for section in ("architecture", "loss", "stability", "data", "logging", "seed"):
         assert getattr(run, section) == getattr(plain, section), section
+    gpus = run.layout.world_size or 0
+    shards: Literal["whole", "even"] = "even" if gpus >= 128 else "whole"
+    assert run.optimizer == replace(plain.optimizer, muon_dense_shards=shards)
+    assert dense_shards_note(run, gpus) is None  # the other choice exposes no less
     assert replace(run.schedule, micro_batch_size=1) == replace(plain.schedule, micro_batch_size=1)
     assert run.precision == Precision(compute="bf16" if re.search("bf16|rlvr", name) else "fp8")
     fast = name.endswith("_fast")

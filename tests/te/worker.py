@@ -227,8 +227,10 @@ def recipe_model(name: str, stage: str) -> dict[str, Any]:
     config.init_model_with_meta_device = True
     config.perform_initialization = False
     from mellum2_megatron.model.provider import build_model
+    from mellum2_megatron.muon import even_shares
     from mellum2_megatron.planning.memory import memory_by_stage
 
+    even_shares.activate(run.optimizer)
     with torch.device("meta"):
         model = build_model(
             run.architecture,
