@@ -11,6 +11,7 @@ from ablations.running.evaluations import EVALUATIONS
 from ablations.running.results import TaskOnDisk
 from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.checkpoint.folder import RUN_FILE
+from mellum2_megatron.common.field_checks import require
 from mellum2_megatron.common.machine_load import MachineLoad
 from mellum2_megatron.common.provenance import read_records, recorded_code
 from mellum2_megatron.config import Run
@@ -73,11 +74,12 @@ def measure(task: TaskOnDisk) -> RunMeasures:
     """Read the figures of a task that is done.
 
     Raises:
-        InputError: a file of the folder is missing or damaged.
+        InputError: a file of the folder is missing, damaged or cut off.
     """
     folder = task.folder
     run = read_run(folder / RUN_FILE, warn=False)
     records = read_metrics(folder / METRICS_FILE)
+    _check_complete(folder, run, records)
     files = sums_files(folder)
     last = files.get(run.schedule.train_steps)
     sums = None if last is None else read_sums(last)
@@ -111,6 +113,18 @@ def measure(task: TaskOnDisk) -> RunMeasures:
         else None,
         values=values,
         missing=missing,
+    )
+
+
+def _check_complete(folder: Path, run: Run, records: Sequence[Record]) -> None:
+    """Refuse metrics that end before the run: their last tenth would be another one."""
+    steps, interval = run.schedule.train_steps, run.logging.log_interval
+    logged = max((record.step for record in records if record.kind == "train"), default=0)
+    require(
+        logged >= steps // interval * interval,
+        str(folder / METRICS_FILE),
+        rule=f"the task is done after {steps} steps, and step {logged} is the last in this file",
+        fix="put the file back, or delete the folder and run the study again",
     )
 
 

@@ -9,6 +9,9 @@ import pytest
 
 from ablations.running.evaluations import EVALUATIONS
 from ablations.running.results import task_folder, tasks_on_disk
+from ablations.running.statement import read_statement
+from mellum2_megatron.common.machine_load import MachineLoad
+from mellum2_megatron.common.provenance import read_records
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.metrics import read_metrics
 from mellum2_megatron.metrics.log import METRICS_FILE, series
@@ -36,6 +39,16 @@ def test_two_arms_with_one_seed_begin_alike(small_data: PreparedData, tmp_path: 
     assert losses(base)[:2] == losses(adam)[:2]
     assert losses(base)[2] != losses(adam)[2]
     assert losses(base, "valid") != losses(adam, "valid")
+    # What was stated came first, and each run tells how busy it and others kept the machine.
+    stated = read_statement(base.parents[1])
+    assert stated is not None
+    assert stated.time <= min(
+        task.record.started for task in tasks_on_disk(results, "mine", "tiny")
+    )
+    for folder in (base, adam):
+        load = MachineLoad.of(read_records(folder)[-1]["load"])
+        assert load is not None
+        assert 0 < load.own <= load.cores
     # Nothing is trained twice.
     stamp = (base / METRICS_FILE).stat().st_mtime_ns
     again = mellum2(*words)

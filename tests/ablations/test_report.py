@@ -366,6 +366,15 @@ def test_damaged_run(results: Path, tmp_path: Path) -> None:
         compared(results)
 
 
+def test_metrics_that_end_before_the_run(results: Path, tmp_path: Path) -> None:
+    results = rewritten(results, tmp_path)
+    file = task_folder(results, NAME, "tiny", "with", 1) / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if '"step": 10' not in line))
+    with pytest.raises(InputError, match=r"done after 10 steps, and step 9 is the last"):
+        compared(results)
+
+
 def test_text_of_others_is_no_markup(results: Path, tmp_path: Path) -> None:
     study = dataclasses.replace(
         STUDY,
