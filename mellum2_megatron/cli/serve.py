@@ -82,7 +82,8 @@ def serve(
         *words,
         *(more or []),
     ]
-    print_line(shlex.join(command))
+    settings = [f"{name}={value}" for name, value in switches.items()]
+    print_line(shlex.join([*settings, *command]))
     print_line("When it is up: " + curl_line(folder, name=name, host=host, port=port))
     if not dry_run:
         os.execve(command[0], command, {**os.environ, **ENVIRONMENT, **switches})

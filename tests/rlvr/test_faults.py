@@ -17,7 +17,7 @@ from mellum2_megatron.rlvr.rewards import verifiers
 from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
 from mellum2_megatron.rollouts.engine import Engine, Prompt, Sampled
 from mellum2_megatron.rollouts.prompts import run_tasks
-from mellum2_megatron.rollouts.trainer import Rollouts
+from mellum2_megatron.rollouts.trainer import Rollouts, make_engine
 from mellum2_megatron.rollouts.vllm_engine import VllmEngine
 from tests.cli.runner import mellum2
 from tests.distributed import DistributedError
@@ -133,6 +133,21 @@ def test_an_engine_that_is_gone_ends_the_run(tmp_path: Path, ahead: int) -> None
     server = VllmEngine("http://127.0.0.1:9", tmp_path, run.architecture, (0,), writes=True)
     with pytest.raises(WorkError, match=r"the engine is gone: the server at .*127\.0\.0\.1:9"):
         rollouts(tmp_path, VOWELS, server, *words).prepare(0)
+
+
+def test_a_rank_on_another_machine_than_the_server_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["rl.engine=vllm", f"rl.server_python={tmp_path / 'python'}"]
+    run = run_on(write_tasks(tmp_path), tmp_path / "run", *words)
+
+    def from_rank_0(place: list[Any], src: int) -> None:
+        place[0] = ("http://127.0.0.1:8000", "first-node")
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", from_rank_0)
+    with pytest.raises(InputError, match=r"ranks on first-node and .*--reloadable"):
+        make_engine(run, run_tasks(run), tmp_path / "run")
 
 
 def test_an_engine_that_goes_while_the_model_learns_ends_the_run(tmp_path: Path) -> None:

