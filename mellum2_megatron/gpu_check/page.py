@@ -161,7 +161,8 @@ def _memory(rows: dict[str, Any]) -> Iterator[str]:
 def _differences(rows: dict[str, Any]) -> Iterator[str]:
     """Yield the differences that the pieces about exactness have found."""
     table = [
-        (name, f"{what}: {value}", f"{difference:.2g}")
+        # Null: not a number, which is what a broken kernel returns.
+        (name, f"{what}: {value}", "not finite" if difference is None else f"{difference:.2g}")
         for name in ("resume", "backends", "fp8", "logits")
         for what, values in rows[name].get("figures", {}).items()
         for value, difference in values.items()

@@ -120,7 +120,7 @@ class Workplace:
                 _end_group(process)
         text = log.read_text(encoding="utf-8", errors="replace")
         if code not in accepted:
-            raise PieceError(f"{name}: exit code {code}: {_cause(text)} (see {log})")
+            raise PieceError(f"{name}: exit code {code}: {cause(text)} (see {log})")
         return text
 
 
@@ -175,7 +175,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _cause(text: str) -> str:
+def cause(text: str) -> str:
     """Return the line of an output that tells most about a failure."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith("error:") or "Error" in line]

@@ -6,15 +6,17 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mellum2_megatron.common.errors import InputError, nearest
-from mellum2_megatron.common.files import write_json
+from mellum2_megatron.common.errors import InputError, first_line, nearest
+from mellum2_megatron.common.files import write_json, write_text
 from mellum2_megatron.common.provenance import PACKAGES, project_root, source_code
 from mellum2_megatron.gpu_check import correctness, hardware, page, speed
 from mellum2_megatron.gpu_check.piece import (
@@ -90,6 +92,7 @@ PIECES = (
             name=f"layouts_{part + 1}",
             title="Does each parallel layout equal one process, on NCCL?",
             run=functools.partial(hardware.layouts, part=part),
+            limit=540,
         )
         for part in range(hardware.LAYOUT_PARTS)
     ),
@@ -230,4 +233,20 @@ def _run(place: Workplace, piece: Piece) -> dict[str, Any]:
         outcome = Outcome(status="skipped", reason=str(skipped))
     except PieceError as error:
         outcome = Outcome(status="failed", reason=str(error))
-    return asdict(outcome) | {"seconds": time.monotonic() - start}
+    except Exception as error:  # a fault of one piece costs neither the others nor the page
+        file = place.folder / "logs" / f"{piece.name}.traceback"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, traceback.format_exc())
+        reason = f"{type(error).__name__}: {first_line(error)} (see {file})"
+        outcome = Outcome(status="failed", reason=reason)
+    result: dict[str, Any] = _finite(asdict(outcome))
+    return result | {"seconds": time.monotonic() - start}
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null for each number that is none, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ from mellum2_megatron.gpu_check.piece import (
     PieceError,
     SkipPiece,
     Workplace,
+    cause,
     passed_figures,
 )
 from mellum2_megatron.planning.optional_packages import missing_dispatcher
@@ -119,7 +120,9 @@ def measure(place: Workplace, piece: str) -> Outcome:
         # Experts are shared inside one node, by 2, 4 or 8 ranks.
         words += ["--ranks", str(min(8, 1 << (place.gpus.bit_length() - 1)))]
     first, second = choice.arms
-    place.run(
+    file = output / "results.json"
+    file.unlink(missing_ok=True)  # of an earlier call
+    said = place.run(
         piece,
         [
             *(sys.executable, "-m", "benchmarks.train_step", *words, "--output", str(output)),
@@ -127,7 +130,9 @@ def measure(place: Workplace, piece: str) -> Outcome:
         ],
         accepted=(0, 1),
     )
-    return judge(choice, load_json(output / "results.json"), rehearsal=place.rehearsal)
+    if not file.is_file():
+        raise PieceError(f"{piece}: the benchmark wrote no results: {cause(said)}")
+    return judge(choice, load_json(file), rehearsal=place.rehearsal)
 
 
 def judge(choice: Choice, results: dict[str, Any], *, rehearsal: bool = False) -> Outcome:

@@ -268,6 +268,20 @@ def test_exchanges_are_measured_on_as_many_gpus_as_share_experts(
         speed.measure(eight, "speed_dispatcher")
 
 
+def test_a_benchmark_without_results_is_not_judged_by_those_of_an_earlier_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The benchmark ends with 1 where the matrix product fails, and writes nothing."""
+    place = workplace(tmp_path)
+    old = place.work / "speed_heads" / "results.json"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps(results(1.0, 1.0, 1.0)))
+    said = "the matrix product failed: exit code 1: RuntimeError: no kernel image\n"
+    monkeypatch.setattr(Workplace, "run", lambda *_, **__: said)
+    with pytest.raises(PieceError, match=r"speed_heads: .* no results: .*no kernel image"):
+        speed.measure(place, "speed_heads")
+
+
 CHOICE = speed.CHOICES["speed_recompute"]
 
 
