@@ -204,12 +204,14 @@ def _warnings(run: Run, owner_rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if layout.pp > 1:
             group += f" of stage {row['stage']}"
         # Every rank holds the whole buffer, and all shares of it are equally long. In whole shares
-        # that of an idle rank is therefore padding on every rank; in even ones only what aligns.
+        # that of an idle rank is therefore padding on every rank.
         unused = row["buffer_elements"] - sum(row["elements_per_rank"])
+        room = f"{unused * element_bytes / 2**30:.1f} GiB of every rank's buffers stay empty"
+        if row["group"] == "dense" and optimizer.muon_dense_shards == "even":
+            room = "all hold an even share of the buffers"
         warnings.append(
             f"{group}: a matrix has one owner, so {idle} of {row['ranks']} ranks update none of "
-            f"the {row['matrices']}, and {unused * element_bytes / 2**30:.1f} GiB of every rank's "
-            "buffers stay empty"
+            f"the {row['matrices']}, and {room}"
         )
     return warnings
 

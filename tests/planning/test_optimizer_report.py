@@ -200,6 +200,12 @@ def test_the_12b_as_the_report_trains_it() -> None:
     assert experts["balance"] < 1.1
     (warning,) = found["warnings"]
     assert "168 of 256 ranks" in warning
+    assert "even share" in warning
+    assert (dense["buckets"], dense["buffer_elements"]) == (3, 630_669_312)
+    assert 0.99 < dense["exchanged_elements"] / 630_669_312 < 1
+    whole = report(apply_overrides(recipe(BIG), ["optimizer.muon_dense_shards=whole"]), 256)
+    assert (whole["owners"][0]["buckets"], whole["owners"][0]["exchanged_elements"]) == (1, 0)
+    assert "13.4 GiB of every rank's buffers stay empty" in whole["warnings"][0]
 
 
 def test_options_appear_in_the_report() -> None:
