@@ -42,7 +42,7 @@ _KINDS = {
     "thinking": (bool,),
 }
 # Found once, checked once: a group of answers has one task.
-_REMEMBERED = 4096
+_REMEMBERED, _LARGEST_REMEMBERED = 4096, 1 << 16
 
 
 class TooLargeError(Exception):
@@ -130,7 +130,10 @@ class Gateway:
     def _score_one(self, item: Mapping[str, Any]) -> Verdict:
         arguments, tools = item.get("arguments", {}), item.get("tools", [])
         task = {"verifier": item["verifier"], "arguments": arguments, "tools": tools}
-        described = self._check(json.dumps(task, sort_keys=True))
+        text = json.dumps(task, sort_keys=True)
+        # Tasks may be as large as a request, and 4,096 of those are more than a machine's memory.
+        check = self._check if len(text) <= _LARGEST_REMEMBERED else self._check_once
+        described = check(text)
         verifier = find_verifier(item["verifier"], self._folder)
         answer = Answer(text=item["answer"], thinking=item.get("thinking", False))
         return verifier.score(answer, arguments, described)

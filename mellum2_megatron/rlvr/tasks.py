@@ -4,7 +4,7 @@
      "verifier": "math", "arguments": {"answer": "42"}}
 
 Further keys: ``tools`` as in conversations (`data.chat.records`), ``thinking`` (true: the model
-thinks before it answers; default false), and ``id``, a name for reports.
+thinks before it answers; default false), and ``id``, a name for reports that no other task has.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def read_tasks(
     faults = [item for item in checked if isinstance(item, str)]
     tasks = tuple(item[0] for item in checked if not isinstance(item, str))
     warnings = [line for item in checked if not isinstance(item, str) for line in item[1]]
-    faults += _held_out_faults(tasks, held_out)
+    faults += _named_twice(tasks) + _held_out_faults(tasks, held_out)
     if faults:
         listed = "; ".join(faults[:_SHOWN])
         more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
@@ -231,6 +231,16 @@ def _task(file: Path, where: str, row: Mapping[str, Any]) -> Task:
         folder=file.parent,
         row=row,
     )
+
+
+def _named_twice(tasks: Sequence[Task]) -> list[str]:
+    """Return a fault for each task whose ``id`` an earlier one has; answers name tasks by it."""
+    first: dict[str, Task] = {}
+    return [
+        f"{task.place}: id {shown(task.name)} is that of {before.place}"
+        for task in tasks
+        if "id" in task.row and (before := first.setdefault(task.name, task)) is not task
+    ]
 
 
 def _held_out_faults(tasks: Sequence[Task], held_out: Sequence[Path]) -> list[str]:

@@ -15,6 +15,8 @@ from mellum2_megatron.common.errors import InputError, first_line
 from mellum2_megatron.common.files import atomic_path
 from mellum2_megatron.rollouts.engine import Sampled
 
+Prompts = Sequence[tuple[int, ...]]
+
 STATE_FILE = "rollouts.npz"
 """In a checkpoint's folder: the queue and the counts of `Rollouts`."""
 
@@ -134,12 +136,18 @@ class Queue:
         taken, self.groups = self.groups[:number], self.groups[number:]
         return taken
 
-    def save(self, folder: Path) -> None:
-        """Write the queue into a checkpoint's folder."""
+    def save(self, folder: Path, prompts: Prompts) -> None:
+        """Write the queue into a checkpoint's folder.
+
+        Args:
+            folder: the checkpoint's folder.
+            prompts: token ids of each task's prompt.
+        """
         answers = [one for group in self.groups for one in group.answers]
         arrays: dict[str, Any] = {
             "draws": self.draws,
             "tasks": np.array([group.task for group in self.groups], np.int64),
+            "prompts": np.array([_hash(prompts[one.task]) for one in self.groups], np.int64),
             "versions": np.array([group.version for group in self.groups], np.int64),
             "sizes": np.array([len(group.answers) for group in self.groups], np.int64),
             "rewards": np.array([r for group in self.groups for r in group.rewards], np.float64),
@@ -154,21 +162,21 @@ class Queue:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def read(cls, folder: Path, *, tasks: int, group_size: int) -> Queue:
+    def read(cls, folder: Path, *, prompts: Prompts, group_size: int) -> Queue:
         """Return the queue of a checkpoint.
 
         Args:
             folder: the checkpoint's folder.
-            tasks: number of tasks now.
+            prompts: token ids of each task's prompt now.
             group_size: answers of a group now.
 
         Raises:
-            InputError: it is missing, damaged, or of other tasks.
+            InputError: it is missing, damaged, or its answers are to other prompts.
         """
         file = folder / STATE_FILE
         try:
             with np.load(file, allow_pickle=False) as loaded:
-                return cls._of({name: loaded[name] for name in loaded.files}, tasks, group_size)
+                return cls._of({name: loaded[name] for name in loaded.files}, prompts, group_size)
         except (
             *(OSError, ValueError, KeyError, IndexError, StopIteration, RuntimeError),
             *(zipfile.BadZipFile, zlib.error),
@@ -176,11 +184,12 @@ class Queue:
             raise InputError(
                 str(file),
                 rule=f"it must hold the answers that wait for a step ({first_line(error)})",
-                fix="resume with the same tasks and group size, or from an earlier checkpoint",
+                fix="resume with the same tasks, tokenizer, template and group size, or from an "
+                "earlier checkpoint",
             ) from error
 
     @classmethod
-    def _of(cls, arrays: dict[str, Any], tasks: int, group_size: int) -> Queue:
+    def _of(cls, arrays: dict[str, Any], prompts: Prompts, group_size: int) -> Queue:
         tokens, values = (iter(arrays[name].tolist()) for name in ("tokens", "log_probabilities"))
         answers = iter(
             [
@@ -196,11 +205,14 @@ class Queue:
         )
         rewards = iter(arrays["rewards"].tolist())
         groups = []
-        for task, version, size in zip(
-            *(arrays[name].tolist() for name in ("tasks", "versions", "sizes")), strict=True
+        names = ("tasks", "prompts", "versions", "sizes")
+        for task, prompt, version, size in zip(
+            *(arrays[name].tolist() for name in names), strict=True
         ):
-            if not (0 <= task < tasks and size == group_size):
-                raise ValueError(f"a group of {size} answers to task {task} of {tasks}")
+            if not (0 <= task < len(prompts) and size == group_size):
+                raise ValueError(f"a group of {size} answers to task {task} of {len(prompts)}")
+            if prompt != _hash(prompts[task]):
+                raise ValueError(f"the prompt of task {task} has changed since it was answered")
             groups.append(
                 Group(
                     task=task,
@@ -210,3 +222,7 @@ class Queue:
                 )
             )
         return cls(groups=groups, draws=int(arrays["draws"]))
+
+
+def _hash(prompt: Sequence[int]) -> int:
+    return zlib.crc32(np.array(prompt, np.int64).tobytes())

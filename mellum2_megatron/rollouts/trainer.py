@@ -72,13 +72,13 @@ class Rollouts:
         """
         self._queue = Queue.read(
             folder,
-            tasks=len(self._tasks.train),
+            prompts=self._tasks.train_tokens,
             group_size=self._run.rl.objective.group_size,
         )
 
     def save(self, folder: Path) -> None:
         """Write the queue into a checkpoint's folder; one rank calls it."""
-        self._queue.save(folder)
+        self._queue.save(folder, self._tasks.train_tokens)
 
     def needs_weights(self, version: int) -> bool:
         """Return true if the engine does not hold these weights yet."""

@@ -113,6 +113,21 @@ assert ctypes.CDLL(None).syscall(number, 0, -3, 1, 0, 0) >= 0""",
         "io_uring": """
 import ctypes
 assert ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(256)) >= 0""",
+        "asynchronous_input": """
+import ctypes, platform
+number = 206 if platform.machine() == 'x86_64' else 0
+context = ctypes.c_ulong()
+assert ctypes.CDLL(None).syscall(number, 1024, ctypes.byref(context)) == 0""",
+        "host_of_a_virtual_machine": """
+import socket
+socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)""",
+        "socket_of_the_kernel": """
+import socket
+socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)""",
+        "large_socket_buffer": """
+import socket
+one, other = socket.socketpair()
+one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)""",
         "host_name": """
 import socket
 socket.sethostname('x')""",
@@ -280,6 +295,7 @@ CHEATS = {
         "threading.Thread(target=late).start()\n"
         "def add(a, b):\n    return None"
     ),
+    "number_beyond_floats": "def add(a, b):\n    return 10**400",
     "closes_the_pipe": "import os\nfor n in range(100):\n    try:\n        os.close(n)\n"
     "    except OSError:\n        pass\ndef add(a, b):\n    return a + b",
     "syntax": "def add(a, b) return a + b",

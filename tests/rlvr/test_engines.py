@@ -19,7 +19,7 @@ from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.config import Objective
 from mellum2_megatron.rlvr.objective import policy_loss
 from mellum2_megatron.rollouts.engine import Prompt, Sampled, check_sampled
-from mellum2_megatron.rollouts.groups import Counts, Group, Queue
+from mellum2_megatron.rollouts.groups import Counts, Group, Prompts, Queue
 from mellum2_megatron.rollouts.transformers_engine import TransformersEngine
 from mellum2_megatron.rollouts.vllm_engine import VllmEngine
 
@@ -208,6 +208,9 @@ def test_a_server_without_log_probabilities_or_gone_ends_the_run(
 
 # -- The queue -------------------------------------------------------------------------------------
 
+ASKED = ((1, 2), (1,), (2,), (1, 3, 4))
+"""Prompts of four tasks."""
+
 
 def group(version: int, rewards: tuple[float, ...], task: int = 0) -> Group:
     answers = tuple(
@@ -232,20 +235,35 @@ def test_flat_and_stale_groups_are_dropped_and_counted() -> None:
 
 def test_a_saved_queue_is_the_same(tmp_path: Path) -> None:
     queue = Queue(groups=[group(1, (0.25, 1.0), task=3), group(2, (0, 1))], draws=17)
-    queue.save(tmp_path)
-    assert Queue.read(tmp_path, tasks=4, group_size=2) == queue
-    Queue(draws=5).save(tmp_path)
-    assert Queue.read(tmp_path, tasks=4, group_size=2) == Queue(draws=5)
+    queue.save(tmp_path, ASKED)
+    assert Queue.read(tmp_path, prompts=ASKED, group_size=2) == queue
+    Queue(draws=5).save(tmp_path, ASKED)
+    assert Queue.read(tmp_path, prompts=ASKED, group_size=2) == Queue(draws=5)
 
 
-@pytest.mark.parametrize(("tasks", "size"), [(3, 2), (4, 4)])
-def test_a_queue_of_other_tasks_or_groups_is_refused(tmp_path: Path, tasks: int, size: int) -> None:
-    Queue(groups=[group(1, (0, 1), task=3)], draws=1).save(tmp_path)
-    with pytest.raises(InputError, match="answers that wait for a step"):
-        Queue.read(tmp_path, tasks=tasks, group_size=size)
+@pytest.mark.parametrize(
+    ("prompts", "size", "reason"),
+    [
+        (ASKED[:3], 2, "task 3 of 3"),
+        (ASKED, 4, "a group of 2 answers"),
+        (((9,), *ASKED[1:]), 2, ""),
+        ((*ASKED[:3], (1, 3, 5)), 2, "the prompt of task 3 has changed"),
+        ((*ASKED[:3], (1, 3, 4, 0)), 2, "the prompt of task 3 has changed"),
+    ],
+)
+def test_a_queue_of_other_tasks_or_groups_is_refused(
+    tmp_path: Path, prompts: Prompts, size: int, reason: str
+) -> None:
+    """An answer to another prompt would be learnt from as if it were one to this."""
+    Queue(groups=[group(1, (0, 1), task=3)], draws=1).save(tmp_path, ASKED)
+    if not reason:  # a prompt that nothing waits for
+        Queue.read(tmp_path, prompts=prompts, group_size=size)
+        return
+    with pytest.raises(InputError, match=f"answers that wait for a step .*{reason}"):
+        Queue.read(tmp_path, prompts=prompts, group_size=size)
 
 
 def test_a_damaged_queue_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rollouts.npz").write_bytes(b"PK\x03\x04 not one")
     with pytest.raises(InputError, match=r"rollouts\.npz"):
-        Queue.read(tmp_path, tasks=1, group_size=2)
+        Queue.read(tmp_path, prompts=ASKED, group_size=2)

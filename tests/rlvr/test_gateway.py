@@ -172,6 +172,15 @@ def test_a_request_that_is_too_large_is_refused(port: int, monkeypatch: pytest.M
     assert ask(port, {"items": [{**FORM, "answer": "a" * 1000}]})[0] == 413
 
 
+def test_large_tasks_are_not_remembered(tmp_path: Path) -> None:
+    """4,096 of 64 MiB each would be more than a machine's memory."""
+    served = Gateway(workers=1, most=1, own=frozenset(), folder=tmp_path, token=None)
+    for text, remembered in (("a", 1), ("a" * (1 << 17), 1), ("b", 2)):
+        item = {"verifier": "form", "arguments": {"contains": [text]}, "answer": text}
+        assert served._score_one(item).reward == 1
+        assert served._check.cache_info().currsize == remembered
+
+
 def test_beyond_this_machine_a_token_is_needed(tmp_path: Path) -> None:
     mellum2("rl", "serve", "--host", "0.0.0.0").refused("--host 0.0.0.0", "--token-file")
     empty = tmp_path / "token"

@@ -550,7 +550,7 @@ class Words:
         return list(range(len(text.split())))
 
 
-def test_written_tasks_are_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_tasks_are_a_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Spec(types.SimpleNamespace):
         pass
 
@@ -576,6 +576,12 @@ def test_written_tasks_are_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first["length"], first["loss_multiplier"], first["task_name"]) == (7, 1.0, "mellum2")
     asked = {"verifier": "form", "arguments": {"contains": ["42"]}, "tools": []}
     assert first["extra_env_info"] == {**asked, "thinking": False}
+    # Python's `splitlines` would cut a task at these, which JSON leaves as they are.
+    row = {"messages": [{"role": "user", "content": "a\u2028b\x85c"}]}
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    read = getattr(sys.modules[module], name)(data_path=str(odd)).dataset
+    assert [json.loads(one["task"]) for one in read] == [row]
     long = made.processor(made.dataset[1], made.task_spec, Words(), 3, 1)
     assert (long["loss_multiplier"], len(long["message_log"][0]["token_ids"])) == (0.0, 4)
     assert long["extra_env_info"]["thinking"] is True

@@ -44,6 +44,7 @@ TASK = {
         {"assert": "assert add(2, 3) == 5"},
         {"call": "add(10, -4)", "equals": "6"},
         {"call": "add(987654300, 21)", "equals": "987654321"},
+        {"call": "add(0.5, 0.25)", "equals": "0.75", "tolerance": 1e-6},
     ],
     "seconds": 4,
 }

@@ -113,6 +113,13 @@ def test_a_bad_row_is_refused_with_line_and_reason(name: str, tmp_path: Path) ->
     mellum2("rl", "check", file).refused("line 3", reason)
 
 
+def test_two_tasks_of_one_id_are_refused(tmp_path: Path) -> None:
+    """Answers made elsewhere name their task by it."""
+    rows = [task("Name a river.", id="x"), task("Name a hill.", id="x"), task("Name a sea.")]
+    file = write_rows(tmp_path / "tasks.jsonl", rows)
+    mellum2("rl", "check", file).refused("line 2: id 'x' is that of", "line 1")
+
+
 def test_ten_faults_are_shown_and_all_are_counted(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "tasks.jsonl", [task(verifier="x") for _ in range(25)])
     with pytest.raises(InputError) as caught:

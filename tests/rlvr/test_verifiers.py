@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from mellum2_megatron.common.errors import WorkError
 from mellum2_megatron.common.limited_process import LimitError
-from mellum2_megatron.rlvr.rewards import worker
+from mellum2_megatron.rlvr.rewards import verifiers, worker
 from mellum2_megatron.rlvr.rewards.code_tests import find_program
 from mellum2_megatron.rlvr.rewards.verdict import Answer, ArgumentsError, Verdict
 from mellum2_megatron.rlvr.rewards.verifiers import VERIFIERS, find_verifier, last_boxed
@@ -261,6 +262,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         ("return None", "the reward null"),
         ("return float('nan')", "it returns nan"),
         ("return 1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
 def test_a_reward_that_lies_about_its_range(body: str, message: str, tmp_path: Path) -> None:
@@ -269,6 +271,27 @@ def test_a_reward_that_lies_about_its_range(body: str, message: str, tmp_path: P
         verifier.score(Answer(text="x"), {}, [])
     with pytest.raises(ArgumentsError, match=message):
         verifier.check({}, [])
+
+
+@pytest.mark.parametrize("body", ["time.sleep(60)", "import os; os._exit(0)"])
+def test_a_function_that_never_answers_is_refused(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every answer would be worth 0, and all groups flat."""
+    monkeypatch.setattr(verifiers, "ask", functools.partial(verifiers.ask, seconds=1.0))
+    with pytest.raises(ArgumentsError, match="for an empty answer: it"):
+        own(tmp_path, body).check({}, [])
+
+
+def test_a_schema_that_takes_forever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task's own call is matched with its tool's pattern, before any answer is."""
+    monkeypatch.setattr(verifiers, "ask", functools.partial(verifiers.ask, seconds=1.0))
+    text = {"type": "string", "pattern": "^(a+)+$"}
+    schema = {"type": "object", "properties": {"text": text}}
+    tool = {"type": "function", "function": {"name": "say", "parameters": schema}}
+    call = {"name": "say", "arguments": {"text": "a" * 40 + "b"}}
+    with pytest.raises(ArgumentsError, match="does not fit its tool: it takes longer than 1 s"):
+        find_verifier("tool_calls", Path()).check({"calls": [call]}, [tool])
 
 
 # -- The workers -----------------------------------------------------------------------------------
@@ -327,6 +350,27 @@ BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no-python": ("code", {"tests": [{"call": "f(", "equals": "1"}]}, "call is no Python"),
     "not-equal": ("code", {"tests": [{"assert": "assert f() != 1"}]}, "another operator"),
     "both-open": ("code", {"tests": [{"assert": "assert f() == g()"}]}, "neither side"),
+    "infinite": ("code", {"tests": [{"call": "f()", "equals": "1e999"}]}, "no program reaches"),
+    "ellipsis": ("code", {"tests": [{"assert": "assert f() == ..."}]}, "no program reaches"),
+    "too-many-digits": (
+        "code",
+        {"tests": [{"call": "f()", "equals": "0x" + "f" * 5000}]},
+        "no program reaches",
+    ),
+    "large-value": (
+        "code",
+        {"tests": [{"call": "f()", "equals": repr("x" * (1 << 16))}]},
+        "no program reaches",
+    ),
+    "large-output": ("code", {"tests": [{"stdout": "x" * ((1 << 20) + 1)}]}, "limit of output"),
+    "pattern-count": ("form", {"pattern": "a{99999999999}"}, "pattern is no regular expression"),
+    "pattern-depth": (
+        "form",
+        {"pattern": "(" * 5000 + ")" * 5000},
+        "pattern is no regular expression",
+    ),
+    "characters": ("form", {"max_characters": -1}, "max_characters is -1, below 0"),
+    "long-name": ("a" * 5000 + ".py:f", {}, "no FILE.py:FUNCTION"),
     "no-assert": ("code", {"tests": [{"assert": "f() == 1"}]}, "not one assert"),
     "close": ("code", {"tests": [{"assert": "assert abs(f() - g()) < 1e-3"}]}, "neither side"),
     "answer": ("math", {"answer": r"\frac{"}, "cannot be read"),

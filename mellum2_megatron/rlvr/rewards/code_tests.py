@@ -158,6 +158,8 @@ def _read_test(value: Any) -> Test:
         take(value, {"stdin": (str,), "stdout": (str,)}, required=["stdout"])
         if not value["stdout"].strip():
             raise ArgumentsError("stdout is empty, which a program that ends at once prints too")
+        if len(value["stdout"].encode("utf-8", "replace")) > Limits().output_bytes:
+            raise ArgumentsError("stdout is longer than the sandbox's limit of output")
         return Printed(stdin=value.get("stdin", ""), stdout=value["stdout"])
     if "assert" in value:
         take(value, {"assert": (str,)}, required=["assert"])
@@ -172,7 +174,7 @@ def _read_test(value: Any) -> Test:
     if not 0 <= tolerance < 1:
         raise ArgumentsError("tolerance is not from 0 to below 1")
     expected = _literal(_compile(value["equals"], "eval", "equals").body)
-    return Called(expression=value["call"], equals=expected, tolerance=tolerance)
+    return Called(expression=value["call"], equals=_reachable(expected), tolerance=tolerance)
 
 
 def _read_assert(text: str) -> Called:
@@ -215,7 +217,9 @@ def _about(left: ast.expr, right: ast.expr, tolerance: float) -> Called:
             expected = _literal(side)
         except ArgumentsError:
             continue
-        return Called(expression=ast.unparse(other), equals=expected, tolerance=tolerance)
+        return Called(
+            expression=ast.unparse(other), equals=_reachable(expected), tolerance=tolerance
+        )
     raise ArgumentsError("neither side is a literal, so the value is not known outside the sandbox")
 
 
@@ -224,6 +228,21 @@ def _literal(node: ast.expr) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ArgumentsError(f"{shown(ast.unparse(node))} is no literal") from None
+
+
+def _reachable(expected: Any) -> Any:
+    """Return an expected value if a program's could be that: values come out as text."""
+    try:
+        text = repr(expected)
+        same = len(text) <= _LARGEST_VALUE and ast.literal_eval(text) == expected
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        same = False
+    if not same:
+        raise ArgumentsError(
+            "no program reaches the expected value: it is no plain value of at most 64 KiB "
+            "(infinity, `...` and numbers of more than 4,300 digits are none)"
+        )
+    return expected
 
 
 def _compile(text: str, mode: str, name: str) -> Any:
@@ -294,7 +313,7 @@ def _fault_of(test: Called, text: str) -> str:
         return "no plain value"
     try:
         return "" if test.accepts(value) else f"it is {shown(text, quote=False)}"
-    except RecursionError:
+    except (RecursionError, OverflowError):  # a whole number that no float can be compared with
         return "no plain value"
 
 

@@ -1,14 +1,17 @@
 """The system calls that programs in the sandbox may not make, as a BPF program for seccomp.
 
 bubblewrap's namespaces keep a program from the machine's files, network and processes. The filter
-takes away kernel interfaces that an answer has no use for, and three that hold memory which no
-limit counts (System V shared memory, message queues, memfd).
+takes away kernel interfaces that an answer has no use for; those that hold memory which no limit
+counts (System V shared memory, message queues, memfd, sockets with larger buffers); one that a
+program could use up for the whole machine (contexts of asynchronous input); and sockets of families
+that no network namespace holds, such as the host's beside a virtual machine (AF_VSOCK).
 """
 
 from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Sequence
 
 # name -> numbers on x86_64 and aarch64 (Linux: arch/x86/entry/syscalls/syscall_64.tbl and
 # include/uapi/asm-generic/unistd.h).
@@ -56,6 +59,7 @@ _DENIED: dict[str, tuple[int, int]] = {
     "kexec_file_load": (320, 294),
     "bpf": (321, 280),
     "userfaultfd": (323, 282),
+    "io_setup": (206, 0),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
@@ -76,38 +80,75 @@ MACHINES = tuple(_ARCHITECTURES)
 """Machines, as `platform.machine` names them, that there is a filter for."""
 
 _CLONE3 = 435
+_SOCKET, _SETSOCKOPT = (41, 198), (54, 208)
+_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: the namespace's own
+_SOL_SOCKET = 1
+_BUFFERS = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF and both with FORCE
 _X32_BIT = 0x40000000
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # linux/bpf_common.h
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000  # linux/seccomp.h
-_NUMBER, _ARCHITECTURE = 0, 4
-"""Offsets in struct seccomp_data."""
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, (16, 24, 32)
+"""Offsets in struct seccomp_data; of an argument, those of its lower half on these machines."""
 
 
 def syscall_filter(machine: str) -> bytes:
     """Return the filter for a machine of `MACHINES`, an array of struct sock_filter.
 
-    A denied call fails with EPERM. `clone3` fails with ENOSYS, and the C library then uses `clone`:
-    its flags lie in memory, where no filter can see them.
+    A denied call fails with EPERM, a socket of another family with EAFNOSUPPORT. `clone3` fails
+    with ENOSYS, and the C library then uses `clone`: its flags lie in memory, where no filter can
+    see them.
     """
     architecture, column = _ARCHITECTURES[machine]
-    numbers = sorted(pair[column] for pair in _DENIED.values())
-    checks = [_CLONE3, *numbers]
-    program = [
-        (_LOAD, 0, 0, _ARCHITECTURE),
-        (_JUMP_EQUAL, 1, 0, architecture),
-        (_RETURN, 0, 0, _KILL),
-        (_LOAD, 0, 0, _NUMBER),
+    lines: list[_Line] = [
+        (_LOAD, "", "", _ARCHITECTURE),
+        (_JUMP_EQUAL, "", "kill", architecture),
+        (_LOAD, "", "", _NUMBER),
         # The second table of x86_64, with other numbers; aarch64 has none so high.
-        (_JUMP_AT_LEAST, 0, 1, _X32_BIT),
-        (_RETURN, 0, 0, _KILL),
+        (_JUMP_AT_LEAST, "kill", "", _X32_BIT),
+        (_JUMP_EQUAL, "no call", "", _CLONE3),
+        (_JUMP_EQUAL, "socket", "", _SOCKET[column]),
+        (_JUMP_EQUAL, "option", "", _SETSOCKOPT[column]),
+        *((_JUMP_EQUAL, "deny", "", pair[column]) for pair in _DENIED.values()),
+        (_RETURN, "", "", _ALLOW),
+        "socket",
+        (_LOAD, "", "", _ARGUMENTS[0]),
+        *((_JUMP_EQUAL, "grant", "", family) for family in _FAMILIES),
+        (_RETURN, "", "", _ERRNO | errno.EAFNOSUPPORT),
+        "option",
+        (_LOAD, "", "", _ARGUMENTS[1]),
+        (_JUMP_EQUAL, "", "grant", _SOL_SOCKET),
+        (_LOAD, "", "", _ARGUMENTS[2]),
+        *((_JUMP_EQUAL, "deny", "", option) for option in _BUFFERS),
+        "grant",  # jumps lead forward only
+        (_RETURN, "", "", _ALLOW),
+        "deny",
+        (_RETURN, "", "", _ERRNO | errno.EPERM),
+        "no call",
+        (_RETURN, "", "", _ERRNO | errno.ENOSYS),
+        "kill",
+        (_RETURN, "", "", _KILL),
     ]
-    # Behind the checks stand: allow, EPERM, ENOSYS.
-    for place, number in enumerate(checks):
-        left = len(checks) - place - 1
-        program.append((_JUMP_EQUAL, left + (2 if number == _CLONE3 else 1), 0, number))
-    program += [
-        (_RETURN, 0, 0, _ALLOW),
-        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
-        (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
-    ]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    return _assembled(lines)
+
+
+_Line = str | tuple[int, str, str, int]
+"""A label, or an instruction: code, label where its test holds and where not, value. An empty label
+is the next instruction."""
+
+
+def _assembled(lines: Sequence[_Line]) -> bytes:
+    labels: dict[str, int] = {}
+    program: list[tuple[int, str, str, int]] = []
+    for line in lines:
+        if isinstance(line, str):
+            labels[line] = len(program)
+        else:
+            program.append(line)
+
+    def far(label: str, place: int) -> int:
+        return labels[label] - place - 1 if label else 0
+
+    return b"".join(
+        struct.pack("=HBBI", code, far(holds, place), far(fails, place), value)
+        for place, (code, holds, fails, value) in enumerate(program)
+    )

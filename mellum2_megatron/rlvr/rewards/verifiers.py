@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ def find_verifier(name: str, folder: Path) -> Verifier:
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         path = folder / file
-        if not path.is_file() or not function.isidentifier():
+        # os.path, because pathlib raises for a name that is too long.
+        if not os.path.isfile(path) or not function.isidentifier():
             raise ArgumentsError(f"the verifier {shown(name)} is no FILE.py:FUNCTION in {folder}")
         return OwnFunction(path, function)
     if name == "all":
@@ -107,7 +109,7 @@ class ToolCalls:
                 raise ArgumentsError(f"calls {shown(call['name'])}, which is not among the tools")
             if "arguments" in call:
                 pairs = [[call["arguments"], schemas[call["name"]]]]
-                fault = ask({"kind": "schema", "pairs": pairs})["fault"]
+                fault = _fault({"kind": "schema", "pairs": pairs})
                 if fault:
                     raise ArgumentsError(f"the wanted call does not fit its tool: {fault}")
         return []
@@ -161,9 +163,11 @@ class Form:
         for name in ("contains", "lacks"):
             if not all(isinstance(text, str) and text for text in arguments.get(name, [])):
                 raise ArgumentsError(f"{name} is no list of texts")
+        if arguments.get("max_characters", 0) < 0:
+            raise ArgumentsError(f"max_characters is {arguments['max_characters']}, below 0")
         try:
             re.compile(arguments.get("pattern", ""))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ArgumentsError(f"pattern is no regular expression ({error})") from None
         if "json_schema" in arguments:
             _require_package("jsonschema")
@@ -249,12 +253,20 @@ class OwnFunction:
 
     def check(self, arguments: Arguments, tools: Tools) -> list[str]:
         try:
-            self.score(Answer(text=""), arguments, tools)
+            self._ask(Answer(text=""), arguments)
+        except LimitError as limit:  # of the function itself: it would make every answer wrong
+            raise ArgumentsError(f"for an empty answer: {limit}") from None
         except WorkError as error:
             raise ArgumentsError(f"for an empty answer: {error.what}") from None
         return []
 
     def score(self, answer: Answer, arguments: Arguments, tools: Tools) -> Verdict:
+        try:
+            return self._ask(answer, arguments)
+        except LimitError as limit:
+            return wrong(str(limit))
+
+    def _ask(self, answer: Answer, arguments: Arguments) -> Verdict:
         job = {
             "kind": "own",
             "path": str(self._path),
@@ -262,10 +274,7 @@ class OwnFunction:
             "answer": answer.content,
             "arguments": dict(arguments),
         }
-        try:
-            said = ask(job)
-        except LimitError as limit:
-            return wrong(str(limit))
+        said = ask(job)
         if "error" in said:
             raise WorkError(
                 f"{self._path}:{self._name} fails ({said['error']})",
@@ -337,7 +346,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _require_schemas(schemas: Sequence[Any]) -> None:
-    fault = ask({"kind": "check_schema", "schemas": list(schemas)})["fault"]
+    fault = _fault({"kind": "check_schema", "schemas": list(schemas)})
     if fault:
         raise ArgumentsError(f"a schema is wrong: {fault}")
 
@@ -352,8 +361,13 @@ def _require_package(name: str) -> None:
 
 def _verdict(job: Mapping[str, Any]) -> Verdict:
     """Return the verdict of a worker; an answer that takes too long is wrong."""
-    try:
-        fault = ask(job)["fault"]
-    except LimitError as limit:
-        fault = str(limit)
+    fault = _fault(job)
     return wrong(fault) if fault else RIGHT
+
+
+def _fault(job: Mapping[str, Any]) -> str:
+    """Return what a worker finds wrong, or the limit that it has passed; empty if nothing."""
+    try:
+        return str(ask(job)["fault"])
+    except LimitError as limit:
+        return str(limit)

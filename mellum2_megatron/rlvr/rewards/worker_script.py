@@ -91,7 +91,7 @@ def _own(job: Job) -> Job:
     try:
         function = _own_function(job["path"], job["name"])
         reward = function(job["answer"], **job["arguments"])
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # `sys.exit` would end the process as a limit does
         return {"error": f"{type(error).__name__}: {error}"[:400]}
     if isinstance(reward, bool):
         reward = float(reward)
