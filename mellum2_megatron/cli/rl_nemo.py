@@ -107,15 +107,21 @@ def render_nemo(
     site = Profile(name="local", executor="local") if profile is None else read_profile(profile)
     rewards = site if rewards_profile is None else read_profile(rewards_profile)
     target = Path(os.path.abspath(output or Path("runs") / f"{run.name}_nemo_rl"))
+    # Another kind of run is refused below, with its reason.
+    if run.data.feed == "rollouts" and not (hf_path or run.checkpoint.load):
+        raise InputError(
+            f"{run.name} without checkpoint.load and --hf-path",
+            rule="NeMo-RL starts from a Hugging Face folder",
+            fix="give its path with --hf-path",
+        )
     model = Path(os.path.abspath(hf_path or Path(run.checkpoint.load or "") / "hf"))
     template = _template(run, model)
-    data = Path(run.data.path)
-    train = tasks or [data / "train.jsonl"]
-    valid = valid_tasks or [file for file in [data / "valid.jsonl"] if file.is_file()]
+    train, valid = _task_files(run, tasks, valid_tasks)
     # No task is trained on that the validation asks.
     read = {TRAIN_TASKS: _tasks(train, [*(held_out or ()), *valid])}
-    if valid:
+    if valid and run.rl.eval_answers:
         read[VALID_TASKS] = _tasks(valid, held_out or ())
+    owners = [task for rows in read.values() for task in rows if _own(task)]
     _require_thoughts(model, [task for rows in read.values() for task in rows])
     gpus = site.gpus_per_node
     nodes = site.nodes or -(-(run.layout.world_size or gpus) // max(1, gpus))
@@ -138,8 +144,8 @@ def render_nemo(
         profile=site,
         rewards=rewards,
         port=port,
-        own=sorted({name for file in read.values() for task in file for name in _own(task)}),
-        tasks=Path(os.path.abspath(train[0])).parent,
+        own=sorted({name for task in owners for name in _own(task)}),
+        tasks=_own_folder(owners) or Path(os.path.abspath(train[0])).parent,
     )
     check_launch(launch, [target, place.checkout, model, project_folder()])
     files = {
@@ -159,6 +165,42 @@ def render_nemo(
     if not (model / "tokenizer.json").is_file():
         print_line(f"not checked: {model} is not on this machine (chat template, `</think>`)")
     print_line(f"wrote {target}; next: bash {target / LAUNCH_FILE}")
+
+
+def _task_files(
+    run: Run, tasks: list[Path] | None, valid_tasks: list[Path] | None
+) -> tuple[list[Path], list[Path]]:
+    """Return the files of tasks to train on and to validate with: those given, else the run's."""
+    from mellum2_megatron.data.feed.task_files import task_file
+
+    if valid_tasks and not run.rl.eval_answers:
+        raise InputError(
+            "--valid-tasks with rl.eval_answers=0",
+            rule="this run has no validation",
+            fix="set rl.eval_answers=1, or leave --valid-tasks out",
+        )
+    train, valid = (task_file(run.data, split) for split in ("train", "valid"))
+    return (
+        tasks or [train or Path(run.data.path) / "train.jsonl"],
+        valid_tasks or ([] if valid is None else [valid]),
+    )
+
+
+def _own_folder(tasks: Sequence[Task]) -> Path | None:
+    """Return the folder that the functions of some tasks are named from; None without a task.
+
+    Raises:
+        InputError: there are two. The service of the rewards is started in one.
+    """
+    folders = {Path(os.path.abspath(task.folder)): task for task in tasks}
+    if len(folders) > 1:
+        one, other = list(folders.values())[:2]
+        raise InputError(
+            f"{one.place} and {other.place} name functions of their own",
+            rule="the service of the rewards finds them from one folder, and these are two",
+            fix="put the files of tasks and the functions into one folder",
+        )
+    return next(iter(folders), None)
 
 
 def _tasks(files: Sequence[Path], held_out: Sequence[Path]) -> list[Task]:
@@ -190,8 +232,17 @@ def _require_thoughts(model: Path, tasks: Sequence[Task]) -> None:
         return
     from mellum2_megatron.common.json_files import load_json
 
-    for token in load_json(file).get("added_tokens", ()):
-        if token.get("content") == "</think>" and token.get("special"):
+    try:
+        tokens = load_json(file).get("added_tokens") or ()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            str(file),
+            rule=f"it must be a tokenizer ({first_line(error)})",
+            fix="give --hf-path a folder with the model's own tokenizer.json",
+        ) from error
+    for token in tokens:
+        known = isinstance(token, dict)
+        if known and token.get("content") == "</think>" and token.get("special"):
             raise InputError(
                 f"{file}: </think> is a special token",
                 rule="NeMo-RL decodes answers without special tokens, so that all of a thinking "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from mellum2_megatron.rlvr.reward_client import RewardClient
 from tests import REPOSITORY
 from tests.cli.runner import Result, mellum2
 from tests.rlvr import nemo_rl_golden
-from tests.rlvr.golden_nemo_rl import CASES, GOLDEN, rendered, work_folder
+from tests.rlvr.golden_nemo_rl import CASES, GOLDEN, TASKS, rendered, work_folder
 from tests.rlvr.nemo_rl_keys import declared_keys
 
 MATH = {"verifier": "math", "arguments": {"answer": "42"}, "tools": [], "thinking": False}
@@ -255,6 +256,30 @@ def test_the_golden_numbers_of_the_objective_can_be_made_anew(
         (["mellum2_12b_rlvr_instruct", "--profile", "far.yaml"], "container.mounts"),
         (["mellum2_12b_rlvr_instruct", "--profile", "cpu.yaml"], "gpus_per_node"),
         (["mellum2_12b_rlvr_thinking", "--hf-path", "special"], "</think> is a special token"),
+        (["mellum2_12b_rlvr_thinking", "--hf-path", "broken"], "it must be a tokenizer"),
+        (["mellum2_12b_rlvr_instruct", "checkpoint.load=null"], "without checkpoint.load"),
+        (["mellum2_12b_rlvr_instruct", "schedule.style=whd"], "schedule.style=whd"),
+        (
+            [
+                *("mellum2_12b_rlvr_instruct", "--mode", "async"),
+                *("rl.objective.max_age=0", "rl.ahead=0"),
+            ],
+            "rl.objective.max_age=0",
+        ),
+        (
+            [
+                *("mellum2_12b_rlvr_instruct", "rl.eval_answers=0"),
+                *("--valid-tasks", "data/rlvr_thinking/valid.jsonl"),
+            ],
+            "--valid-tasks with rl.eval_answers=0",
+        ),
+        (
+            [
+                *("mellum2_12b_rlvr_instruct", "--tasks", "one/tasks.jsonl"),
+                *("--tasks", "two/tasks.jsonl"),
+            ],
+            "one/tasks.jsonl line 1 and two/tasks.jsonl line 1 name functions",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_and_nothing_is_written(
@@ -274,6 +299,15 @@ def test_what_cannot_run_is_refused_and_nothing_is_written(
     token = {"content": "</think>", "special": True}
     (work / "special" / "chat_template.jinja").write_text("{{ messages }}")
     (work / "special" / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))
+    (work / "broken").mkdir(exist_ok=True)
+    (work / "broken" / "chat_template.jinja").write_text("{{ messages }}")
+    (work / "broken" / "tokenizer.json").write_text("{")
+    for name in ("one", "two"):
+        (work / name).mkdir(exist_ok=True)
+        (work / name / "own.py").write_text("def judge(answer):\n    return 0.0\n")
+        asked = [{"role": "user", "content": f"Say {name}."}]
+        row = {"messages": asked, "verifier": "own.py:judge"}
+        (work / name / "tasks.jsonl").write_text(json.dumps(row) + "\n")
     profile = [] if "--profile" in words else ["--profile", "good.yaml"]
     data = [] if "pretrain" not in words[0] else ["--tasks", "data/rlvr_instruct/train.jsonl"]
     result = mellum2("rl", "render-nemo", *words, *profile, *data, "--output", "refused")
@@ -293,6 +327,25 @@ def test_a_second_rendering_leaves_checkpoints_alone(work: Path) -> None:
     assert mellum2(*words, "seed=7", "--overwrite").code == 0
     assert "seed: 7" in (work / "twice" / "grpo.yaml").read_text()
     assert (work / "twice" / "checkpoints").is_dir()
+
+
+def test_a_validation_is_rendered_where_the_run_has_one(work: Path) -> None:
+    """Its tasks may be compressed, as the trainer's."""
+    data = work / "data" / "rlvr_packed"
+    data.mkdir()
+    (data / "train.jsonl.gz").write_bytes(gzip.compress(TASKS.encode()))
+    valid = TASKS.replace("6 * 7", "40 + 2").replace("Say a.", "Spell a word with an a.")
+    (data / "valid.jsonl.gz").write_bytes(gzip.compress(valid.encode()))
+    words = [*CASES["instruct_sync"], "--checkout", "NeMo-RL", f"data.path={data}"]
+    for answers, period in ((2, 25), (0, 0)):
+        name = f"validates{answers}"
+        result = mellum2(
+            "rl", "render-nemo", *words, f"rl.eval_answers={answers}", "--output", name
+        )
+        assert result.code == 0, result
+        config = yaml.safe_load((work / name / "grpo.yaml").read_text())
+        assert config["grpo"]["val_period"] == period
+        assert (work / name / "tasks" / "valid.jsonl").is_file() == bool(answers)
 
 
 def test_the_limits_are_printed(work: Path) -> None:

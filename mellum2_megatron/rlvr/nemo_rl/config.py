@@ -342,6 +342,18 @@ def _require_possible(run: Run, place: Place, mode: Mode) -> None:
             "use optimizer.name=adam",
         ),
         (
+            run.schedule.style == "cosine",
+            f"schedule.style={run.schedule.style}",
+            "Megatron's scheduler, which NeMo-RL hands the word to, knows no such curve",
+            "use schedule.style=cosine",
+        ),
+        (
+            mode == "sync" or run.rl.objective.max_age > 0,
+            "--mode async with rl.objective.max_age=0",
+            "answers that are written while the model learns are 1 update old or more",
+            "use --mode sync, or rl.objective.max_age=2",
+        ),
+        (
             layout.vpp == 1,
             f"layout.vpp={layout.vpp}",
             "NeMo-RL declares no key for virtual pipeline stages",
