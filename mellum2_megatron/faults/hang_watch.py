@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -91,13 +91,13 @@ class HangWatch:
         world_size: number of ranks.
         timeout: seconds without a new micro-batch after which the run counts as hung.
         setup_timeout: the same for the first micro-batch, from the moment at which all ranks have
-            met; and for that moment, from now.
+            arrived in the store; and for that moment, from now.
         end: called from the watching thread with the error; must end the process. Its second
             argument is True on the first of the ranks that answered, which reports for all.
         step: returns the step in progress.
         output: run folder, for the message.
         store: returns a new connection to the store of all ranks, for the watching thread alone;
-            None before the ranks have met.
+            None before this rank has one. May raise RuntimeError, as torch does.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class HangWatch:
         self._end, self._step, self._store = end, step, store
         self._output = output
         self._beats, self._since, self._pauses = 0, time.monotonic(), 0
+        self._own_store: Store | None = None
         self._met = False
         self._stopped = threading.Event()
         self._main = threading.get_ident()
@@ -161,32 +162,52 @@ class HangWatch:
 
     def _run(self) -> None:
         while not self._stopped.wait(min(1.0, self.timeout / 10)):
-            if not self._met and self._store() is not None:
-                # From one moment on all ranks, however late one of them was started: a rank that
-                # is not overdue itself does not answer.
-                self._met = True
-                if not self._beats:
-                    self._since = time.monotonic()
+            if not self._met:
+                # The store's process may be gone, or not answer yet: the watch goes on without it.
+                with suppress(RuntimeError):
+                    self._meet()
             if self.is_overdue(time.monotonic()):
                 self._end_run()
                 return
 
+    def _meet(self) -> None:
+        """Tell the other ranks that this one is here; start the time again when all of them are.
+
+        A process group is no sign of the others: torch waits for nobody when it makes one of NCCL
+        (torch/distributed/distributed_c10d.py:2770, 2.15). The time begins at one moment on all
+        ranks, however late one of them was started, because a rank that is not overdue itself does
+        not answer.
+        """
+        if self._own_store is None:
+            self._own_store = self._store()
+            if self._own_store is None:
+                return
+        self._own_store.set(_arrival(self.rank), "")
+        self._met = self._own_store.check(list(map(_arrival, range(self.world_size))))
+        if self._met and not self._beats:
+            self._since = time.monotonic()
+
     def _end_run(self) -> None:
         own = _place(sys._current_frames().get(self._main), self._beats)
-        store = self._store()
-        try:
-            places = {self.rank: own} if store is None else self._exchange(own, store)
-        except RuntimeError:  # of torch: the process that holds the store does not answer
-            places = {self.rank: own}
+        places, missing = {self.rank: own}, list[int]()
+        # A RuntimeError is torch's: the process that holds the store does not answer.
+        with suppress(RuntimeError):
+            store = self._store()
+            if store is not None and (self._met or self._beats):
+                places = self._exchange(own, store)
+            elif store is not None:
+                missing = [
+                    rank for rank in range(self.world_size) if not store.check([_arrival(rank)])
+                ]
         is_first = self.rank == min(places)
         # A rank that exits breaks its peers' collectives: let the first one report before that.
         if not is_first and self._stopped.wait(_ANSWER_SECONDS / 2):
             return
-        error = self._error(places, met=store is not None)
+        error = self._error(places, missing)
         if not self._stopped.is_set():
             self._end(error, is_first)
 
-    def _error(self, places: Mapping[int, Place], *, met: bool) -> WorkError:
+    def _error(self, places: Mapping[int, Place], missing: list[int]) -> WorkError:
         limit = self.limit
         shown = f"{limit / 60:g} minutes" if limit >= 60 else f"{limit:g} seconds"
         if self._beats:
@@ -196,8 +217,13 @@ class HangWatch:
                 fix=f"look at that rank's machine; {how_to_resume(self._output)}. "
                 "If a micro-batch needs more time than that, raise timeout_minutes",
             )
-        if met:
+        if self._met:
             cause = blame(places, self.world_size)
+        elif missing:
+            cause = (
+                f"{_ranks(missing)} {'has' if len(missing) == 1 else 'have'} not arrived; "
+                f"rank {self.rank} is {places[self.rank].shown}"
+            )
         else:
             cause = (
                 f"rank {self.rank} is {places[self.rank].shown}; the ranks have not met yet, so "
@@ -259,7 +285,7 @@ def blame(places: Mapping[int, Place], world_size: int) -> str:
 def default_store() -> Store | None:
     """Return another connection to torch.distributed's store, with the time limit of an answer.
 
-    None before the ranks have met there. Nothing is imported: the main thread may hang in an
+    None before this rank has joined it. Nothing is imported: the main thread may hang in an
     import, which would then hold this thread too.
     """
     module = sys.modules.get("torch.distributed.distributed_c10d")
@@ -300,6 +326,10 @@ def _work(frame: FrameType | None) -> str:
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+
+
+def _arrival(rank: int) -> str:
+    return f"mellum2/watch/arrived/{rank}"
 
 
 def _key(rank: int) -> str:

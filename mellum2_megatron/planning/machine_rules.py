@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -22,6 +23,15 @@ from mellum2_megatron.data.tokens.prompts import encode_prompts
 from mellum2_megatron.data.tokens.tokenizer import special_ids
 from mellum2_megatron.planning.optional_packages import missing_dispatcher
 from mellum2_megatron.planning.rule import PlannedRun, Problems, rule
+
+DETERMINISTIC_SCORES = 2**30
+"""Scores of a micro-batch (heads x queries x keys, summed over documents) from which on Transformer
+Engine has no deterministic fused attention within documents on Hopper."""
+
+DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
+"""Folder in which NVIDIA's driver describes each card of this machine, if there is one."""
+
+_BLACKWELL = ("B100", "B200", "B300")
 
 
 @rule(evidence="this machine", machine=True)
@@ -164,6 +174,51 @@ def data_present(planned: PlannedRun) -> Problems:
                 check_writable("data.cache", cache, folder=True)
     except InputError as error:
         yield error
+
+
+@rule(
+    evidence="transformer_engine/pytorch/attention/dot_product_attention/utils.py:1173, 1789 "
+    "(2.20.2); tests/te/test_te_backend.py",
+    machine=True,
+    after=data_present,
+)
+def deterministic_documents_have_a_kernel(planned: PlannedRun) -> Problems:
+    """Deterministic attention within long documents has FlashAttention on Hopper."""
+    from mellum2_megatron.data.feed.sources import check_data
+
+    run, layout = planned.run, planned.run.layout
+    if not run.execution.deterministic or planned.device != "cuda" or planned.backend != "te":
+        return
+    sequences, length = run.schedule.micro_batch_size, run.data.sequence_length
+    scores = sequences * run.architecture.num_attention_heads * length**2
+    if scores < DETERMINISTIC_SCORES or _is_blackwell(planned):
+        return
+    # Context parallelism pads each document, which version 2 does not know.
+    needed = ("flash-attn-3",) if layout.cp > 1 else ("flash-attn", "flash-attn-3")
+    if any(map(_is_installed, needed)) or not check_data(run).document_attention:
+        return
+    yield InputError(
+        f"execution.deterministic=true with documents in sequences of {length:,} tokens",
+        rule=f"on Hopper cuDNN's deterministic attention needs 128 bytes of workspace for each of "
+        f"{scores:,} scores, so Transformer Engine takes it below {DETERMINISTIC_SCORES:,} only, "
+        f"and {' or '.join(needed)} is not installed here",
+        fix=f"install {needed[-1]}, or set execution.deterministic=false",
+    )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _is_blackwell(planned: PlannedRun) -> bool:
+    """Return true if the cards are known to be Blackwell's, by name or by the driver here."""
+    cards = [planned.gpu.label] if planned.gpu else []
+    cards = cards or [file.read_text() for file in DRIVER_FOLDER.glob("*/information")]
+    return bool(cards) and all(any(name in card for name in _BLACKWELL) for card in cards)
 
 
 @rule(evidence="training/tasks.py", machine=True)

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,12 +186,12 @@ def test_rank_that_hangs_in_the_set_up_is_named(
         output,
         "schedule.train_samples=48",
         "timeout_minutes=60",
-        "setup_timeout_minutes=0.05",
+        "setup_timeout_minutes=0.25",
     )
     with pytest.raises(DistributedError) as caught:
         ranks("stuck_in_set_up", run, 1, where)
     message = str(caught.value)
-    assert "set-up: no micro-batch has begun for 3 seconds: rank 1 did not arrive" in message
+    assert "set-up: no micro-batch has begun for 15 seconds: rank 1 did not arrive" in message
     assert f"rank 1 is {work}, at tests/faults/fault_worker.py:" in message
     assert "raise setup_timeout_minutes" in message
     assert message.count("no micro-batch has begun") == 1  # one rank speaks for all
@@ -241,6 +242,74 @@ def test_ranks_that_have_not_met_speak_for_themselves(tmp_path: Path) -> None:
     assert first
     assert "set-up: no micro-batch has begun for 0.1 seconds: rank 3 is at tests/faults/" in message
     assert "cannot ask the others" in message
+
+
+class MemoryStore(dict[str, str]):
+    """A store in memory, with the methods of torch's that the watch uses."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def watch_of(rank: int, store: Any, tmp_path: Path, *, ends: list[str] | None = None) -> HangWatch:
+    """Watch of one of three ranks, with a limit of 100 seconds for the set-up."""
+    return HangWatch(
+        rank=rank,
+        world_size=3,
+        timeout=10,
+        setup_timeout=100 if ends is None else 0.1,
+        end=lambda error, first: [] if ends is None else ends.append(str(error)),
+        step=pytest.fail,
+        output=tmp_path,
+        store=store,
+    )
+
+
+def test_the_time_of_the_set_up_begins_when_the_last_rank_has_arrived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process group of NCCL waits for nobody, so a rank has one long before all have met."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("mellum2_megatron.faults.hang_watch.time", clock)
+    store = MemoryStore()
+    first, second, late = (watch_of(rank, lambda: store, tmp_path) for rank in range(3))
+    first._meet()
+    second._meet()
+    clock.now = 90
+    second._meet()
+    assert not second._met
+    late._meet()
+    first._meet()
+    second._meet()
+    # Now all of them, or none, are overdue: one that is not would count as hung.
+    assert [watch.is_overdue(189) for watch in (first, second, late)] == [False] * 3
+    assert [watch.is_overdue(191) for watch in (first, second, late)] == [True] * 3
+
+
+def test_a_rank_that_has_not_arrived_is_named(tmp_path: Path) -> None:
+    store, ends = MemoryStore(), list[str]()
+    watch_of(0, lambda: store, tmp_path)._meet()
+    watch = watch_of(1, lambda: store, tmp_path, ends=ends)
+    watch._meet()
+    watch._end_run()
+    assert "rank 2 has not arrived; rank 1 is at " in ends[0]
+
+
+def test_the_watch_survives_a_store_that_does_not_answer(tmp_path: Path) -> None:
+    """The launcher of the first node holds the store; with it gone a rank still ends."""
+
+    def gone() -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    ends: list[str] = []
+    watch_of(1, gone, tmp_path, ends=ends).start()
+    deadline = time.monotonic() + 60
+    while not ends and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "set-up: no micro-batch has begun for 0.1 seconds: rank 1 is at" in ends[0]
 
 
 def test_ranks_refuse_a_damaged_checkpoint_before_they_train(

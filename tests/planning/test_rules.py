@@ -19,6 +19,7 @@ from mellum2_megatron.data.feed import sources
 from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning import machine_rules
 from mellum2_megatron.planning.execution_rules import environment_is_deterministic
+from mellum2_megatron.planning.gpus import find_gpu
 from mellum2_megatron.planning.machine_rules import eval_tasks_fit, sample_prompts_fit
 from mellum2_megatron.planning.rules import (
     RULES,
@@ -388,7 +389,7 @@ def test_every_rule_has_a_case_here() -> None:
         ),
         *("resume-keeps-settings", "resume-keeps-rate-down", "resume-keeps-tokenizer"),
         *("resume-ends-on-a-step", "stream-can-be-served", "environment-is-deterministic"),
-        "rl-server-can-start",
+        *("rl-server-can-start", "deterministic-documents-have-a-kernel"),
     }
     assert len({rule.name for rule in RULES}) == len(RULES)
     for rule in RULES:
@@ -588,6 +589,46 @@ def test_tasks_fit_the_tokenizer(small_data: PreparedData, tmp_path: Path) -> No
     (lacking,) = problems(f"data.tokenizer={tmp_path}")
     assert "fim with the tokenizer" in lacking
     assert problems(f"data.tokenizer={tmp_path}", "logging.eval_tasks=[completion]") == []
+
+
+def test_kernels_of_deterministic_documents(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On Hopper cuDNN has none for the 12B's packs: FlashAttention 2, or 3 beside cp."""
+    installed: set[str] = set()
+    documents = SimpleNamespace(document_attention=True)
+    monkeypatch.setattr(sources, "check_data", lambda run: documents)
+    monkeypatch.setattr(machine_rules, "_is_installed", lambda name: name in installed)
+    monkeypatch.setattr(machine_rules, "DRIVER_FOLDER", tmp_path)
+
+    def problems(*overrides: str, **changes: object) -> list[str]:
+        run = apply_overrides(recipe(BIG), ["execution.deterministic=true", *overrides])
+        new = StartingPoint(kind="new")
+        planned = PlannedRun(run=run, world_size=256, device="cuda", start=new)
+        find = machine_rules.deterministic_documents_have_a_kernel.find
+        return list(map(str, find(dataclasses.replace(planned, **changes))))
+
+    (refused,) = problems()
+    assert "documents in sequences of 8,192 tokens" in refused
+    assert "4,294,967,296 scores" in refused
+    assert "flash-attn or flash-attn-3 is not installed here" in refused
+    assert problems("execution.deterministic=false") == []
+    assert problems("backend=torch") == []
+    assert problems("schedule.micro_batch_size=1", "data.sequence_length=4096") == []
+    assert problems(gpu=find_gpu("h200")) == [refused]
+    assert problems(gpu=find_gpu("b200")) == []
+    installed.add("flash-attn")
+    assert problems() == []
+    (refused,) = problems("layout.cp=2")
+    assert "and flash-attn-3 is not installed here" in refused
+    documents.document_attention = False
+    assert problems("layout.cp=2") == []
+    documents.document_attention = True
+    for number, model in enumerate(("NVIDIA B200", "NVIDIA H100 80GB HBM3")):
+        card = tmp_path / str(number) / "information"
+        card.parent.mkdir()
+        card.write_text(f"Model: {model}")
+        assert len(problems("layout.cp=2")) == number
 
 
 def test_environment_of_a_deterministic_run(monkeypatch: pytest.MonkeyPatch) -> None:

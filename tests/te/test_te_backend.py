@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mellum2_megatron.planning.machine_rules import DETERMINISTIC_SCORES
 from mellum2_megatron.recipes import recipe, recipe_names
 from tests import REPOSITORY
 
@@ -92,6 +93,13 @@ def test_te_modules_are_fused_and_grouped(tiny: dict[str, Any]):
     }
     assert expected <= set(tiny["modules"])
     assert tiny["routers_are_ours"]
+
+
+def test_deterministic_attention_within_documents_is_unfused_beyond_the_rules_limit():
+    """The rule `deterministic-documents-have-a-kernel` has Transformer Engine's own limit."""
+    below, at = run_worker("deterministic_documents", str(DETERMINISTIC_SCORES))
+    assert below == {"fused": True, "unfused": False}
+    assert at == {"fused": False, "unfused": True}
 
 
 def test_the_mtp_projection_alone_leaves_fp8():

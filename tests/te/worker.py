@@ -34,6 +34,41 @@ def activate_beside_transformer_engine() -> None:
     activation._active = True
 
 
+def deterministic_documents(scores: str) -> list[dict[str, bool]]:
+    """Return Transformer Engine's choice of kernel for deterministic attention on Hopper, without
+    FlashAttention: for a document with just fewer scores of 32 heads, and for one with just more.
+    """
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    length = int((int(scores) / 32) ** 0.5)
+    kernel = utils.FusedAttnBackend["F16_arbitrary_seqlen"]
+    # Three questions to the driver.
+    utils.get_device_compute_capability = lambda: (9, 0)
+    utils.get_cudnn_version = lambda: (9, 26, 0)
+    utils._get_fused_attn_backend = lambda **_: (int(kernel), "")
+    torch.cuda.current_device = lambda: 0
+    found = []
+    for tokens in (length - 64, length + 64):
+        asked = utils.AttentionParams(
+            qkv_dtype=torch.bfloat16,
+            qkv_layout="thd_thd_thd",
+            batch_size=1,
+            num_heads=32,
+            num_gqa_groups=4,
+            max_seqlen_q=tokens,
+            max_seqlen_kv=tokens,
+            head_dim_qk=128,
+            head_dim_v=128,
+            attn_mask_type="padding_causal",
+            window_size=(-1, 0),
+            core_attention_bias_requires_grad=False,
+            deterministic=True,
+        )
+        chosen = utils.get_attention_backend(asked)
+        found.append({"fused": bool(chosen[2]), "unfused": bool(chosen[4])})
+    return found
+
+
 def sharded_tensors(model: Any) -> dict[str, list[int]]:
     """Return the global shape of each checkpoint key."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
