@@ -80,6 +80,7 @@ def _train(
     from launchers.early_end import ended_early, watching_loss
     from launchers.local import (
         FAILURE_FILE,
+        few_cores,
         rank_command,
         rank_environment,
         run_ranks,
@@ -110,6 +111,10 @@ def _train(
         run = read_run(options.run)
         command = rank_command(options.run, device=options.device, verbose=options.verbose)
         environment = rank_environment(options.ranks, options.device)
+        warning = few_cores(options.ranks) if options.device == "cuda" else ""
+        if warning:
+            sys.stderr.write(f"warning: {warning}\n")
+            sys.stderr.flush()
         with (
             cleanup,
             streaming(run, folder, rendezvous) as stream,

@@ -17,6 +17,7 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Device, Run, apply_overrides
 from mellum2_megatron.data.corpus.selection import SPLITS
 from mellum2_megatron.data.feed.entries import prefixes, tokenizer_folder
+from mellum2_megatron.planning.execution_rules import deterministic_problems
 from mellum2_megatron.planning.rules import enforce
 
 LOGS_FOLDER = "logs"
@@ -169,6 +170,8 @@ def plan_job(
     # machine=False: neither this machine's files nor its packages matter to the job.
     for task in job.runs:
         enforce(task, world_size=job.world_size, device=job.device, machine=False, gpu=profile.card)
+        for problem in deterministic_problems(task, profile.variables):
+            raise problem
     return job
 
 
@@ -210,7 +213,7 @@ def check_files(
             world_size=job.world_size,
             device=job.device,
             start=start,
-            without=("packages-present",),
+            without=("packages-present", "deterministic-documents-have-a-kernel"),
         )
         origin = run.checkpoint.load or run.checkpoint.continue_from
         if (

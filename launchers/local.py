@@ -57,15 +57,25 @@ def rank_environment(nproc: int, device: Device) -> dict[str, str]:
     TORCH_CPP_LOG_LEVEL and OMP_NUM_THREADS keep a value that is already set in this process.
     """
     environment = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+    # More threads than a rank's share of the cores make all ranks slower.
+    cores = len(os.sched_getaffinity(0))
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     if device == "cpu":
-        # More threads than a rank's share of the cores make all ranks slower.
-        cores = len(os.sched_getaffinity(0))
-        environment["OMP_NUM_THREADS"] = os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, cores // nproc))
-        )
         # Megatron would use any GPU that torch can see.
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
+
+
+def few_cores(nproc: int) -> str:
+    """Return a warning if the ranks have fewer cores than there are ranks; else an empty text.
+
+    Since Slurm 22.05 a step that asks for no number of cores may be bound to one.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if cores >= nproc:
+        return ""
+    shown = f"{cores} core{'s' * (cores != 1)}"
+    return f"{nproc} ranks share {shown}: set cpus_per_task of the profile to a node's cores"
 
 
 def run_local(run_file: Path, *, nproc: int, device: Device, verbose: bool = False) -> int:

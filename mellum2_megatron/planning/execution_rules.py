@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.config import DETERMINISTIC_VARIABLES
+from mellum2_megatron.config import DETERMINISTIC_VARIABLES, Run
 from mellum2_megatron.planning.extra_arguments import extra_argument_problems
 from mellum2_megatron.planning.rule import PlannedRun, Problems, rule
 
@@ -70,10 +71,15 @@ def fp8_options_fit(planned: PlannedRun) -> Problems:
 @rule(evidence="megatron/training/determinism.py:61-102 (0.19.2)", machine=True)
 def environment_is_deterministic(planned: PlannedRun) -> Problems:
     """The environment of a deterministic run asks for no kernel that adds in changing order."""
-    if not planned.run.execution.deterministic:
+    yield from deterministic_problems(planned.run, os.environ)
+
+
+def deterministic_problems(run: Run, variables: Mapping[str, str]) -> Problems:
+    """Yield a problem for each variable of a deterministic run that Megatron would not accept."""
+    if not run.execution.deterministic:
         return
     for name, accepted in DETERMINISTIC_VARIABLES.items():
-        value = os.environ.get(name)
+        value = variables.get(name)
         # An empty list of algorithms is none.
         words = [word.strip() for word in (value or "").split(",") if word.strip()] or [""]
         if value is not None and not set(words) <= set(accepted):

@@ -130,7 +130,9 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     check_run_folder(run, start)
     check_share(run, start, rank=rank, world_size=world_size)
     os.environ.update(upstream.environment(run))
+    kept: list[str] = []
     if device == "cuda":
+        kept = upstream.kept_variables(run, os.environ)
         for name, value in upstream.gpu_environment(run).items():
             os.environ.setdefault(name, value)
     _activate(device, verbose=verbose)
@@ -182,7 +184,7 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
             },
         )
         sys.stdout.write(f"{start.line(run)}\n")
-        sys.stdout.writelines(f"{line}\n" for line in resume_lines(run, start))
+        sys.stdout.writelines(f"{line}\n" for line in (*resume_lines(run, start), *kept))
         sys.stdout.flush()
 
     def record_end(outcome: str) -> None:

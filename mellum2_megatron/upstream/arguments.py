@@ -11,6 +11,7 @@ All flags are those of ``megatron/training/arguments.py`` 0.19.2. The model's ow
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from mellum2_megatron.architecture import architecture_arguments
 from mellum2_megatron.checkpoint import StartingPoint
@@ -128,6 +129,15 @@ def gpu_environment(run: Run) -> dict[str, str]:
     if run.execution.deterministic:
         variables |= {name: values[0] for name, values in DETERMINISTIC_VARIABLES.items()}
     return variables
+
+
+def kept_variables(run: Run, variables: Mapping[str, str]) -> list[str]:
+    """Return a line for each variable whose value here wins over that of `gpu_environment`."""
+    return [
+        f"environment: {name}={variables[name]} is set and stays; these settings want {ours}"
+        for name, ours in gpu_environment(run).items()
+        if variables.get(name, ours) != ours
+    ]
 
 
 def _timeouts(run: Run) -> list[str]:

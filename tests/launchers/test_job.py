@@ -12,6 +12,7 @@ import pytest
 
 from launchers.batch_job import write_job
 from launchers.job import missing_variables
+from launchers.local import few_cores, rank_environment
 from launchers.profile import Container, Mount, Profile
 from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.common.errors import InputError
@@ -196,3 +197,25 @@ def test_variables_that_are_not_set(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HERE", "1")
     monkeypatch.delenv("GONE", raising=False)
     assert missing_variables(dataclasses.replace(CPU, environment=("HERE", "GONE"))) == ("GONE",)
+
+
+def test_variables_of_a_profile_that_a_deterministic_run_cannot_have(run: Run) -> None:
+    """Else all ranks of all nodes would refuse them, hours later."""
+    tree = dataclasses.replace(CPU, variables={"NCCL_ALGO": "Tree"})
+    make_job(run, tree)
+    with pytest.raises(InputError, match=r"NCCL_ALGO=Tree with execution\.deterministic=true"):
+        make_job(changed(run, "execution.deterministic=true"), tree)
+    ring = dataclasses.replace(CPU, variables={"NCCL_ALGO": "Ring"})
+    make_job(changed(run, "execution.deterministic=true"), ring)
+
+
+def test_ranks_on_gpus_share_the_cores_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(96)))
+    assert rank_environment(8, "cuda")["OMP_NUM_THREADS"] == "12"
+    assert "CUDA_VISIBLE_DEVICES" not in rank_environment(8, "cuda")
+    assert few_cores(8) == ""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert "8 ranks share 1 core: set cpus_per_task" in few_cores(8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert rank_environment(8, "cuda")["OMP_NUM_THREADS"] == "3"

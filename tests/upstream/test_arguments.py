@@ -15,7 +15,12 @@ import torch
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import DETERMINISTIC_VARIABLES, Device, Run, apply_overrides
 from mellum2_megatron.recipes import recipe, recipe_names
-from mellum2_megatron.upstream import environment, gpu_environment, megatron_arguments
+from mellum2_megatron.upstream import (
+    environment,
+    gpu_environment,
+    kept_variables,
+    megatron_arguments,
+)
 from tests import parameter_id
 
 TINY, BIG = "mellum2_tiny_pretrain", "mellum2_12b_pretrain_phase1"
@@ -470,6 +475,16 @@ def test_every_exchange_and_execution_setting_arrives(monkeypatch: pytest.Monkey
         "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",
         "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
     }
+
+
+def test_a_variable_that_wins_over_ours_is_told() -> None:
+    """An image of NVIDIA's may hold one connection, which undoes the overlap in silence."""
+    run = apply_overrides(recipe(BIG), ["layout.overlap_expert_comm=true"])
+    assert kept_variables(run, gpu_environment(run)) == []
+    (line,) = kept_variables(run, {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HOME": "/root"})
+    assert line == (
+        "environment: CUDA_DEVICE_MAX_CONNECTIONS=1 is set and stays; these settings want 32"
+    )
 
 
 def test_deterministic_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
