@@ -124,8 +124,9 @@ def gpu_environment(run: Run) -> dict[str, str]:
         # computation that it should overlap.
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     if run.layout.overlap_expert_comm:
-        # Norms leave multiprocessors to the exchange beside them.
-        variables |= {"NVTE_FWD_LAYERNORM_SM_MARGIN": "16", "NVTE_BWD_LAYERNORM_SM_MARGIN": "16"}
+        # Norms leave multiprocessors to the exchange beside them: as many as in all of
+        # Megatron-Bridge's recipes for H100 (0.6.2).
+        variables |= {"NVTE_FWD_LAYERNORM_SM_MARGIN": "20", "NVTE_BWD_LAYERNORM_SM_MARGIN": "20"}
     if run.execution.deterministic:
         variables |= {name: values[0] for name, values in DETERMINISTIC_VARIABLES.items()}
     return variables
