@@ -188,7 +188,11 @@ def fp8_has_kernels(planned: PlannedRun) -> Problems:
         )
 
 
-@rule(evidence="transformer_engine/pytorch/utils.py, assert_dim_for_fp8_exec (2.20.2)")
+@rule(
+    evidence="transformer_engine/pytorch/utils.py:704, assert_dim_for_fp8_exec (2.20.2), sees a "
+    "rank's own tokens; those of experts are padded (megatron/core/transformer/moe/experts.py:642, "
+    "1307, 0.19.2)"
+)
 def fp8_dimensions(planned: PlannedRun) -> Problems:
     """FP8 matrices and numbers of tokens are those that its kernels take."""
     if planned.run.precision.compute != "fp8":
