@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import data_index
 from mellum2_megatron.config import Run, apply_overrides
 from mellum2_megatron.data.feed import index_plan
 from mellum2_megatron.data.feed.datasets import build_datasets, open_documents
 from mellum2_megatron.data.feed.index_plan import ARRAYS, FILES, SampleIndex, run_indices
 from mellum2_megatron.data.feed.sources import check_data
 from mellum2_megatron.data.prepared_folder import PreparedData
+from mellum2_megatron.data.tokens.indexed_files import read_indexed
 from mellum2_megatron.recipes import recipe
 from tests.small import SMALL_MODEL
 
@@ -119,3 +121,14 @@ def test_a_large_missing_index_is_said_with_its_command(
     assert note.endswith("mellum2 data index r 'data.path=my data'")
     build_datasets(run, (12, 8, 0), cache=tmp_path / "cache")
     assert notes() == []
+
+
+def test_the_benchmarks_sets_have_the_documents_and_samples_that_they_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_index, "_BLOCK", 300)  # several blocks
+    for index in data_index.indices_of(tmp_path, 2, 2000, 400):
+        assert index.entries == (1000, 200)
+        lengths = read_indexed(index.source.prefix, "set").lengths()
+        assert (lengths.min() > 0, int(lengths.sum())) == (True, 200 * 8192 + 1)
+        assert np.array_equal(np.sort(open_documents(index).document_index), np.arange(1000))

@@ -17,6 +17,7 @@ from launchers.sbatch import render
 from launchers.submission import split_stages
 from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.config import Run, apply_overrides, from_yaml, to_yaml
+from mellum2_megatron.data.feed import index_plan
 from mellum2_megatron.recipes import recipe, recipe_names
 from tests.cli.runner import Result, mellum2
 from tests.launchers.jobs import make_job
@@ -106,6 +107,17 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert "there is no rate to assume for CPUs" in text
     assert sorted(place.rglob("*")) == before
     assert not Path(str(run.checkpoint.output)).exists()
+
+
+def test_missing_indices_that_would_hold_up_a_job_are_said(
+    run: Run, place: Path, no_slurm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run.yaml", f"data.cache={place / 'cache'}", "--profile", "site.yaml", "--dry-run")
+    assert "data index" not in launch(*words).out
+    monkeypatch.setattr(index_plan, "LARGE", 1)
+    assert "Build them before: `mellum2 data index`" in launch(*words).out
+    # Data of another machine are not looked at.
+    assert "data index" not in launch(*words, "data.path=/nowhere").out
 
 
 def test_a_recipe_in_a_file_names_the_job_and_travels_with_it(

@@ -50,8 +50,8 @@ _HEADER = 128  # bytes of NumPy's header of such an array
 _PROCESS = 700_000_000
 """Bytes of a process that has imported Megatron; measured 0.6 GB on a CPU (0.19.2)."""
 _LARGEST_INT32 = 2**31 - 1
-_SECONDS_PER_ENTRY = 2.5e-7
-"""Seconds for each entry of the indices in one process; see benchmarks/NOTES.md."""
+_SECONDS_PER_ENTRY = 1.5e-7
+"""Seconds for each document and sample; 1.2e-7 of CPU time measured (benchmarks/NOTES.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
