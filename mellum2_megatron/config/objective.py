@@ -102,4 +102,5 @@ class Objective:
     @property
     def sampled_prompts(self) -> int:
         """Prompts that are answered for one step."""
-        return math.ceil(self.prompts * self.oversampling)
+        # 10 * 1.1 is 11.000000000000002.
+        return math.ceil(round(self.prompts * self.oversampling, 6))

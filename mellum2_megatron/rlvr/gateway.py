@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-LARGEST_REQUEST = 64 << 20
-"""Bytes of the largest request."""
+LARGEST_REQUEST, MOST_BYTES = 64 << 20, 1 << 30
+"""Bytes of the largest request, and of all that are read or wait for their answers."""
 
 _KINDS = {
     "verifier": (str,),
@@ -47,6 +47,10 @@ _REMEMBERED, _LARGEST_REMEMBERED = 4096, 1 << 16
 
 class TooLargeError(Exception):
     """A request of more than `LARGEST_REQUEST`."""
+
+
+class TooMuchError(Exception):
+    """Requests of more than `MOST_BYTES` together."""
 
 
 class Gateway:
@@ -66,7 +70,7 @@ class Gateway:
     ) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="score")
         self._most, self._own, self._folder, self._token = most, own, folder, token
-        self._waiting = 0
+        self._waiting = self._bytes = 0
         self._check = functools.lru_cache(_REMEMBERED)(self._check_once)
 
     def application(self) -> Starlette:
@@ -90,18 +94,31 @@ class Gateway:
             given.encode(), f"Bearer {self._token}".encode()
         ):
             return _answer(401, {"error": "the token is missing or wrong"})
+        body = bytearray()
         try:
-            items = _items(await _body(request))
+            return await self._answer_to(request, body)
+        finally:
+            self._bytes -= len(body)
+
+    async def _answer_to(self, request: Request, body: bytearray) -> Response:
+        """Read a request into ``body``, score its items, and return the answer."""
+        try:
+            async for part in request.stream():
+                body += part
+                self._bytes += len(part)
+                if len(body) > LARGEST_REQUEST:
+                    raise TooLargeError
+                if self._bytes > MOST_BYTES:
+                    raise TooMuchError
+            items = _items(bytes(body))
+        except TooMuchError:
+            return _busy(f"requests of {MOST_BYTES:,} bytes are waiting")
         except TooLargeError:
             return _answer(413, {"error": f"a request has {LARGEST_REQUEST:,} bytes at most"})
         except ArgumentsError as error:
             return _answer(400, {"error": str(error)})
         if self._waiting + len(items) > self._most:
-            return _answer(
-                503,
-                {"error": f"{self._waiting:,} items are waiting, {self._most:,} at most"},
-                {"Retry-After": "1"},
-            )
+            return _busy(f"{self._waiting:,} items are waiting, {self._most:,} at most")
         # Both lines run without a break: the event loop has one thread.
         self._waiting += len(items)
         work = [self._submit(item) for item in items]
@@ -165,15 +182,6 @@ def _names(row: Mapping[str, Any]) -> Iterator[str]:
             yield str(part.get("verifier"))
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LARGEST_REQUEST:
-            raise TooLargeError
-    return bytes(body)
-
-
 def _items(body: bytes) -> list[dict[str, Any]]:
     try:
         request = parse_object(body)
@@ -188,6 +196,10 @@ def _items(body: bytes) -> list[dict[str, Any]]:
         except ArgumentsError as error:
             raise ArgumentsError(f"item {number}: {error}") from None
     return list(request["items"])
+
+
+def _busy(error: str) -> Response:
+    return _answer(503, {"error": error}, {"Retry-After": "1"})
 
 
 def _answer(

@@ -172,6 +172,23 @@ def test_a_request_that_is_too_large_is_refused(port: int, monkeypatch: pytest.M
     assert ask(port, {"items": [{**FORM, "answer": "a" * 1000}]})[0] == 413
 
 
+def test_requests_of_too_many_bytes_together_are_refused(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4,096 items may be as many requests, each of 64 MiB."""
+    slow = {"items": [{**own("x", seconds=1.5), "tools": [{"name": "padding" * 40}]}]}
+    monkeypatch.setattr(gateway, "MOST_BYTES", 1000)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, port, slow)
+        deadline = time.monotonic() + 30
+        while not waiting(port):
+            assert time.monotonic() < deadline
+        code, answer = ask(port, {"items": [{**FORM, "answer": "a" * 800}]})
+        assert (code, answer["error"]) == (503, "requests of 1,000 bytes are waiting")
+        assert first.result()[0] == 200
+    assert ask(port, {"items": [{**FORM, "answer": "a" * 800}]})[0] == 200
+
+
 def test_large_tasks_are_not_remembered(tmp_path: Path) -> None:
     """4,096 of 64 MiB each would be more than a machine's memory."""
     served = Gateway(workers=1, most=1, own=frozenset(), folder=tmp_path, token=None)

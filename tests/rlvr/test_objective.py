@@ -337,6 +337,15 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
         Objective(**settings)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "oversampling", "sampled"), [(10, 1.1, 11), (100, 1.1, 110), (10, 1.11, 12)]
+)
+def test_prompts_are_counted_without_rounding_errors(
+    prompts: int, oversampling: float, sampled: int
+) -> None:
+    assert Objective(prompts=prompts, oversampling=oversampling).sampled_prompts == sampled
+
+
 def test_the_reports_settings_are_the_defaults() -> None:
     settings = Objective()
     assert (settings.prompts, settings.group_size, settings.sampled_prompts) == (256, 16, 384)
