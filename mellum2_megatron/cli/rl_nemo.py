@@ -118,7 +118,7 @@ def render_nemo(
     template = _template(run, model)
     train, valid = _task_files(run, tasks, valid_tasks)
     # No task is trained on that the validation asks.
-    read = {TRAIN_TASKS: _tasks(train, [*(held_out or ()), *valid])}
+    read = {TRAIN_TASKS: _tasks(train, held_out or (), valid)}
     if valid and run.rl.eval_answers:
         read[VALID_TASKS] = _tasks(valid, held_out or ())
     owners = [task for rows in read.values() for task in rows if _own(task)]
@@ -203,10 +203,12 @@ def _own_folder(tasks: Sequence[Task]) -> Path | None:
     return next(iter(folders), None)
 
 
-def _tasks(files: Sequence[Path], held_out: Sequence[Path]) -> list[Task]:
+def _tasks(
+    files: Sequence[Path], held_out: Sequence[Path], validation: Sequence[Path] = ()
+) -> list[Task]:
     from mellum2_megatron.rlvr.tasks import read_tasks
 
-    checked = read_tasks(files, held_out=held_out)
+    checked = read_tasks(files, held_out=held_out, validation=validation)
     for warning in checked.warnings:
         print_line(f"warning: {warning}")
     return list(checked.tasks)

@@ -90,19 +90,25 @@ class CheckedTasks:
 
 
 def read_tasks(
-    files: Sequence[Path], *, held_out: Sequence[Path] = (), workers: int = 8
+    files: Sequence[Path],
+    *,
+    held_out: Sequence[Path] = (),
+    validation: Sequence[Path] = (),
+    workers: int = 8,
 ) -> CheckedTasks:
     """Read tasks and check each one with its verifier.
 
     Args:
         files: .jsonl (also .gz, .zst) files of tasks.
         held_out: files of items that must not be trained on, each with ``messages``, or a text in
-            ``prompt``, ``question`` or ``text``; default none.
+            ``prompt``, ``question`` or ``text``; default none. What resembles one is refused.
+        validation: files of one's own tasks that are asked in a validation; default none. Tasks of
+            one template resemble each other, so only equal prompts are refused.
         workers: threads that check; default 8.
 
     Raises:
-        InputError: no task, or tasks that cannot work or resemble a held-out item: all of them are
-            counted, the first ten are shown with file, line and reason.
+        InputError: no task, or tasks that cannot work, resemble a held-out item or are asked in a
+            validation: all of them are counted, the first ten are shown with file, line and reason.
     """
     rows = [(file, *row) for file in files for row in _rows(file)]
     with ThreadPoolExecutor(workers) as pool:
@@ -111,6 +117,7 @@ def read_tasks(
     tasks = tuple(item[0] for item in checked if not isinstance(item, str))
     warnings = [line for item in checked if not isinstance(item, str) for line in item[1]]
     faults += _named_twice(tasks) + _held_out_faults(tasks, held_out)
+    faults += _held_out_faults(tasks, validation, least=1.0)
     if faults:
         listed = "; ".join(faults[:_SHOWN])
         more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
@@ -243,8 +250,10 @@ def _named_twice(tasks: Sequence[Task]) -> list[str]:
     ]
 
 
-def _held_out_faults(tasks: Sequence[Task], held_out: Sequence[Path]) -> list[str]:
-    """Return a fault for each task that resembles a held-out item."""
+def _held_out_faults(
+    tasks: Sequence[Task], held_out: Sequence[Path], *, least: float = SIMILAR
+) -> list[str]:
+    """Return a fault for each task whose similarity to a held-out item is ``least`` or more."""
     items = [
         (where, _word_shingles(_item_text(where, row)))
         for file in held_out
@@ -264,7 +273,7 @@ def _held_out_faults(tasks: Sequence[Task], held_out: Sequence[Path]) -> list[st
         for number, count in shared.items():
             where, words = items[number]
             similarity = count / (len(own) + len(words) - count)
-            if similarity >= SIMILAR:
+            if similarity >= least:
                 faults.append(
                     f"{task.place}: its prompt is that of the held-out {where} "
                     f"(similarity {similarity:.2f})"

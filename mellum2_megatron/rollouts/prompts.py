@@ -58,7 +58,7 @@ def run_tasks(run: Run) -> RunTasks:
     """Read, check and encode the tasks of a run.
 
     Raises:
-        InputError: a task cannot be used or resembles one of the validation, no token ends an
+        InputError: a task cannot be used or is one of the validation, no token ends an
             answer, the template does not fit, or prompts leave no room for an answer.
     """
     folder = tokenizer_folder(run.data)
@@ -76,8 +76,8 @@ def run_tasks(run: Run) -> RunTasks:
             rule=f"there is no valid.jsonl in {run.data.path}",
             fix="write one, or set rl.eval_answers=0",
         )
-    held_out = [valid_file] if valid_file is not None else []
-    train = read_tasks([train_file], held_out=held_out, workers=workers)
+    validation = [valid_file] if valid_file is not None else []
+    train = read_tasks([train_file], validation=validation, workers=workers)
     valid = () if asked is None else read_tasks([asked], workers=workers).tasks
 
     def encode(tasks: Sequence[Task]) -> tuple[tuple[int, ...], ...]:

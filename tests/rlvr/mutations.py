@@ -34,7 +34,7 @@ MUTATIONS = (
     Mutation(
         name="tasks like held-out items are taken",
         file="mellum2_megatron/rlvr/tasks.py",
-        old="if similarity >= SIMILAR:",
+        old="if similarity >= least:",
         new="if similarity > 1:",
         test=("tests/rlvr/test_tasks.py",),
     ),

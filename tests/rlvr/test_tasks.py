@@ -169,6 +169,24 @@ def test_a_task_like_a_held_out_item_is_refused(
         assert (result.code, result.out) == (0, "2 tasks: 2 form\n")
 
 
+def test_tasks_of_a_template_may_resemble_those_of_their_validation(tmp_path: Path) -> None:
+    """But none may be one of them: the validation would measure what was learnt by heart."""
+
+    def sums(name: str, *numbers: int) -> Path:
+        asked = [
+            task(f"Add the two numbers and say nothing but their sum, in one word: {n}, {n + 3}")
+            for n in numbers
+        ]
+        return write_rows(tmp_path / name, asked)
+
+    train, valid = sums("train.jsonl", 1, 2, 3), sums("valid.jsonl", 7, 8)
+    assert len(read_tasks([train], validation=[valid]).tasks) == 3
+    with pytest.raises(InputError, match="3 of 3 tasks cannot be used"):
+        read_tasks([train], held_out=[valid])
+    with pytest.raises(InputError, match=r"1 of 3 tasks .*train\.jsonl line 2: its prompt is that"):
+        read_tasks([train], validation=[sums("valid.jsonl", 7, 2)])
+
+
 def test_a_held_out_item_without_text_is_refused(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "tasks.jsonl", [task()])
     held_out = write_rows(tmp_path / "held_out.jsonl", [{"answer": "7"}])
