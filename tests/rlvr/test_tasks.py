@@ -174,7 +174,9 @@ def test_tasks_of_a_template_may_resemble_those_of_their_validation(tmp_path: Pa
 
     def sums(name: str, *numbers: int) -> Path:
         asked = [
-            task(f"Add the two numbers and say nothing but their sum, in one word: {n}, {n + 3}")
+            task(
+                f"Add the two numbers and say nothing but their sum, please, in one word: {n}, {n + 3}"
+            )
             for n in numbers
         ]
         return write_rows(tmp_path / name, asked)
