@@ -173,13 +173,8 @@ def test_tasks_of_a_template_may_resemble_those_of_their_validation(tmp_path: Pa
     """But none may be one of them: the validation would measure what was learnt by heart."""
 
     def sums(name: str, *numbers: int) -> Path:
-        asked = [
-            task(
-                f"Add the two numbers and say nothing but their sum, please, in one word: {n}, {n + 3}"
-            )
-            for n in numbers
-        ]
-        return write_rows(tmp_path / name, asked)
+        ask = "Add the two numbers, and say nothing but their sum in one word, please:"
+        return write_rows(tmp_path / name, [task(f"{ask} {n}, {n + 3}") for n in numbers])
 
     train, valid = sums("train.jsonl", 1, 2, 3), sums("valid.jsonl", 7, 8)
     assert len(read_tasks([train], validation=[valid]).tasks) == 3
