@@ -14,25 +14,23 @@ from mellum2_megatron.common.console import console, plain_table
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.data.feed.entries import is_absent
+from mellum2_megatron.planning.gpus import Machine, find_gpu
 from mellum2_megatron.planning.layout_report import layout_report, render_layout
 from mellum2_megatron.planning.start_notes import start_notes
+from mellum2_megatron.planning.step_time import CARDS, StepTime, render_step, step_time
 
-ASSUMED_TFLOPS = 350.0
-"""Model TFLOP/s of an H100-class GPU for the estimate, unless ``--assumed-tflops`` gives a rate.
-
-An assumption, not a measurement. Moonlight-16B-A3B, the closest published model, reaches 387 on
-H100 in BF16.
-"""
+USUAL_CARD = "h100"
+"""Card of the estimate where the profile names none."""
 
 _DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """Duration of a run at an assumed rate.
+    """Duration of a run at a rate.
 
     Attributes:
-        tflops: assumed rate of a rank, model TFLOP/s.
+        tflops: rate of a rank, model TFLOP/s.
         flops_per_token: model FLOPs of a token, forward and backward, with sliding windows.
         tokens_per_second: tokens per second of all ranks together.
         tokens: number of tokens that the run trains on.
@@ -62,29 +60,41 @@ def estimate(run: Run, *, world_size: int, tflops: float) -> Estimate:
     )
 
 
+def step_estimate(job: ClusterJob) -> tuple[StepTime, Machine] | None:
+    """Return the estimated step of a job, and its card; None without rates for its device."""
+    card = job.profile.gpu or USUAL_CARD
+    if job.device == "cpu" or card not in CARDS:
+        return None
+    gpu = find_gpu(card)
+    return step_time(job.run, world_size=job.world_size, gpu=gpu), gpu
+
+
 def estimate_text(job: ClusterJob, tflops: float | None) -> str:
     """Return the estimate in words.
 
     Args:
         job: planned job.
-        tflops: rate of a rank, model TFLOP/s. None assumes `ASSUMED_TFLOPS` for GPUs, and gives no
-            estimate for CPUs.
+        tflops: rate of a rank, model TFLOP/s. None takes that of `step_estimate`.
     """
-    if tflops is None and job.device == "cpu":
+    found = step_estimate(job) if tflops is None else None
+    if found is None and tflops is None:
+        device = "CPUs" if job.device == "cpu" else str(job.profile.gpu)
         return (
-            "No estimate of time: there is no rate to assume for CPUs; --assumed-tflops gives one."
+            f"No estimate of time: there is no rate to assume for {device}; --assumed-tflops "
+            "gives one."
         )
-    rate = ASSUMED_TFLOPS if tflops is None else tflops
+    rate, source = (tflops, "the given") if found is None else (found[0].tflops, "an estimated")
+    assert rate is not None
     result = estimate(job.run, world_size=job.world_size, tflops=rate)
     duration = f"{result.days * 1440:,.1f} minutes"
     if result.days >= 1:
         duration = f"{result.days:,.1f} days"
     elif result.days * 24 >= 1:
         duration = f"{result.days * 24:,.1f} hours"
-    source = "an assumed" if tflops is None else "the given"
+    card = "" if found is None else f" of {found[1].label}"
     return (
         f"{result.tokens_per_second:,.0f} tokens/s and {duration} for {result.tokens:,} tokens, "
-        f"at {source} {result.tflops:g} model TFLOP/s a rank "
+        f"at {source} {result.tflops:,.4g} model TFLOP/s a rank{card} "
         f"({result.flops_per_token / 1e9:,.3f} GFLOP a token). "
         "Not measured: an estimate, without saves, validations and restarts. "
         "--assumed-tflops changes the rate; benchmarks/NOTES.md has the measurements."
@@ -112,6 +122,10 @@ def show(
     console.out(to_yaml(job.run), highlight=False)
     for table in render_layout(layout_report(job.run, world_size=job.world_size)):
         console.print(table)
+        console.print()
+    found = step_estimate(job) if tflops is None else None
+    if found is not None:
+        console.print(render_step(found[0], gpu=found[1]))
         console.print()
     ranks = f"{job.ranks_per_node} {job.device} rank{'s' * (job.ranks_per_node > 1)}"
     container = job.profile.container

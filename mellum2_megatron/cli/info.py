@@ -53,7 +53,8 @@ def info(
 ) -> None:
     """Print parameters, FLOPs per token and, for a recipe, memory per rank.
 
-    With --gpu, exit code 2 if a rank needs more memory than the card has.
+    With --gpu, exit code 2 if a rank needs more memory than the card has; and for h100 and h200 the
+    estimated time of a step.
     """
     # Separate functions: the optimizer's report needs a run, the other one only a model.
     if optimizer:
@@ -110,12 +111,13 @@ def describe(
     from mellum2_megatron.planning.layout_report import layout_report, render_layout
     from mellum2_megatron.planning.memory import memory_per_rank
     from mellum2_megatron.planning.memory_fit import GIB, card_problem, card_report
+    from mellum2_megatron.planning.step_time import CARDS, render_step, step_report, step_time
 
     if (subject is None) == (hf_path is None):
         raise InputError(
             "info", rule="describes one thing", fix="give a recipe, a preset, or --hf-path DIR"
         )
-    memory = layout = run = problem = None
+    memory = layout = run = problem = step = None
     card = None if gpu is None else find_gpu(gpu)
     if hf_path is not None:
         from conversion.huggingface.folder import read_config
@@ -135,13 +137,19 @@ def describe(
             title = f"{subject} on {ranks} rank{'s' * (ranks > 1)}"
             if card is not None:
                 problem = card_problem(run, world_size=ranks, gpu=card)
+                if gpu in CARDS:
+                    step = step_time(run, world_size=ranks, gpu=card)
     if card is not None and run is None:
         raise InputError(
             f"--gpu {gpu}", rule="memory is that of a run, not of a model", fix="name a recipe"
         )
     report = architecture_report(architecture, sequence_length=sequence_length, memory=memory)
     # In JSON null without a run or a card, so that the keys are always there.
-    report |= {"layout": layout, "card": None if card is None else card_report(card, problem)}
+    report |= {
+        "layout": layout,
+        "card": None if card is None else card_report(card, problem),
+        "step": None if step is None else step_report(step),
+    }
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
@@ -149,6 +157,9 @@ def describe(
         for table in render_layout(layout) if layout is not None else ():
             console.print()
             console.print(table)
+        if step is not None and card is not None:
+            console.print()
+            console.print(render_step(step, gpu=card))
         if card is not None:
             console.print()
             print_line(
