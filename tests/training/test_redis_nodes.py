@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -76,7 +77,7 @@ def test_second_node_reads_from_the_server_of_the_first(
         servers |= {
             connection.laddr.port
             for process in descendants("redis-server")
-            for connection in process.net_connections("tcp")
+            for connection in connections(process)
             if connection.status == psutil.CONN_LISTEN and connection.laddr.ip == ADDRESS
         }
         time.sleep(0.1)
@@ -92,6 +93,14 @@ def test_second_node_reads_from_the_server_of_the_first(
 def children(number: int) -> list[psutil.Process]:
     try:
         return psutil.Process(number).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def connections(process: psutil.Process) -> list[Any]:
+    """Return a server's connections; none if it has ended since it was listed."""
+    try:
+        return process.net_connections("tcp")
     except psutil.NoSuchProcess:
         return []
 
