@@ -73,7 +73,7 @@ def test_second_node_reads_from_the_server_of_the_first(
     nodes: dict[int, set[str]] = {0: set(), 1: set()}
     while any(agent.poll() is None for agent in agents):
         for node, agent in enumerate(agents):
-            nodes[node] |= {process.name() for process in children(agent.pid)}
+            nodes[node] |= names(agent.pid)
         servers |= {
             connection.laddr.port
             for process in descendants("redis-server")
@@ -90,11 +90,12 @@ def test_second_node_reads_from_the_server_of_the_first(
         assert losses(folder, name) == losses(of_files, name), name
 
 
-def children(number: int) -> list[psutil.Process]:
+def names(number: int) -> set[str]:
+    """Return the names of a process's descendants; none if one ends while they are read."""
     try:
-        return psutil.Process(number).children(recursive=True)
+        return {process.name() for process in psutil.Process(number).children(recursive=True)}
     except psutil.NoSuchProcess:
-        return []
+        return set()
 
 
 def connections(process: psutil.Process) -> list[Any]:
