@@ -193,8 +193,16 @@ def _gathered(pickles: Sequence[bytes]) -> Iterator[None]:
         torch.distributed.all_gather_object = original
 
 
-def _measured(function: Callable[[], Any]) -> tuple[Any, float, int]:
-    """Call a function in a fork; return its result, processor seconds, and peak above the start."""
+def _measured(
+    name: str, function: Callable[[], Any], *, exchanged: Sequence[bytes] = ()
+) -> tuple[Any, Step]:
+    """Call a function in a fork; return its result, and what the step of this name costs.
+
+    Args:
+        name: name of the step.
+        function: work of one rank in it.
+        exchanged: what the ranks hand to each other before it.
+    """
     with tempfile.TemporaryFile() as answer:
         child = os.fork()
         if child == 0:
@@ -216,8 +224,8 @@ def _measured(function: Callable[[], Any]) -> tuple[Any, float, int]:
         if status:
             raise RuntimeError("a step failed; its message stands above")
         answer.seek(0)
-        found: tuple[Any, float, int] = pickle.load(answer)
-    return found
+        result, spent, peak = pickle.load(answer)
+    return result, Step(name=name, seconds=spent, peak=peak, exchanged=sum(map(len, exchanged)))
 
 
 def _status(field: str) -> int:
@@ -260,15 +268,10 @@ def save_steps(all_states: list[State]) -> tuple[list[Step], bytes]:
     with _world(0, ranks):
         group = torch.distributed.group.WORLD
         whole = [_without_data(state) for state in all_states]
-        _, spent, peak = _measured(lambda: validate(whole))
-        steps.append(
-            Step(
-                name="check that shards cover all tensors (rank 0)",
-                seconds=spent,
-                peak=peak,
-                exchanged=sum(map(len, whole)),
-            )
+        _, step = _measured(
+            "check that shards cover all tensors (rank 0)", lambda: validate(whole), exchanged=whole
         )
+        steps.append(step)
         tensors = [
             pickle.dumps(
                 [each.without_data() for each in state.values() if isinstance(each, ShardedTensor)]
@@ -280,37 +283,28 @@ def save_steps(all_states: list[State]) -> tuple[list[Step], bytes]:
             with _gathered(tensors):
                 return determine_main_replica_uniform_distribution(all_states[0], group)
 
-        distribution, spent, peak = _measured(assign)
-        steps.append(
-            Step(
-                name="choose each shard's writer (every rank)",
-                seconds=spent,
-                peak=peak,
-                exchanged=sum(map(len, tensors)),
-            )
+        distribution, step = _measured(
+            "choose each shard's writer (every rank)", assign, exchanged=tensors
         )
+        steps.append(step)
     for rank, state in enumerate(all_states):
         with _world(rank, ranks):
             distribute(state, torch.distributed.group.WORLD, distribution)
     with _world(0, ranks):
         chosen = [_without_data(state) for state in all_states]
-        _, spent, peak = _measured(lambda: validate(chosen))
-        steps.append(
-            Step(
-                name="the check once more, with writers (rank 0)",
-                seconds=spent,
-                peak=peak,
-                exchanged=sum(map(len, chosen)),
-            )
+        _, step = _measured(
+            "the check once more, with writers (rank 0)", lambda: validate(chosen), exchanged=chosen
         )
+        steps.append(step)
     plans = []
     for rank, state in enumerate(all_states):
         with _world(rank, ranks):
             if rank == 0:
-                _, spent, peak = _measured(lambda: len(_local_save_plan(all_states[0]).items))
-                steps.append(
-                    Step(name="plan of its own items (every rank)", seconds=spent, peak=peak)
+                _, step = _measured(
+                    "plan of its own items (every rank)",
+                    lambda: len(_local_save_plan(all_states[0]).items),
                 )
+                steps.append(step)
             plans.append(pickle.dumps(_local_save_plan(state)))
 
     def globally() -> bytes:
@@ -327,15 +321,8 @@ def save_steps(all_states: list[State]) -> tuple[list[Step], bytes]:
         return pickle.dumps(metadata)
 
     with _world(0, ranks):
-        metadata, spent, peak = _measured(globally)
-    steps.append(
-        Step(
-            name="plan of all, and metadata (rank 0)",
-            seconds=spent,
-            peak=peak,
-            exchanged=sum(map(len, plans)),
-        )
-    )
+        metadata, step = _measured("plan of all, and metadata (rank 0)", globally, exchanged=plans)
+        steps.append(step)
     return steps, metadata
 
 
@@ -362,12 +349,18 @@ def load_steps(all_states: list[State], metadata: bytes) -> list[Step]:
 
     ranks = len(all_states)
     steps = []
-    _, spent, peak = _measured(lambda: len(parse_metadata(metadata, "metadata").storage_data))
-    steps.append(Step(name="read of .metadata (every rank)", seconds=spent, peak=peak))
+    _, step = _measured(
+        "read of .metadata (every rank)",
+        lambda: len(parse_metadata(metadata, "metadata").storage_data),
+    )
+    steps.append(step)
     known = pickle.loads(metadata)
     with _world(0, ranks):
-        _, spent, peak = _measured(lambda: len(_local_load_plan(all_states[0], known).items))
-    steps.append(Step(name="plan of its own items (every rank)", seconds=spent, peak=peak))
+        _, step = _measured(
+            "plan of its own items (every rank)",
+            lambda: len(_local_load_plan(all_states[0], known).items),
+        )
+        steps.append(step)
     return steps
 
 

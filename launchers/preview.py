@@ -69,14 +69,16 @@ def step_estimate(job: ClusterJob) -> tuple[StepTime, Machine] | None:
     return step_time(job.run, world_size=job.world_size, gpu=gpu), gpu
 
 
-def estimate_text(job: ClusterJob, tflops: float | None) -> str:
+def estimate_text(
+    job: ClusterJob, tflops: float | None, found: tuple[StepTime, Machine] | None
+) -> str:
     """Return the estimate in words.
 
     Args:
         job: planned job.
-        tflops: rate of a rank, model TFLOP/s. None takes that of `step_estimate`.
+        tflops: rate of a rank, model TFLOP/s. None takes that of ``found``.
+        found: the job's `step_estimate`; None without one, or where ``tflops`` is given.
     """
-    found = step_estimate(job) if tflops is None else None
     if found is None and tflops is None:
         device = "CPUs" if job.device == "cpu" else str(job.profile.gpu)
         return (
@@ -113,7 +115,7 @@ def show(
     Args:
         job: planned job.
         script: batch script; None for a job on this machine.
-        tflops: see `estimate_text`.
+        tflops: rate of a rank, model TFLOP/s; None estimates it (`step_estimate`).
         notes: further lines to print after the estimate, default none.
     """
     title = "# Shared part of the array's runs" if job.tasks else "# The run"
@@ -146,7 +148,7 @@ def show(
             job_table.add_row(key, value)
     console.print(job_table)
     console.print()
-    for line in (estimate_text(job, tflops), *notes, *warnings(job)):
+    for line in (estimate_text(job, tflops, found), *notes, *warnings(job)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if script is not None:
         console.out("\n# The script", style="bold", highlight=False)

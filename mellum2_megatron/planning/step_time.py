@@ -132,7 +132,9 @@ def step_time(run: Run, *, world_size: int, gpu: Machine, rates: Rates = RATES) 
     tokens = run.schedule.final_batch_size * length // layout.data_parallel(world_size) // layout.cp
     parts = _computed(run, gpu, rates, tokens * share)
     parts |= _exchanged(run, rates, stages[stage]["sent"])
-    parts["data parallelism"] = _data_parallel(run, world_size, stage, rates)
+    parts["data parallelism"] = _data_parallel(
+        run, world_size, stage, rates, sent=stages[stage]["sent"]["dp"]
+    )
     layers = (model.num_hidden_layers + model.num_mtp_layers) * stages[stage]["flops_share"]
     fp8 = run.precision.compute == "fp8"
     parts["host"] = (
@@ -243,11 +245,12 @@ def copies_by_rank(experts: int, chosen: int, ranks: int) -> float:
     return ranks * (1 - missed) / chosen
 
 
-def _data_parallel(run: Run, world_size: int, stage: int, rates: Rates) -> float:
+def _data_parallel(run: Run, world_size: int, stage: int, rates: Rates, *, sent: float) -> float:
     """Return the seconds of gradients reduced and weights gathered that nothing hides.
 
     Dense Muon matrices as `dense_shards` counts them. Of the rest only the embedding, whose
-    gradient is the last and whose weight is the first; all of it without overlap.
+    gradient is the last and whose weight is the first. Without overlap all of ``sent``, the bytes
+    that a rank of the stage sends for it in a step.
     """
     layout, model = run.layout, run.architecture
     ranks = layout.data_parallel(world_size) * layout.cp
@@ -260,7 +263,6 @@ def _data_parallel(run: Run, world_size: int, stage: int, rates: Rates) -> float
     if run.optimizer.overlap_grad_reduce and run.optimizer.overlap_param_gather:
         exposed += model.vocab_size * model.hidden_size / layout.tp * width * (ranks - 1) / ranks
     else:
-        sent = layout_report(run, world_size=world_size)["stages"][stage]["sent"]["dp"]
         exposed = max(exposed, sent)
     return exposed / (rates.nvlink if world_size <= NODE else rates.network)
 
