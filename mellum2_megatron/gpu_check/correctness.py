@@ -23,7 +23,10 @@ from mellum2_megatron.metrics.log import METRICS_FILE
 STEPS, SAVED = 4, 2
 """Steps of a training run, and the step of the checkpoint that another run resumes."""
 
-_SAMPLES = 4  # sequences a step
+_SAMPLES = 4  # sequences a step and rank
+
+DETERMINISTIC = "execution.deterministic=true"
+"""Megatron's deterministic mode, of one piece on GPUs and of all runs of a rehearsal."""
 
 _DIFFERENCE = "largest relative difference"
 
@@ -73,6 +76,14 @@ def resume(place: Workplace) -> Outcome:
 
 def _resume(place: Workplace, name: str, *overrides: str) -> Outcome:
     """Resume a run from its first checkpoint in another folder, and compare the steps after it."""
+    resumed = _train_resumed(place, name, *overrides)
+    outcome = _compare(place.work / name, resumed, range(SAVED + 1, STEPS + 1), RESUMED_SHARE)
+    _remove(resumed)
+    return outcome
+
+
+def _train_resumed(place: Workplace, name: str, *overrides: str, ranks: int = 1) -> Path:
+    """Resume a run from its first checkpoint in another folder, and return that folder."""
     straight, resumed = place.work / name, place.work / "resumed"
     _remove(resumed)
     later = {METRICS_FILE, iteration_folder_name(STEPS), "loss.png", "provenance.jsonl"}
@@ -80,10 +91,101 @@ def _resume(place: Workplace, name: str, *overrides: str) -> Outcome:
         straight, resumed, ignore=lambda _, names: later & set(names), copy_function=os.link
     )
     write_tracker(resumed, SAVED)
-    _train(place, "resumed", *overrides)
-    outcome = _compare(straight, resumed, range(SAVED + 1, STEPS + 1), RESUMED_SHARE)
-    _remove(resumed)
-    return outcome
+    return _train(place, "resumed", *overrides, ranks=ranks)
+
+
+def deterministic(place: Workplace) -> Outcome:
+    """Train in Megatron's deterministic mode on all GPUs, again, and resumed: equal to the bit.
+
+    Losses, weights and optimizer state are compared. On 2, 4 or 8 GPUs the ranks share experts and
+    data, so exchanges and reductions are in it. All runs of a rehearsal are in this mode: there a
+    second run is compared with that of `train`, and `resume` has resumed it.
+    """
+    ranks = min(8, 1 << (max(1, place.gpus).bit_length() - 1))
+    figures = {}
+    if place.rehearsal:
+        first = place.work / "straight"
+    else:
+        first = _train(place, "deterministic", DETERMINISTIC, ranks=ranks)
+        resumed = _train_resumed(place, first.name, DETERMINISTIC, ranks=ranks)
+        figures["resumed"] = _differing_shares(first, resumed, range(SAVED + 1, STEPS + 1))
+        _remove(resumed)
+    once = f"checkpoint.save_interval={STEPS}"
+    again = _train(place, "again", DETERMINISTIC, once, ranks=ranks)
+    figures["run again"] = _differing_shares(first, again, range(1, STEPS + 1))
+    _remove(again)
+    if not place.rehearsal:
+        _remove(first)
+    wrong = [
+        f"{what}: {value} differs"
+        for what, values in figures.items()
+        for value, difference in values.items()
+        if difference != 0
+    ]
+    told = "does not repeat every bit" if wrong else "repeats every bit, resumed too,"
+    line = f"`execution.deterministic`: true {told} on {ranks} GPU(s)"
+    return Outcome(
+        status="failed" if wrong else "passed",
+        reason="; ".join(wrong),
+        figures=figures,
+        decides=() if place.rehearsal else (line,),
+    )
+
+
+def _differing_shares(one: Path, other: Path, steps: Any) -> dict[str, float]:
+    """Return the differences of two runs that should be equal, by name; 0 means every bit.
+
+    Of losses and the gradient norm they are relative. Of the last checkpoint's tensors, weights
+    and optimizer state, it is the share of those that differ.
+    """
+    differences, _ = compare_losses(_losses(one, steps), _losses(other, steps), 0.0)
+    last = iteration_folder_name(STEPS)
+    differing, count = differing_tensors(one / last, other / last)
+    return differences | {"share of stored tensors": len(differing) / count}
+
+
+def differing_tensors(one: Path, other: Path) -> tuple[list[str], int]:
+    """Compare two checkpoints of equal layout chunk by chunk, weights and optimizer state.
+
+    Args:
+        one, other: folders of a step, such as ``iter_0000004``.
+
+    Returns:
+        Names of tensors that differ in a bit, and the number of all tensors.
+
+    Raises:
+        PieceError: one has a chunk that the other lacks, or no tensors at all.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from mellum2_megatron.checkpoint.safe_metadata import read_metadata
+
+    chunks = []
+    for folder in (one, other):
+        metadata = read_metadata(folder)
+        chunks.append(
+            {
+                (index.fqn, index.offset): info
+                for index, info in metadata.storage_data.items()
+                if isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata)
+            }
+        )
+    if not chunks[0] or chunks[0].keys() != chunks[1].keys():
+        raise PieceError(f"{one} and {other} hold different tensors, or none")
+    differing = {
+        key[0]
+        for key, info in chunks[0].items()
+        if _chunk(one, info) != _chunk(other, chunks[1][key])
+    }
+    return sorted(differing), len({name for name, _ in chunks[0]})
+
+
+def _chunk(folder: Path, info: Any) -> bytes:
+    """Return a chunk as it is stored: an archive of `torch.save`, equal for equal values."""
+    with (folder / info.relative_path).open("rb") as stream:
+        stream.seek(info.offset)
+        data: bytes = stream.read(info.length)
+    return data
 
 
 def export(place: Workplace) -> Outcome:
@@ -236,15 +338,15 @@ def _losses(run: Path, steps: Any) -> dict[int, dict[str, float]]:
         raise PieceError(f"{run / METRICS_FILE} has no {error}") from None
 
 
-def _train(place: Workplace, name: str, *overrides: str) -> Path:
+def _train(place: Workplace, name: str, *overrides: str, ranks: int = 1) -> Path:
     """Train the small model, or resume it; return its folder."""
     run = place.work / name
     if name != "resumed":
         _remove(run)
     place.mellum2(
         f"train_{name}",
-        *("train", _recipe(place), "--device", _device(place), "--nproc", "1"),
-        *("--output", str(run), *_settings(place), *overrides),
+        *("train", _recipe(place), "--device", _device(place)),
+        *("--nproc", str(ranks), "--output", str(run), *_settings(place, ranks), *overrides),
     )
     return run
 
@@ -257,10 +359,10 @@ def _device(place: Workplace) -> str:
     return "cpu" if place.rehearsal else "cuda"
 
 
-def _settings(place: Workplace) -> list[str]:
+def _settings(place: Workplace, ranks: int = 1) -> list[str]:
     """Return the overrides that make the small model and its short runs."""
-    data = place.work / "data"
-    size = ["architecture.vocab_size=1024", "architecture.hidden_size=64"]
+    data, samples = place.work / "data", _SAMPLES * ranks
+    size = ["architecture.vocab_size=1024", "architecture.hidden_size=64", DETERMINISTIC]
     if not place.rehearsal:
         size = [
             "architecture.vocab_size=8192",
@@ -273,10 +375,11 @@ def _settings(place: Workplace) -> list[str]:
         ]
     return [
         *size,
-        *("layout.ep=1", "seed_weights=by_name", f"data.path={data}", "data.workers=0"),
-        *(f"schedule.batch_schedule=[[0,{_SAMPLES}]]", "schedule.micro_batch_size=2"),
-        *(f"schedule.train_samples={STEPS * _SAMPLES}", f"schedule.warmup_samples={_SAMPLES}"),
-        *(f"schedule.decay_samples={_SAMPLES}", f"checkpoint.save_interval={SAVED}"),
+        *(f"layout.ep={ranks}", f"layout.dp={ranks}", "seed_weights=by_name"),
+        *(f"data.path={data}", "data.workers=0"),
+        *(f"schedule.batch_schedule=[[0,{samples}]]", "schedule.micro_batch_size=2"),
+        *(f"schedule.train_samples={STEPS * samples}", f"schedule.warmup_samples={samples}"),
+        *(f"schedule.decay_samples={samples}", f"checkpoint.save_interval={SAVED}"),
         *("logging.log_interval=1", "logging.eval_iterations=0", "logging.tensorboard=false"),
     ]
 

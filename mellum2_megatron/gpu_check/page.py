@@ -163,7 +163,7 @@ def _differences(rows: dict[str, Any]) -> Iterator[str]:
     table = [
         # Null: not a number, which is what a broken kernel returns.
         (name, f"{what}: {value}", "not finite" if difference is None else f"{difference:.2g}")
-        for name in ("resume", "backends", "fp8", "logits")
+        for name in ("resume", "deterministic", "backends", "fp8", "logits")
         for what, values in rows[name].get("figures", {}).items()
         for value, difference in values.items()
     ]

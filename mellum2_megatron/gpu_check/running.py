@@ -60,6 +60,13 @@ PIECES = (
         limit=240,
     ),
     Piece(
+        name="deterministic",
+        title="Does deterministic mode repeat every bit, resumed too?",
+        run=correctness.deterministic,
+        needs=("train",),
+        limit=480,
+    ),
+    Piece(
         name="export",
         title="Has the exported model the logits of the checkpoint?",
         run=correctness.export,

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from mellum2_megatron.config import apply_overrides
 from mellum2_megatron.data.feed.sources import check_data
@@ -149,6 +151,65 @@ def test_logits_of_te_are_held_to_the_error_of_torch(
     outcome = correctness.logits(workplace(tmp_path))
     assert outcome.status == "failed"
     assert outcome.reason == "te: logits off by 0.016, allowed 0.015"
+
+
+def write_checkpoint(folder: Path, weight: float = 1.0, moment: float = 0.0) -> None:
+    """Write a checkpoint of two tensors and an object, which may differ from run to run."""
+    tensors = {"weight": torch.full((3,), weight), "optimizer.moment": torch.full((3,), moment)}
+    state = {**tensors, "common": str(folder)}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+
+
+def test_checkpoints_are_compared_to_the_bit(tmp_path: Path) -> None:
+    one, same, other, less = (tmp_path / name for name in ("one", "same", "other", "less"))
+    write_checkpoint(one)
+    write_checkpoint(same)
+    write_checkpoint(other, moment=-0.0)
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=less, no_dist=True)
+    assert correctness.differing_tensors(one, same) == ([], 2)
+    assert correctness.differing_tensors(one, other) == (["optimizer.moment"], 2)
+    with pytest.raises(PieceError, match="hold different tensors"):
+        correctness.differing_tensors(one, less)
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(1, "1"), (3, "2"), (8, "8")])
+@pytest.mark.parametrize("broken", ["", "resumed", "again"])
+def test_deterministic_runs_are_held_to_every_bit(
+    gpus: int, ranks: str, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three runs of the same settings on all GPUs; a moment of the optimizer is enough to fail."""
+    commands: list[tuple[str, ...]] = []
+
+    def mellum2(self: Workplace, name: str, *words: str) -> str:
+        commands.append(words)
+        run = Path(words[words.index("--output") + 1])
+        steps = range(3 if name == "train_resumed" else 1, 5)
+        run.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"kind": "train", "step": step, **STEP}) for step in steps]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        for step in {4} if name == "train_again" else {2, 4} & set(steps):
+            wrong = name == f"train_{broken}"
+            write_checkpoint(run / f"iter_{step:07}", moment=float(wrong))
+        return ""
+
+    monkeypatch.setattr(Workplace, "mellum2", mellum2)
+    place = workplace(tmp_path, machine=MACHINE | {"gpus": [GPU] * gpus})
+    outcome = correctness.deterministic(place)
+    assert [words[words.index("--nproc") + 1] for words in commands] == [ranks] * 3
+    for words in commands:
+        assert "execution.deterministic=true" in words
+        assert f"layout.ep={ranks}" in words
+        overrides = list(words[words.index("--output") + 2 :])
+        run = apply_overrides(recipe(correctness._recipe(place)), overrides)
+        assert check(run, int(ranks), "cuda", machine=False) == []
+    (line,) = outcome.decides
+    assert line.endswith(f"on {ranks} GPU(s)")
+    assert ("does not repeat" in line) == bool(broken)
+    what = "run again" if broken == "again" else broken
+    assert outcome.reason == (f"{what}: share of stored tensors differs" if broken else "")
+    assert outcome.status == ("failed" if broken else "passed")
+    # What takes disk is gone.
+    assert list(place.work.iterdir()) == []
 
 
 def test_the_small_model_of_a_gpu_breaks_no_rule_and_fits_its_data(

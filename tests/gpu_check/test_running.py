@@ -119,7 +119,9 @@ def test_figures_that_are_not_numbers_are_kept(fake: Fake, tmp_path: Path) -> No
 
 
 def test_the_page_shows_what_is_not_finite() -> None:
-    rows: dict[str, Any] = {name: {} for name in ("resume", "backends", "fp8", "logits")}
+    rows: dict[str, Any] = {
+        name: {} for name in ("resume", "deterministic", "backends", "fp8", "logits")
+    }
     rows["logits"] = {"figures": {"te in BF16": {"logits": None, "mtp_logits": 0.012}}}
     shown = "\n".join(page._differences(rows))
     assert "| logits | te in BF16: logits | not finite |" in shown
@@ -206,6 +208,8 @@ def test_the_whole_check_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     figures = {name: row["figures"] for name, row in results["pieces"].items()}
     # On a CPU a resumed run repeats every bit.
     assert set(figures["resume"]["largest relative difference"].values()) == {0.0}
+    assert set(figures["deterministic"]["run again"].values()) == {0.0}
+    assert len(figures["deterministic"]["run again"]) == 6
     assert set(figures["train"]["losses"]) == {"1", "2", "3", "4"}
     assert figures["layouts_1"] == {"passed": ["gloo-ep2"]}
     # BF16 has 8 bits.
