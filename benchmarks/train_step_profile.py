@@ -54,6 +54,9 @@ _NAMES = (
     (re.compile(r"rms_?norm|layer_?norm", re.I), "norm"),
 )
 _LOSS = re.compile(r"cross_?entropy|log_?softmax|nll_loss", re.I)
+_FUNCTIONS = {"_HeadLoss": "vocabulary and loss"}
+"""Functions of this project that hold a part's operators; the chunked head is no module's forward
+pass (``mellum2_megatron.model.chunked_head``)."""
 
 
 @contextmanager
@@ -181,6 +184,8 @@ def _enclosing(event: Any) -> str | None:
     while event is not None:
         if event.name.startswith(_PREFIX):
             return str(event.name.removeprefix(_PREFIX))
+        if event.name in _FUNCTIONS:
+            return _FUNCTIONS[event.name]
         event = event.cpu_parent
     return None
 

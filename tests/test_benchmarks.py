@@ -67,6 +67,8 @@ def test_the_small_mode_measures_and_disclaims_its_figures(tmp_path: Path) -> No
         assert tuple(share) == PARTS
         assert sum(share.values()) == pytest.approx(1)
         assert all(share[part] > 0 for part in PARTS if part not in ("communication", "other"))
+        # Two products with the vocabulary in each head, the largest of the model.
+        assert share["vocabulary and loss"] > 0.1
     missing = {
         arm["arm"]: arm["reason"] for arm in results["arms"] if arm["status"] == "not measured"
     }

@@ -47,6 +47,14 @@ PATCHES: tuple[Patch, ...] = (
         "into numpy arrays only if they are on a GPU; all_to_all_single takes no tensors for them",
     ),
     Patch(
+        name="expert-rows",
+        target="megatron.core.transformer.moe.experts:SequentialMLP.forward",
+        replacement=replacements.whole_blocks_of_rows,
+        why="core/transformer/moe/experts.py:1364 multiplies as many rows as an expert has tokens, "
+        "and oneDNN compiles a kernel for each number of rows that it has not seen lately: 0.5 ms, "
+        "where the product of 256 rows takes 0.1 ms",
+    ),
+    Patch(
         name="fused-adam",
         target="megatron.core.optimizer:Adam",
         replacement=lambda _: FusedAdam,

@@ -111,6 +111,41 @@ def splits_as_numpy(original: Callable[..., Any]) -> Callable[..., Any]:
     return maybe_move_tensor_to_cpu
 
 
+_ROWS = 32
+"""Rows of an expert's input, in BF16, are filled up to a multiple of it."""
+
+
+def whole_blocks_of_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace `SequentialMLP.forward`: zeros fill each expert's tokens up to `_ROWS`.
+
+    The outputs of the zeros are dropped, so that neither they nor their gradients count.
+    """
+
+    @functools.wraps(original)
+    def forward(
+        experts: Any, hidden_th: torch.Tensor, tokens_e: torch.Tensor, probs_t: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        # Products of other types are not made by oneDNN.
+        if hidden_th.dtype != torch.bfloat16:
+            return original(experts, hidden_th, tokens_e, probs_t)  # type: ignore[no-any-return]
+        counts = tokens_e.tolist()
+        missing = [-count % _ROWS for count in counts]
+        zeros_th = hidden_th.new_zeros(_ROWS, hidden_th.size(1))
+        zeros_t = probs_t.new_zeros(_ROWS)
+        filled_th, filled_t, sizes = [], [], []
+        for hidden, probs, count, more in zip(
+            hidden_th.split(counts), probs_t.split(counts), counts, missing, strict=True
+        ):
+            filled_th += [hidden, zeros_th[:more]]
+            filled_t += [probs, zeros_t[:more]]
+            sizes += [count, more]
+        filled_e = tokens_e + torch.tensor(missing, dtype=tokens_e.dtype)
+        output_th, bias = original(experts, torch.cat(filled_th), filled_e, torch.cat(filled_t))
+        return torch.cat(output_th.split(sizes)[::2]), bias
+
+    return forward
+
+
 def results_in_process(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace `get_write_results_queue`: one queue of this process, not a manager's."""
     results: queue.Queue[Any] | None = None

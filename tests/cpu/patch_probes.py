@@ -139,6 +139,51 @@ def _expert_splits() -> None:
     assert output.tolist() == [0, 1, 2]
 
 
+@probe("expert-rows")
+def _expert_rows() -> None:
+    """Experts see whole blocks of rows; outputs and gradients are those of their tokens alone."""
+    import types
+
+    import torch
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    counts, generator = [3, 0, 40], torch.Generator().manual_seed(1)
+    tokens_th, other_th = torch.randn(2, 43, 16, generator=generator)
+    weights = torch.randn(3, 16, 16, generator=generator)
+    rows = []
+
+    def expert(weight: torch.Tensor) -> Callable[..., Any]:
+        def multiply(hidden: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, None]:
+            rows.append(len(hidden))
+            return (hidden @ weight) * probs[:, None] + 1, None
+
+        return multiply
+
+    def run(forward: Callable[..., Any], dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [
+            x.to(dtype).requires_grad_() for x in (tokens_th, torch.arange(43.0) / 43, *weights)
+        ]
+        hidden, probs, *own = inputs
+        experts = types.SimpleNamespace(
+            num_local_experts=3,
+            local_experts=[expert(weight) for weight in own],
+            config=types.SimpleNamespace(moe_apply_probs_on_input=False, fp8=None, fp4=None),
+        )
+        output, _ = forward(experts, hidden, torch.tensor(counts), probs)
+        output.backward(other_th.to(dtype))
+        return [output, *(x.grad for x in inputs)]
+
+    def plain(experts: Any, hidden: torch.Tensor, _: Any, probs: torch.Tensor) -> Any:
+        parts = zip(experts.local_experts, hidden.split(counts), probs.split(counts), strict=True)
+        return torch.cat([own(*given)[0] for own, *given in parts]), None
+
+    for dtype, seen in ((torch.float32, counts), (torch.bfloat16, [32, 0, 64])):
+        rows.clear()
+        found = run(SequentialMLP.forward, dtype)
+        assert rows == seen, f"rows of the experts in {dtype}: {rows}"
+        torch.testing.assert_close(found, run(plain, dtype))
+
+
 def _adam_survives_a_checkpoint() -> None:
     """Build a DistributedOptimizer, step, save, load into a fresh one, save and step again."""
     first, second = _distributed_adam(), _distributed_adam()
