@@ -8,6 +8,7 @@ of a step are written (`RolloutTraining.wrap_train_step`); the loss of a micro-b
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -219,27 +220,34 @@ def sum_policy_loss(
         Loss sum, number of tokens, and sum and number for the log.
 
     Raises:
-        InputError: a log-probability of generation or training that is not finite.
+        InputError: a log-probability of generation that is not finite.
+        RuntimeError: one of training that is not finite: the weights have diverged
+            (``faults.failures.explained`` puts it in words). With ``stability.not_finite=skip`` the
+            loss is NaN instead, and the update is skipped.
     """
     mask, generation, advantages = (batch[name] for name in ("loss_mask", GENERATION, ADVANTAGES))
     assert mask is not None
     assert generation is not None
     assert advantages is not None
     current = -output.view_as(mask).float()
+    # The objective refuses such values as bad input, and its band would hide them.
+    is_sound = bool(torch.where(mask.bool(), current, 0.0).isfinite().all())
+    current = current if is_sound else current.nan_to_num()
     result = policy_loss(
         current, current.detach(), generation, mask, advantages[:, 0], settings, tokens=1.0
     )
+    loss = result.loss if is_sound else result.loss * math.nan
     get_rerun_state_machine().validate_result(
-        result=result.loss.detach(),
+        result=loss.detach(),
         rejection_func=lambda value: not value.isfinite(),
         message=LOSS_CHECK,
     )
     tokens = mask.sum().to(torch.int)
     sums = {
-        "lm loss": result.loss.detach(),
+        "lm loss": loss.detach(),
         OUTSIDE_BAND: result.outside_band,
         CLIPPED: result.clipped_low + result.clipped_high,
         KL: result.kl,
     }
     log = {name: torch.stack([value.float(), tokens.float()]) for name, value in sums.items()}
-    return result.loss, tokens, log
+    return loss, tokens, log

@@ -99,11 +99,12 @@ def not_a_number(run_file: str, rank: int, step: int, where: str) -> bool:
 
 def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
     """In some steps make one rank's loss or only its gradient NaN, or triple its loss."""
+    from mellum2_megatron.training import rollouts
     from mellum2_megatron.training import step as module
 
-    sum_loss = module.sum_loss
+    sum_loss, sum_policy_loss = module.sum_loss, rollouts.sum_policy_loss
 
-    def spoiled(loss_mask: Any, output: Any, **source: Any) -> Any:
+    def spoil(output: Any) -> Any:
         from megatron.training import get_args
 
         if (
@@ -115,8 +116,15 @@ def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
                 output.register_hook(lambda gradient: gradient * float("nan"))
             else:
                 output = output * (float("nan") if what == "loss" else 3.0)
-        return sum_loss(loss_mask, output, **source)
+        return output
 
+    def spoiled(loss_mask: Any, output: Any, **source: Any) -> Any:
+        return sum_loss(loss_mask, spoil(output), **source)
+
+    def spoiled_policy(batch: Any, settings: Any, output: Any) -> Any:
+        return sum_policy_loss(batch, settings, spoil(output))
+
+    rollouts.sum_policy_loss = spoiled_policy
     module.sum_loss = spoiled
     return train(run_file)
 
@@ -229,17 +237,18 @@ def write_manifest(folder: str, later: bool) -> None:
 
 def _on_batch(rank: int, step: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Change the first micro-batch of a step on one rank."""
+    from mellum2_megatron.training import rollouts
     from mellum2_megatron.training import step as module
 
     get_batch, done = module.get_batch, []
 
-    def get(*args: Any) -> Any:
+    def get(*args: Any, **more: Any) -> Any:
         from megatron.training import get_args
 
-        batch = get_batch(*args)
+        batch = get_batch(*args, **more)
         if int(os.environ["RANK"]) == rank and get_args().curr_iteration + 1 == step and not done:
             done.append(step)
             return change(batch)
         return batch
 
-    module.get_batch = get
+    module.get_batch = rollouts.get_batch = get

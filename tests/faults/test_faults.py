@@ -35,14 +35,14 @@ pytestmark = [
 ]
 
 
-def ranks(worker: str, run: Run, *args: Any, nproc: int = 2) -> list[Any]:
+def ranks(worker: str, run: Run, *args: Any, nproc: int = 2, timeout: float = 120.0) -> list[Any]:
     """Train a run on forked ranks with a fault on one of them (`faults/fault_worker.py`)."""
     output = Path(str(run.checkpoint.output))
     output.mkdir(parents=True, exist_ok=True)
     file = output / "requested.yaml"
     file.write_text(to_yaml(run))
     return run_distributed(
-        f"tests.faults.fault_worker:{worker}", nproc, str(file), *args, timeout=120
+        f"tests.faults.fault_worker:{worker}", nproc, str(file), *args, timeout=timeout
     )
 
 

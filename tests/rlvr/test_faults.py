@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import pytest
 import torch
 
 from mellum2_megatron.common.errors import InputError, WorkError
-from mellum2_megatron.config import Run, to_yaml
+from mellum2_megatron.config import Objective, Run, to_yaml
 from mellum2_megatron.rlvr.rewards import verifiers
 from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
+from mellum2_megatron.rollouts.batch import ADVANTAGES, GENERATION
 from mellum2_megatron.rollouts.engine import Engine, Prompt, Sampled
 from mellum2_megatron.rollouts.prompts import run_tasks
 from mellum2_megatron.rollouts.trainer import Rollouts, make_engine
 from mellum2_megatron.rollouts.vllm_engine import VllmEngine
+from mellum2_megatron.training import rollouts as rollouts_step
+from mellum2_megatron.training.step import LOSS_CHECK
 from tests.cli.runner import mellum2
 from tests.distributed import DistributedError
 from tests.rlvr.test_training import VOWELS, run_on, write_tasks
@@ -133,6 +137,34 @@ def test_an_engine_that_is_gone_ends_the_run(tmp_path: Path, ahead: int) -> None
     server = VllmEngine("http://127.0.0.1:9", tmp_path, run.architecture, (0,), writes=True)
     with pytest.raises(WorkError, match=r"the engine is gone: the server at .*127\.0\.0\.1:9"):
         rollouts(tmp_path, VOWELS, server, *words).prepare(0)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_only_the_engine_can_send_bad_numbers(
+    monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """One of the training model goes to Megatron's check of losses, which decides about it."""
+    found: list[tuple[bool, str]] = []
+
+    class Machine:
+        def validate_result(self, *, result: Any, rejection_func: Any, message: str) -> None:
+            found.append((bool(rejection_func(result)), message))
+
+    monkeypatch.setattr(rollouts_step, "get_rerun_state_machine", Machine)
+    good = torch.full((1, 4), -2.0)
+    bad = good.index_fill(1, torch.tensor([1]), value)
+    for mask, rejected in (([1, 1, 0, 0], True), ([0, 0, 1, 1], False)):
+        batch = {
+            "loss_mask": torch.tensor([mask], dtype=torch.float32),
+            GENERATION: good,
+            ADVANTAGES: torch.ones(1, 4),
+        }
+        loss, _, log = rollouts_step.sum_policy_loss(batch, Objective(), -bad)
+        assert found.pop() == (rejected, LOSS_CHECK)
+        assert loss.isnan() == log["lm loss"][0].isnan() == rejected
+        if rejected:
+            with pytest.raises(InputError, match="generation log-probability"):
+                rollouts_step.sum_policy_loss(batch | {GENERATION: bad}, Objective(), -good)
 
 
 def test_a_rank_on_another_machine_than_the_server_is_refused(

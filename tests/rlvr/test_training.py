@@ -14,6 +14,8 @@ from mellum2_megatron.config import Run, apply_overrides
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 from mellum2_megatron.recipes import recipe
 from tests.data.chats import write_rows, write_tokenizer
+from tests.faults.test_faults import ranks
+from tests.faults.test_stability import events
 from tests.small import SMALL_MODEL
 from tests.training.test_train import train
 
@@ -109,3 +111,12 @@ def test_an_asynchronous_run_resumes_exactly_and_its_stale_answers_meet_the_band
     assert max(step["rl/outside_band_share"] for step in steps.values()) > 0
     for step in steps.values():
         assert all(map(math.isfinite, step.values()))
+
+
+def test_weights_that_have_diverged_are_no_bad_input(tasks: Path, tmp_path: Path) -> None:
+    """A NaN of the training model is skipped where the run says so, as in any training."""
+    run = run_on(tasks, tmp_path, "stability.not_finite=skip", "rl.eval_answers=0", steps=2)
+    assert ranks("bad_steps", run, 1, [2], "loss") == [True, True]
+    (event,) = events(tmp_path)
+    assert (event.step, event.note) == (2, "the loss is nan on rank 1: the update is skipped")
+    assert [math.isfinite(step["lm_loss"]) for step in numbers(tmp_path).values()] == [True, False]
