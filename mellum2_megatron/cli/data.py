@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,114 +17,132 @@ from mellum2_megatron.data.corpus.sources import TEXT_KEYS
 data_app = typer.Typer(help="Make training data.", no_args_is_help=True)
 
 
+OutputOption = Annotated[Path, typer.Option("--output", help="folder to write")]
+InputFilesOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--input",
+        help="text file, .jsonl (also .gz, .zst), .json.gz or .parquet file, or folder "
+        "(repeatable); default: the Python sources installed on this machine",
+    ),
+]
+TextKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-key",
+        "--key",
+        help="key or column of the text in rows; default: the first of "
+        f"{', '.join(TEXT_KEYS)} that a file has",
+    ),
+]
+SkipBadRowsOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad-rows", help="count rows without a readable text instead of refusing them"
+    ),
+]
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer", help="Hugging Face tokenizer folder; default: train a new tokenizer"
+    ),
+]
+EodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--eod",
+        help="token that ends every document, or its id; "
+        "default: <|endoftext|> where the tokenizer has it, else its eos",
+    ),
+]
+VocabSizeOption = Annotated[
+    int, typer.Option("--vocab-size", help="entries of a newly trained tokenizer")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="processes; default: one per core")
+]
+MaxMegabytesOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-megabytes",
+        min=0,
+        help="size of an even sample of the text; 0: all of it; "
+        "default: 32 MiB of the installed sources, all of --input",
+    ),
+]
+MaxDocumentMegabytesOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-document-megabytes",
+        min=0,
+        help="leave out longer documents; 0: none; "
+        "default: 0.26 (256 KiB) for the installed sources, no limit for --input",
+    ),
+]
+ValidFractionOption = Annotated[
+    float,
+    typer.Option("--valid-fraction", help="share of the documents held out for validation"),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="seed of the sample and the split")]
+FormOption = Annotated[
+    Literal["packs", "megatron"],
+    typer.Option(
+        "--format",
+        help="packs: filters, duplicates, FIM and best-fit packing, as in a corpus plan; "
+        "megatron: all texts as Megatron's indexed dataset, which training cuts anywhere",
+    ),
+]
+SequenceLengthOption = Annotated[
+    int | None,
+    typer.Option("--sequence-length", help="tokens of a pack; default: 256, as the tiny recipes"),
+]
+AlignOption = Annotated[
+    int | None,
+    typer.Option(
+        "--align", help="pieces begin at multiples of it; default: 1; 2 x layout.cp for CP"
+    ),
+]
+KindOption = Annotated[
+    Literal["code", "text"] | None,
+    typer.Option("--kind", help="filters to use; default: by the languages of a sample"),
+]
+FiltersOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--filters/--no-filters",
+        help="drop documents of low quality and near-duplicates; default: yes",
+    ),
+]
+FimRateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--fim-rate",
+        help="share of the documents in fill-in-the-middle form; default: 0.5, or 0 for a "
+        "tokenizer without FIM tokens",
+    ),
+]
+
+
 @data_app.command("prepare")
 def prepare(
-    output: Annotated[Path, typer.Option("--output", help="folder to write")],
-    inputs: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--input",
-            help="text file, .jsonl (also .gz, .zst), .json.gz or .parquet file, or folder "
-            "(repeatable); default: the Python sources installed on this machine",
-        ),
-    ] = None,
-    text_key: Annotated[
-        str | None,
-        typer.Option(
-            "--text-key",
-            "--key",
-            help="key or column of the text in rows; default: the first of "
-            f"{', '.join(TEXT_KEYS)} that a file has",
-        ),
-    ] = None,
-    skip_bad_rows: Annotated[
-        bool,
-        typer.Option(
-            "--skip-bad-rows", help="count rows without a readable text instead of refusing them"
-        ),
-    ] = False,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            "--tokenizer", help="Hugging Face tokenizer folder; default: train a new tokenizer"
-        ),
-    ] = None,
-    eod: Annotated[
-        str | None,
-        typer.Option(
-            "--eod",
-            help="token that ends every document, or its id; "
-            "default: <|endoftext|> where the tokenizer has it, else its eos",
-        ),
-    ] = None,
-    vocab_size: Annotated[
-        int, typer.Option("--vocab-size", help="entries of a newly trained tokenizer")
-    ] = 4096,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="processes; default: one per core")
-    ] = None,
-    max_megabytes: Annotated[
-        float | None,
-        typer.Option(
-            "--max-megabytes",
-            min=0,
-            help="size of an even sample of the text; 0: all of it; "
-            "default: 32 MiB of the installed sources, all of --input",
-        ),
-    ] = None,
-    max_document_megabytes: Annotated[
-        float | None,
-        typer.Option(
-            "--max-document-megabytes",
-            min=0,
-            help="leave out longer documents; 0: none; "
-            "default: 0.26 (256 KiB) for the installed sources, no limit for --input",
-        ),
-    ] = None,
-    valid_fraction: Annotated[
-        float,
-        typer.Option("--valid-fraction", help="share of the documents held out for validation"),
-    ] = 0.02,
-    seed: Annotated[int, typer.Option("--seed", help="seed of the sample and the split")] = 1234,
-    form: Annotated[
-        Literal["packs", "megatron"],
-        typer.Option(
-            "--format",
-            help="packs: filters, duplicates, FIM and best-fit packing, as in a corpus plan; "
-            "megatron: all texts as Megatron's indexed dataset, which training cuts anywhere",
-        ),
-    ] = "packs",
-    sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            "--sequence-length", help="tokens of a pack; default: 256, as the tiny recipes"
-        ),
-    ] = None,
-    align: Annotated[
-        int | None,
-        typer.Option(
-            "--align", help="pieces begin at multiples of it; default: 1; 2 x layout.cp for CP"
-        ),
-    ] = None,
-    kind: Annotated[
-        Literal["code", "text"] | None,
-        typer.Option("--kind", help="filters to use; default: by the languages of a sample"),
-    ] = None,
-    filters: Annotated[
-        bool | None,
-        typer.Option(
-            "--filters/--no-filters",
-            help="drop documents of low quality and near-duplicates; default: yes",
-        ),
-    ] = None,
-    fim_rate: Annotated[
-        float | None,
-        typer.Option(
-            "--fim-rate",
-            help="share of the documents in fill-in-the-middle form; default: 0.5, or 0 for a "
-            "tokenizer without FIM tokens",
-        ),
-    ] = None,
+    output: OutputOption,
+    inputs: InputFilesOption = None,
+    text_key: TextKeyOption = None,
+    skip_bad_rows: SkipBadRowsOption = False,
+    tokenizer: TokenizerOption = None,
+    eod: EodOption = None,
+    vocab_size: VocabSizeOption = 4096,
+    workers: WorkersOption = None,
+    max_megabytes: MaxMegabytesOption = None,
+    max_document_megabytes: MaxDocumentMegabytesOption = None,
+    valid_fraction: ValidFractionOption = 0.02,
+    seed: SeedOption = 1234,
+    form: FormOption = "packs",
+    sequence_length: SequenceLengthOption = None,
+    align: AlignOption = None,
+    kind: KindOption = None,
+    filters: FiltersOption = None,
+    fim_rate: FimRateOption = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn text into training-ready tokens.
@@ -131,11 +150,9 @@ def prepare(
     Writes packs or Megatron's indexed datasets, their tokenizer, and corpus.json.
     """
     from mellum2_megatron.data.corpus.discovery import INSTALLED_FILE_LIMIT
-    from mellum2_megatron.data.corpus.left_out import LeftOut, printable
     from mellum2_megatron.data.corpus.sources import ReadOptions
     from mellum2_megatron.data.prepare import prepare as prepare_documents
-    from mellum2_megatron.data.prepare_packs import Packing, dropped_lines, prepare_packs
-    from mellum2_megatron.data.tokens.document_tokenizer import Fidelity
+    from mellum2_megatron.data.prepare_packs import Packing, prepare_packs
     from mellum2_megatron.upstream import quiet_upstream
 
     quiet_upstream()
@@ -176,6 +193,15 @@ def prepare(
         facts = prepare_documents(output, **options).corpus  # type: ignore[arg-type]
     else:
         facts = prepare_packs(output, packing=Packing(**given), **options)  # type: ignore[arg-type]
+    _print_prepared(output, facts, asks_fim=fim_rate != 0)
+
+
+def _print_prepared(output: Path, facts: Mapping[str, Any], *, asks_fim: bool) -> None:
+    """Print what became of the documents, from the facts of corpus.json."""
+    from mellum2_megatron.data.corpus.left_out import LeftOut, printable
+    from mellum2_megatron.data.prepare_packs import dropped_lines
+    from mellum2_megatron.data.tokens.document_tokenizer import Fidelity
+
     left_out = LeftOut(facts["documents_left_out"], facts["documents_left_out_first"])
     for line in (*left_out.lines(), *dropped_lines(facts.get("documents_dropped", ()))):
         print_line(line)
@@ -185,12 +211,12 @@ def prepare(
     print_line(f"encoded with {encoder['engine']}: {encoder['reason']}")
     train = facts["splits"]["train"]
     wrote = f"wrote {printable(output)}: {train['tokens']:,} training tokens"
-    if form == "packs":
+    if "plan" in facts:
         phase, source = facts["plan"]["phases"][0], facts["plan"]["sources"]["corpus"]
         rate = phase["fim"]["rate"]
         print_line(
             f"packed as {source['kind']}, FIM in {rate:.0%} of the documents"
-            + ("" if rate or fim_rate == 0 else ": the tokenizer has no FIM tokens")
+            + ("" if rate or not asks_fim else ": the tokenizer has no FIM tokens")
         )
         print_line(f"corpus report: {printable(output)}/report/report.md")
         wrote += f" in {train['packs']:,} packs of {phase['sequence_length']:,}"

@@ -17,63 +17,71 @@ from mellum2_megatron.common.errors import InputError, WorkError, first_line
 
 if TYPE_CHECKING:
     from mellum2_megatron.config import Run
+    from mellum2_megatron.rlvr.nemo_rl.config import Place
     from mellum2_megatron.rlvr.tasks import Task
+
+
+Output = Annotated[
+    Path | None, typer.Option("--output", help="folder to write; default: runs/RECIPE_nemo_rl")
+]
+Checkout = Annotated[Path, typer.Option("--checkout", help="folder of NeMo-RL, on the cluster")]
+HfPath = Annotated[
+    Path | None,
+    typer.Option("--hf-path", help="Hugging Face folder of the model; default: LOAD/hf"),
+]
+Mode = Literal["sync", "async"]
+ModeOption = Annotated[
+    Mode,
+    typer.Option(
+        "--mode",
+        help="sync: drops groups of equal rewards; async: answers up to "
+        "rl.objective.max_age updates old, and drops nothing",
+    ),
+]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", help="site profile with NeMo-RL's container")
+]
+RewardsProfile = Annotated[
+    str | None,
+    typer.Option("--rewards-profile", help="site profile of the rewards' job; default: --profile"),
+]
+GenerationNodes = Annotated[
+    int | None,
+    typer.Option(
+        "--generation-nodes",
+        min=1,
+        help="nodes that write answers, with --mode async; default: as many as train",
+    ),
+]
+Tasks = Annotated[
+    list[Path] | None,
+    typer.Option("--tasks", help="file of tasks (repeatable); default: data.path/train.jsonl"),
+]
+ValidTasks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--valid-tasks",
+        help="file of validation tasks (repeatable); default: data.path/valid.jsonl if there",
+    ),
+]
+Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="port of the rewards")]
 
 
 @rl_app.command("render-nemo")
 def render_nemo(
     recipe: RecipeOrRun,
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="folder to write; default: runs/RECIPE_nemo_rl")
-    ] = None,
-    checkout: Annotated[
-        Path, typer.Option("--checkout", help="folder of NeMo-RL, on the cluster")
-    ] = Path("NeMo-RL"),
-    hf_path: Annotated[
-        Path | None,
-        typer.Option("--hf-path", help="Hugging Face folder of the model; default: LOAD/hf"),
-    ] = None,
-    mode: Annotated[
-        Literal["sync", "async"],
-        typer.Option(
-            "--mode",
-            help="sync: drops groups of equal rewards; async: answers up to "
-            "rl.objective.max_age updates old, and drops nothing",
-        ),
-    ] = "sync",
-    profile: Annotated[
-        str | None, typer.Option("--profile", help="site profile with NeMo-RL's container")
-    ] = None,
-    rewards_profile: Annotated[
-        str | None,
-        typer.Option(
-            "--rewards-profile", help="site profile of the rewards' job; default: --profile"
-        ),
-    ] = None,
-    generation_nodes: Annotated[
-        int | None,
-        typer.Option(
-            "--generation-nodes",
-            min=1,
-            help="nodes that write answers, with --mode async; default: as many as train",
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[Path] | None,
-        typer.Option("--tasks", help="file of tasks (repeatable); default: data.path/train.jsonl"),
-    ] = None,
-    valid_tasks: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--valid-tasks",
-            help="file of validation tasks (repeatable); default: data.path/valid.jsonl if there",
-        ),
-    ] = None,
+    output: Output = None,
+    checkout: Checkout = Path("NeMo-RL"),
+    hf_path: HfPath = None,
+    mode: ModeOption = "sync",
+    profile: ProfileOption = None,
+    rewards_profile: RewardsProfile = None,
+    generation_nodes: GenerationNodes = None,
+    tasks: Tasks = None,
+    valid_tasks: ValidTasks = None,
     held_out: HeldOut = None,
-    port: Annotated[
-        int, typer.Option("--port", min=1, max=65535, help="port of the rewards")
-    ] = 8400,
+    port: Port = 8400,
     overwrite: Overwrite = False,
 ) -> None:
     """Write NeMo-RL's configuration of a run and a script that launches it.
@@ -101,20 +109,13 @@ def render_nemo(
         render_config,
     )
     from mellum2_megatron.rlvr.nemo_rl.declared import declared
-    from mellum2_megatron.rlvr.nemo_rl.limits import keys_line, limits, limits_page
+    from mellum2_megatron.rlvr.nemo_rl.limits import limits_page
 
     run = resolve_run(recipe, overrides or [])
     site = Profile(name="local", executor="local") if profile is None else read_profile(profile)
     rewards = site if rewards_profile is None else read_profile(rewards_profile)
     target = Path(os.path.abspath(output or Path("runs") / f"{run.name}_nemo_rl"))
-    # Another kind of run is refused below, with its reason.
-    if run.data.feed == "rollouts" and not (hf_path or run.checkpoint.load):
-        raise InputError(
-            f"{run.name} without checkpoint.load and --hf-path",
-            rule="NeMo-RL starts from a Hugging Face folder",
-            fix="give its path with --hf-path",
-        )
-    model = Path(os.path.abspath(hf_path or Path(run.checkpoint.load or "") / "hf"))
+    model = _model_folder(run, hf_path)
     template = _template(run, model)
     train, valid = _task_files(run, tasks, valid_tasks)
     # No task is trained on that the validation asks.
@@ -157,14 +158,38 @@ def render_nemo(
         **({} if template is None else {TEMPLATE_FILE: template}),
     }
     _write(target, files, overwrite=overwrite)
+    _print_limits(run, mode, place)
+    print_line(f"wrote {target}; next: bash {target / LAUNCH_FILE}")
+
+
+def _model_folder(run: Run, hf_path: Path | None) -> Path:
+    """Return the Hugging Face folder that the run starts from, absolute.
+
+    Raises:
+        InputError: none is given, and the run does not start from a checkpoint.
+    """
+    # Another kind of run is refused later, with its reason.
+    if run.data.feed == "rollouts" and not (hf_path or run.checkpoint.load):
+        raise InputError(
+            f"{run.name} without checkpoint.load and --hf-path",
+            rule="NeMo-RL starts from a Hugging Face folder",
+            fix="give its path with --hf-path",
+        )
+    return Path(os.path.abspath(hf_path or Path(run.checkpoint.load or "") / "hf"))
+
+
+def _print_limits(run: Run, mode: Mode, place: Place) -> None:
+    """Print what NeMo-RL does otherwise than the run, and what could not be checked here."""
+    from mellum2_megatron.rlvr.nemo_rl.limits import keys_line, limits
+
     table = plain_table("setting", "NeMo-RL", "rendered")
     for one in limits(run, mode):
         table.add_row(one.setting, one.there, one.done)
     console.print(table)
     print_line(keys_line(place.checkout))
+    model = place.hf_path
     if not (model / "tokenizer.json").is_file():
         print_line(f"not checked: {model} is not on this machine (chat template, `</think>`)")
-    print_line(f"wrote {target}; next: bash {target / LAUNCH_FILE}")
 
 
 def _task_files(

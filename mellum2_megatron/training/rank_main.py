@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ from mellum2_megatron.checkpoint import (
     write_run_folder,
 )
 from mellum2_megatron.checkpoint.checks import check_share
+from mellum2_megatron.checkpoint.resume_keys import Change
 from mellum2_megatron.checkpoint.run_folder import read_run_in_place
 from mellum2_megatron.checkpoint.saving import remove_partial_checkpoints
 from mellum2_megatron.common.errors import WorkError
@@ -139,52 +141,14 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
     output, stop = output_folder(run), StopRequest()
     stop.listen()
 
-    def end_hung_rank(error: WorkError, is_first: bool) -> None:
-        # A launcher picks one of all ranks' reports; without one the first rank reports for all.
-        if is_first or to_launcher:
-            report_failure(error, to_launcher=to_launcher, verbose=False)
-        _end(error.exit_code)
-
-    def current_step() -> int:
-        from megatron.training import get_args
-
-        # Megatron counts finished steps.
-        return int(get_args().curr_iteration) + 1
-
-    watch = HangWatch(
-        rank=rank,
-        world_size=world_size,
-        timeout=run.timeout_minutes * 60,
-        setup_timeout=run.setup_timeout_minutes * 60,
-        end=end_hung_rank,
-        step=current_step,
-        output=output,
-        store=default_store,
-    )
+    watch = _hang_watch(run, rank=rank, world_size=world_size, to_launcher=to_launcher)
     changed = (*start.changes(run), *data_changes(run, start))
     # The ranks of a machine are children of one launcher.
     launcher = os.getppid()
     began = cpu_seconds(launcher)
     if rank == 0:
-        remove_partial_checkpoints(output)
-        # Our launchers have written it already. A plain torchrun with a run file has not.
-        write_run_folder(run)
-        record(
-            output,
-            event="start",
-            world_size=world_size,
-            from_step=start.step,
-            more={
-                "device": device,
-                # The file and its hash, if the recipe is in a file of the user's own.
-                "recipe": run.sources.get("name", run.name),
-                "overrides": overridden(run),
-                "changed": {change.key: [change.before, change.after] for change in changed},
-                "cwd": os.getcwd(),
-            },
-        )
-        sys.stdout.write(f"{start.line(run)}\n")
-        sys.stdout.writelines(f"{line}\n" for line in (*resume_lines(run, start), *kept))
+        _begin(run, start, changed, device=device, world_size=world_size)
+        sys.stdout.writelines(f"{line}\n" for line in kept)
         sys.stdout.flush()
 
     def record_end(outcome: str) -> None:
@@ -224,6 +188,59 @@ def train(run: Run, *, device: Device, verbose: bool = False, to_launcher: bool 
             watch.stop()
         record_end("finished")
     return True
+
+
+def _hang_watch(run: Run, *, rank: int, world_size: int, to_launcher: bool) -> HangWatch:
+    """Return this rank's watch over stuck ranks, which ends this process when it finds one."""
+
+    def end_hung_rank(error: WorkError, is_first: bool) -> None:
+        # A launcher picks one of all ranks' reports; without one the first rank reports for all.
+        if is_first or to_launcher:
+            report_failure(error, to_launcher=to_launcher, verbose=False)
+        _end(error.exit_code)
+
+    def current_step() -> int:
+        from megatron.training import get_args
+
+        # Megatron counts finished steps.
+        return int(get_args().curr_iteration) + 1
+
+    return HangWatch(
+        rank=rank,
+        world_size=world_size,
+        timeout=run.timeout_minutes * 60,
+        setup_timeout=run.setup_timeout_minutes * 60,
+        end=end_hung_rank,
+        step=current_step,
+        output=output_folder(run),
+        store=default_store,
+    )
+
+
+def _begin(
+    run: Run, start: StartingPoint, changed: Sequence[Change], *, device: Device, world_size: int
+) -> None:
+    """Tidy and fill the run's folder, and print where the run starts. Of rank 0."""
+    output = output_folder(run)
+    remove_partial_checkpoints(output)
+    # Our launchers have written it already. A plain torchrun with a run file has not.
+    write_run_folder(run)
+    record(
+        output,
+        event="start",
+        world_size=world_size,
+        from_step=start.step,
+        more={
+            "device": device,
+            # The file and its hash, if the recipe is in a file of the user's own.
+            "recipe": run.sources.get("name", run.name),
+            "overrides": overridden(run),
+            "changed": {change.key: [change.before, change.after] for change in changed},
+            "cwd": os.getcwd(),
+        },
+    )
+    sys.stdout.write(f"{start.line(run)}\n")
+    sys.stdout.writelines(f"{line}\n" for line in resume_lines(run, start))
 
 
 def _activate(device: Device, *, verbose: bool) -> None:
