@@ -141,7 +141,7 @@ def whole_blocks_of_rows(original: Callable[..., Any]) -> Callable[..., Any]:
             sizes += [count, more]
         filled_e = tokens_e + torch.tensor(missing, dtype=tokens_e.dtype)
         output_th, bias = original(experts, torch.cat(filled_th), filled_e, torch.cat(filled_t))
-        return torch.cat(output_th.split(sizes)[::2]), bias
+        return torch.cat(torch.split(output_th, sizes)[::2]), bias
 
     return forward
 
