@@ -134,7 +134,11 @@ def whole_blocks_of_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         zeros_t = probs_t.new_zeros(_ROWS)
         filled_th, filled_t, sizes = [], [], []
         for hidden, probs, count, more in zip(
-            hidden_th.split(counts), probs_t.split(counts), counts, missing, strict=True
+            torch.split(hidden_th, counts),
+            torch.split(probs_t, counts),
+            counts,
+            missing,
+            strict=True,
         ):
             filled_th += [hidden, zeros_th[:more]]
             filled_t += [probs, zeros_t[:more]]
