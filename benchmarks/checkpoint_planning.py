@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,44 +241,50 @@ def _without_data(state: State) -> bytes:
     return pickle.dumps([entry.without_data() for entry in state.values()])
 
 
+def _tensors_without_data(state: State) -> bytes:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    return pickle.dumps(
+        [each.without_data() for each in state.values() if isinstance(each, ShardedTensor)]
+    )
+
+
+def _check_cover(state: State, pickles: Sequence[bytes]) -> None:
+    """Check on rank 0 that the shards of all ranks cover every tensor once."""
+    from megatron.core.dist_checkpointing.validation import (
+        determine_global_metadata,
+        validate_sharding_integrity,
+    )
+
+    with _gathered(pickles):
+        validate_sharding_integrity(determine_global_metadata(state)[1])
+
+
 def save_steps(all_states: list[State]) -> tuple[list[Step], bytes]:
     """Plan a save as Megatron does; return the cost of each step on rank 0, and the metadata."""
     import torch
     from megatron.core.dist_checkpointing.exchange_utils import (
         determine_main_replica_uniform_distribution,
     )
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.strategies.fully_parallel import (
         distribute_main_replicas_with_precomputed_distribution as distribute,
     )
     from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
-    from megatron.core.dist_checkpointing.validation import (
-        determine_global_metadata,
-        validate_sharding_integrity,
-    )
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     ranks = len(all_states)
     steps = []
 
-    def validate(pickles: Sequence[bytes]) -> None:
-        with _gathered(pickles):
-            metadata = determine_global_metadata(all_states[0])[1]
-            validate_sharding_integrity(metadata)
-
     with _world(0, ranks):
         group = torch.distributed.group.WORLD
         whole = [_without_data(state) for state in all_states]
         _, step = _measured(
-            "check that shards cover all tensors (rank 0)", lambda: validate(whole), exchanged=whole
+            "check that shards cover all tensors (rank 0)",
+            lambda: _check_cover(all_states[0], whole),
+            exchanged=whole,
         )
         steps.append(step)
-        tensors = [
-            pickle.dumps(
-                [each.without_data() for each in state.values() if isinstance(each, ShardedTensor)]
-            )
-            for state in all_states
-        ]
+        tensors = [_tensors_without_data(state) for state in all_states]
 
         def assign() -> Any:
             with _gathered(tensors):
@@ -293,7 +300,9 @@ def save_steps(all_states: list[State]) -> tuple[list[Step], bytes]:
     with _world(0, ranks):
         chosen = [_without_data(state) for state in all_states]
         _, step = _measured(
-            "the check once more, with writers (rank 0)", lambda: validate(chosen), exchanged=chosen
+            "the check once more, with writers (rank 0)",
+            lambda: _check_cover(all_states[0], chosen),
+            exchanged=chosen,
         )
         steps.append(step)
     plans = []
@@ -339,16 +348,49 @@ def _local_save_plan(state: State) -> Any:
     return planner.create_local_plan()
 
 
-def load_steps(all_states: list[State], metadata: bytes) -> list[Step]:
+def load_steps(all_states: list[State], metadata: bytes, ep: int) -> list[Step]:
     """Plan a load as Megatron does; return the cost of each step on a rank.
 
-    Megatron gathers no plans: `torch.distributed.checkpoint.load` is called with ``no_dist=True``
+    The lists of shards are gathered, for a check and to choose readers. Plans are not:
+    `torch.distributed.checkpoint.load` is called with ``no_dist=True``
     (core/dist_checkpointing/strategies/torch.py:979, 0.19.2).
+
+    Args:
+        all_states: what each rank asks for.
+        metadata: content of ``.metadata``.
+        ep: expert-parallel ranks; those with the same experts read together.
     """
+    import torch
+    from megatron.core.dist_checkpointing.exchange_utils import (
+        determine_main_replica_uniform_distribution,
+    )
+
     from mellum2_megatron.checkpoint.safe_metadata import parse_metadata
 
     ranks = len(all_states)
     steps = []
+    with _world(0, ranks):
+        asked = [_without_data(state) for state in all_states]
+        _, step = _measured(
+            "check that shards cover all tensors (rank 0)",
+            lambda: _check_cover(all_states[0], asked),
+            exchanged=asked,
+        )
+        steps.append(step)
+    readers = all_states if ep == ranks else all_states[::ep]
+    tensors = [_tensors_without_data(state) for state in readers]
+
+    def assign() -> int:
+        with _gathered(tensors):
+            group = torch.distributed.group.WORLD  # of as many ranks as read together
+            chosen = determine_main_replica_uniform_distribution(readers[0], group, True)
+        return len(chosen.main_rank_for_shard)
+
+    with _world(0, len(readers)):
+        _, step = _measured(
+            "choose each shard's reader (every rank of a group)", assign, exchanged=tensors
+        )
+        steps.append(step)
     _, step = _measured(
         "read of .metadata (every rank)",
         lambda: len(parse_metadata(metadata, "metadata").storage_data),
@@ -378,34 +420,78 @@ def _local_load_plan(state: State, metadata: Any) -> Any:
     return planner.create_local_plan()
 
 
-def bytes_read(all_states: list[State]) -> tuple[int, int]:
-    """Return the bytes that all ranks read in a load, and those that the checkpoint has.
+def bytes_read(all_states: list[State], groups: int) -> tuple[int, int]:
+    """Return the bytes that all ranks read in a load, and those that they receive instead.
 
-    Every rank asks for all of its own tensors, also for those that others have.
+    Every rank asks for all of its own tensors, also for those that others have. In a group one rank
+    reads each of them and sends it to all the others, also to those that did not ask for it, unless
+    it is the only one to need it (core/dist_checkpointing/exchange_utils.py:492, 0.19.2).
+
+    Args:
+        all_states: what each rank asks for.
+        groups: number of groups; rank r belongs to group r modulo this number. As many groups as
+            ranks: each reads for itself.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    sizes: dict[Any, int] = {}
-    asked = 0
-    for state in all_states:
-        for shard in state.values():
-            if isinstance(shard, ShardedTensor):
-                size = shard.data.numel() * shard.data.element_size()
-                sizes[shard.key, shard.global_offset] = size
-                asked += size
-    return asked, sum(sizes.values())
+    read = received = 0
+    for first in range(groups):
+        members = all_states[first::groups]
+        sizes: dict[Any, int] = {}
+        askers: Counter[Any] = Counter()
+        for state in members:
+            for shard in state.values():
+                if isinstance(shard, ShardedTensor):
+                    name = shard.key, shard.global_offset
+                    sizes[name] = shard.data.numel() * shard.data.element_size()
+                    askers[name] += 1
+        read += sum(sizes.values())
+        received += sum(size for name, size in sizes.items() if askers[name] > 1) * (
+            len(members) - 1
+        )
+    return read, received
+
+
+def reading(all_states: list[State], ep: int) -> str:
+    """Return what a load reads and receives as Markdown, by the ranks that read together.
+
+    Args:
+        all_states: what each rank asks for.
+        ep: expert-parallel ranks.
+    """
+    ranks = len(all_states)
+    rows = [
+        ("every rank for itself", ranks),
+        ("the ranks with the same experts", ep),
+        ("the data-parallel group", 1),
+    ]
+    lines = [
+        "| who reads each tensor once | groups | all ranks read, GB | a rank reads, GB "
+        "| a rank receives, GB |",
+        "|---|---|---|---|---|",
+    ]
+    # Megatron's group is the last; upstream/arguments.py takes the one before, if it is not a rank.
+    for name, groups in rows:
+        read, received = bytes_read(all_states, groups)
+        lines.append(
+            f"| {name} | {groups} | {read / 1e9:.4g} | {read / ranks / 1e9:.3g} "
+            f"| {received / ranks / 1e9:.3g} |"
+        )
+    return "\n".join(lines)
 
 
 def table(run: Run, ranks: int) -> str:
-    """Return the costs of planning as Markdown."""
+    """Return the costs of planning and of reading as Markdown."""
     all_states = states(run, ranks)
-    asked, stored = bytes_read(all_states)
+    ep = run.layout.ep
+    stored, _ = bytes_read(all_states, 1)
+    read = reading(all_states, ep)  # before the save's plan changes the states
     saving, metadata = save_steps(all_states)
     lines = [
         "| | step | processor seconds | memory, GB | exchanged, MB |",
         "|---|---|---|---|---|",
     ]
-    for kind, steps in (("save", saving), ("load", load_steps(all_states, metadata))):
+    for kind, steps in (("save", saving), ("load", load_steps(all_states, metadata, ep))):
         for step in steps:
             lines.append(
                 f"| {kind} | {step.name} | {step.seconds:.1f} | {step.peak / 1e9:.2f} "
@@ -414,7 +500,9 @@ def table(run: Run, ranks: int) -> str:
     lines += [
         "",
         f"{ranks} ranks: .metadata has {len(metadata) / 1e6:.0f} MB, the checkpoint "
-        f"{stored / 1e9:.4g} GB. In a load all ranks together read {asked / 1e9:.4g} GB.",
+        f"{stored / 1e9:.4g} GB.",
+        "",
+        read,
     ]
     return "\n".join(lines)
 

@@ -27,10 +27,16 @@ def test_all_ranks_together_store_the_model_and_its_state() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("| save |") == 5
-    assert done.stdout.count("| load |") == 2
-    stored, read = map(
-        float, re.findall(r"the checkpoint (\S+) GB\. .* read (\S+) GB", done.stdout)[0]
-    )
+    assert done.stdout.count("| load |") == 4
+    stored = float(re.findall(r"the checkpoint (\S+) GB\.", done.stdout)[0])
+    rows = re.findall(r"\| ([^|]+) \| (\d) \| (\S+) \| (\S+) \| (\S+) \|", done.stdout)
+    assert [(name, groups) for name, groups, *_ in rows] == [
+        ("every rank for itself", "4"),
+        ("the ranks with the same experts", "2"),
+        ("the data-parallel group", "1"),
+    ]
+    # Gigabytes that all ranks read, that one reads, and that one receives.
+    alone, pairs, all_four = ([float(value) for value in row[2:]] for row in rows)
     run = recipe(TINY)
     whole = apply_overrides(run, ["layout.ep=1"])
     weights = list(local_weights(run.architecture, whole.layout, "torch"))
@@ -42,4 +48,14 @@ def test_all_ranks_together_store_the_model_and_its_state() -> None:
     dense = muon + adam - experts
     # Every rank reads its weights and all of Adam's state; each matrix's state has one reader.
     copies = 4 * (2 * dense + 12 * adam) + 4 // run.layout.ep * 2 * experts
-    assert read * 1e9 == pytest.approx(copies + 8 * muon, rel=0.01)
+    assert alone[0] * 1e9 == pytest.approx(copies + 8 * muon, rel=0.01)
+    assert alone[2] == 0
+    # Two pairs, in each of which one rank sends the other half of what both asked for.
+    asked = 2 * dense + experts + 12 * adam
+    assert pairs[0] * 1e9 == pytest.approx(2 * asked + 8 * muon, rel=0.01)
+    assert pairs[2] * 1e9 == pytest.approx(asked / 2, rel=0.02)
+    # All four receive the experts of both pairs.
+    assert all_four[0] == stored
+    assert all_four[2] * 1e9 == pytest.approx(3 / 4 * (asked + experts), rel=0.02)
+    for total, each, _ in (alone, pairs, all_four):
+        assert each == pytest.approx(total / 4, rel=0.01)

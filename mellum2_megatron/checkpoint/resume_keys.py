@@ -143,7 +143,7 @@ RULES: dict[str, Rule] = {
     **_all(
         "checkpoint",
         "output save_interval retain_interval keep_last verify async_save any_layout "
-        "gather_on_one_rank",
+        "gather_on_one_rank parallel_load reuse_plans",
         _OUTPUT,
     ),
     **_all("checkpoint", "load continue_from", _START),

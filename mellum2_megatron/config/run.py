@@ -263,6 +263,13 @@ class Checkpoint:
             data-parallel group instead of on all of them, default false. It saves main memory,
             on all ranks but that one, and GPU memory on all; that rank then receives and writes
             the state alone, which takes longer (docs/checkpoints.md has the figures).
+        parallel_load: read each tensor of a checkpoint on one of the ranks that have the same
+            experts, which sends it to the others, default true. With false every rank reads all
+            that it asks for: its weights and, with ``any_layout``, the whole of Adam's state.
+        reuse_plans: keep the plan of a save for the next ones, default true. A start plans its
+            first two saves; after a resume on the same ranks, the checkpoint's plan serves them
+            too. If the tensors to save have changed, the save plans anew. With false every save
+            plans and checks anew, which blocks training for seconds (docs/checkpoints.md).
         load: checkpoint folder of an imported model or another run, default none. Its weights start
             this run if ``output`` has no checkpoint; optimizer state and step count start anew.
         continue_from: checkpoint folder of another run, default none. Its whole state starts this
@@ -281,6 +288,8 @@ class Checkpoint:
     async_save: bool = False
     any_layout: bool = True
     gather_on_one_rank: bool = False
+    parallel_load: bool = True
+    reuse_plans: bool = True
     load: str | None = None
     continue_from: str | None = None
 

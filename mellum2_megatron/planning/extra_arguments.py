@@ -11,7 +11,9 @@ from mellum2_megatron.config import Run
 COVERED = frozenset(
     """
     accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps async-save
-    async-strategy bf16 calculate-per-token-loss ckpt-format clip-grad context-parallel-size
+    async-strategy bf16 calculate-per-token-loss ckpt-assume-constant-structure ckpt-format
+    ckpt-fully-parallel-load ckpt-fully-parallel-load-process-group clip-grad
+    context-parallel-size
     cp-comm-type data-cache-path delay-wgrad-compute deterministic-mode
     dist-ckpt-optim-fully-reshardable distrib-optim-fully-reshardable-mem-efficient
     distributed-backend distributed-timeout-minutes
@@ -48,7 +50,8 @@ COVERED = frozenset(
 
 CONTRADICTING = frozenset(
     """
-    data-path exit-interval exit-signal exit-signal-handler fp16 iterations-to-skip
+    ckpt-fully-parallel-load-exchange-algo data-path exit-interval exit-signal
+    exit-signal-handler fp16 iterations-to-skip
     lr-decay-iters lr-warmup-fraction lr-warmup-iters lr-wsd-decay-iters mock-data
     moe-enable-deepep moe-layer-recompute moe-router-force-load-balancing
     moe-router-padding-for-fp8 no-use-layer-wise-param-layout
@@ -76,6 +79,9 @@ def extra_argument_problems(run: Run) -> Iterator[InputError]:
         # The state is collected over these groups. Megatron's own assertion looks at Adam runs only
         # (megatron/training/arguments.py:1690, 0.19.2).
         taken |= {"disable-gloo-process-groups"}
+    if run.checkpoint.reuse_plans:
+        # Only the parallel save is compared with the one before (upstream/save_plans.py).
+        taken |= {"no-ckpt-fully-parallel-save"}
     for word in run.execution.extra_arguments:
         if not word.startswith("--"):
             continue  # a value of the flag before it

@@ -82,7 +82,7 @@ def megatron_arguments(
         *_execution(run),
         *_data(run),
         *_logging(run),
-        *_checkpoint(run, start or StartingPoint.of(run)),
+        *_checkpoint(run, start or StartingPoint.of(run), world_size),
         *_timeouts(run),
         # A non-finite value ends the run at once. The other modes repeat the step to distinguish
         # a broken GPU from a diverging run, save, and wait to be started on another node
@@ -360,7 +360,7 @@ def _logging(run: Run) -> list[str]:
     ]
 
 
-def _checkpoint(run: Run, start: StartingPoint) -> list[str]:
+def _checkpoint(run: Run, start: StartingPoint, world_size: int) -> list[str]:
     checkpoint = run.checkpoint
     words = ["--ckpt-format", "torch_dist"]
     if checkpoint.output is not None:
@@ -372,6 +372,15 @@ def _checkpoint(run: Run, start: StartingPoint) -> list[str]:
         words.append("--dist-ckpt-optim-fully-reshardable")
     if checkpoint.gather_on_one_rank:
         words.append("--distrib-optim-fully-reshardable-mem-efficient")
+    if checkpoint.parallel_load:
+        # All ranks of the group receive what two of them ask for. Over the data-parallel group,
+        # Megatron's default, that is every expert; but not if each expert is on one rank only.
+        layout = run.layout
+        alone = layout.ep == 1 or layout.expert_data_parallel(world_size) == 1
+        group = "dp" if alone else "ep_dp"
+        words += ["--ckpt-fully-parallel-load", "--ckpt-fully-parallel-load-process-group", group]
+    if checkpoint.reuse_plans:
+        words.append("--ckpt-assume-constant-structure")
     if checkpoint.async_save:
         # Without its own process Megatron switches it off after a warning (arguments.py:1741-1746);
         # the other strategy is a package of its own, nvidia-resiliency-ext.

@@ -3,8 +3,8 @@
 `activate` applies the table `PATCHES`. Call it before training starts; Megatron may be imported
 already. Each entry states the upstream fact and the version in which it was read. Each has a test
 (``tests/upstream/test_patches.py``) that fails once upstream no longer needs the entry. The code is
-in `replacements` and `muon_groups`. Faults that a subclass can mend are mended in ``model/``, for
-one the router's load counts in BF16. Replacements in the training loop are in
+in `replacements`, or in a module of its own. Faults that a subclass can mend are mended in
+``model/``, for one the router's load counts in BF16. Replacements in the training loop are in
 ``training/hooks.py``.
 """
 
@@ -14,7 +14,7 @@ import importlib.util
 import os
 
 from mellum2_megatron.common.errors import WorkError
-from mellum2_megatron.upstream import muon_groups, patching, replacements, safe_loading
+from mellum2_megatron.upstream import muon_groups, patching, replacements, safe_loading, save_plans
 from mellum2_megatron.upstream.patching import Patch
 
 PATCHES: tuple[Patch, ...] = (
@@ -90,6 +90,15 @@ PATCHES: tuple[Patch, ...] = (
         why="core/dist_checkpointing/strategies/filesystem_async.py:415 writes tensors with "
         "torch.save, which computes a CRC-32 that nothing reads; torch's switch is one of the "
         "process, and an asynchronous save writes in a spawned one (async_utils.py:370)",
+    ),
+    Patch(
+        name="kept-plans",
+        target="megatron.core.dist_checkpointing.strategies.fully_parallel:"
+        "FullyParallelSaveStrategyWrapper.apply_saving_parallelization",
+        replacement=save_plans.replan_on_change,
+        why="core/dist_checkpointing/strategies/state_dict_saver.py:110 takes the last save's list "
+        "of tensors under --ckpt-assume-constant-structure, whatever there is to save now: a "
+        "tensor that is new is missing in the checkpoint, without a message",
     ),
     Patch(
         name="fusion-without-apex",

@@ -90,10 +90,17 @@ def resume(run: Run, nproc: int, copy: Path) -> Path:
 
     Returns the checkpoint with that state.
     """
+    reload(run, nproc, copy, worker="reload")
+    return copy / iteration_folder_name(3)
+
+
+def reload(run: Run, nproc: int, copy: Path, *, worker: str) -> list[Any]:
+    """Resume a run, as `resume` does, and return what the worker returns on each rank."""
     file = Path(str(run.checkpoint.output)) / "requested.yaml"
     file.write_text(to_yaml(run))
-    run_distributed("tests.faults.fault_worker:reload", nproc, str(file), str(copy), timeout=300)
-    return copy / iteration_folder_name(3)
+    return run_distributed(
+        f"tests.faults.fault_worker:{worker}", nproc, str(file), str(copy), timeout=300
+    )
 
 
 def test_resume_restores_every_value(
@@ -189,27 +196,55 @@ def test_one_rank_gathers_what_all_did(
     require_equal_resume(trained, small_run(small_data, other, *tp2), 2)
 
 
-def test_one_rank_of_each_group_gathers_adams_experts(
+def test_ranks_with_the_same_experts_read_gather_and_plan_once(
     small_data: PreparedData, tmp_path: Path
 ) -> None:
-    """Four ranks, of which two and two hold the same experts."""
-    adam = [
+    """Four ranks, of which two and two hold the same experts, and Adam for all weights.
+
+    The content of every checkpoint is that of a run in which each rank reads and plans for itself.
+    """
+    words = [
         "optimizer.name=adam",
         "schedule.batch_schedule=[[0,8]]",
-        "schedule.train_samples=32",
+        "schedule.train_samples=48",
+        "checkpoint.save_interval=1",
     ]
-    four = train(small_run(small_data, tmp_path / "run", *adam), nproc=4)
-    gathering = small_run(
+    alone = ["checkpoint.parallel_load=false", "checkpoint.reuse_plans=false"]
+    four = train(small_run(small_data, tmp_path / "run", *alone, *words), nproc=4)
+    run = small_run(
         small_data,
         at_step(four, tmp_path / "again", 3),
         "checkpoint.gather_on_one_rank=true",
-        *adam,
+        *words,
     )
-    saved = resume(gathering, 4, tmp_path / "copy")
+    counts = reload(run, 4, tmp_path / "copy", worker="count_reload")
+    saved = tmp_path / "copy" / iteration_folder_name(3)
     assert equal(state(four / "iter_0000003")[0], state(saved)[0])
+    for step in (4, 5, 6):
+        folder = iteration_folder_name(step)
+        assert equal(state(four / folder)[0], state(tmp_path / "again" / folder)[0])
+    assert losses(tmp_path / "again") == losses(four)
+    # Once for each pair, of which the experts are each other's complement.
+    sizes = stored_bytes(four / "iter_0000003")
+    experts = sum(size for key, size in sizes.items() if ".experts." in key)
+    assert sum(read for read, _ in counts) == 2 * sum(sizes.values()) - experts
+    # Of four saves: the copy, for which Megatron keeps nothing, and the first of the other three.
+    assert [planned for _, planned in counts] == [2] * 4
     assert writers(four / "iter_0000003", "exp_avg_sq.decoder.layers.mlp.experts") == set("0123")
     assert writers(saved, "exp_avg_sq.decoder.layers.mlp.experts") == set("01")
     assert writers(saved, "exp_avg_sq.output_layer") == {"0"}
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of each tensor of a checkpoint, as it is stored."""
+    metadata = FileSystemReader(folder).read_metadata()
+    sizes = dict.fromkeys(
+        (key for key, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")), 0
+    )
+    for index, place in metadata.storage_data.items():
+        if index.fqn in sizes:
+            sizes[index.fqn] += place.length
+    return sizes
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,8 @@ ODD_CHECKPOINT = Checkpoint(
     async_save=True,
     any_layout=False,
     gather_on_one_rank=True,
+    parallel_load=False,
+    reuse_plans=False,
 )
 ODD_RL = Rl(
     objective=Objective(

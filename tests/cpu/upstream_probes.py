@@ -225,6 +225,36 @@ def _save_checksums() -> None:
     assert found == [0], f"a CRC-32 in the file: {found}"
 
 
+@probe("kept-plans")
+def _kept_plans() -> None:
+    """Four saves with kept plans. The third has a tensor more, the fourth another shape of one."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelSaveStrategyWrapper,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from torch.distributed.checkpoint import FileSystemReader
+
+    one_rank()
+    parallel_state.initialize_model_parallel()
+    base = TorchDistSaveShardedStrategy(cached_metadata=True)
+    strategy = FullyParallelSaveStrategyWrapper(
+        base, parallel_state.get_data_parallel_group(), do_cache_distribution=True
+    )
+    for shapes in ({"a": 2}, {"a": 2}, {"a": 2, "b": 3}, {"a": 4, "b": 3}):
+        with tempfile.TemporaryDirectory() as folder:
+            state = {
+                key: ShardedTensor.from_rank_offsets(key, torch.zeros(size))
+                for key, size in shapes.items()
+            }
+            strategy.save(state, Path(folder))
+            stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        missing = [key for key in shapes if key not in stored]
+        assert not missing, f"saved without {', '.join(missing)}"
+        assert {key: entry.size.numel() for key, entry in stored.items()} == shapes
+
+
 @probe("packed-mtp")
 def _packed_mtp() -> None:
     """Two documents, with three and two tokens in four positions each."""

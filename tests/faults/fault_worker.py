@@ -42,6 +42,36 @@ def reload(run_file: str, copy: str) -> bool:
     return train(run_file)
 
 
+def count_reload(run_file: str, copy: str) -> tuple[int, int]:
+    """Do the same; return the bytes of tensors that this rank read, and the saves that it planned.
+
+    A save whose plan was kept counts as none.
+    """
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.planner import LoadItemType
+
+    read, planned = [], []
+    data, plan = FileSystemReader.read_data, MCoreSavePlanner.create_local_plan
+
+    def read_data(self: Any, wanted: Any, planner: Any) -> Any:
+        read.extend(
+            self.storage_data[item.storage_index].length
+            for item in wanted.items
+            if item.type == LoadItemType.TENSOR
+        )
+        return data(self, wanted, planner)
+
+    def make_plan(self: Any) -> Any:
+        planned.append(plan(self))
+        return planned[-1]
+
+    FileSystemReader.read_data = read_data
+    MCoreSavePlanner.create_local_plan = make_plan
+    assert reload(run_file, copy)
+    return sum(read), len(planned)
+
+
 def signalled(run_file: str, rank: int, step: int, number: int) -> bool:
     """Send one rank a signal in the middle of a step, after its first micro-batch."""
 

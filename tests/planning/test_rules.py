@@ -357,6 +357,15 @@ CASES: list[tuple[str, Device, int, list[str], str, str, list[str]]] = [
         "--disable-gloo-process-groups",
         ["checkpoint.gather_on_one_rank=false"],
     ),
+    (
+        TINY,
+        "cpu",
+        2,
+        ["execution.extra_arguments=[--no-ckpt-fully-parallel-save]"],
+        "extra-arguments-are-free",
+        "--no-ckpt-fully-parallel-save",
+        ["checkpoint.reuse_plans=false"],
+    ),
 ]
 
 

@@ -604,6 +604,22 @@ def test_checkpoint_folders_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.use_gloo_process_groups
 
 
+@pytest.mark.parametrize(("ep", "group"), [(1, "dp"), (2, "ep_dp"), (4, "dp")])
+def test_checkpoint_reading_and_planning_arrive(
+    ep: int, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, args = on_cpu([f"layout.ep={ep}"], monkeypatch, world_size=4)
+    assert args.ckpt_fully_parallel_load
+    assert args.ckpt_fully_parallel_load_process_group == group
+    assert args.ckpt_fully_parallel_load_exchange_algo == "broadcast"
+    assert args.ckpt_assume_constant_structure
+    _, args = on_cpu(
+        ["checkpoint.parallel_load=false", "checkpoint.reuse_plans=false"], monkeypatch
+    )
+    assert not args.ckpt_fully_parallel_load
+    assert not args.ckpt_assume_constant_structure
+
+
 def test_fault_settings_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     _, args = on_cpu(["timeout_minutes=2.5"], monkeypatch)
     assert args.distributed_timeout_minutes == 61, "after our own watch over the set-up"
