@@ -165,7 +165,10 @@ def _changes(planned: PlannedRun) -> Iterator[tuple[str, ...]]:
         yield ("precision.grad_reduce_in_fp32=false",)
     if "moe" not in recomputed:
         kept = [name for name in ("layernorm",) if name in recomputed]
-        yield (f"execution.recompute={','.join(['moe', *kept])}",)
+        again = f"execution.recompute={','.join(['moe', *kept])}"
+        # The two go not together (`overlap_without_moe_recompute`).
+        plain = ("layout.overlap_expert_comm=false", "layout.delay_wgrad=false")
+        yield (again, *plain) if layout.overlap_expert_comm else (again,)
     for key in ("ep", "cp", "pp"):
         for factor in (2, 4):
             words = [f"layout.{key}={factor * getattr(layout, key)}"]

@@ -8,10 +8,13 @@ from typing import Literal
 
 from mellum2_megatron.config import Execution, Layout, Precision
 
-FAST_SOURCES = {
-    "layout.dispatcher": "ours: HybridEP, as in the fastest published runs on H100",
+OVERLAP_SOURCES = {
     "layout.overlap_expert_comm": "ours: as in the fastest published runs on H100",
     "layout.delay_wgrad": "ours: as in Megatron-Bridge's run of Moonlight-16B-A3B",
+}
+
+FAST_SOURCES = {
+    "layout.dispatcher": "ours: HybridEP, as in the fastest published runs on H100",
     "execution.gc_interval": "ours: as in Megatron-Bridge's runs",
     "execution.pad_expert_tokens": "ours: once in the router instead of in each product",
 }
@@ -58,8 +61,8 @@ class Hardware:
 def cluster(numbers: Mapping[int, str], *, default: int, cp: int = 1) -> dict[str, Hardware]:
     """Return nodes of 8 GPUs by the ending of a recipe's name, such as ``_256gpu_h200_bf16_fast``.
 
-    EP 8 keeps the experts of a layer inside one node (report §3). On H200 there is each precision,
-    plain and fast; on H100 each precision, with less memory.
+    EP 8 keeps the experts of a layer inside one node (report §3). On H200 and H100 there is each
+    precision, plain and fast; on H100 with less memory.
 
     Args:
         numbers: source of each number of GPUs.
@@ -73,6 +76,7 @@ def cluster(numbers: Mapping[int, str], *, default: int, cp: int = 1) -> dict[st
             found[f"_{gpus}gpu_h200_{compute}"] = plain
             found[f"_{gpus}gpu_h200_{compute}_fast"] = _fast(plain)
             found[f"_{gpus}gpu_h100_{compute}"] = _h100(plain, gpus)
+            found[f"_{gpus}gpu_h100_{compute}_fast"] = _fast(_h100(plain, gpus, fast=True))
     return {"": found[f"_{default}gpu_h200_fp8"], **found}
 
 
@@ -96,9 +100,8 @@ def with_even_shares(machines: Hardware) -> Hardware:
 
 def _fast(plain: Hardware) -> Hardware:
     """Return the same machines with a faster exchange of tokens (docs/speed.md)."""
-    # Context parallelism wants one hardware queue, the overlap many (megatron/training/
-    # arguments.py:1426, 0.19.2).
-    overlaps = plain.layout.cp == 1
+    # A rule: a layer that is computed again as a whole has no place in the overlapped schedule.
+    overlaps = "moe" not in plain.execution.recompute
     assert plain.precision is not None
     return replace(
         plain,
@@ -106,20 +109,29 @@ def _fast(plain: Hardware) -> Hardware:
         layout=replace(
             plain.layout, dispatcher="flex", overlap_expert_comm=overlaps, delay_wgrad=overlaps
         ),
-        execution=Execution(gc_interval=100, pad_expert_tokens=plain.precision.compute == "fp8"),
-        sources={**plain.sources, **FAST_SOURCES},
+        execution=replace(
+            plain.execution, gc_interval=100, pad_expert_tokens=plain.precision.compute == "fp8"
+        ),
+        sources={**plain.sources, **FAST_SOURCES, **(OVERLAP_SOURCES if overlaps else {})},
     )
 
 
-def _h100(plain: Hardware, gpus: int) -> Hardware:
-    """Return as many cards of 80 GB, with smaller parts of the batch and less kept."""
+def _h100(plain: Hardware, gpus: int, *, fast: bool = False) -> Hardware:
+    """Return as many cards of 80 GB, with smaller parts of the batch and less kept.
+
+    The fast ones keep all that fits by count: everything without context parallelism. With it the
+    expert layers are computed again, which takes less time than sequences over two nodes.
+    """
     cp, sources = plain.layout.cp, {**plain.sources, **H100_SOURCES}
     execution = Execution(recompute=("moe_act", "layernorm"))
-    if cp > 1 and gpus >= 4 * cp:
+    if cp > 1 and (fast or gpus < 4 * cp):
+        execution = Execution(recompute=("moe",))
+    elif cp > 1:
         cp *= 2
         sources["layout.cp"] = "ours: twice the ranks of a sequence, for cards of 80 GB"
-    elif cp > 1:
-        execution = Execution(recompute=("moe",))
+    elif fast:
+        execution = Execution()
+        del sources["execution.recompute"]
     return replace(
         plain,
         label=plain.label.replace("H200", "H100"),

@@ -145,8 +145,9 @@ def test_layout_equals_one_process(layout: str, backend: str):
         (2, Case(ep=2, sequences=8, head_chunk=5)),
         (2, Case(ep=2, sequences=8, documents=DOCUMENTS, per_token=True)),
         (4, Case(ep=2, pp=2, vpp=2, sequences=8)),
+        (2, Case(ep=2, cp=2, sequences=4, documents=DOCUMENTS, per_token=True)),
     ],
-    ids=["ep2", "ep2_chunks", "ep2_documents", "pp2_vpp2_ep2"],
+    ids=["ep2", "ep2_chunks", "ep2_documents", "pp2_vpp2_ep2", "ep2_cp2_documents"],
 )
 def test_overlapped_exchanges_change_no_bit(ranks: int, case: Case):
     """Four micro-batches: the combined schedule against the plain one, on the same ranks.
