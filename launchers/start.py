@@ -186,11 +186,12 @@ def _task_notes(run: Run) -> list[str]:
     from mellum2_megatron.rollouts.prompts import run_tasks
 
     tasks = run_tasks(run)
-    if any(task.runs_programs for task in (*tasks.train, *tasks.valid)):
-        find_sandbox()
+    runs_programs = any(task.runs_programs for task in (*tasks.train, *tasks.valid))
+    sandbox = [f"programs run in {find_sandbox().description}"] if runs_programs else []
     longest = max(map(len, tasks.train_tokens))
     return [
         f"tasks: {len(tasks.train):,} to learn from, {len(tasks.valid):,} to validate with, "
         f"prompts of up to {longest:,} tokens",
+        *sandbox,
         *(f"warning: {line}" for line in tasks.warnings),
     ]

@@ -101,6 +101,8 @@ OWN_TEXT = {
     "mellum2_megatron/rlvr/nemo_rl/tasks.py",  # tasks that `rl render-nemo` wrote
     "mellum2_megatron/rlvr/reward_client.py",  # answers of the user's own service
     "mellum2_megatron/rlvr/rewards/calls_script.py",  # the job that its own parent sends
+    "mellum2_megatron/rlvr/rewards/confine_script.py",  # the same
+    "mellum2_megatron/rlvr/rewards/probe_script.py",  # the same
     "mellum2_megatron/rlvr/rewards/worker_script.py",  # the same
 }
 """Files that call `json` themselves, with the reason."""

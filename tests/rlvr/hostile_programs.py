@@ -83,6 +83,14 @@ pid = libc.syscall(number, 0x10000000 | 17, 0, 0, 0, 0)
 if pid == 0:
     libc._exit(0)
 assert pid > 0""",
+        "clone_process_namespace": """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+number = 56 if __import__('platform').machine() == 'x86_64' else 220
+pid = libc.syscall(number, 0x20000000 | 17, 0, 0, 0, 0)
+if pid == 0:
+    libc._exit(0)
+assert pid > 0""",
         "mount": """
 import ctypes
 assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0""",
@@ -93,6 +101,18 @@ os.chroot('/tmp')""",
 import ctypes
 assert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0""",
         "read_other_memory": "open('/proc/1/mem', 'rb').read(1)",
+        "write_first_process": """
+import os
+for path in ('/proc/1/mem', '/proc/1/task/1/mem'):
+    try:
+        file = os.open(path, os.O_RDWR)
+        break
+    except OSError as error:
+        print(error)
+os.close(file)""",
+        "hide_from_the_watch": """
+import ctypes
+assert ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) == 0""",
         "signal_others": """
 import os
 others = [int(name) for name in os.listdir('/proc') if name.isdecimal()]

@@ -3,8 +3,9 @@
 bubblewrap's namespaces keep a program from the machine's files, network and processes. The filter
 takes away kernel interfaces that an answer has no use for; those that hold memory which no limit
 counts (System V shared memory, message queues, memfd, sockets with larger buffers); one that a
-program could use up for the whole machine (contexts of asynchronous input); and sockets of families
-that no network namespace holds, such as the host's beside a virtual machine (AF_VSOCK).
+program could use up for the whole machine (contexts of asynchronous input); new namespaces; hiding
+from the watch outside (PR_SET_DUMPABLE); and sockets of families that no network namespace holds,
+such as the host's beside a virtual machine (AF_VSOCK).
 """
 
 from __future__ import annotations
@@ -79,13 +80,17 @@ _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 MACHINES = tuple(_ARCHITECTURES)
 """Machines, as `platform.machine` names them, that there is a filter for."""
 
-_CLONE3 = 435
+_CLONE, _CLONE3 = (56, 220), 435
+# CLONE_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID and _NEWNET of linux/sched.h.
+_NAMESPACES = 0x7E020000
+_PRCTL, _SET_DUMPABLE = (157, 167), 4
 _SOCKET, _SETSOCKOPT = (41, 198), (54, 208)
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: the namespace's own
 _SOL_SOCKET = 1
 _BUFFERS = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF and both with FORCE
 _X32_BIT = 0x40000000
-_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # linux/bpf_common.h
+# linux/bpf_common.h
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000  # linux/seccomp.h
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, (16, 24, 32)
 """Offsets in struct seccomp_data; of an argument, those of its lower half on these machines."""
@@ -106,10 +111,18 @@ def syscall_filter(machine: str) -> bytes:
         # The second table of x86_64, with other numbers; aarch64 has none so high.
         (_JUMP_AT_LEAST, "kill", "", _X32_BIT),
         (_JUMP_EQUAL, "no call", "", _CLONE3),
+        (_JUMP_EQUAL, "clone", "", _CLONE[column]),
+        (_JUMP_EQUAL, "process", "", _PRCTL[column]),
         (_JUMP_EQUAL, "socket", "", _SOCKET[column]),
         (_JUMP_EQUAL, "option", "", _SETSOCKOPT[column]),
         *((_JUMP_EQUAL, "deny", "", pair[column]) for pair in _DENIED.values()),
         (_RETURN, "", "", _ALLOW),
+        "clone",
+        (_LOAD, "", "", _ARGUMENTS[0]),
+        (_JUMP_BITS, "deny", "grant", _NAMESPACES),
+        "process",
+        (_LOAD, "", "", _ARGUMENTS[0]),
+        (_JUMP_EQUAL, "deny", "grant", _SET_DUMPABLE),
         "socket",
         (_LOAD, "", "", _ARGUMENTS[0]),
         *((_JUMP_EQUAL, "grant", "", family) for family in _FAMILIES),
