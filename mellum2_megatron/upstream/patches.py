@@ -74,6 +74,13 @@ PATCHES: tuple[Patch, ...] = (
         "groups as the run has",
     ),
     Patch(
+        name="gloo-group-timeout",
+        target="megatron.core.parallel_state:initialize_model_parallel",
+        replacement=replacements.give_gloo_group_its_timeout,
+        why="core/parallel_state.py:1465 gives the gloo group of the experts' data parallelism no "
+        "timeout, and torch's is 30 minutes: a set-up that may take 60 ends after half of it",
+    ),
+    Patch(
         name="muon-gloo-group",
         target="megatron.core.optimizer.distrib_optimizer:"
         "DistributedOptimizer.get_parameter_state_dp_zero",

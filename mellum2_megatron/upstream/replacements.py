@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from mellum2_megatron.common.errors import InputError, WorkError
@@ -146,6 +148,29 @@ def shard_experts(original: Callable[..., None]) -> Callable[..., None]:
             original(self, optimizers, full_param_layouts)
 
     return shard_params
+
+
+def give_gloo_group_its_timeout(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `initialize_model_parallel`: the experts' gloo group gets the limit that is asked for.
+
+    All other groups are made with it.
+    """
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        import torch
+        from megatron.core import parallel_state
+
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        group = parallel_state._EXPERT_DATA_PARALLEL_GROUP_GLOO
+        if group is not None:
+            limit = timedelta(minutes=given.arguments["distributed_timeout_minutes"])
+            torch.distributed.set_timeout(limit, group)
+
+    return initialize_model_parallel
 
 
 def gather_over_gloo(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -166,6 +166,27 @@ def _muon_groups_fit() -> None:
 PROBES["muon-groups-asked"] = PROBES["muon-groups-loaded"] = _muon_groups_fit
 
 
+@probe("gloo-group-timeout")
+def _gloo_group_timeout() -> None:
+    """Every group of a world of two ranks has the limit that Megatron was given."""
+
+    def limits() -> dict[str, float]:
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(distributed_timeout_minutes=61)
+        groups = [group for group in parallel_state._global_process_group_list if group]
+        backends = {group.group_desc: group._get_backend(torch.device("cpu")) for group in groups}
+        return {
+            name: backend.options._timeout.total_seconds() / 60
+            for name, backend in backends.items()
+        }
+
+    for found in on_two_ranks(limits):
+        assert {"DATA_PARALLEL_GROUP_GLOO", "EXPERT_DATA_PARALLEL_GROUP_GLOO"} < set(found)
+        wrong = {name: minutes for name, minutes in found.items() if minutes != 61}
+        assert not wrong, f"another limit than 61 minutes: {wrong}"
+
+
 @probe("muon-gloo-group")
 def _muon_gloo_group() -> None:
     """The Adam part of a Muon run, here a bias, has the group over which it collects its state."""
