@@ -20,6 +20,20 @@ PROVIDER_TEST = ("tests/training/test_dataset_provider.py",)
 
 MUTATIONS = (
     Mutation(
+        name="every rank receives every expert of a checkpoint",
+        file=ARGUMENTS,
+        old='group = "dp" if alone else "ep_dp"',
+        new='group = "dp"',
+        test=("tests/upstream/test_arguments.py", "-k", "checkpoint_reading"),
+    ),
+    Mutation(
+        name="a save keeps its plan although its tensors have changed",
+        file="mellum2_megatron/upstream/save_plans.py",
+        old="                _drop_plans(self)\n",
+        new="",
+        test=("tests/upstream/test_patches.py", "-k", "kept-plans"),
+    ),
+    Mutation(
         name="the rotated key of latent attention has its own rank's gradient",
         file=LATENT,
         old="self._sum_rotated_key_gradients(kv_combined)",
