@@ -93,6 +93,7 @@ def _train(
     from mellum2_megatron.checkpoint import read_run
     from mellum2_megatron.common.errors import InputError, WorkError
     from mellum2_megatron.faults.failures import only_complete_checkpoints, root_cause
+    from mellum2_megatron.planning.machine_rules import check_node
 
     folder, nodes = options.run.parent, int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     rendezvous = None
@@ -109,6 +110,8 @@ def _train(
     cleanup = only_complete_checkpoints(folder) if node == 0 else nullcontext()
     try:
         run = read_run(options.run)
+        # Before the nodes meet: a node that lacks a package ends at once, in one message.
+        check_node(run, world_size=nodes * options.ranks, device=options.device)
         command = rank_command(options.run, device=options.device, verbose=options.verbose)
         environment = rank_environment(options.ranks, options.device)
         warning = few_cores(options.ranks) if options.device == "cuda" else ""

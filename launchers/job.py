@@ -18,6 +18,7 @@ from mellum2_megatron.config import Device, Run, apply_overrides
 from mellum2_megatron.data.corpus.selection import SPLITS
 from mellum2_megatron.data.feed.entries import prefixes, tokenizer_folder
 from mellum2_megatron.planning.execution_rules import deterministic_problems
+from mellum2_megatron.planning.machine_rules import NODE_RULES
 from mellum2_megatron.planning.rules import enforce
 
 LOGS_FOLDER = "logs"
@@ -213,7 +214,7 @@ def check_files(
             world_size=job.world_size,
             device=job.device,
             start=start,
-            without=("packages-present", "deterministic-documents-have-a-kernel"),
+            without=[rule.name for rule in NODE_RULES],
         )
         origin = run.checkpoint.load or run.checkpoint.continue_from
         if (

@@ -209,7 +209,7 @@ def judge(code: int, reports: Sequence[Report], stop_signal: str) -> tuple[Kind,
     # One node's refusal is enough: all of them read the same run file and the same data.
     refusal = next((report for report in reports if report.code == InputError.exit_code), None)
     if refusal is not None:
-        return "refused", refusal.code, refusal.message
+        return "refused", refusal.code, f"node {refusal.node}: {refusal.message}"
     # After TERM Slurm itself decides whether to requeue the job. USR1 comes before the time limit,
     # and then the batch script requeues it.
     if stop_signal == "TERM":

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
 import psutil
 
+from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import check_writable, size_text
+from mellum2_megatron.config import Device, Run
 from mellum2_megatron.data.feed.entries import tokenizer_folder
 from mellum2_megatron.data.feed.redis_run import (
     URL_VARIABLE,
@@ -31,7 +34,10 @@ Engine has no deterministic fused attention within documents on Hopper."""
 DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
 """Folder in which NVIDIA's driver describes each card of this machine, if there is one."""
 
-_BLACKWELL = ("B100", "B200", "B300")
+_BLACKWELL = re.compile("B100|B200|B300")
+_BEFORE_HOPPER = re.compile(
+    r"\b(V100|A100|A800|A40|A30|A10G?|A[24]|L40S?|L20|L4|T4|RTX [3-4]0\d\d|RTX A\d+)\b"
+)
 
 
 @rule(evidence="this machine", machine=True)
@@ -191,8 +197,10 @@ def deterministic_documents_have_a_kernel(planned: PlannedRun) -> Problems:
         return
     sequences, length = run.schedule.micro_batch_size, run.data.sequence_length
     scores = sequences * run.architecture.num_attention_heads * length**2
-    if scores < DETERMINISTIC_SCORES or _is_blackwell(planned):
+    if scores < DETERMINISTIC_SCORES or _are_cards(planned, _BLACKWELL):
         return
+    if _are_cards(planned, _BEFORE_HOPPER):
+        return  # `deterministic_attention_before_hopper` has its say
     # Context parallelism pads each document, which version 2 does not know.
     needed = ("flash-attn-3",) if layout.cp > 1 else ("flash-attn", "flash-attn-3")
     if any(map(_is_installed, needed)) or not check_data(run).document_attention:
@@ -206,6 +214,61 @@ def deterministic_documents_have_a_kernel(planned: PlannedRun) -> Problems:
     )
 
 
+@rule(
+    evidence="transformer_engine/pytorch/attention/dot_product_attention/utils.py:1741, 1780 "
+    "(2.20.2)",
+    machine=True,
+    after=data_present,
+)
+def deterministic_attention_before_hopper(planned: PlannedRun) -> Problems:
+    """Deterministic attention has FlashAttention 2 on cards before Hopper."""
+    from mellum2_megatron.data.feed.sources import check_data
+
+    run = planned.run
+    if not run.execution.deterministic or planned.device != "cuda" or planned.backend != "te":
+        return
+    if not _are_cards(planned, _BEFORE_HOPPER):
+        return
+    value, lacks = "execution.deterministic=true on a card before Hopper", ""
+    fix = "set execution.deterministic=false"
+    if not _is_installed("flash-attn"):
+        lacks, fix = "and flash-attn is not installed here", f"install flash-attn, or {fix}"
+    elif run.layout.cp > 1 and check_data(run).document_attention:
+        # Context parallelism pads each document, which version 2 does not know.
+        value += f" with documents and layout.cp={run.layout.cp}"
+        lacks, fix = "and flash-attn takes no documents there", f"set layout.cp=1, or {fix}"
+    if lacks:
+        yield InputError(
+            value,
+            rule="Transformer Engine takes cuDNN's deterministic attention from Hopper on, "
+            f"{lacks}; it would keep all scores of each layer",
+            fix=fix,
+        )
+
+
+NODE_RULES = (
+    packages_present,
+    deterministic_documents_have_a_kernel,
+    deterministic_attention_before_hopper,
+)
+"""Rules about the packages of the machine that trains. A login node need not have them."""
+
+
+def check_node(run: Run, *, world_size: int, device: Device) -> None:
+    """Refuse a run for which this machine lacks a package (`NODE_RULES`).
+
+    Of a node's launcher, once, before it starts ranks.
+
+    Raises:
+        InputError: the first package that is missing; or the data are not readable.
+    """
+    new = StartingPoint(kind="new")
+    planned = PlannedRun(run=run, world_size=world_size, device=device, start=new)
+    for entry in NODE_RULES:
+        for problem in entry.find(planned):
+            raise problem
+
+
 def _is_installed(distribution: str) -> bool:
     try:
         importlib.metadata.version(distribution)
@@ -214,11 +277,11 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def _is_blackwell(planned: PlannedRun) -> bool:
-    """Return true if the cards are known to be Blackwell's, by name or by the driver here."""
+def _are_cards(planned: PlannedRun, names: re.Pattern[str]) -> bool:
+    """Return true if all cards are known to be of these, by name or by the driver here."""
     cards = [planned.gpu.label] if planned.gpu else []
     cards = cards or [file.read_text() for file in DRIVER_FOLDER.glob("*/information")]
-    return bool(cards) and all(any(name in card for name in _BLACKWELL) for card in cards)
+    return bool(cards) and all(names.search(card) for card in cards)
 
 
 @rule(evidence="training/tasks.py", machine=True)

@@ -15,7 +15,8 @@ import pytest
 
 from launchers.early_end import LossLimit
 from launchers.outcome import read_attempts, read_reports, start_attempt
-from mellum2_megatron.config import Run, to_yaml
+from mellum2_megatron.checkpoint import read_run
+from mellum2_megatron.config import Run, apply_overrides, to_yaml
 
 pytestmark = pytest.mark.distributed
 
@@ -26,6 +27,9 @@ script = sys.argv.pop()
 local.rank_command = lambda run, **_: [sys.executable, script]
 sys.exit(agent.main())
 """
+
+WITHOUT_PACKAGE = ["layout.dispatcher=flex", "backend=torch"]
+"""A run on GPUs that needs DeepEP, which is not installed where tests run."""
 
 RANK = """
 import os, pathlib, signal, sys, time
@@ -47,7 +51,9 @@ class Nodes:
             self.port = probe.getsockname()[1]
         self.agents: list[subprocess.Popen[str]] = []
 
-    def start(self, rank: str, *, nodes: tuple[int, ...] = (0, 1), of: int = 2) -> None:
+    def start(
+        self, rank: str, *, nodes: tuple[int, ...] = (0, 1), of: int = 2, device: str = "cpu"
+    ) -> None:
         """Start agents whose ranks run `rank`, Python source."""
         (self.folder / "rank.py").write_text(RANK + rank)
         for node in nodes:
@@ -65,7 +71,7 @@ class Nodes:
                 "--ranks",
                 "2",
                 "--device",
-                "cpu",
+                device,
                 "--tries",
                 "0",
             ]
@@ -111,6 +117,19 @@ def test_ranks_are_counted_in_the_order_of_the_nodes(nodes: Nodes):
     assert nodes.ranks() == ["0 0 4", "0 1 4", "1 0 4", "1 1 4"]
     assert [attempt.kind for attempt in read_attempts(nodes.folder)] == ["done"]
     assert nodes.reports() == []
+
+
+def test_a_node_without_a_package_ends_before_the_nodes_meet(nodes: Nodes):
+    """One message with the node and the package; no rank starts, and the other node may be late."""
+    file = nodes.folder / "run.yaml"
+    file.write_text(to_yaml(apply_overrides(read_run(file), WITHOUT_PACKAGE)))
+    nodes.start("", nodes=(1,), device="cuda")
+    assert nodes.wait() == [2]
+    (said,) = nodes.output
+    assert "error: node n1: " in said
+    assert "the package deep_ep is not installed here" in said
+    assert nodes.ranks() == []
+    assert nodes.reports() == [("n1", 2)]
 
 
 def test_a_stop_signal_reaches_every_rank(nodes: Nodes):

@@ -107,7 +107,7 @@ def test_the_reason_is_the_cause_on_whatever_node():
     assert judge(1, reports, "")[2].startswith("node b: rank 1 was ended by SIGKILL")
     assert (
         judge(2, [Report(node="a", code=2, failures=(BAD,), message=BAD.message)], "")[2]
-        == BAD.message
+        == f"node a: {BAD.message}"
     )
     assert judge(1, [Report(node="c", code=1, message="no port")], "")[2] == "node c: no port"
     assert "see the log of each node" in judge(137, [], "")[2]

@@ -20,7 +20,7 @@ from mellum2_megatron.data.prepared_folder import PreparedData
 from mellum2_megatron.planning import machine_rules
 from mellum2_megatron.planning.execution_rules import environment_is_deterministic
 from mellum2_megatron.planning.gpus import find_gpu
-from mellum2_megatron.planning.machine_rules import eval_tasks_fit, sample_prompts_fit
+from mellum2_megatron.planning.machine_rules import NODE_RULES, eval_tasks_fit, sample_prompts_fit
 from mellum2_megatron.planning.rules import (
     RULES,
     PlannedRun,
@@ -399,6 +399,7 @@ def test_every_rule_has_a_case_here() -> None:
         *("resume-keeps-settings", "resume-keeps-rate-down", "resume-keeps-tokenizer"),
         *("resume-ends-on-a-step", "stream-can-be-served", "environment-is-deterministic"),
         *("rl-server-can-start", "deterministic-documents-have-a-kernel"),
+        "deterministic-attention-before-hopper",
     }
     assert len({rule.name for rule in RULES}) == len(RULES)
     for rule in RULES:
@@ -638,6 +639,57 @@ def test_kernels_of_deterministic_documents(
         card.parent.mkdir()
         card.write_text(f"Model: {model}")
         assert len(problems("layout.cp=2")) == number
+
+
+def test_kernels_of_deterministic_runs_before_hopper(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """FlashAttention 2 or nothing; and nothing for documents beside cp."""
+    installed: set[str] = set()
+    documents = SimpleNamespace(document_attention=True)
+    monkeypatch.setattr(sources, "check_data", lambda run: documents)
+    monkeypatch.setattr(machine_rules, "_is_installed", lambda name: name in installed)
+    monkeypatch.setattr(machine_rules, "DRIVER_FOLDER", tmp_path)
+    information = tmp_path / "0" / "information"
+    information.parent.mkdir()
+
+    def problems(*overrides: str, card: str | None = "a100-80") -> list[str]:
+        """Return the problems of both rules about deterministic attention."""
+        run = apply_overrides(recipe(BIG), ["execution.deterministic=true", *overrides])
+        planned = PlannedRun(
+            run=run,
+            world_size=256,
+            device="cuda",
+            start=StartingPoint(kind="new"),
+            gpu=find_gpu(card) if card else None,
+        )
+        return [str(problem) for rule in NODE_RULES[1:] for problem in rule.find(planned)]
+
+    (refused,) = problems()
+    assert "on a card before Hopper" in refused
+    assert "and flash-attn is not installed here" in refused
+    assert problems(card="l40s") == [refused]
+    assert problems("schedule.micro_batch_size=1", "data.sequence_length=4096") == [refused]
+    assert problems("execution.deterministic=false") == problems("backend=torch") == []
+    assert ["on Hopper" in problem for problem in problems(card="h100")] == [True]
+    for model, before in (
+        ("NVIDIA A100-SXM4-80GB", True),
+        ("NVIDIA A10G", True),
+        ("NVIDIA L4", True),
+        ("NVIDIA GeForce RTX 4090", True),
+        ("NVIDIA H100 80GB HBM3", False),
+        ("NVIDIA GH200 480GB", False),
+        ("NVIDIA GB200", False),
+    ):
+        information.write_text(f"Model: {model}\n")
+        found = problems("schedule.micro_batch_size=1", "data.sequence_length=4096", card=None)
+        assert bool(found) == before, model
+    installed.add("flash-attn")
+    assert problems() == []
+    (refused,) = problems("layout.cp=2")
+    assert "with documents and layout.cp=2" in refused
+    documents.document_attention = False
+    assert problems("layout.cp=2") == []
 
 
 def test_environment_of_a_deterministic_run(monkeypatch: pytest.MonkeyPatch) -> None:
