@@ -14,7 +14,8 @@ def _why_not() -> str:
     try:
         find_sandbox()
     except InputError as error:
-        return str(error)
+        # One that starts and keeps nothing in is our fault, not the machine's: its tests must fail.
+        return "" if "is no sandbox" in error.value else str(error)
     return ""
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -245,7 +246,7 @@ def test_no_variable_of_the_caller_reaches_apptainer(
 ) -> None:
     monkeypatch.setenv("APPTAINER_BIND", "/home")
     (installed / "says").mkdir()
-    write_program(installed / "says/apptainer", "#!/bin/sh\nenv >&2\nexit 255\n")
+    write_program(installed / "says/apptainer", "#!/bin/sh\nenv | tr '\\n' ' ' >&2\nexit 255\n")
     made = dataclasses.replace(Apptainer.find(), program=str(installed / "says/apptainer"))
     with pytest.raises(WorkError) as caught:
         made.run("print(1)")
@@ -321,9 +322,10 @@ FAULTS = {
     "error": ("echo 'FATAL:   setuid workflow disabled' >&2; exit 255", "setuid workflow disabled"),
     "silent": ("exit 0", "did not start: it was killed"),
     "signal": ("kill -9 $$", "did not start: it was killed"),
-    "hang": ("echo waiting >&2; sleep 86411", "nothing for 1 s. waiting"),
+    "hang": ("echo waiting >&2; sleep 86411", "nothing for 1 s; waiting"),
     "talks": ("while :; do echo '0123456789abcdef'; done", "did not start"),
     "no python": ("exec /nonexistent/python3", "not found"),
+    "no ctypes": ("printf 'Traceback\\nNo module _ctypes' >&2; exit 1", "start: No module _ctypes"),
 }
 
 
@@ -371,6 +373,15 @@ def test_memory_of_dev_shm_counts_as_disk(installed: Path) -> None:
     program = "open('/dev/shm/x', 'wb').write(b'x' * (5 << 20))\nimport time\ntime.sleep(60)"
     limits = dataclasses.replace(TIGHT, seconds=60.0, disk_bytes=4 << 20)
     assert Apptainer.find().run(program, limits=limits).reason == "limit of disk"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="starts a process of another user")
+def test_threads_of_the_user_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apptainer, "NOBODY", 54_321)
+    before = apptainer._threads_of_user()
+    with subprocess.Popen(["/bin/sleep", "60"], user=54_321, group=54_321) as process:
+        assert apptainer._threads_of_user() == before + 1
+        process.kill()
 
 
 def test_threads_count_as_processes(installed: Path) -> None:

@@ -219,10 +219,10 @@ class Watch:
                 self._end(selector)
         said = message.decode("utf-8", "replace")[:_LARGEST_MESSAGE]
         code = self._exit_code(process.returncode)
-        if not self._runs and stopped == "time":
-            raise not_started(f"nothing for {START_S:g} s. {said}".strip())
         if not self._runs or (code is None and stopped is None):
-            raise not_started(said.strip() or "it was killed")
+            # The last line: Python's tracebacks and Apptainer's messages end with the reason.
+            why = said.strip().rpartition("\n")[2] or "it was killed"
+            raise not_started(f"nothing for {START_S:g} s; {why}" if stopped == "time" else why)
         return Outcome(
             output=bytes(output[: limits.output_bytes]),
             exit_code=None if stopped else code,
