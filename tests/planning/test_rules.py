@@ -641,6 +641,14 @@ def test_kernels_of_deterministic_documents(
         assert len(problems("layout.cp=2")) == number
 
 
+def test_a_node_is_checked_for_packages_alone() -> None:
+    """Without its data, its checkpoint and a known number of ranks: none of them is the node's."""
+    run = apply_overrides(recipe(BIG), ["layout.dispatcher=flex", "backend=torch"])
+    with pytest.raises(InputError, match="deep_ep is not installed here"):
+        machine_rules.check_node(run, world_size=3, device="cuda")
+    machine_rules.check_node(run, world_size=3, device="cpu")
+
+
 def test_kernels_of_deterministic_runs_before_hopper(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
