@@ -5,7 +5,7 @@ the device is "cpu": a process that trains on GPUs never loads it. ``activate``,
 
 1. refuses beside a usable GPU, and after megatron or Transformer Engine have been imported;
 2. hides Transformer Engine and apex from ``import``: Megatron would pick up their kernels, which
-   cannot run;
+   cannot run; modelopt too, whose import takes seconds;
 3. makes ``torch.cuda`` answer for the CPU (`device.py`), and ``torch.compile`` leave Megatron's
    functions as they are (`compiling.py`);
 4. installs the named patches (`patches.py`), each applied when its module is imported.

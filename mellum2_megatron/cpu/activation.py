@@ -8,8 +8,13 @@ import sys
 
 from mellum2_megatron.common.errors import InputError
 
-HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex")
-"""Packages whose kernels Megatron picks up if they import, and that run on a GPU only."""
+HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex", "modelopt")
+"""Packages that Megatron picks up if they import.
+
+The kernels of the first three run on a GPU only. Megatron imports modelopt where Megatron-Bridge
+has installed it, and then leaves it unused, because the wheel has no `megatron.post_training`
+(megatron/training/checkpointing.py:70-76, 0.19.2): six seconds of a process's start.
+"""
 
 _active = False
 

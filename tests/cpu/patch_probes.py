@@ -29,14 +29,15 @@ PROBES: dict[str, Callable[[], None]] = {}
 
 
 @functools.cache
-def outcomes() -> dict[str, dict[str, str | None]]:
-    """Run `main` in a fresh process, once, and return what it prints."""
+def outcomes(*names: str) -> dict[str, dict[str, str | None]]:
+    """Run `main` for these patches in a fresh process, once, and return what it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     # upstream_probes registers its own: those of mellum2_megatron/upstream/patches.py.
     command = [
         sys.executable,
         "-c",
         "from tests.cpu import patch_probes, upstream_probes; patch_probes.main()",
+        *names,
     ]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
@@ -49,7 +50,7 @@ def outcomes() -> dict[str, dict[str, str | None]]:
 
 def check_still_needed(patch: Patch, without: dict[str, str]) -> None:
     """Check that the probe fails as in `without` when the patch is left out, and passes with it."""
-    outcome = outcomes()[patch.name]
+    outcome = outcomes(*without)[patch.name]
     error = outcome["without"]
     assert error is not None, (
         f"{patch.target} works as it is: drop the patch {patch.name!r} ({patch.why})"
@@ -384,6 +385,7 @@ def _fork(name: str, patches: list[Patch]) -> str | None:
 
 
 def main() -> None:
+    """Probe the patches named in the arguments; `ADAM` too if the first of it is one of them."""
     from mellum2_megatron.cpu import compiling, device
     from mellum2_megatron.cpu.activation import HIDDEN
     from mellum2_megatron.cpu.patches import PATCHES
@@ -400,15 +402,17 @@ def main() -> None:
     import torch._dynamo  # noqa: F401
 
     table = [*PATCHES, *UPSTREAM]
+    names = sys.argv[1:]
     result = {
         patch.name: {
             "without": _fork(patch.name, [other for other in table if other is not patch]),
             "with": _fork(patch.name, table),
         }
         for patch in table
-        if patch.name in PROBES
+        if patch.name in names
     }
-    result["all of Adam's"] = {
-        "without": _fork(ADAM[0], [patch for patch in table if patch.name not in ADAM])
-    }
+    if ADAM[0] in names:
+        result["all of Adam's"] = {
+            "without": _fork(ADAM[0], [patch for patch in table if patch.name not in ADAM])
+        }
     sys.stdout.write(json.dumps(result) + "\n")

@@ -94,8 +94,8 @@ def test_another_megatron_is_refused_and_changes_nothing() -> None:
     assert "install megatron-core==0.19.2" in printed
 
 
-def test_transformer_engine_and_apex_are_hidden(tmp_path: Path) -> None:
-    for name in ("transformer_engine", "apex"):
+def test_packages_that_megatron_would_pick_up_are_hidden(tmp_path: Path) -> None:
+    for name in ("transformer_engine", "apex", "modelopt"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("__version__ = '9.9'\n")
     run(
@@ -106,7 +106,7 @@ def test_transformer_engine_and_apex_are_hidden(tmp_path: Path) -> None:
         cpu.activate()
         cpu.activate()
         assert cpu.is_active()
-        for name in ("transformer_engine", "apex"):
+        for name in ("transformer_engine", "apex", "modelopt"):
             assert importlib.util.find_spec(name) is None
             try:
                 __import__(name)

@@ -45,6 +45,6 @@ def test_patch_is_needed_and_works(patch: Patch) -> None:
 def test_torch_adam_still_loses_count_in_the_distributed_optimizer() -> None:
     """The reason for all `fused-adam` patches: after a load two parameters share a step tensor."""
     assert (
-        patch_probes.outcomes()["all of Adam's"]["without"]
+        patch_probes.outcomes(*WITHOUT)["all of Adam's"]["without"]
         == "AssertionError: steps after two updates: {3.0}"
     )

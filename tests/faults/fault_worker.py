@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,13 +160,47 @@ def bad_steps(run_file: str, rank: int, steps: list[int], what: str) -> bool:
     return train(run_file)
 
 
-def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
-    """Hang one rank in a step: it sleeps, or its process is stopped."""
+def _watch_once_others_wait(run_file: str, rank: int, *, answer: float = 3.0) -> Path:
+    """Let limits of the watch hold when the other rank of two has waited for this one for a second.
+
+    So they can be short, and no slow machine exceeds them before.
+
+    Args:
+        run_file: file of the run; two empty files lie beside it.
+        rank: the rank that will hang.
+        answer: seconds that a rank has to answer, default 3.
+
+    Returns:
+        The file to make when it hangs.
+    """
     from mellum2_megatron.faults import hang_watch as watch
 
-    watch._ANSWER_SECONDS = 3.0
+    watch._ANSWER_SECONDS = answer
+    hangs, waits = (Path(run_file).with_name(name) for name in ("hangs", "waits"))
+    limit = watch.HangWatch.limit.fget
+
+    def held(self: watch.HangWatch) -> float:
+        if self.rank != rank and hangs.exists():
+            if not watch._place(sys._current_frames().get(self._main), 0).waiting:
+                waits.unlink(missing_ok=True)
+            elif not waits.exists():
+                waits.touch()
+        try:
+            holds = time.time() - waits.stat().st_mtime > 1
+        except FileNotFoundError:
+            holds = False
+        return float(limit(self)) if holds else 3600.0
+
+    watch.HangWatch.limit = property(held)
+    return hangs
+
+
+def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
+    """Hang one rank in a step: it sleeps, or its process is stopped."""
+    hangs = _watch_once_others_wait(run_file, rank, answer=1.0 if how == "stopped" else 3.0)
 
     def never_mind(batch: dict[str, Any]) -> dict[str, Any]:
+        hangs.touch()
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:
@@ -177,26 +212,15 @@ def stuck(run_file: str, rank: int, step: int, how: str) -> bool:
 
 
 def stuck_in_set_up(run_file: str, rank: int, where: str) -> bool:
-    """Hang one rank before its first step: it waits for a checkpoint's file, or for its data.
-
-    The limit holds from five seconds after that, so that on a slow machine too the other ranks have
-    come to where they wait.
-    """
+    """Hang one rank before its first step: it waits for a checkpoint's file, or for its data."""
     from mellum2_megatron.data.feed import datasets
-    from mellum2_megatron.faults import hang_watch as watch
 
-    watch._ANSWER_SECONDS = 3.0
-    here = Path(run_file).with_name("stuck")
+    hangs = _watch_once_others_wait(run_file, rank)
 
     def hang(*_: Any, **__: Any) -> None:
-        here.touch()
+        hangs.touch()
         time.sleep(600)
 
-    def limit(self: watch.HangWatch) -> float:
-        waits = here.exists() and time.time() - here.stat().st_mtime > 5
-        return self.setup_timeout if waits else 3600.0
-
-    watch.HangWatch.limit = property(limit)
     if int(os.environ["RANK"]) == rank:
         if where == "load":
             from megatron.core.dist_checkpointing import serialization

@@ -164,9 +164,9 @@ def test_non_finite_loss_ends_the_run(
 def test_hung_rank_is_named(how: str, named: str, small_data: PreparedData, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with pytest.raises(DistributedError) as caught:
-        ranks("stuck", small_run(small_data, output, "timeout_minutes=0.15"), 1, 4, how)
+        ranks("stuck", small_run(small_data, output, "timeout_minutes=0.05"), 1, 4, how)
     message = str(caught.value)
-    assert f"step 4: no micro-batch has begun for 9 seconds: {named}" in message
+    assert f"step 4: no micro-batch has begun for 3 seconds: {named}" in message
     assert message.count("no micro-batch has begun") == 1  # one rank speaks for all
     assert "exit codes [1, " in message
     assert saved(output) == [2, 3]
@@ -186,12 +186,12 @@ def test_rank_that_hangs_in_the_set_up_is_named(
         output,
         "schedule.train_samples=48",
         "timeout_minutes=60",
-        "setup_timeout_minutes=0.25",
+        "setup_timeout_minutes=0.05",
     )
     with pytest.raises(DistributedError) as caught:
         ranks("stuck_in_set_up", run, 1, where)
     message = str(caught.value)
-    assert "set-up: no micro-batch has begun for 15 seconds: rank 1 did not arrive" in message
+    assert "set-up: no micro-batch has begun for 3 seconds: rank 1 did not arrive" in message
     assert f"rank 1 is {work}, at tests/faults/fault_worker.py:" in message
     assert "raise setup_timeout_minutes" in message
     assert message.count("no micro-batch has begun") == 1  # one rank speaks for all

@@ -175,8 +175,10 @@ EXHAUSTING = {
         "time|SIGKILL",
     ),
     "threads": (
+        # Daemons: after the error Python would wait for the others, up to the limit of time.
         "import threading, time\n"
-        "while True:\n    threading.Thread(target=time.sleep, args=(600,)).start()",
+        "while True:\n"
+        "    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()",
         "can't start new thread",
     ),
     "large_file": ("open('/tmp/x', 'wb').write(b'x' * (20 << 20))", "File too large|SIGXFSZ"),

@@ -80,7 +80,8 @@ def test_second_node_reads_from_the_server_of_the_first(
             for connection in connections(process)
             if connection.status == psutil.CONN_LISTEN and connection.laddr.ip == ADDRESS
         }
-        time.sleep(0.1)
+        # Each look reads every process of the machine; a server lives as long as the training.
+        time.sleep(0.5)
     output = [agent.communicate()[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], output
     assert servers == {port + 1}

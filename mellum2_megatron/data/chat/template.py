@@ -7,7 +7,9 @@ loop, so a template is first tried in a process with limits (`render_limited`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +155,7 @@ def special_tokens_map(folder: Path) -> dict[str, Any]:
 def render_limited(
     template: str, tokens: Mapping[str, Any], requests: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, str]]:
-    """Render conversations with limits of time and memory.
+    """Render conversations with limits of time and memory; a second time they are remembered.
 
     Args:
         template: Jinja source.
@@ -165,11 +167,21 @@ def render_limited(
     """
     job = {"template": template, "tokens": dict(tokens), "requests": [dict(r) for r in requests]}
     try:
-        # Without torch transformers loads in a second; templates do not need it.
-        answers = run_limited(_SCRIPT, job, environment={"USE_TORCH": "0"})["answers"]
+        return list(json.loads(_render_once(json.dumps(job))))
     except LimitError as error:
-        answers = [{"error": str(error)}]
-    return list(answers)
+        return [{"error": str(error)}]
+
+
+@functools.lru_cache(maxsize=32)
+def _render_once(job: str) -> str:
+    """Return the answers to a job of `render_script`, both as JSON.
+
+    A template sees nothing but its job and the date, so it answers alike; a passed limit is not
+    remembered. A release asks for the same texts several times, each a second of imports.
+    """
+    # Without torch transformers loads in a second; templates do not need it.
+    answers = run_limited(_SCRIPT, json.loads(job), environment={"USE_TORCH": "0"})["answers"]
+    return json.dumps(answers)
 
 
 def check_template(template: ChatTemplate, mode: Mode, known: frozenset[str]) -> None:
