@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from launchers.quickstart_chat import QUESTION, ChatQuickstart
+from launchers.steps import Steps
 from mellum2_megatron.checkpoint import read_run
 from mellum2_megatron.common.errors import InputError
 from tests.cli.runner import mellum2, snapshot
+from tests.forked_ranks import fork_ranks
 
 BASE = [
     "schedule.batch_schedule=[[0,4]]",
@@ -26,7 +29,28 @@ LONG = ["schedule.train_samples=2", "schedule.warmup_samples=0", "schedule.decay
 SFT = ["schedule.train_samples=8", "schedule.warmup_samples=0", "logging.eval_iterations=1"]
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the steps here, all but one, and fork their ranks: each process imports for seconds."""
+    start_process = Steps.run
+
+    def run(self: Steps, name: str, purpose: str, *words: str) -> None:
+        if name == "questions":
+            start_process(self, name, purpose, *words)
+            return
+        self.announce(name, purpose, *words)
+        start = time.monotonic()
+        done = mellum2(*words)
+        assert done.code == 0, (words, done)
+        self.seconds[name] = time.monotonic() - start
+
+    monkeypatch.setattr(Steps, "run", run)
+    fork_ranks(monkeypatch)
+
+
 @pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.usefixtures("in_this_process")
 def test_from_text_to_a_released_chat_model_and_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from tests import REPOSITORY
 from tests.cli.runner import mellum2
 from tests.conversion.releases import write_model
 from tests.data.chats import turn, write_rows
+from tests.forked_ranks import fork_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -55,6 +56,7 @@ def test_the_page_leads_to_a_model_that_answers(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    fork_ranks(monkeypatch)
     monkeypatch.chdir(tmp_path)
     write_model(
         tmp_path / BASE,
