@@ -85,6 +85,7 @@ def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
 OWN_TEXT = {
     "conversion/jobs/result_folder.py",  # a line that it has just written
     "mellum2_megatron/data/chat/render_script.py",  # the job that its own parent sends
+    "mellum2_megatron/data/chat/template.py",  # a job and an answer that it remembers
     "conversion/verification/score_folder.py",  # files between one command's own processes
     "conversion/verification/scoring.py",
     "mellum2_megatron/checkpoint/bridge_config.py",  # text made by the program
