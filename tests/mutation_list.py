@@ -570,4 +570,11 @@ MUTATIONS = (
         new="            continue\n",
         test=("tests/planning/test_rules.py", "-k", "node_is_checked"),
     ),
+    Mutation(
+        name="rows that fill up an expert's blocks count as tokens",
+        file="mellum2_megatron/cpu/replacements.py",
+        old="torch.split(output_th, sizes)[::2]",
+        new="torch.split(output_th, sizes)[1::2]",
+        test=("tests/cpu/test_patches.py", "-k", "rows"),
+    ),
 )

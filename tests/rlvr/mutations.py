@@ -150,4 +150,11 @@ MUTATIONS = (
         new="thinking",
         test=OBJECTIVE_TEST,
     ),
+    Mutation(
+        name="a NaN of the training model is outside the band",
+        file="mellum2_megatron/training/rollouts.py",
+        old="result.loss if is_sound else result.loss * math.nan",
+        new="result.loss",
+        test=("tests/rlvr/test_faults.py", "-k", "only_the_engine"),
+    ),
 )
