@@ -201,8 +201,7 @@ def test_limit_of_steps_follows_the_first_step(small_data: PreparedData, tmp_pat
     """The limit of collectives is the set-up's during the first step, and the steps' after it."""
     run = small_run(small_data, tmp_path / "run", "timeout_minutes=1.5", "setup_timeout_minutes=7")
     first, later = ranks("limits_of_collectives", run)[0]
-    # Megatron gives one group no limit (core/parallel_state.py:1465); torch's own is half an hour.
-    assert first == [8 * 60.0, 30 * 60.0]
+    assert first == [8 * 60.0]
     assert later == [1.5 * 60 + 60]
 
 
