@@ -143,6 +143,7 @@ def probe(
 
     A task that it always or never solves teaches nothing: its group of answers is dropped.
     """
+    from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
     from mellum2_megatron.rlvr.tasks import score_answers
 
     for name, path in (("--output", output), ("--keep", keep)):
@@ -155,6 +156,8 @@ def probe(
             fix="give either --hf-path or --answers-file",
         )
     checked = _read(tasks, held_out, workers).tasks
+    if any(task.runs_programs for task in checked):
+        find_sandbox()  # before the model answers for hours
     if answers_file is not None:
         given = _read_answers(answers_file, checked)
     else:
@@ -208,6 +211,7 @@ def serve(
     import uvicorn
 
     from mellum2_megatron.rlvr.gateway import Gateway
+    from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
     from mellum2_megatron.rlvr.rewards.verdict import ArgumentsError
     from mellum2_megatron.rlvr.rewards.verifiers import find_verifier
 
@@ -234,6 +238,10 @@ def serve(
         folder=Path(),
         token=token,
     )
+    try:
+        print_line(f"programs run in {find_sandbox().description}")
+    except InputError as error:  # the other verifiers need none
+        print_line(f"warning: items that run programs will fail: {error}")
     uvicorn.run(gateway.application(), host=host, port=port, log_level="warning")
 
 

@@ -117,6 +117,9 @@ class Gateway:
             return _answer(413, {"error": f"a request has {LARGEST_REQUEST:,} bytes at most"})
         except ArgumentsError as error:
             return _answer(400, {"error": str(error)})
+        if len(items) > self._most:
+            fix = "divide it, or start the service with a larger --queue"
+            return _answer(413, {"error": f"a request has {self._most:,} items at most: {fix}"})
         if self._waiting + len(items) > self._most:
             return _busy(f"{self._waiting:,} items are waiting, {self._most:,} at most")
         # Both lines run without a break: the event loop has one thread.

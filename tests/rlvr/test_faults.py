@@ -226,6 +226,10 @@ def test_programs_without_a_sandbox_are_refused_before_the_start(
     monkeypatch.setenv("PATH", str(tmp_path))
     try:
         refused(tasks, "bwrap is not installed", "scripts/setup_sandbox.sh")
+        # Before a model that is not there answers.
+        words = ("--hf-path", tmp_path / "model")
+        probe = mellum2("rl", "probe", tasks / "train.jsonl", *words)
+        probe.refused("bwrap is not installed")
     finally:
         find_sandbox.cache_clear()
 

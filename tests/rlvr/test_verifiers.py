@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import random
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,7 @@ from mellum2_megatron.common.limited_process import LimitError
 from mellum2_megatron.rlvr.rewards import verifiers, worker
 from mellum2_megatron.rlvr.rewards.code_tests import find_program
 from mellum2_megatron.rlvr.rewards.verdict import Answer, ArgumentsError, Verdict
-from mellum2_megatron.rlvr.rewards.verifiers import VERIFIERS, find_verifier, last_boxed
+from mellum2_megatron.rlvr.rewards.verifiers import VERIFIERS, _calls, find_verifier, last_boxed
 from tests.sandbox import needs_sandbox
 
 WEATHER = {
@@ -138,6 +140,47 @@ def test_a_value_without_end_is_wrong() -> None:
 )
 def test_the_last_box(text: str, expected: str | None) -> None:
     assert last_boxed(text) == expected
+
+
+def plain_last_box(text: str) -> str | None:
+    """By counting braces from each box on, the last first."""
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for place in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if not depth:
+                return text[start:place].strip() or None
+    return None
+
+
+def plain_program(text: str) -> str | None:
+    fence = r"^```[ \t]*(\w*)[^\n]*\n(.*?)^```"
+    found = re.findall(fence, text, re.MULTILINE | re.DOTALL)
+    python = [body for language, body in found if language.lower() in ("python", "")]
+    return python[-1] if python else text if text.strip() and "```" not in text else None
+
+
+def plain_calls(text: str) -> tuple[list[str], str]:
+    call = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+    return call.findall(text), call.sub("", text)
+
+
+@pytest.mark.parametrize(
+    ("found", "plain", "parts"),
+    [
+        (last_boxed, plain_last_box, ["\\boxed{", "\\boxed {", "{", "}", "7", " "]),
+        (find_program, plain_program, ["```", "python", "\n", "\n```\n", " ", "x"]),
+        (_calls, plain_calls, ["<tool_call>", "</tool_call>", "a"]),
+    ],
+)
+def test_answers_are_read_once_with_the_same_result(found: Any, plain: Any, parts: Any) -> None:
+    """Of random texts as by the plain definition, which looks at some answers for hours."""
+    draw = random.Random(7)
+    for _ in range(4000):
+        text = "".join(draw.choices(parts, k=draw.randrange(12)))
+        assert found(text) == plain(text), repr(text)
+    for part in (*parts, "```" + "a" * 100):
+        found(part * 100_000)
 
 
 # -- Tool calls ------------------------------------------------------------------------------------
@@ -263,6 +306,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         ("return float('nan')", "it returns nan"),
         ("return 1 / 0", "ZeroDivisionError: division by zero"),
         ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
     ],
 )
 def test_a_reward_that_lies_about_its_range(body: str, message: str, tmp_path: Path) -> None:
@@ -313,6 +357,20 @@ def test_a_worker_that_hangs_or_dies_is_replaced(tmp_path: Path) -> None:
     assert "MemoryError" in worker.ask({**job, "answer": "eat"})["error"]
 
 
+def test_a_worker_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text(
+        "import subprocess, time\ndef reward(answer):\n"
+        "    subprocess.Popen(['sleep', '77777'])\n    time.sleep(600)\n"
+    )
+    job = {"kind": "own", "path": str(tmp_path / "r.py"), "name": "reward", "arguments": {}}
+    with pytest.raises(LimitError, match="longer than 1 s"):
+        worker.ask({**job, "answer": ""}, seconds=1)
+    sleeping = [
+        one for one in psutil.process_iter(["cmdline"]) if "77777" in (one.info["cmdline"] or ())
+    ]
+    assert not psutil.wait_procs(sleeping, timeout=20)[1]
+
+
 def test_a_worker_killed_while_it_waits_fails_no_job() -> None:
     job = {"kind": "pattern", "pattern": "a", "text": "a"}
     assert worker.ask(job) == {"fault": ""}
@@ -341,8 +399,11 @@ BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "missing": ("code", {}, "tests is missing"),
     "unknown": ("code", {"tests": ADD, "test": 1}, "unknown argument 'test'"),
     "type": ("code", {"tests": "x"}, "of another type"),
+    "half-stdin": ("code", {"tests": [{"stdin": "\ud800", "stdout": "1"}]}, "stdin has half"),
+    "half-stdout": ("code", {"tests": [{"stdout": "\udc00"}]}, "test 1: stdout has half"),
+    "has-and-lacks": ("form", {"contains": ["a cat"], "lacks": ["cat"]}, "and to lack 'cat'"),
     "no-test": ("code", {"tests": []}, "there are 0 tests"),
-    "seconds": ("code", {"tests": ADD, "seconds": 0}, "seconds is not above 0"),
+    "seconds": ("code", {"tests": ADD, "seconds": 0}, "seconds is not from 0.1 to 600"),
     "setup": ("code", {"tests": ADD, "setup": "def"}, "setup is no Python"),
     "no-object": ("code", {"tests": [1]}, "test 1: it is no object"),
     "empty-output": ("code", {"tests": [{"stdout": " \n"}]}, "test 1: stdout is empty"),

@@ -21,7 +21,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -37,10 +37,12 @@ from mellum2_megatron.rlvr.rewards.verdict import (
     wrong,
 )
 
-_FENCE = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE, _LANGUAGE = "```", re.compile(r"```[ \t]*(\w*)")
 _PYTHON = ("python", "python3", "py", "")
 _SCRIPT = Path(__file__).with_name("calls_script.py")
 _KINDS = {"tests": (list,), "setup": (str,), "seconds": (int, float), "partial": (bool,)}
+_LEAST_SECONDS = 0.1
+"""Less than Python takes to start."""
 _MOST_TESTS, _LARGEST_VALUE = 1000, 1 << 16
 
 
@@ -93,8 +95,8 @@ class CodeTests:
     def check(self, arguments: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> list[str]:
         take(arguments, _KINDS, required=["tests"])
         tests = read_tests(arguments["tests"])
-        if not 0 < arguments.get("seconds", 10) <= 600:
-            raise ArgumentsError("seconds is not above 0, at most 600")
+        if not _LEAST_SECONDS <= arguments.get("seconds", 10) <= 600:
+            raise ArgumentsError(f"seconds is not from {_LEAST_SECONDS} to 600")
         _compile(arguments.get("setup", ""), "exec", "setup")
         expected = {
             repr(test.equals) if isinstance(test, Called) else _lines(test.stdout) for test in tests
@@ -128,10 +130,30 @@ def find_program(text: str) -> str | None:
 
     A block without an end is the end of an answer that was cut off, and no program.
     """
-    blocks = [body for language, body in _FENCE.findall(text) if language.lower() in _PYTHON]
+    blocks = [body for language, body in _blocks(text) if language.lower() in _PYTHON]
     if blocks:
-        return str(blocks[-1])
-    return text if text.strip() and "```" not in text else None
+        return blocks[-1]
+    return text if text.strip() and _FENCE not in text else None
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Yield language and content of each closed block.
+
+    Line by line, as every reading of an answer here goes through it once: a regular expression
+    would try each of a thousand openings up to the end.
+    """
+    language: str | None = None
+    body: list[str] = []
+    for line in text.split("\n"):
+        if not line.startswith(_FENCE):
+            body.append(line + "\n")
+        elif language is None:
+            opening = _LANGUAGE.match(line)
+            assert opening is not None
+            language, body = opening[1], []
+        else:
+            yield language, "".join(body)
+            language = None
 
 
 def read_tests(values: Sequence[Any]) -> list[Test]:
@@ -160,6 +182,8 @@ def _read_test(value: Any) -> Test:
             raise ArgumentsError("stdout is empty, which a program that ends at once prints too")
         if len(value["stdout"].encode("utf-8", "replace")) > Limits().output_bytes:
             raise ArgumentsError("stdout is longer than the sandbox's limit of output")
+        for name in ("stdin", "stdout"):
+            _require_text(value.get(name, ""), name)
         return Printed(stdin=value.get("stdin", ""), stdout=value["stdout"])
     if "assert" in value:
         take(value, {"assert": (str,)}, required=["assert"])
@@ -175,6 +199,13 @@ def _read_test(value: Any) -> Test:
         raise ArgumentsError("tolerance is not from 0 to below 1")
     expected = _literal(_compile(value["equals"], "eval", "equals").body)
     return Called(expression=value["call"], equals=_reachable(expected), tolerance=tolerance)
+
+
+def _require_text(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ArgumentsError(f"{name} has half a character, which no UTF-8 can hold") from None
 
 
 def _read_assert(text: str) -> Called:

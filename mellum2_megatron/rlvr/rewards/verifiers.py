@@ -29,7 +29,8 @@ from mellum2_megatron.rlvr.rewards.worker import ask
 Arguments = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_CALL, _END_CALL = "<tool_call>", "</tool_call>"
+_BRACE = re.compile(r"(\\boxed\s*\{)|[{}]")
 
 
 def find_verifier(name: str, folder: Path) -> Verifier:
@@ -116,7 +117,8 @@ class ToolCalls:
 
     def score(self, answer: Answer, arguments: Arguments, tools: Tools) -> Verdict:
         calls = []
-        for text in _CALL.findall(answer.content):
+        texts, rest = _calls(answer.content)
+        for text in texts:
             try:
                 call = parse_object(text)
             except JsonError as error:
@@ -124,7 +126,7 @@ class ToolCalls:
             if not isinstance(call.get("name"), str) or set(call) - {"name", "arguments"}:
                 return wrong("a call is not {name, arguments}")
             calls.append((call["name"], call.get("arguments", {})))
-        if _CALL.sub("", answer.content).count("tool_call>"):
+        if "tool_call>" in rest:
             return wrong("a call without beginning or end")
         schemas = _schemas(tools)
         for name, _ in calls:
@@ -163,6 +165,9 @@ class Form:
         for name in ("contains", "lacks"):
             if not all(isinstance(text, str) and text for text in arguments.get(name, [])):
                 raise ArgumentsError(f"{name} is no list of texts")
+        for text in arguments.get("lacks", []):
+            if any(text in part for part in arguments.get("contains", [])):
+                raise ArgumentsError(f"an answer has to contain and to lack {shown(text)}")
         if arguments.get("max_characters", 0) < 0:
             raise ArgumentsError(f"max_characters is {arguments['max_characters']}, below 0")
         try:
@@ -297,13 +302,28 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"so \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for place in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if not depth:
-                return text[start:place].strip() or None
-    return None
+    opened: list[int | None] = []  # where each box begins; None for another brace
+    last = (-1, -1)
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append(brace.end() if brace[1] else None)
+        elif opened and (start := opened.pop()) is not None:
+            last = max(last, (start, brace.start()))
+    start, end = last
+    return text[start:end].strip() or None if end >= 0 else None
+
+
+def _calls(text: str) -> tuple[list[str], str]:
+    """Return what stands in each closed tool call, and the text without these calls."""
+    calls, rest, place = [], [], 0
+    while (begin := text.find(_CALL, place)) >= 0:
+        end = text.find(_END_CALL, begin)
+        if end < 0:
+            break
+        calls.append(text[begin + len(_CALL) : end])
+        rest.append(text[place:begin])
+        place = end + len(_END_CALL)
+    return calls, "".join([*rest, text[place:]])
 
 
 def _has_thoughts(answer: Answer) -> bool:

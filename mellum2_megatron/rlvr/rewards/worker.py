@@ -9,8 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -73,6 +75,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
+            start_new_session=True,  # to end it with all that a function has started
         )
         if sys.platform == "linux":  # only there another process can be limited
             with contextlib.suppress(ProcessLookupError):
@@ -116,7 +119,8 @@ class _Worker:
         return self._process.poll() is None
 
     def close(self) -> None:
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None

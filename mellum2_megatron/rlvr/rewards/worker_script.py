@@ -91,7 +91,8 @@ def _own(job: Job) -> Job:
     try:
         function = _own_function(job["path"], job["name"])
         reward = function(job["answer"], **job["arguments"])
-    except (Exception, SystemExit) as error:  # `sys.exit` would end the process as a limit does
+    # `sys.exit` and KeyboardInterrupt would end the process as a limit does.
+    except BaseException as error:
         return {"error": f"{type(error).__name__}: {error}"[:400]}
     if isinstance(reward, bool):
         reward = float(reward)
