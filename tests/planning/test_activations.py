@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,8 +33,14 @@ BALANCED = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _patched() -> None:
+def _patched() -> Iterator[None]:
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
     patching.install(PATCHES)
+    with pytest.MonkeyPatch.context() as context:
+        # On a CPU experts get further rows, up to whole blocks; the counts are of a GPU.
+        context.setattr(SequentialMLP, "forward", SequentialMLP.forward.__wrapped__)
+        yield
 
 
 def planned(architecture: Mellum2Architecture, *overrides: str) -> Run:
