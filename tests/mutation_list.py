@@ -577,4 +577,11 @@ MUTATIONS = (
         new="torch.split(output_th, sizes)[1::2]",
         test=("tests/cpu/test_patches.py", "-k", "rows"),
     ),
+    Mutation(
+        name="a rank of padding has no backward pass",
+        file="mellum2_megatron/model/core_attention.py",
+        old="            pieces.append(nothing.view(0, *pieces[0].shape[1:]))\n",
+        new="",
+        test=("tests/layouts/test_layouts.py", "-k", "short_documents_cp2_ep2"),
+    ),
 )

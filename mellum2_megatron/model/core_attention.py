@@ -167,6 +167,11 @@ class TorchCoreAttention(MegatronModule):
             else self._attend(query_bnsd, key_bgsd, value_bgsd, attention_mask, span)
             for span in spans
         ]
+        if torch.is_grad_enabled() and not any(piece.requires_grad for piece in pieces):
+            # A rank without a real token has a backward pass all the same, with the reduce-scatter
+            # of its keys: the other ranks would wait for it forever.
+            nothing = torch.cat([tensor.flatten()[:0] for tensor in (query, key, value)])
+            pieces.append(nothing.view(0, *pieces[0].shape[1:]))
         output = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(dtype)
         return output if documents is None else output.squeeze(1)
 

@@ -63,6 +63,9 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     "tp2_pp2_cp2": (8, Case(tp=2, pp=2, cp=2)),
     "documents_tp2": (2, Case(tp=2, documents=DOCUMENTS, per_token=True)),
     "documents_cp2": (2, Case(cp=2, documents=DOCUMENTS, per_token=True)),
+    # The second rank has no real token of any document.
+    "short_documents_cp2": (2, Case(cp=2, documents=(2, 1, 2, 2), per_token=True)),
+    "short_documents_cp2_ep2": (2, Case(cp=2, ep=2, documents=(2, 1, 2, 2), per_token=True)),
     "documents_cp4": (4, Case(cp=4, documents=DOCUMENTS, per_token=True)),
     "documents_masked_tp2_cp2": (
         4,
