@@ -274,7 +274,8 @@ class OwnFunction:
     def _ask(self, answer: Answer, arguments: Arguments) -> Verdict:
         job = {
             "kind": "own",
-            "path": str(self._path),
+            # A worker may have been started in another folder.
+            "path": os.path.abspath(self._path),
             "name": self._name,
             "answer": answer.content,
             "arguments": dict(arguments),
