@@ -193,7 +193,7 @@ def deterministic_documents_have_a_kernel(planned: PlannedRun) -> Problems:
     from mellum2_megatron.data.feed.sources import check_data
 
     run, layout = planned.run, planned.run.layout
-    if not run.execution.deterministic or planned.device != "cuda" or planned.backend != "te":
+    if not _chooses_deterministic_kernels(planned):
         return
     sequences, length = run.schedule.micro_batch_size, run.data.sequence_length
     scores = sequences * run.architecture.num_attention_heads * length**2
@@ -225,7 +225,7 @@ def deterministic_attention_before_hopper(planned: PlannedRun) -> Problems:
     from mellum2_megatron.data.feed.sources import check_data
 
     run = planned.run
-    if not run.execution.deterministic or planned.device != "cuda" or planned.backend != "te":
+    if not _chooses_deterministic_kernels(planned):
         return
     if not _are_cards(planned, _BEFORE_HOPPER):
         return
@@ -275,6 +275,12 @@ def _is_installed(distribution: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _chooses_deterministic_kernels(planned: PlannedRun) -> bool:
+    """Return true if Transformer Engine has to find a deterministic attention on GPUs."""
+    te = planned.device == "cuda" and planned.backend == "te"
+    return te and planned.run.execution.deterministic
 
 
 def _are_cards(planned: PlannedRun, names: re.Pattern[str]) -> bool:

@@ -601,15 +601,27 @@ def test_tasks_fit_the_tokenizer(small_data: PreparedData, tmp_path: Path) -> No
     assert problems(f"data.tokenizer={tmp_path}", "logging.eval_tasks=[completion]") == []
 
 
+@pytest.fixture
+def documents(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Data that rules read: documents."""
+    data = SimpleNamespace(document_attention=True)
+    monkeypatch.setattr(sources, "check_data", lambda run: data)
+    return data
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
+    """Packages that rules find: none yet. They look for drivers in `tmp_path`."""
+    found: set[str] = set()
+    monkeypatch.setattr(machine_rules, "_is_installed", lambda name: name in found)
+    monkeypatch.setattr(machine_rules, "DRIVER_FOLDER", tmp_path)
+    return found
+
+
 def test_kernels_of_deterministic_documents(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    installed: set[str], documents: SimpleNamespace, tmp_path: Path
 ) -> None:
     """On Hopper cuDNN has none for the 12B's packs: FlashAttention 2, or 3 beside cp."""
-    installed: set[str] = set()
-    documents = SimpleNamespace(document_attention=True)
-    monkeypatch.setattr(sources, "check_data", lambda run: documents)
-    monkeypatch.setattr(machine_rules, "_is_installed", lambda name: name in installed)
-    monkeypatch.setattr(machine_rules, "DRIVER_FOLDER", tmp_path)
 
     def problems(*overrides: str, **changes: object) -> list[str]:
         run = apply_overrides(recipe(BIG), ["execution.deterministic=true", *overrides])
@@ -650,14 +662,9 @@ def test_a_node_is_checked_for_packages_alone() -> None:
 
 
 def test_kernels_of_deterministic_runs_before_hopper(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    installed: set[str], documents: SimpleNamespace, tmp_path: Path
 ) -> None:
     """FlashAttention 2 or nothing; and nothing for documents beside cp."""
-    installed: set[str] = set()
-    documents = SimpleNamespace(document_attention=True)
-    monkeypatch.setattr(sources, "check_data", lambda run: documents)
-    monkeypatch.setattr(machine_rules, "_is_installed", lambda name: name in installed)
-    monkeypatch.setattr(machine_rules, "DRIVER_FOLDER", tmp_path)
     information = tmp_path / "0" / "information"
     information.parent.mkdir()
 
