@@ -249,15 +249,20 @@ def _tensors_without_data(state: State) -> bytes:
     )
 
 
-def _check_cover(state: State, pickles: Sequence[bytes]) -> None:
-    """Check on rank 0 that the shards of all ranks cover every tensor once."""
+def _check_step(name: str, all_states: list[State]) -> Step:
+    """Check on rank 0 that the shards of all ranks cover every tensor once; return its cost."""
     from megatron.core.dist_checkpointing.validation import (
         determine_global_metadata,
         validate_sharding_integrity,
     )
 
-    with _gathered(pickles):
-        validate_sharding_integrity(determine_global_metadata(state)[1])
+    shards = [_without_data(state) for state in all_states]
+
+    def check() -> None:
+        with _gathered(shards):
+            validate_sharding_integrity(determine_global_metadata(all_states[0])[1])
+
+    return _measured(name, check, exchanged=shards)[1]
 
 
 def save_steps(all_states: list[State]) -> tuple[list[Step], bytes]:
@@ -277,13 +282,7 @@ def save_steps(all_states: list[State]) -> tuple[list[Step], bytes]:
 
     with _world(0, ranks):
         group = torch.distributed.group.WORLD
-        whole = [_without_data(state) for state in all_states]
-        _, step = _measured(
-            "check that shards cover all tensors (rank 0)",
-            lambda: _check_cover(all_states[0], whole),
-            exchanged=whole,
-        )
-        steps.append(step)
+        steps.append(_check_step("check that shards cover all tensors (rank 0)", all_states))
         tensors = [_tensors_without_data(state) for state in all_states]
 
         def assign() -> Any:
@@ -298,13 +297,7 @@ def save_steps(all_states: list[State]) -> tuple[list[Step], bytes]:
         with _world(rank, ranks):
             distribute(state, torch.distributed.group.WORLD, distribution)
     with _world(0, ranks):
-        chosen = [_without_data(state) for state in all_states]
-        _, step = _measured(
-            "the check once more, with writers (rank 0)",
-            lambda: _check_cover(all_states[0], chosen),
-            exchanged=chosen,
-        )
-        steps.append(step)
+        steps.append(_check_step("the check once more, with writers (rank 0)", all_states))
     plans = []
     for rank, state in enumerate(all_states):
         with _world(rank, ranks):
@@ -370,13 +363,7 @@ def load_steps(all_states: list[State], metadata: bytes, ep: int) -> list[Step]:
     ranks = len(all_states)
     steps = []
     with _world(0, ranks):
-        asked = [_without_data(state) for state in all_states]
-        _, step = _measured(
-            "check that shards cover all tensors (rank 0)",
-            lambda: _check_cover(all_states[0], asked),
-            exchanged=asked,
-        )
-        steps.append(step)
+        steps.append(_check_step("check that shards cover all tensors (rank 0)", all_states))
     readers = all_states if ep == ranks else all_states[::ep]
     tensors = [_tensors_without_data(state) for state in readers]
 
