@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mellum2_megatron.common.errors import InputError, WorkError
 from mellum2_megatron.rlvr.rewards.bubblewrap import Bubblewrap
 from mellum2_megatron.rlvr.rewards.sandbox import Limits, find_sandbox
+from mellum2_megatron.rlvr.rewards.watch import PROGRAM
 from tests.rlvr.attacked import TIGHT, Attacked
 from tests.rlvr.hostile_programs import CHEATS, ESCAPED, ESCAPES, EXHAUSTING, PORT, SECRET_PATH
 from tests.sandbox import needs_sandbox
@@ -58,14 +63,34 @@ def test_the_list_is_long() -> None:
     assert len(ESCAPES) + len(EXHAUSTING) + len(CHEATS) >= 80
 
 
+def programs_of_nobody_else() -> list[str]:
+    """Return the commands of programs that no other test process has started.
+
+    pytest-xdist runs other files with programs at the same time, from processes beside this one. A
+    program that outlived its sandbox is a child of the machine's first process.
+    """
+    beside: set[int] = set()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        beside = {one.pid for one in psutil.Process(os.getppid()).children()} - {os.getpid()}
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if PROGRAM in command and not beside & {one.pid for one in process.parents()}:
+                left.append(command)
+    return left
+
+
 def test_nothing_is_left(attacked: Attacked) -> None:
     attacked.pool.shutdown()
     assert attacked.secret.read_text() == "of the user"
     attacked.listener.setblocking(False)
     with pytest.raises(BlockingIOError):
         attacked.listener.accept()
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-    assert "/program/main.py" not in listed.stdout
+    deadline = time.monotonic() + 10
+    while (left := programs_of_nobody_else()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
     assert not list(Path("/dev/shm").glob("x"))
 
 
