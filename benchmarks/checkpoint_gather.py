@@ -26,7 +26,8 @@ from typing import Any
 
 from benchmarks.muon_layouts import RECIPE, bucket_lengths
 from mellum2_megatron.config import Run, apply_overrides
-from mellum2_megatron.planning.rank_weights import bucket_size, local_weights, uses_muon
+from mellum2_megatron.planning.gradient_buffers import bucket_size
+from mellum2_megatron.planning.rank_weights import local_weights, uses_muon
 from mellum2_megatron.recipes import recipe
 
 RANKS = (256, 8)

@@ -7,7 +7,7 @@
 
 No tensor has values and no rank is a process. A rank's model is built on torch's "meta" device in
 a world of torch's "fake" backend; its sharded state is Megatron's own. Owners of Muon's matrices
-come from `planning.rank_weights`. Megatron's and torch's planning functions then run on the states
+come from `planning.gradient_buffers`. Megatron's and torch's planning functions then run on the states
 of all ranks, and the exchange of objects between them is a list of pickles, which the measured rank
 unpickles. What a network would add is therefore given in bytes. Each step runs in a fork of its
 own. Processor seconds hold on a busy machine too.
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mellum2_megatron.config import Run, apply_overrides
-from mellum2_megatron.planning.rank_weights import ownership
+from mellum2_megatron.planning.gradient_buffers import ownership
 from mellum2_megatron.recipes import recipe
 
 RECIPE = "mellum2_12b_pretrain_phase1"

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from mellum2_megatron.config import Run, apply_overrides
+from mellum2_megatron.planning.gradient_buffers import bucket_size
 from mellum2_megatron.planning.memory import WEIGHT_BYTES, gradient_bytes
-from mellum2_megatron.planning.rank_weights import bucket_size, local_weights, uses_muon
+from mellum2_megatron.planning.rank_weights import local_weights, uses_muon
 from mellum2_megatron.recipes import recipe
 
 RECIPE = "mellum2_12b_pretrain_phase1"

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.muon_layouts import RANKS, RECIPE, Cost, costs, dense_sizes, table
 from mellum2_megatron.config import Run, apply_overrides
 from mellum2_megatron.planning.dense_shards import dense_shards
-from mellum2_megatron.planning.rank_weights import bucket_size, even_buffer, ownership
+from mellum2_megatron.planning.gradient_buffers import bucket_size, even_buffer, ownership
 from mellum2_megatron.recipes import recipe
 from tests import REPOSITORY
 

@@ -13,7 +13,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from mellum2_megatron.architecture.mellum2 import LARGEST, Mellum2Architecture
+from mellum2_megatron.architecture.checks import LARGEST
+from mellum2_megatron.architecture.mellum2 import Mellum2Architecture
 from mellum2_megatron.architecture.rope import RopeParameters
 from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.common.field_checks import is_int, require, require_positive_int

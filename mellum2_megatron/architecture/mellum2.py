@@ -11,47 +11,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
+from mellum2_megatron.architecture.checks import (
+    LARGEST,
+    MOST_MTP_LAYERS,
+    LayerType,
+    MlpType,
+    check_architecture,
+)
 from mellum2_megatron.architecture.latent_attention import LatentAttention
 from mellum2_megatron.architecture.parameter import Component, Parameter, Shape, gated_mlp
 from mellum2_megatron.architecture.rope import RopeParameters
-from mellum2_megatron.common.errors import InputError, nearest, shown
+from mellum2_megatron.common.errors import InputError, nearest
 from mellum2_megatron.common.field_checks import (
-    INT32_MAX,
-    divisors,
     is_int,
-    is_number,
-    require,
     require_positive_int,
-    require_positive_number,
 )
 from mellum2_megatron.common.values import from_mapping
 
-LayerType = Literal["sliding_attention", "full_attention"]
-MlpType = Literal["sparse", "dense"]
-
 ALIGNMENT = 128
 """Divisor of every matrix dimension of a model trained here (report §2, alignment rule)."""
-
-LARGEST = {
-    "vocab_size": INT32_MAX,
-    "hidden_size": 2**24,
-    "intermediate_size": 2**24,
-    "num_hidden_layers": 10_000,
-    "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16,
-    "head_dim": 2**16,
-    "moe_intermediate_size": 2**24,
-    "num_experts": 2**16,
-    "num_experts_per_tok": 2**16,
-    "max_position_embeddings": INT32_MAX,
-}
-"""Size of a model -> largest value; far beyond any model, so that counting stays quick."""
-MOST_MTP_LAYERS = 4
-"""Largest number of multi-token-prediction layers; Megatron itself has no limit."""
-_MOST_EXPERTS = 2**17
-"""Largest number of experts in all layers; every expert is listed when a model is counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,124 +112,7 @@ class Mellum2Architecture:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name, most in LARGEST.items():
-            require_positive_int(name, getattr(self, name), most=most)
-        require(
-            self.num_hidden_layers * self.num_experts <= _MOST_EXPERTS,
-            f"num_experts={self.num_experts} with num_hidden_layers={self.num_hidden_layers}",
-            rule=f"all layers together must not have more than {_MOST_EXPERTS:,} experts",
-            fix="lower one of the two",
-        )
-        require_positive_number("rms_norm_eps", self.rms_norm_eps, least=1e-37, most=1.0)
-        require_positive_number("initializer_range", self.initializer_range, most=10.0)
-        require(
-            is_number(self.router_aux_loss_coef) and 0 <= self.router_aux_loss_coef <= 1000,
-            f"router_aux_loss_coef={shown(self.router_aux_loss_coef)}",
-            rule="it must be 0 to 1000",
-            fix="use 0.001",
-        )
-        require(
-            isinstance(self.norm_topk_prob, bool),
-            f"norm_topk_prob={self.norm_topk_prob!r}",
-            rule="it must be true or false",
-            fix="use true",
-        )
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_key_value_heads={self.num_key_value_heads}",
-            rule=f"it must divide num_attention_heads ({self.num_attention_heads})",
-            fix=f"use one of {divisors(self.num_attention_heads)}",
-        )
-        require(
-            self.head_dim % 2 == 0,
-            f"head_dim={self.head_dim}",
-            rule="RoPE rotates pairs, so it must be even",
-            fix="use an even head_dim",
-        )
-        require(
-            self.num_experts_per_tok <= self.num_experts,
-            f"num_experts_per_tok={self.num_experts_per_tok}",
-            rule=f"a token cannot use more than num_experts ({self.num_experts}) experts",
-            fix=f"use at most {self.num_experts}",
-        )
-        self._check_layers()
-        # Types only: transformers merely warns of an id outside the vocabulary, and released
-        # folders hold such ids.
-        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        for name, value in (
-            ("bos_token_id", self.bos_token_id),
-            ("pad_token_id", self.pad_token_id),
-            *(("eos_token_id", token) for token in eos),
-        ):
-            require(
-                value is None or (is_int(value) and abs(value) <= INT32_MAX),
-                f"{name}={shown(value)}",
-                rule="a token id is a whole number of 32 bits",
-                fix="use an id or null",
-            )
-
-    def _check_layers(self) -> None:
-        """Refuse layer types that are unknown or do not match the numbers of layers."""
-        require(
-            is_int(self.num_mtp_layers) and 0 <= self.num_mtp_layers <= MOST_MTP_LAYERS,
-            f"num_mtp_layers={shown(self.num_mtp_layers)}",
-            rule=f"a model has 0 to {MOST_MTP_LAYERS} multi-token-prediction layers",
-            fix="use 1, as released",
-        )
-        attention, layers = get_args(LayerType), self.num_hidden_layers
-        # An empty list of MLPs stands for as many sparse ones.
-        mlps = layers if self.mlp_layer_types else 0
-        for name, types, known, counted, count in (
-            ("layer_types", self.layer_types, attention, "num_hidden_layers", layers),
-            ("mlp_layer_types", self.mlp_layer_types, get_args(MlpType), "num_hidden_layers", mlps),
-            (
-                "mtp_layer_types",
-                self.mtp_layer_types,
-                attention,
-                "num_mtp_layers",
-                self.num_mtp_layers,
-            ),
-        ):
-            require(
-                isinstance(types, tuple),
-                f"{name}={types!r}",
-                rule="it must be a tuple of layer types",
-                fix="give a tuple",
-            )
-            for value in types:
-                if value not in known:
-                    raise InputError(
-                        f"{name} entry {value!r}",
-                        rule=f"a layer is {' or '.join(known)}",
-                        fix=nearest(str(value), known),
-                    )
-            require(
-                len(types) == count,
-                f"{name} with {len(types)} entries",
-                rule=f"it must have one entry per layer ({counted}={count})",
-                fix=f"give {count} entries, or change {counted} to {len(types)}",
-            )
-        if self.shared_expert_intermediate_size is not None:
-            require_positive_int(
-                "shared_expert_intermediate_size",
-                self.shared_expert_intermediate_size,
-                most=LARGEST["intermediate_size"],
-            )
-            require(
-                self.has_experts,
-                f"shared_expert_intermediate_size={self.shared_expert_intermediate_size}",
-                rule="it lies beside routed experts, and every layer is dense",
-                fix="use null, or make a layer sparse",
-            )
-        if self.sliding_window is not None:
-            require_positive_int("sliding_window", self.sliding_window)
-        else:
-            require(
-                "sliding_attention" not in self.layer_types + self.mtp_layer_types,
-                "sliding_window=None",
-                rule="a sliding_attention layer needs its window",
-                fix="use e.g. 1024",
-            )
+        check_architecture(self)
 
     @classmethod
     def preset(cls, name: str) -> Mellum2Architecture:

@@ -14,10 +14,9 @@ from mellum2_megatron.config.run import (
     Device,
     Logging,
     Run,
-    from_yaml,
     keys,
-    to_yaml,
 )
+from mellum2_megatron.config.run_yaml import from_yaml, to_yaml
 from mellum2_megatron.config.schedule import Schedule
 from mellum2_megatron.config.stability import Stability
 from mellum2_megatron.config.stream import Stream

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mellum2_megatron.config import Run
+from mellum2_megatron.planning.gradient_buffers import ownership
 from mellum2_megatron.planning.memory import WEIGHT_BYTES, gradient_bytes
-from mellum2_megatron.planning.rank_weights import ownership
 
 WORTH_A_NOTE = 2**27
 """Difference of exposed bytes that a note is worth, 0.125 GiB: about 3 ms at 400 Gbit/s."""

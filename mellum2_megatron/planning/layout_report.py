@@ -17,8 +17,9 @@ from mellum2_megatron.architecture import LayerType, Mellum2Architecture
 from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.config import Layout, Run
 from mellum2_megatron.config.layout import pipeline_stages
+from mellum2_megatron.planning.gradient_buffers import adam_weights, ownership
 from mellum2_megatron.planning.memory import gradient_bytes, memory_by_stage
-from mellum2_megatron.planning.rank_weights import adam_weights, ownership, stage_layers
+from mellum2_megatron.planning.rank_weights import stage_layers
 
 BF16_BYTES = 2
 """Size of an activation and of a gathered weight."""

@@ -26,14 +26,8 @@ from mellum2_megatron.planning.activations import (
     norm_tensors,
     whole_head_tensors,
 )
-from mellum2_megatron.planning.rank_weights import (
-    Weight,
-    adam_weights,
-    buffer_elements,
-    local_weights,
-    ownership,
-    stage_layers,
-)
+from mellum2_megatron.planning.gradient_buffers import adam_weights, buffer_elements, ownership
+from mellum2_megatron.planning.rank_weights import Weight, local_weights, stage_layers
 
 WEIGHT_BYTES = 2
 """Size of a weight, which is BF16 under FP8 compute too."""

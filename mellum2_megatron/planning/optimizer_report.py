@@ -17,8 +17,9 @@ from rich.table import Table
 from mellum2_megatron.architecture import Mellum2Architecture, Shape
 from mellum2_megatron.common.console import plain_table
 from mellum2_megatron.config import Backend, Layout, Optimizer, Run
+from mellum2_megatron.planning.gradient_buffers import ownership
 from mellum2_megatron.planning.memory import WEIGHT_BYTES, gradient_bytes
-from mellum2_megatron.planning.rank_weights import Weight, local_weights, ownership, uses_muon
+from mellum2_megatron.planning.rank_weights import Weight, local_weights, uses_muon
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Layout
+from mellum2_megatron.planning.gradient_buffers import experts_have_own_data_parallel_group
 from mellum2_megatron.planning.machine_rules import data_present
-from mellum2_megatron.planning.rank_weights import experts_have_own_data_parallel_group
 from mellum2_megatron.planning.resume import data_changes, rate_jump
 from mellum2_megatron.planning.rule import PlannedRun, Problems, rule
 

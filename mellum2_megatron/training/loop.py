@@ -82,6 +82,52 @@ def run_loop(
         run, world_size=world_size, device=device, backend=backend, start=start
     )
     container = pretrain_cfg_container_from_args(parse_arguments(run))
+    parts, step = _loop_parts(run, stop, watch)
+    metrics, rollouts = parts.metrics, parts.rollouts
+
+    @functools.cache  # the provider is called once for each virtual pipeline stage
+    def after_load() -> None:
+        metrics.open()
+        for change in changed:
+            # At the first step that the change applies to, so that a resume from the same
+            # checkpoint drops the line and writes its own.
+            metrics.log_note(
+                get_args().iteration + 1, f"changed: {change.line()} ({change.reason})"
+            )
+        parts.guard.load(output_folder(run), iteration=get_args().iteration)
+        if rollouts is not None:
+            rollouts.open(get_args().iteration)
+        install_hooks(parts)
+
+    provider: Callable[..., Any] = run_model_provider(run, backend, new=start.kind == "new")
+    if rollouts is not None:
+        provider = rollouts.wrap_provider(provider)
+    try:
+        pretrain(
+            container,
+            dataset_provider(
+                run,
+                after_load,
+                lambda samples: parts.sums.open(samples, get_args().iteration),
+                None if rollouts is None else rollouts.provide,
+            ),
+            ModelType.encoder_or_decoder,
+            watch.count_micro_batches(parts.guard.wrap_forward_step(step)),
+            # Not through the container: in 0.19.2 that path never lays parameters out for
+            # layer-wise Muon (megatron/training/training.py:2040-2061), which then runs without
+            # sharding its state.
+            model_provider=metrics.wrap_provider(provider),
+        )
+    finally:
+        metrics.close()
+        if rollouts is not None:
+            rollouts.close()
+
+
+def _loop_parts(
+    run: Run, stop: StopRequest, watch: HangWatch
+) -> tuple[LoopParts, Callable[..., Any]]:
+    """Build what this project adds to Megatron's loop, and the function of a forward step."""
     metrics = TrainingMetrics(run)
     data = check_data(run)
     names = tuple(source.name for source in data.valid) if len(data.valid) > 1 else ()
@@ -121,44 +167,7 @@ def run_loop(
         pause_watch=watch.paused,
         rollouts=rollouts,
     )
-
-    @functools.cache  # the provider is called once for each virtual pipeline stage
-    def after_load() -> None:
-        metrics.open()
-        for change in changed:
-            # At the first step that the change applies to, so that a resume from the same
-            # checkpoint drops the line and writes its own.
-            metrics.log_note(
-                get_args().iteration + 1, f"changed: {change.line()} ({change.reason})"
-            )
-        guard.load(output_folder(run), iteration=get_args().iteration)
-        if rollouts is not None:
-            rollouts.open(get_args().iteration)
-        install_hooks(parts)
-
-    provider: Callable[..., Any] = run_model_provider(run, backend, new=start.kind == "new")
-    if rollouts is not None:
-        provider = rollouts.wrap_provider(provider)
-    try:
-        pretrain(
-            container,
-            dataset_provider(
-                run,
-                after_load,
-                lambda samples: sums.open(samples, get_args().iteration),
-                None if rollouts is None else rollouts.provide,
-            ),
-            ModelType.encoder_or_decoder,
-            watch.count_micro_batches(guard.wrap_forward_step(step)),
-            # Not through the container: in 0.19.2 that path never lays parameters out for
-            # layer-wise Muon (megatron/training/training.py:2040-2061), which then runs without
-            # sharding its state.
-            model_provider=metrics.wrap_provider(provider),
-        )
-    finally:
-        metrics.close()
-        if rollouts is not None:
-            rollouts.close()
+    return parts, step
 
 
 def parse_arguments(run: Run) -> Namespace:

@@ -11,7 +11,8 @@ import torch
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run, apply_overrides
-from mellum2_megatron.planning.rank_weights import local_weights, ownership, uses_muon
+from mellum2_megatron.planning.gradient_buffers import ownership
+from mellum2_megatron.planning.rank_weights import local_weights, uses_muon
 from mellum2_megatron.recipes import recipe
 
 RECIPE = "mellum2_12b_pretrain_phase1"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mellum2_megatron.config import Layout, Run, apply_overrides
+from mellum2_megatron.planning.gradient_buffers import adam_weights, buffer_elements, ownership
 from mellum2_megatron.planning.layout_report import bytes_sent, layout_report, process_groups
-from mellum2_megatron.planning.rank_weights import adam_weights, buffer_elements, ownership
 from mellum2_megatron.recipes import recipe, recipe_names
 from tests import parameter_id
 from tests.distributed import run_distributed

@@ -134,8 +134,8 @@ def test_at_256_ranks_most_of_the_dense_buffer_is_empty() -> None:
 
 def test_the_fullest_rank_owns_matrices_of_both_groups() -> None:
     """The sum of one rank's dense and expert shares, not of the largest of each."""
+    from mellum2_megatron.planning.gradient_buffers import ownership
     from mellum2_megatron.planning.memory import _most_owned
-    from mellum2_megatron.planning.rank_weights import ownership
 
     run = run_with(BIG, Layout(ep=4, tp=2, sp=True))
     dense, experts = ownership(run, 64, "te")

@@ -13,13 +13,9 @@ from rich.console import Console
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run, apply_overrides
+from mellum2_megatron.planning.gradient_buffers import assign_owners, even_buffer, ownership
 from mellum2_megatron.planning.optimizer_report import optimizer_report, render_optimizer
-from mellum2_megatron.planning.rank_weights import (
-    assign_owners,
-    even_buffer,
-    local_weights,
-    ownership,
-)
+from mellum2_megatron.planning.rank_weights import local_weights
 from mellum2_megatron.recipes import recipe
 from tests import parameter_id
 from tests.distributed import run_distributed
