@@ -5,9 +5,9 @@
     python -m benchmarks.checkpoint_planning                    # benchmarks/NOTES.md
     python -m benchmarks.checkpoint_planning --ranks 8
 
-No tensor has values and no rank is a process. A rank's model is built on torch's "meta" device in
-a world of torch's "fake" backend; its sharded state is Megatron's own. Owners of Muon's matrices
-come from `planning.gradient_buffers`. Megatron's and torch's planning functions then run on the states
+No tensor has values and no rank is a process. A rank's model is built on torch's "meta" device in a
+world of torch's "fake" backend; its sharded state is Megatron's own. Owners of Muon's matrices come
+from `planning.gradient_buffers`. Megatron's and torch's planning functions then run on the states
 of all ranks, and the exchange of objects between them is a list of pickles, which the measured rank
 unpickles. What a network would add is therefore given in bytes. Each step runs in a fork of its
 own. Processor seconds hold on a busy machine too.

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import data
-from benchmarks.data import ROWS, Corpus, Measured
+from benchmarks.data import ROWS, Measured
+from benchmarks.data_corpus import Corpus
 from tests.redis import needs_server
 from tests.small import python_like
 
