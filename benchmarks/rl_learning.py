@@ -38,7 +38,17 @@ from typing import Protocol
 from mellum2_megatron.common.files import write_json
 from mellum2_megatron.metrics.log import METRICS_FILE, read_metrics
 
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+STUDENT_95 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}
 """Two-sided 95% quantile of Student's t, by number of values."""
 
 MODEL = [
@@ -312,7 +322,14 @@ def main() -> None:
     )
     parser.add_argument("question", choices=QUESTIONS)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5, choices=sorted(STUDENT_95))
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        choices=sorted(STUDENT_95),
+        metavar="N",
+        help="runs, 2 to 10 (one alone has no interval); default 5",
+    )
     parser.add_argument("--first-seed", type=int, default=1, help="default 1")
     parser.add_argument("--steps", type=int, default=40, help="default 40")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the RL runs")

@@ -98,7 +98,9 @@ def train(
 
 @rl_app.command("check")
 def check(tasks: Tasks, held_out: HeldOut = None, workers: Workers = None) -> None:
-    """Check tasks: form, arguments of their verifiers, and likeness to evaluation items."""
+    """Check tasks: form, arguments of their verifiers, setups, references, and likeness to
+    evaluation items.
+    """
     checked = _read(tasks, held_out, workers)
     kinds = Counter(task.verifier for task in checked.tasks)
     listed = ", ".join(f"{number:,} {name}" for name, number in sorted(kinds.items()))
@@ -250,7 +252,9 @@ def _read(
 ) -> CheckedTasks:
     from mellum2_megatron.rlvr.tasks import read_tasks
 
-    checked = read_tasks(tasks, held_out=held_out or (), workers=workers or os.cpu_count() or 1)
+    checked = read_tasks(
+        tasks, held_out=held_out or (), workers=workers or os.cpu_count() or 1, trial=True
+    )
     for line in checked.warnings:
         print_line(f"warning: {line}")
     return checked

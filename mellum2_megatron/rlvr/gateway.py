@@ -24,7 +24,7 @@ from mellum2_megatron.common.errors import WorkError, shown
 from mellum2_megatron.common.json_files import JsonError, parse_object
 from mellum2_megatron.data.chat.records import RecordError, parse_prompt
 from mellum2_megatron.rlvr.rewards.verdict import Answer, ArgumentsError, Verdict, take
-from mellum2_megatron.rlvr.rewards.verifiers import VERIFIERS, find_verifier
+from mellum2_megatron.rlvr.rewards.verifiers import VERIFIERS, find_verifier, require_thinking
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -155,7 +155,9 @@ class Gateway:
         check = self._check if len(text) <= _LARGEST_REMEMBERED else self._check_once
         described = check(text)
         verifier = find_verifier(item["verifier"], self._folder)
-        answer = Answer(text=item["answer"], thinking=item.get("thinking", False))
+        thinking = item.get("thinking", False)
+        require_thinking(item["verifier"], arguments, thinking=thinking)
+        answer = Answer(text=item["answer"], thinking=thinking)
         return verifier.score(answer, arguments, described)
 
     def _check_once(self, task: str) -> tuple[dict[str, Any], ...]:

@@ -4,7 +4,8 @@
      "verifier": "math", "arguments": {"answer": "42"}}
 
 Further keys: ``tools`` as in conversations (`data.chat.records`), ``thinking`` (true: the model
-thinks before it answers; default false), and ``id``, a name for reports that no other task has.
+thinks before it answers; default false), ``reference``, an answer that is right, which the model
+never sees, and ``id``, a name for reports that no other task has.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from mellum2_megatron.common.errors import InputError, nearest, shown
+from mellum2_megatron.common.errors import InputError, WorkError, nearest, shown
 from mellum2_megatron.data.chat.records import Conversation, RecordError, parse_prompt
 from mellum2_megatron.data.corpus.left_out import printable
 from mellum2_megatron.data.corpus.listing import named_file
 from mellum2_megatron.data.corpus.near_duplicates import shingles
 from mellum2_megatron.data.corpus.rows import BadRow, place, read_rows
+from mellum2_megatron.rlvr.rewards.code_tests import try_setup
+from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
 from mellum2_megatron.rlvr.rewards.verdict import Answer, ArgumentsError, Verdict, take
-from mellum2_megatron.rlvr.rewards.verifiers import find_verifier
+from mellum2_megatron.rlvr.rewards.verifiers import find_verifier, parts_of, require_thinking
 
-KEYS = ("messages", "tools", "verifier", "arguments", "thinking", "id")
+KEYS = ("messages", "tools", "verifier", "arguments", "thinking", "reference", "id")
 WORDS, SIMILAR = 5, 0.7
 """Words of a shingle, and the Jaccard similarity of a near-duplicate, as in `near_duplicates`."""
 
@@ -67,8 +70,7 @@ class Task:
     @property
     def runs_programs(self) -> bool:
         """True if judging an answer runs it in the sandbox."""
-        parts = self.arguments["of"] if self.verifier == "all" else ()
-        return "code" in (self.verifier, *(part["verifier"] for part in parts))
+        return any(name == "code" for name, _ in parts_of(self.verifier, self.arguments))
 
     def score(self, answer: Answer) -> Verdict:
         """Return the verdict on an answer."""
@@ -95,6 +97,7 @@ def read_tasks(
     held_out: Sequence[Path] = (),
     validation: Sequence[Path] = (),
     workers: int = 8,
+    trial: bool = False,
 ) -> CheckedTasks:
     """Read tasks and check each one with its verifier.
 
@@ -105,14 +108,20 @@ def read_tasks(
         validation: files of one's own tasks that are asked in a validation; default none. Tasks of
             one template resemble each other, so only equal prompts are refused.
         workers: threads that check; default 8.
+        trial: run each setup of programs once, and judge each ``reference``; default false.
+            Programs are left out with a warning where there is no sandbox.
 
     Raises:
-        InputError: no task, or tasks that cannot work, resemble a held-out item or are asked in a
-            validation: all of them are counted, the first ten are shown with file, line and reason.
+        InputError: no task, or tasks that cannot work, resemble a held-out item, are asked in a
+            validation or fail their trial: all of them are counted, the first ten are shown with
+            file, line and reason.
     """
     rows = [(file, *row) for file in files for row in _rows(file)]
+    no_sandbox = _why_no_sandbox() if trial else ""
     with ThreadPoolExecutor(workers) as pool:
-        checked = list(pool.map(lambda row: _checked(*row), rows))
+        checked = list(
+            pool.map(lambda row: _checked(*row, trial=trial, sandbox=not no_sandbox), rows)
+        )
     faults = [item for item in checked if isinstance(item, str)]
     tasks = tuple(item[0] for item in checked if not isinstance(item, str))
     warnings = [line for item in checked if not isinstance(item, str) for line in item[1]]
@@ -132,6 +141,9 @@ def read_tasks(
             rule="there must be a task",
             fix="write one JSON object a line (docs/rlvr.md)",
         )
+    untried = sum(task.runs_programs for task in tasks) if no_sandbox else 0
+    if untried:
+        warnings.append(f"programs of {untried:,} tasks were not tried: {no_sandbox}")
     first: dict[str, str] = {}
     for task in tasks:
         before = first.setdefault(task.text, task.place)
@@ -204,7 +216,7 @@ def _rows(file: Path) -> list[tuple[str, Mapping[str, Any] | BadRow]]:
 
 
 def _checked(
-    file: Path, where: str, row: Mapping[str, Any] | BadRow
+    file: Path, where: str, row: Mapping[str, Any] | BadRow, *, trial: bool, sandbox: bool
 ) -> tuple[Task, list[str]] | str:
     """Return a row's task with warnings about it, or its fault."""
     if isinstance(row, BadRow):
@@ -213,16 +225,50 @@ def _checked(
         task = _task(file, where, row)
         verifier = find_verifier(task.verifier, task.folder)
         warnings = verifier.check(task.arguments, task.prompt.tools)
+        require_thinking(task.verifier, task.arguments, thinking=task.thinking)
+        if trial and (sandbox or not task.runs_programs):
+            _try(task)
     except (RecordError, ArgumentsError) as error:
         return f"{where}: {error}"
     return task, [f"{where}: {warning}" for warning in warnings]
+
+
+def _why_no_sandbox() -> str:
+    """Return why programs cannot be tried on this machine; empty if they can."""
+    try:
+        find_sandbox()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _try(task: Task) -> None:
+    """Run a task's setups and judge its reference.
+
+    Raises:
+        ArgumentsError: no answer can be right, or the reference is not.
+    """
+    for name, arguments in parts_of(task.verifier, task.arguments):
+        if name == "code":
+            try_setup(arguments)
+    if "reference" not in task.row:
+        return
+    try:
+        verdict = task.score(Answer(text=task.row["reference"], thinking=task.thinking))
+    except WorkError as error:
+        raise ArgumentsError(f"its reference cannot be judged: {error.what}") from None
+    if verdict.reward < 1:
+        raise ArgumentsError(
+            f"its reference is worth {verdict.reward:g}"
+            + (f" ({verdict.reason})" if verdict.reason else "")
+        )
 
 
 def _task(file: Path, where: str, row: Mapping[str, Any]) -> Task:
     for key in row:
         if key not in KEYS:
             raise ArgumentsError(f"unknown key {shown(key)}; {nearest(key, KEYS)}")
-    kinds = {"verifier": str, "arguments": dict, "thinking": bool, "id": str}
+    kinds = {"verifier": str, "arguments": dict, "thinking": bool, "reference": str, "id": str}
     for key, kind in kinds.items():
         if key in row and not isinstance(row[key], kind):
             raise ArgumentsError(f"{key} is {shown(row[key])}, of another type")

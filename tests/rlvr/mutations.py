@@ -41,9 +41,23 @@ MUTATIONS = (
     Mutation(
         name="programs inside `all` are started without a sandbox",
         file="mellum2_megatron/rlvr/tasks.py",
-        old='parts = self.arguments["of"] if self.verifier == "all" else ()',
-        new="parts: tuple[dict[str, str], ...] = ()",
+        old='any(name == "code" for name, _ in parts_of(self.verifier, self.arguments))',
+        new='self.verifier == "code"',
         test=("tests/rlvr/test_faults.py", "-k", "without_a_sandbox_are"),
+    ),
+    Mutation(
+        name="a reference is not judged",
+        file="mellum2_megatron/rlvr/tasks.py",
+        old="    if verdict.reward < 1:",
+        new="    if verdict.reward < 0:",
+        test=("tests/rlvr/test_tasks.py",),
+    ),
+    Mutation(
+        name="a reward function that ends its process gives 0",
+        file="mellum2_megatron/rlvr/rewards/verifiers.py",
+        old='said = {"error": str(error)}',
+        new='said = {"reward": 0.0 * len(str(error))}',
+        test=("tests/rlvr/test_verifiers.py",),
     ),
     Mutation(
         name="programs in the sandbox keep the network",

@@ -30,7 +30,8 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     (folder / "own.py").write_text(
         "import os, time\n"
         "def reward(answer, seconds=0):\n"
-        "    if answer == 'die':\n        os._exit(1)\n"
+        "    if answer == 'die':\n        os.abort()\n"
+        "    if answer == 'leave':\n        os._exit(1)\n"
         "    if answer == 'fail':\n        raise ValueError('no')\n"
         "    time.sleep(seconds)\n"
         "    return 1\n"
@@ -116,6 +117,10 @@ def test_thoughts_and_tools_count(port: int) -> None:
             },
             "is not offered",
         ),
+        (
+            {"items": [{"verifier": "form", "answer": "a", "arguments": {"thoughts": True}}]},
+            "without thinking=true",
+        ),
         ({"items": [{"verifier": "tool_calls", "tools": [1], "answer": "a"}]}, "'tools'"),
     ],
 )
@@ -130,7 +135,10 @@ def test_a_verifier_that_fails_is_no_verdict(port: int) -> None:
     code, answer = ask(port, {"items": [own("fail")]})
     assert code == 500
     assert "ValueError: no" in answer["error"]
-    # One whose process an answer has ended gives it nothing, and the next is served.
+    code, answer = ask(port, {"items": [own("x"), own("leave")]})
+    assert (code, answer["error"][:6]) == (500, "item 1")
+    assert "its process ends with exit code 1" in answer["error"]
+    # An answer that its process could not bear is worth nothing, and the next is served.
     code, answer = ask(port, {"items": [own("die"), own("x")]})
     assert (code, [one["reward"] for one in answer["verdicts"]]) == (200, [0, 1])
 

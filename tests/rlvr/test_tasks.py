@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
 from mellum2_megatron.rlvr.rewards.verdict import Answer
 from mellum2_megatron.rlvr.tasks import read_tasks, score_answers
 from tests.cli.runner import mellum2
 from tests.conversion.folders import write_folder
 from tests.data.chats import write_rows, write_tokenizer
+from tests.sandbox import needs_sandbox
 
 ASK = "Name the capital of the German state of Hesse in one word, please"
 FORM = {"verifier": "form", "arguments": {"contains": ["Wiesbaden"]}}
@@ -145,6 +147,82 @@ def test_a_file_without_tasks_is_refused(
     if name:
         file.write_text(content)
     mellum2("rl", "check", file).refused(reason)
+
+
+# -- Trials ----------------------------------------------------------------------------------------
+
+CODE = {"tests": [{"call": "twice(2)", "equals": "4"}]}
+PRINTED = {"tests": [{"stdin": "2", "stdout": "4"}]}
+TWICE = "```python\ndef twice(x):\n    return 2 * x\n```"
+
+
+def code(arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return task(verifier="code", arguments=arguments, **more)
+
+
+def every(*parts: dict[str, Any]) -> dict[str, Any]:
+    of = [{name: part[name] for name in ("verifier", "arguments")} for part in parts]
+    return {"verifier": "all", "arguments": {"of": of}}
+
+
+UNSOLVABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "setup": (
+        code({**CODE, "setup": "import notthere"}),
+        "setup fails by itself: exit code 1 (Mod",
+    ),
+    "setup-leaves": (code({**CODE, "setup": "exit()"}), "setup fails by itself: no result"),
+    "setup-prints": (code({**PRINTED, "setup": "1 / 0"}), "setup fails by itself: exit code 1 (Z"),
+    "setup-hangs": (code({**CODE, "setup": "while 1: 0", "seconds": 1}), "setup fails by itself"),
+    "setup-inside": (
+        task(**every(FORM, code({**CODE, "setup": "import notthere"}))),
+        "No module named 'notthere'",
+    ),
+    "reference": (
+        code(CODE, reference=TWICE.replace("2", "3")),
+        "its reference is worth 0 (twice(",
+    ),
+    "reference-form": (task(reference="Mainz"), "its reference is worth 0 (it lacks 'Wiesbaden')"),
+    "reference-type": (task(reference=7), "reference is 7, of another type"),
+    "thoughts": (task(arguments={"thoughts": True}), "without thinking=true an answer never has"),
+    "thoughts-inside": (
+        task(**every(FORM, task(arguments={"thoughts": True}))),
+        "without thinking=true",
+    ),
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", UNSOLVABLE)
+def test_a_task_that_nobody_can_solve_is_refused(name: str, tmp_path: Path) -> None:
+    row, reason = UNSOLVABLE[name]
+    file = write_rows(tmp_path / "tasks.jsonl", [task(), row])
+    mellum2("rl", "check", file).refused("1 of 2 tasks", "line 2", reason)
+
+
+@needs_sandbox
+def test_tasks_with_setups_and_references_are_solved(tmp_path: Path) -> None:
+    rows = [
+        code({**CODE, "setup": "import math\nbase = 2"}, reference=TWICE),
+        code({**PRINTED, "setup": "n = int(input())"}, reference="print(2 * n)"),
+        task("Think", thinking=True, arguments={"thoughts": True}, reference="well</think>7"),
+    ]
+    result = mellum2("rl", "check", write_rows(tmp_path / "tasks.jsonl", rows))
+    assert (result.code, result.out.splitlines()[-1]) == (0, "3 tasks: 2 code, 1 form")
+
+
+def test_without_a_sandbox_programs_are_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = code({**CODE, "setup": "import notthere"}, reference="no program at all")
+    file = write_rows(tmp_path / "tasks.jsonl", [row, task("b", reference="Wiesbaden")])
+    find_sandbox.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    try:
+        result = mellum2("rl", "check", file)
+    finally:
+        find_sandbox.cache_clear()
+    assert result.code == 0
+    assert "warning: programs of 1 tasks were not tried: bwrap is not installed" in result.out
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,11 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         ("return 'good'", "the reward 'good'"),
         ("return None", "the reward null"),
         ("return float('nan')", "it returns nan"),
+        ("return 10 ** 10 ** 4", "OverflowError"),
+        ("return [1] * 10 ** 6", r"it returns \[1, 1"),
+        ("import os; os._exit(0)", "its process ends with exit code 0"),
+        ("import os; os._exit(3)", "its process ends with exit code 3"),
+        ("import os; os.closerange(0, 99)", "its process ends with exit code 1"),
         ("return 1 / 0", "ZeroDivisionError: division by zero"),
         ("raise SystemExit(3)", "SystemExit: 3"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
@@ -317,7 +322,35 @@ def test_a_reward_that_lies_about_its_range(body: str, message: str, tmp_path: P
         verifier.check({}, [])
 
 
-@pytest.mark.parametrize("body", ["time.sleep(60)", "import os; os._exit(0)"])
+@pytest.mark.parametrize(
+    ("body", "reward"),
+    [
+        ("import numpy; return numpy.float32(0.5)", 0.5),
+        ("return True", 1),
+        ("import fractions; return fractions.Fraction(1, 4)", 0.25),
+    ],
+)
+def test_all_kinds_of_numbers_are_rewards(body: str, reward: float, tmp_path: Path) -> None:
+    assert own(tmp_path, body).score(Answer(text="x"), {}, []).reward == reward
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("return len(bytearray(1 << 40))", "more than 4 GiB"),
+        ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 40)", "ended by signal 40"),
+    ],
+)
+def test_an_answer_that_is_too_much_for_a_function_is_worth_0(
+    body: str, reason: str, tmp_path: Path
+) -> None:
+    verdict = own(tmp_path, body).score(Answer(text="x"), {}, [])
+    assert verdict.reward == 0
+    assert reason in verdict.reason
+
+
+@pytest.mark.parametrize("body", ["time.sleep(60)", "import os; os.abort()"])
 def test_a_function_that_never_answers_is_refused(
     body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,11 +383,21 @@ def test_a_worker_that_hangs_or_dies_is_replaced(tmp_path: Path) -> None:
         "    return 1\n"
     )
     job = {"kind": "own", "path": str(tmp_path / "r.py"), "name": "reward", "arguments": {}}
-    for answer, message in (("hang", "longer than 0.3 s"), ("die", "has ended")):
+    limits = (("hang", "longer than 0.3 s"), ("die", "exit code 1"), ("eat", "more than 4 GiB"))
+    for answer, message in limits:
         with pytest.raises(LimitError, match=message):
             worker.ask({**job, "answer": answer}, seconds=0.3 if answer == "hang" else 20)
         assert worker.ask({**job, "answer": "x"}) == {"reward": 1}
-    assert "MemoryError" in worker.ask({**job, "answer": "eat"})["error"]
+
+
+def test_a_function_that_closes_the_channel_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_GONE_S", 0.1)
+    with pytest.raises(WorkError, match="its process closes the files"):
+        own(tmp_path, "import os; os.closerange(0, 99); time.sleep(60)").score(
+            Answer(text="x"), {}, []
+        )
 
 
 def test_a_worker_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
@@ -438,6 +481,9 @@ BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "call": ("tool_calls", {"calls": [{"name": "x"}]}, "not among the tools"),
     "call-fits": ("tool_calls", {"calls": [{"name": "weather", "arguments": {}}]}, "'city'"),
     "nothing": ("form", {}, "nothing is asked for"),
+    "empty-lists": ("form", {"lacks": [], "contains": []}, "nothing is asked for"),
+    "short-and-long": ("form", {"contains": ["four"], "max_characters": 3}, "cannot contain 'fou"),
+    "no-schema": ("form", {"json_schema": False}, "which no answer fits"),
     "pattern": ("form", {"pattern": "("}, "no regular expression"),
     "schema": ("form", {"json_schema": {"type": "objec"}}, "a schema is wrong"),
     "reference": ("form", {"json_schema": {"$ref": "http://x/y"}}, "leads out of the schema"),

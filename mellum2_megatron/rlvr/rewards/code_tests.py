@@ -17,6 +17,7 @@ or read the harness: to be right it has to know the results.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import math
 import re
@@ -116,13 +117,46 @@ class CodeTests:
             return wrong("no program")
         tests = read_tests(arguments["tests"])
         program = f"{arguments.get('setup', '')}\n{program}" if "setup" in arguments else program
-        seconds = float(arguments.get("seconds", 10))
-        limits = Limits(seconds=seconds, cpu_seconds=math.ceil(seconds))
+        limits = _limits(arguments)
         all_needed = not arguments.get("partial", False)
         passed, reason = _run_tests(program, tests, limits, all_needed=all_needed)
         if passed == len(tests):
             return RIGHT
         return Verdict(reward=0.0 if all_needed else passed / len(tests), reason=reason)
+
+
+def try_setup(arguments: Mapping[str, Any]) -> None:
+    """Run a task's ``setup`` in the sandbox, as it stands in front of each program.
+
+    Args:
+        arguments: checked arguments of ``code``.
+
+    Raises:
+        ArgumentsError: it fails, so every program would.
+        InputError: there is no sandbox.
+    """
+    setup = arguments.get("setup", "")
+    if not setup.strip():
+        return
+    tests = read_tests(arguments["tests"])
+    printed = [test for test in tests if isinstance(test, Printed)]
+    stdin = printed[0].stdin if len(printed) == len(tests) else None
+    reason = _setup_fault(setup, stdin, _limits(arguments))
+    if reason:
+        raise ArgumentsError(f"setup fails by itself: {reason}")
+
+
+@functools.lru_cache(4096)
+def _setup_fault(setup: str, stdin: str | None, limits: Limits) -> str:
+    """Return why a setup fails, with an input or, None, in front of calls; empty if it does not."""
+    if stdin is None:
+        return _run_calls(setup, [Called(expression="0", equals=0)], limits)[1].removeprefix("0: ")
+    return find_sandbox().run(setup, stdin=stdin.encode(), limits=limits).reason
+
+
+def _limits(arguments: Mapping[str, Any]) -> Limits:
+    seconds = float(arguments.get("seconds", 10))
+    return Limits(seconds=seconds, cpu_seconds=math.ceil(seconds))
 
 
 def find_program(text: str) -> str | None:

@@ -24,7 +24,7 @@ from mellum2_megatron.rlvr.rewards.verdict import (
     take,
     wrong,
 )
-from mellum2_megatron.rlvr.rewards.worker import ask
+from mellum2_megatron.rlvr.rewards.worker import LeftError, ask
 
 Arguments = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -160,7 +160,7 @@ class Form:
 
     def check(self, arguments: Arguments, tools: Tools) -> list[str]:
         take(arguments, self._KINDS, required=[])
-        if not arguments:
+        if all(value == [] for value in arguments.values()):
             raise ArgumentsError(f"nothing is asked for; known: {', '.join(self._KINDS)}")
         for name in ("contains", "lacks"):
             if not all(isinstance(text, str) and text for text in arguments.get(name, [])):
@@ -168,12 +168,20 @@ class Form:
         for text in arguments.get("lacks", []):
             if any(text in part for part in arguments.get("contains", [])):
                 raise ArgumentsError(f"an answer has to contain and to lack {shown(text)}")
-        if arguments.get("max_characters", 0) < 0:
-            raise ArgumentsError(f"max_characters is {arguments['max_characters']}, below 0")
+        most = arguments.get("max_characters", 0)
+        if most < 0:
+            raise ArgumentsError(f"max_characters is {most}, below 0")
+        longest = max(arguments.get("contains", []), key=len, default="")
+        if "max_characters" in arguments and len(longest) > most:
+            raise ArgumentsError(
+                f"an answer of max_characters={most} cannot contain {shown(longest)}"
+            )
         try:
             re.compile(arguments.get("pattern", ""))
         except (re.error, OverflowError, RecursionError) as error:
             raise ArgumentsError(f"pattern is no regular expression ({error})") from None
+        if arguments.get("json_schema") is False:
+            raise ArgumentsError("json_schema is false, which no answer fits")
         if "json_schema" in arguments:
             _require_package("jsonschema")
             _require_schemas([arguments["json_schema"]])
@@ -280,7 +288,10 @@ class OwnFunction:
             "answer": answer.content,
             "arguments": dict(arguments),
         }
-        said = ask(job)
+        try:
+            said = ask(job)
+        except LeftError as error:  # no answer does that to a function that is right
+            said = {"error": str(error)}
         if "error" in said:
             raise WorkError(
                 f"{self._path}:{self._name} fails ({said['error']})",
@@ -295,6 +306,26 @@ VERIFIERS: Mapping[str, Verifier] = {
     "tool_calls": ToolCalls(),
     "form": Form(),
 }
+
+
+def parts_of(verifier: str, arguments: Arguments) -> list[tuple[str, Arguments]]:
+    """Return name and arguments of a verifier that is checked; of ``all``, those inside it."""
+    if verifier != "all":
+        return [(verifier, arguments)]
+    return [(part["verifier"], part.get("arguments", {})) for part in arguments["of"]]
+
+
+def require_thinking(verifier: str, arguments: Arguments, *, thinking: bool) -> None:
+    """Refuse a verifier that wants thoughts, where none can be.
+
+    Raises:
+        ArgumentsError: see above.
+    """
+    for name, given in parts_of(verifier, arguments):
+        if name == "form" and given.get("thoughts") and not thinking:
+            raise ArgumentsError(
+                "thoughts is true, and without thinking=true an answer never has thoughts"
+            )
 
 
 def last_boxed(text: str) -> str | None:

@@ -28,12 +28,17 @@ SECONDS = 20.0
 """Wall time of a job, without the import of what its kind needs."""
 
 _START_S = 120.0  # a process's start, and an import: a login node may be busy
+_GONE_S = 10.0  # from a process's last word to its end
 _MEMORY = 4 << 30
 _LARGEST = 1 << 20
 _SCRIPT = Path(__file__).with_name("worker_script.py")
 
 _idle: list[_Worker] = []
 _lock = threading.Lock()
+
+
+class LeftError(LimitError):
+    """A process that ended itself, or closed its channel: no limit and no signal did."""
 
 
 def ask(job: Mapping[str, Any], *, seconds: float = SECONDS) -> dict[str, Any]:
@@ -44,11 +49,14 @@ def ask(job: Mapping[str, Any], *, seconds: float = SECONDS) -> dict[str, Any]:
         seconds: its time.
 
     Raises:
-        LimitError: it passed the time or 4 GiB, or the process ended.
+        LeftError: the process ended itself.
+        LimitError: it passed the time or 4 GiB, or a signal ended it.
     """
     worker = _take_idle() or _Worker()
     try:
         answer = worker.ask(job, seconds)
+        if "limit" in answer:
+            raise LimitError(str(answer["limit"]))
     except BaseException:
         worker.close()
         raise
@@ -95,7 +103,7 @@ class _Worker:
         try:
             self._process.stdin.write(json.dumps(job).encode("ascii") + b"\n")
         except BrokenPipeError:
-            raise LimitError("its process has ended") from None
+            raise self._end() from None
         return self._read(seconds)
 
     def _read(self, seconds: float) -> dict[str, Any]:
@@ -108,12 +116,28 @@ class _Worker:
                 raise LimitError(f"it takes longer than {seconds:g} s")
             content = self._process.stdout.read(1 << 16)
             line += content or b""
-            if not content or len(line) > _LARGEST:
-                raise LimitError("its process has ended: too much memory, or a fault")
+            if not content:
+                raise self._end()
+            if len(line) > _LARGEST:
+                raise LimitError(f"its answer is longer than {_LARGEST >> 20} MiB")
         try:
             return parse_object(line)
         except JsonError as error:
             raise LimitError(f"it gives no answer ({error})") from None
+
+    def _end(self) -> LimitError:
+        """Return the error of a process that says nothing any more."""
+        try:
+            code = self._process.wait(_GONE_S)
+        except subprocess.TimeoutExpired:
+            return LeftError("its process closes the files that it has not opened")
+        if code >= 0:
+            return LeftError(f"its process ends with exit code {code}")
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return LimitError(f"its process was ended by {name}: too much memory, or a fault")
 
     def is_alive(self) -> bool:
         return self._process.poll() is None

@@ -1,13 +1,14 @@
 """Runs in a process of its own: reads a job in each line, writes an answer for each.
 
 A job has ``kind`` and what that kind needs; an answer has ``fault``: why it is not right, empty if
-it is. A job that cannot be done has ``error`` instead.
+it is. A job that cannot be done has ``error`` instead, and one that needs too much ``limit``.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -91,15 +92,25 @@ def _own(job: Job) -> Job:
     try:
         function = _own_function(job["path"], job["name"])
         reward = function(job["answer"], **job["arguments"])
-    # `sys.exit` and KeyboardInterrupt would end the process as a limit does.
+        # Numbers of numpy and torch have this method too, a text has not.
+        if hasattr(type(reward), "__float__"):
+            reward = float(reward)
+    except MemoryError:
+        return {"limit": "it takes more than 4 GiB"}
+    # `sys.exit` and KeyboardInterrupt would end the process.
     except BaseException as error:
         return {"error": f"{type(error).__name__}: {error}"[:400]}
-    if isinstance(reward, bool):
-        reward = float(reward)
+    if (
+        reward is None
+        or isinstance(reward, str)
+        or (isinstance(reward, float) and math.isfinite(reward))
+    ):
+        return {"reward": reward if not isinstance(reward, str) else reward[:400]}
     try:
-        return {"reward": json.loads(json.dumps(reward, allow_nan=False))}
-    except (TypeError, ValueError):
-        return {"error": f"it returns {reward!r}"[:400]}
+        text = repr(reward)
+    except Exception:
+        text = f"an object of {type(reward).__name__}"
+    return {"error": f"it returns {text}"[:400]}
 
 
 def _import(job: Job) -> Job:
