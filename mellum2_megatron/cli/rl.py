@@ -101,7 +101,7 @@ def check(tasks: Tasks, held_out: HeldOut = None, workers: Workers = None) -> No
     """Check tasks: form, arguments of their verifiers, setups, references, and likeness to
     evaluation items.
     """
-    checked = _read(tasks, held_out, workers)
+    checked = _read(tasks, held_out, workers, answered=False)
     kinds = Counter(task.verifier for task in checked.tasks)
     listed = ", ".join(f"{number:,} {name}" for name, number in sorted(kinds.items()))
     print_line(f"{len(checked.tasks):,} tasks: {listed}")
@@ -145,7 +145,6 @@ def probe(
 
     A task that it always or never solves teaches nothing: its group of answers is dropped.
     """
-    from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
     from mellum2_megatron.rlvr.tasks import score_answers
 
     for name, path in (("--output", output), ("--keep", keep)):
@@ -157,9 +156,7 @@ def probe(
             rule="the answers come from one place",
             fix="give either --hf-path or --answers-file",
         )
-    checked = _read(tasks, held_out, workers).tasks
-    if any(task.runs_programs for task in checked):
-        find_sandbox()  # before the model answers for hours
+    checked = _read(tasks, held_out, workers, answered=True).tasks
     if answers_file is not None:
         given = _read_answers(answers_file, checked)
     else:
@@ -248,13 +245,17 @@ def serve(
 
 
 def _read(
-    tasks: Sequence[Path], held_out: Sequence[Path] | None, workers: int | None
+    tasks: Sequence[Path], held_out: Sequence[Path] | None, workers: int | None, *, answered: bool
 ) -> CheckedTasks:
+    """Read, check and try tasks; with ``answered``, programs need a sandbox."""
+    from mellum2_megatron.rlvr.rewards.sandbox import find_sandbox
     from mellum2_megatron.rlvr.tasks import read_tasks
 
     checked = read_tasks(
         tasks, held_out=held_out or (), workers=workers or os.cpu_count() or 1, trial=True
     )
+    if answered and any(task.runs_programs for task in checked.tasks):
+        find_sandbox()  # before the model answers for hours
     for line in checked.warnings:
         print_line(f"warning: {line}")
     return checked
