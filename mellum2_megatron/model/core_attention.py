@@ -7,7 +7,8 @@ Megatron's own `DotProductAttention` overwrites a given mask on windowed layers
 refuses packed documents and context parallelism. Here the kernel is
 `torch.nn.functional.scaled_dot_product_attention`.
 
-A rank's queries are cut into spans: consecutive positions of one document, at most `BLOCK` of them.
+A rank's queries are cut into spans: consecutive positions of one document, at most `BLOCK` of them
+and at most the layer's window, since the kernel computes hidden pairs too.
 The keys of a span are consecutive too, from the first key that its first query may see to the
 position of its last query. Documents therefore need no mask, and a mask never exceeds
 `[BLOCK, j]`. The letters of shapes are in `mellum2_megatron/model/__init__.py`.
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 BLOCK = 2048
 """Largest number of queries in one call of the kernel; bounds the memory of its mask."""
+_LEAST_BLOCK = 64
+"""A layer's window shortens its blocks down to this many queries; below it, calls cost more."""
 
 
 class TorchCoreAttention(MegatronModule):
@@ -141,7 +144,7 @@ class TorchCoreAttention(MegatronModule):
             key, value = _gather_keys_and_values(key, value, boundaries, self.cp_group)
         spans: Iterator[Span | Gap]
         if documents is not None or cp > 1:
-            spans = document_spans(boundaries, lengths, query.size(0), cp, rank)
+            spans = document_spans(boundaries, lengths, query.size(0), cp, rank, window=self.window)
         else:
             sequence = Span(
                 query_start=0,
@@ -150,7 +153,7 @@ class TorchCoreAttention(MegatronModule):
                 position_in_document=key.size(0) - query.size(0),
                 document_start=0,
             )
-            spans = split_into_blocks(sequence)
+            spans = split_into_blocks(sequence, self.window)
 
         # torch's CPU kernel needs 1.8 times as long for BF16 as for FP32 (forward and backward,
         # 256 tokens, torch 2.15), so on a CPU halves are widened first; the result is rounded once.
@@ -275,19 +278,29 @@ class Gap:
     size: int
 
 
-def split_into_blocks(span: Span) -> Iterator[Span]:
-    """Yield a span in pieces of at most `BLOCK` queries."""
-    for start in range(0, span.size, BLOCK):
+def split_into_blocks(span: Span, window: int | None) -> Iterator[Span]:
+    """Yield a span in pieces of at most `BLOCK` queries, and hardly more than the window.
+
+    Two queries that are a window apart share no key, so a longer piece is mostly hidden pairs.
+    """
+    most = BLOCK if window is None else min(BLOCK, max(window, _LEAST_BLOCK))
+    for start in range(0, span.size, most):
         yield Span(
             query_start=span.query_start + start,
-            size=min(BLOCK, span.size - start),
+            size=min(most, span.size - start),
             position_in_document=span.position_in_document + start,
             document_start=span.document_start,
         )
 
 
 def document_spans(
-    boundaries: Sequence[int], lengths: Sequence[int], tokens: int, cp: int, rank: int
+    boundaries: Sequence[int],
+    lengths: Sequence[int],
+    tokens: int,
+    cp: int,
+    rank: int,
+    *,
+    window: int | None,
 ) -> Iterator[Span | Gap]:
     """Yield the spans of a rank's queries in order, and the gaps that fill the rest.
 
@@ -297,6 +310,7 @@ def document_spans(
         tokens: number of this rank's queries.
         cp: context-parallel ranks.
         rank: this rank among them.
+        window: keys that a query sees, its own included; None for all before it.
     """
     # A single rank takes each document as one chunk: two halves would double the kernel calls.
     chunks, numbers = (1, (0,)) if cp == 1 else (2 * cp, (rank, 2 * cp - 1 - rank))
@@ -311,7 +325,8 @@ def document_spans(
                     size=real,
                     position_in_document=number * chunk,
                     document_start=start,
-                )
+                ),
+                window,
             )
             if real < chunk:
                 yield Gap(chunk - real)

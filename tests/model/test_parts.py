@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -15,7 +16,12 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
 from mellum2_megatron.architecture import Mellum2Architecture
-from mellum2_megatron.model.core_attention import TorchCoreAttention, causal_window_mask
+from mellum2_megatron.model.core_attention import (
+    Span,
+    TorchCoreAttention,
+    causal_window_mask,
+    split_into_blocks,
+)
 from mellum2_megatron.model.norm import TorchRMSNorm
 from mellum2_megatron.model.provider import build_model
 from mellum2_megatron.model.router import Mellum2Router
@@ -48,13 +54,15 @@ def plain_attention(query, key, value, visible, scale):
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("window", [None, 4, 64])
+@pytest.mark.parametrize("window", [None, 4, 64, 70])
 @pytest.mark.parametrize("documents", [False, True], ids=["one_document", "document_mask"])
-@pytest.mark.parametrize("queries", [12, 5])
-def test_core_attention_is_plain_attention(window: int | None, documents: bool, queries: int):
+@pytest.mark.parametrize(("queries", "s"), [(12, 12), (5, 12), (150, 150), (130, 150)])
+def test_core_attention_is_plain_attention(
+    window: int | None, documents: bool, queries: int, s: int
+):
     """Both masks count: upstream's local attention forgets the given one on windowed layers."""
     torch.manual_seed(0)
-    s, b, n, g, d = 12, 2, 6, 2, 8
+    b, n, g, d = 2, 6, 2, 8
     config = transformer_config(SMALL)
     config.window_size = None if window is None else (window - 1, 0)
     attention = TorchCoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=0.3)
@@ -79,6 +87,25 @@ def test_core_attention_is_plain_attention(window: int | None, documents: bool, 
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("window", "sizes"),
+    [
+        (None, [2048, 952]),
+        (4096, [2048, 952]),
+        (1024, [1024, 1024, 952]),
+        (4, [64] * 46 + [56]),
+    ],
+)
+def test_blocks_are_hardly_longer_than_the_window(window: int | None, sizes: list[int]):
+    whole = Span(query_start=5, size=3000, position_in_document=7, document_start=2)
+    blocks = list(split_into_blocks(whole, window))
+    assert [block.size for block in blocks] == sizes
+    starts = [0, *itertools.accumulate(sizes)][:-1]
+    assert [block.query_start - 5 for block in blocks] == starts
+    assert [block.position_in_document - 7 for block in blocks] == starts
+    assert {block.document_start for block in blocks} == {2}
 
 
 def test_core_attention_refuses_unsupported_arguments():
