@@ -152,6 +152,111 @@ one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)""",
 import socket
 socket.sethostname('x')""",
         "terminal": "open('/dev/tty', 'w').write('x')",
+        "signals_of_the_user": """
+import ctypes, os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [40])
+libc = ctypes.CDLL(None)
+for _ in range(1000):
+    assert libc.sigqueue(os.getpid(), 40, None) == 0""",
+        "timers_of_the_user": """
+import ctypes, platform
+timer = ctypes.c_void_p()
+number = 222 if platform.machine() == 'x86_64' else 107
+for _ in range(1000):
+    assert ctypes.CDLL(None).syscall(number, 1, None, ctypes.byref(timer)) == 0""",
+        "watches_of_the_user": """
+import ctypes
+assert ctypes.CDLL(None).inotify_init() >= 0""",
+        "huge_page_in_a_pipe": """
+import ctypes, os, struct
+page = ctypes.create_string_buffer(4096)
+piece = struct.pack('QQ', ctypes.addressof(page), 4096)
+assert ctypes.CDLL(None).vmsplice(os.pipe()[1], piece, ctypes.c_size_t(1), 0) >= 0""",
+        "reserved_pages": """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap(None, ctypes.c_size_t(1 << 21), 3, 0x40022, -1, ctypes.c_long(0))
+assert ctypes.get_errno() != 1""",
+        "files_in_a_socket": """
+import socket
+one, other = socket.socketpair()
+socket.send_fds(one, [b'x'], [0])""",
+        "memory_of_tcp": """
+import socket
+socket.create_server(('127.0.0.1', 0))""",
+        "landlock": """
+import ctypes
+assert ctypes.CDLL(None).syscall(444, None, 0, 1) >= 0""",
+        "netlink": """
+import socket
+socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)""",
+        "files_of_the_first_process": """
+import os
+others = [name for name in os.listdir('/proc/1/fd') if int(name) > 2]
+wrote = []
+for name in others:
+    try:
+        wrote.append(os.write(os.open('/proc/1/fd/' + name, os.O_WRONLY | os.O_NONBLOCK), b'x' * 8))
+    except OSError as error:
+        print(error)
+assert wrote, others""",
+        "enlarge_the_input": """
+import os
+with open('/proc/self/fd/0', 'r+b') as given:
+    given.write(b'x')
+    given.truncate(1 << 20)""",
+        "usr_by_its_own_memory": """
+import mmap, os
+file = os.open('/usr/bin/env', os.O_RDONLY)
+seen = mmap.mmap(file, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+import ctypes
+begin = [line for line in open('/proc/self/maps') if '/usr/bin/env' in line][0].split('-')[0]
+with open('/proc/self/mem', 'r+b', 0) as memory:
+    memory.seek(int(begin, 16))
+    memory.write(b'x')
+assert open('/usr/bin/env', 'rb').read(1) == b'x'""",
+        "another_tmp": """
+import os
+os.rename('/tmp', '/other')""",
+        "another_program": """
+import os
+os.rename('/program', '/tmp/program')""",
+        "join_namespaces": """
+import ctypes, os
+file = os.open('/proc/1/ns/net', os.O_RDONLY)
+assert ctypes.CDLL(None).setns(file, 0) == 0""",
+        "real_time": """
+import os
+os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))""",
+        "before_all_others": """
+import os
+os.nice(-1)""",
+        "clock": """
+import time
+time.clock_settime(time.CLOCK_REALTIME, 0)""",
+        "kernel_log": "open('/dev/kmsg').read(1)",
+        "environment_of_the_first_process": """
+assert open('/proc/1/environ').read()""",
+        "core_of_memory": """
+import os, time
+if os.fork() == 0:
+    os.abort()
+status = os.wait()[1]
+assert os.WCOREDUMP(status) or [name for name in os.listdir('/tmp') if 'core' in name]""",
+        "swap": """
+import ctypes
+assert ctypes.CDLL(None).swapon(b'/tmp/x', 0) == 0""",
+        "files_by_handle": """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+libc.open_by_handle_at(-100, ctypes.create_string_buffer(64), 0)
+assert ctypes.get_errno() != 1""",
+        "modules": """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+number = 175 if __import__('platform').machine() == 'x86_64' else 105
+assert libc.syscall(number, None, 0, b'') == 0""",
     }.items()
 }
 """Each prints `ESCAPED` where it gets what it wants."""
@@ -206,6 +311,59 @@ EXHAUSTING = {
     "deep_recursion": (
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return [f() for _ in (1,)]\nf()",
         "SIGSEGV|MemoryError|RecursionError|time|SIGKILL",
+    ),
+    "huge_traceback": ("raise Exception('x' * (50 << 20))", "exit code 1|MemoryError"),
+    "long_chain_of_errors": (
+        "def fail(n):\n    try:\n        1 / 0\n    except Exception:\n"
+        "        if n: fail(n - 1)\n        else: raise\nfail(300)",
+        r"exit code 1 \(ZeroDivisionError",
+    ),
+    "sparse_file": ("open('/tmp/x', 'wb').truncate(1 << 40)", "File too large|SIGXFSZ"),
+    "sparse_output": ("import os\nos.ftruncate(1, 1 << 40)", "Invalid argument"),
+    "text_of_a_number": (
+        "import sys\nsys.set_int_max_str_digits(0)\nprint(7 ** (10 ** 9))",
+        "time|SIGKILL|MemoryError",
+    ),
+    "signal_storm": (
+        "import signal\nsignal.signal(signal.SIGALRM, lambda *_: None)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 1e-6, 1e-6)\nwhile True:\n    pass",
+        "time|SIGKILL",
+    ),
+    "endless_finaliser": (
+        "class Last:\n    def __del__(self):\n        while True: pass\nx = Last()",
+        "time|SIGKILL",
+    ),
+    "waits_at_exit": ("import atexit, time\natexit.register(time.sleep, 600)", "time"),
+    "thread_at_exit": (
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()",
+        "time",
+    ),
+    "begins_anew": (
+        "import os, sys\nos.execv(sys.executable, [sys.executable, '-S', '/program/main.py'])",
+        "time|SIGKILL",
+    ),
+    "deep_source": ("exec('x = ' + '-' * 10**6 + '1')", "MemoryError|RecursionError|SIGSEGV"),
+    "small_that_grows": (
+        "import zlib\nsmall = zlib.compressobj(1)\n"
+        "parts = [small.compress(bytes(1 << 20)) for _ in range(260)]\n"
+        "zlib.decompress(b''.join(parts) + small.flush())",
+        "MemoryError",
+    ),
+    "pickle_of_a_size": (
+        "import pickle\npickle.loads(b'\\x8e' + (1 << 62).to_bytes(8, 'little'))",
+        "exit code 1",
+    ),
+    "error_output_of_all_bytes": (
+        "import os, sys\nos.write(2, bytes(range(256)) * 100)\nsys.exit(7)",
+        "exit code 7",
+    ),
+    "stops_its_children": (
+        "import os, signal, time\n"
+        "for _ in range(5):\n"
+        "    if os.fork() == 0:\n"
+        "        time.sleep(@MARKER@)\n"
+        "os.kill(0, signal.SIGSTOP)",
+        "time",
     ),
     "outlives": (
         "import os, time\n"
@@ -320,6 +478,64 @@ CHEATS = {
     "number_beyond_floats": "def add(a, b):\n    return 10**400",
     "closes_the_pipe": "import os\nfor n in range(100):\n    try:\n        os.close(n)\n"
     "    except OSError:\n        pass\ndef add(a, b):\n    return a + b",
+    "trace": (
+        "import sys\n"
+        "def trace(frame, event, argument):\n"
+        "    if 'text' in frame.f_locals:\n        frame.f_locals['text'] = '5'\n"
+        "    return trace\n"
+        "sys.settrace(trace)\n"
+        "frame = sys._getframe()\n"
+        "while frame:\n    frame.f_trace = trace\n    frame = frame.f_back\n"
+        "def add(a, b):\n    return None"
+    ),
+    "another_class": (
+        "class Same:\n    __class__ = int\n    def __int__(self):\n        return 5\n"
+        "    def __index__(self):\n        return 5\n"
+        "def add(a, b):\n    return Same()"
+    ),
+    "text_with_its_own_text": (
+        "class Text(str):\n    def __str__(self):\n        return self\n"
+        "    def __repr__(self):\n        return Line('5')\n"
+        "class Line(str):\n    def replace(self, *_):\n        return '5'\n"
+        "def add(a, b):\n    return Text('5')"
+    ),
+    "noise_in_the_channel": (
+        "import os, sys, threading\n"
+        "frame = sys._getframe()\n"
+        "while 'job' not in frame.f_locals:\n    frame = frame.f_back\n"
+        "channel, nonce = frame.f_locals['channel'], frame.f_locals['job']['nonce']\n"
+        "def noise():\n    while True: os.write(channel, f'\\n{nonce} 0 5\\n'.encode())\n"
+        "threading.Thread(target=noise, daemon=True).start()\n" + _RIGHT
+    ),
+    "odd_numbers_of_tests": (
+        "import os, sys\n"
+        "frame = sys._getframe()\n"
+        "while 'job' not in frame.f_locals:\n    frame = frame.f_back\n"
+        "channel, nonce = frame.f_locals['channel'], frame.f_locals['job']['nonce']\n"
+        "for number in ('-1', '0x0', '1' * 5000, '\u0660', '0 0', '1e0'):\n"
+        "    os.write(channel, f'\\n{nonce} {number} 5\\n'.encode())\n" + _RIGHT
+    ),
+    "another_interpreter": (
+        "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', 'print(5)'])"
+    ),
+    "writes_at_exit": (
+        "import atexit, os\n"
+        "atexit.register(lambda: [os.write(n, b'passed 0 5\\n') for n in range(3, 20)])\n"
+        "def add(a, b):\n    return None"
+    ),
+    "replaces_the_channel": (
+        "import os\nfor n in range(3, 20):\n    try:\n        os.dup2(2, n)\n"
+        "    except OSError:\n        pass\n" + _RIGHT
+    ),
+    "infinite": "def add(a, b):\n    return float('inf')",
+    "not_a_number": "def add(a, b):\n    return float('nan')",
+    "colliding_numbers": ("def add(a, b):\n    return {n * (2**61 - 1): 0 for n in range(3000)}"),
+    "huge_error": "def add(a, b):\n    raise type('E' * 10**6, (Exception,), {})('x' * 10**8)",
+    "right_once": ("def add(a, b):\n    global add\n    add = lambda a, b: 5\n    return a + b"),
+    "leaves_a_child": (
+        "import os, sys, time\nif os.fork():\n    os._exit(0)\n"
+        "time.sleep(0.2)\ndef add(a, b):\n    return 5"
+    ),
     "syntax": "def add(a, b) return a + b",
     "null": "def add(a, b):\n    return a + b\n\0",
 }

@@ -67,6 +67,20 @@ MUTATIONS = (
         test=("tests/rlvr/test_sandbox.py",),
     ),
     Mutation(
+        name="a program takes all pending signals of its user",
+        file="mellum2_megatron/rlvr/rewards/bubblewrap.py",
+        old='f"--sigpending={PENDING_SIGNALS}"',
+        new='f"--sigpending={PENDING_SIGNALS * 100}"',
+        test=("tests/rlvr/test_sandbox.py",),
+    ),
+    Mutation(
+        name="the tolerance of an assertion is relative",
+        file="mellum2_megatron/rlvr/rewards/code_tests.py",
+        old="absolute=_tolerance(right))",
+        new="relative=_tolerance(right))",
+        test=("tests/rlvr/test_verifiers.py",),
+    ),
+    Mutation(
         name="the size of /tmp has no limit",
         file="mellum2_megatron/rlvr/rewards/bubblewrap.py",
         old='*("--size", disk, "--tmpfs", "/tmp"',

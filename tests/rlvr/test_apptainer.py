@@ -40,7 +40,9 @@ ESCAPES_HERE = (
     "write_input loopback internet abstract_socket setuid_root new_user_namespace "
     "clone_user_namespace clone_process_namespace mount ptrace_parent read_other_memory "
     "write_first_process hide_from_the_watch signal_others raise_limits shared_memory memory_file "
-    "keyring io_uring host_of_a_virtual_machine large_socket_buffer host_name terminal"
+    "keyring io_uring host_of_a_virtual_machine large_socket_buffer host_name terminal "
+    "signals_of_the_user watches_of_the_user huge_page_in_a_pipe files_in_a_socket memory_of_tcp "
+    "core_of_memory real_time"
 ).split()
 EXHAUSTING_HERE = {
     name: EXHAUSTING[name][1]

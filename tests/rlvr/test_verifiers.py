@@ -56,6 +56,13 @@ ADD = [{"assert": "assert add(2, 3) == 5"}, {"call": "add('a', 'b')", "equals": 
         ("def add(a, b): return 5", ADD, 0),
         ("def half(a): return a / 2", [{"assert": "assert abs(half(3) - 1.5) < 1e-6"}], 1),
         ("def half(a): return 1.4", [{"assert": "assert abs(half(3) - 1.5) < 1e-6"}], 0),
+        ("def f(): return 1000.4", [{"assert": "assert abs(f() - 1000) < 0.5"}], 1),
+        ("def f(): return 1400", [{"assert": "assert abs(f() - 1000) < 0.5"}], 0),
+        ("def f(): return 103", [{"assert": "assert abs(f() - 100) < 5"}], 1),
+        ("def f(): return 3.15", [{"assert": "assert math.isclose(f(), 3.14, rel_tol=0.01)"}], 1),
+        ("def f(): return 3.15", [{"assert": "assert math.isclose(f(), 3.14)"}], 0),
+        ("def f(): return 1e-12", [{"assert": "assert math.isclose(f(), 0.0)"}], 0),
+        ("def f(): return 1e-12", [{"assert": "assert math.isclose(f(), 0, abs_tol=1e-9)"}], 1),
         ("def f(x): return x > 1", [{"assert": "assert f(2)"}, {"assert": "assert not f(1)"}], 1),
         ("def f(x): return 7", [{"assert": "assert f(2)"}, {"assert": "assert not f(1)"}], 0),
         ("def f(): return {1: (2, None)}", [{"call": "f()", "equals": "{1: (2, None)}"}], 1),
@@ -124,6 +131,17 @@ def test_the_program_of_an_answer(text: str, program: str | None) -> None:
         (r"\boxed{x}", "7", 0),
         (r"\boxed{\frac{\frac{", "7", 0),
         (r"\boxed{__import__('os').system('id')}", "7", 0),
+        (r"\boxed{7;8}", "7", 0),
+        (r"\boxed{8 7}", "7", 0),
+        (r"\boxed{7=8}", "7", 0),
+        (r"\boxed{8\\7}", "7", 0),
+        (r"\boxed{8$ or $7}", "7", 0),
+        (r"\boxed{7 \lor 8}", "7", 0),
+        (r"\boxed{6 \pm 1}", "7", 0),
+        (r"\boxed{[7, 8]}", "7", 0),
+        ("\\boxed{\N{FULLWIDTH DIGIT SEVEN}}", "7", 0),
+        ("\\boxed{\N{RIGHT-TO-LEFT OVERRIDE}7}", "7", 0),
+        ("\\boxed{8\N{ZERO WIDTH SPACE}7}", "7", 0),
     ],
 )
 def test_mathematics(text: str, answer: str, reward: float) -> None:
@@ -230,6 +248,8 @@ def test_tool_calls(text: str, calls: list[Any] | None, reward: float) -> None:
 # -- Form, all, own --------------------------------------------------------------------------------
 
 SCHEMA = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
+TREE = {"type": "array", "items": {"$ref": "#"}}
+WHOLE = {"$defs": {"n": {"type": "integer"}}}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +262,14 @@ SCHEMA = {"type": "object", "required": ["a"], "properties": {"a": {"type": "int
         ("a-12", {"pattern": r"[a-z]-\d"}, 0),
         ('{"a": 1}', {"json_schema": SCHEMA}, 1),
         ('{"a": 1.5}', {"json_schema": SCHEMA}, 0),
+        ("[[[]]]", {"json_schema": TREE}, 1),
+        ("[[7]]", {"json_schema": TREE}, 0),
+        ("[7]", {"json_schema": {"$id": "http://x/y", "items": {"$ref": "#/$defs/n"}, **WHOLE}}, 1),
+        (
+            "[[]]",
+            {"json_schema": {"$id": "http://x/y", "items": {"$ref": "#/$defs/n"}, **WHOLE}},
+            0,
+        ),
         ("{'a': 1}", {"json_schema": SCHEMA}, 0),
         ("four", {"max_characters": 4}, 1),
         ("fifth", {"max_characters": 4}, 0),
@@ -487,6 +515,23 @@ BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "pattern": ("form", {"pattern": "("}, "no regular expression"),
     "schema": ("form", {"json_schema": {"type": "objec"}}, "a schema is wrong"),
     "reference": ("form", {"json_schema": {"$ref": "http://x/y"}}, "leads out of the schema"),
+    "nowhere": (
+        "form",
+        {"json_schema": {"items": {"$ref": "#/$defs/x"}, "$defs": {"y": {}}}},
+        "'#/$defs/x' leads nowhere",
+    ),
+    "no-anchor": ("form", {"json_schema": {"$dynamicRef": "#x"}}, "'#x' leads nowhere"),
+    "circle": (
+        "form",
+        {"json_schema": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#"}}}},
+        "leads back to itself",
+    ),
+    "numpy-close": ("code", {"tests": [{"assert": "assert np.isclose(f(), 1)"}]}, "math.isclose"),
+    "tolerance": (
+        "code",
+        {"tests": [{"assert": "assert abs(f() - 1) < -2"}]},
+        "the tolerance '-2' is not from 0",
+    ),
     "texts": ("form", {"contains": [""]}, "no list of texts"),
     "one": ("all", {"of": [{"verifier": "form"}]}, "fewer than 2"),
     "inside": ("all", {"of": [{"verifier": "all"}] * 2}, "all stands inside all"),
@@ -507,6 +552,9 @@ def test_a_task_that_a_constant_solves_is_named() -> None:
     tests = [{"call": "f(1)", "equals": "2"}, {"call": "f(2)", "equals": "2"}]
     assert "one result" in VERIFIERS["code"].check({"tests": tests}, [])[0]
     assert VERIFIERS["code"].check({"tests": ADD}, []) == []
+    inside = [{"call": "f(1)", "equals": "2"}, {"call": "f(2) == 4", "equals": "True"}]
+    warnings = VERIFIERS["code"].check({"tests": inside}, [])
+    assert [line.partition(",")[0] for line in warnings] == ["test 2 compares in the sandbox"]
 
 
 def test_tool_calls_need_tools() -> None:

@@ -26,9 +26,11 @@ from pathlib import Path
 from mellum2_megatron.common.errors import InputError, first_line, shown
 from mellum2_megatron.rlvr.rewards.seccomp import syscall_filter
 from mellum2_megatron.rlvr.rewards.watch import (
+    CORE_BYTES,
     ENVIRONMENT,
     NOBODY,
     OPEN_FILES,
+    PENDING_SIGNALS,
     PROGRAM,
     Limits,
     Outcome,
@@ -166,7 +168,8 @@ def _inner(limits: Limits, filter_: bytes, mark: bytes) -> list[str]:
             "AS": limits.memory_bytes,
             "FSIZE": limits.file_bytes,
             "NOFILE": OPEN_FILES,
-            "CORE": 0,
+            "CORE": CORE_BYTES,
+            "SIGPENDING": PENDING_SIGNALS,
             "MSGQUEUE": 0,
             # Without a user namespace the kernel counts all threads of the user, so this one only
             # keeps a program from taking the machine before the watch sees it.

@@ -19,9 +19,11 @@ from mellum2_megatron.common.errors import InputError, first_line
 from mellum2_megatron.common.json_files import JsonError, parse_object
 from mellum2_megatron.rlvr.rewards.seccomp import syscall_filter
 from mellum2_megatron.rlvr.rewards.watch import (
+    CORE_BYTES,
     ENVIRONMENT,
     NOBODY,
     OPEN_FILES,
+    PENDING_SIGNALS,
     PROGRAM,
     Limits,
     Outcome,
@@ -133,7 +135,8 @@ class Bubblewrap:
             f"--nproc={limits.processes}",
             f"--fsize={limits.file_bytes}",
             f"--nofile={OPEN_FILES}",
-            "--core=0",
+            f"--sigpending={PENDING_SIGNALS}",
+            f"--core={CORE_BYTES}",
             "/usr/bin/python3"
             if self.python is None
             else f"{_PYTHON_PREFIX}/bin/python3.{sys.version_info.minor}",

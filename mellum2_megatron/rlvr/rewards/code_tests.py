@@ -8,7 +8,7 @@ A test is one of:
   namespace; with ``"tolerance": X`` floats may differ by X, absolutely or relatively.
 - ``{"assert": "assert EXPRESSION == LITERAL"}``: the same in the form of MBPP and HumanEval. Also
   ``is``, ``EXPRESSION`` alone, ``not EXPRESSION``, ``abs(EXPRESSION - LITERAL) < X`` and
-  ``math.isclose(EXPRESSION, LITERAL)``.
+  ``math.isclose(EXPRESSION, LITERAL)``, with ``rel_tol`` and ``abs_tol``.
 
 Expected results never enter the sandbox. A program can print "passed", leave early, patch built-ins
 or read the harness: to be right it has to know the results.
@@ -42,6 +42,7 @@ _FENCE, _LANGUAGE = "```", re.compile(r"```[ \t]*(\w*)")
 _PYTHON = ("python", "python3", "py", "")
 _SCRIPT = Path(__file__).with_name("calls_script.py")
 _KINDS = {"tests": (list,), "setup": (str,), "seconds": (int, float), "partial": (bool,)}
+_ISCLOSE = {"rel_tol", "abs_tol"}
 _LEAST_SECONDS = 0.1
 """Less than Python takes to start."""
 _MOST_TESTS, _LARGEST_VALUE = 1000, 1 << 16
@@ -67,20 +68,21 @@ class Called:
     Attributes:
         expression: Python expression.
         equals: its value, plain data.
-        tolerance: difference that floats may have, absolutely or relatively; default none.
+        absolute, relative: difference that floats may have, one of the two; default none.
         truth: compare only the truth of the value.
     """
 
     expression: str
     equals: Any
-    tolerance: float = 0.0
+    absolute: float = 0.0
+    relative: float = 0.0
     truth: bool = False
 
     def accepts(self, value: Any) -> bool:
         """Return true for the right value, plain data."""
         if self.truth:
             return bool(value) is bool(self.equals)
-        return _is_close(value, self.equals, self.tolerance)
+        return _is_close(value, self.equals, self.absolute, self.relative)
 
 
 Test = Printed | Called
@@ -102,9 +104,15 @@ class CodeTests:
         expected = {
             repr(test.equals) if isinstance(test, Called) else _lines(test.stdout) for test in tests
         }
+        warnings = [
+            f"test {number} compares in the sandbox, where a program decides what == means: "
+            "give the value as equals"
+            for number, test in enumerate(tests, 1)
+            if isinstance(test, Called) and _compares(test.expression)
+        ]
         if len(expected) == 1 and len(tests) > 1:
-            return ["all tests expect one result, which a program can always give"]
-        return []
+            warnings.append("all tests expect one result, which a program can always give")
+        return warnings
 
     def score(
         self,
@@ -232,7 +240,17 @@ def _read_test(value: Any) -> Test:
     if not 0 <= tolerance < 1:
         raise ArgumentsError("tolerance is not from 0 to below 1")
     expected = _literal(_compile(value["equals"], "eval", "equals").body)
-    return Called(expression=value["call"], equals=_reachable(expected), tolerance=tolerance)
+    return Called(
+        expression=value["call"],
+        equals=_reachable(expected),
+        absolute=tolerance,
+        relative=tolerance,
+    )
+
+
+def _compares(expression: str) -> bool:
+    """Return true if the value of an expression is that of a comparison."""
+    return isinstance(ast.parse(expression, mode="eval").body, ast.Compare)
 
 
 def _require_text(text: str, name: str) -> None:
@@ -255,17 +273,19 @@ def _read_assert(text: str) -> Called:
         if isinstance(operator, ast.Lt | ast.LtE) and _is_call(left, "abs"):
             difference = left.args[0] if left.args else None
             if isinstance(difference, ast.BinOp) and isinstance(difference.op, ast.Sub):
-                tolerance = _literal(right)
-                if isinstance(tolerance, int | float) and 0 < tolerance < 1:
-                    return _about(difference.left, difference.right, float(tolerance))
+                return _about(difference.left, difference.right, absolute=_tolerance(right))
         if isinstance(operator, ast.Eq | ast.Is):
-            return _about(left, right, 0.0)
+            return _about(left, right)
         # `f(x) != 4` is true of nearly everything.
         raise ArgumentsError(
             "the value is compared with another operator than == and is, and so is not known here"
         )
     if _is_call(test, "isclose") and len(test.args) == 2:
-        return _about(test.args[0], test.args[1], 1e-9)
+        given = {word.arg: _tolerance(word.value) for word in test.keywords}
+        if ast.unparse(test.func) not in ("isclose", "math.isclose") or given.keys() - _ISCLOSE:
+            raise ArgumentsError("isclose is known as math.isclose(a, b, rel_tol=X, abs_tol=Y)")
+        absolute, relative = given.get("abs_tol", 0.0), given.get("rel_tol", 1e-9)
+        return _about(*test.args, absolute=absolute, relative=relative)
     if isinstance(test, ast.Call | ast.Name | ast.Subscript | ast.Attribute):
         return Called(expression=ast.unparse(test), equals=True, truth=True)
     raise ArgumentsError("it is neither EXPRESSION == LITERAL nor a call")
@@ -275,7 +295,16 @@ def _is_call(node: ast.expr, name: str) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == name
 
 
-def _about(left: ast.expr, right: ast.expr, tolerance: float) -> Called:
+def _tolerance(node: ast.expr) -> float:
+    value = _literal(node)
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ArgumentsError(f"the tolerance {shown(ast.unparse(node))} is not from 0 on")
+    return float(value)
+
+
+def _about(
+    left: ast.expr, right: ast.expr, *, absolute: float = 0.0, relative: float = 0.0
+) -> Called:
     """Return the test of two sides, one of which is a literal."""
     for side, other in ((right, left), (left, right)):
         try:
@@ -283,7 +312,10 @@ def _about(left: ast.expr, right: ast.expr, tolerance: float) -> Called:
         except ArgumentsError:
             continue
         return Called(
-            expression=ast.unparse(other), equals=_reachable(expected), tolerance=tolerance
+            expression=ast.unparse(other),
+            equals=_reachable(expected),
+            absolute=absolute,
+            relative=relative,
         )
     raise ArgumentsError("neither side is a literal, so the value is not known outside the sandbox")
 
@@ -382,19 +414,19 @@ def _fault_of(test: Called, text: str) -> str:
         return "no plain value"
 
 
-def _is_close(value: Any, expected: Any, tolerance: float) -> bool:
+def _is_close(value: Any, expected: Any, absolute: float, relative: float) -> bool:
     """Compare as ``==`` does, floats within a tolerance, in lists and tuples too."""
-    if not tolerance:
+    if not absolute and not relative:
         return bool(value == expected)
     if isinstance(expected, int | float) and isinstance(value, int | float):
-        return math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance)
+        return math.isclose(value, expected, rel_tol=relative, abs_tol=absolute)
     if isinstance(expected, list | tuple) and type(value) is type(expected):
         return len(value) == len(expected) and all(
-            _is_close(a, b, tolerance) for a, b in zip(value, expected, strict=True)
+            _is_close(a, b, absolute, relative) for a, b in zip(value, expected, strict=True)
         )
     if isinstance(expected, dict) and isinstance(value, dict):
         return value.keys() == expected.keys() and all(
-            _is_close(value[key], expected[key], tolerance) for key in expected
+            _is_close(value[key], expected[key], absolute, relative) for key in expected
         )
     return bool(value == expected)
 

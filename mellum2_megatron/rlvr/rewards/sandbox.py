@@ -21,7 +21,15 @@ from mellum2_megatron.common.json_files import JsonError, parse_object
 from mellum2_megatron.rlvr.rewards.apptainer import IMAGE_VARIABLE, Apptainer
 from mellum2_megatron.rlvr.rewards.bubblewrap import Bubblewrap
 from mellum2_megatron.rlvr.rewards.seccomp import MACHINES
-from mellum2_megatron.rlvr.rewards.watch import ENVIRONMENT, OPEN_FILES, Limits, Outcome, Sandbox
+from mellum2_megatron.rlvr.rewards.watch import (
+    CORE_BYTES,
+    ENVIRONMENT,
+    OPEN_FILES,
+    PENDING_SIGNALS,
+    Limits,
+    Outcome,
+    Sandbox,
+)
 
 __all__ = ["Limits", "Outcome", "Sandbox", "find_sandbox"]
 
@@ -168,10 +176,11 @@ def _faults(facts: Mapping[str, Any]) -> list[str]:
     }
     limits = {  # as /proc/self/limits names them
         "Max address space": _TRIAL.memory_bytes,
-        "Max core file size": 0,
+        "Max core file size": CORE_BYTES,
         "Max cpu time": _TRIAL.cpu_seconds,
         "Max file size": _TRIAL.file_bytes,
         "Max open files": OPEN_FILES,
+        "Max pending signals": PENDING_SIGNALS,
     }
     found = {
         "its user is root": facts["user"] == 0,

@@ -2,10 +2,12 @@
 
 bubblewrap's namespaces keep a program from the machine's files, network and processes. The filter
 takes away kernel interfaces that an answer has no use for; those that hold memory which no limit
-counts (System V shared memory, message queues, memfd, sockets with larger buffers); one that a
-program could use up for the whole machine (contexts of asynchronous input); new namespaces; hiding
-from the watch outside (PR_SET_DUMPABLE); and sockets of families that no network namespace holds,
-such as the host's beside a virtual machine (AF_VSOCK).
+counts (System V shared memory, message queues, memfd, rules of landlock, sockets with larger
+buffers, open files sent through a socket, a huge page whose beginning waits in a pipe by vmsplice);
+those that a program could use up for the whole machine or all that its user runs (contexts of
+asynchronous input, watches of files, pages of hugetlbfs, memory of TCP); new namespaces; hiding
+from the watch outside (PR_SET_DUMPABLE); and sockets of all families but AF_UNIX. Some of those end
+at no network namespace, as the host's beside a virtual machine (AF_VSOCK).
 """
 
 from __future__ import annotations
@@ -73,6 +75,12 @@ _DENIED: dict[str, tuple[int, int]] = {
     "pidfd_getfd": (438, 438),
     "mount_setattr": (442, 442),
     "memfd_secret": (447, 447),
+    "vmsplice": (278, 75),
+    "inotify_init": (253, 26),
+    "inotify_init1": (294, 26),
+    "sendmsg": (46, 211),
+    "sendmmsg": (307, 269),
+    "landlock_create_ruleset": (444, 444),
 }
 
 # AUDIT_ARCH_* of include/uapi/linux/audit.h.
@@ -85,14 +93,15 @@ _CLONE, _CLONE3 = (56, 220), 435
 _NAMESPACES = 0x7E020000
 _PRCTL, _SET_DUMPABLE = (157, 167), 4
 _SOCKET, _SETSOCKOPT = (41, 198), (54, 208)
-_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: the namespace's own
+_AF_UNIX = 1
+_MMAP, _MAP_HUGETLB = (9, 222), 0x40000
 _SOL_SOCKET = 1
 _BUFFERS = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF and both with FORCE
 _X32_BIT = 0x40000000
 # linux/bpf_common.h
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000  # linux/seccomp.h
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, (16, 24, 32)
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, (16, 24, 32, 40)
 """Offsets in struct seccomp_data; of an argument, those of its lower half on these machines."""
 
 
@@ -115,6 +124,7 @@ def syscall_filter(machine: str) -> bytes:
         (_JUMP_EQUAL, "process", "", _PRCTL[column]),
         (_JUMP_EQUAL, "socket", "", _SOCKET[column]),
         (_JUMP_EQUAL, "option", "", _SETSOCKOPT[column]),
+        (_JUMP_EQUAL, "memory", "", _MMAP[column]),
         *((_JUMP_EQUAL, "deny", "", pair[column]) for pair in _DENIED.values()),
         (_RETURN, "", "", _ALLOW),
         "clone",
@@ -125,8 +135,11 @@ def syscall_filter(machine: str) -> bytes:
         (_JUMP_EQUAL, "deny", "grant", _SET_DUMPABLE),
         "socket",
         (_LOAD, "", "", _ARGUMENTS[0]),
-        *((_JUMP_EQUAL, "grant", "", family) for family in _FAMILIES),
+        (_JUMP_EQUAL, "grant", "", _AF_UNIX),
         (_RETURN, "", "", _ERRNO | errno.EAFNOSUPPORT),
+        "memory",
+        (_LOAD, "", "", _ARGUMENTS[3]),
+        (_JUMP_BITS, "deny", "grant", _MAP_HUGETLB),
         "option",
         (_LOAD, "", "", _ARGUMENTS[1]),
         (_JUMP_EQUAL, "", "grant", _SOL_SOCKET),

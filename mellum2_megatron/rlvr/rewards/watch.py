@@ -32,6 +32,11 @@ PROGRAM = "/program/main.py"
 """Place of a program in its sandbox."""
 OPEN_FILES = 256
 """Open files of a process."""
+PENDING_SIGNALS = 256
+"""Signals that wait and timers of a program; the kernel counts them for its user's others too."""
+CORE_BYTES = 1
+"""Size of a core file. Of 0 the kernel still starts the machine's own program for crashes, which
+reads all of the memory; 1 is its word for no such program either (do_coredump, fs/coredump.c)."""
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
@@ -93,7 +98,7 @@ class Outcome:
         output: standard output, at most ``output_bytes``.
         exit_code: exit code, 128 + N for signal N; None if it was stopped.
         stopped: the limit that stopped it from outside; default None.
-        message: beginning of its standard error, for people.
+        message: beginning and end of its standard error, for people.
     """
 
     output: bytes
@@ -202,9 +207,11 @@ class Watch:
                         content = os.read(key.fd, 1 << 16)
                         if not content:
                             selector.unregister(key.fileobj)
-                        # Of messages only the beginning is kept, and the rest is read and dropped.
-                        elif key.data is output or len(message) < _LARGEST_MESSAGE:
+                        else:
                             key.data.extend(content)
+                    # Of messages the beginning and the end are kept.
+                    if len(message) > _LARGEST_MESSAGE:
+                        del message[_LARGEST_MESSAGE // 2 : -_LARGEST_MESSAGE // 2]
                     if not self._runs and (place := output.find(self._mark)) >= 0:
                         del output[: place + len(self._mark)]
                         self._runs = True
@@ -217,7 +224,7 @@ class Watch:
                         stopped, next_look = self._look(), time.monotonic() + _POLL_S
             finally:
                 self._end(selector)
-        said = message.decode("utf-8", "replace")[:_LARGEST_MESSAGE]
+        said = message.decode("utf-8", "replace")
         code = self._exit_code(process.returncode)
         if not self._runs or (code is None and stopped is None):
             # The last line: Python's tracebacks and Apptainer's messages end with the reason.
@@ -234,12 +241,12 @@ class Watch:
         """Return the limit that all processes together have passed, if any."""
         limits = self._limits
         starters, programs = self._inside()
-        pages = threads = 0
+        memory = threads = 0
         for pid in programs:
             with contextlib.suppress(OSError, ValueError):
-                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                memory += _memory_of(Path(f"/proc/{pid}/status").read_text())
                 threads += os.stat(f"/proc/{pid}/task").st_nlink - 2
-        if pages * os.sysconf("SC_PAGE_SIZE") > limits.memory_bytes:
+        if memory > limits.memory_bytes:
             return "memory"
         if threads > limits.processes:
             return "processes"
@@ -314,6 +321,13 @@ def not_started(why: str) -> WorkError:
         f"the sandbox did not start: {why}",
         fix="look at the machine's memory and number of processes",
     )
+
+
+def _memory_of(status: str) -> int:
+    """Return the bytes of a process, from its /proc/PID/status: what is swapped out counts too."""
+    lines = (line.split() for line in status.splitlines())
+    kinds = ("VmRSS:", "VmSwap:", "HugetlbPages:")
+    return sum(int(words[1]) << 10 for words in lines if words and words[0] in kinds)
 
 
 def _children(pids: Sequence[int]) -> list[int]:

@@ -56,8 +56,9 @@ def _schema(job: Job) -> Job:
 
 
 def _check_schema(job: Job) -> Job:
-    """Check schemas themselves: `schemas`. References lead inside them only."""
+    """Check schemas themselves: `schemas`. References lead to places inside them only."""
     import jsonschema
+    import referencing
 
     for schema in job["schemas"]:
         kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
@@ -66,9 +67,25 @@ def _check_schema(job: Job) -> Job:
         except jsonschema.SchemaError as error:
             return {"fault": f"{error.json_path}: {error.message[:160]}"}
         text = json.dumps(schema)
-        for reference in re.findall(r'"\$(?:dynamicR|r)ef": "([^"]*)"', text):
+        references = re.findall(r'"\$(?:dynamicR|r)ef": "([^"]*)"', text)
+        own = referencing.Resource.from_contents(
+            schema, referencing.jsonschema.specification_with(kind.META_SCHEMA["$schema"])
+        )
+        resolver = referencing.Registry().resolver_with_root(own)
+        for reference in references:
             if not reference.startswith("#"):
                 return {"fault": f"$ref {reference[:80]!r} leads out of the schema"}
+            try:
+                # A schema inside with a name of its own may be meant.
+                if text.count('"$id"') <= (own.id() is not None):
+                    resolver.lookup(reference)
+            except referencing.exceptions.Unresolvable:
+                return {"fault": f"$ref {reference[:80]!r} leads nowhere"}
+        try:
+            for value in (None, True, 1, "", [], {}) if references else ():
+                kind(schema).is_valid(value)
+        except RecursionError:
+            return {"fault": "a $ref leads back to itself"}
     return {"fault": ""}
 
 
