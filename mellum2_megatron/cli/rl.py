@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +48,8 @@ rl_app = typer.Typer(
     cls=_RecipeOrCommand,
 )
 
+_END_S = 30
+"""Seconds for requests at work when the service is ended."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 Tasks = Annotated[
@@ -241,7 +245,23 @@ def serve(
         print_line(f"programs run in {find_sandbox().description}")
     except InputError as error:  # the other verifiers need none
         print_line(f"warning: items that run programs will fail: {error}")
-    uvicorn.run(gateway.application(), host=host, port=port, log_level="warning")
+    uvicorn.run(
+        gateway.application(),
+        host=host,
+        port=port,
+        log_level="warning",
+        # The other half is for programs and workers.
+        limit_concurrency=_open_files() // 2,
+        timeout_graceful_shutdown=_END_S,
+    )
+
+
+def _open_files() -> int:
+    """Raise the number of files that this process may open as far as it may, and return it."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # without a limit, as on macOS
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)
 
 
 def _read(

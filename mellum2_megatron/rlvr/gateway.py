@@ -5,17 +5,18 @@ and returns ``{"verdicts": [{"reward", "reason"}, ...]}`` in the same order. ``G
 ``{"waiting": N, "most": M}``: the items at work or waiting, and how many there may be.
 
 What is more than that is refused with 503 and ``Retry-After``, and nothing of such a request is
-begun. 400: an item cannot be used; 401: the token is wrong; 413: the request is too large; 500: a
-verifier failed.
+begun. 400: an item cannot be used; 401: the token is wrong; 408: the request does not come to its
+end; 413: it is too large; 500: a verifier failed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hmac
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 LARGEST_REQUEST, MOST_BYTES = 64 << 20, 1 << 30
 """Bytes of the largest request, and of all that are read or wait for their answers."""
+BODY_S = 60.0
+"""Seconds that a request's next part may take: a client may be gone without a word."""
 
 _KINDS = {
     "verifier": (str,),
@@ -82,8 +85,15 @@ class Gateway:
             routes=[
                 Route("/score", self._score, methods=["POST"]),
                 Route("/health", self._health, methods=["GET"]),
-            ]
+            ],
+            lifespan=self._lifespan,
         )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
+        """Begin nothing more at the end."""
+        yield
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _health(self, request: Request) -> Response:
         return _answer(200, {"waiting": self._waiting, "most": self._most})
@@ -103,7 +113,9 @@ class Gateway:
     async def _answer_to(self, request: Request, body: bytearray) -> Response:
         """Read a request into ``body``, score its items, and return the answer."""
         try:
-            async for part in request.stream():
+            parts = request.stream()
+            # `anext` of a stream that ends raises, so the end is a part without content.
+            while part := await asyncio.wait_for(anext(parts, b""), BODY_S):
                 body += part
                 self._bytes += len(part)
                 if len(body) > LARGEST_REQUEST:
@@ -111,6 +123,8 @@ class Gateway:
                 if self._bytes > MOST_BYTES:
                     raise TooMuchError
             items = _items(bytes(body))
+        except TimeoutError:
+            return _answer(408, {"error": f"nothing more of the request for {BODY_S:g} s"})
         except TooMuchError:
             return _busy(f"requests of {MOST_BYTES:,} bytes are waiting")
         except TooLargeError:

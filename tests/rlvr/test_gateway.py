@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -174,6 +177,44 @@ def test_a_client_that_goes_away_frees_its_places(port: int) -> None:
     while waiting(port):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_client_that_falls_silent_is_let_go(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes count, and a service that ends would wait for it."""
+    monkeypatch.setattr(gateway, "BODY_S", 0.2)
+    head = b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(head + b"Content-Length: 9000\r\n\r\n{")
+        said = b""
+        while part := client.recv(4096):
+            said += part
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert b"nothing more of the request for 0.2 s" in said
+
+
+def test_more_connections_than_files_are_served() -> None:
+    """Each costs a file, of which a process may open 1,024 unless it asks for more."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    program = "from mellum2_megatron.cli import main; main()"
+    serve = [sys.executable, "-c", program, "rl", "serve", "--port", str(port)]
+    shell = ["bash", "-c", 'ulimit -Sn 80; exec "$@"', "bash", *serve]
+    with subprocess.Popen(shell) as service, contextlib.ExitStack() as open_ones:
+        open_ones.callback(service.kill)
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                waiting(port)
+                break
+            assert time.monotonic() < deadline
+            assert service.poll() is None
+            time.sleep(0.1)
+        for _ in range(120):
+            open_ones.enter_context(socket.create_connection(("127.0.0.1", port)))
+        code, answer = ask(port, {"items": [{**FORM, "answer": "a"}]})
+        assert (code, answer["verdicts"][0]["reward"]) == (200, 1)
+        service.terminate()
+        assert service.wait(60) in (0, -15)
 
 
 def test_a_request_that_is_too_large_is_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

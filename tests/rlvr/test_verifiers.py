@@ -428,6 +428,30 @@ def test_a_function_that_closes_the_channel_fails(
         )
 
 
+def test_a_job_whose_worker_is_killed_is_given_to_another(tmp_path: Path) -> None:
+    """As by the kernel, for the memory that other processes took."""
+    (tmp_path / "r.py").write_text(
+        "import os, pathlib\ndef reward(answer, times):\n"
+        "    log = pathlib.Path(__file__).with_name('log')\n"
+        "    log.write_text(log.read_text() + 'x' if log.exists() else 'x')\n"
+        "    if len(log.read_text()) <= times: os.kill(os.getpid(), 9)\n"
+        "    return 1\n"
+    )
+    verifier = find_verifier("r.py:reward", tmp_path)
+    assert verifier.score(Answer(text=""), {"times": 1}, []).reward == 1
+    (tmp_path / "log").unlink()
+    verdict = verifier.score(Answer(text=""), {"times": 9}, [])
+    assert (verdict.reward, "was killed" in verdict.reason) == (0, True)
+    assert (tmp_path / "log").read_text() == "xx"
+
+
+def test_a_worker_that_does_not_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_idle", [])
+    monkeypatch.setattr(worker, "_SCRIPT", Path("/nonexistent.py"))
+    with pytest.raises(WorkError, match="did not start: its process ends with exit code 2"):
+        VERIFIERS["math"].score(Answer(text=r"\boxed{7}"), {"answer": "7"}, [])
+
+
 def test_a_worker_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
     (tmp_path / "r.py").write_text(
         "import subprocess, time\ndef reward(answer):\n"

@@ -17,10 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mellum2_megatron.common.errors import WorkError
 from mellum2_megatron.common.json_files import JsonError, parse_object
 from mellum2_megatron.common.limited_process import LimitError
 
@@ -41,8 +42,14 @@ class LeftError(LimitError):
     """A process that ended itself, or closed its channel: no limit and no signal did."""
 
 
+class KilledError(LimitError):
+    """A process that was killed from outside, perhaps for what another one took."""
+
+
 def ask(job: Mapping[str, Any], *, seconds: float = SECONDS) -> dict[str, Any]:
     """Return the answer of a worker; any number of threads may ask at once.
+
+    A job whose process is killed is given to a second one.
 
     Args:
         job: see `worker_script`.
@@ -51,7 +58,15 @@ def ask(job: Mapping[str, Any], *, seconds: float = SECONDS) -> dict[str, Any]:
     Raises:
         LeftError: the process ended itself.
         LimitError: it passed the time or 4 GiB, or a signal ended it.
+        WorkError: no process starts.
     """
+    try:
+        return _ask(job, seconds)
+    except KilledError:
+        return _ask(job, seconds)
+
+
+def _ask(job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     worker = _take_idle() or _Worker()
     try:
         answer = worker.ask(job, seconds)
@@ -88,15 +103,32 @@ class _Worker:
         if sys.platform == "linux":  # only there another process can be limited
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(self._process.pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-        self._read(_START_S)
         self._imported: set[str] = set()
+        try:
+            self._begin(lambda: self._read(_START_S))
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         kind = job["kind"]
         if kind not in self._imported:
-            self._send({"kind": "import", "for": kind}, _START_S)
+            self._begin(lambda: self._send({"kind": "import", "for": kind}, _START_S))
             self._imported.add(kind)
         return self._send(job, seconds)
+
+    @staticmethod
+    def _begin(step: Callable[[], object]) -> None:
+        """Take a step before the job; that it fails says nothing of the job."""
+        try:
+            step()
+        except KilledError:
+            raise
+        except LimitError as limit:
+            raise WorkError(
+                f"a process that judges answers did not start: {limit}",
+                fix="look at the machine's load and memory",
+            ) from None
 
     def _send(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -133,6 +165,8 @@ class _Worker:
             return LeftError("its process closes the files that it has not opened")
         if code >= 0:
             return LeftError(f"its process ends with exit code {code}")
+        if code == -signal.SIGKILL:
+            return KilledError("its process was killed: too much memory, or by somebody")
         try:
             name = signal.Signals(-code).name
         except ValueError:
