@@ -16,12 +16,13 @@ from pathlib import Path
 from launchers.corpus_arrays import project_folder
 from launchers.profile import Profile
 from launchers.sbatch import directives
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.errors import InputError, shown
 from mellum2_megatron.rlvr.nemo_rl.config import TOKEN_FILE, URL_FILE
 from mellum2_megatron.rlvr.nemo_rl.declared import declared
 
 CONFIG_FILE, LAUNCH_FILE, REWARDS_FILE = "grpo.yaml", "launch.sh", "rewards.sh"
 _DRIVER = "mellum2_megatron.rlvr.nemo_rl.driver"
+_OF_RAY_SUB = {"CONTAINER", "MOUNTS", "COMMAND", "GPUS_PER_NODE", "BASE_LOG_DIR"}
 _IMPORT_FILE = "nemo_rl/models/megatron/community_import.py"
 
 
@@ -60,9 +61,17 @@ def check_launch(launch: Launch, folders: Sequence[Path]) -> None:
         folders: folders that the container must see under their own names.
 
     Raises:
-        InputError: on Slurm, no container, one of another runtime than Pyxis, one with arguments,
-            or a folder that is not mounted.
+        InputError: a folder whose name the scripts cannot hold; on Slurm, no container, one of
+            another runtime than Pyxis, one with arguments, a folder that is not mounted, or a
+            variable that ``ray.sub`` reads.
     """
+    for folder in folders:
+        if not str(folder).isprintable():
+            raise InputError(
+                f"the folder {shown(str(folder))}",
+                rule="a line break or other control character in it would end a line of the script",
+                fix="rename it",
+            )
     profile = launch.profile
     if profile.executor == "local":
         return
@@ -73,6 +82,12 @@ def check_launch(launch: Launch, folders: Sequence[Path]) -> None:
             + ("no container" if container is None else f"container.runtime: {container.runtime}"),
             rule="NeMo-RL's ray.sub starts its container with Pyxis",
             fix="name NeMo-RL's image with runtime: pyxis in a profile of its own",
+        )
+    for name in _OF_RAY_SUB & profile.variables.keys():
+        raise InputError(
+            f"profile {profile.name}: variables.{name}",
+            rule="launch.sh sets it for NeMo-RL's ray.sub",
+            fix="leave it out",
         )
     for folder in folders:
         if not container.covers(folder):

@@ -14,6 +14,7 @@ from mellum2_megatron.cli.options import Overrides, Overwrite, RecipeOrRun
 from mellum2_megatron.cli.rl import HeldOut, rl_app
 from mellum2_megatron.common.console import console, plain_table, print_line
 from mellum2_megatron.common.errors import InputError, WorkError, first_line
+from mellum2_megatron.common.files import check_writable
 
 if TYPE_CHECKING:
     from mellum2_megatron.config import Run
@@ -111,11 +112,21 @@ def render_nemo(
     from mellum2_megatron.rlvr.nemo_rl.declared import declared
     from mellum2_megatron.rlvr.nemo_rl.limits import limits_page
 
+    if generation_nodes is not None and mode == "sync":
+        raise InputError(
+            f"--generation-nodes {generation_nodes} with --mode sync",
+            rule="nodes that train write the answers too",
+            fix="add --mode async, or leave it out",
+        )
     run = resolve_run(recipe, overrides or [])
     site = Profile(name="local", executor="local") if profile is None else read_profile(profile)
     rewards = site if rewards_profile is None else read_profile(rewards_profile)
     target = Path(os.path.abspath(output or Path("runs") / f"{run.name}_nemo_rl"))
+    check_writable("--output", target, folder=True)
     model = _model_folder(run, hf_path)
+    for name, path in (("--checkout", checkout), ("--hf-path", model)):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{name} {path}", rule="is a file", fix="name a folder")
     template = _template(run, model)
     train, valid = _task_files(run, tasks, valid_tasks)
     # No task is trained on that the validation asks.

@@ -259,6 +259,13 @@ def test_the_golden_numbers_of_the_objective_can_be_made_anew(
         (["mellum2_12b_rlvr_thinking", "--hf-path", "broken"], "it must be a tokenizer"),
         (["mellum2_12b_rlvr_instruct", "checkpoint.load=null"], "without checkpoint.load"),
         (["mellum2_12b_rlvr_instruct", "schedule.style=whd"], "schedule.style=whd"),
+        (["mellum2_12b_rlvr_instruct", "--profile", "taken.yaml"], "variables.MOUNTS"),
+        (["mellum2_12b_rlvr_instruct", "--checkout", "${x}"], "defaults: "),
+        (["mellum2_12b_rlvr_instruct", "logging.wandb_project=${x}"], "logger.wandb.project"),
+        (["mellum2_12b_rlvr_instruct", "--checkout", "a\nb"], "control character"),
+        (["mellum2_12b_rlvr_instruct", "--checkout", "good.yaml"], "--checkout good.yaml"),
+        (["mellum2_12b_rlvr_instruct", "--hf-path", "good.yaml"], "--hf-path "),
+        (["mellum2_12b_rlvr_instruct", "--generation-nodes", "2"], "with --mode sync"),
         (
             [
                 *("mellum2_12b_rlvr_instruct", "--mode", "async"),
@@ -292,6 +299,7 @@ def test_what_cannot_run_is_refused_and_nothing_is_written(
         ("apptainer", {"container": container | {"runtime": "apptainer"}}),
         ("far", {"container": container | {"mounts": ["/far"]}}),
         ("cpu", {"gpus_per_node": 0, "nodes": 1, "container": container}),
+        ("taken", {"container": container, "variables": {"MOUNTS": "/x"}}),
         ("good", {"container": container}),
     ):
         (work / f"{name}.yaml").write_text(yaml.safe_dump(site | changes))

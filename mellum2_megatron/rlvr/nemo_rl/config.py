@@ -18,7 +18,7 @@ from typing import Any, Literal
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run
 from mellum2_megatron.rlvr.nemo_rl import environment, tasks
-from mellum2_megatron.rlvr.nemo_rl.declared import declared, require_declared
+from mellum2_megatron.rlvr.nemo_rl.declared import declared, require_declared, require_literal
 
 Mode = Literal["sync", "async"]
 
@@ -86,6 +86,7 @@ def render_config(run: Run, place: Place, mode: Mode) -> dict[str, Any]:
         },
     }
     require_declared(config, declared(place.checkout))
+    require_literal(config)
     return config
 
 

@@ -73,7 +73,7 @@ def require_declared(config: Mapping[str, Any], version: Declared) -> None:
         InputError: the first such key, with the nearest.
     """
     known = version.keys
-    for key in _keys(config, ""):
+    for key, _ in _entries(config, ""):
         section, _, name = key.rpartition(".")
         if name in _OF_THE_LOADER or key in known or _in_open_section(section, known):
             continue
@@ -82,6 +82,21 @@ def require_declared(config: Mapping[str, Any], version: Declared) -> None:
             rule=f"NeMo-RL {version.commit[:9]} declares no such key, and would ignore it",
             fix=nearest(key, known, show_all=False),
         )
+
+
+def require_literal(config: Mapping[str, Any]) -> None:
+    """Refuse texts that NeMo-RL's loader would put something else in place of.
+
+    Raises:
+        InputError: the first text with ``${``, which OmegaConf resolves.
+    """
+    for key, value in _entries(config, ""):
+        if isinstance(value, str) and "${" in value:
+            raise InputError(
+                f"{key}: {value}",
+                rule="NeMo-RL's loader (OmegaConf) would resolve ${...} in it",
+                fix="use a name without ${",
+            )
 
 
 def _in_open_section(section: str, known: frozenset[str]) -> bool:
@@ -93,10 +108,10 @@ def _in_open_section(section: str, known: frozenset[str]) -> bool:
     return False
 
 
-def _keys(config: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """Yield the full key of every value, those of sections included."""
+def _entries(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield full key and value of every entry, sections included."""
     for name, value in config.items():
         key = f"{prefix}{name}"
-        yield key
+        yield key, value
         if isinstance(value, Mapping):
-            yield from _keys(value, f"{key}.")
+            yield from _entries(value, f"{key}.")
