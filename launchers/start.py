@@ -98,6 +98,7 @@ def start_local(
         report_end(output_folder(run))
         return 0
     notes = [*_data_notes(run, [name, *overrides]), *start_notes(run, ranks)]
+    _check_engine(run)
     sys.stderr.write("".join(f"{note}\n" for note in notes))
     write_run_folder(run)
     code = run_local(
@@ -174,6 +175,24 @@ def _data_notes(run: Run, words: Sequence[str], *, data_is_given: bool = True) -
     if run.data.feed == "rollouts":
         return _task_notes(run)
     return [*data.notes, *check_amounts(run, data), *index_notes(run, data, index_command(words))]
+
+
+def _check_engine(run: Run) -> None:
+    """Refuse a server of answers that is not there.
+
+    Raises:
+        InputError: see above.
+    """
+    if run.data.feed != "rollouts" or run.rl.url is None:
+        return
+    from mellum2_megatron.serving.client import VllmClient
+
+    if not VllmClient(run.rl.url, None, timeout=60.0).is_up():
+        raise InputError(
+            f"rl.url={run.rl.url}",
+            rule="no server answers there",
+            fix="start `mellum2 serve FOLDER --reloadable` and wait until it has read its model",
+        )
 
 
 def _task_notes(run: Run) -> list[str]:

@@ -198,10 +198,10 @@ def test_an_engine_that_goes_while_the_model_learns_ends_the_run(tmp_path: Path)
         one.finish()
 
 
-def refused(tasks: Path, *named: str) -> None:
+def refused(tasks: Path, *named: str, words: Sequence[str] = ()) -> None:
     """Assert that `mellum2 rl` refuses a run with these words, and makes nothing."""
     output, file = tasks / "refused", tasks / "run.yaml"
-    file.write_text(to_yaml(run_on(tasks, output)))
+    file.write_text(to_yaml(run_on(tasks, output, *words)))
     mellum2("rl", "train", file, "--device", "cpu", "--nproc", "1").refused(*named)
     assert not output.exists()
 
@@ -213,6 +213,11 @@ def test_a_prompt_longer_than_the_window_is_refused_before_the_start(tmp_path: P
         file.write(json.dumps(row) + "\n")
     room = "data.sequence_length=64 less rl.objective.max_tokens=6 leaves 58"
     refused(tasks, "line 41: a prompt of", room)
+
+
+def test_a_server_that_is_not_there_is_refused_before_the_start(tmp_path: Path) -> None:
+    words = ["rl.engine=vllm", "rl.url=http://127.0.0.1:9"]
+    refused(write_tasks(tmp_path), "rl.url=http://127.0.0.1:9: no server answers", words=words)
 
 
 @pytest.mark.parametrize("nested", [False, True])

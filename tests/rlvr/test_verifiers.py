@@ -378,6 +378,12 @@ def test_an_answer_that_is_too_much_for_a_function_is_worth_0(
     assert reason in verdict.reason
 
 
+def test_a_function_that_is_not_in_its_file_is_named(tmp_path: Path) -> None:
+    own(tmp_path, "return 1")
+    with pytest.raises(ArgumentsError, match="the file has no rewards"):
+        find_verifier("rewards.py:rewards", tmp_path).check({}, [])
+
+
 @pytest.mark.parametrize("body", ["time.sleep(60)", "import os; os.abort()"])
 def test_a_function_that_never_answers_is_refused(
     body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -102,6 +102,8 @@ def _own_function(path: str, name: str) -> typing.Any:
     sys.path.append(os.path.dirname(os.path.abspath(path)))
     with open(path, encoding="utf-8") as file:
         exec(compile(file.read(), path, "exec"), namespace)
+    if name not in namespace:
+        raise NameError(f"the file has no {name}")
     return namespace[name]
 
 
