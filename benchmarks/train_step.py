@@ -77,6 +77,7 @@ _OVERRIDES = (
     (_BF16, "recompute-act", "execution.recompute=[moe_act]"),
     (_BF16, "recompute-moe", "execution.recompute=[moe]"),
     (_BF16, "fused-residual-norm", "execution.fused_residual_norm=true"),
+    (_BF16, "deterministic", "execution.deterministic=true"),
     (_FP8, "pad-in-router", "execution.pad_expert_tokens=true"),
 )
 TUNING = (

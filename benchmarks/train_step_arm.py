@@ -181,10 +181,9 @@ class _RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def megatron(spec: Spec, clock: Clock, device: Literal["cpu", "cuda"]) -> None:
     """Train through `megatron.training.pretrain`, timing each of its steps."""
     from mellum2_megatron import cpu, upstream
-    from mellum2_megatron.upstream import environment, megatron_arguments
+    from mellum2_megatron.upstream import megatron_arguments
 
     run = spec.run
-    os.environ.update(environment(run))
     upstream.quiet_upstream()
     if device == "cpu":
         cpu.activate()
@@ -316,6 +315,21 @@ def _machine(device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     return machine
 
 
+def set_environment(spec: Spec) -> None:
+    """Set the variables that `mellum2 train` sets for such a run; before CUDA starts.
+
+    Those that are set already win, except the ones that Megatron asserts.
+    """
+    if spec.kind != "megatron":
+        return
+    from mellum2_megatron.upstream import environment, gpu_environment
+
+    os.environ.update(environment(spec.run))
+    if not spec.small:
+        for name, value in gpu_environment(spec.run).items():
+            os.environ.setdefault(name, value)
+
+
 def measure(spec: Spec) -> dict[str, Any]:
     """Run one arm in this process.
 
@@ -358,6 +372,7 @@ def main() -> int:
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(spec.ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    set_environment(spec)
     figures = measure(spec)
     if rank == "0":
         write_json(out, figures)

@@ -16,6 +16,7 @@ from mellum2_megatron.config import Run, to_yaml
 from mellum2_megatron.data.feed.entries import is_absent
 from mellum2_megatron.planning.gpus import Machine, find_gpu
 from mellum2_megatron.planning.layout_report import layout_report, render_layout
+from mellum2_megatron.planning.memory_fit import memory_note
 from mellum2_megatron.planning.start_notes import start_notes
 from mellum2_megatron.planning.step_time import CARDS, StepTime, render_step, step_time
 
@@ -157,7 +158,10 @@ def show(
 
 def warnings(job: ClusterJob) -> list[str]:
     """Return remarks about a job that are no reason to refuse it."""
-    lines = [*start_notes(job.run, job.world_size), *_index_notes(job)]
+    lines = start_notes(job.run, job.world_size, job.profile.card)
+    if job.device == "cuda" and job.profile.card is None:
+        lines.append(memory_note(job.run, world_size=job.world_size))
+    lines += _index_notes(job)
     missing = missing_variables(job.profile)
     if missing:
         lines.append(

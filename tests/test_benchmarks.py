@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import train_step
+from benchmarks import train_step, train_step_arm
 from benchmarks.train_step_profile import PARTS, named_parts, profiled
 from mellum2_megatron.architecture import Mellum2Architecture
 from tests import REPOSITORY
@@ -140,6 +141,28 @@ def test_a_variant_removes_only_words_of_the_command_line() -> None:
         base = next(arm for arm in train_step.ARMS if arm.name == spec.name.partition("/")[0])
         changed = dataclasses.replace(spec, name=base.name)
         assert (changed.run != base.run) == bool(spec.overrides)
+
+
+def test_arms_have_the_environment_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overlapped exchanges without their hardware queues would be measured as slow."""
+    from mellum2_megatron.upstream import gpu_environment
+
+    arms = {arm.name: arm for arm in (*train_step.ARMS, *train_step.TUNING)}
+    arms |= {arm.name: dataclasses.replace(arm, ranks=2) for arm in train_step.EXCHANGES}
+    for name, variable, value in (
+        ("te-bf16-muon-mtp", "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+        ("te-bf16-muon-mtp/overlap", "CUDA_DEVICE_MAX_CONNECTIONS", "32"),
+        ("te-bf16-muon-mtp/deterministic", "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"),
+    ):
+        monkeypatch.setattr(os, "environ", {"NCCL_GRAPH_REGISTER": "1"})
+        train_step_arm.set_environment(arms[name])
+        assert os.environ[variable] == value
+        assert os.environ["NCCL_GRAPH_REGISTER"] == "1", "the user's wins"
+        assert set(gpu_environment(arms[name].run)) <= set(os.environ)
+    monkeypatch.setattr(os, "environ", {})
+    train_step_arm.set_environment(dataclasses.replace(arms["torch-bf16-muon-mtp"], small=True))
+    train_step_arm.set_environment(arms["transformers-bf16-adam"])
+    assert not os.environ
 
 
 def test_variants_of_the_exchange_need_several_ranks() -> None:

@@ -125,7 +125,7 @@ def diagnose(
         else:
             memory = memory_per_rank(run, world_size=ranks, backend=run.resolved_backend("cuda"))
             print_line(f"a rank needs {parts_text(memory)} of {card.memory / GIB:,.1f} GiB")
-        for note in start_notes(run, ranks):
+        for note in start_notes(run, ranks, card):
             print_line(note)
         print_line(f"{title}: breaks no rule")
         return True

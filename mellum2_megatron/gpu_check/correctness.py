@@ -101,6 +101,8 @@ def deterministic(place: Workplace) -> Outcome:
     data, so exchanges and reductions are in it. All runs of a rehearsal are in this mode: there a
     second run is compared with that of `train`, and `resume` has resumed it.
     """
+    if place.deterministic_lacks is not None:
+        raise SkipPiece(place.deterministic_lacks)
     ranks = min(8, 1 << (max(1, place.gpus).bit_length() - 1))
     figures = {}
     if place.rehearsal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -67,6 +68,16 @@ class Workplace:
     def gpus(self) -> int:
         """Number of GPUs; 0 in a rehearsal."""
         return 0 if self.rehearsal else len(self.machine["gpus"])
+
+    @property
+    def deterministic_lacks(self) -> str | None:
+        """What deterministic mode lacks on these GPUs; None if nothing is known to be missing."""
+        hopper = [9, 0]
+        if self.rehearsal or all(gpu["capability"] >= hopper for gpu in self.machine["gpus"]):
+            return None
+        if importlib.util.find_spec("flash_attn") is not None:
+            return None
+        return "before Hopper deterministic attention is FlashAttention's, which is not installed"
 
     @property
     def work(self) -> Path:

@@ -66,6 +66,11 @@ CHOICES = {
         values=("false", "true"),
         arms=(_BF16, f"{_BF16}/fused-residual-norm"),
     ),
+    "speed_deterministic": Choice(
+        key="execution.deterministic",
+        values=("false", "true"),
+        arms=(_BF16, f"{_BF16}/deterministic"),
+    ),
     "speed_overlap": Choice(
         key="layout.overlap_expert_comm",
         values=("false", "true"),
@@ -109,6 +114,8 @@ def measure(place: Workplace, piece: str) -> Outcome:
         raise SkipPiece("the benchmark is in a checkout of the repository, not in the package")
     if "fp8" in "".join(choice.arms) and place.machine["fp8"] is not None:
         raise SkipPiece(place.machine["fp8"])
+    if choice.key == "execution.deterministic" and place.deterministic_lacks is not None:
+        raise SkipPiece(place.deterministic_lacks)
     if choice.exchange and place.gpus < 2:
         raise SkipPiece(f"{place.gpus} GPU: an exchange needs two or more")
     lacking = missing_dispatcher("hybridep") if "hybridep" in choice.arms[1] else None

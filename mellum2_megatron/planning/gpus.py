@@ -5,6 +5,7 @@ The one table of cards: `mellum2 search` takes speeds from it, `memory_fit` the 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mellum2_megatron.common.errors import InputError, nearest
@@ -32,6 +33,12 @@ class Machine:
     source: str
     memory_source: str
 
+
+BLACKWELL = re.compile("B100|B200|B300")
+BEFORE_HOPPER = re.compile(
+    r"\b(V100|A100|A800|A40|A30|A10G?|A[24]|L40S?|L20|L4|T4|RTX [3-4]0\d\d|RTX A\d+)\b"
+)
+"""Names of cards, in the driver's texts and in `GPUS` alike."""
 
 LAUNCH = 2.5e-6
 """Seconds of the shortest kernel inside a CUDA graph. An assumption of ours, measured nowhere."""

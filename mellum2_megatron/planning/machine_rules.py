@@ -24,6 +24,7 @@ from mellum2_megatron.data.feed.redis_run import (
 )
 from mellum2_megatron.data.tokens.prompts import encode_prompts
 from mellum2_megatron.data.tokens.tokenizer import special_ids
+from mellum2_megatron.planning.gpus import BEFORE_HOPPER, BLACKWELL
 from mellum2_megatron.planning.optional_packages import missing_dispatcher
 from mellum2_megatron.planning.rule import PlannedRun, Problems, rule
 
@@ -33,11 +34,6 @@ Engine has no deterministic fused attention within documents on Hopper."""
 
 DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
 """Folder in which NVIDIA's driver describes each card of this machine, if there is one."""
-
-_BLACKWELL = re.compile("B100|B200|B300")
-_BEFORE_HOPPER = re.compile(
-    r"\b(V100|A100|A800|A40|A30|A10G?|A[24]|L40S?|L20|L4|T4|RTX [3-4]0\d\d|RTX A\d+)\b"
-)
 
 
 @rule(evidence="this machine", machine=True)
@@ -197,9 +193,9 @@ def deterministic_documents_have_a_kernel(planned: PlannedRun) -> Problems:
         return
     sequences, length = run.schedule.micro_batch_size, run.data.sequence_length
     scores = sequences * run.architecture.num_attention_heads * length**2
-    if scores < DETERMINISTIC_SCORES or _are_cards(planned, _BLACKWELL):
+    if scores < DETERMINISTIC_SCORES or _are_cards(planned, BLACKWELL):
         return
-    if _are_cards(planned, _BEFORE_HOPPER):
+    if _are_cards(planned, BEFORE_HOPPER):
         return  # `deterministic_attention_before_hopper` has its say
     # Context parallelism pads each document, which version 2 does not know.
     needed = ("flash-attn-3",) if layout.cp > 1 else ("flash-attn", "flash-attn-3")
@@ -227,7 +223,7 @@ def deterministic_attention_before_hopper(planned: PlannedRun) -> Problems:
     run = planned.run
     if not _chooses_deterministic_kernels(planned):
         return
-    if not _are_cards(planned, _BEFORE_HOPPER):
+    if not _are_cards(planned, BEFORE_HOPPER):
         return
     value, lacks = "execution.deterministic=true on a card before Hopper", ""
     fix = "set execution.deterministic=false"

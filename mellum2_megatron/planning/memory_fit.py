@@ -16,7 +16,7 @@ from typing import Any
 from mellum2_megatron.checkpoint import StartingPoint
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import Run, apply_overrides
-from mellum2_megatron.planning.gpus import Machine
+from mellum2_megatron.planning.gpus import GPUS, Machine
 from mellum2_megatron.planning.memory import Memory, memory_per_rank
 from mellum2_megatron.planning.rule import RULES, PlannedRun, Problems, rule
 
@@ -97,6 +97,22 @@ def card_problem(run: Run, *, world_size: int, gpu: Machine) -> TooLittleMemoryE
         assert isinstance(problem, TooLittleMemoryError)
         return problem
     return None
+
+
+def memory_note(run: Run, *, world_size: int) -> str:
+    """Return the memory of a run whose card nobody has named, and the cards that have enough.
+
+    Args:
+        run: a resolved run, whose layout fits.
+        world_size: number of ranks.
+    """
+    memory = memory_per_rank(run, world_size=world_size, backend=run.resolved_backend("cuda"))
+    enough = [name for name, card in GPUS.items() if memory.total <= card.memory]
+    return (
+        f"Memory is not checked: no card is named (gpu of the profile, or --gpu). A rank needs "
+        f"{memory.total / GIB:,.1f} GiB; "
+        + (f"these have enough: {', '.join(enough)}." if enough else "no known card has enough.")
+    )
 
 
 def card_report(gpu: Machine, problem: TooLittleMemoryError | None) -> dict[str, Any]:

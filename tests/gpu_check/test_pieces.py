@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import sys
 import time
@@ -170,6 +171,21 @@ def test_checkpoints_are_compared_to_the_bit(tmp_path: Path) -> None:
     assert correctness.differing_tensors(one, other) == (["optimizer.moment"], 2)
     with pytest.raises(PieceError, match="hold different tensors"):
         correctness.differing_tensors(one, less)
+
+
+def test_before_hopper_deterministic_mode_is_skipped_without_flash_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ampere = MACHINE | {"gpus": [GPU | {"name": "NVIDIA A100", "capability": [8, 0]}]}
+    place = workplace(tmp_path, machine=ampere)
+    found: list[Any] = [None]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found[0])
+    for run in (correctness.deterministic, lambda at: speed.measure(at, "speed_deterministic")):
+        with pytest.raises(SkipPiece, match=r"before Hopper .* is not installed"):
+            run(place)
+    found[0] = object()
+    assert place.deterministic_lacks is None
+    assert workplace(tmp_path).deterministic_lacks is None
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(1, "1"), (3, "2"), (8, "8")])

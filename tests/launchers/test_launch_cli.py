@@ -182,9 +182,12 @@ def test_the_estimate_is_marked_as_not_measured(place: Path, run: Run) -> None:
     assert "model TFLOP/s a rank of H100 SXM" in text
     assert "Step of " in text
     assert "Not measured" in text
+    assert "Memory is not checked: no card is named" in text
+    assert "these have enough: h100, h200, b200, a100-80, a100-40, l40s." in text
     (place / "gpu.yaml").write_text("account: none\ngpus_per_node: 2\ngpu: l40s\n")
     text = launch("run.yaml", "--profile", "gpu.yaml", "--dry-run").out
     assert "No estimate of time: there is no rate to assume for l40s" in text
+    assert "Memory is not checked" not in text
     given = launch("run.yaml", "--profile", "site.yaml", "--dry-run", "--assumed-tflops", "2").out
     assert "at the given 2 model TFLOP/s a rank" in given
     tokens = 2 * 2e12 / run.architecture.flops_per_token(run.data.sequence_length)

@@ -14,7 +14,7 @@ from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import apply_overrides
 from mellum2_megatron.planning.gpus import GPUS
 from mellum2_megatron.planning.memory import memory_per_rank
-from mellum2_megatron.planning.memory_fit import card_problem
+from mellum2_megatron.planning.memory_fit import card_problem, memory_note
 from mellum2_megatron.planning.rules import check, enforce
 from mellum2_megatron.recipes import recipe
 from tests.cli.runner import mellum2
@@ -163,3 +163,14 @@ def test_launch_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Mo
     refused.refused("a rank needs")
     assert "schedule.micro_batch_size=1" in refused.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_card_the_cards_that_have_enough_are_named() -> None:
+    run = recipe(PLAIN)
+    note = memory_note(run, world_size=256)
+    for name, card in GPUS.items():
+        fits = card_problem(run, world_size=256, gpu=card) is None
+        assert (name in note.rpartition(":")[2]) == fits
+    assert "h200" in note
+    larger = apply_overrides(run, ["schedule.micro_batch_size=16"])
+    assert memory_note(larger, world_size=256).endswith("no known card has enough.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mellum2_megatron.config import apply_overrides
+from mellum2_megatron.planning.gpus import GPUS
 from mellum2_megatron.planning.start_notes import start_notes
 from mellum2_megatron.recipes import recipe
 
@@ -54,3 +55,13 @@ def test_the_choice_that_exposes_less_is_named(
         ranks == 8
     )
     assert start_notes(apply_overrides(run, ["optimizer.name=adam"]), ranks) == []
+
+
+def test_deterministic_runs_on_cards_before_hopper_are_told_what_they_need() -> None:
+    run = apply_overrides(BIG, ["execution.deterministic=true"])
+    told = {
+        name: any("flash-attn 2" in note for note in start_notes(run, 256, card))
+        for name, card in GPUS.items()
+    }
+    assert told == {name: name in ("a100-80", "a100-40", "l40s") for name in GPUS}
+    assert not any("flash-attn" in note for note in start_notes(BIG, 256, GPUS["a100-80"]))
