@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import logging
 import os
 import re
+import select
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,6 +37,7 @@ from tests.sandbox import needs_sandbox
 pytestmark = [needs_sandbox, pytest.mark.slow]
 
 STAND_IN = REPOSITORY / "tests/rlvr/fake_apptainer.py"
+ALLOW = bytes.fromhex("0600000000" + "00ff7f")  # BPF_RET, SECCOMP_RET_ALLOW
 REFUSING = "#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n"
 ESCAPES_HERE = (
     "secret_file secret_by_symlink secret_by_proc_root home environment write_program write_usr "
@@ -304,8 +308,7 @@ def test_binds_of_the_administrator_are_seen(
 
 
 def test_an_empty_filter_is_noticed(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    allow = bytes.fromhex("0600000000" + "00ff7f")  # BPF_RET, SECCOMP_RET_ALLOW
-    monkeypatch.setattr(apptainer, "syscall_filter", lambda _: allow)
+    monkeypatch.setattr(apptainer, "syscall_filter", lambda _: ALLOW)
     with pytest.raises(InputError, match="is no sandbox: system calls are not filtered"):
         find_sandbox.__wrapped__()
 
@@ -358,6 +361,23 @@ def test_a_program_cannot_look_like_an_apptainer_that_failed(installed: Path) ->
         "sys.stderr.flush()\nos._exit(255)"
     )
     assert (outcome.exit_code, outcome.reason.split(" (")[0]) == (255, "exit code 255")
+
+
+def test_a_program_begins_when_its_mark_is_read(tmp_path: Path) -> None:
+    """One that took the mark out of the pipe would look like an Apptainer that did not start."""
+    program, begun = tmp_path / "main.py", tmp_path / "begun"
+    program.write_text(f"open({str(begun)!r}, 'w').close()\nprint('end')")
+    job = {"limits": {}, "filter": ALLOW.hex(), "mark": b"mark".hex(), "program": str(program)}
+    script = Path(apptainer.__file__).with_name("confine_script.py").read_text()
+    words = [sys.executable, "-I", "-S", "-B", "-c", script, json.dumps(job | {"environment": {}})]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        select.select([process.stdout], [], [])
+        time.sleep(0.3)
+        assert not begun.exists()
+        assert process.stdout.read(4) == b"mark"
+        assert process.stdout.read(4) == b"end\n"
+    assert begun.exists()
 
 
 def test_a_slow_start_takes_no_time_from_the_program(installed: Path) -> None:
