@@ -34,7 +34,7 @@ assert found""",
         "environment": """
 import os
 assert set(os.environ) - {"PATH", "HOME", "LANG", "PYTHONHASHSEED", "PYTHONUNBUFFERED",
-    "OMP_NUM_THREADS", "PWD", "LC_CTYPE", "SHLVL", "_"}""",
+    "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "PWD", "LC_CTYPE", "SHLVL", "_"}""",
         "write_usr": "open('/usr/bin/python3', 'ab').write(b'x')",
         "write_root": "open('/x', 'w').write('x')",
         "write_dev": "open('/dev/x', 'w').write('x')",

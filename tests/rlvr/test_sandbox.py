@@ -115,6 +115,18 @@ def test_a_program_gets_its_input_and_its_exit_code() -> None:
     assert outcome.reason == "exit code 3"
 
 
+def test_a_python_with_a_shared_library_finds_it() -> None:
+    """An ordinary user's own Python is in the sandbox at another path than where it was built."""
+    sandbox = find_sandbox()
+    assert isinstance(sandbox, Bubblewrap)
+    for python, directory in ((None, None), (Path("/home/user/python"), "/opt/python/lib")):
+        words = dataclasses.replace(sandbox, python=python)._command(
+            Limits(), source=3, syscalls=4, status=5
+        )
+        given = dict(zip(words, words[1:], strict=False)).get("LD_LIBRARY_PATH")
+        assert given == directory
+
+
 def test_ten_programs_do_not_share_a_limit() -> None:
     """The limit of processes is one of a sandbox, not one of the user."""
     program = "import os, time\nif os.fork():\n    os.wait()\nelse:\n    time.sleep(0.5)"

@@ -33,6 +33,7 @@ from mellum2_megatron.rlvr.rewards.watch import (
     start_process,
 )
 
+LIBRARY_VARIABLE = "LD_LIBRARY_PATH"
 _PYTHON_PREFIX = "/opt/python"
 
 
@@ -126,6 +127,9 @@ class Bubblewrap:
         ]
         for name, value in ENVIRONMENT.items():
             words += ["--setenv", name, value]
+        if self.python is not None:
+            # A Python with a shared library of its own knows that by another path.
+            words += ["--setenv", LIBRARY_VARIABLE, f"{_PYTHON_PREFIX}/lib"]
         return [
             *words,
             "--",

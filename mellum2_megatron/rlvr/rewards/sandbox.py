@@ -19,7 +19,7 @@ from typing import Any
 from mellum2_megatron.common.errors import InputError, WorkError, shown
 from mellum2_megatron.common.json_files import JsonError, parse_object
 from mellum2_megatron.rlvr.rewards.apptainer import IMAGE_VARIABLE, Apptainer
-from mellum2_megatron.rlvr.rewards.bubblewrap import Bubblewrap
+from mellum2_megatron.rlvr.rewards.bubblewrap import LIBRARY_VARIABLE, Bubblewrap
 from mellum2_megatron.rlvr.rewards.seccomp import MACHINES
 from mellum2_megatron.rlvr.rewards.watch import (
     CORE_BYTES,
@@ -190,7 +190,8 @@ def _faults(facts: Mapping[str, Any]) -> list[str]:
         "it sees other processes": facts["processes"] > 2,
         "it can write to another process": not facts["first_is_closed"],
         "it has a network": set(facts["interfaces"]) - {"lo"},
-        "it has the caller's variables": set(facts["variables"]) - {*ENVIRONMENT, *_SHELL},
+        "it has the caller's variables": set(facts["variables"])
+        - {*ENVIRONMENT, *_SHELL, LIBRARY_VARIABLE},
         "it has devices": set(facts["devices"]) - _DEVICES,
         "it sees the caller's files": facts["seen"],
         "its program can be changed": facts["program_is_open"],
