@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import platform
 import re
@@ -123,7 +124,7 @@ def test_a_python_with_a_shared_library_finds_it() -> None:
         words = dataclasses.replace(sandbox, python=python)._command(
             Limits(), source=3, syscalls=4, status=5
         )
-        given = dict(zip(words, words[1:], strict=False)).get("LD_LIBRARY_PATH")
+        given = dict(itertools.pairwise(words)).get("LD_LIBRARY_PATH")
         assert given == directory
 
 
