@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import re
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -470,6 +474,18 @@ def test_a_worker_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
         one for one in psutil.process_iter(["cmdline"]) if "77777" in (one.info["cmdline"] or ())
     ]
     assert not psutil.wait_procs(sleeping, timeout=20)[1]
+
+
+def test_a_job_that_nobody_waits_for_ends() -> None:
+    """As of a run that was killed: no other process looks at the time."""
+    program = (
+        f"import sys; sys.path.append({str(Path(worker.__file__).parent)!r})\n"
+        "import worker_script\nworker_script._CPU_SECONDS = 0.3\nworker_script._main()"
+    )
+    job = {"kind": "pattern", "pattern": "(a+)+b", "text": "a" * 60}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, input=json.dumps(job) + "\n", text=True, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (-signal.SIGPROF, "{}\n")
 
 
 def test_a_worker_killed_while_it_waits_fails_no_job() -> None:
