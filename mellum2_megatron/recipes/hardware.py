@@ -75,8 +75,8 @@ def cluster(numbers: Mapping[int, str], *, default: int, cp: int = 1) -> dict[st
             plain = _h200(gpus, source, compute, cp)
             found[f"_{gpus}gpu_h200_{compute}"] = plain
             found[f"_{gpus}gpu_h200_{compute}_fast"] = _fast(plain)
-            found[f"_{gpus}gpu_h100_{compute}"] = _h100(plain, gpus)
-            found[f"_{gpus}gpu_h100_{compute}_fast"] = _fast(_h100(plain, gpus, fast=True))
+            found[f"_{gpus}gpu_h100_{compute}"] = _h100(plain)
+            found[f"_{gpus}gpu_h100_{compute}_fast"] = _fast(_h100(plain, fast=True))
     return {"": found[f"_{default}gpu_h200_fp8"], **found}
 
 
@@ -116,26 +116,22 @@ def _fast(plain: Hardware) -> Hardware:
     )
 
 
-def _h100(plain: Hardware, gpus: int, *, fast: bool = False) -> Hardware:
+def _h100(plain: Hardware, *, fast: bool = False) -> Hardware:
     """Return as many cards of 80 GB, with smaller parts of the batch and less kept.
 
-    The fast ones keep all that fits by count: everything without context parallelism. With it the
-    expert layers are computed again, which takes less time than sequences over two nodes.
+    With context parallelism the expert layers are computed again, which takes less time than
+    sequences over two nodes. Without it the fast ones keep everything: it fits by count.
     """
-    cp, sources = plain.layout.cp, {**plain.sources, **H100_SOURCES}
+    sources = {**plain.sources, **H100_SOURCES}
     execution = Execution(recompute=("moe_act", "layernorm"))
-    if cp > 1 and (fast or gpus < 4 * cp):
+    if plain.layout.cp > 1:
         execution = Execution(recompute=("moe",))
-    elif cp > 1:
-        cp *= 2
-        sources["layout.cp"] = "ours: twice the ranks of a sequence, for cards of 80 GB"
     elif fast:
         execution = Execution()
         del sources["execution.recompute"]
     return replace(
         plain,
         label=plain.label.replace("H200", "H100"),
-        layout=replace(plain.layout, cp=cp, dp=gpus // cp),
         execution=execution,
         micro_batch_size=1,
         sources=sources,
