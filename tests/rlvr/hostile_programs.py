@@ -191,6 +191,12 @@ assert ctypes.CDLL(None).syscall(444, None, 0, 1) >= 0""",
         "netlink": """
 import socket
 socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)""",
+        "pair_of_another_family": """
+import socket
+try:
+    socket.socketpair(socket.AF_INET, socket.SOCK_STREAM)
+except OSError as error:
+    assert error.errno != 97""",
         "files_of_the_first_process": """
 import os
 others = [name for name in os.listdir('/proc/1/fd') if int(name) > 2]

@@ -92,7 +92,7 @@ _CLONE, _CLONE3 = (56, 220), 435
 # CLONE_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID and _NEWNET of linux/sched.h.
 _NAMESPACES = 0x7E020000
 _PRCTL, _SET_DUMPABLE = (157, 167), 4
-_SOCKET, _SETSOCKOPT = (41, 198), (54, 208)
+_SOCKET, _SOCKETPAIR, _SETSOCKOPT = (41, 198), (53, 199), (54, 208)
 _AF_UNIX = 1
 _MMAP, _MAP_HUGETLB = (9, 222), 0x40000
 _SOL_SOCKET = 1
@@ -123,6 +123,7 @@ def syscall_filter(machine: str) -> bytes:
         (_JUMP_EQUAL, "clone", "", _CLONE[column]),
         (_JUMP_EQUAL, "process", "", _PRCTL[column]),
         (_JUMP_EQUAL, "socket", "", _SOCKET[column]),
+        (_JUMP_EQUAL, "socket", "", _SOCKETPAIR[column]),
         (_JUMP_EQUAL, "option", "", _SETSOCKOPT[column]),
         (_JUMP_EQUAL, "memory", "", _MMAP[column]),
         *((_JUMP_EQUAL, "deny", "", pair[column]) for pair in _DENIED.values()),
