@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from benchmarks.train_step_report import REFERENCE, SMALL_NOTE, draw, tables
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_json
 from mellum2_megatron.planning.memory import memory_per_rank
+from mellum2_megatron.planning.rules import enforce
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NO_GPU = "needs a GPU with Transformer Engine"
@@ -150,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.train_step",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
+    at_least_one = _number(int, least=1)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_train_step"))
     parser.add_argument(
         "--arms", nargs="+", metavar="NAME", help="run these arms only, in this order, repeats too"
@@ -162,23 +166,45 @@ def _parser() -> argparse.ArgumentParser:
         "--small", action="store_true", help="tiny model on a CPU; the default without a GPU"
     )
     parser.add_argument(
-        "--layers", type=int, help=f"decoder layers; default: the multiple of {PERIOD} that fits"
+        "--layers",
+        type=at_least_one,
+        help=f"decoder layers; default: the multiple of {PERIOD} that fits",
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=at_least_one,
         help="sequences a step; default: 16 (4,096 sequences on 256 GPUs), small: 4",
     )
     parser.add_argument(
         "--ranks",
-        type=int,
+        type=at_least_one,
         default=1,
         help="processes of an arm, one GPU each, which share the experts; --batch is for each",
     )
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--timeout", type=float, default=300, help="time limit of an arm, seconds")
+    parser.add_argument(
+        "--warmup", type=_number(int, least=0), default=3, help="steps before the timed ones"
+    )
+    parser.add_argument("--steps", type=at_least_one, default=10, help="timed steps")
+    parser.add_argument(
+        "--timeout",
+        type=_number(float, least=1),
+        default=300,
+        help="time limit of an arm, seconds",
+    )
     return parser
+
+
+def _number[Number: (int, float)](kind: type[Number], *, least: int) -> Callable[[str], Number]:
+    """Return a reader of an option's number, which refuses smaller ones than ``least``."""
+
+    def read(word: str) -> Number:
+        found = kind(word)
+        if not found >= least:  # NaN too
+            raise argparse.ArgumentTypeError(f"{word}: must be {least} or more")
+        return found
+
+    read.__name__ = kind.__name__  # of argparse's message on a word that is no number
+    return read
 
 
 def _gemm(options: argparse.Namespace, *, small: bool) -> Spec:
@@ -201,7 +227,8 @@ def _plan(
         The arms in the order of their runs, and the reason for each arm left out, by its name.
 
     Raises:
-        InputError: an unknown arm, or one that cannot run on this machine.
+        InputError: an unknown arm, one that cannot run on this machine, or a batch or number of
+            ranks that no arm can have.
     """
     has_te = not small and machine["versions"]["transformer-engine"] is not None
     tuning = (*TUNING, *(EXCHANGES if options.ranks > 1 else ())) if options.tune else ()
@@ -235,6 +262,9 @@ def _plan(
         dataclasses.replace(able[name], **settings, profile=name not in names[:number])
         for number, name in enumerate(names)
     ]
+    for spec in specs:
+        if spec.kind == "megatron":
+            enforce(spec.run, spec.ranks, "cpu" if small else "cuda", machine=False)
     return specs, left_out
 
 

@@ -211,3 +211,34 @@ def test_a_rank_that_fails_ends_the_others() -> None:
 def test_an_unknown_arm_is_refused_with_a_list_of_the_arms() -> None:
     with pytest.raises(train_step.InputError, match="te-bf16-muon-mtp"):
         plan("--arms", "te-bf16")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--steps 0", "argument --steps: 0: must be 1 or more"),
+        ("--layers 0", "argument --layers: 0: must be 1 or more"),
+        ("--warmup -1", "argument --warmup: -1: must be 0 or more"),
+        ("--batch x", "argument --batch: invalid int value: 'x'"),
+        ("--timeout nan", "argument --timeout: nan: must be 1 or more"),
+        ("--smal", "unrecognized arguments: --smal"),
+    ],
+)
+def test_a_wrong_option_is_one_message(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        train_step._parser().parse_args(words.split())
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--batch", "3"], "use 4 sequences"), (["--ranks", "3"], "use layout.ep=2 or 4")],
+)
+def test_sizes_that_no_arm_can_have_are_refused_before_the_arms(
+    words: list[str], message: str
+) -> None:
+    with pytest.raises(train_step.InputError, match=message):
+        plan(*words, small=True)

@@ -39,14 +39,17 @@ def gpu_check(
     With --device cpu a tiny model rehearses the whole check.
     Exit code 1 if a piece failed, 75 if --minutes left some for the next call.
     """
+    from mellum2_megatron.common.files import check_writable
     from mellum2_megatron.faults.stop_request import STOPPED
     from mellum2_megatron.gpu_check.machine import facts, rehearsal_facts
     from mellum2_megatron.gpu_check.page import NOT_RUN, PAGE
-    from mellum2_megatron.gpu_check.running import check_names, run_pieces
+    from mellum2_megatron.gpu_check.running import check_minutes, check_names, run_pieces
     from mellum2_megatron.planning.resolve import resolve_device
 
     names = only or []
     check_names(names)
+    check_minutes(minutes, names)
+    check_writable("--output", output, folder=True)
     rehearsal = device == "cpu"
     if not rehearsal and resolve_device(device) == "cpu":
         raise InputError(

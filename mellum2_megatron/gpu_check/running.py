@@ -199,6 +199,36 @@ def check_names(names: Sequence[str]) -> None:
             )
 
 
+def check_minutes(minutes: float | None, names: Sequence[str]) -> None:
+    """Refuse a time in which a piece would never begin.
+
+    Args:
+        minutes: time of a call; None: no limit.
+        names: pieces that all run in this call; empty: those that have not passed, in as many
+            calls as they need.
+
+    Raises:
+        InputError: the largest piece, or all that are named, may take longer.
+    """
+    if minutes is None:
+        return
+    limits = {piece.name: piece.limit for piece in PIECES if not piece.always}
+    if names:
+        what, seconds = (
+            " and ".join(dict.fromkeys(names)),
+            sum(limits.get(n, 0) for n in set(names)),
+        )
+    else:
+        what = max(limits, key=limits.__getitem__)
+        seconds = limits[what]
+    if 60 * minutes <= seconds:
+        raise InputError(
+            f"--minutes {minutes:g}",
+            rule=f"{what} may take {seconds / 60:g} minutes, and would never begin",
+            fix=f"use --minutes {seconds // 60 + 1:g}, or leave it out",
+        )
+
+
 def folder_name(machine: dict[str, Any], root: Path, *, rehearsal: bool) -> str:
     """Return the folder name of the results of a machine, its packages and this code.
 

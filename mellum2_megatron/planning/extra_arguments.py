@@ -50,18 +50,46 @@ COVERED = frozenset(
 
 CONTRADICTING = frozenset(
     """
-    ckpt-fully-parallel-load-exchange-algo data-path exit-interval exit-signal
-    exit-signal-handler fp16 iterations-to-skip
-    lr-decay-iters lr-warmup-fraction lr-warmup-iters lr-wsd-decay-iters mock-data
-    moe-enable-deepep moe-layer-recompute moe-router-force-load-balancing
-    moe-router-padding-for-fp8 no-use-layer-wise-param-layout
-    overlap-param-gather-with-optimizer-step rampup-batch-size recompute-activations
-    recompute-method recompute-num-layers save-retain-interval sft spec split
-    tensorboard-dir test-data-path train-iters use-checkpoint-args use-mup wandb-entity
-    wandb-exp-name wandb-project
+    auto-detect-ckpt-format batch-size checkpoint-activations ckpt-fully-parallel-load-exchange-algo
+    ckpt-step data-args-path data-path dataloader-type decoder-seq-length
+    decrease-batch-size-if-needed dist-ckpt-format encoder-seq-length end-weight-decay eod-mask-loss
+    exit-duration-in-mins exit-interval exit-signal exit-signal-handler fake-process-group fim-data
+    finetune fp16 fp4-format fp4-param-gather freeze-all-layers full-validation help
+    iterations-to-skip load-main-params-from-ckpt lr-decay-iters lr-warmup-fraction lr-warmup-iters
+    lr-wsd-decay-iters mock-data model-parallel-size moe-deepep-num-sms moe-enable-deepep
+    moe-hybridep-num-sms moe-layer-recompute moe-router-force-load-balancing
+    moe-router-padding-for-fp8 multiple-validation-sets no-load-optim no-load-rng no-save-optim
+    no-save-rng no-use-layer-wise-param-layout non-persistent-save-interval
+    num-layers-per-virtual-pipeline-stage overlap-param-gather-with-optimizer-step
+    override-opt_param-scheduler per-split-data-args-path perform-rl-step persistent-save-interval
+    pipeline-model-parallel-layout rampup-batch-size recompute-activations recompute-method
+    recompute-num-layers reset-attention-mask reset-position-ids save-retain-interval sft skip-train
+    spec split start-weight-decay tensorboard-dir test-data-path test-mode tokenizer-model
+    train-iters use-checkpoint-args use-checkpoint-opt-param-scheduler
+    use-checkpoint-opt_param-scheduler use-dist-ckpt use-megatron-fsdp use-mup use-torch-fsdp2
+    wandb-entity wandb-exp-name wandb-project warmup weight-decay-incr-style yaml-cfg
     """.split()
 )
 """Flags that would set by another name what keys decide, or that this project cannot work with."""
+
+OTHER_MODELS = frozenset(
+    """
+    account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
+    activation-func-clamp-value add-qkv-bias apply-layernorm-1p apply-query-key-layer-scaling
+    apply-residual-connection-post-layernorm attention-output-gate
+    decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers
+    experimental-attention-variant glu-linear-offset heterogeneous-layers-config-encoded-json
+    heterogeneous-layers-config-path hybrid-layer-pattern hybrid-override-pattern is-hybrid-model
+    moe-latent-size moe-router-enable-expert-bias moe-router-group-topk moe-router-num-groups
+    moe-router-score-function moe-router-topk-scaling-factor moe-shared-expert-gate
+    moe-use-upcycling mtp-use-repeated-layer no-position-embedding no-rope-freq openai-gelu
+    qk-l2-norm quick-geglu rope-scaling-factor rotary-interleaved rotary-percent
+    rotary-scaling-factor rotary-seq-len-interpolation-factor softmax-type squared-relu
+    use-rope-scaling use-rotary-position-embeddings
+    """.split()
+)
+"""Flags that make another model, or divide it in another way, than the architecture's fields say:
+no checkpoint of it could be exported."""
 
 _MODEL = frozenset(
     """
@@ -74,7 +102,7 @@ _MODEL = frozenset(
 
 def extra_argument_problems(run: Run) -> Iterator[InputError]:
     """Find words of `execution.extra_arguments` that a key covers."""
-    taken = COVERED | CONTRADICTING | _MODEL
+    taken = COVERED | CONTRADICTING | OTHER_MODELS | _MODEL
     if run.checkpoint.gather_on_one_rank:
         # The state is collected over these groups. Megatron's own assertion looks at Adam runs only
         # (megatron/training/arguments.py:1690, 0.19.2).
@@ -83,9 +111,12 @@ def extra_argument_problems(run: Run) -> Iterator[InputError]:
         # Only the parallel save is compared with the one before (upstream/save_plans.py).
         taken |= {"no-ckpt-fully-parallel-save"}
     for word in run.execution.extra_arguments:
-        if not word.startswith("--"):
+        if word.startswith("-h"):
+            name = "help"  # Megatron's only flag with one dash
+        elif word.startswith("--"):
+            name = word.removeprefix("--").partition("=")[0]
+        else:
             continue  # a value of the flag before it
-        name = word.removeprefix("--").partition("=")[0]
         positive = name.removeprefix("no-")
         # Megatron's parser takes the beginning of a flag for the flag.
         found = sorted(flag for flag in taken if flag.startswith(name) or flag == positive)

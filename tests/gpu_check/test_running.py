@@ -180,6 +180,26 @@ def test_without_a_gpu_or_with_an_unknown_piece_the_command_is_refused() -> None
     assert "did you mean 'layouts_" in unknown.err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--minutes", "9"], "layouts_1 may take 9 minutes, and would never begin"),
+        (["--minutes", "4", "--only", "train"], "use --minutes 5"),
+        (["--minutes", "8", "--only", "train", "--only", "fp8"], "use --minutes 9"),
+        (["--output", __file__], "is a file"),
+    ],
+)
+def test_a_call_in_which_a_piece_would_never_begin_is_refused(
+    words: list[str], message: str
+) -> None:
+    """Such a call would end with 75, or 0, for ever."""
+    refused = mellum2("gpu-check", "--device", "cpu", *words)
+    assert refused.code == 2
+    assert message in refused.err
+    running.check_minutes(10, [])
+    running.check_minutes(5, ["train"])
+
+
 def rehearse(output: Path) -> subprocess.CompletedProcess[str]:
     words = ["gpu-check", "--device", "cpu", "--output", str(output)]
     return subprocess.run(

@@ -508,11 +508,16 @@ def test_a_missing_dispatcher_is_reported(backend: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "word", ["--lr", "--micro-batch", "--no-bf16", "--fp8-recipe=delayed", "--swiglu", "--spec"]
+    "word",
+    [
+        *("--lr", "--micro-batch", "--no-bf16", "--fp8-recipe=delayed", "--swiglu", "--spec"),
+        *("--moe-hybridep-num-sms", "--yaml-cfg", "--skip-train", "--add-qkv-bias", "-h"),
+    ],
 )
 def test_a_word_that_a_key_covers_is_refused(word: str) -> None:
-    """The flag itself, its beginning, its opposite, with a value, the model's, and others."""
-    run = apply_overrides(recipe(TINY), [f"execution.extra_arguments=[{word}]"])
+    """The flag itself, its beginning, its opposite, with a value, the model's, and others: another
+    name of a key, a file in place of all keys, no training, another model, and the help."""
+    run = apply_overrides(recipe(TINY), [f"execution.extra_arguments=[--log-params-norm,{word}]"])
     problems = [violation.problem.value for violation in check(run, 2, "cpu", machine=False)]
     assert problems == [f"execution.extra_arguments: {word}"]
 

@@ -14,6 +14,7 @@ import torch
 
 from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.config import DETERMINISTIC_VARIABLES, Device, Run, apply_overrides
+from mellum2_megatron.planning.extra_arguments import extra_argument_problems
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.upstream import (
     environment,
@@ -549,11 +550,18 @@ def test_contradicting_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from megatron.training.arguments import add_megatron_arguments
 
-    from mellum2_megatron.planning.extra_arguments import CONTRADICTING
+    from mellum2_megatron.planning.extra_arguments import CONTRADICTING, COVERED, OTHER_MODELS
 
     parser = add_megatron_arguments(argparse.ArgumentParser(conflict_handler="resolve"))
     known = {option for action in parser._actions for option in action.option_strings}
-    assert {f"--{name}" for name in CONTRADICTING} <= known
+    assert {f"--{name}" for name in CONTRADICTING | OTHER_MODELS} <= known
+    # Other names of the flags that keys set.
+    tiny = recipe(TINY)
+    for action in parser._actions:
+        if not {f"--{name}" for name in COVERED}.isdisjoint(action.option_strings):
+            for option in action.option_strings:
+                run = apply_overrides(tiny, [f"execution.extra_arguments=[{option}]"])
+                assert list(extra_argument_problems(run)), option
 
 
 @pytest.mark.parametrize(
