@@ -299,9 +299,27 @@ class Layout:
         # Attention and experts divide the same ranks independently. What either leaves is its
         # own data parallelism.
         dense, expert = self.tp * self.cp * self.pp, self.ep * self.etp * self.pp
-        unit = self.smallest_world_size
+        unit = math.lcm(dense, expert)
         below, above = world_size // unit * unit, (world_size // unit + 1) * unit
         fix_ranks = f"start {below} or {above} ranks" if below else f"start {above} ranks"
+        fixed = world_size if self.world_size is None else self.world_size
+        if self.dp is not None:
+            fix_ranks = f"set layout.dp=null and {fix_ranks}"
+        if fixed != world_size and (fixed % expert == 0 or world_size % unit == 0):
+            fixes = []
+            if world_size % unit == 0:
+                fixes.append(f"set layout.dp={world_size // dense} (or null)")
+            if fixed % expert == 0:
+                fixes.append(f"start {fixed} ranks")
+            if world_size % unit:
+                fixes.append(fix_ranks)
+            return [
+                InputError(
+                    f"layout.dp={self.dp} on {world_size} ranks",
+                    rule=f"tp * cp * pp * dp = {fixed} must equal the number of ranks",
+                    fix=", or ".join(fixes),
+                )
+            ]
         if world_size % dense:
             return [
                 InputError(
@@ -315,21 +333,14 @@ class Layout:
             # Any ep works that divides the experts and fits the ranks at the given etp and pp.
             experts = divisors(architecture.num_experts)
             working = [ep for ep in experts if world_size % (ep * self.etp * self.pp) == 0]
+            if fixed != world_size:
+                working = []  # the number of ranks would be wrong still
             return [
                 InputError(
                     f"layout.ep={self.ep}, layout.etp={self.etp}, layout.pp={self.pp} "
                     f"on {world_size} ranks",
                     rule=f"ep * etp * pp = {expert} must divide the number of ranks",
                     fix=f"{_use('ep', self.ep, working)}, or {fix_ranks}" if working else fix_ranks,
-                )
-            ]
-        if self.dp is not None and self.dp != world_size // dense:
-            return [
-                InputError(
-                    f"layout.dp={self.dp} on {world_size} ranks",
-                    rule=f"tp * cp * pp * dp = {self.world_size} must equal the number of ranks",
-                    fix=f"set layout.dp={world_size // dense} (or null), "
-                    f"or start {self.world_size} ranks",
                 )
             ]
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from typing import Any
@@ -32,6 +33,8 @@ TINY = Mellum2Architecture.preset("mellum2-tiny")
         (Layout(ep=8), 12, 8192, "layout.ep=8", "layout.ep=4, or start 8 or 16 ranks"),
         (Layout(ep=8), 4, 8192, "layout.ep=8", "layout.ep=4, or start 8 ranks"),
         (Layout(dp=2), 4, 8192, "layout.dp=2", "layout.dp=4"),
+        (Layout(ep=8, dp=256), 3, 8192, "layout.dp=256", "start 256 ranks, or set layout.dp=null"),
+        (Layout(ep=8, dp=5), 12, 8192, "layout.ep=8", "set layout.dp=null and start 8 or 16 ranks"),
     ],
 )
 def test_a_misfit_is_named_with_what_works(
@@ -41,6 +44,30 @@ def test_a_misfit_is_named_with_what_works(
         layout.validate(BIG, world_size=world_size, sequence_length=sequence)
     assert named in error.value.value
     assert fix in error.value.fix
+
+
+def test_each_fix_of_the_ranks_works() -> None:
+    """The layout with the named change has no problem left."""
+
+    def problems(layout: Layout, world_size: int) -> list[InputError]:
+        return layout.problems(BIG, world_size=world_size, sequence_length=8192)
+
+    tried = 0
+    for ep, etp, pp, cp, dp, world_size in itertools.product(
+        (1, 8), (1, 2), (1, 2), (1, 4), (None, 1, 3, 8), (1, 3, 8, 12, 256)
+    ):
+        layout = Layout(ep=ep, etp=etp, pp=pp, cp=cp, dp=dp)
+        for problem in problems(layout, world_size):
+            for fix in re.split(", or (?!lower)", problem.fix.partition(", or lower")[0]):
+                changed = layout
+                for key, value in re.findall(r"layout\.(\w+)=(\w+)", fix):
+                    new = None if value == "null" else int(value)
+                    changed = dataclasses.replace(changed, **{key: new})
+                found = re.search(r"start (\d+)(?: or (\d+))? ranks", fix)
+                for ranks in filter(None, found.groups() if found else (world_size,)):
+                    assert not problems(changed, int(ranks)), f"{layout}, {world_size}: {problem}"
+                    tried += 1
+    assert tried > 300
 
 
 @pytest.mark.parametrize(
