@@ -505,7 +505,7 @@ MUTATIONS = (
         file="mellum2_megatron/rlvr/nemo_rl/environment.py",
         old='torch.tensor([bool(task["thinking"]) for task in tasks])',
         new="torch.tensor([False for _ in tasks])",
-        test=("tests/rlvr/test_nemo_rl.py", "-k", "penalties_of_length"),
+        test=("tests/rlvr/test_nemo_rl_inside.py", "-k", "penalties_of_length"),
     ),
     Mutation(
         name="data verify that stops at the first damaged result",

@@ -57,7 +57,7 @@ MUTATIONS = (
         file="mellum2_megatron/rlvr/rewards/verifiers.py",
         old='said = {"error": str(error)}',
         new='said = {"reward": 0.0 * len(str(error))}',
-        test=("tests/rlvr/test_verifiers.py",),
+        test=("tests/rlvr/test_workers.py",),
     ),
     Mutation(
         name="programs in the sandbox keep the network",
