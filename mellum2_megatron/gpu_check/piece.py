@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from mellum2_megatron.common.json_files import load_json
 
@@ -114,7 +117,7 @@ class Workplace:
         log.parent.mkdir(parents=True, exist_ok=True)
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.rehearsal else {}
         with log.open("w", encoding="utf-8") as stream:
-            # A group of its own, so that the ranks of a command end with it.
+            # A group of its own, so that what a command leaves behind ends with it.
             process = subprocess.Popen(
                 command,
                 cwd=self.checkout or self.folder,
@@ -178,11 +181,15 @@ def passed_figures(folder: Path, piece: str) -> dict[str, Any]:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a command and the ranks that it has left behind."""
-    try:
+    """End a command and the ranks that it has left behind, which have sessions of their own."""
+    ranks: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        ranks = psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
     process.wait()
 
 
