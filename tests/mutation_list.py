@@ -24,7 +24,7 @@ MUTATIONS = (
         file=ARGUMENTS,
         old='group = "dp" if alone else "ep_dp"',
         new='group = "dp"',
-        test=("tests/upstream/test_arguments.py", "-k", "checkpoint_reading"),
+        test=("tests/upstream/test_run_arguments.py", "-k", "checkpoint_reading"),
     ),
     Mutation(
         name="a save keeps its plan although its tensors have changed",

@@ -13,7 +13,7 @@ import pytest
 
 from mellum2_megatron.config import Objective, Run, apply_overrides
 from mellum2_megatron.recipes import recipe
-from tests.upstream.test_arguments import validated
+from tests.upstream.parsed import validated
 
 WORLD = 840  # tp 2 * pp 3 * cp 5 * dp 28
 

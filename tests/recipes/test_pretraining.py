@@ -10,7 +10,7 @@ import pytest
 from mellum2_megatron.config import Optimizer, Run
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.recipes.pretraining import PHASE_ENDS, SCHEDULE
-from tests.upstream.test_arguments import megatron_scheduler, stub_te, validated
+from tests.upstream.parsed import megatron_scheduler, stub_te, validated
 
 PHASES = tuple(f"mellum2_12b_pretrain_phase{number}" for number in (1, 2, 3))
 SFT = ("mellum2_12b_sft_instruct", "mellum2_12b_sft_thinking")
