@@ -584,4 +584,18 @@ MUTATIONS = (
         new="",
         test=("tests/layouts/test_layouts.py", "-k", "short_documents_cp2_ep2"),
     ),
+    Mutation(
+        name="the overlapped schedule mixes documents in MTP's attention",
+        file="mellum2_megatron/upstream/replacements.py",
+        old='_with_documents(inner, "_forward_attention", packed),',
+        new='_with_documents(inner, "_forward_attention", None),',
+        test=("tests/layouts/test_layouts.py", "-k", "overlapped_exchanges and ep2_documents"),
+    ),
+    Mutation(
+        name="windowed layers compute hidden pairs of the whole sequence",
+        file="mellum2_megatron/model/core_attention.py",
+        old="min(BLOCK, max(window, _LEAST_BLOCK))",
+        new="BLOCK",
+        test=("tests/model/test_parts.py", "-k", "hardly_longer"),
+    ),
 )
