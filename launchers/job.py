@@ -20,6 +20,7 @@ from mellum2_megatron.data.feed.entries import prefixes, tokenizer_folder
 from mellum2_megatron.planning.execution_rules import deterministic_problems
 from mellum2_megatron.planning.machine_rules import NODE_RULES
 from mellum2_megatron.planning.rules import enforce
+from mellum2_megatron.upstream.parser_check import require_parsed
 
 LOGS_FOLDER = "logs"
 
@@ -216,6 +217,7 @@ def check_files(
             start=start,
             without=[rule.name for rule in NODE_RULES],
         )
+        require_parsed(run)
         origin = run.checkpoint.load or run.checkpoint.continue_from
         if (
             before is not None

@@ -29,6 +29,7 @@ from mellum2_megatron.planning.rules import enforce
 from mellum2_megatron.planning.stage_chain import check_predecessor, check_start
 from mellum2_megatron.planning.start_notes import start_notes
 from mellum2_megatron.upstream import megatron_arguments
+from mellum2_megatron.upstream.parser_check import require_parsed
 
 
 def start_local(
@@ -60,6 +61,7 @@ def start_local(
         WorkError: the ranks failed.
     """
     run = resolve_run(name, overrides, output=output)
+    require_parsed(run)
     run, weights = plan_weights(run, imports_folder(output_folder(run)))
     if dry_run:
         # machine=False: the run may be meant for another machine, with GPUs.

@@ -88,10 +88,12 @@ def diagnose(
     from mellum2_megatron.planning.rules import check
     from mellum2_megatron.planning.stage_chain import check_start
     from mellum2_megatron.planning.start_notes import start_notes
+    from mellum2_megatron.upstream.parser_check import require_parsed
 
     # A run that cannot be resolved is a result of `doctor` too, so it goes to standard output.
     try:
         run = resolve_run(recipe, overrides)
+        require_parsed(run)
         source = huggingface_source(run)
     except InputError as error:
         print_line(f"refused  {error}")

@@ -30,7 +30,6 @@ from mellum2_megatron.checkpoint import StartingPoint, output_folder
 from mellum2_megatron.checkpoint.data_record import DataRecord
 from mellum2_megatron.checkpoint.folder import RUN_FILE
 from mellum2_megatron.checkpoint.resume_keys import Change
-from mellum2_megatron.common.errors import InputError
 from mellum2_megatron.common.files import write_text
 from mellum2_megatron.config import Device, Run, to_yaml
 from mellum2_megatron.data.feed.sources import check_data
@@ -48,6 +47,7 @@ from mellum2_megatron.training.step import forward_step
 from mellum2_megatron.training.tasks import TrainingTasks
 from mellum2_megatron.training.validation_documents import ValidationDocuments
 from mellum2_megatron.upstream import megatron_arguments
+from mellum2_megatron.upstream.parser_check import refused
 
 
 def run_loop(
@@ -182,9 +182,5 @@ def parse_arguments(run: Run) -> Namespace:
         with redirect_stderr(said) if run.execution.extra_arguments else nullcontext():
             arguments: Namespace = parse_and_validate_args()
     except SystemExit as error:
-        raise InputError(
-            f"execution.extra_arguments={' '.join(run.execution.extra_arguments)}",
-            rule=f"Megatron's command line: {said.getvalue().strip().rpartition('error: ')[2]}",
-            fix="correct them, or leave them out",
-        ) from error
+        raise refused(run, said.getvalue()) from error
     return arguments

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
+from launchers.start import start_local
 from mellum2_megatron.common.errors import InputError
-from mellum2_megatron.config import DETERMINISTIC_VARIABLES, apply_overrides
+from mellum2_megatron.config import DETERMINISTIC_VARIABLES, Run, apply_overrides
 from mellum2_megatron.planning.extra_arguments import extra_argument_problems
 from mellum2_megatron.recipes import recipe, recipe_names
 from mellum2_megatron.upstream import (
@@ -18,6 +19,7 @@ from mellum2_megatron.upstream import (
     kept_variables,
     megatron_arguments,
 )
+from mellum2_megatron.upstream.parser_check import require_parsed
 from tests.upstream.parsed import BIG, TINY, on_cpu, stub_te, validated
 
 
@@ -167,6 +169,26 @@ def test_an_unknown_word_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None
     )
     with pytest.raises(InputError, match="unrecognized arguments: --no-such-flag"):
         parse_arguments(run)
+
+
+@pytest.mark.slow
+def test_words_are_read_by_megatron_before_any_rank_starts() -> None:
+    def run_with(words: str) -> Run:
+        return apply_overrides(recipe(TINY), [f"execution.extra_arguments=[{words}]"])
+
+    require_parsed(run_with("--log-params-norm,--log-throughput"))
+    with pytest.raises(InputError, match="unrecognized arguments: --no-such-flag"):
+        require_parsed(run_with("--no-such-flag"))
+    with pytest.raises(InputError, match="log-memory-interval: invalid int value: 'often'"):
+        start_local(
+            TINY,
+            ["execution.extra_arguments=[--log-memory-interval,often]"],
+            nproc=2,
+            device="cpu",
+            output=None,
+            dry_run=True,
+            verbose=False,
+        )
 
 
 def test_contradicting_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
