@@ -14,7 +14,14 @@ import importlib.util
 import os
 
 from mellum2_megatron.common.errors import WorkError
-from mellum2_megatron.upstream import muon_groups, patching, replacements, safe_loading, save_plans
+from mellum2_megatron.upstream import (
+    async_writer,
+    muon_groups,
+    patching,
+    replacements,
+    safe_loading,
+    save_plans,
+)
 from mellum2_megatron.upstream.patching import Patch
 
 PATCHES: tuple[Patch, ...] = (
@@ -106,6 +113,38 @@ PATCHES: tuple[Patch, ...] = (
         why="core/dist_checkpointing/strategies/state_dict_saver.py:110 takes the last save's list "
         "of tensors under --ckpt-assume-constant-structure, whatever there is to save now: a "
         "tensor that is new is missing in the checkpoint, without a message",
+    ),
+    Patch(
+        name="writer-loop",
+        target="megatron.core.dist_checkpointing.strategies.async_utils:"
+        "PersistentAsyncCaller.async_loop",
+        replacement=async_writer.loop_of_rank,
+        why="core/dist_checkpointing/strategies/async_utils.py:573 waits for the next save even "
+        "when the rank is gone: the process stays and holds memory of the GPU",
+    ),
+    Patch(
+        name="writer-handed-over",
+        target="megatron.core.dist_checkpointing.strategies.async_utils:"
+        "PersistentAsyncCaller.schedule_async_call",
+        replacement=async_writer.hand_over_to_living,
+        why="core/dist_checkpointing/strategies/async_utils.py:424 waits without end for a process "
+        "that was killed",
+    ),
+    Patch(
+        name="writer-awaited",
+        target="megatron.core.dist_checkpointing.strategies.async_utils:"
+        "PersistentAsyncCaller.is_current_async_call_done",
+        replacement=async_writer.wait_for_living,
+        why="core/dist_checkpointing/strategies/async_utils.py:462 takes a process that was killed "
+        "for one that still writes: no checkpoint is ever complete, and the last save never ends",
+    ),
+    Patch(
+        name="writer-closed",
+        target="megatron.core.dist_checkpointing.strategies.async_utils:"
+        "PersistentAsyncCaller.close",
+        replacement=async_writer.close_without_waiting,
+        why="core/dist_checkpointing/strategies/async_utils.py:507 waits without end for a process "
+        "that was killed, so that a rank that fails of it never ends",
     ),
     Patch(
         name="fusion-without-apex",

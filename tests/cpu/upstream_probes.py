@@ -6,10 +6,15 @@ import contextlib
 import functools
 import io
 import multiprocessing
+import os
 import pickle
+import signal
 import tempfile
+import threading
+import time
 import tracemalloc
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +23,8 @@ import numpy as np
 import pytest
 import torch
 
-from mellum2_megatron.common.errors import InputError
+from mellum2_megatron.common.errors import InputError, WorkError
+from mellum2_megatron.upstream import async_writer
 from tests.cpu.patch_probes import PROBES, on_two_ranks, one_rank, parse, probe
 from tests.model.packing import packed_documents
 
@@ -244,6 +250,110 @@ def _save_checksums() -> None:
         assert torch.equal(torch.load(file), torch.arange(100))
         found = [info.CRC for info in zipfile.ZipFile(file).infolist() if "data/0" in info.filename]
     assert found == [0], f"a CRC-32 in the file: {found}"
+
+
+@probe("writer-loop")
+def _writer_loop() -> None:
+    """What a spawned process runs: it is pickled by its name."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    loop = pickle.loads(pickle.dumps(PersistentAsyncCaller.async_loop))
+    assert loop.__module__ == async_writer.__name__, "runs upstream's loop alone"
+
+
+@contextlib.contextmanager
+def _writer(last_words: str) -> Iterator[Any]:
+    """A caller of Megatron whose process is killed: at once, with a save taken, or it done."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    fork = multiprocessing.get_context("fork")
+    kinds = {"_persistent_queue": fork.JoinableQueue, "_persistent_preload_q": fork.JoinableQueue}
+    for name, kind in {**kinds, "_persistent_comp_q": fork.Queue}.items():
+        setattr(PersistentAsyncCaller, name, kind())
+    requests, done = (
+        PersistentAsyncCaller._persistent_queue,
+        PersistentAsyncCaller._persistent_comp_q,
+    )
+
+    def die() -> None:
+        if last_words != "none":
+            requests.get()
+        if last_words == "done":
+            done.put(0)
+            done.close()
+            done.join_thread()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = PersistentAsyncCaller._persistent_process = fork.Process(target=die, daemon=True)
+    process.start()
+    caller = PersistentAsyncCaller()
+    caller.process = process
+    try:
+        yield caller
+    finally:
+        # Without its patch, `close`, which `__del__` calls, would never return.
+        caller.process = None
+
+
+def _soon(function: Callable[[], Any]) -> Any:
+    """Call a function that may wait for ever; return what it returns, or its WorkError."""
+    outcome = []
+
+    def call() -> None:
+        try:
+            outcome.append(function())
+        except WorkError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert outcome, "waits for a process that was killed"
+    return outcome[0]
+
+
+@probe("writer-handed-over")
+def _writer_handed_over() -> None:
+    """The process is killed between two saves, or while its rank waits for the copy."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+    one_rank()
+    request = AsyncRequest(time.sleep, (0,), [], {}, time.sleep, call_idx=0)
+    for last_words in ("none", "taken"):
+        with _writer(last_words) as caller:
+            if last_words == "none":
+                caller.process.join()
+            error = _soon(functools.partial(caller.schedule_async_call, request))
+            assert "has ended by signal 9; its checkpoint is incomplete" in str(error)
+
+
+@probe("writer-awaited")
+def _writer_awaited() -> None:
+    """The process is killed at once after it has written, and while it writes."""
+    one_rank()
+    with _writer("done") as caller:
+        caller._persistent_queue.put("a save")
+        caller.process.join()
+        outcome = _soon(functools.partial(caller.is_current_async_call_done, True))
+        assert not isinstance(outcome, WorkError), "what is done counts as lost"
+        assert outcome, "what is done counts as one that still writes"
+    # Asked again, it must not count as one that has written.
+    with _writer("taken") as caller:
+        caller._persistent_queue.put("a save")
+        caller.process.join()
+        for blocking in (False, True, True):
+            outcome = _soon(functools.partial(caller.is_current_async_call_done, blocking))
+            assert isinstance(outcome, WorkError), "waits for a process that was killed"
+
+
+@probe("writer-closed")
+def _writer_closed() -> None:
+    """The process is killed with a save that nobody has taken."""
+    with _writer("none") as caller:
+        caller._persistent_queue.put("a save")
+        caller.process.join()
+        _soon(caller.close)
+        assert caller.process is None
 
 
 @probe("kept-plans")
