@@ -102,9 +102,7 @@ def train(
 
 @rl_app.command("check")
 def check(tasks: Tasks, held_out: HeldOut = None, workers: Workers = None) -> None:
-    """Check tasks: form, arguments of their verifiers, setups, references, and likeness to
-    evaluation items.
-    """
+    """Check tasks: form, verifiers' arguments, setups, references, likeness to evaluation items."""
     checked = _read(tasks, held_out, workers, answered=False)
     kinds = Counter(task.verifier for task in checked.tasks)
     listed = ", ".join(f"{number:,} {name}" for name, number in sorted(kinds.items()))

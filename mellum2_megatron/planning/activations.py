@@ -431,6 +431,8 @@ def mask_size(run: Run, modules: Modules, kind: LayerType) -> float:
         return 0.0
     length, block = run.data.sequence_length // run.layout.cp, 2048
     window = run.architecture.sliding_window if kind == "sliding_attention" else None
+    if window is not None:
+        block = min(block, max(window, 64))
     size = 0
     for start in range(0, length, block):
         queries = min(block, length - start)
