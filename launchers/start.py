@@ -61,12 +61,12 @@ def start_local(
         WorkError: the ranks failed.
     """
     run = resolve_run(name, overrides, output=output)
-    require_parsed(run)
     run, weights = plan_weights(run, imports_folder(output_folder(run)))
     if dry_run:
         # machine=False: the run may be meant for another machine, with GPUs.
         planned_device, ranks = plan(run, device, nproc)
         enforce(run, world_size=ranks, device=planned_device, machine=False)
+        require_parsed(run)
         data_is_given = any(word.startswith("data.") for word in overrides)
         notes = _data_notes(run, [name, *overrides], data_is_given=data_is_given)
         notes += start_notes(run, ranks)
@@ -88,10 +88,12 @@ def start_local(
         anew = without_load(run)
         start = StartingPoint.of(anew)
         enforce(anew, world_size=ranks, device=resolved_device, start=start)
+        require_parsed(run)
         check_run_folder(anew, start)
         weights.run()
     start = StartingPoint.of(run)
     enforce(run, world_size=ranks, device=resolved_device, start=start)
+    require_parsed(run)
     run = start.joined(run)
     check_predecessor(run, start)
     check_run_folder(run, start)
